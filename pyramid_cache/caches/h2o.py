@@ -1,0 +1,183 @@
+"""
+H2O: the Heavy-Hitter Oracle of Zhang et al., 2023 (https://arxiv.org/abs/2306.14048).
+
+A token that was attended to much so far will be attended to again. Every key accumulates the attention probability that
+it gets from all queries; each KV head keeps the keys with the highest sums, the heavy hitters, and a window of the most
+recent tokens. A decode step adds one token and evicts one (paper, Algorithm 1).
+
+Departures from the authors' code: sums are kept per row of the batch (theirs add the rows up) and, with grouped-query
+attention, per KV head as the mean over its query heads. Keys keep the positions that they had.
+"""
+
+from collections.abc import Callable
+
+import torch
+from transformers import PreTrainedConfig
+
+from pyramid_cache.engine.budget import Budget, floor_of_product, parse_budget
+from pyramid_cache.engine.cache import CompressedCache
+from pyramid_cache.engine.layer import CompressedLayer, LayerPlace, grown
+from pyramid_cache.engine.selection import best_tokens, gather_tokens, lowest_slot
+from pyramid_cache.engine.tokens import MaskReader, Tokens
+from pyramid_cache.ops import decode_attention
+
+
+class H2OLayer(CompressedLayer):
+    """
+    One layer of `H2OCache`. Beside keys and values it holds, per KV head and slot, the position and the accumulated score
+    (float32). One slot is spare: a new token is written there, attends, and then the loser of the heads' comparison
+    leaves its slot to the next one.
+    """
+
+    slot_tensors = ("keys", "values", "positions", "scores")
+    row_tensors = ("next_position", "column_positions", "num_recent")
+    num_spare_slots = 1
+    heads_share_positions = False
+
+    def __init__(self, place: LayerPlace, budget: Budget, masks: MaskReader, heavy_ratio: float) -> None:
+        super().__init__(place, budget, masks)
+        self.heavy_ratio = heavy_ratio
+
+    def num_tokens_to_keep(self, row_length: int) -> int:
+        return self.token_budget.num_tokens(row_length)
+
+    def attend_prompt(
+        self,
+        attention: Callable,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        tokens: Tokens,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if self.budget.is_unlimited:
+            return attention(query, key, value, attention_mask, **kwargs)
+        if self.positions is not None:
+            attention_mask = self.mask_for(query, key.shape[2], tokens.positions >= 0 if tokens.has_gaps else None)
+        output, scores = self.attend_and_score(
+            attention, query, key, value, attention_mask, tokens, query.shape[2], None, **kwargs
+        )
+        if self.scores is not None:
+            num_earlier = key.shape[2] - query.shape[2]
+            scores[..., :num_earlier] += self.scores[..., :num_earlier]
+        self.num_recent = self.per_row([kept - floor_of_product(self.heavy_ratio, kept) for kept in self.row_kept])
+        if self.positions is None and not self.must_evict:
+            self.scores = grown(scores, self.length, self.keys.shape[2], fill=0)
+        else:
+            self._keep_best(key, value, scores, tokens)
+        return output
+
+    def attend_step(
+        self,
+        attention: Callable,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if self.positions is None:
+            return self._attend_dense_step(attention, query, key, value, attention_mask, **kwargs)
+        output, probabilities = decode_attention(
+            query, key, value, mask=self.slot_mask(), **self.logit_arguments(query, **kwargs)
+        )
+        self.scores += probabilities.detach()
+        self._evict_one()
+        return output, None
+
+    def _attend_dense_step(
+        self,
+        attention: Callable,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Nothing was evicted so far: the model's own attention, and beside it the scores."""
+        output = attention(query, key, value, attention_mask, **kwargs)
+        if self.budget.is_unlimited:
+            return output
+        key_mask = None if self.column_positions is None else self.column_tokens.positions >= 0
+        self.scores[..., : self.length] += self.step_probabilities(query, key, key_mask, **kwargs)
+        if self.must_evict:
+            self._keep_best(key, value, self.scores[..., : self.length], self.column_tokens)
+        return output
+
+    def _keep_best(self, key: torch.Tensor, value: torch.Tensor, scores: torch.Tensor, tokens: Tokens) -> None:
+        """Keeps heavy hitters and recent tokens of a prompt, or of a decode step that is the first to exceed the budget."""
+        max_kept = max(self.row_kept)
+        priority = scores.masked_fill(tokens.positions >= self.next_position - self.num_recent, float("inf"))
+        priority = priority.masked_fill(tokens.positions < 0, float("-inf"))
+        indices = best_tokens(priority, self.per_row(self.row_kept).flatten(), max_kept)
+        self.scores = grown(gather_tokens(scores, indices).masked_fill(indices < 0, 0), max_kept, max_kept + 1, fill=0)
+        self.keep(key, value, tokens, indices)
+
+    def _write(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self._overwrite(self.positions.argmin(dim=-1, keepdim=True), key_states, value_states)
+
+    def _evict_one(self) -> None:
+        """Empties the slot of the lowest score outside the recent window, in the rows that hold one token too many."""
+        if not self.must_evict:
+            return
+        evictable = (self.positions >= 0) & (self.positions < self.next_position - self.num_recent)
+        victim = lowest_slot(self.scores, self.positions, evictable)
+        is_full = [held > kept for held, kept in zip(self.row_held, self.row_kept, strict=True)]
+        if all(is_full):
+            self.positions.scatter_(-1, victim, -1)
+            self.scores.scatter_(-1, victim, 0)
+        else:
+            is_full_row = self.per_row(is_full).bool()
+            self.positions.scatter_(-1, victim, self.positions.gather(-1, victim).masked_fill(is_full_row, -1))
+            self.scores.scatter_(-1, victim, self.scores.gather(-1, victim).masked_fill(is_full_row, 0))
+        self.row_held = [min(held, kept) for held, kept in zip(self.row_held, self.row_kept, strict=True)]
+
+
+class H2OCache(CompressedCache):
+    """
+    Keeps, per KV head, the tokens that were attended to most and the most recent ones (H2O, https://arxiv.org/abs/2306.14048).
+
+    A layer holds `budget` tokens and one spare slot, however much is generated:
+    `batch * kv_heads * (budget + 1) * (2 * head_dim * itemsize + 8)` bytes. The prompt is read with full attention, so the
+    first new token is exact.
+
+    Args:
+        config (`PreTrainedConfig`): Of the model.
+        budget (`float`, `int` or `str`): What each layer keeps: a fraction of the prompt (of everything seen, when a later
+            turn brings several tokens at once), a number of tokens, or bytes for the whole cache such as "256MiB". 1.0
+            never evicts.
+        heavy_ratio (`float`, defaults to 0.5): The share of the budget for heavy hitters; the rest is the recent window,
+            which has at least one token. Larger values remember more of the distant past.
+
+    Raises:
+        ValueError: For a budget or ratio outside these ranges, or a model that cannot be compressed.
+
+    Example:
+
+    ```python
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from pyramid_cache import H2OCache
+    >>> import torch
+
+    >>> config = LlamaConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=99)
+    >>> model = LlamaForCausalLM(config)
+    >>> cache = H2OCache(model.config, budget=16)
+    >>> tokens = model.generate(torch.arange(40)[None], past_key_values=cache, max_new_tokens=8, eos_token_id=None)
+    >>> cache.get_seq_length(), cache.num_kept_tokens()
+    (47, [16, 16])
+
+    ```
+    """
+
+    def __init__(self, config: PreTrainedConfig, budget: float | int | str = 0.2, heavy_ratio: float = 0.5) -> None:
+        parsed_budget = parse_budget(budget)
+        if not 0 <= heavy_ratio < 1:
+            raise ValueError(
+                f"`heavy_ratio={heavy_ratio}` must be at least 0 and less than 1: the rest of the budget is the recent window."
+            )
+
+        def build_layer(place: LayerPlace, masks: MaskReader) -> H2OLayer:
+            return H2OLayer(place, parsed_budget, masks, heavy_ratio)
+
+        super().__init__(config, build_layer)

@@ -1,0 +1,360 @@
+"""
+StreamingLLM of Xiao et al., 2023 (https://arxiv.org/abs/2309.17453).
+
+The first tokens of a text act as attention sinks: models look there when they need not look anywhere. Keeping them and
+a rolling window of recent tokens lets a model generate without end. Positions are those inside the cache (paper,
+Section 3.2): the sinks directly precede the window, however much was evicted between.
+
+Departure from the authors' code: they store unrotated keys and rotate all of them anew at every step. RoPE depends on
+differences of positions only, so the same scores come of leaving queries and window where the model put them and moving
+the sinks alone, forward by the number of evicted tokens (the *sink shift*).
+"""
+
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from pyramid_cache.engine.cache import CompressedCache, check_decoder_config
+from pyramid_cache.engine.layer import CompressedLayer, LayerPlace
+from pyramid_cache.engine.rope import RotaryFrequencies, refuse_unsupported_rope, rotary_frequencies
+from pyramid_cache.engine.selection import gather_tokens
+from pyramid_cache.engine.tokens import MaskReader, Tokens
+from pyramid_cache.ops import grouped_logits, softmax_of_logits
+
+
+# Angles are counted from a base that moves on by this many tokens. The float32 angles of a model are off by up to
+# position * 6e-8 radians, so that they are never off by more than 1e-3 here.
+REBASE_INTERVAL = 1 << 14
+# Elements of the logits of one block of a streamed prompt: 16 MiB in float32.
+BLOCK_ELEMENTS = 1 << 22
+
+
+class StreamingLLMLayer(CompressedLayer):
+    """
+    One layer of `StreamingLLMCache`: slot `p` holds token `p` as long as there is room, then the window is a ring behind
+    the sinks. `sink_keys` `(batch, kv_heads, num_sink_tokens, head_dim)` are the sinks as they arrived; the first slots
+    hold them moved. Keys are rotated by their position minus `base`.
+    """
+
+    row_tensors = ("next_position", "column_positions", "sink_keys")
+
+    def __init__(
+        self,
+        place: LayerPlace,
+        masks: MaskReader,
+        window_length: int,
+        num_sink_tokens: int,
+        prefill: str,
+        rotary: Callable[[torch.nn.Module], RotaryFrequencies | None],
+    ) -> None:
+        self.window_length = window_length
+        self.num_sink_tokens = num_sink_tokens
+        self.prefill = prefill
+        self._find_rotary = rotary
+        super().__init__(place, None, masks)
+
+    def _clear(self) -> None:
+        super()._clear()
+        self.rotary: RotaryFrequencies | None = None
+        self.base = 0
+
+    @property
+    def window(self) -> int:
+        """The tokens that are kept beside the sinks."""
+        return self.window_length - self.num_sink_tokens
+
+    @property
+    def has_exact_angles(self) -> bool:
+        """Whether stored keys are rotated by exact angles from `base` instead of the model's own."""
+        return self.base > 0 or (self.rotary is not None and self.rotary.long_inv_freq is not None)
+
+    def num_tokens_to_keep(self, row_length: int) -> int:
+        return self.window_length
+
+    def held_tensors(self) -> dict[str, torch.Tensor]:
+        tensors = super().held_tensors()
+        if self.rotary is not None:
+            frequencies = {"inv_freq": self.rotary.inv_freq, "long_inv_freq": self.rotary.long_inv_freq}
+            tensors |= {name: tensor for name, tensor in frequencies.items() if tensor is not None}
+        return tensors
+
+    def _check_module(self, module: torch.nn.Module) -> None:
+        is_new = self._module is None
+        super()._check_module(module)
+        if is_new:
+            self.rotary = self._find_rotary(module)
+            longest = None if self.rotary is None else self.rotary.original_max_position_embeddings
+            if longest is not None and self.window_length > longest:
+                raise ValueError(
+                    f"`window_length={self.window_length}` exceeds the {longest} positions up to which this model's longrope "
+                    f"scaling is fixed. Choose `window_length` of at most {longest}."
+                )
+
+    # A prompt, or several tokens of a later turn.
+
+    def attend_prompt(
+        self,
+        attention: Callable,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        tokens: Tokens,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        is_first = self.positions is None
+        if is_first and not self.must_evict:
+            return attention(query, key, value, attention_mask, **kwargs)
+        is_streamed = not (is_first and self.prefill == "dense")
+        if not is_streamed:
+            output = attention(query, key, value, attention_mask, **kwargs)
+        new_positions = tokens.positions[..., -query.shape[2] :]
+        if self.has_exact_angles:
+            query = self._to_exact_angles(query, new_positions)
+            num_earlier = key.shape[2] - query.shape[2]
+            new_key = self._to_exact_angles(key[:, :, num_earlier:], new_positions)
+            key = torch.cat([key[:, :, :num_earlier], new_key], dim=2)
+        order = tokens.positions.argsort(dim=-1, stable=True)
+        key, value = gather_tokens(key, order), gather_tokens(value, order)
+        tokens = replace(tokens, positions=tokens.positions.gather(-1, order))
+        if self.base == 0:  # later on all rows have their sinks
+            self._remember_sinks(key, tokens)
+        if is_streamed:
+            output = self._attend_stream(query, key, value, tokens, new_positions, **kwargs), None
+        self.keep(key, value, tokens, self._ring_indices(tokens))
+        return output
+
+    def _attend_stream(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        tokens: Tokens,
+        new_positions: torch.Tensor,
+        **kwargs,
+    ) -> torch.Tensor:
+        """
+        Attention in which each query sees the sinks and the window that it would have seen had the tokens come one by one.
+
+        Args:
+            query (`torch.Tensor`): `(batch, heads, num_new, head_dim)`.
+            key, value (`torch.Tensor`): `(batch, kv_heads, columns, head_dim)`, in order of position, empty ones first.
+            tokens (`Tokens`): In these columns.
+            new_positions (`torch.Tensor`): `(batch, 1, num_new)`, of the queries.
+
+        Returns:
+            `torch.Tensor`: `(batch, num_new, heads, value_dim)`.
+        """
+        arguments = self.logit_arguments(query, **kwargs)
+        scaling = arguments.pop("scaling")
+        batch_size, heads, num_new, _ = query.shape
+        num_columns, num_sinks = key.shape[2], self.num_sink_tokens
+        order = new_positions.argsort(dim=-1, stable=True)
+        query, query_positions = gather_tokens(query, order), new_positions.gather(-1, order)
+        sink_query = query
+        if self.rotary is not None:
+            # Moving the sinks forward for one query is turning that query back.
+            shift = (query_positions + 1 - self.window_length).clamp(min=0)
+            sink_query = self.rotary.rotate(query, self.rotary.angles(self.base - shift))
+        sink_key, sink_value = self.sink_keys, gather_tokens(value, self._sink_columns(tokens))
+        sink_positions = torch.arange(num_sinks, device=key.device)
+        key_positions = tokens.positions
+        rows_per_block = max(min(BLOCK_ELEMENTS // (batch_size * heads * (self.window_length + 256)), 256), 1)
+        output = query.new_empty(batch_size, num_new, heads, value.shape[-1])
+        for start in range(0, num_new, rows_per_block):
+            stop = min(start + rows_per_block, num_new)
+            last = num_columns - num_new + stop
+            first = max(last - (stop - start) - self.window + 1, 0)
+            queries = query_positions[:, :, start:stop, None]
+            columns = key_positions[:, :, None, first:last]
+            in_window = (columns <= queries) & (columns > queries - self.window) & (columns >= num_sinks)
+            mask = torch.cat([(sink_positions <= queries), in_window], dim=-1)[:, :, None]
+            logits = torch.cat(
+                [
+                    grouped_logits(sink_query[:, :, start:stop], sink_key, scaling),
+                    grouped_logits(query[:, :, start:stop], key[:, :, first:last], scaling),
+                ],
+                dim=-1,
+            )
+            probabilities = softmax_of_logits(logits, mask, **arguments).to(value.dtype).flatten(2, 3)
+            block = (
+                probabilities[..., :num_sinks] @ sink_value + probabilities[..., num_sinks:] @ value[:, :, first:last]
+            )
+            output[:, start:stop] = block.view(batch_size, heads, stop - start, -1).transpose(1, 2)
+        index = order.argsort(dim=-1)[:, 0, :, None, None].expand_as(output)
+        return output.gather(1, index)
+
+    # One token.
+
+    def _before_append(self, num_new: int) -> None:
+        """A layer that is full turns into a ring before it takes the next token."""
+        if num_new == 1 and self.length and max(self.row_held) == self.window_length:
+            tokens = self.column_tokens
+            key, value = self.keys[:, :, : self.length], self.values[:, :, : self.length]
+            order = tokens.positions.argsort(dim=-1, stable=True)
+            key, value = gather_tokens(key, order), gather_tokens(value, order)
+            tokens = replace(tokens, positions=tokens.positions.gather(-1, order))
+            self._remember_sinks(key, tokens)
+            self.keep(key, value, tokens, self._ring_indices(tokens))
+
+    def _write(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        position, num_sinks = self.next_position, self.num_sink_tokens
+        self._move_base()
+        if self.has_exact_angles:
+            key_states = self._to_exact_angles(key_states, position, num_more=1)
+        ring = num_sinks + (position - num_sinks) % self.window
+        self._overwrite(torch.where(position < self.window_length, position, ring).long(), key_states, value_states)
+        if min(self.row_lengths) < num_sinks:
+            is_sink = torch.arange(num_sinks, device=self.device)[None, None, :, None] == position[..., None]
+            self.sink_keys = torch.where(is_sink, key_states, self.sink_keys)
+        self._shift_sinks(position + 1)
+        self.row_held = [min(held, self.window_length - 1) for held in self.row_held]
+
+    def attend_step(
+        self,
+        attention: Callable,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if self.positions is not None:
+            attention_mask = self.mask_for(query, key.shape[2], self.slot_mask())
+            if self.has_exact_angles:
+                query = self._to_exact_angles(query, self.next_position - 1)
+        return attention(query, key, value, attention_mask, **kwargs)
+
+    # Where the tokens are.
+
+    def _sink_columns(self, tokens: Tokens) -> torch.Tensor:
+        """`(batch, 1, num_sink_tokens)`: the sorted columns of the first tokens; -1 for one that a row does not have."""
+        sinks = torch.arange(self.num_sink_tokens, device=self.device)
+        columns = tokens.positions.shape[-1] - self.per_row(tokens.row_present) + sinks
+        return columns.masked_fill(sinks >= self.per_row(tokens.row_present), -1).long()
+
+    def _ring_indices(self, tokens: Tokens) -> torch.Tensor:
+        """`(batch, 1, window_length)`: the sorted column of the token that belongs in each slot, -1 for none."""
+        num_sinks, length = self.num_sink_tokens, self.per_row(tokens.row_lengths)
+        slots = torch.arange(num_sinks, self.window_length, device=self.device)
+        position = length - 1 - (length - 1 - slots) % self.window  # the latest one that falls into the slot
+        columns = tokens.positions.shape[-1] - length + position
+        ring = columns.masked_fill(position < num_sinks, -1).long()
+        return torch.cat([self._sink_columns(tokens), ring], dim=-1)
+
+    def _sort_slots(self) -> None:
+        # The sinks are where they were when they came: `attend_prompt` moves them for each query on its own.
+        self.keys[:, :, : self.num_sink_tokens] = self.sink_keys
+        super()._sort_slots()
+
+    # Angles.
+
+    def _to_exact_angles(self, states: torch.Tensor, positions: torch.Tensor, num_more: int = 0) -> torch.Tensor:
+        """States that the model has just rotated, rotated exactly by their `(batch, 1, tokens)` positions minus `base`."""
+        longest = max(self.row_lengths) + num_more
+        angles = self.rotary.angles(positions - self.base) - self.rotary.model_angles(positions, longest)
+        return self.rotary.rotate(states, angles)
+
+    def _remember_sinks(self, key: torch.Tensor, tokens: Tokens) -> None:
+        """Takes the sinks out of sorted keys."""
+        self.sink_keys = gather_tokens(key, self._sink_columns(tokens))
+
+    def _shift_sinks(self, num_seen: torch.Tensor) -> None:
+        """Moves the sinks to just before the window, `num_seen` `(batch, 1, 1)` tokens having been seen."""
+        if self.rotary is not None:
+            evicted = (num_seen - self.window_length).clamp(min=0)
+            moved = self.rotary.rotate(self.sink_keys, self.rotary.angles(evicted - self.base))
+            self.keys[:, :, : self.num_sink_tokens] = moved
+
+    def _move_base(self) -> None:
+        """Counts angles from nearer by, before those of the model become too coarse."""
+        base = max(self.row_lengths) // REBASE_INTERVAL * REBASE_INTERVAL
+        if self.rotary is None or base == self.base:
+            return
+        if self.has_exact_angles:
+            angles = self.rotary.angles(torch.full_like(self.next_position, self.base - base))
+        else:
+            angles = self.rotary.angles(self.positions - base) - self.rotary.model_angles(self.positions, 0)
+        self.keys = self.rotary.rotate(self.keys, angles)
+        self.base = base
+
+
+class StreamingLLMCache(CompressedCache):
+    """
+    Keeps the first tokens and the most recent ones (StreamingLLM, https://arxiv.org/abs/2309.17453).
+
+    A layer holds `window_length` tokens however much is generated:
+    `batch * kv_heads * (window_length + num_sink_tokens / 2) * 2 * head_dim * itemsize` bytes. What lies between the sinks
+    and the window is forgotten: no recall of it is possible.
+
+    Args:
+        config (`PreTrainedConfig` or `PreTrainedModel`): Of the model, or the model itself. The model is needed only if
+            it was cast with `model.to(torch.bfloat16)` after loading, which rounds its rotary frequencies too.
+        window_length (`int`): Tokens that attention sees at a decode step, the sinks and the new token included.
+        num_sink_tokens (`int`, defaults to 4): Tokens kept from the start.
+        prefill (`str`, defaults to `"streaming"`): `"streaming"`: each token of the prompt sees the sinks and the window
+            before it, as in a stream (the paper's method). `"dense"`: the prompt is read with full attention, then cut;
+            stronger, since late tokens carry what they saw. Later turns stream either way.
+
+    Raises:
+        ValueError: For a window without room beside the sinks, an unknown `prefill`, or a model that cannot be compressed.
+        NotImplementedError: For a model whose rotary embedding depends on the length (dynamic NTK) or has several axes;
+            at the first forward pass where the config does not tell.
+
+    Example:
+
+    ```python
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from pyramid_cache import StreamingLLMCache
+    >>> import torch
+
+    >>> config = LlamaConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=99)
+    >>> model = LlamaForCausalLM(config)
+    >>> cache = StreamingLLMCache(model.config, window_length=16)
+    >>> tokens = model.generate(torch.arange(40)[None], past_key_values=cache, max_new_tokens=8, eos_token_id=None)
+    >>> sorted(cache.positions(0)[0, 0].tolist())
+    [0, 1, 2, 3, 35, 36, 37, 38, 39, 40, 41, 42, 43, 44, 45, 46]
+
+    ```
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig | PreTrainedModel,
+        window_length: int,
+        num_sink_tokens: int = 4,
+        *,
+        prefill: Literal["streaming", "dense"] = "streaming",
+    ) -> None:
+        model = config if isinstance(config, PreTrainedModel) else None
+        config = config if model is None else model.config
+        check_window(window_length, num_sink_tokens, prefill)
+        check_decoder_config(config)
+        refuse_unsupported_rope(config)
+        get_model = (lambda: None) if model is None else weakref.ref(model)
+
+        def find_rotary(module: torch.nn.Module) -> RotaryFrequencies | None:
+            return rotary_frequencies(module, config, model=get_model())
+
+        def build_layer(place: LayerPlace, masks: MaskReader) -> StreamingLLMLayer:
+            return StreamingLLMLayer(place, masks, window_length, num_sink_tokens, prefill, find_rotary)
+
+        super().__init__(config, build_layer)
+
+
+def check_window(window_length: int, num_sink_tokens: int, prefill: str) -> None:
+    """Raises unless the arguments of `StreamingLLMCache` leave room for a window."""
+    for name, number, least in (("window_length", window_length, 1), ("num_sink_tokens", num_sink_tokens, 0)):
+        if isinstance(number, bool) or not isinstance(number, int) or number < least:
+            raise ValueError(f"`{name}={number!r}` must be an integer of at least {least}.")
+    if window_length <= num_sink_tokens:
+        raise ValueError(
+            f"`window_length={window_length}` includes the {num_sink_tokens} sink tokens and must exceed them: give at least "
+            f"{num_sink_tokens + 1}, or lower `num_sink_tokens`."
+        )
+    if prefill not in ("streaming", "dense"):
+        raise ValueError(f"`prefill={prefill!r}` must be 'streaming' or 'dense'.")

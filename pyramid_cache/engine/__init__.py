@@ -1,0 +1,1 @@
+"""What every method shares, written once: the seam to transformers, storage, budgets, selection, rotary positions."""

@@ -1,0 +1,165 @@
+"""How many tokens each layer keeps: pure functions of numbers."""
+
+import functools
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal
+
+
+BUDGET_FORMS = "a fraction of the prompt (0 < budget <= 1.0), a number of tokens (a positive int) or bytes ('256MiB')"
+BYTE_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """
+    What a layer may keep of a row.
+
+    Attributes:
+        kind (`str`): "fraction" of the prompt, "tokens" per layer, or "bytes" of the whole cache.
+        amount (`float` or `int`): In that unit.
+    """
+
+    kind: Literal["fraction", "tokens", "bytes"]
+    amount: float | int
+
+    @property
+    def is_unlimited(self) -> bool:
+        """Whether the whole prompt may be kept, which is taken to mean that nothing is ever evicted."""
+        return self.kind == "fraction" and self.amount == 1
+
+    def num_tokens(self, prompt_length: int) -> int:
+        """
+        The tokens that a layer may keep of a prompt of that many tokens: at least one. A budget in bytes must have been
+        turned into tokens before, by `bytes_to_tokens`.
+        """
+        if self.kind == "fraction":
+            return max(floor_of_product(self.amount, prompt_length), 1)
+        return int(self.amount)
+
+
+def floor_of_product(fraction: float, count: int) -> int:
+    """`floor(fraction * count)` of the decimal number that was written: 0.29 of 100 is 29, though 0.29 * 100 < 29."""
+    return math.floor(Fraction(repr(float(fraction))) * count)
+
+
+def parse_budget(budget: float | int | str) -> Budget:
+    """
+    Reads a budget as users write it.
+
+    Raises:
+        ValueError: It is none of a fraction in (0, 1], a positive number of tokens and a number of bytes.
+    """
+    if isinstance(budget, bool) or not isinstance(budget, (int, float, str)):
+        raise ValueError(f"`budget` must be {BUDGET_FORMS}, but is {budget!r}.")
+    if isinstance(budget, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", budget)
+        unit = None if match is None else BYTE_UNITS.get(match[2].lower())
+        if match is None or unit is None or not match[2]:
+            raise ValueError(
+                f"`budget={budget!r}` is no number of bytes. Give {BUDGET_FORMS}; units are B, KB, MB, GB, KiB, MiB, GiB."
+            )
+        num_bytes = int(float(match[1]) * unit)
+        if num_bytes < 1:
+            raise ValueError(f"`budget={budget!r}` holds nothing. Give {BUDGET_FORMS}.")
+        return Budget("bytes", num_bytes)
+    if isinstance(budget, int):
+        if budget < 1:
+            raise ValueError(f"`budget={budget}` keeps no token. Give {BUDGET_FORMS}.")
+        return Budget("tokens", budget)
+    if not 0 < budget <= 1:
+        hint = f" For {budget:.0f} tokens give the int." if math.isfinite(budget) and budget > 1 else ""
+        raise ValueError(f"`budget={budget}` is no share of the prompt. Give {BUDGET_FORMS}.{hint}")
+    return Budget("fraction", budget)
+
+
+def bytes_to_tokens(
+    num_bytes: int, num_layers: int, batch_size: int, bytes_per_token: int, num_spare_slots: int
+) -> int:
+    """
+    The tokens per layer and row that a budget in bytes pays for.
+
+    Args:
+        num_bytes (`int`): For all layers and rows together.
+        bytes_per_token (`int`): Keys, values and bookkeeping of one token in one layer of one row.
+        num_spare_slots (`int`): Slots that a layer allocates beyond the tokens it keeps.
+
+    Raises:
+        ValueError: Not even one token per layer and row fits.
+    """
+    num_tokens = num_bytes // (num_layers * batch_size * bytes_per_token) - num_spare_slots
+    if num_tokens < 1:
+        least = num_layers * batch_size * bytes_per_token * (1 + num_spare_slots)
+        raise ValueError(
+            f"A budget of {num_bytes:,} bytes cannot hold one token per layer for {batch_size} rows in {num_layers} "
+            f"layers: that takes {least:,} bytes. Raise the budget."
+        )
+    return num_tokens
+
+
+def cosine_decay(num_layers: int, decay_ratio: float) -> list[float]:
+    """The shape of the pyramid: 1 at the first layer, falling as half a cosine to `decay_ratio` at the last one."""
+    if num_layers == 1:
+        return [1.0]
+    return [
+        (1 - decay_ratio) * (math.cos(math.pi * layer / (num_layers - 1)) + 1) / 2 + decay_ratio
+        for layer in range(num_layers)
+    ]
+
+
+@functools.lru_cache(maxsize=1024)
+def pyramid_schedule(
+    prompt_length: int, total: int, shape: tuple[float, ...], minimum: int, num_dense_layers: int = 0
+) -> tuple[int, ...]:
+    """
+    Numbers of tokens per layer with a given sum: `clip(scale * shape, minimum, prompt_length)`, the scale being solved.
+
+    Args:
+        prompt_length (`int`): No layer keeps more.
+        total (`int`): Tokens kept over all layers; met exactly if the bounds allow it.
+        shape (`tuple[float, ...]`): One positive number per layer, never rising, as `cosine_decay` gives.
+        minimum (`int`): No layer keeps fewer.
+        num_dense_layers (`int`): The first layers, which keep everything.
+
+    Returns:
+        `tuple[int, ...]`: Never rising.
+
+    Raises:
+        ValueError: The layers that keep everything and the minimum of the others take more than `total`.
+    """
+    num_layers = len(shape)
+    minimum = min(minimum, prompt_length)
+    num_pruned = num_layers - num_dense_layers
+    rest = min(total, num_layers * prompt_length) - num_dense_layers * prompt_length
+    if rest < num_pruned * minimum:
+        needed = num_dense_layers * prompt_length + num_pruned * minimum
+        raise ValueError(
+            f"A budget of {total} tokens over {num_layers} layers is too small for a prompt of {prompt_length}: "
+            f"{num_dense_layers} layers that keep all of it and {minimum} tokens in each of the others take {needed}. "
+            f"Raise `budget` or lower `first_pruned_layer`."
+        )
+    pruned_shape = shape[num_dense_layers:]
+
+    def kept(scale: float) -> list[float]:
+        return [min(max(scale * share, minimum), prompt_length) for share in pruned_shape]
+
+    low, high = 0.0, prompt_length / min(pruned_shape, default=1.0)
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(kept(middle)) < rest else (low, middle)
+    exact = kept(high)
+    numbers = [math.floor(number) for number in exact]
+    by_remainder = sorted(range(num_pruned), key=lambda layer: (numbers[layer] - exact[layer], layer))
+    # Rounding up the largest remainders keeps the sequence from rising: of two layers with the same floor, the deeper
+    # one never has the larger remainder.
+    for layer in by_remainder[: rest - sum(numbers)]:
+        numbers[layer] += 1
+    return (prompt_length,) * num_dense_layers + tuple(numbers)
+
+
+def mean_share(kept: Sequence[int], prompt_length: int) -> float:
+    """The mean over layers of the share of the prompt that is kept."""
+    return sum(kept) / (len(kept) * prompt_length)

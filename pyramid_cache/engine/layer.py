@@ -1,0 +1,651 @@
+"""
+One decoder layer's cache: slots, positions, the meeting with attention, and everything that is not a policy.
+
+A layer is *dense* until something is evicted: it holds what it has seen in order of arrival, padding included, and the
+model's attention function runs on it with the mask that came, so that it is `DynamicCache` bit for bit. From the first
+eviction on it holds *slots*: keys and values of the tokens it kept, the position of each (-1: empty), and what its
+method scores with. Keys carry RoPE at their original positions, so that slots need no order.
+
+A method derives a layer, says how many tokens it keeps, and what it does with a prompt and with a decode step.
+"""
+
+import weakref
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from transformers.cache_utils import CacheLayerMixin
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from pyramid_cache.engine.budget import Budget, bytes_to_tokens
+from pyramid_cache.engine.selection import gather_tokens
+from pyramid_cache.engine.tokens import MaskReader, Tokens, causal_mask
+from pyramid_cache.ops import attention_scores, causal_attention_with_lse, decode_probabilities, scores_from_lse
+
+
+# A layer that must grow by one token grows by this many, or by a 64th of its length if that is more.
+MIN_GROWTH = 16
+
+
+@dataclass(frozen=True)
+class LayerPlace:
+    """
+    Where a layer stands.
+
+    Attributes:
+        layer_idx (`int`): Its index in the model.
+        depth (`int`): Its rank among the layers that evict.
+        num_layers (`int`): How many layers evict.
+        model_depth (`int`): How many layers of all kinds the model has.
+    """
+
+    layer_idx: int
+    depth: int
+    num_layers: int
+    model_depth: int
+
+
+class CompressedLayer(CacheLayerMixin):
+    """
+    Base of all layers: storage, positions, masks, and the batch operations of beam search.
+
+    Keys and values are `(batch, kv_heads, slots, head_dim)`, positions `(batch, kv_heads or 1, slots)` int32. The tensors
+    named in `slot_tensors` have their slots in dimension 2, those in `row_tensors` only share the batch dimension.
+
+    Args:
+        place (`LayerPlace`): Which layer of the model this is.
+        budget (`Budget`, *optional*): What this layer may keep. Without one the method has a limit of its own.
+        masks (`MaskReader`): Shared by the layers of a cache.
+    """
+
+    is_sliding = False
+    is_compileable = False
+    supports_early_init = False
+
+    slot_tensors: tuple[str, ...] = ("keys", "values", "positions")
+    row_tensors: tuple[str, ...] = ("next_position", "column_positions")
+    row_counts: tuple[str, ...] = ("row_lengths", "row_held", "row_kept")
+    # Slots allocated beyond the tokens that are kept, for methods that write before they evict.
+    num_spare_slots = 0
+    # Whether all heads of a layer keep the same tokens.
+    heads_share_positions = True
+
+    def __init__(self, place: LayerPlace, budget: Budget | None, masks: MaskReader) -> None:
+        super().__init__()
+        self.place = place
+        self.budget = budget
+        self.masks = masks
+        self._clear()
+
+    def _clear(self) -> None:
+        for name in (*self.slot_tensors, *self.row_tensors):
+            setattr(self, name, None)
+        self.is_initialized = False
+        self.length = 0
+        self.num_seen = 0
+        # Per row, known without asking the device: tokens seen, tokens held, tokens that may be held.
+        self.row_lengths: list[int] = []
+        self.row_held: list[int] = []
+        self.row_kept: list[int] = []
+        # Set from outside when hidden states were pruned before this layer: the tokens that are about to arrive.
+        self.incoming: Tokens | None = None
+        self.num_pending = 0
+        self._module: weakref.ref | None = None
+
+    # What a method decides.
+
+    @abstractmethod
+    def num_tokens_to_keep(self, row_length: int) -> int:
+        """How many of a row's tokens stay, `row_length` of them having been seen."""
+
+    @abstractmethod
+    def attend_prompt(
+        self,
+        attention: Callable,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        tokens: Tokens,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Attention of several queries (or of the very first one), and the eviction that follows. `key` and `value` hold what
+        the layer held and the new tokens behind it, `tokens` their positions. An eviction ends in `keep`.
+        """
+
+    @abstractmethod
+    def attend_step(
+        self,
+        attention: Callable,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attention of one query over what the layer holds, the new token included, and the eviction that follows."""
+
+    # The meeting with the model: `update`, then `attend`.
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        batch_size, kv_heads, _, head_dim = key_states.shape
+        self.batch_size = batch_size
+        self._key_shape, self._value_shape = (kv_heads, head_dim), (kv_heads, value_states.shape[-1])
+        self.row_lengths = [0] * batch_size
+        self.row_held = [0] * batch_size
+        self.next_position = torch.zeros(batch_size, 1, 1, dtype=torch.int32, device=self.device)
+        if self.budget is not None and self.budget.kind == "bytes":
+            num_tokens = bytes_to_tokens(
+                self.budget.amount, self.place.num_layers, batch_size, self.bytes_per_token, self.num_spare_slots
+            )
+            self.token_budget = Budget("tokens", num_tokens)
+        else:
+            self.token_budget = self.budget
+        self.is_initialized = True
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Keys, values and bookkeeping of one token of one row."""
+        kv_heads = self._key_shape[0]
+        bookkeeping = 4 * (len(self.slot_tensors) - 2) * (1 if self.heads_share_positions else kv_heads)
+        return kv_heads * (self._key_shape[1] + self._value_shape[1]) * self.dtype.itemsize + bookkeeping
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Takes the new tokens in and returns what attention must see. The key tensor carries the layer in the attribute
+        `cache_layer`, by which the attention function finds its way back to `attend`.
+
+        Raises:
+            ValueError: The tensors do not fit those that the cache holds.
+            RuntimeError: The keys of the last `update` never came back.
+        """
+        self.require_attended()
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self._check_states(key_states, value_states)
+        num_new = key_states.shape[2]
+        self.num_pending = num_new
+        if self.positions is None:
+            self._before_append(num_new)
+        if self.positions is None:
+            self._append(key_states, value_states)
+            keys, values = self.keys[:, :, : self.length], self.values[:, :, : self.length]
+        elif num_new == 1 and self.incoming is None:
+            self._write(key_states, value_states)
+            keys, values = self.keys[:, :, : self.length], self.values[:, :, : self.length]
+        else:
+            self._sort_slots()
+            keys = torch.cat([self.keys[:, :, : self.length], key_states], dim=2)
+            values = torch.cat([self.values[:, :, : self.length], value_states], dim=2)
+        self.num_seen = self.num_seen + num_new if self.incoming is None else self.incoming.num_seen
+        keys = keys.view(keys.shape)  # an object of its own: the layer must not refer to itself through it
+        keys.cache_layer = self
+        return keys, values
+
+    def attend(
+        self,
+        attention: Callable,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        What the wrapped attention function calls instead of attending.
+
+        Args:
+            attention (`Callable`): The function that would have run, bound to `module`.
+            query (`torch.Tensor`): `(batch, heads, num_new, head_dim)`.
+            key, value (`torch.Tensor`): What `update` returned.
+            attention_mask (`torch.Tensor`, *optional*): In coordinates of everything seen, in the form that `attention` takes.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor | None]`: As attention functions return it: `(batch, num_new, heads,
+            head_dim)`, and attention weights where `attention` gave them.
+        """
+        num_new = query.shape[2]
+        if num_new != self.num_pending:
+            raise RuntimeError(
+                f"Layer {self.place.layer_idx} was given {self.num_pending} tokens and asked for {num_new} queries: the model's "
+                "attention calls `update` in a way that pyramid_cache does not know. Use DynamicCache for this model."
+            )
+        self._check_module(module)
+        if self.positions is not None and kwargs.get("output_attentions"):
+            raise NotImplementedError(
+                "`output_attentions=True`: attention weights over a cache that has evicted tokens have no columns for them. "
+                "Use DynamicCache, or a budget that holds the whole sequence."
+            )
+        if num_new == 1 and self.row_lengths != [0] * self.batch_size and self.incoming is None:
+            self._check_step_mask(attention_mask)
+            self.row_lengths = [length + 1 for length in self.row_lengths]
+            self.row_held = [held + 1 for held in self.row_held]
+            self.next_position += 1
+            output = self.attend_step(attention, query, key, value, attention_mask, **kwargs)
+        else:
+            tokens = self._read_tokens(attention_mask, num_new)
+            output = self.attend_prompt(attention, query, key, value, attention_mask, tokens, **kwargs)
+        self.num_pending = 0
+        self.incoming = None
+        return output
+
+    def require_attended(self) -> None:
+        """Raises if keys went out through `update` and the attention function never brought them back."""
+        if self.num_pending:
+            raise RuntimeError(
+                f"The attention of layer {self.place.layer_idx} did not go through the attention interface of transformers, so "
+                "the cache never saw its queries. Load the model with attn_implementation='sdpa', 'eager' or "
+                "'flash_attention_2'; a model that supports none of them through the interface needs DynamicCache. "
+                "After an interrupted forward pass, call `cache.reset()`."
+            )
+
+    def _check_states(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        batch_size, kv_heads, _, head_dim = key_states.shape
+        if batch_size != self.batch_size:
+            raise ValueError(
+                f"The cache holds {self.batch_size} rows, but the model was given {batch_size}. Use a new cache for another "
+                "batch, or call `cache.reset()`."
+            )
+        if (kv_heads, head_dim) != self._key_shape or (kv_heads, value_states.shape[-1]) != self._value_shape:
+            raise ValueError(
+                f"The cache holds {self._key_shape[0]} KV heads of width {self._key_shape[1]}, but layer {self.place.layer_idx} of "
+                f"this model has {kv_heads} of width {head_dim}. Use a new cache for another model."
+            )
+        if key_states.dtype != self.dtype or key_states.device != self.device:
+            raise ValueError(
+                f"The cache holds {self.dtype} on {self.device}, but was given {key_states.dtype} on {key_states.device}. "
+                "Use a new cache, or call `cache.reset()`."
+            )
+
+    def _check_module(self, module: torch.nn.Module) -> None:
+        owner = None if self._module is None else self._module()
+        if owner is None:
+            if not getattr(module, "is_causal", True):
+                raise NotImplementedError(
+                    f"{type(module).__name__} attends in both directions: it has no past that a KV cache could hold."
+                )
+            config = getattr(module, "config", None)
+            depth = None if config is None else config.get_text_config(decoder=True).num_hidden_layers
+            if depth is not None and depth != self.place.model_depth:
+                raise ValueError(
+                    f"The cache was built for {self.place.model_depth} layers, but the model has {depth}. Build the cache from the "
+                    "config of the model that it is used with."
+                )
+            self._module = weakref.ref(module)
+        elif owner is not module:
+            raise ValueError(
+                "The cache was filled by another model. Use a new cache for each model, or call `cache.reset()` before it "
+                "changes hands."
+            )
+
+    def _check_step_mask(self, attention_mask: torch.Tensor | None) -> None:
+        # Reading a mask on an accelerator would wait for it at every token.
+        if attention_mask is None or attention_mask.device.type != "cpu":
+            return
+        tokens = self.masks.read(attention_mask, self.batch_size, 1, self.num_seen, self.device)
+        if tokens.row_lengths != [length + 1 for length in self.row_lengths]:
+            raise ValueError(
+                f"The attention mask shows {tokens.row_lengths} tokens per row, but {self.row_lengths} have been seen before "
+                "this one. Pass a mask that covers the tokens in the cache and the new one, and hides padding only."
+            )
+
+    def _read_tokens(self, attention_mask: torch.Tensor | None, num_new: int) -> Tokens:
+        """The tokens in the columns of the keys that went out; updates the counts of the rows."""
+        tokens = self.incoming
+        if tokens is None:
+            tokens = self.masks.read(attention_mask, self.batch_size, num_new, self.num_seen, self.device)
+            num_earlier = self.num_seen - num_new
+            earlier = [num_earlier] * self.batch_size
+            if tokens.has_gaps:
+                earlier = (tokens.positions[:, 0, :num_earlier] >= 0).sum(dim=-1).tolist()
+            if earlier != self.row_lengths:
+                raise ValueError(
+                    f"The attention mask shows {earlier} earlier tokens per row, but {self.row_lengths} have been seen. "
+                    "Pass a mask that covers the tokens in the cache as it did when they were new."
+                )
+        if self.positions is None:
+            self.column_positions = tokens.positions if tokens.has_gaps else None
+        else:
+            new = tokens.positions[..., -num_new:]
+            num_new_tokens = [length - seen for length, seen in zip(tokens.row_lengths, self.row_lengths, strict=True)]
+            tokens = replace(
+                tokens,
+                positions=torch.cat([self.positions, new.expand(-1, self.positions.shape[1], -1)], dim=-1),
+                row_present=[held + count for held, count in zip(self.row_held, num_new_tokens, strict=True)],
+            )
+        self.row_lengths, self.row_held = list(tokens.row_lengths), list(tokens.row_present)
+        self.next_position = self.per_row(self.row_lengths)
+        self.row_kept = [self.num_tokens_to_keep(length) for length in self.row_lengths]
+        return tokens
+
+    # Storage.
+
+    @property
+    def has_empty_slots(self) -> bool:
+        """Whether some row holds fewer tokens than the layer has slots; known without asking the device."""
+        return min(self.row_held) < self.length
+
+    @property
+    def must_evict(self) -> bool:
+        """Whether some row holds more tokens than it may keep."""
+        return any(held > kept for held, kept in zip(self.row_held, self.row_kept, strict=True))
+
+    @property
+    def column_tokens(self) -> Tokens:
+        """The tokens in the columns of a dense layer."""
+        tokens = Tokens.without_padding(self.batch_size, self.length, self.device)
+        if self.column_positions is None:
+            return tokens
+        # Columns that arrived one at a time are tokens.
+        num_steps = self.length - self.column_positions.shape[-1]
+        steps = self.next_position + torch.arange(-num_steps, 0, dtype=torch.int32, device=self.device)
+        positions = torch.cat([self.column_positions, steps], dim=-1)
+        return replace(tokens, positions=positions, row_lengths=self.row_lengths, row_present=self.row_held)
+
+    def _before_append(self, num_new: int) -> None:
+        """For methods that must evict before new tokens are stored."""
+
+    def _append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Stores new tokens behind the others, in order of arrival."""
+        num_new = key_states.shape[2]
+        if self.keys is None:
+            self.keys, self.values = own_storage(key_states), own_storage(value_states)
+        else:
+            self._reserve(self.length + num_new)
+            self.keys[:, :, self.length : self.length + num_new] = key_states
+            self.values[:, :, self.length : self.length + num_new] = value_states
+        self.length += num_new
+
+    def _reserve(self, num_slots: int) -> None:
+        """Makes room for that many slots, and for some more if the layer grows by a token at a time."""
+        if num_slots <= self.keys.shape[2]:
+            return
+        if num_slots == self.length + 1:
+            num_slots += max(MIN_GROWTH, self.length // 64) - 1
+        for name in self.slot_tensors:
+            tensor = getattr(self, name)
+            if tensor is not None:
+                setattr(self, name, grown(tensor, self.length, num_slots, fill=-1 if name == "positions" else 0))
+
+    def _write(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Stores one new token in a layer of slots: behind the others, unless the method has a slot to reuse."""
+        self._append(key_states, value_states)
+        self.positions[:, :, self.length - 1 : self.length] = self.next_position
+
+    def _overwrite(self, slots: torch.Tensor, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Stores one new token in the slots `(batch, kv_heads or 1, 1)`; nothing is allocated that grows with the cache."""
+        index = slots[..., None].expand(-1, key_states.shape[1], -1, -1)
+        self.keys.scatter_(2, index.expand_as(key_states), key_states)
+        self.values.scatter_(2, index.expand_as(value_states), value_states)
+        self.positions.scatter_(2, slots, self.next_position.expand_as(slots))
+
+    def _sort_slots(self) -> None:
+        """Brings the slots in order of their positions, empty ones first, before more than one token is added."""
+        order = self.positions[..., : self.length].argsort(dim=-1)
+        for name in self.slot_tensors:
+            setattr(self, name, gather_tokens(getattr(self, name), order))
+
+    def keep(self, key: torch.Tensor, value: torch.Tensor, tokens: Tokens, indices: torch.Tensor) -> None:
+        """
+        Copies the chosen tokens into tensors of their own; what they were chosen from is let go.
+
+        Args:
+            key, value (`torch.Tensor`): `(batch, kv_heads, columns, head_dim)`.
+            tokens (`Tokens`): In these columns.
+            indices (`torch.Tensor`): `(batch, kv_heads or 1, kept)`, -1 for a slot that stays empty.
+        """
+        if tokens.ends_in_padding:
+            raise NotImplementedError(
+                "Some rows of the batch are padded on the right, and the cache has to evict. Pad on the left "
+                "(tokenizer.padding_side = 'left'), as `generate` asks for anyway."
+            )
+        num_kept = indices.shape[-1]
+        num_slots = num_kept + self.num_spare_slots
+        kept_positions = gather_tokens(tokens.positions.expand(-1, indices.shape[1], -1), indices)
+        self.keys = gathered(key, indices, num_slots)
+        self.values = gathered(value, indices, num_slots)
+        self.positions = grown(kept_positions.masked_fill(indices < 0, -1), num_kept, num_slots, fill=-1)
+        self.column_positions = None
+        self.length = num_slots
+        self.row_held = [min(held, kept) for held, kept in zip(self.row_held, self.row_kept, strict=True)]
+
+    def per_row(self, numbers: list[int]) -> torch.Tensor:
+        """Numbers known on the host as a `(batch, 1, 1)` int32 tensor on the layer's device."""
+        return torch.tensor(numbers, dtype=torch.int32, device=self.device).view(-1, 1, 1)
+
+    # Attention over slots, and what methods score with.
+
+    def slot_mask(self) -> torch.Tensor | None:
+        """`(batch, kv_heads or 1, slots)` bool, False for empty slots; None if there is none."""
+        return self.positions[..., : self.length] >= 0 if self.has_empty_slots else None
+
+    def mask_for(self, query: torch.Tensor, num_keys: int, key_mask: torch.Tensor | None) -> torch.Tensor | None:
+        """`causal_mask` for the model's attention; `key_mask` is `(batch, kv_heads or 1, keys)`, the same for all heads."""
+        key_mask = None if key_mask is None else key_mask[:, :1]
+        implementation = self._module().config._attn_implementation
+        return causal_mask(implementation, key_mask, query.shape[2], num_keys, query.dtype, query.device)
+
+    def attend_and_score(
+        self,
+        attention: Callable,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        tokens: Tokens,
+        num_rows: int,
+        row_weights: torch.Tensor | None,
+        **kwargs,
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor | None], torch.Tensor]:
+        """
+        Attention of several queries and the scores that the last `num_rows` of them give to all keys.
+
+        Args:
+            attention_mask (`torch.Tensor`, *optional*): In the form that `attention` takes.
+            tokens (`Tokens`): Of the keys.
+            row_weights (`torch.Tensor`, *optional*): `(batch or 1, num_rows)`. Padded queries have weight 0 anyway.
+
+        Returns:
+            The output of attention, and the scores `(batch, kv_heads, keys)`.
+        """
+        scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+        if tokens.has_gaps:
+            is_token = (tokens.positions[:, 0, -num_rows:] >= 0).to(torch.float32)
+            row_weights = is_token if row_weights is None else row_weights * is_token
+        if self._can_reuse_lse(attention, query, key, value, attention_mask, **kwargs):
+            output, lse = causal_attention_with_lse(query, key, value, scaling, attention_mask)
+            scores = scores_from_lse(
+                query[:, :, -num_rows:], key, lse[:, :, -num_rows:], scaling=scaling, row_weights=row_weights
+            )
+            return (output, None), scores
+        output = attention(query, key, value, attention_mask, **kwargs)
+        scores = attention_scores(
+            query[:, :, -num_rows:],
+            key,
+            scaling=scaling,
+            key_mask=tokens.positions >= 0 if tokens.has_gaps else None,
+            row_weights=row_weights,
+            softcap=kwargs.get("softcap"),
+            sink_logits=kwargs.get("s_aux"),
+        )
+        return output, scores
+
+    def _can_reuse_lse(
+        self,
+        attention: Callable,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **kwargs,
+    ) -> bool:
+        return (
+            attention.func is sdpa_attention_forward
+            and query.device.type == "cpu"
+            and query.dtype == torch.float32
+            and query.shape[2:] == key.shape[2:] == value.shape[2:]
+            and (attention_mask is None or attention_mask.dtype == torch.bool)
+            and not kwargs.get("dropout")
+            and not torch.is_grad_enabled()
+            and all(kwargs.get(name) is None for name in ("softcap", "s_aux", "position_bias"))
+        )
+
+    def step_probabilities(self, query: torch.Tensor, key: torch.Tensor, key_mask: torch.Tensor | None, **kwargs):
+        """`(batch, kv_heads, slots)` float32: what one query per row attends to, averaged over a group."""
+        return decode_probabilities(query, key, mask=key_mask, **self.logit_arguments(query, **kwargs)).mean(dim=2)
+
+    @staticmethod
+    def logit_arguments(query: torch.Tensor, **kwargs) -> dict:
+        """What the model's call to attention says about its logits, as the ops take it."""
+        return {
+            "scaling": kwargs.get("scaling") or query.shape[-1] ** -0.5,
+            "softcap": kwargs.get("softcap"),
+            "sink_logits": kwargs.get("s_aux"),
+        }
+
+    # What `generate` asks of any layer.
+
+    def get_seq_length(self) -> int:
+        """The number of tokens seen, padding included: what position ids and input slicing go by."""
+        return self.num_seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """The mask is asked for in coordinates of everything seen; `attend` takes from it what it needs."""
+        return self.num_seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        """Forgets everything and lets the tensors go."""
+        self._clear()
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether `crop` can take tokens back: as long as nothing was evicted and nothing scored."""
+        return self.positions is None and all(getattr(self, name) is None for name in self.slot_tensors[3:])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """
+        Takes back the last `-tokens_to_remove` tokens.
+
+        Raises:
+            ValueError: A positive number, or more than the layer has seen.
+            NotImplementedError: Tokens were evicted or scored since, which cannot be undone.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"`crop({tokens_to_remove})`: give the number of tokens to remove as a negative number.")
+        if tokens_to_remove == 0 or not self.is_initialized:
+            return
+        if -tokens_to_remove > self.num_seen:
+            raise ValueError(f"`crop({tokens_to_remove})`: only {self.num_seen} tokens have been seen.")
+        if not self.is_croppable or min(self.row_lengths) + tokens_to_remove < 0:
+            raise NotImplementedError(
+                f"`crop({tokens_to_remove})`: layer {self.place.layer_idx} has evicted or scored tokens since, and that cannot be "
+                "undone. Decoding that takes tokens back (assisted generation, prompt lookup) needs DynamicCache."
+            )
+        self.length += tokens_to_remove
+        self.num_seen += tokens_to_remove
+        self.row_lengths = [length + tokens_to_remove for length in self.row_lengths]
+        self.row_held = list(self.row_lengths)
+        self.next_position = self.next_position + tokens_to_remove
+        if self.column_positions is not None:
+            self.column_positions = self.column_positions[..., : self.length].contiguous()
+
+    def activate_past_recording(self) -> None:
+        raise NotImplementedError(
+            "Assisted generation and prompt lookup take rejected tokens back, which a cache that evicts cannot do. Use "
+            "DynamicCache with them, or generate without an assistant."
+        )
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Reorders the rows for beam search."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps the rows at `indices`, in that order."""
+        if not self.is_initialized:
+            return
+        indices = torch.as_tensor(indices, device=self.device)
+        indices = indices.nonzero().flatten() if indices.dtype == torch.bool else indices
+        self._map_rows(lambda tensor: tensor.index_select(0, indices))
+        self.batch_size = indices.shape[0]
+        # Rows that are all alike need no look at the indices, which may be on the device.
+        are_alike = all(len(set(getattr(self, name))) <= 1 for name in self.row_counts)
+        rows = [0] * self.batch_size if are_alike else indices.tolist()
+        self._map_row_counts(rows)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats each row `repeats` times, copies side by side."""
+        if not self.is_initialized:
+            return
+        self._map_rows(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+        self._map_row_counts([row for row in range(self.batch_size) for _ in range(repeats)])
+        self.batch_size *= repeats
+
+    def _map_row_counts(self, rows: list[int]) -> None:
+        for name in self.row_counts:
+            counts = getattr(self, name)
+            setattr(self, name, [counts[row] for row in rows] if counts else [])
+
+    def _map_rows(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        for name in (*self.slot_tensors, *self.row_tensors):
+            tensor = getattr(self, name)
+            if tensor is not None:
+                setattr(self, name, function(tensor))
+
+    def offload(self) -> None:
+        """Moves the layer's tensors to the CPU."""
+        self._map_rows(lambda tensor: tensor.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        """Moves the layer's tensors back to its device."""
+        if self.is_initialized:
+            self._map_rows(lambda tensor: tensor.to(self.device, non_blocking=True))
+
+    # What users ask.
+
+    def held_positions(self) -> torch.Tensor:
+        """`(batch, kv_heads, slots)` int64: the positions of the tokens in the slots, -1 for empty ones and padding."""
+        positions = self.column_tokens.positions if self.positions is None else self.positions[..., : self.length]
+        return positions.expand(-1, self._key_shape[0], -1).long()
+
+    def held_tensors(self) -> dict[str, torch.Tensor]:
+        """Every tensor that the layer refers to, by name."""
+        tensors = {name: getattr(self, name) for name in (*self.slot_tensors, *self.row_tensors)}
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+def own_storage(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself if it fills its storage, else a copy: a view would keep all of a fused projection alive."""
+    return tensor if tensor.untyped_storage().nbytes() == tensor.numel() * tensor.itemsize else tensor.contiguous()
+
+
+def grown(tensor: torch.Tensor, length: int, num_slots: int, fill: int) -> torch.Tensor:
+    """A tensor with `num_slots` slots in dimension 2, the first `length` of them copied, the others holding `fill`."""
+    if num_slots == length == tensor.shape[2]:
+        return tensor
+    result = tensor.new_empty(*tensor.shape[:2], num_slots, *tensor.shape[3:])
+    result[:, :, :length] = tensor[:, :, :length]
+    result[:, :, length:] = fill
+    return result
+
+
+def gathered(tensor: torch.Tensor, indices: torch.Tensor, num_slots: int) -> torch.Tensor:
+    """`gather_tokens` into the front of a new tensor of `num_slots` slots, the rest being zero."""
+    num_kept = indices.shape[-1]
+    if num_slots == num_kept:
+        return gather_tokens(tensor, indices)
+    result = tensor.new_zeros(*tensor.shape[:2], num_slots, tensor.shape[3])
+    index = indices.clamp(min=0)[..., None].expand(-1, tensor.shape[1], -1, tensor.shape[3])
+    torch.gather(tensor, 2, index, out=result[:, :, :num_kept])
+    return result

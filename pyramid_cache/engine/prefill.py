@@ -1,0 +1,230 @@
+"""
+Pruning of hidden states between layers while a prompt is read (PyramidInfer): the only file that hooks a model.
+
+The decoder layers of a model get a pre-hook and a post-hook once. Both look at the cache that the layer is called with
+and do nothing unless it is one that prunes hidden states and was built from this very model. After a layer has run, the
+hidden states of the tokens that its cache layer passes on are gathered; before the next one, so is all that belongs to
+them: position embeddings, position ids, the mask. Tokens keep their positions. Rows are aligned on the right, so that the
+last token stays last. After the last layer, hidden states return to their places, with NaN where tokens were dropped.
+"""
+
+import functools
+import inspect
+import weakref
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from pyramid_cache.engine.selection import gather_tokens
+from pyramid_cache.engine.tokens import Tokens, causal_mask
+
+
+# What decoder layers are called with that has a token dimension, or none.
+KNOWN_ARGUMENTS = {"hidden_states", "attention_mask", "position_ids", "position_embeddings", "past_key_values"}
+
+_hooked: weakref.WeakKeyDictionary[nn.Module, list] = weakref.WeakKeyDictionary()
+
+
+class PrunedPrefill:
+    """
+    The state of one cache: which columns of the prompt the running layer computes.
+
+    Args:
+        model (`PreTrainedModel`): Whose hidden states are pruned. Only a weak reference is kept.
+
+    Raises:
+        NotImplementedError: The decoder has no list of layers.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._decoder = weakref.ref(hook_decoder(model))
+        self.finish()
+
+    def finish(self) -> None:
+        """No prompt is being read."""
+        self.is_running = False
+        self.columns: torch.Tensor | None = None
+        self.tokens: Tokens | None = None
+
+    def start(self, tokens: Tokens) -> None:
+        """The first layer is about to read a prompt."""
+        self.finish()
+        self.is_running = True
+        self.tokens = tokens
+
+    def require_running(self) -> None:
+        """Raises if a prompt is read that never passed the hooks."""
+        if not self.is_running:
+            raise ValueError(
+                "The cache was built from another model than it is used with, so hidden states cannot be pruned. Build it from "
+                "this model, or from its config."
+            )
+
+    def prunes(self, decoder: nn.Module) -> bool:
+        """Whether this is the state for that decoder."""
+        return self._decoder() is decoder
+
+    def prune(self, hidden_states: torch.Tensor, passed_on: torch.Tensor) -> torch.Tensor:
+        """
+        Hidden states of the tokens that go on to the next layer.
+
+        Args:
+            hidden_states (`torch.Tensor`): `(batch, columns, hidden_size)`.
+            passed_on (`torch.Tensor`): `(batch, 1, kept)` indices of columns, -1 behind the last one of a shorter row.
+        """
+        indices = passed_on.sort(dim=-1).values  # -1 first: rows end in their last token
+        positions = gather_tokens(self.tokens.positions, indices).masked_fill(indices < 0, -1)
+        row_present = (indices >= 0).sum(dim=-1).flatten().tolist()
+        self.columns = gather_columns(self.columns, indices) if self.columns is not None else indices
+        self.tokens = Tokens(positions, self.tokens.row_lengths, row_present, self.tokens.num_seen)
+        return gather_tokens(hidden_states[:, None], indices)[:, 0]
+
+    def restore(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`(batch, num_seen, hidden_size)`: hidden states back in their places, NaN where a token was dropped."""
+        batch_size, _, hidden_size = hidden_states.shape
+        num_seen = self.tokens.num_seen
+        # One column more, which takes what is no token.
+        result = hidden_states.new_full((batch_size, num_seen + 1, hidden_size), float("nan"))
+        columns = torch.where(self.columns >= 0, self.columns, num_seen)[:, 0, :, None].expand_as(hidden_states)
+        return result.scatter(1, columns, hidden_states)[:, :num_seen]
+
+
+def gather_columns(columns: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """`(batch, 1, kept)`: the original columns of the tokens at `indices`, -1 staying -1."""
+    return gather_tokens(columns, indices).masked_fill(indices < 0, -1)
+
+
+def hook_decoder(model: PreTrainedModel) -> nn.Module:
+    """Installs the hooks on a model's decoder layers, once, and returns the decoder."""
+    decoder = model.get_decoder()
+    layers = getattr(decoder, "layers", None)
+    if not isinstance(layers, nn.ModuleList) or not len(layers):
+        raise NotImplementedError(
+            f"{type(model).__name__} has no `get_decoder().layers` whose hidden states could be pruned. Build the cache from "
+            "`model.config`: each layer then prunes its own keys and values."
+        )
+    if decoder not in _hooked:
+        handles = []
+        for index, layer in enumerate(layers):
+            position = {"index": index, "num_layers": len(layers), "decoder": weakref.ref(decoder)}
+            before, after = functools.partial(_before_layer, **position), functools.partial(_after_layer, **position)
+            handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
+            handles.append(layer.register_forward_hook(after, with_kwargs=True))
+        _hooked[decoder] = handles
+    return decoder
+
+
+def unhook_decoder(model: PreTrainedModel) -> None:
+    """Removes the hooks from a model. Caches built from it before no longer work with it."""
+    for handle in _hooked.pop(model.get_decoder(), []):
+        handle.remove()
+
+
+def _state_of(arguments: dict[str, Any], decoder: weakref.ref) -> PrunedPrefill | None:
+    """The state of the cache that a layer is called with, if that cache prunes the hidden states of this decoder."""
+    state = getattr(arguments.get("past_key_values"), "pruned_prefill", None)
+    return state if isinstance(state, PrunedPrefill) and state.prunes(decoder()) else None
+
+
+def _before_layer(
+    layer: nn.Module, args: tuple, kwargs: dict[str, Any], *, index: int, num_layers: int, decoder: weakref.ref
+) -> tuple[tuple, dict[str, Any]] | None:
+    if len(args) > 1:
+        # Models that pass more than hidden states by position.
+        arguments = dict(inspect.signature(layer.forward).bind_partial(*args).arguments) | kwargs
+    else:
+        arguments = {"hidden_states": args[0], **kwargs} if args else dict(kwargs)
+    state = _state_of(arguments, decoder)
+    if state is None:
+        return None
+    cache, hidden_states = arguments["past_key_values"], arguments["hidden_states"]
+    if index == 0:
+        state.finish()
+        if cache.get_seq_length() == 0:
+            batch_size, num_columns, _ = hidden_states.shape
+            check_arguments(layer, arguments, num_columns)
+            mask = arguments.get("attention_mask")
+            state.start(cache.masks.read(mask, batch_size, num_columns, num_columns, hidden_states.device))
+        return None
+    if state.columns is None:
+        return None
+    cache.layers[index].incoming = state.tokens
+    num_columns = hidden_states.shape[1]
+    key_mask = state.tokens.positions >= 0 if state.tokens.has_gaps else None
+    arguments["attention_mask"] = causal_mask(
+        decoder().config._attn_implementation,
+        key_mask,
+        num_columns,
+        num_columns,
+        hidden_states.dtype,
+        hidden_states.device,
+    )
+    for name in ("position_ids", "position_embeddings"):
+        if arguments.get(name) is not None:
+            arguments[name] = gather_rows(arguments[name], state.columns)
+    return (), arguments
+
+
+def _after_layer(
+    layer: nn.Module,
+    args: tuple,
+    kwargs: dict[str, Any],
+    output: torch.Tensor | tuple,
+    *,
+    index: int,
+    num_layers: int,
+    decoder: weakref.ref,
+) -> torch.Tensor | tuple | None:
+    state = _state_of(kwargs, decoder)
+    if state is None or not state.is_running:
+        return None
+    hidden_states = output[0] if isinstance(output, tuple) else output
+    cache_layer = kwargs["past_key_values"].layers[index]
+    passed_on, cache_layer.passed_on = cache_layer.passed_on, None
+    if index + 1 < num_layers:
+        if passed_on is None:
+            return None
+        hidden_states = state.prune(hidden_states, passed_on)
+    else:
+        if state.columns is not None:
+            hidden_states = state.restore(hidden_states)
+        state.finish()
+    return (hidden_states, *output[1:]) if isinstance(output, tuple) else hidden_states
+
+
+def check_arguments(layer: nn.Module, arguments: dict[str, Any], num_columns: int) -> None:
+    """Raises if a decoder layer is called with something that belongs to tokens and is not known how to prune."""
+    for name, value in arguments.items():
+        if name in KNOWN_ARGUMENTS:
+            continue
+        for tensor in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(tensor, torch.Tensor) and num_columns in tensor.shape:
+                raise NotImplementedError(
+                    f"{type(layer).__name__} is called with `{name}` of shape {tuple(tensor.shape)}, which is not known how "
+                    "to prune along with hidden states. Build the cache from `model.config`."
+                )
+    embeddings = arguments.get("position_embeddings")
+    for tensor in embeddings if isinstance(embeddings, (tuple, list)) else (embeddings,):
+        if tensor is not None and (tensor.dim() != 3 or tensor.shape[1] != num_columns):
+            raise NotImplementedError(
+                f"{type(layer).__name__} is called with position embeddings of shape {tuple(tensor.shape)} instead of "
+                f"(batch, {num_columns}, rotary_dim). Build the cache from `model.config`."
+            )
+
+
+def gather_rows(value: torch.Tensor | tuple, columns: torch.Tensor) -> torch.Tensor | tuple:
+    """
+    The columns of position ids `(batch or 1, tokens)` or position embeddings `(batch or 1, tokens, rotary_dim)`.
+
+    Args:
+        columns (`torch.Tensor`): `(batch, 1, kept)`; -1 gives the first column, which no attention will see.
+    """
+    if isinstance(value, (tuple, list)):
+        return type(value)(gather_rows(part, columns) for part in value)
+    value = value.expand(columns.shape[0], *value.shape[1:])
+    index = columns[:, 0].clamp(min=0)
+    if value.dim() == 2:
+        return value.gather(1, index)
+    return value.gather(1, index[..., None].expand(-1, -1, value.shape[-1]))

@@ -1,0 +1,56 @@
+"""Which tokens to keep: pure functions on tensors. Ties are broken by age: of two equal scores the older goes first."""
+
+import torch
+
+
+def best_tokens(priority: torch.Tensor, num_kept: torch.Tensor, max_kept: int) -> torch.Tensor:
+    """
+    The tokens of highest priority, in their order.
+
+    Args:
+        priority (`torch.Tensor`): `(batch, heads, tokens)` float, older tokens first; `inf` for what must stay and `-inf`
+            for what is no token. A number that must stay and exceeds `num_kept` loses its oldest.
+        num_kept (`torch.Tensor`): `(batch,)` how many each row keeps, at most.
+        max_kept (`int`): The largest of them.
+
+    Returns:
+        `torch.Tensor`: `(batch, heads, max_kept)` int64 indices, ascending, with -1 behind the last of a shorter row.
+    """
+    num_tokens = priority.shape[-1]
+    # A stable descending sort of the reversed tokens puts the newest of equals first.
+    order = priority.flip(-1).sort(dim=-1, descending=True, stable=True).indices[..., :max_kept]
+    indices = num_tokens - 1 - order
+    is_token = priority.gather(-1, indices) > float("-inf")
+    is_kept = torch.arange(indices.shape[-1], device=priority.device) < num_kept[:, None, None]
+    indices = torch.where(is_token & is_kept, indices, num_tokens).sort(dim=-1).values
+    return torch.where(indices < num_tokens, indices, -1)
+
+
+def lowest_slot(scores: torch.Tensor, positions: torch.Tensor, evictable: torch.Tensor) -> torch.Tensor:
+    """
+    The slot to evict: the evictable one of lowest score, the oldest of equals.
+
+    Args:
+        scores (`torch.Tensor`): `(batch, heads, slots)`.
+        positions (`torch.Tensor`): `(batch, heads, slots)`, distinct among the tokens of a head.
+        evictable (`torch.Tensor`): bool `(batch, heads, slots)`, at least one in each head.
+
+    Returns:
+        `torch.Tensor`: `(batch, heads, 1)` int64.
+    """
+    candidates = scores.masked_fill(~evictable, float("inf"))
+    is_lowest = (candidates == candidates.amin(dim=-1, keepdim=True)) & evictable
+    latest = torch.iinfo(positions.dtype).max
+    return positions.masked_fill(~is_lowest, latest).argmin(dim=-1, keepdim=True)
+
+
+def gather_tokens(tensor: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """
+    Copies tokens out of `(batch, heads, tokens, ...)` by `(batch, heads or 1, kept)` indices; -1 gives the first token.
+    """
+    indices = indices.clamp(min=0)
+    if tensor.dim() == 4:
+        indices = indices[..., None].expand(-1, tensor.shape[1], -1, tensor.shape[3])
+    elif indices.shape[1] != tensor.shape[1]:
+        indices = indices.expand(-1, tensor.shape[1], -1)
+    return tensor.gather(2, indices)
