@@ -439,7 +439,7 @@ class PyramidCache(CompressedCache):
     >>> cache = PyramidCache(model, budget=0.5)
     >>> tokens = model.generate(torch.arange(40)[None], past_key_values=cache, max_new_tokens=1, eos_token_id=None)
     >>> cache.num_kept_tokens()
-    [31, 9]
+    [24, 16]
 
     ```
     """

@@ -118,9 +118,7 @@ class StreamingLLMLayer(CompressedLayer):
             num_earlier = key.shape[2] - query.shape[2]
             new_key = self._to_exact_angles(key[:, :, num_earlier:], new_positions)
             key = torch.cat([key[:, :, :num_earlier], new_key], dim=2)
-        order = tokens.positions.argsort(dim=-1, stable=True)
-        key, value = gather_tokens(key, order), gather_tokens(value, order)
-        tokens = replace(tokens, positions=tokens.positions.gather(-1, order))
+        key, value, tokens = in_order(key, value, tokens)
         if self.base == 0:  # later on all rows have their sinks
             self._remember_sinks(key, tokens)
         if is_streamed:
@@ -193,11 +191,8 @@ class StreamingLLMLayer(CompressedLayer):
     def _before_append(self, num_new: int) -> None:
         """A layer that is full turns into a ring before it takes the next token."""
         if num_new == 1 and self.length and max(self.row_held) == self.window_length:
-            tokens = self.column_tokens
             key, value = self.keys[:, :, : self.length], self.values[:, :, : self.length]
-            order = tokens.positions.argsort(dim=-1, stable=True)
-            key, value = gather_tokens(key, order), gather_tokens(value, order)
-            tokens = replace(tokens, positions=tokens.positions.gather(-1, order))
+            key, value, tokens = in_order(key, value, self.column_tokens)
             self._remember_sinks(key, tokens)
             self.keep(key, value, tokens, self._ring_indices(tokens))
 
@@ -344,6 +339,19 @@ class StreamingLLMCache(CompressedCache):
             return StreamingLLMLayer(place, masks, window_length, num_sink_tokens, prefill, find_rotary)
 
         super().__init__(config, build_layer)
+
+
+def in_order(key: torch.Tensor, value: torch.Tensor, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor, Tokens]:
+    """Keys, values and tokens with the columns of each row in order of position, those without a token first."""
+    if tokens.is_ascending:
+        return key, value, tokens
+    order = tokens.positions.argsort(dim=-1, stable=True)
+    positions = tokens.positions.gather(-1, order)
+    return (
+        gather_tokens(key, order),
+        gather_tokens(value, order),
+        replace(tokens, positions=positions, is_ascending=True),
+    )
 
 
 def check_window(window_length: int, num_sink_tokens: int, prefill: str) -> None:

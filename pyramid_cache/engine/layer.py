@@ -88,6 +88,7 @@ class CompressedLayer(CacheLayerMixin):
         self.row_lengths: list[int] = []
         self.row_held: list[int] = []
         self.row_kept: list[int] = []
+        self.columns_ascend = True
         # Set from outside when hidden states were pruned before this layer: the tokens that are about to arrive.
         self.incoming: Tokens | None = None
         self.num_pending = 0
@@ -311,6 +312,7 @@ class CompressedLayer(CacheLayerMixin):
                 )
         if self.positions is None:
             self.column_positions = tokens.positions if tokens.has_gaps else None
+            self.columns_ascend = tokens.is_ascending
         else:
             new = tokens.positions[..., -num_new:]
             num_new_tokens = [length - seen for length, seen in zip(tokens.row_lengths, self.row_lengths, strict=True)]
@@ -318,6 +320,7 @@ class CompressedLayer(CacheLayerMixin):
                 tokens,
                 positions=torch.cat([self.positions, new.expand(-1, self.positions.shape[1], -1)], dim=-1),
                 row_present=[held + count for held, count in zip(self.row_held, num_new_tokens, strict=True)],
+                is_ascending=min(num_new_tokens) == num_new,
             )
         self.row_lengths, self.row_held = list(tokens.row_lengths), list(tokens.row_present)
         self.next_position = self.per_row(self.row_lengths)
@@ -339,14 +342,20 @@ class CompressedLayer(CacheLayerMixin):
     @property
     def column_tokens(self) -> Tokens:
         """The tokens in the columns of a dense layer."""
-        tokens = Tokens.without_padding(self.batch_size, self.length, self.device)
         if self.column_positions is None:
-            return tokens
+            return Tokens.without_padding(self.batch_size, self.length, self.device)
         # Columns that arrived one at a time are tokens.
         num_steps = self.length - self.column_positions.shape[-1]
         steps = self.next_position + torch.arange(-num_steps, 0, dtype=torch.int32, device=self.device)
         positions = torch.cat([self.column_positions, steps], dim=-1)
-        return replace(tokens, positions=positions, row_lengths=self.row_lengths, row_present=self.row_held)
+        return Tokens(
+            positions,
+            self.row_lengths,
+            self.row_held,
+            self.num_seen,
+            ends_in_padding=False,
+            is_ascending=self.columns_ascend,
+        )
 
     def _before_append(self, num_new: int) -> None:
         """For methods that must evict before new tokens are stored."""
@@ -378,6 +387,7 @@ class CompressedLayer(CacheLayerMixin):
         self._append(key_states, value_states)
         self.positions[:, :, self.length - 1 : self.length] = self.next_position
 
+    @torch.no_grad()
     def _overwrite(self, slots: torch.Tensor, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Stores one new token in the slots `(batch, kv_heads or 1, 1)`; nothing is allocated that grows with the cache."""
         index = slots[..., None].expand(-1, key_states.shape[1], -1, -1)
@@ -391,6 +401,7 @@ class CompressedLayer(CacheLayerMixin):
         for name in self.slot_tensors:
             setattr(self, name, gather_tokens(getattr(self, name), order))
 
+    @torch.no_grad()
     def keep(self, key: torch.Tensor, value: torch.Tensor, tokens: Tokens, indices: torch.Tensor) -> None:
         """
         Copies the chosen tokens into tensors of their own; what they were chosen from is let go.
@@ -454,26 +465,23 @@ class CompressedLayer(CacheLayerMixin):
         Returns:
             The output of attention, and the scores `(batch, kv_heads, keys)`.
         """
-        scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
         if tokens.has_gaps:
             is_token = (tokens.positions[:, 0, -num_rows:] >= 0).to(torch.float32)
             row_weights = is_token if row_weights is None else row_weights * is_token
+        arguments = self.logit_arguments(query, **kwargs)
         if self._can_reuse_lse(attention, query, key, value, attention_mask, **kwargs):
+            scaling = arguments["scaling"]
             output, lse = causal_attention_with_lse(query, key, value, scaling, attention_mask)
             scores = scores_from_lse(
                 query[:, :, -num_rows:], key, lse[:, :, -num_rows:], scaling=scaling, row_weights=row_weights
             )
             return (output, None), scores
         output = attention(query, key, value, attention_mask, **kwargs)
-        scores = attention_scores(
-            query[:, :, -num_rows:],
-            key,
-            scaling=scaling,
-            key_mask=tokens.positions >= 0 if tokens.has_gaps else None,
-            row_weights=row_weights,
-            softcap=kwargs.get("softcap"),
-            sink_logits=kwargs.get("s_aux"),
-        )
+        key_mask = tokens.positions >= 0 if tokens.has_gaps else None
+        with torch.no_grad():
+            scores = attention_scores(
+                query[:, :, -num_rows:], key, key_mask=key_mask, row_weights=row_weights, **arguments
+            )
         return output, scores
 
     def _can_reuse_lse(

@@ -24,6 +24,7 @@ class Tokens:
         row_present (`list[int]`): How many of them are in these columns.
         num_seen (`int`): Columns that the model has been given, padding included.
         ends_in_padding (`bool`): Whether some row's last column is padding.
+        is_ascending (`bool`): Whether the columns of each row are in order of their positions, gaps first.
     """
 
     positions: torch.Tensor
@@ -31,6 +32,7 @@ class Tokens:
     row_present: list[int]
     num_seen: int
     ends_in_padding: bool = False
+    is_ascending: bool = True
 
     @property
     def has_gaps(self) -> bool:
@@ -51,7 +53,9 @@ class Tokens:
         ranks = is_token.cumsum(dim=1, dtype=torch.int32) - 1
         positions = ranks.masked_fill(~is_token, -1)[:, None].to(device)
         lengths = is_token.sum(dim=1).tolist()
-        return Tokens(positions, lengths, lengths, is_token.shape[1], not bool(is_token[:, -1].all()))
+        ends_in_padding = not bool(is_token[:, -1].all())
+        is_ascending = not bool((is_token[:, :-1] & ~is_token[:, 1:]).any())
+        return Tokens(positions, lengths, lengths, is_token.shape[1], ends_in_padding, is_ascending)
 
 
 class MaskReader:
