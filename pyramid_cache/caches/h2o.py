@@ -121,8 +121,10 @@ class H2OLayer(CompressedLayer):
         """Empties the slot of the lowest score outside the recent window, in the rows that hold one token too many."""
         if not self.must_evict:
             return
-        evictable = (self.positions >= 0) & (self.positions < self.next_position - self.num_recent)
-        victim = lowest_slot(self.scores, self.positions, evictable)
+        protected = self.positions >= self.next_position - self.num_recent
+        if self.has_empty_slots:
+            protected |= self.positions < 0
+        victim = lowest_slot(self.scores, self.positions, protected)
         is_full = [held > kept for held, kept in zip(self.row_held, self.row_kept, strict=True)]
         if all(is_full):
             self.positions.scatter_(-1, victim, -1)

@@ -133,7 +133,9 @@ class PyramidSettings:
                 self.min_context_length,
             )
         if budget.kind == "fraction":
-            total = max(floor_of_product(budget.amount, prompt_length * self.num_layers), self.num_layers)
+            # Rounded rather than floored: a single layer of a short prompt would miss its share by percents.
+            total = (floor_of_product(budget.amount, 2 * prompt_length * self.num_layers) + 1) // 2
+            total = max(total, self.num_layers)
         else:
             total = self.num_layers * min(budget.num_tokens(prompt_length), prompt_length)
         mean = total // self.num_layers

@@ -289,10 +289,10 @@ class CompressedLayer(CacheLayerMixin):
         # Reading a mask on an accelerator would wait for it at every token.
         if attention_mask is None or attention_mask.device.type != "cpu":
             return
-        tokens = self.masks.read(attention_mask, self.batch_size, 1, self.num_seen, self.device)
-        if tokens.row_lengths != [length + 1 for length in self.row_lengths]:
+        shown = self.masks.count(attention_mask, self.batch_size, self.num_seen)
+        if shown != [length + 1 for length in self.row_lengths]:
             raise ValueError(
-                f"The attention mask shows {tokens.row_lengths} tokens per row, but {self.row_lengths} have been seen before "
+                f"The attention mask shows {shown} tokens per row, but {self.row_lengths} have been seen before "
                 "this one. Pass a mask that covers the tokens in the cache and the new one, and hides padding only."
             )
 

@@ -26,22 +26,21 @@ def best_tokens(priority: torch.Tensor, num_kept: torch.Tensor, max_kept: int) -
     return torch.where(indices < num_tokens, indices, -1)
 
 
-def lowest_slot(scores: torch.Tensor, positions: torch.Tensor, evictable: torch.Tensor) -> torch.Tensor:
+def lowest_slot(scores: torch.Tensor, positions: torch.Tensor, protected: torch.Tensor) -> torch.Tensor:
     """
-    The slot to evict: the evictable one of lowest score, the oldest of equals.
+    The slot to evict: the unprotected one of lowest score, the oldest of equals.
 
     Args:
         scores (`torch.Tensor`): `(batch, heads, slots)`.
         positions (`torch.Tensor`): `(batch, heads, slots)`, distinct among the tokens of a head.
-        evictable (`torch.Tensor`): bool `(batch, heads, slots)`, at least one in each head.
+        protected (`torch.Tensor`): bool `(batch, heads, slots)`. A head where it is all True gets a slot without meaning.
 
     Returns:
         `torch.Tensor`: `(batch, heads, 1)` int64.
     """
-    candidates = scores.masked_fill(~evictable, float("inf"))
-    is_lowest = (candidates == candidates.amin(dim=-1, keepdim=True)) & evictable
-    latest = torch.iinfo(positions.dtype).max
-    return positions.masked_fill(~is_lowest, latest).argmin(dim=-1, keepdim=True)
+    candidates = scores.masked_fill(protected, float("inf"))
+    lowest = candidates.amin(dim=-1, keepdim=True)
+    return positions.masked_fill(candidates > lowest, torch.iinfo(positions.dtype).max).argmin(dim=-1, keepdim=True)
 
 
 def gather_tokens(tensor: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:

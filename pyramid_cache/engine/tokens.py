@@ -67,8 +67,8 @@ class MaskReader:
     def forget(self) -> None:
         """Lets go of what was read last."""
         self._mask: weakref.ref | None = None
-        self._key: tuple | None = None
         self._tokens: Tokens | None = None
+        self._row_lengths: list[int] | None = None
 
     def held_tensors(self) -> list[torch.Tensor]:
         """What the reader refers to."""
@@ -89,14 +89,27 @@ class MaskReader:
             ValueError: The mask has another length, or hides the newest token of every row.
             NotImplementedError: It is a mask of another kind than causal with padding.
         """
-        key = (batch_size, num_queries, num_keys, device)
         if attention_mask is None:
+            self.forget()
             return Tokens.without_padding(batch_size, num_keys, device)
-        if self._key != key or self._mask is None or self._mask() is not attention_mask:
+        if self._tokens is None or not self._has_read(attention_mask):
             is_token = padding_of_mask(attention_mask, batch_size, num_queries, num_keys)
-            self._mask, self._key = weakref.ref(attention_mask), key
+            self.forget()
+            self._mask = weakref.ref(attention_mask)
             self._tokens = Tokens.from_validity(is_token, device)
         return self._tokens
+
+    def count(self, attention_mask: torch.Tensor, batch_size: int, num_keys: int) -> list[int]:
+        """How many tokens of each row a decode step shows; the errors are those of `read`."""
+        if self._row_lengths is None or not self._has_read(attention_mask):
+            is_token = padding_of_mask(attention_mask, batch_size, 1, num_keys)
+            self.forget()
+            self._mask = weakref.ref(attention_mask)
+            self._row_lengths = is_token.sum(dim=1).tolist()
+        return self._row_lengths
+
+    def _has_read(self, attention_mask: torch.Tensor) -> bool:
+        return self._mask is not None and self._mask() is attention_mask
 
 
 def padding_of_mask(attention_mask: torch.Tensor, batch_size: int, num_queries: int, num_keys: int) -> torch.Tensor:

@@ -52,8 +52,9 @@ def grouped_logits(query: torch.Tensor, key: torch.Tensor, scaling: float) -> to
     """
     batch, heads, rows, head_dim = query.shape
     kv_heads = key.shape[1]
-    logits = torch.matmul(query.reshape(batch, kv_heads, heads // kv_heads * rows, head_dim), key.transpose(-1, -2))
-    return logits.view(batch, kv_heads, heads // kv_heads, rows, -1).float().mul_(scaling)
+    query = query.reshape(batch, kv_heads, heads // kv_heads * rows, head_dim)
+    logits = torch.matmul(query, key.transpose(-1, -2)).view(batch, kv_heads, heads // kv_heads, rows, -1)
+    return logits.float() * scaling
 
 
 def attention_scores(
