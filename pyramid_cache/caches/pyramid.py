@@ -237,9 +237,11 @@ class PyramidLayer(CompressedLayer):
             attention_mask = self.mask_for(query, key.shape[2], tokens.positions >= 0 if tokens.has_gaps else None)
         self._start_generation()
         if self.must_evict or row_passed is not None:
-            num_rows = min(max(self.row_recent), query.shape[2])
+            # Padding between the tokens of a row puts its recent window further back.
+            num_rows = min(max(self.row_recent), query.shape[2]) if tokens.is_ascending else query.shape[2]
+            weights = self._row_weights(tokens.positions[:, 0, -num_rows:])
             output, scores = self.attend_and_score(
-                attention, query, key, value, attention_mask, tokens, num_rows, self._row_weights(num_rows), **kwargs
+                attention, query, key, value, attention_mask, tokens, num_rows, weights, **kwargs
             )
         else:
             output = attention(query, key, value, attention_mask, **kwargs)
@@ -275,12 +277,11 @@ class PyramidLayer(CompressedLayer):
         max_kept = max(min(present, kept) for present, kept in zip(tokens.row_present, row_kept, strict=True))
         return best_tokens(priority, self.per_row(row_kept).flatten(), max_kept)
 
-    def _row_weights(self, num_rows: int) -> torch.Tensor:
-        """`(batch, num_rows)`: how much each of the last queries counts, rising from 1 to `distance_weight`."""
-        recent = self.num_recent[:, 0]
-        index = torch.arange(-num_rows, 0, device=self.device) + recent
-        slope = (self.settings.distance_weight - 1) / (recent - 1).clamp(min=1)
-        return torch.where(index >= 0, 1 + slope * index, 0.0)
+    def _row_weights(self, positions: torch.Tensor) -> torch.Tensor:
+        """How much each query `(batch, rows)` counts: from 1 at the start of the window to `distance_weight`, 0 before."""
+        window_start = (self.next_position - self.num_recent)[:, 0]
+        slope = (self.settings.distance_weight - 1) / (self.num_recent[:, 0] - 1).clamp(min=1)
+        return torch.where(positions >= window_start, 1 + slope * (positions - window_start), 0.0)
 
     # Generated tokens.
 
