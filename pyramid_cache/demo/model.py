@@ -1,0 +1,70 @@
+"""The model that the demo runs, with its tokenizer."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """
+    A causal language model, ready for greedy decoding of a given number of tokens.
+
+    Attributes:
+        name (`str`): What the user called it.
+        end_token_ids (`set[int]`): The tokens that end an answer.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    end_token_ids: set[int]
+
+    def answer(self, token_ids: list[int]) -> str:
+        """The text of generated tokens up to the first that ends the answer."""
+        length = next((i for i, token_id in enumerate(token_ids) if token_id in self.end_token_ids), len(token_ids))
+        return self.tokenizer.decode(token_ids[:length], skip_special_tokens=True).strip()
+
+
+def load_model(
+    folder: str | Path,
+    name: str,
+    device: torch.device,
+    dtype: str | None = None,
+    attn_implementation: str | None = None,
+) -> LoadedModel:
+    """
+    Loads a model and its tokenizer from a folder or from the hub.
+
+    Args:
+        dtype (`str`, *optional*): float32 on a CPU and bfloat16 elsewhere if not given.
+
+    Raises:
+        OSError: There is no such model, or it cannot be read.
+        ValueError: It is no causal language model, or cannot run as asked.
+    """
+    dtype = dtype or ("float32" if device.type == "cpu" else "bfloat16")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, dtype), attn_implementation=attn_implementation
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, ImportError) as error:
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(f"The model {name} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    model.to(device).eval()
+    end_token_ids = {tokenizer.eos_token_id}
+    configured = model.generation_config.eos_token_id
+    end_token_ids.update(configured if isinstance(configured, list) else [configured])
+    end_token_ids.discard(None)
+    # Without an end token every cache decodes as many tokens, whatever it answers; sampling settings go as well.
+    model.generation_config = GenerationConfig(do_sample=False, pad_token_id=min(end_token_ids, default=0))
+    return LoadedModel(name, model, tokenizer, end_token_ids)

@@ -1,0 +1,258 @@
+"""Tiny seeded models of every supported family, and what drives them with a cache.
+
+The weights are drawn wide (`initializer_range` far above a trained model's), so that attention is far from uniform and
+greedy tokens vary. Every model is float32, in eval mode, built from its config alone.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache as remember
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Cache,
+    GemmaConfig,
+    Glm4Config,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+
+VOCAB_SIZE = 101
+
+# What all families share: three layers, four query heads on two key heads of sixteen dimensions.
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 8192,
+    "initializer_range": 0.22,
+    "tie_word_embeddings": False,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+
+# name: (config class, what differs from COMMON)
+FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
+    "llama": (LlamaConfig, {}),
+    "llama_multi_head": (LlamaConfig, {"num_key_value_heads": 4, "num_hidden_layers": 2}),
+    "llama_multi_query": (LlamaConfig, {"num_key_value_heads": 1, "num_hidden_layers": 4}),
+    "mistral": (MistralConfig, {"sliding_window": None}),
+    "qwen2": (Qwen2Config, {}),
+    "qwen3": (Qwen3Config, {}),
+    "gemma": (GemmaConfig, {}),
+    "phi3": (Phi3Config, {"hidden_size": 64}),
+    "glm4": (
+        Glm4Config,
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    ),
+}
+
+# Llama with every kind of rotary embedding that stretches positions and can be un-rotated.
+ROPE_VARIANTS: dict[str, dict[str, Any]] = {
+    "linear": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
+    "llama3": {
+        "rope_type": "llama3",
+        "rope_theta": 1e4,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+    "yarn": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32},
+}
+
+
+def build_config(name: str, **overrides: Any) -> PreTrainedConfig:
+    """The config of a family in `FAMILIES` or of `llama_<variant>` for a variant in `ROPE_VARIANTS`."""
+    variant = name.removeprefix("llama_")
+    if variant in ROPE_VARIANTS:
+        rope = ROPE_VARIANTS[variant]
+        trained = rope.get("original_max_position_embeddings", 2048)
+        length = {"max_position_embeddings": int(trained * rope["factor"])}
+        name, overrides = "llama", {"rope_parameters": dict(rope), **length, **overrides}
+    config_class, differences = FAMILIES[name]
+    settings = {**COMMON, **differences, **overrides}
+    # Some configs (Phi-3) derive the size of a head and carry no argument for it.
+    if config_class is Phi3Config:
+        settings.pop("head_dim")
+    return config_class(**settings)
+
+
+def build_model(name: str, seed: int = 0, attention: str = "sdpa", **overrides: Any) -> PreTrainedModel:
+    """A new tiny model of a family, always the same for the same arguments."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(
+            build_config(name, **overrides), dtype=torch.float32, attn_implementation=attention
+        )
+        # Biases and norms are born as zeros and ones, which would hide a bias or a norm that is left out.
+        for parameter_name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                parameter.data += 0.1 * torch.randn_like(parameter)
+            if parameter_name.endswith(("q_norm.weight", "k_norm.weight")):
+                # Normed queries and keys attend almost evenly otherwise.
+                parameter.data *= 1.6
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model.eval()
+
+
+@remember
+def tiny_model(name: str) -> PreTrainedModel:
+    """The shared model of a family; tests must leave it as they found it."""
+    return build_model(name, seed=sum(name.encode()))
+
+
+def uniform_attention_model(**overrides: Any) -> PreTrainedModel:
+    """A Llama whose queries are all zero: every query spreads its attention evenly over what it sees."""
+    model = build_model("llama", **overrides)
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight.data.zero_()
+    return model
+
+
+def first_token_attention_model(first_token: int = 1) -> PreTrainedModel:
+    """A Llama in which every query gives all its attention to occurrences of one token: other keys get exactly 0.
+
+    Args:
+        first_token: The token that draws all attention; meant to stand first in the prompt and nowhere else.
+    """
+    # With so large a base the second rotary frequency turns by 1e-6 a position: that dimension hardly sees positions.
+    model = build_model("llama", rope_parameters={"rope_type": "default", "rope_theta": 1e48})
+    embedding = model.model.embed_tokens.weight.data
+    embedding[:, 0] = 1.0
+    embedding[:, 1] = 0.0
+    embedding[first_token, 1] = 1.0
+    for layer in model.model.layers:
+        layer.input_layernorm.weight.data.fill_(1.0)
+        # Nothing is added to the residual stream, so that every layer sees the embeddings.
+        layer.self_attn.o_proj.weight.data.zero_()
+        layer.mlp.down_proj.weight.data.zero_()
+        for projection, source in ((layer.self_attn.q_proj, 0), (layer.self_attn.k_proj, 1)):
+            projection.weight.data.zero_()
+            # Dimension 1 of each head of sixteen: the second rotary frequency.
+            projection.weight.data[1::16, source] = 100.0
+    return model
+
+
+def random_tokens(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Random token ids without the padding and the special ones, of the given shape."""
+    return torch.randint(3, VOCAB_SIZE, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def random_rows(lengths: tuple[int, ...], seed: int = 0) -> list[torch.Tensor]:
+    """One random prompt `(length,)` for each length."""
+    return [random_tokens(length, seed=1000 * seed + index) for index, length in enumerate(lengths)]
+
+
+def left_pad(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Left-pad prompts to the longest: token ids and attention mask, each `(batch, longest)`."""
+    longest = max(len(row) for row in rows)
+    input_ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    attention_mask = torch.zeros(len(rows), longest, dtype=torch.long)
+    for index, row in enumerate(rows):
+        input_ids[index, longest - len(row) :] = row
+        attention_mask[index, longest - len(row) :] = 1
+    return input_ids, attention_mask
+
+
+def generate(model: PreTrainedModel, cache: Cache, rows: list[torch.Tensor], new_tokens: int) -> Any:
+    """Greedy `generate` on left-padded prompts; returns its dictionary with `sequences` and `logits`."""
+    input_ids, attention_mask = left_pad(rows)
+    return model.generate(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        past_key_values=cache,
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+
+
+@dataclass
+class Trace:
+    """What a model with a cache gave, step by step; step 0 is the prompt, step i the i-th token after it.
+
+    Attributes:
+        logits: Logits of the last token of each step, `(batch, steps, vocabulary)`.
+        positions: For each step and layer what the cache held after it, `(batch, kv_heads, slots)`, -1 for empty.
+        tokens: The tokens fed after the prompt, `(batch, later)`.
+        lengths: Real tokens of each row's prompt.
+        pieces: How many tokens each step after the prompt fed.
+    """
+
+    logits: torch.Tensor
+    positions: list[list[torch.Tensor]]
+    tokens: torch.Tensor
+    lengths: list[int] = field(default_factory=list)
+    pieces: list[int] = field(default_factory=list)
+
+    def held(self, step: int, layer: int, row: int, head: int) -> list[int]:
+        """The positions a head of a row held after a step, in rising order."""
+        return sorted(position for position in self.positions[step][layer][row, head].tolist() if position >= 0)
+
+
+@torch.no_grad()
+def drive(
+    model: PreTrainedModel,
+    cache: Cache,
+    rows: list[torch.Tensor],
+    continuation: torch.Tensor | int,
+    after_step: Callable[[int], None] | None = None,
+    with_mask: bool = True,
+    pieces: list[int] | None = None,
+) -> Trace:
+    """Feed left-padded prompts, then one token (or piece) at a time, and record logits and held positions.
+
+    Args:
+        model: The model.
+        cache: An empty cache.
+        rows: The prompts, each `(length,)`.
+        continuation: The tokens to feed after the prompt `(batch, later)`, or how many to choose greedily.
+        after_step: Called with the number of each step when it is done.
+        with_mask: Whether to hand the model an attention mask; without one no row may be padded.
+        pieces: How many tokens of the continuation to feed at each step; by default one.
+    """
+    input_ids, attention_mask = left_pad(rows)
+    if not with_mask and not bool(attention_mask.all()):
+        raise ValueError("padded rows need a mask")
+    if pieces is None:
+        pieces = [1] * (continuation if isinstance(continuation, int) else continuation.shape[1])
+    logits, positions, tokens = [], [], []
+    for step in range(len(pieces) + 1):
+        position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+        output = model(
+            input_ids=input_ids,
+            attention_mask=attention_mask if with_mask else None,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        logits.append(output.logits[:, -1])
+        positions.append([cache.positions(layer).clone() for layer in range(len(cache.layers))])
+        if after_step is not None:
+            after_step(step)
+        if step < len(pieces):
+            if isinstance(continuation, int):
+                input_ids = logits[-1].argmax(-1, keepdim=True)
+            else:
+                start = sum(pieces[:step])
+                input_ids = continuation[:, start : start + pieces[step]]
+            tokens.append(input_ids)
+            attention_mask = torch.cat([attention_mask, torch.ones_like(input_ids)], dim=-1)
+    fed = torch.cat(tokens, dim=-1) if tokens else torch.zeros(len(rows), 0, dtype=torch.long)
+    return Trace(torch.stack(logits, dim=1), positions, fed, [len(row) for row in rows], pieces)

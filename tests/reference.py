@@ -1,0 +1,461 @@
+"""Slow references of every policy, written as loops over rows, heads and queries from the papers alone.
+
+A policy here is an attention function over one whole sequence: it is handed all queries, keys and values of a layer at
+once, walks through the queries in order, lets each see just what the policy would have held when it came, and writes
+down what was held. One uncached forward of the model through such a function (`run_policy`) gives both the logits and
+the held positions that a cache of that policy must reproduce. Every run is of one row without padding.
+"""
+
+import contextlib
+import math
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import torch
+from transformers import AttentionInterface, PreTrainedModel
+
+
+ATTENTION_NAME = "loop_written_reference"
+
+
+class Policy(Protocol):
+    """What `run_policy` calls for each layer."""
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        """Attention of one layer over the whole sequence.
+
+        Args:
+            layer: Index of the layer.
+            query: `(heads, length, head_dim)`.
+            key: `(kv_heads, length, head_dim)`.
+            value: `(kv_heads, length, head_dim)`.
+            scaling: Factor of the attention logits.
+
+        Returns:
+            Output `(heads, length, head_dim)`.
+        """
+        ...
+
+
+# The policy of the forward that is running; attention functions get no other channel.
+_running: list[Policy] = []
+
+
+def _attention_function(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Hands a layer's attention to the running policy; the model's own mask is not looked at."""
+    assert query.shape[0] == 1, "the references run one row"
+    output = _running[-1].attend(module.layer_idx, query[0], key[0], value[0], scaling)
+    return output.transpose(0, 1)[None].contiguous(), None
+
+
+AttentionInterface.register(ATTENTION_NAME, _attention_function)
+
+
+@contextlib.contextmanager
+def attention_implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Run a model with another attention implementation for a while."""
+    before = model.config._attn_implementation
+    model.config._attn_implementation = name
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = before
+
+
+@torch.no_grad()
+def run_policy(model: PreTrainedModel, tokens: torch.Tensor, policy: Policy) -> torch.Tensor:
+    """One uncached forward of `tokens` `(length,)` under a policy; returns logits `(length, vocabulary)`."""
+    _running.append(policy)
+    try:
+        with attention_implementation(model, ATTENTION_NAME):
+            return model(input_ids=tokens[None], use_cache=False).logits[0]
+    finally:
+        _running.pop()
+
+
+class Rotation:
+    """Rotary embedding at any positions, by the model's own modules, for keys and queries that carry none."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.embedding = model.model.rotary_emb
+        self.compute = type(self.embedding).forward
+        self.apply = sys.modules[type(model).__module__].apply_rotary_pos_emb
+
+    def __call__(self, states: torch.Tensor, positions: list[int]) -> torch.Tensor:
+        """Rotate states `(heads, length, head_dim)` to one position for each token."""
+        cos, sin = self.compute(self.embedding, states, torch.tensor([positions]))
+        rotated, _ = self.apply(states[None], states[None], cos, sin)
+        return rotated[0]
+
+
+@contextlib.contextmanager
+def without_rotation(model: PreTrainedModel) -> Iterator[None]:
+    """Run a model so that its attention function receives queries and keys from before the rotary embedding."""
+    embedding = model.model.rotary_emb
+    compute = type(embedding).forward
+
+    def no_rotation(states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        cos, sin = compute(embedding, states, position_ids)
+        return torch.ones_like(cos), torch.zeros_like(sin)
+
+    embedding.forward = no_rotation
+    try:
+        yield
+    finally:
+        del embedding.forward
+
+
+def attend_one(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax attention of the queries of one group at one token.
+
+    Args:
+        query: `(group, head_dim)`.
+        key: What they see, `(seen, head_dim)`.
+        value: `(seen, head_dim)`.
+        scaling: Factor of the attention logits.
+
+    Returns:
+        Output `(group, head_dim)` and probabilities `(group, seen)`.
+    """
+    logits = query.float() @ key.float().T * scaling
+    weights = (logits - logits.max(dim=-1, keepdim=True).values).exp()
+    probabilities = weights / weights.sum(dim=-1, keepdim=True)
+    return (probabilities @ value.float()).to(query.dtype), probabilities
+
+
+class MaskPolicy:
+    """Attention under given boolean masks: the sequence with some keys hidden from some queries, nothing more."""
+
+    def __init__(self, masks: list[torch.Tensor] | None = None) -> None:
+        """Args:
+        masks: For each layer `(kv_heads, length, length)`, true where a query (row) sees a key (column). Without
+            masks every query sees every earlier key.
+        """
+        self.masks = masks
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        """See `Policy`."""
+        kv_heads, length, _ = key.shape
+        group = query.shape[0] // kv_heads
+        causal = torch.ones(length, length, dtype=torch.bool).tril()
+        output = torch.empty_like(query)
+        for head in range(query.shape[0]):
+            mask = causal if self.masks is None else self.masks[layer][head // group] & causal
+            logits = query[head].float() @ key[head // group].float().T * scaling
+            probabilities = logits.masked_fill(~mask, -math.inf).softmax(dim=-1)
+            output[head] = probabilities @ value[head // group].float()
+        return output
+
+
+def best(scores: dict[int, float], number: int) -> list[int]:
+    """The `number` positions of highest score; at equal scores the newer is the better. In rising order."""
+    ranked = sorted(scores, key=lambda position: (scores[position], position), reverse=True)
+    return sorted(ranked[:number])
+
+
+class H2OPolicy:
+    """H2O: the last tokens and the keys that gathered most attention from all queries so far, per key head.
+
+    Attributes:
+        held: `held[layer][head][step]`, the positions held after the prompt (step 0) and after each later token.
+        scores: `scores[layer][head]`, the final accumulated attention of every held key.
+    """
+
+    def __init__(self, prompt_length: int, budget: int, heavy_ratio: float) -> None:
+        self.prompt_length = prompt_length
+        self.budget = budget
+        self.heavy = int(budget * heavy_ratio)
+        self.recent = budget - self.heavy
+        self.held: dict[int, list[list[list[int]]]] = {}
+        self.scores: dict[int, list[dict[int, float]]] = {}
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        """See `Policy`."""
+        kv_heads, length, head_dim = key.shape
+        groups = query.view(kv_heads, -1, length, head_dim)
+        output = torch.empty_like(groups)
+        self.held[layer], self.scores[layer] = [], []
+        for head in range(kv_heads):
+            held: list[int] = []
+            history: list[list[int]] = []
+            scores = torch.zeros(length, dtype=torch.float32)
+            for position in range(length):
+                held = [*held, position]
+                output[head, :, position], probabilities = attend_one(
+                    groups[head, :, position], key[head, held], value[head, held], scaling
+                )
+                scores[held] += probabilities.mean(dim=0)
+                if position < self.prompt_length - 1:
+                    continue
+                held = self._evict(held, position, scores.tolist())
+                history.append(held)
+            self.held[layer].append(history)
+            self.scores[layer].append({position: scores[position].item() for position in held})
+        return output.view_as(query)
+
+    def _evict(self, held: list[int], newest: int, scores: list[float]) -> list[int]:
+        """What is held when the token `newest` has attended."""
+        if len(held) <= self.budget:
+            return held
+        recent = [position for position in held if position > newest - self.recent]
+        others = {position: scores[position] for position in held if position <= newest - self.recent}
+        return best(others, self.budget - len(recent)) + recent
+
+
+class StreamingLLMPolicy:
+    """StreamingLLM: the first tokens and a rolling window, at the positions they have inside the cache.
+
+    It must be run `without_rotation`, for it rotates queries and keys itself, anew for every query.
+
+    Attributes:
+        held: `held[step]`, the positions held after the prompt (step 0) and after each later token.
+    """
+
+    def __init__(
+        self,
+        rotation: Callable[[torch.Tensor, list[int]], torch.Tensor],
+        prompt_length: int,
+        window_length: int,
+        num_sink_tokens: int,
+        dense_prefill: bool,
+    ) -> None:
+        self.rotation = rotation
+        self.prompt_length = prompt_length
+        self.window_length = window_length
+        self.num_sink_tokens = num_sink_tokens
+        self.dense_prefill = dense_prefill
+        self.held: list[list[int]] = []
+
+    def visible(self, position: int) -> list[int]:
+        """The sinks and the window that ends with `position`."""
+        first = position + 1 - (self.window_length - self.num_sink_tokens)
+        return [seen for seen in range(position + 1) if seen < self.num_sink_tokens or seen >= first]
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        """See `Policy`."""
+        kv_heads, length, head_dim = key.shape
+        output = torch.empty(kv_heads, query.shape[0] // kv_heads, length, head_dim)
+        self.held = [self.visible(position) for position in range(self.prompt_length - 1, length)]
+        for position in range(length):
+            dense = self.dense_prefill and position < self.prompt_length
+            seen = list(range(position + 1)) if dense else self.visible(position)
+            in_cache = list(range(len(seen)))
+            keys = self.rotation(key[:, seen], in_cache)
+            queries = self.rotation(query[:, position : position + 1], in_cache[-1:])
+            queries = queries.view(kv_heads, -1, head_dim)
+            for head in range(kv_heads):
+                output[head, :, position], _ = attend_one(queries[head], keys[head], value[head, seen], scaling)
+        return output.view(-1, length, head_dim)
+
+
+def pyramid_window_scores(rows: torch.Tensor, columns: list[int], distance_weight: float) -> dict[int, float]:
+    """PyramidInfer's score of each column: attention of the window's queries, the newest weighing most.
+
+    Args:
+        rows: Probabilities of the window's queries averaged over all heads, `(window, columns)`.
+        columns: The position of each column.
+        distance_weight: Weight of the newest query; the oldest weighs 1.
+    """
+    window = rows.shape[0]
+    weights = torch.linspace(1.0, distance_weight, window)
+    scores = {}
+    for index, position in enumerate(columns):
+        scores[position] = sum(float(rows[row, index]) * float(weights[row]) for row in range(window)) / window
+    return scores
+
+
+def pyramid_select(scores: dict[int, float], number: int, num_sink_tokens: int, recent: list[int]) -> list[int]:
+    """The positions PyramidInfer keeps: sinks, the recent window, and the best of the others, `number` in all.
+
+    Args:
+        scores: Score of every position, those of sinks and window unused.
+        number: Positions to keep.
+        num_sink_tokens: The first positions, always kept.
+        recent: The recent window, always kept.
+    """
+    ordered = sorted(scores)
+    kept = set(ordered[:num_sink_tokens]) | set(recent)
+    others = {position: score for position, score in scores.items() if position not in kept}
+    return sorted(kept | set(best(others, number - len(kept))))
+
+
+class PyramidPolicy:
+    """PyramidInfer without pruned hidden states: a layer's keys are chosen once for all its heads.
+
+    Of the prompt each layer keeps a given number. Of the generated tokens the newest `window` are left alone; whenever
+    a zone of 16 has gathered before them, each layer thins it out, the deeper the more, and never looks at it again.
+
+    Attributes:
+        kept: `kept[layer]`, the prompt's positions held after the prompt.
+        held: `held[layer][step]`, the positions held after the prompt (step 0) and after each later token.
+        scores: `scores[layer]`, the score of every position of the prompt.
+    """
+
+    zone_length = 16
+    generated_ratio = 0.9
+    generated_decay = 0.1
+
+    def __init__(
+        self,
+        prompt_length: int,
+        kept_per_layer: list[int],
+        window: int,
+        num_sink_tokens: int = 4,
+        distance_weight: float = 1.2,
+    ) -> None:
+        self.prompt_length = prompt_length
+        self.kept_per_layer = kept_per_layer
+        self.window = window
+        self.num_sink_tokens = num_sink_tokens
+        self.distance_weight = distance_weight
+        self.kept: list[list[int]] = [[] for _ in kept_per_layer]
+        self.held: list[list[list[int]]] = [[] for _ in kept_per_layer]
+        self.scores: list[dict[int, float]] = [{} for _ in kept_per_layer]
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        """See `Policy`."""
+        kv_heads, length, head_dim = key.shape
+        groups = query.view(kv_heads, -1, length, head_dim)
+        output = torch.empty_like(groups)
+        rows = torch.zeros(length, length)  # probabilities averaged over all heads
+        thinned: list[int] = []  # generated tokens that are settled
+        fresh: list[int] = []  # generated tokens after them
+        for position in range(length):
+            generated = position >= self.prompt_length
+            fresh += [position] if generated else []
+            seen = self.kept[layer] + thinned + fresh if generated else list(range(position + 1))
+            for head in range(kv_heads):
+                output[head, :, position], probabilities = attend_one(
+                    groups[head, :, position], key[head, seen], value[head, seen], scaling
+                )
+                rows[position, seen] += probabilities.sum(dim=0) / query.shape[0]
+            if position == self.prompt_length - 1:
+                prompt = list(range(self.prompt_length))
+                self.scores[layer] = self._score(rows, position, prompt)
+                self.kept[layer] = pyramid_select(
+                    self.scores[layer], self.kept_per_layer[layer], self.num_sink_tokens, prompt[-self.window :]
+                )
+            if generated and len(fresh) >= self.zone_length + self.window:
+                zone, fresh = fresh[: self.zone_length], fresh[self.zone_length :]
+                thinned += best(self._score(rows, position, zone), self.generated_number(layer))
+            if position >= self.prompt_length - 1:
+                self.held[layer].append(self.kept[layer] + thinned + fresh)
+        return output.view_as(query)
+
+    def generated_number(self, layer: int) -> int:
+        """How many of a zone of generated tokens a layer keeps."""
+        depth = layer / len(self.kept_per_layer)
+        share = (1 - self.generated_decay) * (math.cos(math.pi * depth) + 1) / 2 + self.generated_decay
+        return max(int(self.zone_length * self.generated_ratio * share), 1)
+
+    def _score(self, rows: torch.Tensor, newest: int, columns: list[int]) -> dict[int, float]:
+        """Scores of some positions by the window of queries that ends with `newest`."""
+        window = rows[newest + 1 - self.window : newest + 1]
+        return pyramid_window_scores(window[:, columns], columns, self.distance_weight)
+
+
+@torch.no_grad()
+def run_pruned_llama(
+    model: PreTrainedModel,
+    tokens: torch.Tensor,
+    prompt_length: int,
+    kept_per_layer: list[int],
+    window: int,
+    num_sink_tokens: int = 4,
+    distance_weight: float = 1.2,
+    prune_own_layer: bool = True,
+) -> tuple[torch.Tensor, list[list[int]]]:
+    """PyramidInfer on a Llama, layer by layer: each layer runs only on the prompt's tokens that the one before kept.
+
+    Args:
+        model: A Llama; it runs with eager attention, whose probabilities choose the tokens.
+        tokens: The prompt and what follows it, `(length,)`.
+        prompt_length: Tokens of the prompt.
+        kept_per_layer: Prompt tokens that each layer holds in its cache.
+        window: Tokens of the recent window, R + 1.
+        num_sink_tokens: First tokens, always kept.
+        distance_weight: Weight of the newest query.
+        prune_own_layer: Whether a layer holds what it passes on, as in the paper, or all that it was given, as in the
+            authors' code.
+
+    Returns:
+        Logits of the last token of the prompt and of every token after it `(1 + later, vocabulary)`, and the prompt
+        positions that each layer holds.
+    """
+    later = list(range(prompt_length, len(tokens)))
+    alive = list(range(prompt_length))
+    hidden = model.model.embed_tokens(tokens[None])
+    kept_positions = []
+    with attention_implementation(model, "eager"):
+        passed_on = kept_per_layer if prune_own_layer else [*kept_per_layer[1:], kept_per_layer[-1]]
+        for layer, number in zip(model.model.layers, passed_on, strict=True):
+            # The choice: the prompt's tokens alone.
+            prompt_hidden = hidden[:, : len(alive)]
+            _, probabilities = _run_layer(model, layer, prompt_hidden, alive, alive, len(alive))
+            rows = probabilities[0].mean(dim=0)[-window:]
+            scores = pyramid_window_scores(rows, alive, distance_weight)
+            chosen = pyramid_select(scores, number, num_sink_tokens, alive[-window:])
+            # The layer's output: prompt tokens see all that are alive, later ones what the cache holds.
+            held = chosen if prune_own_layer else alive
+            output, _ = _run_layer(model, layer, hidden, alive + later, held, len(alive))
+            index = [alive.index(position) for position in chosen]
+            index += range(len(alive), len(alive) + len(later))
+            hidden = output[:, index]
+            alive = chosen
+            kept_positions.append(held)
+        logits = model.lm_head(model.model.norm(hidden))[0]
+    return logits[len(alive) - 1 :], kept_positions
+
+
+def _run_layer(
+    model: PreTrainedModel,
+    layer: torch.nn.Module,
+    hidden: torch.Tensor,
+    positions: list[int],
+    kept: list[int],
+    num_prompt: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One decoder layer over tokens at `positions`, of which the first `num_prompt` are the prompt's.
+
+    Later tokens see, of the prompt, only `kept`. Returns the layer's output and its attention probabilities.
+    """
+    length = len(positions)
+    mask = torch.full((length, length), -math.inf).triu(1)
+    for row in range(num_prompt, length):
+        for column in range(num_prompt):
+            if positions[column] not in kept:
+                mask[row, column] = -math.inf
+    position_ids = torch.tensor([positions])
+    seen: list[torch.Tensor] = []
+    handle = layer.self_attn.register_forward_hook(lambda module, args, output: seen.append(output[1]))
+    try:
+        output = layer(
+            hidden,
+            attention_mask=mask[None, None],
+            position_ids=position_ids,
+            position_embeddings=model.model.rotary_emb(hidden, position_ids),
+        )
+    finally:
+        handle.remove()
+    return output, seen[0]

@@ -1,0 +1,287 @@
+"""What the caches really hold, at rest, during the prefill, and what a decode step allocates."""
+
+import gc
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from models import build_model, drive, random_rows, random_tokens
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import Cache, DynamicCache, PreTrainedModel
+
+from pyramid_cache import H2OCache, PyramidCache, StreamingLLMCache
+
+
+MakeCache = Callable[[PreTrainedModel], Cache]
+
+PROMPT_LENGTH = 4096
+BUDGET = 0.25
+HEAD_DIM = 64
+KV_HEADS = 2
+
+# Keys and values of one layer for the whole prompt, float32, one row.
+LAYER_BYTES = 2 * PROMPT_LENGTH * KV_HEADS * HEAD_DIM * 4
+
+CACHES: dict[str, MakeCache] = {
+    "pyramid_config": lambda model: PyramidCache(model.config, budget=BUDGET),
+    "pyramid_model": lambda model: PyramidCache(model, budget=BUDGET),
+    "h2o": lambda model: H2OCache(model.config, budget=BUDGET),
+    "streaming_llm": lambda model: StreamingLLMCache(model.config, window_length=PROMPT_LENGTH // 4),
+    "streaming_llm_dense": lambda model: StreamingLLMCache(
+        model.config, window_length=PROMPT_LENGTH // 4, prefill="dense"
+    ),
+}
+
+
+def reachable_tensors(root: object) -> Iterator[torch.Tensor]:
+    """Every tensor that can be reached from an object through attributes, slots, containers and closures.
+
+    Models are not entered: a cache may know its model, whose weights are not the cache's.
+    """
+    pending, seen = [root], set()
+    while pending:
+        item = pending.pop()
+        if id(item) in seen or isinstance(item, (torch.nn.Module, type, str, bytes, int, float)):
+            continue
+        seen.add(id(item))
+        if isinstance(item, torch.Tensor):
+            yield item
+            pending.extend(vars(item).values())
+        elif isinstance(item, dict):
+            pending.extend(item.keys())
+            pending.extend(item.values())
+        elif isinstance(item, (list, tuple, set, frozenset)):
+            pending.extend(item)
+        else:
+            pending.extend(getattr(item, "__dict__", {}).values())
+            for base in type(item).__mro__:
+                slots = getattr(base, "__slots__", ())
+                for slot in (slots,) if isinstance(slots, str) else slots:
+                    pending.append(getattr(item, slot, None))
+            for cell in getattr(item, "__closure__", None) or ():
+                pending.append(cell.cell_contents)
+
+
+def storages(root: object) -> dict[int, int]:
+    """Address and bytes of every distinct storage reachable from an object."""
+    found = {}
+    for tensor in reachable_tensors(root):
+        storage = tensor.untyped_storage()
+        if storage.nbytes():
+            found[storage.data_ptr()] = storage.nbytes()
+    return found
+
+
+def held_bytes(root: object) -> int:
+    """Bytes of all distinct storages reachable from an object."""
+    return sum(storages(root).values())
+
+
+def wide_model(num_layers: int) -> PreTrainedModel:
+    """A narrow Llama with heads of a usual size, so that bookkeeping weighs what it does in real models."""
+    return build_model(
+        "llama", num_hidden_layers=num_layers, head_dim=HEAD_DIM, num_attention_heads=4, num_key_value_heads=KV_HEADS
+    )
+
+
+@torch.no_grad()
+def prefill(model: PreTrainedModel, cache: Cache, length: int = PROMPT_LENGTH) -> None:
+    """Feed one prompt of one row."""
+    model(random_tokens(1, length), past_key_values=cache, logits_to_keep=1)
+
+
+def test_dynamic_cache_holds_what_these_tests_take_for_full() -> None:
+    model = wide_model(num_layers=2)
+    cache = DynamicCache(config=model.config)
+    prefill(model, cache)
+    assert held_bytes(cache) == 2 * LAYER_BYTES
+    assert large_tensors(model) > 0
+
+
+def large_tensors(model: PreTrainedModel) -> int:
+    """Living tensors, wherever they are, whose storage could hold the whole prompt's keys of a layer."""
+    gc.collect()
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    return sum(
+        item.untyped_storage().nbytes() >= LAYER_BYTES // 2
+        for item in gc.get_objects()
+        # Not `isinstance`, which wakes lazy objects that are no tensors.
+        if issubclass(type(item), torch.Tensor) and item.untyped_storage().data_ptr() not in weights
+    )
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_a_quarter_of_the_prompt_holds_a_quarter_of_the_bytes(name: str) -> None:
+    model = wide_model(num_layers=2)
+    cache = CACHES[name](model)
+    prefill(model, cache)
+    held = held_bytes(cache)
+    assert 0.2 * 2 * LAYER_BYTES < held <= 0.26 * 2 * LAYER_BYTES
+    memory = cache.memory()
+    assert set(memory) == {"cpu"} or set(memory) == {torch.device("cpu")}
+    assert sum(sum(roles.values()) for roles in memory.values()) == held
+    assert cache.nbytes == held
+    (roles,) = memory.values()
+    assert set(roles) == {"keys", "values", "bookkeeping"}
+    for role in ("keys", "values"):
+        assert 0.24 * LAYER_BYTES < roles[role] <= 0.26 * LAYER_BYTES
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_nothing_keeps_the_prompt_alive(name: str) -> None:
+    """Not even outside the cache: no living tensor is as large as the keys of one layer's prompt."""
+    model = wide_model(num_layers=2)
+    already = large_tensors(model)
+    cache = CACHES[name](model)
+    prefill(model, cache)
+    assert large_tensors(model) == already
+    with torch.no_grad():
+        model(random_tokens(1, 1), past_key_values=cache)
+    assert large_tensors(model) == already
+    assert cache.get_seq_length() == PROMPT_LENGTH + 1
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_memory_is_right_after_decoding(name: str) -> None:
+    model = wide_model(num_layers=2)
+    cache = CACHES[name](model)
+    drive(model, cache, random_rows((257, 200)), random_tokens(2, 40))
+    assert sum(sum(roles.values()) for roles in cache.memory().values()) == held_bytes(cache) == cache.nbytes
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_prefill_holds_one_whole_layer_at_a_time(name: str) -> None:
+    """Looked at after every attention and after every layer, the cache holds the end's bytes and one full layer."""
+    num_layers, length = 4, 1024
+    model = wide_model(num_layers)
+    cache = {
+        **CACHES,
+        "streaming_llm": streaming(length // 4),
+        "streaming_llm_dense": streaming(length // 4, "dense"),
+    }[name](model)
+    samples: list[int] = []
+
+    def sample(*_: Any) -> None:
+        samples.append(held_bytes(cache))
+
+    handles = []
+    for layer in model.model.layers:
+        handles.append(layer.self_attn.o_proj.register_forward_pre_hook(sample))
+        handles.append(layer.register_forward_hook(sample))
+    try:
+        prefill(model, cache, length)
+    finally:
+        for handle in handles:
+            handle.remove()
+    layer_bytes = LAYER_BYTES * length // PROMPT_LENGTH
+    assert len(samples) == 2 * num_layers
+    assert max(samples) <= held_bytes(cache) + layer_bytes
+    # After a layer is done, what it holds is pruned already, not when the whole prompt is through.
+    assert samples[1] <= 0.8 * layer_bytes
+
+
+def streaming(window_length: int, prefill: str = "streaming") -> MakeCache:
+    """StreamingLLM with another window."""
+    return lambda model: StreamingLLMCache(model.config, window_length=window_length, prefill=prefill)
+
+
+class LargeResults(TorchDispatchMode):
+    """Collects every operation that returns a tensor of at least so many elements in memory of its own."""
+
+    def __init__(self, num_elements: int, *known: object) -> None:
+        """Args:
+        num_elements: What counts as large.
+        known: Objects whose tensors are no news: caches and lists of tensors, as they are before the watch.
+        """
+        super().__init__()
+        self.num_elements = num_elements
+        # Kept alive, so that none of their addresses is given to a new tensor.
+        self.known_storages = [tensor.untyped_storage() for tensor in reachable_tensors(known)]
+        self.known = {storage.data_ptr() for storage in self.known_storages}
+        self.found: list[str] = []
+        self.operations = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.operations += 1
+        for item in tree_leaves(result):
+            if not isinstance(item, torch.Tensor) or item.numel() < self.num_elements:
+                continue
+            if item.untyped_storage().data_ptr() not in self.known:
+                self.found.append(f"{func}: {tuple(item.shape)}")
+        return result
+
+
+# Every row's cache is far larger than any weight's product, so that nothing else in a step is of its size.
+DECODE_SLOTS = 300
+
+BOUNDED_CACHES: dict[str, MakeCache] = {
+    "h2o": lambda model: H2OCache(model.config, budget=DECODE_SLOTS),
+    "streaming_llm": lambda model: StreamingLLMCache(model.config, window_length=DECODE_SLOTS),
+    "streaming_llm_dense": lambda model: StreamingLLMCache(model.config, window_length=DECODE_SLOTS, prefill="dense"),
+}
+
+
+@pytest.mark.parametrize("lengths", [(320, 320), (320, 310)], ids=["equal", "padded"])
+@pytest.mark.parametrize("name", BOUNDED_CACHES)
+def test_a_decode_step_makes_nothing_of_the_size_of_the_cache(name: str, lengths: tuple[int, ...]) -> None:
+    model = build_model("llama", head_dim=32)
+    cache = BOUNDED_CACHES[name](model)
+    drive(model, cache, random_rows(lengths), 3)
+    keys = cache.layers[0].keys
+    assert keys.shape[0] == 2 and keys.shape[2] >= DECODE_SLOTS
+    attention_mask = torch.ones(2, 324, dtype=torch.long)
+    attention_mask[1, : lengths[0] - lengths[1]] = 0
+    arguments = {"input_ids": random_tokens(2, 1), "past_key_values": cache}
+    if lengths[0] != lengths[1]:
+        arguments |= {"attention_mask": attention_mask, "position_ids": attention_mask.sum(-1, keepdim=True) - 1}
+    with torch.no_grad(), LargeResults(keys.numel() // 2, cache, list(model.parameters())) as watch:
+        model(**arguments)
+    assert watch.operations > 50
+    assert not watch.found
+
+
+def test_the_watch_sees_dynamic_cache_grow() -> None:
+    model = build_model("llama", head_dim=32)
+    cache = DynamicCache(config=model.config)
+    prefill(model, cache, 320)
+    with torch.no_grad(), LargeResults(cache.layers[0].keys.numel(), cache, list(model.parameters())) as watch:
+        model(random_tokens(1, 1), past_key_values=cache)
+    assert len(watch.found) >= 6  # keys and values of three layers
+
+
+@pytest.mark.parametrize("lengths", [(320, 320), (320, 310)], ids=["equal", "padded"])
+@pytest.mark.parametrize("name", BOUNDED_CACHES)
+def test_the_same_memory_serves_every_step(name: str, lengths: tuple[int, ...]) -> None:
+    model = build_model("llama", head_dim=32)
+    cache = BOUNDED_CACHES[name](model)
+    seen: list[dict[int, int]] = []
+    total: list[int] = []
+
+    def note(step: int) -> None:
+        # Small bookkeeping (a few numbers a row, the mask's columns) may move; what each head has for each slot may not.
+        per_slot = 4 * 2 * 2 * DECODE_SLOTS
+        seen.append({address: size for address, size in storages(cache).items() if size >= per_slot})
+        total.append(held_bytes(cache))
+
+    drive(model, cache, random_rows(lengths), random_tokens(2, 24), after_step=note)
+    assert len(seen[3]) >= 6  # keys and values of three layers
+    for later in seen[4:]:
+        assert later == seen[3]
+    # All that grows is the reading of the mask, which itself grows by a column a step.
+    assert total[-1] - total[3] <= (0 if lengths[0] == lengths[1] else 2 * 4 * 21) + 64
+
+
+def test_h2o_prefill_never_makes_a_square_matrix() -> None:
+    """All queries' attention is summed by key without ever holding a probability for each pair of tokens."""
+    length = 2048
+    model = wide_model(num_layers=1)
+    cache = H2OCache(model.config, budget=0.25)
+    with LargeResults(length * length) as watch:
+        prefill(model, cache, length)
+    assert watch.operations > 20
+    assert not watch.found
