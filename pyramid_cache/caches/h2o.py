@@ -30,7 +30,8 @@ class H2OLayer(CompressedLayer):
     """
 
     slot_tensors = ("keys", "values", "positions", "scores")
-    row_tensors = ("next_position", "column_positions", "num_recent")
+    # `free_slots` `(batch, kv_heads, 1)`: where the next token goes, known as long as all rows are full.
+    row_tensors = ("next_position", "column_positions", "num_recent", "free_slots")
     num_spare_slots = 1
     heads_share_positions = False
 
@@ -111,11 +112,14 @@ class H2OLayer(CompressedLayer):
         priority = scores.masked_fill(tokens.positions >= self.next_position - self.num_recent, float("inf"))
         priority = priority.masked_fill(tokens.positions < 0, float("-inf"))
         indices = best_tokens(priority, self.per_row(self.row_kept).flatten(), max_kept)
+        self.free_slots = None
         self.scores = grown(gather_tokens(scores, indices).masked_fill(indices < 0, 0), max_kept, max_kept + 1, fill=0)
         self.keep(key, value, tokens, indices)
 
     def _write(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self._overwrite(self.positions.argmin(dim=-1, keepdim=True), key_states, value_states)
+        slots = self.positions.argmin(dim=-1, keepdim=True) if self.free_slots is None else self.free_slots
+        self._overwrite(slots, key_states, value_states)
+        self.scores.scatter_(-1, slots, 0)
 
     def _evict_one(self) -> None:
         """Empties the slot of the lowest score outside the recent window, in the rows that hold one token too many."""
@@ -127,12 +131,12 @@ class H2OLayer(CompressedLayer):
         victim = lowest_slot(self.scores, self.positions, protected)
         is_full = [held > kept for held, kept in zip(self.row_held, self.row_kept, strict=True)]
         if all(is_full):
+            self.free_slots = victim
             self.positions.scatter_(-1, victim, -1)
-            self.scores.scatter_(-1, victim, 0)
         else:
+            self.free_slots = None
             is_full_row = self.per_row(is_full).bool()
             self.positions.scatter_(-1, victim, self.positions.gather(-1, victim).masked_fill(is_full_row, -1))
-            self.scores.scatter_(-1, victim, self.scores.gather(-1, victim).masked_fill(is_full_row, 0))
         self.row_held = [min(held, kept) for held, kept in zip(self.row_held, self.row_kept, strict=True)]
 
 

@@ -23,7 +23,7 @@ from pyramid_cache.engine.layer import CompressedLayer, LayerPlace
 from pyramid_cache.engine.rope import RotaryFrequencies, refuse_unsupported_rope, rotary_frequencies
 from pyramid_cache.engine.selection import gather_tokens
 from pyramid_cache.engine.tokens import MaskReader, Tokens
-from pyramid_cache.ops import grouped_logits, softmax_of_logits
+from pyramid_cache.ops import split_attention
 
 
 # Angles are counted from a base that moves on by this many tokens. The float32 angles of a model are off by up to
@@ -148,7 +148,6 @@ class StreamingLLMLayer(CompressedLayer):
             `torch.Tensor`: `(batch, num_new, heads, value_dim)`.
         """
         arguments = self.logit_arguments(query, **kwargs)
-        scaling = arguments.pop("scaling")
         batch_size, heads, num_new, _ = query.shape
         num_columns, num_sinks = key.shape[2], self.num_sink_tokens
         order = new_positions.argsort(dim=-1, stable=True)
@@ -170,19 +169,11 @@ class StreamingLLMLayer(CompressedLayer):
             queries = query_positions[:, :, start:stop, None]
             columns = key_positions[:, :, None, first:last]
             in_window = (columns <= queries) & (columns > queries - self.window) & (columns >= num_sinks)
-            mask = torch.cat([(sink_positions <= queries), in_window], dim=-1)[:, :, None]
-            logits = torch.cat(
-                [
-                    grouped_logits(sink_query[:, :, start:stop], sink_key, scaling),
-                    grouped_logits(query[:, :, start:stop], key[:, :, first:last], scaling),
-                ],
-                dim=-1,
-            )
-            probabilities = softmax_of_logits(logits, mask, **arguments).to(value.dtype).flatten(2, 3)
-            block = (
-                probabilities[..., :num_sinks] @ sink_value + probabilities[..., num_sinks:] @ value[:, :, first:last]
-            )
-            output[:, start:stop] = block.view(batch_size, heads, stop - start, -1).transpose(1, 2)
+            parts = [
+                (query[:, :, start:stop], key[:, :, first:last], value[:, :, first:last], in_window),
+                (sink_query[:, :, start:stop], sink_key, sink_value, sink_positions <= queries),
+            ]
+            output[:, start:stop] = split_attention(parts if num_sinks else parts[:1], **arguments)
         index = order.argsort(dim=-1)[:, 0, :, None, None].expand_as(output)
         return output.gather(1, index)
 

@@ -21,7 +21,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from pyramid_cache.engine.budget import Budget, bytes_to_tokens
 from pyramid_cache.engine.selection import gather_tokens
 from pyramid_cache.engine.tokens import MaskReader, Tokens, causal_mask
-from pyramid_cache.ops import attention_scores, causal_attention_with_lse, decode_probabilities, scores_from_lse
+from pyramid_cache.ops import (
+    attention_scores,
+    attention_with_lse,
+    can_reuse_lse,
+    decode_probabilities,
+    scores_from_lse,
+)
 
 
 # A layer that must grow by one token grows by this many, or by a 64th of its length if that is more.
@@ -471,7 +477,7 @@ class CompressedLayer(CacheLayerMixin):
         arguments = self.logit_arguments(query, **kwargs)
         if self._can_reuse_lse(attention, query, key, value, attention_mask, **kwargs):
             scaling = arguments["scaling"]
-            output, lse = causal_attention_with_lse(query, key, value, scaling, attention_mask)
+            output, lse = attention_with_lse(query, key, value, scaling, attention_mask)
             scores = scores_from_lse(
                 query[:, :, -num_rows:], key, lse[:, :, -num_rows:], scaling=scaling, row_weights=row_weights
             )
@@ -495,13 +501,11 @@ class CompressedLayer(CacheLayerMixin):
     ) -> bool:
         return (
             attention.func is sdpa_attention_forward
-            and query.device.type == "cpu"
-            and query.dtype == torch.float32
-            and query.shape[2:] == key.shape[2:] == value.shape[2:]
+            and query.shape[2] == key.shape[2]
             and (attention_mask is None or attention_mask.dtype == torch.bool)
             and not kwargs.get("dropout")
-            and not torch.is_grad_enabled()
-            and all(kwargs.get(name) is None for name in ("softcap", "s_aux", "position_bias"))
+            and kwargs.get("position_bias") is None
+            and can_reuse_lse(query, key, value, **self.logit_arguments(query, **kwargs))
         )
 
     def step_probabilities(self, query: torch.Tensor, key: torch.Tensor, key_mask: torch.Tensor | None, **kwargs):

@@ -1,21 +1,42 @@
 """Attention ops that also tell how much each key was attended to. `pyramid_cache.ops.reference` is their specification."""
 
-from pyramid_cache.ops.cpu import causal_attention_with_lse, scores_from_lse
+import torch
+
+from pyramid_cache.ops import cpu, reference
+from pyramid_cache.ops.cpu import attention_with_lse, scores_from_lse
 from pyramid_cache.ops.reference import (
     attention_scores,
     decode_attention,
     decode_probabilities,
-    grouped_logits,
-    softmax_of_logits,
 )
 
 
 __all__ = [
     "attention_scores",
-    "causal_attention_with_lse",
+    "attention_with_lse",
+    "can_reuse_lse",
     "decode_attention",
     "decode_probabilities",
-    "grouped_logits",
     "scores_from_lse",
-    "softmax_of_logits",
+    "split_attention",
 ]
+
+
+def can_reuse_lse(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **logit_arguments) -> bool:
+    """Whether the CPU's attention kernel, which gives its log-sum-exp, computes this attention."""
+    return (
+        query.device.type == "cpu"
+        and query.dtype == torch.float32
+        and key.shape == value.shape
+        and not torch.is_grad_enabled()
+        and all(logit_arguments.get(name) is None for name in ("softcap", "sink_logits"))
+    )
+
+
+def split_attention(
+    parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]], **logit_arguments
+) -> torch.Tensor:
+    """See `pyramid_cache.ops.reference.split_attention`."""
+    if can_reuse_lse(*parts[0][:3], **logit_arguments):
+        return cpu.split_attention(parts, logit_arguments["scaling"])
+    return reference.split_attention(parts, **logit_arguments)

@@ -14,7 +14,7 @@ ROWS_PER_TILE = 64
 TILE_ELEMENTS = 1 << 19
 
 
-def causal_attention_with_lse(
+def attention_with_lse(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, mask: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
@@ -22,8 +22,9 @@ def causal_attention_with_lse(
 
     Args:
         query (`torch.Tensor`): `(batch, heads, seq, head_dim)`.
-        key, value (`torch.Tensor`): `(batch, kv_heads, seq, head_dim)`.
-        mask (`torch.Tensor`, *optional*): bool `(batch, 1, seq, seq)`, True where attention is allowed. Causal without.
+        key, value (`torch.Tensor`): `(batch, kv_heads, keys, head_dim)`.
+        mask (`torch.Tensor`, *optional*): bool `(batch, 1, seq, keys)`, True where attention is allowed. Causal without, and
+            then there are as many keys as queries.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: output `(batch, seq, heads, head_dim)` and log-sum-exp `(batch, heads, seq)`.
@@ -88,3 +89,22 @@ def scores_from_lse(
                     tile.view(kv_heads, group, rows, -1)[..., first - left :].masked_fill_(hidden, float("-inf"))
                 scores[row, :, left:right] += tile.exp_().sum(dim=1)
     return scores.div_(group)
+
+
+def split_attention(
+    parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]], scaling: float
+) -> torch.Tensor:
+    """
+    `pyramid_cache.ops.reference.split_attention` for float32 on the CPU: one run of the attention kernel for each set of
+    keys, put together by their log-sum-exps.
+    """
+    outputs, lses = [], []
+    for query, key, value, mask in parts:
+        output, lse = attention_with_lse(query, key, value, scaling, mask)
+        # The kernel gives zero, not minus infinity, for a row without keys.
+        lses.append(lse.masked_fill(~mask.any(dim=-1), float("-inf")))
+        outputs.append(output)
+    total = torch.stack(lses).logsumexp(dim=0)
+    total = total.masked_fill(total == float("-inf"), 0.0)
+    weights = [(lse - total).exp().transpose(1, 2)[..., None] for lse in lses]
+    return sum(output * weight for output, weight in zip(outputs, weights, strict=True))

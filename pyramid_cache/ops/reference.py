@@ -53,8 +53,10 @@ def grouped_logits(query: torch.Tensor, key: torch.Tensor, scaling: float) -> to
     batch, heads, rows, head_dim = query.shape
     kv_heads = key.shape[1]
     query = query.reshape(batch, kv_heads, heads // kv_heads * rows, head_dim)
+    if query.dtype == torch.float32:
+        query, scaling = query * scaling, None  # in lower precision the scaled query would be rounded again
     logits = torch.matmul(query, key.transpose(-1, -2)).view(batch, kv_heads, heads // kv_heads, rows, -1)
-    return logits.float() * scaling
+    return logits if scaling is None else logits.float() * scaling
 
 
 def attention_scores(
@@ -153,3 +155,32 @@ def decode_attention(
     )
     output = torch.matmul(probabilities.to(value.dtype), value)  # (batch, kv_heads, group, value_dim)
     return output.view(query.shape[0], 1, query.shape[1], value.shape[-1]), probabilities.mean(dim=2)
+
+
+def split_attention(
+    parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]],
+    *,
+    scaling: float,
+    softcap: float | None = None,
+    sink_logits: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    Attention over several sets of keys at once, each of which sees the queries turned in a way of its own.
+
+    Args:
+        parts: Query `(batch, heads, rows, head_dim)`, key and value `(batch, kv_heads, keys, head_dim)` and a bool mask
+            `(batch, 1, rows, keys)`, True where attention is allowed, for each set of keys.
+        scaling, softcap, sink_logits: as in `attention_scores`.
+
+    Returns:
+        `torch.Tensor`: `(batch, rows, heads, value_dim)`; zeros for a row that may attend to nothing.
+    """
+    logits = torch.cat([grouped_logits(query, key, scaling) for query, key, _, _ in parts], dim=-1)
+    mask = torch.cat([mask for *_, mask in parts], dim=-1)[:, :, None]
+    probabilities = softmax_of_logits(logits, mask, softcap, sink_logits).flatten(2, 3)
+    values = [value for _, _, value, _ in parts]
+    widths = [value.shape[2] for value in values]
+    shares = probabilities.to(values[0].dtype).split(widths, dim=-1)
+    output = sum(share @ value for share, value in zip(shares, values, strict=True))
+    batch, heads, rows, _ = parts[0][0].shape
+    return output.view(batch, heads, rows, -1).transpose(1, 2)
