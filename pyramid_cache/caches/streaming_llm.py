@@ -23,7 +23,7 @@ from pyramid_cache.engine.layer import CompressedLayer, LayerPlace
 from pyramid_cache.engine.rope import RotaryFrequencies, refuse_unsupported_rope, rotary_frequencies
 from pyramid_cache.engine.selection import gather_tokens
 from pyramid_cache.engine.tokens import MaskReader, Tokens
-from pyramid_cache.ops import split_attention
+from pyramid_cache.ops import can_reuse_lse, decode_attention, split_attention
 
 
 # Angles are counted from a base that moves on by this many tokens. The float32 angles of a model are off by up to
@@ -209,10 +209,15 @@ class StreamingLLMLayer(CompressedLayer):
         attention_mask: torch.Tensor | None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if self.positions is not None:
-            attention_mask = self.mask_for(query, key.shape[2], self.slot_mask())
-            if self.has_exact_angles:
-                query = self._to_exact_angles(query, self.next_position - 1)
+        if self.positions is None:
+            return attention(query, key, value, attention_mask, **kwargs)
+        if self.has_exact_angles:
+            query = self._to_exact_angles(query, self.next_position - 1)
+        arguments = self.logit_arguments(query, **kwargs)
+        if can_reuse_lse(query, key, value, **arguments):
+            # For one query, two matrix products take 0.6 of the time of the CPU's attention kernel.
+            return decode_attention(query, key, value, mask=self.slot_mask(), **arguments)[0], None
+        attention_mask = self.mask_for(query, key.shape[2], self.slot_mask())
         return attention(query, key, value, attention_mask, **kwargs)
 
     # Where the tokens are.
