@@ -33,6 +33,50 @@ REBASE_INTERVAL = 1 << 14
 BLOCK_ELEMENTS = 1 << 22
 
 
+class SharedRotations:
+    """
+    What the layers of a cache have in common: the frequencies of the model, and the turn that moves the sinks at the step
+    that is running, which would otherwise be computed anew in each layer.
+
+    Args:
+        config (`PreTrainedConfig`): Of the model.
+        get_model (`Callable`): Returns the model itself, or None.
+    """
+
+    def __init__(self, config: PreTrainedConfig, get_model: Callable[[], PreTrainedModel | None]) -> None:
+        self._config = config
+        self._get_model = get_model
+        self._known: list[RotaryFrequencies] = []
+        self._key: tuple | None = None
+        self._turn: tuple[torch.Tensor, ...] = ()
+
+    def frequencies_of(self, module: torch.nn.Module) -> RotaryFrequencies | None:
+        """The frequencies of an attention module, None if it has none; the same object for layers that have the same."""
+        found = rotary_frequencies(module, self._config, model=self._get_model())
+        if found is None:
+            return None
+        for known in self._known:
+            if known.equals(found):
+                return known
+        self._known.append(found)
+        return found
+
+    def turn_by(
+        self, rotary: RotaryFrequencies, distances: list[int], states: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """Cosine and sine that move `states` `(batch, kv_heads, tokens, head_dim)` by `distances`, one per row or for all."""
+        key = (id(rotary), tuple(distances), states.dtype, states.device)
+        if key != self._key:
+            angles = rotary.angles(torch.tensor(distances, device=states.device).view(-1, 1, 1))
+            self._key, self._turn = key, rotary.cosine_and_sine(angles, states.dtype)
+        return self._turn
+
+    def held_tensors(self) -> list[torch.Tensor]:
+        """What it refers to."""
+        tensors = [tensor for known in self._known for tensor in (known.inv_freq, known.long_inv_freq)]
+        return [tensor for tensor in (*tensors, *self._turn) if tensor is not None]
+
+
 class StreamingLLMLayer(CompressedLayer):
     """
     One layer of `StreamingLLMCache`: slot `p` holds token `p` as long as there is room, then the window is a ring behind
@@ -49,12 +93,12 @@ class StreamingLLMLayer(CompressedLayer):
         window_length: int,
         num_sink_tokens: int,
         prefill: str,
-        rotary: Callable[[torch.nn.Module], RotaryFrequencies | None],
+        rotations: SharedRotations,
     ) -> None:
         self.window_length = window_length
         self.num_sink_tokens = num_sink_tokens
         self.prefill = prefill
-        self._find_rotary = rotary
+        self.rotations = rotations
         super().__init__(place, None, masks)
 
     def _clear(self) -> None:
@@ -76,17 +120,14 @@ class StreamingLLMLayer(CompressedLayer):
         return self.window_length
 
     def held_tensors(self) -> dict[str, torch.Tensor]:
-        tensors = super().held_tensors()
-        if self.rotary is not None:
-            frequencies = {"inv_freq": self.rotary.inv_freq, "long_inv_freq": self.rotary.long_inv_freq}
-            tensors |= {name: tensor for name, tensor in frequencies.items() if tensor is not None}
-        return tensors
+        shared = {f"rotation_{index}": tensor for index, tensor in enumerate(self.rotations.held_tensors())}
+        return super().held_tensors() | shared
 
     def _check_module(self, module: torch.nn.Module) -> None:
         is_new = self._module is None
         super()._check_module(module)
         if is_new:
-            self.rotary = self._find_rotary(module)
+            self.rotary = self.rotations.frequencies_of(module)
             longest = None if self.rotary is None else self.rotary.original_max_position_embeddings
             if longest is not None and self.window_length > longest:
                 raise ValueError(
@@ -187,17 +228,29 @@ class StreamingLLMLayer(CompressedLayer):
             self._remember_sinks(key, tokens)
             self.keep(key, value, tokens, self._ring_indices(tokens))
 
+    @torch.no_grad()
     def _write(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         position, num_sinks = self.next_position, self.num_sink_tokens
         self._move_base()
         if self.has_exact_angles:
             key_states = self._to_exact_angles(key_states, position, num_more=1)
-        ring = num_sinks + (position - num_sinks) % self.window
-        self._overwrite(torch.where(position < self.window_length, position, ring).long(), key_states, value_states)
+        slots = [
+            length if length < num_sinks else num_sinks + (length - num_sinks) % self.window
+            for length in self.row_lengths
+        ]
+        if len(set(slots)) == 1:
+            slot = slice(slots[0], slots[0] + 1)
+            self.keys[:, :, slot], self.values[:, :, slot], self.positions[:, :, slot] = (
+                key_states,
+                value_states,
+                position,
+            )
+        else:
+            self._overwrite(self.per_row(slots).long(), key_states, value_states)
         if min(self.row_lengths) < num_sinks:
             is_sink = torch.arange(num_sinks, device=self.device)[None, None, :, None] == position[..., None]
             self.sink_keys = torch.where(is_sink, key_states, self.sink_keys)
-        self._shift_sinks(position + 1)
+        self._shift_sinks()
         self.row_held = [min(held, self.window_length - 1) for held in self.row_held]
 
     def attend_step(
@@ -254,12 +307,13 @@ class StreamingLLMLayer(CompressedLayer):
         """Takes the sinks out of sorted keys."""
         self.sink_keys = gather_tokens(key, self._sink_columns(tokens))
 
-    def _shift_sinks(self, num_seen: torch.Tensor) -> None:
-        """Moves the sinks to just before the window, `num_seen` `(batch, 1, 1)` tokens having been seen."""
-        if self.rotary is not None:
-            evicted = (num_seen - self.window_length).clamp(min=0)
-            moved = self.rotary.rotate(self.sink_keys, self.rotary.angles(evicted - self.base))
-            self.keys[:, :, : self.num_sink_tokens] = moved
+    def _shift_sinks(self) -> None:
+        """Moves the sinks to just before the window of the token that is being stored."""
+        if self.rotary is not None and self.num_sink_tokens:
+            evicted = [max(length + 1 - self.window_length, 0) - self.base for length in self.row_lengths]
+            distances = evicted[:1] if len(set(evicted)) == 1 else evicted
+            turn = self.rotations.turn_by(self.rotary, distances, self.sink_keys)
+            self.keys[:, :, : self.num_sink_tokens] = self.rotary.turn(self.sink_keys, *turn)
 
     def _move_base(self) -> None:
         """Counts angles from nearer by, before those of the model become too coarse."""
@@ -328,11 +382,10 @@ class StreamingLLMCache(CompressedCache):
         refuse_unsupported_rope(config)
         get_model = (lambda: None) if model is None else weakref.ref(model)
 
-        def find_rotary(module: torch.nn.Module) -> RotaryFrequencies | None:
-            return rotary_frequencies(module, config, model=get_model())
+        rotations = SharedRotations(config, get_model)
 
         def build_layer(place: LayerPlace, masks: MaskReader) -> StreamingLLMLayer:
-            return StreamingLLMLayer(place, masks, window_length, num_sink_tokens, prefill, find_rotary)
+            return StreamingLLMLayer(place, masks, window_length, num_sink_tokens, prefill, rotations)
 
         super().__init__(config, build_layer)
 

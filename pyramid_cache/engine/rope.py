@@ -58,6 +58,20 @@ class RotaryFrequencies:
     long_inv_freq: torch.Tensor | None = None
     original_max_position_embeddings: int | None = None
 
+    def equals(self, other: "RotaryFrequencies") -> bool:
+        """Whether both rotate alike."""
+        if (self.long_inv_freq is None) != (other.long_inv_freq is None):
+            return False
+        return (
+            self.layout == other.layout
+            and self.original_max_position_embeddings == other.original_max_position_embeddings
+            and torch.equal(self.inv_freq, other.inv_freq.to(self.inv_freq.device))
+            and (
+                self.long_inv_freq is None
+                or torch.equal(self.long_inv_freq, other.long_inv_freq.to(self.long_inv_freq.device))
+            )
+        )
+
     @property
     def rotary_dim(self) -> int:
         """How many dimensions of a head are rotated."""
@@ -111,8 +125,16 @@ class RotaryFrequencies:
         Returns:
             `(batch, heads, seq, head_dim)` in the dtype of `states`.
         """
-        compute_dtype = torch.float64 if states.dtype == torch.float64 else torch.float32
-        cosine, sine = angles.double().cos().to(compute_dtype), angles.double().sin().to(compute_dtype)
+        return self.turn(states, *self.cosine_and_sine(angles, states.dtype))
+
+    def cosine_and_sine(self, angles: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of float64 angles, in the precision in which states of `dtype` are turned."""
+        compute_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        return angles.double().cos().to(compute_dtype), angles.double().sin().to(compute_dtype)
+
+    def turn(self, states: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+        """`rotate` by angles whose `cosine_and_sine` are known."""
+        compute_dtype = cosine.dtype
         rotated = states[..., : self.rotary_dim].to(compute_dtype)
         if self.layout == "half":
             first, second = rotated.chunk(2, dim=-1)
