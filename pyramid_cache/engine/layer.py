@@ -532,9 +532,7 @@ class CompressedLayer(CacheLayerMixin):
         return self.num_seen + query_length, 0
 
     def get_max_length(self) -> int:
-        return -1
-
-    def get_max_cache_shape(self) -> int:
+        """No limit to what may be seen."""
         return -1
 
     def reset(self) -> None:
@@ -574,6 +572,9 @@ class CompressedLayer(CacheLayerMixin):
             self.column_positions = self.column_positions[..., : self.length].contiguous()
 
     def activate_past_recording(self) -> None:
+        """Called before decoding that takes tokens back, which only a layer that never evicts can do."""
+        if self.budget is not None and self.budget.is_unlimited:
+            return
         raise NotImplementedError(
             "Assisted generation and prompt lookup take rejected tokens back, which a cache that evicts cannot do. Use "
             "DynamicCache with them, or generate without an assistant."
@@ -639,7 +640,9 @@ class CompressedLayer(CacheLayerMixin):
 
 def own_storage(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor itself if it fills its storage, else a copy: a view would keep all of a fused projection alive."""
-    return tensor if tensor.untyped_storage().nbytes() == tensor.numel() * tensor.itemsize else tensor.contiguous()
+    if tensor.untyped_storage().nbytes() == tensor.numel() * tensor.itemsize:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def grown(tensor: torch.Tensor, length: int, num_slots: int, fill: int) -> torch.Tensor:
