@@ -9,17 +9,16 @@ Departures from the authors' code: sums are kept per row of the batch (theirs ad
 attention, per KV head as the mean over its query heads. Keys keep the positions that they had.
 """
 
-from collections.abc import Callable
-
 import torch
 from transformers import PreTrainedConfig
 
+from pyramid_cache.engine.attention import AttentionCall
 from pyramid_cache.engine.budget import Budget, floor_of_product, parse_budget
 from pyramid_cache.engine.cache import CompressedCache
 from pyramid_cache.engine.layer import CompressedLayer, LayerPlace, grown
 from pyramid_cache.engine.selection import best_tokens, gather_tokens, lowest_slot
 from pyramid_cache.engine.tokens import MaskReader, Tokens
-from pyramid_cache.ops import decode_attention
+from pyramid_cache.ops import decode_attention, decode_probabilities
 
 
 class H2OLayer(CompressedLayer):
@@ -42,68 +41,43 @@ class H2OLayer(CompressedLayer):
     def num_tokens_to_keep(self, row_length: int) -> int:
         return self.token_budget.num_tokens(row_length)
 
-    def attend_prompt(
-        self,
-        attention: Callable,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        tokens: Tokens,
-        **kwargs,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def attend_prompt(self, call: AttentionCall, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor | None]:
         if self.budget.is_unlimited:
-            return attention(query, key, value, attention_mask, **kwargs)
+            return call.run()
         if self.positions is not None:
-            attention_mask = self.mask_for(query, key.shape[2], tokens.positions >= 0 if tokens.has_gaps else None)
-        output, scores = self.attend_and_score(
-            attention, query, key, value, attention_mask, tokens, query.shape[2], None, **kwargs
-        )
+            call = self.with_slot_mask(call, tokens.positions >= 0 if tokens.has_gaps else None)
+        output, scores = self.attend_and_score(call, tokens, call.num_queries, None)
         if self.scores is not None:
-            num_earlier = key.shape[2] - query.shape[2]
+            num_earlier = call.num_keys - call.num_queries
             scores[..., :num_earlier] += self.scores[..., :num_earlier]
         self.num_recent = self.per_row([kept - floor_of_product(self.heavy_ratio, kept) for kept in self.row_kept])
         if self.positions is None and not self.must_evict:
             self.scores = grown(scores, self.length, self.keys.shape[2], fill=0)
         else:
-            self._keep_best(key, value, scores, tokens)
+            self._keep_best(call.key, call.value, scores, tokens)
         return output
 
-    def attend_step(
-        self,
-        attention: Callable,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        **kwargs,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def attend_step(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
         if self.positions is None:
-            return self._attend_dense_step(attention, query, key, value, attention_mask, **kwargs)
+            return self._attend_dense_step(call)
         output, probabilities = decode_attention(
-            query, key, value, mask=self.slot_mask(), **self.logit_arguments(query, **kwargs)
+            call.query, call.key, call.value, mask=self.slot_mask(), **call.logit_arguments
         )
         self.scores += probabilities.detach()
         self._evict_one()
         return output, None
 
-    def _attend_dense_step(
-        self,
-        attention: Callable,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        **kwargs,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _attend_dense_step(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Nothing was evicted so far: the model's own attention, and beside it the scores."""
-        output = attention(query, key, value, attention_mask, **kwargs)
+        output = call.run()
         if self.budget.is_unlimited:
             return output
         key_mask = None if self.column_positions is None else self.column_tokens.positions >= 0
-        self.scores[..., : self.length] += self.step_probabilities(query, key, key_mask, **kwargs)
+        with torch.no_grad():
+            probabilities = decode_probabilities(call.query, call.key, mask=key_mask, **call.logit_arguments)
+        self.scores[..., : self.length] += probabilities.mean(dim=2)
         if self.must_evict:
-            self._keep_best(key, value, self.scores[..., : self.length], self.column_tokens)
+            self._keep_best(call.key, call.value, self.scores[..., : self.length], self.column_tokens)
         return output
 
     def _keep_best(self, key: torch.Tensor, value: torch.Tensor, scores: torch.Tensor, tokens: Tokens) -> None:

@@ -18,12 +18,12 @@ Departures from the authors' code, whose legacy file is the reference for decodi
 
 import functools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from pyramid_cache.engine.attention import AttentionCall
 from pyramid_cache.engine.budget import Budget, cosine_decay, floor_of_product, parse_budget, pyramid_schedule
 from pyramid_cache.engine.cache import CompressedCache, check_decoder_config
 from pyramid_cache.engine.layer import CompressedLayer, LayerPlace
@@ -217,41 +217,30 @@ class PyramidLayer(CompressedLayer):
 
     # The prompt.
 
-    def attend_prompt(
-        self,
-        attention: Callable,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        tokens: Tokens,
-        **kwargs,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if self.prefill is not None and self.positions is None and self.length == key.shape[2] == query.shape[2]:
+    def attend_prompt(self, call: AttentionCall, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if self.prefill is not None and self.positions is None and self.length == call.num_keys == call.num_queries:
             self.prefill.require_running()
         is_whole = self.positions is None and self.incoming is None and not self.must_evict
         row_passed = self._row_passed(tokens)
         if is_whole and row_passed is None:
-            return attention(query, key, value, attention_mask, **kwargs)
+            return call.run()
         if self.positions is not None:
-            attention_mask = self.mask_for(query, key.shape[2], tokens.positions >= 0 if tokens.has_gaps else None)
+            call = self.with_slot_mask(call, tokens.positions >= 0 if tokens.has_gaps else None)
         self._start_generation()
         if self.must_evict or row_passed is not None:
             # Padding between the tokens of a row puts its recent window further back.
-            num_rows = min(max(self.row_recent), query.shape[2]) if tokens.is_ascending else query.shape[2]
+            num_rows = min(max(self.row_recent), call.num_queries) if tokens.is_ascending else call.num_queries
             weights = self._row_weights(tokens.positions[:, 0, -num_rows:])
-            output, scores = self.attend_and_score(
-                attention, query, key, value, attention_mask, tokens, num_rows, weights, **kwargs
-            )
+            output, scores = self.attend_and_score(call, tokens, num_rows, weights)
         else:
-            output = attention(query, key, value, attention_mask, **kwargs)
+            output = call.run()
             scores = torch.zeros(tokens.positions.shape, device=self.device)
         if row_passed is not None:
             self.passed_on = self._best_tokens(scores, tokens, row_passed)
         if not is_whole:
             is_same = row_passed is not None and self.settings.prune_own_layer
             indices = self.passed_on if is_same else self._best_tokens(scores, tokens, self.row_kept)
-            self.keep(key, value, tokens, indices)
+            self.keep(call.key, call.value, tokens, indices)
             self.num_settled, self.row_front = self.length, list(self.row_held)
         return output
 
@@ -295,24 +284,16 @@ class PyramidLayer(CompressedLayer):
         self.row_zones = [0] * self.batch_size
         self.scores = None
 
-    def attend_step(
-        self,
-        attention: Callable,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        **kwargs,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def attend_step(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
         if self.positions is None:
-            output = attention(query, key, value, attention_mask, **kwargs)
+            output = call.run()
             if self.must_evict and not self.settings.is_unlimited:
-                self._turn_into_slots(key, value)
+                self._turn_into_slots(call.key, call.value)
             return output
         output, probabilities = decode_attention(
-            query, key, value, mask=self.slot_mask(), **self.logit_arguments(query, **kwargs)
+            call.query, call.key, call.value, mask=self.slot_mask(), **call.logit_arguments
         )
-        self._score_generated(probabilities)
+        self._score_generated(probabilities.detach())
         self._judge_zones()
         return output, None
 

@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from pyramid_cache.engine.attention import AttentionCall
 from pyramid_cache.engine.cache import CompressedCache, check_decoder_config
 from pyramid_cache.engine.layer import CompressedLayer, LayerPlace
 from pyramid_cache.engine.rope import RotaryFrequencies, refuse_unsupported_rope, rotary_frequencies
@@ -137,33 +138,24 @@ class StreamingLLMLayer(CompressedLayer):
 
     # A prompt, or several tokens of a later turn.
 
-    def attend_prompt(
-        self,
-        attention: Callable,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        tokens: Tokens,
-        **kwargs,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def attend_prompt(self, call: AttentionCall, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor | None]:
         is_first = self.positions is None
         if is_first and not self.must_evict:
-            return attention(query, key, value, attention_mask, **kwargs)
+            return call.run()
         is_streamed = not (is_first and self.prefill == "dense")
-        if not is_streamed:
-            output = attention(query, key, value, attention_mask, **kwargs)
-        new_positions = tokens.positions[..., -query.shape[2] :]
+        output = None if is_streamed else call.run()
+        query, key, value = call.query, call.key, call.value
+        new_positions = tokens.positions[..., -call.num_queries :]
         if self.has_exact_angles:
             query = self._to_exact_angles(query, new_positions)
-            num_earlier = key.shape[2] - query.shape[2]
+            num_earlier = call.num_keys - call.num_queries
             new_key = self._to_exact_angles(key[:, :, num_earlier:], new_positions)
             key = torch.cat([key[:, :, :num_earlier], new_key], dim=2)
         key, value, tokens = in_order(key, value, tokens)
         if self.base == 0:  # later on all rows have their sinks
             self._remember_sinks(key, tokens)
         if is_streamed:
-            output = self._attend_stream(query, key, value, tokens, new_positions, **kwargs), None
+            output = self._attend_stream(query, key, value, tokens, new_positions, **call.logit_arguments), None
         self.keep(key, value, tokens, self._ring_indices(tokens))
         return output
 
@@ -174,7 +166,7 @@ class StreamingLLMLayer(CompressedLayer):
         value: torch.Tensor,
         tokens: Tokens,
         new_positions: torch.Tensor,
-        **kwargs,
+        **logit_arguments,
     ) -> torch.Tensor:
         """
         Attention in which each query sees the sinks and the window that it would have seen had the tokens come one by one.
@@ -188,7 +180,6 @@ class StreamingLLMLayer(CompressedLayer):
         Returns:
             `torch.Tensor`: `(batch, num_new, heads, value_dim)`.
         """
-        arguments = self.logit_arguments(query, **kwargs)
         batch_size, heads, num_new, _ = query.shape
         num_columns, num_sinks = key.shape[2], self.num_sink_tokens
         order = new_positions.argsort(dim=-1, stable=True)
@@ -214,7 +205,7 @@ class StreamingLLMLayer(CompressedLayer):
                 (query[:, :, start:stop], key[:, :, first:last], value[:, :, first:last], in_window),
                 (sink_query[:, :, start:stop], sink_key, sink_value, sink_positions <= queries),
             ]
-            output[:, start:stop] = split_attention(parts if num_sinks else parts[:1], **arguments)
+            output[:, start:stop] = split_attention(parts if num_sinks else parts[:1], **logit_arguments)
         index = order.argsort(dim=-1)[:, 0, :, None, None].expand_as(output)
         return output.gather(1, index)
 
@@ -253,25 +244,16 @@ class StreamingLLMLayer(CompressedLayer):
         self._shift_sinks()
         self.row_held = [min(held, self.window_length - 1) for held in self.row_held]
 
-    def attend_step(
-        self,
-        attention: Callable,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        **kwargs,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def attend_step(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
         if self.positions is None:
-            return attention(query, key, value, attention_mask, **kwargs)
+            return call.run()
         if self.has_exact_angles:
-            query = self._to_exact_angles(query, self.next_position - 1)
-        arguments = self.logit_arguments(query, **kwargs)
-        if can_reuse_lse(query, key, value, **arguments):
+            call = replace(call, query=self._to_exact_angles(call.query, self.next_position - 1))
+        parts = (call.query, call.key, call.value)
+        if can_reuse_lse(*parts, **call.logit_arguments):
             # For one query, two matrix products take 0.6 of the time of the CPU's attention kernel.
-            return decode_attention(query, key, value, mask=self.slot_mask(), **arguments)[0], None
-        attention_mask = self.mask_for(query, key.shape[2], self.slot_mask())
-        return attention(query, key, value, attention_mask, **kwargs)
+            return decode_attention(*parts, mask=self.slot_mask(), **call.logit_arguments)[0], None
+        return self.with_slot_mask(call, self.slot_mask()).run()
 
     # Where the tokens are.
 

@@ -10,12 +10,58 @@ method, so eager is served like sdpa and flash-attention. Nothing here refers to
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import AttentionInterface
 
 
 _original_get_interface: Callable | None = None
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """
+    A call that a model makes to its attention function.
+
+    Attributes:
+        function (`Callable`): The attention function that would run.
+        module (`torch.nn.Module`): The attention layer that calls it.
+        query (`torch.Tensor`): `(batch, heads, num_queries, head_dim)`.
+        key, value (`torch.Tensor`): `(batch, kv_heads, num_keys, head_dim)`.
+        mask (`torch.Tensor`, *optional*): In the form that `function` takes.
+        kwargs (`dict`): Whatever else the model passes.
+    """
+
+    function: Callable
+    module: torch.nn.Module
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    mask: torch.Tensor | None
+    kwargs: dict[str, Any]
+
+    def run(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The output `(batch, num_queries, heads, value_dim)`, and attention weights where the function gives them."""
+        return self.function(self.module, self.query, self.key, self.value, self.mask, **self.kwargs)
+
+    @property
+    def num_queries(self) -> int:
+        return self.query.shape[2]
+
+    @property
+    def num_keys(self) -> int:
+        return self.key.shape[2]
+
+    @property
+    def logit_arguments(self) -> dict[str, Any]:
+        """What the call says about its logits, as the ops take it."""
+        return {
+            "scaling": self.kwargs.get("scaling") or self.query.shape[-1] ** -0.5,
+            "softcap": self.kwargs.get("softcap"),
+            "sink_logits": self.kwargs.get("s_aux"),
+        }
 
 
 def install() -> None:
@@ -53,6 +99,9 @@ def _dispatch(
     layer = getattr(key, "cache_layer", None)
     if layer is None:
         return attention(module, query, key, value, attention_mask, *args, **kwargs)
-    return layer.attend(
-        functools.partial(attention, module), module, query, key, value, attention_mask, *args, **kwargs
-    )
+    if args:
+        raise NotImplementedError(
+            f"{type(module).__name__} passes more to its attention function by position than transformers' own models do. "
+            "Use DynamicCache for it."
+        )
+    return layer.attend(AttentionCall(attention, module, query, key, value, attention_mask, kwargs))

@@ -18,6 +18,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from pyramid_cache.engine.attention import AttentionCall
 from pyramid_cache.engine.budget import Budget, bytes_to_tokens
 from pyramid_cache.engine.selection import gather_tokens
 from pyramid_cache.engine.tokens import MaskReader, Tokens, causal_mask
@@ -25,7 +26,6 @@ from pyramid_cache.ops import (
     attention_scores,
     attention_with_lse,
     can_reuse_lse,
-    decode_probabilities,
     scores_from_lse,
 )
 
@@ -107,31 +107,14 @@ class CompressedLayer(CacheLayerMixin):
         """How many of a row's tokens stay, `row_length` of them having been seen."""
 
     @abstractmethod
-    def attend_prompt(
-        self,
-        attention: Callable,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        tokens: Tokens,
-        **kwargs,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def attend_prompt(self, call: AttentionCall, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
-        Attention of several queries (or of the very first one), and the eviction that follows. `key` and `value` hold what
+        Attention of several queries (or of the very first one), and the eviction that follows. The keys of `call` are what
         the layer held and the new tokens behind it, `tokens` their positions. An eviction ends in `keep`.
         """
 
     @abstractmethod
-    def attend_step(
-        self,
-        attention: Callable,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        **kwargs,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def attend_step(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention of one query over what the layer holds, the new token included, and the eviction that follows."""
 
     # The meeting with the model: `update`, then `attend`.
@@ -194,50 +177,38 @@ class CompressedLayer(CacheLayerMixin):
         keys.cache_layer = self
         return keys, values
 
-    def attend(
-        self,
-        attention: Callable,
-        module: torch.nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        **kwargs,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def attend(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
-        What the wrapped attention function calls instead of attending.
+        What happens instead of a model's call to its attention function.
 
         Args:
-            attention (`Callable`): The function that would have run, bound to `module`.
-            query (`torch.Tensor`): `(batch, heads, num_new, head_dim)`.
-            key, value (`torch.Tensor`): What `update` returned.
-            attention_mask (`torch.Tensor`, *optional*): In coordinates of everything seen, in the form that `attention` takes.
+            call (`AttentionCall`): Its keys and values are what `update` returned, its mask in coordinates of everything seen.
 
         Returns:
-            `tuple[torch.Tensor, torch.Tensor | None]`: As attention functions return it: `(batch, num_new, heads,
-            head_dim)`, and attention weights where `attention` gave them.
+            `tuple[torch.Tensor, torch.Tensor | None]`: As attention functions return it: `(batch, num_queries, heads,
+            head_dim)`, and attention weights where the function gave them.
         """
-        num_new = query.shape[2]
+        num_new = call.num_queries
         if num_new != self.num_pending:
             raise RuntimeError(
                 f"Layer {self.place.layer_idx} was given {self.num_pending} tokens and asked for {num_new} queries: the model's "
                 "attention calls `update` in a way that pyramid_cache does not know. Use DynamicCache for this model."
             )
-        self._check_module(module)
-        if self.positions is not None and kwargs.get("output_attentions"):
+        self._check_module(call.module)
+        if self.positions is not None and call.kwargs.get("output_attentions"):
             raise NotImplementedError(
                 "`output_attentions=True`: attention weights over a cache that has evicted tokens have no columns for them. "
                 "Use DynamicCache, or a budget that holds the whole sequence."
             )
         if num_new == 1 and self.row_lengths != [0] * self.batch_size and self.incoming is None:
-            self._check_step_mask(attention_mask)
+            self._check_step_mask(call.mask)
             self.row_lengths = [length + 1 for length in self.row_lengths]
             self.row_held = [held + 1 for held in self.row_held]
             self.next_position += 1
-            output = self.attend_step(attention, query, key, value, attention_mask, **kwargs)
+            output = self.attend_step(call)
         else:
-            tokens = self._read_tokens(attention_mask, num_new)
-            output = self.attend_prompt(attention, query, key, value, attention_mask, tokens, **kwargs)
+            tokens = self._read_tokens(call.mask, num_new)
+            output = self.attend_prompt(call, tokens)
         self.num_pending = 0
         self.incoming = None
         return output
@@ -442,29 +413,26 @@ class CompressedLayer(CacheLayerMixin):
         """`(batch, kv_heads or 1, slots)` bool, False for empty slots; None if there is none."""
         return self.positions[..., : self.length] >= 0 if self.has_empty_slots else None
 
-    def mask_for(self, query: torch.Tensor, num_keys: int, key_mask: torch.Tensor | None) -> torch.Tensor | None:
-        """`causal_mask` for the model's attention; `key_mask` is `(batch, kv_heads or 1, keys)`, the same for all heads."""
+    def with_slot_mask(self, call: AttentionCall, key_mask: torch.Tensor | None) -> AttentionCall:
+        """The call with a mask over slots; `key_mask` is `(batch, kv_heads or 1, keys)`, the same for all heads."""
         key_mask = None if key_mask is None else key_mask[:, :1]
-        implementation = self._module().config._attn_implementation
-        return causal_mask(implementation, key_mask, query.shape[2], num_keys, query.dtype, query.device)
+        mask = causal_mask(
+            call.module.config._attn_implementation,
+            key_mask,
+            call.num_queries,
+            call.num_keys,
+            call.query.dtype,
+            call.query.device,
+        )
+        return replace(call, mask=mask)
 
     def attend_and_score(
-        self,
-        attention: Callable,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        tokens: Tokens,
-        num_rows: int,
-        row_weights: torch.Tensor | None,
-        **kwargs,
+        self, call: AttentionCall, tokens: Tokens, num_rows: int, row_weights: torch.Tensor | None
     ) -> tuple[tuple[torch.Tensor, torch.Tensor | None], torch.Tensor]:
         """
         Attention of several queries and the scores that the last `num_rows` of them give to all keys.
 
         Args:
-            attention_mask (`torch.Tensor`, *optional*): In the form that `attention` takes.
             tokens (`Tokens`): Of the keys.
             row_weights (`torch.Tensor`, *optional*): `(batch or 1, num_rows)`. Padded queries have weight 0 anyway.
 
@@ -474,52 +442,17 @@ class CompressedLayer(CacheLayerMixin):
         if tokens.has_gaps:
             is_token = (tokens.positions[:, 0, -num_rows:] >= 0).to(torch.float32)
             row_weights = is_token if row_weights is None else row_weights * is_token
-        arguments = self.logit_arguments(query, **kwargs)
-        if self._can_reuse_lse(attention, query, key, value, attention_mask, **kwargs):
-            scaling = arguments["scaling"]
-            output, lse = attention_with_lse(query, key, value, scaling, attention_mask)
-            scores = scores_from_lse(
-                query[:, :, -num_rows:], key, lse[:, :, -num_rows:], scaling=scaling, row_weights=row_weights
-            )
-            return (output, None), scores
-        output = attention(query, key, value, attention_mask, **kwargs)
+        query, key = call.query[:, :, -num_rows:], call.key
+        if is_sdpa_on_cpu(call):
+            scaling = call.logit_arguments["scaling"]
+            output, lse = attention_with_lse(call.query, key, call.value, scaling, call.mask)
+            lse = lse[:, :, -num_rows:]
+            return (output, None), scores_from_lse(query, key, lse, scaling=scaling, row_weights=row_weights)
+        output = call.run()
         key_mask = tokens.positions >= 0 if tokens.has_gaps else None
         with torch.no_grad():
-            scores = attention_scores(
-                query[:, :, -num_rows:], key, key_mask=key_mask, row_weights=row_weights, **arguments
-            )
+            scores = attention_scores(query, key, key_mask=key_mask, row_weights=row_weights, **call.logit_arguments)
         return output, scores
-
-    def _can_reuse_lse(
-        self,
-        attention: Callable,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        **kwargs,
-    ) -> bool:
-        return (
-            attention.func is sdpa_attention_forward
-            and query.shape[2] == key.shape[2]
-            and (attention_mask is None or attention_mask.dtype == torch.bool)
-            and not kwargs.get("dropout")
-            and kwargs.get("position_bias") is None
-            and can_reuse_lse(query, key, value, **self.logit_arguments(query, **kwargs))
-        )
-
-    def step_probabilities(self, query: torch.Tensor, key: torch.Tensor, key_mask: torch.Tensor | None, **kwargs):
-        """`(batch, kv_heads, slots)` float32: what one query per row attends to, averaged over a group."""
-        return decode_probabilities(query, key, mask=key_mask, **self.logit_arguments(query, **kwargs)).mean(dim=2)
-
-    @staticmethod
-    def logit_arguments(query: torch.Tensor, **kwargs) -> dict:
-        """What the model's call to attention says about its logits, as the ops take it."""
-        return {
-            "scaling": kwargs.get("scaling") or query.shape[-1] ** -0.5,
-            "softcap": kwargs.get("softcap"),
-            "sink_logits": kwargs.get("s_aux"),
-        }
 
     # What `generate` asks of any layer.
 
@@ -636,6 +569,18 @@ class CompressedLayer(CacheLayerMixin):
         """Every tensor that the layer refers to, by name."""
         tensors = {name: getattr(self, name) for name in (*self.slot_tensors, *self.row_tensors)}
         return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+def is_sdpa_on_cpu(call: AttentionCall) -> bool:
+    """Whether a prompt's call ends in the CPU's attention kernel, whose log-sum-exp can be had."""
+    return (
+        call.function is sdpa_attention_forward
+        and call.num_queries == call.num_keys
+        and (call.mask is None or call.mask.dtype == torch.bool)
+        and not call.kwargs.get("dropout")
+        and call.kwargs.get("position_bias") is None
+        and can_reuse_lse(call.query, call.key, call.value, **call.logit_arguments)
+    )
 
 
 def own_storage(tensor: torch.Tensor) -> torch.Tensor:
