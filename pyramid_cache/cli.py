@@ -8,7 +8,7 @@ from pyramid_cache.demo import command as demo_command
 
 
 # What the subcommands import beyond the core dependencies; all of it comes with the extra `demo`.
-OPTIONAL_PACKAGES = ("filelock", "gguf", "matplotlib", "rich")
+OPTIONAL_PACKAGES = ("accelerate", "filelock", "gguf", "matplotlib", "rich")
 
 
 def build_parser() -> argparse.ArgumentParser:

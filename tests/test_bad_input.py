@@ -199,3 +199,27 @@ def test_flex_attention_is_refused(cache: str) -> None:
     model.config._attn_implementation = "flex_attention"
     with pytest.raises(ERRORS, match="(?s)flex_attention.*sdpa"):
         prefill(model, ALL[cache](model))
+
+
+def test_attention_weights_of_evicted_tokens_are_refused() -> None:
+    model, tokens = build_model("llama", attention="eager"), random_tokens(1, 40)
+    caches = [PyramidCache(model), PyramidCache(model.config), H2OCache(model), StreamingLLMCache(model, 12)]
+    for cache in caches:
+        with torch.no_grad(), pytest.raises(NotImplementedError, match="output_attentions"):
+            model(tokens, past_key_values=cache, output_attentions=True)
+    whole = model(tokens, past_key_values=H2OCache(model, budget=1.0), output_attentions=True)
+    assert all(weights.shape == (1, 4, 40, 40) for weights in whole.attentions)
+
+
+def test_hidden_states_of_pruned_layers_are_refused() -> None:
+    model, tokens = build_model("llama"), random_tokens(1, 40)
+    with torch.no_grad():
+        model(tokens, past_key_values=PyramidCache(model.config, budget=0.4), output_hidden_states=True)
+        with pytest.raises(NotImplementedError, match="output_hidden_states"):
+            model(tokens, past_key_values=PyramidCache(model, budget=0.4), output_hidden_states=True)
+
+
+def test_positions_of_a_layer_that_is_not_there() -> None:
+    model = build_model("llama")
+    with pytest.raises(ValueError, match="no layer 99"):
+        PyramidCache(model.config).positions(99)

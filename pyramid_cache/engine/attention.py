@@ -17,7 +17,22 @@ import torch
 from transformers import AttentionInterface
 
 
+try:
+    from transformers.utils import output_capturing
+except ImportError:  # where transformers has moved it, outputs that do not fit go unnoticed
+    output_capturing = None
+
+
 _original_get_interface: Callable | None = None
+
+
+def is_asked_for(name: str) -> bool:
+    """
+    Whether the forward pass that is running collects outputs of that name: "attentions" (`output_attentions=True`) or
+    "hidden_states". transformers collects them behind the back of attention functions.
+    """
+    collector = None if output_capturing is None else output_capturing._active_collector.get()
+    return collector is not None and name in collector
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,8 @@ def parse_budget(budget: float | int | str) -> Budget:
         unit = None if match is None else BYTE_UNITS.get(match[2].lower())
         if match is None or unit is None or not match[2]:
             raise ValueError(
-                f"`budget={budget!r}` is no number of bytes. Give {BUDGET_FORMS}; units are B, KB, MB, GB, KiB, MiB, GiB."
+                f"`budget={budget!r}` is no number of bytes. Give {BUDGET_FORMS}; units are B, KB, MB, GB, KiB, MiB, GiB, and "
+                "a fraction or a number of tokens is no string."
             )
         num_bytes = int(float(match[1]) * unit)
         if num_bytes < 1:

@@ -85,6 +85,8 @@ class CompressedCache(Cache):
         Raises:
             ValueError: The layer is not one that evicts, or holds nothing yet.
         """
+        if not 0 <= layer_idx < len(self.layers):
+            raise ValueError(f"There is no layer {layer_idx}: the cache has {len(self.layers)} layers.")
         layer = self.layers[layer_idx]
         if not isinstance(layer, CompressedLayer):
             raise ValueError(

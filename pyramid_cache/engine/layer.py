@@ -18,7 +18,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from pyramid_cache.engine.attention import AttentionCall
+from pyramid_cache.engine.attention import AttentionCall, is_asked_for
 from pyramid_cache.engine.budget import Budget, bytes_to_tokens
 from pyramid_cache.engine.selection import gather_tokens
 from pyramid_cache.engine.tokens import MaskReader, Tokens, causal_mask
@@ -195,11 +195,6 @@ class CompressedLayer(CacheLayerMixin):
                 "attention calls `update` in a way that pyramid_cache does not know. Use DynamicCache for this model."
             )
         self._check_module(call.module)
-        if self.positions is not None and call.kwargs.get("output_attentions"):
-            raise NotImplementedError(
-                "`output_attentions=True`: attention weights over a cache that has evicted tokens have no columns for them. "
-                "Use DynamicCache, or a budget that holds the whole sequence."
-            )
         if num_new == 1 and self.row_lengths != [0] * self.batch_size and self.incoming is None:
             self._check_step_mask(call.mask)
             self.row_lengths = [length + 1 for length in self.row_lengths]
@@ -209,6 +204,11 @@ class CompressedLayer(CacheLayerMixin):
         else:
             tokens = self._read_tokens(call.mask, num_new)
             output = self.attend_prompt(call, tokens)
+        if self.positions is not None and is_asked_for("attentions"):
+            raise NotImplementedError(
+                "`output_attentions=True`: attention weights over a cache that evicts have no columns for what was evicted. "
+                "Use DynamicCache, or a budget that holds the whole sequence."
+            )
         self.num_pending = 0
         self.incoming = None
         return output

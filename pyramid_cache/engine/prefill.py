@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from pyramid_cache.engine.attention import is_asked_for
 from pyramid_cache.engine.selection import gather_tokens
 from pyramid_cache.engine.tokens import Tokens, causal_mask
 
@@ -143,6 +144,11 @@ def _before_layer(
     if index == 0:
         state.finish()
         if cache.get_seq_length() == 0:
+            if is_asked_for("hidden_states"):
+                raise NotImplementedError(
+                    "`output_hidden_states=True`: a cache built from the model drops hidden states between layers. Build it "
+                    "from `model.config`."
+                )
             batch_size, num_columns, _ = hidden_states.shape
             check_arguments(layer, arguments, num_columns)
             mask = arguments.get("attention_mask")
