@@ -5,8 +5,17 @@ from typing import Any
 
 import pytest
 import torch
-from models import build_config, build_model, drive, random_rows, random_tokens, tiny_model
-from transformers import BertConfig, Cache, PreTrainedModel
+from models import build_config, build_model, drive, left_pad, random_rows, random_tokens, tiny_model
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    BertConfig,
+    Cache,
+    DynamicCache,
+    PreTrainedModel,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from pyramid_cache import H2OCache, PyramidCache, StreamingLLMCache
 
@@ -223,3 +232,60 @@ def test_positions_of_a_layer_that_is_not_there() -> None:
     model = build_model("llama")
     with pytest.raises(ValueError, match="no layer 99"):
         PyramidCache(model.config).positions(99)
+
+
+def test_crop_is_all_or_nothing() -> None:
+    """The first layer holds the whole prompt and could be cropped, the deeper ones have evicted."""
+    model, tokens = build_model("llama"), random_tokens(1, 40)
+    cache = PyramidCache(model.config, budget=0.9, min_context_length=0)
+    with torch.no_grad():
+        model(tokens, past_key_values=cache)
+        with pytest.raises(NotImplementedError, match="crop"):
+            cache.crop(-5)
+    assert [cache.get_seq_length(layer) for layer in range(3)] == [40, 40, 40]
+
+
+def test_crop_of_a_padded_turn() -> None:
+    """Only the tokens among the cropped columns count."""
+    model, rows = build_model("llama"), random_rows((9, 4))
+    input_ids, mask = left_pad(rows)
+    cache = H2OCache(model, budget=1.0)
+    more = random_tokens(2, 3)
+    with torch.no_grad():
+        model(more, past_key_values=cache)
+        both = torch.cat([torch.ones_like(more), mask], dim=1)
+        model(input_ids, attention_mask=both, past_key_values=cache)
+        cache.crop(-9)
+        assert cache.layers[0].row_lengths == [3, 3]
+        wanted = DynamicCache(config=model.config)
+        model(more, past_key_values=wanted)
+        output, expected = (model(more[:, :1], past_key_values=each).logits for each in (cache, wanted))
+    assert torch.equal(output, expected)
+
+
+def test_unknown_attention_function_is_refused() -> None:
+    model, tokens = build_model("llama"), random_tokens(1, 10)
+    AttentionInterface.register("own_attention", sdpa_attention_forward)
+    AttentionMaskInterface.register("own_attention", sdpa_mask)
+    model.set_attn_implementation("own_attention")
+    with torch.no_grad(), pytest.raises(NotImplementedError, match="own_attention"):
+        model(tokens, past_key_values=H2OCache(model))
+
+
+def test_dropout_is_refused_once_tokens_are_evicted() -> None:
+    model, tokens = build_model("llama", attention_dropout=0.5).train(), random_tokens(1, 40)
+    cache = H2OCache(model, budget=12)
+    with torch.no_grad():
+        model(tokens, past_key_values=cache)
+        with pytest.raises(NotImplementedError, match="dropout"):
+            model(tokens[:, :1], past_key_values=cache)
+
+
+def test_position_ids_with_gaps_are_refused_by_streaming_llm() -> None:
+    model, tokens = build_model("llama"), random_tokens(1, 40)
+    with torch.no_grad():
+        shifted = model(tokens, position_ids=torch.arange(40)[None] + 7, past_key_values=StreamingLLMCache(model, 12))
+        plain = model(tokens, past_key_values=StreamingLLMCache(model, 12))
+        torch.testing.assert_close(shifted.logits, plain.logits, atol=1e-4, rtol=0)
+        with pytest.raises(ValueError, match="position_ids"):
+            model(tokens, position_ids=2 * torch.arange(40)[None], past_key_values=StreamingLLMCache(model, 12))

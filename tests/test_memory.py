@@ -107,8 +107,8 @@ def large_tensors(model: PreTrainedModel) -> int:
     return sum(
         item.untyped_storage().nbytes() >= LAYER_BYTES // 2
         for item in gc.get_objects()
-        # Not `isinstance`, which wakes lazy objects that are no tensors.
-        if issubclass(type(item), torch.Tensor) and item.untyped_storage().data_ptr() not in weights
+        # Not `isinstance`, which wakes lazy objects that are no tensors; fake tensors of a compiler have no storage.
+        if type(item) in (torch.Tensor, torch.nn.Parameter) and item.untyped_storage().data_ptr() not in weights
     )
 
 

@@ -98,7 +98,8 @@ class PyramidSettings:
             if share >= budget:
                 raise ValueError(
                     f"`budget={budget}` is spent on the {self.num_dense_layers} of {self.num_layers} layers that keep "
-                    f"everything. Give more than {share:.3g}, or lower `first_pruned_layer`."
+                    f"everything (`first_pruned_layer={self.first_pruned_layer}`, `prune_own_layer={self.prune_own_layer}`). Give more "
+                    f"than {share:.3g}, or let fewer layers keep everything."
                 )
 
     @property
@@ -111,9 +112,20 @@ class PyramidSettings:
         """Whether nothing is ever evicted."""
         return self.budget.is_unlimited and self.preset is None
 
+    def total_kept(self, prompt_length: int, budget: Budget) -> int:
+        """The tokens that all layers together keep."""
+        if budget.kind != "fraction":
+            return self.num_layers * min(budget.num_tokens(prompt_length), prompt_length)
+        # Rounded rather than floored: a single layer of a short prompt would miss its share by percents.
+        total = (floor_of_product(budget.amount, 2 * prompt_length * self.num_layers) + 1) // 2
+        return max(total, self.num_layers)
+
     def mean_kept(self, prompt_length: int, budget: Budget) -> int:
-        """The tokens that layers keep on average."""
-        return min(budget.num_tokens(prompt_length), prompt_length)
+        """The tokens that the layers which are pruned keep on average: at least one."""
+        if self.num_dense_layers == self.num_layers:
+            return prompt_length
+        rest = self.total_kept(prompt_length, budget) - self.num_dense_layers * prompt_length
+        return max(rest // (self.num_layers - self.num_dense_layers), 1)
 
     def num_recent(self, prompt_length: int, budget: Budget) -> int:
         """`R + 1`: the tokens of the recent window, whose queries are asked. Half of the budget at most."""
@@ -132,19 +144,13 @@ class PyramidSettings:
                 self.num_recent(prompt_length, budget),
                 self.min_context_length,
             )
-        if budget.kind == "fraction":
-            # Rounded rather than floored: a single layer of a short prompt would miss its share by percents.
-            total = (floor_of_product(budget.amount, 2 * prompt_length * self.num_layers) + 1) // 2
-            total = max(total, self.num_layers)
-        else:
-            total = self.num_layers * min(budget.num_tokens(prompt_length), prompt_length)
-        mean = total // self.num_layers
+        mean = self.mean_kept(prompt_length, budget)
         recent = self.num_recent(prompt_length, budget)
         sinks = min(self.num_sink_tokens, mean - recent)
         context = min(self.min_context_length, (mean - recent - sinks) // 2)
         return pyramid_schedule(
             prompt_length,
-            total,
+            self.total_kept(prompt_length, budget),
             tuple(cosine_decay(self.num_layers, self.decay_ratio)),
             recent + sinks + context,
             self.num_dense_layers,

@@ -53,7 +53,8 @@ class SharedRotations:
 
     def frequencies_of(self, module: torch.nn.Module) -> RotaryFrequencies | None:
         """The frequencies of an attention module, None if it has none; the same object for layers that have the same."""
-        found = rotary_frequencies(module, self._config, model=self._get_model())
+        config = getattr(module, "config", self._config)  # the cache's own may be of a model that rotates otherwise
+        found = rotary_frequencies(module, config, model=self._get_model())
         if found is None:
             return None
         for known in self._known:
@@ -136,9 +137,24 @@ class StreamingLLMLayer(CompressedLayer):
                     f"scaling is fixed. Choose `window_length` of at most {longest}."
                 )
 
+    def _check_positions(self, call: AttentionCall, tokens: Tokens) -> None:
+        """The model must rotate a row's tokens one after another, from where it likes unless angles must be known."""
+        position_ids = call.kwargs.get("position_ids")
+        if position_ids is None or self.rotary is None or position_ids.dim() != 2:
+            return
+        ranks = tokens.positions[:, 0, -call.num_queries :]
+        offsets = position_ids - ranks
+        expected = torch.zeros_like(offsets[:, -1:]) if self.has_exact_angles else offsets[:, -1:]
+        if not ((offsets == expected) | (ranks < 0)).all():
+            raise ValueError(
+                "`position_ids` do not number the tokens of each row in turn, as StreamingLLMCache needs it (with longrope "
+                "scaling from 0, padding not counted). Leave them to `generate`, or pass `attention_mask.cumsum(-1) - 1`."
+            )
+
     # A prompt, or several tokens of a later turn.
 
     def attend_prompt(self, call: AttentionCall, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self._check_positions(call, tokens)
         is_first = self.positions is None
         if is_first and not self.must_evict:
             return call.run()
@@ -219,7 +235,6 @@ class StreamingLLMLayer(CompressedLayer):
             self._remember_sinks(key, tokens)
             self.keep(key, value, tokens, self._ring_indices(tokens))
 
-    @torch.no_grad()
     def _write(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         position, num_sinks = self.next_position, self.num_sink_tokens
         self._move_base()

@@ -140,7 +140,7 @@ def pyramid_schedule(
         raise ValueError(
             f"A budget of {total} tokens over {num_layers} layers is too small for a prompt of {prompt_length}: "
             f"{num_dense_layers} layers that keep all of it and {minimum} tokens in each of the others take {needed}. "
-            f"Raise `budget` or lower `first_pruned_layer`."
+            "Raise `budget`, or let fewer layers keep everything."
         )
     pruned_shape = shape[num_dense_layers:]
 

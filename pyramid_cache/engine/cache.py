@@ -63,6 +63,12 @@ class CompressedCache(Cache):
                 layer.require_attended()
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes back the last `-tokens_to_remove` tokens, in all layers or in none; see `CompressedLayer.crop`."""
+        for layer in self.compressed_layers:
+            layer.require_croppable(tokens_to_remove)
+        super().crop(tokens_to_remove)
+
     def reset(self) -> None:
         """Forgets everything, so that the cache can be used for another sequence, batch or model."""
         self.masks.forget()

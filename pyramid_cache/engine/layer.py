@@ -177,6 +177,7 @@ class CompressedLayer(CacheLayerMixin):
         keys.cache_layer = self
         return keys, values
 
+    @torch.compiler.disable
     def attend(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         What happens instead of a model's call to its attention function.
@@ -195,6 +196,7 @@ class CompressedLayer(CacheLayerMixin):
                 "attention calls `update` in a way that pyramid_cache does not know. Use DynamicCache for this model."
             )
         self._check_module(call.module)
+        self._check_call(call)
         if num_new == 1 and self.row_lengths != [0] * self.batch_size and self.incoming is None:
             self._check_step_mask(call.mask)
             self.row_lengths = [length + 1 for length in self.row_lengths]
@@ -260,6 +262,20 @@ class CompressedLayer(CacheLayerMixin):
             raise ValueError(
                 "The cache was filled by another model. Use a new cache for each model, or call `cache.reset()` before it "
                 "changes hands."
+            )
+
+    def _check_call(self, call: AttentionCall) -> None:
+        implementation = getattr(getattr(call.module, "config", None), "_attn_implementation", None) or "eager"
+        if implementation not in ("eager", "sdpa") and "flash" not in implementation:
+            raise NotImplementedError(
+                f"attn_implementation={implementation!r} is not known to pyramid_cache, which must attend and make masks in its "
+                "place. Load the model with 'sdpa', 'eager' or 'flash_attention_2'."
+            )
+        if call.kwargs.get("position_bias") is not None:
+            raise NotImplementedError("Attention with a learned position bias is not supported. Use DynamicCache.")
+        if call.kwargs.get("dropout") and self.positions is not None:
+            raise NotImplementedError(
+                "Attention dropout is not supported once tokens are evicted. Call `model.eval()`."
             )
 
     def _check_step_mask(self, attention_mask: torch.Tensor | None) -> None:
@@ -364,7 +380,6 @@ class CompressedLayer(CacheLayerMixin):
         self._append(key_states, value_states)
         self.positions[:, :, self.length - 1 : self.length] = self.next_position
 
-    @torch.no_grad()
     def _overwrite(self, slots: torch.Tensor, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Stores one new token in the slots `(batch, kv_heads or 1, 1)`; nothing is allocated that grows with the cache."""
         index = slots[..., None].expand(-1, key_states.shape[1], -1, -1)
@@ -378,7 +393,6 @@ class CompressedLayer(CacheLayerMixin):
         for name in self.slot_tensors:
             setattr(self, name, gather_tokens(getattr(self, name), order))
 
-    @torch.no_grad()
     def keep(self, key: torch.Tensor, value: torch.Tensor, tokens: Tokens, indices: torch.Tensor) -> None:
         """
         Copies the chosen tokens into tensors of their own; what they were chosen from is let go.
@@ -489,20 +503,28 @@ class CompressedLayer(CacheLayerMixin):
             raise ValueError(f"`crop({tokens_to_remove})`: give the number of tokens to remove as a negative number.")
         if tokens_to_remove == 0 or not self.is_initialized:
             return
+        self.require_croppable(tokens_to_remove)
+        positions = self.column_tokens.positions[..., : self.length + tokens_to_remove]
+        self.length += tokens_to_remove
+        self.num_seen += tokens_to_remove
+        self.row_lengths = [self.length] * self.batch_size
+        if self.column_positions is not None:
+            self.column_positions = positions.contiguous()
+            self.row_lengths = (positions[:, 0] >= 0).sum(dim=-1).tolist()
+        self.row_held = list(self.row_lengths)
+        self.next_position = self.per_row(self.row_lengths)
+
+    def require_croppable(self, tokens_to_remove: int) -> None:
+        """Raises unless that many tokens, given as a negative number, can be taken back."""
+        if not self.is_initialized or tokens_to_remove >= 0:
+            return
         if -tokens_to_remove > self.num_seen:
             raise ValueError(f"`crop({tokens_to_remove})`: only {self.num_seen} tokens have been seen.")
-        if not self.is_croppable or min(self.row_lengths) + tokens_to_remove < 0:
+        if not self.is_croppable:
             raise NotImplementedError(
                 f"`crop({tokens_to_remove})`: layer {self.place.layer_idx} has evicted or scored tokens since, and that cannot be "
                 "undone. Decoding that takes tokens back (assisted generation, prompt lookup) needs DynamicCache."
             )
-        self.length += tokens_to_remove
-        self.num_seen += tokens_to_remove
-        self.row_lengths = [length + tokens_to_remove for length in self.row_lengths]
-        self.row_held = list(self.row_lengths)
-        self.next_position = self.next_position + tokens_to_remove
-        if self.column_positions is not None:
-            self.column_positions = self.column_positions[..., : self.length].contiguous()
 
     def activate_past_recording(self) -> None:
         """Called before decoding that takes tokens back, which only a layer that never evicts can do."""
@@ -523,7 +545,7 @@ class CompressedLayer(CacheLayerMixin):
             return
         indices = torch.as_tensor(indices, device=self.device)
         indices = indices.nonzero().flatten() if indices.dtype == torch.bool else indices
-        self._map_rows(lambda tensor: tensor.index_select(0, indices))
+        self._map_rows(lambda tensor: tensor[indices])
         self.batch_size = indices.shape[0]
         # Rows that are all alike need no look at the indices, which may be on the device.
         are_alike = all(len(set(getattr(self, name))) <= 1 for name in self.row_counts)
@@ -605,6 +627,8 @@ def gathered(tensor: torch.Tensor, indices: torch.Tensor, num_slots: int) -> tor
     num_kept = indices.shape[-1]
     if num_slots == num_kept:
         return gather_tokens(tensor, indices)
+    if tensor.requires_grad:
+        return grown(gather_tokens(tensor, indices), num_kept, num_slots, fill=0)
     result = tensor.new_zeros(*tensor.shape[:2], num_slots, tensor.shape[3])
     index = indices.clamp(min=0)[..., None].expand(-1, tensor.shape[1], -1, tensor.shape[3])
     torch.gather(tensor, 2, index, out=result[:, :, :num_kept])

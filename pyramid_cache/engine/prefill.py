@@ -8,7 +8,6 @@ them: position embeddings, position ids, the mask. Tokens keep their positions. 
 last token stays last. After the last layer, hidden states return to their places, with NaN where tokens were dropped.
 """
 
-import functools
 import inspect
 import weakref
 from typing import Any
@@ -23,9 +22,8 @@ from pyramid_cache.engine.tokens import Tokens, causal_mask
 
 
 # What decoder layers are called with that has a token dimension, or none.
-KNOWN_ARGUMENTS = {"hidden_states", "attention_mask", "position_ids", "position_embeddings", "past_key_values"}
-
-_hooked: weakref.WeakKeyDictionary[nn.Module, list] = weakref.WeakKeyDictionary()
+CACHE_ARGUMENTS = ("past_key_values", "layer_past")
+KNOWN_ARGUMENTS = {"hidden_states", "attention_mask", "position_ids", "position_embeddings", *CACHE_ARGUMENTS}
 
 
 class PrunedPrefill:
@@ -40,7 +38,7 @@ class PrunedPrefill:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self._decoder = weakref.ref(hook_decoder(model))
+        self.decoder = weakref.ref(hook_decoder(model))
         self.finish()
 
     def finish(self) -> None:
@@ -63,9 +61,11 @@ class PrunedPrefill:
                 "this model, or from its config."
             )
 
-    def prunes(self, decoder: nn.Module) -> bool:
-        """Whether this is the state for that decoder."""
-        return self._decoder() is decoder
+    def index_of(self, layer: nn.Module) -> int | None:
+        """The place of a decoder layer, if this is the state for the model it is part of and not for a copy of that."""
+        decoder = self.decoder()
+        layers = () if decoder is None else decoder.layers
+        return next((index for index, other in enumerate(layers) if other is layer), None)
 
     def prune(self, hidden_states: torch.Tensor, passed_on: torch.Tensor) -> torch.Tensor:
         """
@@ -106,41 +106,48 @@ def hook_decoder(model: PreTrainedModel) -> nn.Module:
             f"{type(model).__name__} has no `get_decoder().layers` whose hidden states could be pruned. Build the cache from "
             "`model.config`: each layer then prunes its own keys and values."
         )
-    if decoder not in _hooked:
-        handles = []
-        for index, layer in enumerate(layers):
-            position = {"index": index, "num_layers": len(layers), "decoder": weakref.ref(decoder)}
-            before, after = functools.partial(_before_layer, **position), functools.partial(_after_layer, **position)
-            handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
-            handles.append(layer.register_forward_hook(after, with_kwargs=True))
-        _hooked[decoder] = handles
+    for layer in layers:
+        # Looked up on the layer itself: copies of a model, and models that were saved and loaded, bring their hooks along.
+        if _before_layer not in layer._forward_pre_hooks.values():
+            layer.register_forward_pre_hook(_before_layer, with_kwargs=True)
+            layer.register_forward_hook(_after_layer, with_kwargs=True)
     return decoder
 
 
 def unhook_decoder(model: PreTrainedModel) -> None:
     """Removes the hooks from a model. Caches built from it before no longer work with it."""
-    for handle in _hooked.pop(model.get_decoder(), []):
-        handle.remove()
+    for layer in model.get_decoder().layers:
+        for hooks, hook in ((layer._forward_pre_hooks, _before_layer), (layer._forward_hooks, _after_layer)):
+            for key in [key for key, value in hooks.items() if value is hook]:
+                del hooks[key]
 
 
-def _state_of(arguments: dict[str, Any], decoder: weakref.ref) -> PrunedPrefill | None:
-    """The state of the cache that a layer is called with, if that cache prunes the hidden states of this decoder."""
-    state = getattr(arguments.get("past_key_values"), "pruned_prefill", None)
-    return state if isinstance(state, PrunedPrefill) and state.prunes(decoder()) else None
+def _cache_of(arguments: dict[str, Any]) -> Any:
+    """The cache that a decoder layer is called with, by whatever name."""
+    return next((arguments[name] for name in CACHE_ARGUMENTS if arguments.get(name) is not None), None)
 
 
-def _before_layer(
-    layer: nn.Module, args: tuple, kwargs: dict[str, Any], *, index: int, num_layers: int, decoder: weakref.ref
-) -> tuple[tuple, dict[str, Any]] | None:
-    if len(args) > 1:
-        # Models that pass more than hidden states by position.
-        arguments = dict(inspect.signature(layer.forward).bind_partial(*args).arguments) | kwargs
-    else:
-        arguments = {"hidden_states": args[0], **kwargs} if args else dict(kwargs)
-    state = _state_of(arguments, decoder)
-    if state is None:
+def _state_of(arguments: dict[str, Any]) -> PrunedPrefill | None:
+    """The state of the cache that a decoder layer is called with, if that cache prunes hidden states."""
+    state = getattr(_cache_of(arguments), "pruned_prefill", None)
+    return state if isinstance(state, PrunedPrefill) else None
+
+
+def _named(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a call by name; just those of `kwargs` where the others cannot hold a cache."""
+    if len(args) <= 1 and _state_of(kwargs) is None:
+        return kwargs
+    return dict(inspect.signature(layer.forward).bind_partial(*args).arguments) | kwargs
+
+
+@torch.compiler.disable
+def _before_layer(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    arguments = _named(layer, args, kwargs)
+    state = _state_of(arguments)
+    index = None if state is None else state.index_of(layer)
+    if index is None:
         return None
-    cache, hidden_states = arguments["past_key_values"], arguments["hidden_states"]
+    cache, hidden_states = _cache_of(arguments), arguments["hidden_states"]
     if index == 0:
         state.finish()
         if cache.get_seq_length() == 0:
@@ -160,7 +167,7 @@ def _before_layer(
     num_columns = hidden_states.shape[1]
     key_mask = state.tokens.positions >= 0 if state.tokens.has_gaps else None
     arguments["attention_mask"] = causal_mask(
-        decoder().config._attn_implementation,
+        state.decoder().config._attn_implementation,
         key_mask,
         num_columns,
         num_columns,
@@ -173,23 +180,20 @@ def _before_layer(
     return (), arguments
 
 
+@torch.compiler.disable
 def _after_layer(
-    layer: nn.Module,
-    args: tuple,
-    kwargs: dict[str, Any],
-    output: torch.Tensor | tuple,
-    *,
-    index: int,
-    num_layers: int,
-    decoder: weakref.ref,
+    layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: torch.Tensor | tuple
 ) -> torch.Tensor | tuple | None:
-    state = _state_of(kwargs, decoder)
-    if state is None or not state.is_running:
+    arguments = _named(layer, args, kwargs)
+    state = _state_of(arguments)
+    index = None if state is None or not state.is_running else state.index_of(layer)
+    if index is None:
         return None
     hidden_states = output[0] if isinstance(output, tuple) else output
-    cache_layer = kwargs["past_key_values"].layers[index]
+    cache = _cache_of(arguments)
+    cache_layer = cache.layers[index]
     passed_on, cache_layer.passed_on = cache_layer.passed_on, None
-    if index + 1 < num_layers:
+    if index + 1 < len(cache.layers):
         if passed_on is None:
             return None
         hidden_states = state.prune(hidden_states, passed_on)

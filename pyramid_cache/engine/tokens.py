@@ -53,7 +53,7 @@ class Tokens:
         ranks = is_token.cumsum(dim=1, dtype=torch.int32) - 1
         positions = ranks.masked_fill(~is_token, -1)[:, None].to(device)
         lengths = is_token.sum(dim=1).tolist()
-        ends_in_padding = not bool(is_token[:, -1].all())
+        ends_in_padding = bool((is_token.any(dim=1) & ~is_token[:, -1]).any())  # a row without tokens is not begun
         is_ascending = not bool((is_token[:, :-1] & ~is_token[:, 1:]).any())
         return Tokens(positions, lengths, lengths, is_token.shape[1], ends_in_padding, is_ascending)
 

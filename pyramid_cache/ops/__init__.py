@@ -26,7 +26,8 @@ def can_reuse_lse(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *
     """Whether the CPU's attention kernel, which gives its log-sum-exp, computes this attention."""
     return (
         query.device.type == "cpu"
-        and query.dtype == torch.float32
+        and query.dtype == key.dtype == value.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
         and key.shape == value.shape
         and not torch.is_grad_enabled()
         and all(logit_arguments.get(name) is None for name in ("softcap", "sink_logits"))

@@ -52,11 +52,10 @@ def grouped_logits(query: torch.Tensor, key: torch.Tensor, scaling: float) -> to
     """
     batch, heads, rows, head_dim = query.shape
     kv_heads = key.shape[1]
-    query = query.reshape(batch, kv_heads, heads // kv_heads * rows, head_dim)
-    if query.dtype == torch.float32:
-        query, scaling = query * scaling, None  # in lower precision the scaled query would be rounded again
-    logits = torch.matmul(query, key.transpose(-1, -2)).view(batch, kv_heads, heads // kv_heads, rows, -1)
-    return logits if scaling is None else logits.float() * scaling
+    # Scaled before the product, which would overflow in float16 otherwise.
+    query = query.reshape(batch, kv_heads, heads // kv_heads * rows, head_dim) * scaling
+    logits = torch.matmul(query, key.transpose(-1, -2))
+    return logits.view(batch, kv_heads, heads // kv_heads, rows, -1).float()
 
 
 def attention_scores(

@@ -1,0 +1,146 @@
+"""Models that are copied, saved, compiled, trained or run in mixed precision, with a cache as with `DynamicCache`."""
+
+import copy
+import io
+from collections.abc import Callable
+
+import pytest
+import torch
+from models import build_config, build_model, generate, left_pad, random_rows, random_tokens
+from transformers import AutoModelForCausalLM, Cache, DynamicCache, GPTNeoXConfig, PreTrainedModel
+
+from pyramid_cache import H2OCache, PyramidCache, StreamingLLMCache
+
+
+CACHES: dict[str, Callable[[PreTrainedModel], Cache]] = {
+    "pyramid_config": lambda model: PyramidCache(model.config, budget=0.4),
+    "pyramid_model": lambda model: PyramidCache(model, budget=0.4),
+    "h2o": lambda model: H2OCache(model.config, budget=12),
+    "streaming_llm": lambda model: StreamingLLMCache(model.config, window_length=12),
+}
+
+
+def test_a_copy_of_a_hooked_model_is_a_model_of_its_own() -> None:
+    model, tokens = build_model("llama"), random_tokens(1, 40)
+    PyramidCache(model)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        wanted = model(tokens, past_key_values=PyramidCache(model)).logits[:, -1]
+        del model
+        twin.set_attn_implementation("eager")
+        output = twin(tokens, past_key_values=PyramidCache(twin)).logits[:, -1]
+    torch.testing.assert_close(output, wanted, atol=1e-4, rtol=0)
+
+
+def test_a_hooked_model_can_be_saved() -> None:
+    model, tokens = build_model("llama"), random_tokens(1, 40)
+    PyramidCache(model)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    with torch.no_grad():
+        output, wanted = (each(tokens, past_key_values=PyramidCache(each)).logits for each in (loaded, model))
+    assert torch.equal(output[:, -1], wanted[:, -1])
+
+
+def test_layers_put_into_a_hooked_model_are_hooked_too() -> None:
+    model, tokens = build_model("llama"), random_tokens(1, 40)
+    PyramidCache(model)
+    model.model.layers[1] = copy.deepcopy(model.model.layers[1])
+    with torch.no_grad():
+        logits = model(tokens, past_key_values=PyramidCache(model)).logits
+    assert logits[:, -1].isfinite().all() and logits[:, 5:-20].isnan().any()
+
+
+def test_layers_that_name_their_cache_otherwise() -> None:
+    """GPT-NeoX calls it `layer_past`."""
+    settings = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 101}
+    model = AutoModelForCausalLM.from_config(
+        GPTNeoXConfig(**settings, intermediate_size=64, initializer_range=0.2)
+    ).eval()
+    with torch.no_grad():
+        logits = model(random_tokens(1, 60), past_key_values=PyramidCache(model, budget=0.4)).logits
+    assert logits[:, -1].isfinite().all() and logits.isnan().any()
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_autocast(name: str) -> None:
+    model, rows = build_model("llama"), random_rows((40,))
+    with torch.autocast("cpu", torch.bfloat16):
+        output = generate(model, CACHES[name](model), rows, 5)
+    assert torch.stack(output.logits).isfinite().all()
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_float16_products_do_not_overflow(name: str) -> None:
+    """Unscaled logits of these weights exceed the largest float16."""
+    model, rows = build_model("llama").half(), random_rows((40,))
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight.data *= 40
+        layer.self_attn.k_proj.weight.data *= 40
+    wanted = generate(model, DynamicCache(config=model.config), rows, 5)
+    output = generate(model, CACHES[name](model), rows, 5)
+    assert torch.stack(wanted.logits).isfinite().all()
+    assert torch.stack(output.logits).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["pyramid_config", "h2o"])
+def test_gradients_reach_the_tokens_that_were_kept(name: str) -> None:
+    """Of the prompt's keys and values, those that a later token attends to get their gradient."""
+    model, tokens = build_model("llama"), random_tokens(1, 41)
+    cache = CACHES[name](model)
+    model(tokens[:, :40], past_key_values=cache, logits_to_keep=1)
+    kept = cache.layers[0].keys
+    kept.retain_grad()
+    model(tokens[:, 40:].repeat(1, 2), past_key_values=cache).logits.sum().backward()
+    assert kept.grad is not None and kept.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_compiled_models(name: str) -> None:
+    model, tokens = build_model("llama"), random_tokens(1, 60)
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        for run, cache in (
+            (compiled, compiled_cache := CACHES[name](model)),
+            (model, plain_cache := CACHES[name](model)),
+        ):
+            logits = [run(tokens[:, :40], past_key_values=cache).logits[:, -1]]
+            logits += [run(tokens[:, at : at + 1], past_key_values=cache).logits[:, -1] for at in range(40, 46)]
+            if run is compiled:
+                output = torch.cat(logits)
+    torch.testing.assert_close(output, torch.cat(logits), atol=1e-4, rtol=0)
+    assert torch.equal(compiled_cache.positions(0), plain_cache.positions(0))
+
+
+def test_chunked_prefill_of_a_padded_batch() -> None:
+    """The first chunk of a row may be all padding."""
+    model, rows = build_model("llama"), random_rows((19, 60))
+    output = generate_in_chunks(model, H2OCache(model.config, budget=12), rows, 20)
+    assert output.shape == (2, 68)
+
+
+def generate_in_chunks(model: PreTrainedModel, cache: Cache, rows: list[torch.Tensor], chunk: int) -> torch.Tensor:
+    """Greedy tokens of left-padded prompts that are read in chunks."""
+    input_ids, mask = left_pad(rows)
+    return model.generate(
+        input_ids,
+        attention_mask=mask,
+        past_key_values=cache,
+        max_new_tokens=8,
+        do_sample=False,
+        prefill_chunk_size=chunk,
+    )
+
+
+def test_streaming_llm_takes_the_rotation_of_the_model_that_runs() -> None:
+    """A config that differs in what the cache cannot see from outside does no harm."""
+    other = build_config("llama", rope_parameters={"rope_type": "default", "rope_theta": 500.0})
+    model, tokens = build_model("llama"), random_tokens(1, 40)
+    with torch.no_grad():
+        output, wanted = (
+            model(tokens, past_key_values=StreamingLLMCache(config, window_length=12)).logits
+            for config in (other, model.config)
+        )
+    assert torch.equal(output, wanted)
