@@ -115,23 +115,36 @@ def test_compiled_models(name: str) -> None:
 
 
 def test_chunked_prefill_of_a_padded_batch() -> None:
-    """The first chunk of a row may be all padding."""
-    model, rows = build_model("llama"), random_rows((19, 60))
-    output = generate_in_chunks(model, H2OCache(model.config, budget=12), rows, 20)
-    assert output.shape == (2, 68)
-
-
-def generate_in_chunks(model: PreTrainedModel, cache: Cache, rows: list[torch.Tensor], chunk: int) -> torch.Tensor:
-    """Greedy tokens of left-padded prompts that are read in chunks."""
-    input_ids, mask = left_pad(rows)
-    return model.generate(
-        input_ids,
-        attention_mask=mask,
-        past_key_values=cache,
-        max_new_tokens=8,
-        do_sample=False,
-        prefill_chunk_size=chunk,
+    """The first chunk of a row may be all padding. A stream does not care how it is cut."""
+    model = build_model("llama")
+    input_ids, mask = left_pad(random_rows((19, 60)))
+    cut, whole = (
+        model.generate(
+            input_ids,
+            attention_mask=mask,
+            past_key_values=StreamingLLMCache(model.config, window_length=12),
+            max_new_tokens=8,
+            do_sample=False,
+            prefill_chunk_size=chunk,
+        )
+        for chunk in (20, None)
     )
+    assert torch.equal(cut, whole)
+
+
+@pytest.mark.parametrize("length", [20, 50, 100, 400])
+@pytest.mark.parametrize(
+    "settings", [{"budget": 0.5, "prune_own_layer": False}, {"budget": 0.6, "first_pruned_layer": 1}]
+)
+def test_short_prompts_with_dense_first_layers(settings: dict, length: int) -> None:
+    """What the dense layer takes comes off the minimum of the others, which fits any prompt."""
+    model = build_model("llama")
+    cache = PyramidCache(model, **settings)
+    with torch.no_grad():
+        logits = model(random_tokens(1, length), past_key_values=cache, logits_to_keep=1).logits
+    kept = cache.num_kept_tokens()
+    assert logits.isfinite().all() and kept[0] == length
+    assert sum(kept) == round(3 * settings["budget"] * length)
 
 
 def test_streaming_llm_takes_the_rotation_of_the_model_that_runs() -> None:

@@ -3,7 +3,6 @@
 import functools
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
@@ -159,8 +158,3 @@ def pyramid_schedule(
     for layer in by_remainder[: rest - sum(numbers)]:
         numbers[layer] += 1
     return (prompt_length,) * num_dense_layers + tuple(numbers)
-
-
-def mean_share(kept: Sequence[int], prompt_length: int) -> float:
-    """The mean over layers of the share of the prompt that is kept."""
-    return sum(kept) / (len(kept) * prompt_length)
