@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from pyramid_cache.engine.attention import AttentionCall
-from pyramid_cache.engine.budget import Budget, floor_of_product, parse_budget
+from pyramid_cache.engine.budget import Budget, floor_of_product, is_number, parse_budget
 from pyramid_cache.engine.cache import CompressedCache
 from pyramid_cache.engine.layer import CompressedLayer, LayerPlace, grown
 from pyramid_cache.engine.selection import best_tokens, gather_tokens, lowest_slot
@@ -155,10 +155,11 @@ class H2OCache(CompressedCache):
     ) -> None:
         config = config.config if isinstance(config, PreTrainedModel) else config
         parsed_budget = parse_budget(budget)
-        if not 0 <= heavy_ratio < 1:
+        if not is_number(heavy_ratio) or not 0 <= heavy_ratio < 1:
             raise ValueError(
-                f"`heavy_ratio={heavy_ratio}` must be at least 0 and less than 1: the rest of the budget is the recent window."
+                f"`heavy_ratio={heavy_ratio!r}` must be at least 0 and less than 1: the rest of the budget is the recent window."
             )
+        heavy_ratio = float(heavy_ratio)
 
         def build_layer(place: LayerPlace, masks: MaskReader) -> H2OLayer:
             return H2OLayer(place, parsed_budget, masks, heavy_ratio)

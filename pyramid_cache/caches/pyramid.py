@@ -24,7 +24,15 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from pyramid_cache.engine.attention import AttentionCall
-from pyramid_cache.engine.budget import Budget, cosine_decay, floor_of_product, parse_budget, pyramid_schedule
+from pyramid_cache.engine.budget import (
+    Budget,
+    cosine_decay,
+    floor_of_product,
+    is_number,
+    parse_budget,
+    pyramid_schedule,
+    read_count,
+)
 from pyramid_cache.engine.cache import CompressedCache, check_decoder_config
 from pyramid_cache.engine.layer import CompressedLayer, LayerPlace
 from pyramid_cache.engine.prefill import PrunedPrefill
@@ -47,6 +55,8 @@ DEFAULT_BUDGET = 0.4
 ZONE_LENGTH = 16
 GENERATED_RATIO = 0.9
 GENERATED_DECAY_RATIO = 0.1
+# Scores are float32 sums of up to 2^31 queries' weights.
+MAX_DISTANCE_WEIGHT = 1e28
 
 
 @dataclass(frozen=True)
@@ -67,20 +77,22 @@ class PyramidSettings:
     prune_own_layer: bool = True
 
     def __post_init__(self) -> None:
-        if self.preset is not None and self.preset not in PRESETS:
+        if self.preset is not None and (not isinstance(self.preset, str) or self.preset not in PRESETS):
             raise ValueError(
                 f"`preset={self.preset!r}` is unknown. Choose one of {sorted(PRESETS)}, or give a `budget`."
             )
-        if not 0 <= self.recent_ratio < 1:
-            raise ValueError(f"`recent_ratio={self.recent_ratio}` must be at least 0 and less than 1.")
-        if not 0 < self.decay_ratio <= 1:
-            raise ValueError(f"`decay_ratio={self.decay_ratio}` must be greater than 0 and at most 1.")
-        if not 0 < self.distance_weight < math.inf:
-            raise ValueError(f"`distance_weight={self.distance_weight}` must be a positive number.")
+        if not is_number(self.decay_ratio) or not 0 < self.decay_ratio <= 1:
+            raise ValueError(f"`decay_ratio={self.decay_ratio!r}` must be greater than 0 and at most 1.")
+        if not is_number(self.distance_weight) or not 0 < self.distance_weight <= MAX_DISTANCE_WEIGHT:
+            raise ValueError(
+                f"`distance_weight={self.distance_weight!r}` must be a positive number of at most {MAX_DISTANCE_WEIGHT:g}."
+            )
+        if not isinstance(self.prune_own_layer, bool):
+            raise ValueError(f"`prune_own_layer={self.prune_own_layer!r}` must be True or False.")
         for name in ("num_sink_tokens", "min_context_length", "first_pruned_layer"):
-            number = getattr(self, name)
-            if isinstance(number, bool) or not isinstance(number, int) or number < 0:
-                raise ValueError(f"`{name}={number!r}` must be an integer of at least 0.")
+            object.__setattr__(self, name, read_count(name, getattr(self, name), least=0))
+        for name in ("recent_ratio", "decay_ratio", "distance_weight"):
+            object.__setattr__(self, name, float(getattr(self, name)))
         if self.first_pruned_layer >= self.num_layers:
             raise ValueError(
                 f"`first_pruned_layer={self.first_pruned_layer}` leaves nothing to prune in {self.num_layers} layers."
@@ -224,7 +236,8 @@ class PyramidLayer(CompressedLayer):
     # The prompt.
 
     def attend_prompt(self, call: AttentionCall, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if self.prefill is not None and self.positions is None and self.length == call.num_keys == call.num_queries:
+        is_first = self.positions is None and self.length == call.num_keys == call.num_queries
+        if self.prefill is not None and is_first and self.replayed is None:
             self.prefill.require_running()
         is_whole = self.positions is None and self.incoming is None and not self.must_evict
         row_passed = self._row_passed(tokens)
@@ -454,6 +467,8 @@ class PyramidCache(CompressedCache):
         parsed_budget = parse_budget(budget)
         if preset is not None and budget != DEFAULT_BUDGET:
             raise ValueError(f"`preset={preset!r}` and `budget={budget!r}` exclude each other: give one of them.")
+        if recent_ratio is not None and (not is_number(recent_ratio) or not 0 <= recent_ratio < 1):
+            raise ValueError(f"`recent_ratio={recent_ratio!r}` must be at least 0 and less than 1.")
         if recent_ratio is not None and parsed_budget.kind == "fraction" and not recent_ratio < parsed_budget.amount:
             raise ValueError(
                 f"`budget={budget}` cannot hold a recent window of `recent_ratio={recent_ratio}` and sinks. Raise the budget or "

@@ -19,6 +19,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from pyramid_cache.engine.attention import AttentionCall
+from pyramid_cache.engine.budget import read_count
 from pyramid_cache.engine.cache import CompressedCache, check_decoder_config
 from pyramid_cache.engine.layer import CompressedLayer, LayerPlace
 from pyramid_cache.engine.rope import RotaryFrequencies, refuse_unsupported_rope, rotary_frequencies
@@ -160,26 +161,60 @@ class StreamingLLMLayer(CompressedLayer):
             return call.run()
         is_streamed = not (is_first and self.prefill == "dense")
         output = None if is_streamed else call.run()
-        query, key, value = call.query, call.key, call.value
-        new_positions = tokens.positions[..., -call.num_queries :]
-        if self.has_exact_angles:
-            query = self._to_exact_angles(query, new_positions)
-            num_earlier = call.num_keys - call.num_queries
-            new_key = self._to_exact_angles(key[:, :, num_earlier:], new_positions)
-            key = torch.cat([key[:, :, :num_earlier], new_key], dim=2)
-        key, value, tokens = in_order(key, value, tokens)
+        # Tokens that were taken up late had been attended to before.
+        longest = max(tokens.row_lengths) if self.replayed is None else self.replayed.longest
+        query, key, new_positions = self._with_exact_angles(call, tokens, [(call.num_queries, longest)])
+        key, value, tokens = in_order(key, call.value, tokens)
         if self.base == 0:  # later on all rows have their sinks
             self._remember_sinks(key, tokens)
-        if is_streamed:
-            output = self._attend_stream(query, key, value, tokens, new_positions, **call.logit_arguments), None
+        if is_streamed and self.replayed is None:
+            parts = (query, key, value, self.sink_keys)
+            output = self._attend_stream(*parts, tokens, new_positions, **call.logit_arguments), None
         self.keep(key, value, tokens, self._ring_indices(tokens))
         return output
+
+    def attend_recorded(self, call: AttentionCall, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self._check_positions(call, tokens)
+        is_dense = self.prefill == "dense" and not self.recorded
+        if self.positions is None and (is_dense or max(tokens.row_present) <= self.window_length):
+            return call.run()
+        chunks = [(chunk.num_columns, chunk.longest) for chunk in self.recorded]
+        chunks.append((call.num_queries, max(tokens.row_lengths)))
+        query, key, new_positions = self._with_exact_angles(call, tokens, chunks)
+        key, value, tokens = in_order(key, call.value, tokens)
+        sink_keys = self.sink_keys if self.base else gather_tokens(key, self._sink_columns(tokens))
+        parts = (query, key, value, sink_keys)
+        return self._attend_stream(*parts, tokens, new_positions, **call.logit_arguments), None
+
+    def _with_exact_angles(
+        self, call: AttentionCall, tokens: Tokens, chunks: list[tuple[int, int]]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        Queries, keys and the positions of the queries `(batch, 1, num_queries)`, turned to exact angles where stored keys
+        have them.
+
+        Args:
+            chunks (`list[tuple[int, int]]`): For the last columns of the keys, which are as the model rotated them: how
+                many one forward pass brought, and the longest row by then. The queries belong to the last chunk.
+        """
+        num_new, longest = chunks[-1]
+        new_positions = tokens.positions[..., -num_new:]
+        if not self.has_exact_angles:
+            return call.query, call.key, new_positions
+        stop = call.num_keys - sum(num_columns for num_columns, _ in chunks)
+        keys = [call.key[:, :, :stop]]
+        for num_columns, longest_then in chunks:
+            columns = slice(stop, stop + num_columns)
+            keys.append(self._to_exact_angles(call.key[:, :, columns], tokens.positions[..., columns], longest_then))
+            stop += num_columns
+        return self._to_exact_angles(call.query, new_positions, longest), torch.cat(keys, dim=2), new_positions
 
     def _attend_stream(
         self,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
+        sink_key: torch.Tensor,
         tokens: Tokens,
         new_positions: torch.Tensor,
         **logit_arguments,
@@ -190,6 +225,7 @@ class StreamingLLMLayer(CompressedLayer):
         Args:
             query (`torch.Tensor`): `(batch, heads, num_new, head_dim)`.
             key, value (`torch.Tensor`): `(batch, kv_heads, columns, head_dim)`, in order of position, empty ones first.
+            sink_key (`torch.Tensor`): `(batch, kv_heads, num_sink_tokens, head_dim)`, the sinks as they arrived.
             tokens (`Tokens`): In these columns.
             new_positions (`torch.Tensor`): `(batch, 1, num_new)`, of the queries.
 
@@ -205,7 +241,7 @@ class StreamingLLMLayer(CompressedLayer):
             # Moving the sinks forward for one query is turning that query back.
             shift = (query_positions + 1 - self.window_length).clamp(min=0)
             sink_query = self.rotary.rotate(query, self.rotary.angles(self.base - shift))
-        sink_key, sink_value = self.sink_keys, gather_tokens(value, self._sink_columns(tokens))
+        sink_value = gather_tokens(value, self._sink_columns(tokens))
         sink_positions = torch.arange(num_sinks, device=key.device)
         key_positions = tokens.positions
         rows_per_block = max(min(BLOCK_ELEMENTS // (batch_size * heads * (self.window_length + 256)), 256), 1)
@@ -239,7 +275,8 @@ class StreamingLLMLayer(CompressedLayer):
         position, num_sinks = self.next_position, self.num_sink_tokens
         self._move_base()
         if self.has_exact_angles:
-            key_states = self._to_exact_angles(key_states, position, num_more=1)
+            longest = max(self.row_lengths) + 1 if self.replayed is None else self.replayed.longest
+            key_states = self._to_exact_angles(key_states, position, longest)
         slots = [
             length if length < num_sinks else num_sinks + (length - num_sinks) % self.window
             for length in self.row_lengths
@@ -262,8 +299,11 @@ class StreamingLLMLayer(CompressedLayer):
     def attend_step(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
         if self.positions is None:
             return call.run()
+        if self.replayed is not None:
+            return None, None
         if self.has_exact_angles:
-            call = replace(call, query=self._to_exact_angles(call.query, self.next_position - 1))
+            query = self._to_exact_angles(call.query, self.next_position - 1, max(self.row_lengths))
+            call = replace(call, query=query)
         parts = (call.query, call.key, call.value)
         if can_reuse_lse(*parts, **call.logit_arguments):
             # For one query, two matrix products take 0.6 of the time of the CPU's attention kernel.
@@ -287,16 +327,19 @@ class StreamingLLMLayer(CompressedLayer):
         ring = columns.masked_fill(position < num_sinks, -1).long()
         return torch.cat([self._sink_columns(tokens), ring], dim=-1)
 
-    def _sort_slots(self) -> None:
-        # The sinks are where they were when they came: `attend_prompt` moves them for each query on its own.
-        self.keys[:, :, : self.num_sink_tokens] = self.sink_keys
-        super()._sort_slots()
+    def _sorted_slots(self) -> dict[str, torch.Tensor]:
+        # The sinks are where they were when they came: `_attend_stream` moves them for each query on its own.
+        keys = torch.cat([self.sink_keys, self.keys[:, :, self.num_sink_tokens : self.length]], dim=2)
+        order = self.positions[..., : self.length].argsort(dim=-1)
+        return super()._sorted_slots() | {"keys": gather_tokens(keys, order)}
 
     # Angles.
 
-    def _to_exact_angles(self, states: torch.Tensor, positions: torch.Tensor, num_more: int = 0) -> torch.Tensor:
-        """States that the model has just rotated, rotated exactly by their `(batch, 1, tokens)` positions minus `base`."""
-        longest = max(self.row_lengths) + num_more
+    def _to_exact_angles(self, states: torch.Tensor, positions: torch.Tensor, longest: int) -> torch.Tensor:
+        """
+        States that the model rotated, rotated exactly by their `(batch, 1, tokens)` positions minus `base`; `longest` is
+        the length of the longest row in the forward pass that they are of.
+        """
         angles = self.rotary.angles(positions - self.base) - self.rotary.model_angles(positions, longest)
         return self.rotary.rotate(states, angles)
 
@@ -374,7 +417,7 @@ class StreamingLLMCache(CompressedCache):
     ) -> None:
         model = config if isinstance(config, PreTrainedModel) else None
         config = config if model is None else model.config
-        check_window(window_length, num_sink_tokens, prefill)
+        window_length, num_sink_tokens = check_window(window_length, num_sink_tokens, prefill)
         check_decoder_config(config)
         refuse_unsupported_rope(config)
         get_model = (lambda: None) if model is None else weakref.ref(model)
@@ -400,15 +443,15 @@ def in_order(key: torch.Tensor, value: torch.Tensor, tokens: Tokens) -> tuple[to
     )
 
 
-def check_window(window_length: int, num_sink_tokens: int, prefill: str) -> None:
-    """Raises unless the arguments of `StreamingLLMCache` leave room for a window."""
-    for name, number, least in (("window_length", window_length, 1), ("num_sink_tokens", num_sink_tokens, 0)):
-        if isinstance(number, bool) or not isinstance(number, int) or number < least:
-            raise ValueError(f"`{name}={number!r}` must be an integer of at least {least}.")
+def check_window(window_length: int, num_sink_tokens: int, prefill: str) -> tuple[int, int]:
+    """Both numbers as Python's. Raises unless the arguments of `StreamingLLMCache` leave room for a window."""
+    window_length = read_count("window_length", window_length, least=1)
+    num_sink_tokens = read_count("num_sink_tokens", num_sink_tokens, least=0)
     if window_length <= num_sink_tokens:
         raise ValueError(
             f"`window_length={window_length}` includes the {num_sink_tokens} sink tokens and must exceed them: give at least "
             f"{num_sink_tokens + 1}, or lower `num_sink_tokens`."
         )
-    if prefill not in ("streaming", "dense"):
+    if not isinstance(prefill, str) or prefill not in ("streaming", "dense"):
         raise ValueError(f"`prefill={prefill!r}` must be 'streaming' or 'dense'.")
+    return window_length, num_sink_tokens

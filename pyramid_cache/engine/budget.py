@@ -3,11 +3,15 @@
 import functools
 import math
 import re
+import sys
 from dataclasses import dataclass
 from fractions import Fraction
+from numbers import Integral, Real
 from typing import Literal
 
 
+# Positions are int32.
+MAX_TOKENS = 2**31 - 1
 BUDGET_FORMS = "a fraction of the prompt (0 < budget <= 1.0), a number of tokens (a positive int) or bytes ('256MiB')"
 BYTE_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -45,14 +49,33 @@ def floor_of_product(fraction: float, count: int) -> int:
     return math.floor(Fraction(repr(float(fraction))) * count)
 
 
+def is_number(value: object) -> bool:
+    """Whether it is a real number, one of numpy's included; a bool is none, nor is a tensor."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def read_count(name: str, number: object, least: int) -> int:
+    """
+    A number of tokens or layers as users write it, which may be an integer of numpy's.
+
+    Raises:
+        ValueError: It is no integer, less than `least` or more than any position.
+    """
+    if isinstance(number, bool) or not isinstance(number, Integral) or number < least:
+        raise ValueError(f"`{name}={number!r}` must be an integer of at least {least}.")
+    if number > MAX_TOKENS:
+        raise ValueError(f"`{name}={number!r}` must be an integer of at most {MAX_TOKENS:,}.")
+    return int(number)
+
+
 def parse_budget(budget: float | int | str) -> Budget:
     """
-    Reads a budget as users write it.
+    Reads a budget as users write it; numbers may be numpy's.
 
     Raises:
         ValueError: It is none of a fraction in (0, 1], a positive number of tokens and a number of bytes.
     """
-    if isinstance(budget, bool) or not isinstance(budget, (int, float, str)):
+    if not is_number(budget) and not isinstance(budget, str):
         raise ValueError(f"`budget` must be {BUDGET_FORMS}, but is {budget!r}.")
     if isinstance(budget, str):
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", budget)
@@ -62,18 +85,20 @@ def parse_budget(budget: float | int | str) -> Budget:
                 f"`budget={budget!r}` is no number of bytes. Give {BUDGET_FORMS}; units are B, KB, MB, GB, KiB, MiB, GiB, and "
                 "a fraction or a number of tokens is no string."
             )
-        num_bytes = int(float(match[1]) * unit)
+        num_bytes = int(Fraction(match[1]) * unit)
         if num_bytes < 1:
             raise ValueError(f"`budget={budget!r}` holds nothing. Give {BUDGET_FORMS}.")
         return Budget("bytes", num_bytes)
-    if isinstance(budget, int):
+    if isinstance(budget, Integral):
         if budget < 1:
             raise ValueError(f"`budget={budget}` keeps no token. Give {BUDGET_FORMS}.")
-        return Budget("tokens", budget)
+        if budget > MAX_TOKENS:
+            raise ValueError(f"`budget={budget}` exceeds {MAX_TOKENS:,} tokens. `budget=1.0` never evicts.")
+        return Budget("tokens", int(budget))
     if not 0 < budget <= 1:
-        hint = f" For {budget:.0f} tokens give the int." if math.isfinite(budget) and budget > 1 else ""
+        hint = f" For {float(budget):.0f} tokens give the int." if math.isfinite(budget) and budget > 1 else ""
         raise ValueError(f"`budget={budget}` is no share of the prompt. Give {BUDGET_FORMS}.{hint}")
-    return Budget("fraction", budget)
+    return Budget("fraction", float(budget))
 
 
 def bytes_to_tokens(
@@ -97,7 +122,7 @@ def bytes_to_tokens(
             f"A budget of {num_bytes:,} bytes cannot hold one token per layer for {batch_size} rows in {num_layers} "
             f"layers: that takes {least:,} bytes. Raise the budget."
         )
-    return num_tokens
+    return min(num_tokens, MAX_TOKENS)
 
 
 def cosine_decay(num_layers: int, decay_ratio: float) -> list[float]:
@@ -146,9 +171,9 @@ def pyramid_schedule(
     def kept(scale: float) -> list[float]:
         return [min(max(scale * share, minimum), prompt_length) for share in pruned_shape]
 
-    low, high = 0.0, prompt_length / min(pruned_shape, default=1.0)
-    for _ in range(100):
-        middle = (low + high) / 2
+    # Down to neighbouring floats, however far down a shape reaches: about 60 halvings for that of the paper.
+    low, high = 0.0, min(prompt_length / min(pruned_shape, default=1.0), sys.float_info.max)
+    while low < (middle := low + (high - low) / 2) < high:
         low, high = (middle, high) if sum(kept(middle)) < rest else (low, middle)
     exact = kept(high)
     numbers = [math.floor(number) for number in exact]

@@ -8,7 +8,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from pyramid_cache.engine import attention
-from pyramid_cache.engine.layer import CompressedLayer, LayerPlace
+from pyramid_cache.engine.layer import CompressedLayer, LayerPlace, as_tokens_to_remove
 from pyramid_cache.engine.tokens import MaskReader
 
 
@@ -43,6 +43,7 @@ class CompressedCache(Cache):
             place = LayerPlace(index, depth, len(compressed), len(layers))
             layers[index] = build_layer(place, self.masks)
         super().__init__(layers=layers)
+        self._was_passed_to_generate = False
 
     @property
     def compressed_layers(self) -> list[CompressedLayer]:
@@ -65,9 +66,28 @@ class CompressedCache(Cache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Takes back the last `-tokens_to_remove` tokens, in all layers or in none; see `CompressedLayer.crop`."""
-        for layer in self.compressed_layers:
-            layer.require_croppable(tokens_to_remove)
+        tokens_to_remove = as_tokens_to_remove(tokens_to_remove)
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, CompressedLayer):
+                layer.require_croppable(tokens_to_remove)
+            elif layer.is_sliding and not layer.record_past and layer.get_seq_length() >= layer.sliding_window:
+                raise NotImplementedError(
+                    f"`crop({tokens_to_remove})`: layer {index} has dropped tokens from its sliding window since, and that cannot "
+                    "be undone. Call `cache.activate_past_recording()` before the tokens that may be taken back are seen."
+                )
         super().crop(tokens_to_remove)
+
+    @property
+    def _is_user_defined(self) -> bool:
+        """Set by `generate` whenever it starts with this cache: a recording that an earlier one left on ends there."""
+        return self._was_passed_to_generate
+
+    @_is_user_defined.setter
+    def _is_user_defined(self, is_user_defined: bool) -> None:
+        self._was_passed_to_generate = is_user_defined
+        for layer in self.layers:
+            if getattr(layer, "record_past", False):
+                layer.record_past = False
 
     def reset(self) -> None:
         """Forgets everything, so that the cache can be used for another sequence, batch or model."""
@@ -104,7 +124,7 @@ class CompressedCache(Cache):
 
     def num_kept_tokens(self) -> list[int]:
         """How many tokens each layer that evicts holds; of a batch, in the row that holds most."""
-        return [max(layer.row_held, default=0) for layer in self.compressed_layers]
+        return [max(layer.num_held_per_row, default=0) for layer in self.compressed_layers]
 
     def memory(self) -> dict[str, dict[str, int]]:
         """
@@ -121,7 +141,8 @@ class CompressedCache(Cache):
                 continue
             storages.add(storage.data_ptr())
             roles = held.setdefault(str(tensor.device), {"keys": 0, "values": 0, "bookkeeping": 0})
-            roles[name if name in roles else "bookkeeping"] += storage.nbytes()
+            role = name.split()[0]
+            roles[role if role in roles else "bookkeeping"] += storage.nbytes()
         return held
 
     @property
@@ -145,7 +166,8 @@ class CompressedCache(Cache):
         for index, layer in enumerate(self.layers):
             kept = "-"
             if isinstance(layer, CompressedLayer):
-                low, high = min(layer.row_held, default=0), max(layer.row_held, default=0)
+                held = layer.num_held_per_row
+                low, high = min(held, default=0), max(held, default=0)
                 kept = str(low) if low == high else f"{low}-{high}"
             tensors = layer.held_tensors().values() if isinstance(layer, CompressedLayer) else vars(layer).values()
             num_bytes = sum(t.untyped_storage().nbytes() for t in tensors if isinstance(t, torch.Tensor))

@@ -6,9 +6,12 @@ model's attention function runs on it with the mask that came, so that it is `Dy
 eviction on it holds *slots*: keys and values of the tokens it kept, the position of each (-1: empty), and what its
 method scores with. Keys carry RoPE at their original positions, so that slots need no order.
 
+While it records the past, new tokens are put aside until `crop` has told which of them stay (see `recording`).
+
 A method derives a layer, says how many tokens it keeps, and what it does with a prompt and with a decode step.
 """
 
+import operator
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable
@@ -20,6 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from pyramid_cache.engine.attention import AttentionCall, is_asked_for
 from pyramid_cache.engine.budget import Budget, bytes_to_tokens
+from pyramid_cache.engine.recording import RecordedChunk
 from pyramid_cache.engine.selection import gather_tokens
 from pyramid_cache.engine.tokens import MaskReader, Tokens, causal_mask
 from pyramid_cache.ops import (
@@ -95,6 +99,13 @@ class CompressedLayer(CacheLayerMixin):
         self.row_held: list[int] = []
         self.row_kept: list[int] = []
         self.columns_ascend = True
+        # Tokens that `crop` may still take back, and whether the next ones begin a turn or go on with it.
+        self._records_past = False
+        self.recorded: list[RecordedChunk] = []
+        self.turn_begins = False
+        self._arriving: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._slots_in_order: dict[str, torch.Tensor] | None = None
+        self.replayed: RecordedChunk | None = None
         # Set from outside when hidden states were pruned before this layer: the tokens that are about to arrive.
         self.incoming: Tokens | None = None
         self.num_pending = 0
@@ -158,8 +169,18 @@ class CompressedLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._check_states(key_states, value_states)
+        self.num_pending = key_states.shape[2]
+        if self.record_past:
+            keys, values = self._with_recorded(key_states, value_states)
+        else:
+            keys, values = self._store(key_states, value_states)
+        keys = keys.view(keys.shape)  # an object of its own: the layer must not refer to itself through it
+        keys.cache_layer = self
+        return keys, values
+
+    def _store(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Takes the new tokens in, and returns all that attention must see."""
         num_new = key_states.shape[2]
-        self.num_pending = num_new
         if self.positions is None:
             self._before_append(num_new)
         if self.positions is None:
@@ -169,12 +190,11 @@ class CompressedLayer(CacheLayerMixin):
             self._write(key_states, value_states)
             keys, values = self.keys[:, :, : self.length], self.values[:, :, : self.length]
         else:
-            self._sort_slots()
+            for name, tensor in self._sorted_slots().items():
+                setattr(self, name, tensor)
             keys = torch.cat([self.keys[:, :, : self.length], key_states], dim=2)
             values = torch.cat([self.values[:, :, : self.length], value_states], dim=2)
         self.num_seen = self.num_seen + num_new if self.incoming is None else self.incoming.num_seen
-        keys = keys.view(keys.shape)  # an object of its own: the layer must not refer to itself through it
-        keys.cache_layer = self
         return keys, values
 
     @torch.compiler.disable
@@ -197,15 +217,14 @@ class CompressedLayer(CacheLayerMixin):
             )
         self._check_module(call.module)
         self._check_call(call)
-        if num_new == 1 and self.row_lengths != [0] * self.batch_size and self.incoming is None:
+        if self.record_past:
+            output = self._record(call)
+        elif num_new == 1 and self.row_lengths != [0] * self.batch_size and self.incoming is None:
             self._check_step_mask(call.mask)
-            self.row_lengths = [length + 1 for length in self.row_lengths]
-            self.row_held = [held + 1 for held in self.row_held]
-            self.next_position += 1
-            output = self.attend_step(call)
+            output = self._attend_next(call)
         else:
-            tokens = self._read_tokens(call.mask, num_new)
-            output = self.attend_prompt(call, tokens)
+            tokens = self.incoming
+            output = self.attend_prompt(call, self._take_in(tokens or self._read_tokens(call), num_new))
         if self.positions is not None and is_asked_for("attentions"):
             raise NotImplementedError(
                 "`output_attentions=True`: attention weights over a cache that evicts have no columns for what was evicted. "
@@ -214,6 +233,13 @@ class CompressedLayer(CacheLayerMixin):
         self.num_pending = 0
         self.incoming = None
         return output
+
+    def _attend_next(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """A decode step: one token more in every row."""
+        self.row_lengths = [length + 1 for length in self.row_lengths]
+        self.row_held = [held + 1 for held in self.row_held]
+        self.next_position += 1
+        return self.attend_step(call)
 
     def require_attended(self) -> None:
         """Raises if keys went out through `update` and the attention function never brought them back."""
@@ -289,36 +315,133 @@ class CompressedLayer(CacheLayerMixin):
                 "this one. Pass a mask that covers the tokens in the cache and the new one, and hides padding only."
             )
 
-    def _read_tokens(self, attention_mask: torch.Tensor | None, num_new: int) -> Tokens:
-        """The tokens in the columns of the keys that went out; updates the counts of the rows."""
-        tokens = self.incoming
-        if tokens is None:
-            tokens = self.masks.read(attention_mask, self.batch_size, num_new, self.num_seen, self.device)
-            num_earlier = self.num_seen - num_new
-            earlier = [num_earlier] * self.batch_size
-            if tokens.has_gaps:
-                earlier = (tokens.positions[:, 0, :num_earlier] >= 0).sum(dim=-1).tolist()
-            if earlier != self.row_lengths:
-                raise ValueError(
-                    f"The attention mask shows {earlier} earlier tokens per row, but {self.row_lengths} have been seen. "
-                    "Pass a mask that covers the tokens in the cache as it did when they were new."
-                )
-        if self.positions is None:
-            self.column_positions = tokens.positions if tokens.has_gaps else None
-            self.columns_ascend = tokens.is_ascending
-        else:
-            new = tokens.positions[..., -num_new:]
-            num_new_tokens = [length - seen for length, seen in zip(tokens.row_lengths, self.row_lengths, strict=True)]
-            tokens = replace(
-                tokens,
-                positions=torch.cat([self.positions, new.expand(-1, self.positions.shape[1], -1)], dim=-1),
-                row_present=[held + count for held, count in zip(self.row_held, num_new_tokens, strict=True)],
-                is_ascending=min(num_new_tokens) == num_new,
+    def _read_tokens(self, call: AttentionCall) -> Tokens:
+        """All that the rows have seen by now, in columns."""
+        num_new = call.num_queries
+        num_seen = self.get_seq_length() + (num_new if self.record_past else 0)
+        tokens = self.masks.read(call.mask, self.batch_size, num_new, num_seen, self.device)
+        num_earlier = num_seen - num_new
+        earlier = [num_earlier] * self.batch_size
+        if tokens.has_gaps:
+            earlier = (tokens.positions[:, 0, :num_earlier] >= 0).sum(dim=-1).tolist()
+        expected = self.recorded[-1].seen.row_lengths if self.recorded else self.row_lengths
+        if earlier != expected:
+            raise ValueError(
+                f"The attention mask shows {earlier} earlier tokens per row, but {expected} have been seen. "
+                "Pass a mask that covers the tokens in the cache as it did when they were new."
             )
+        return tokens
+
+    def _take_in(self, seen: Tokens, num_new: int) -> Tokens:
+        """The tokens in the columns of the keys that went out; updates the counts of the rows."""
+        if self.positions is None:
+            tokens = seen
+            self.column_positions = seen.positions if seen.has_gaps else None
+            self.columns_ascend = seen.is_ascending
+        else:
+            tokens = self._behind_slots(seen, self.positions, num_new)
         self.row_lengths, self.row_held = list(tokens.row_lengths), list(tokens.row_present)
         self.next_position = self.per_row(self.row_lengths)
         self.row_kept = [self.num_tokens_to_keep(length) for length in self.row_lengths]
         return tokens
+
+    def _behind_slots(self, seen: Tokens, slot_positions: torch.Tensor, num_new: int) -> Tokens:
+        """The tokens in slots with those positions and in `num_new` columns behind them, which are the last of `seen`."""
+        new = seen.positions[..., -num_new:].expand(-1, slot_positions.shape[1], -1)
+        num_new_tokens = [length - before for length, before in zip(seen.row_lengths, self.row_lengths, strict=True)]
+        return replace(
+            seen,
+            positions=torch.cat([slot_positions, new], dim=-1),
+            row_present=[held + count for held, count in zip(self.row_held, num_new_tokens, strict=True)],
+            is_ascending=min(num_new_tokens) == num_new,
+        )
+
+    # Tokens that may be taken back.
+
+    @property
+    def record_past(self) -> bool:
+        """Whether new tokens are put aside until `crop` is called; transformers' own layers have the same attribute."""
+        return self._records_past
+
+    @record_past.setter
+    def record_past(self, is_on: bool) -> None:
+        if not is_on:
+            self._settle()
+        self._records_past = is_on
+
+    @property
+    def is_recording_tokens(self) -> bool:
+        """Whether tokens wait for `crop`."""
+        return bool(self.recorded)
+
+    def activate_past_recording(self) -> None:
+        """
+        From now on nothing is evicted before the next `crop`, which may take tokens back. The tokens of the next forward
+        pass that stay are then treated as a turn's prompt, and those of later ones as generated one by one.
+        """
+        if not self.record_past:
+            self.turn_begins = True
+        self._records_past = True
+
+    def _with_recorded(
+        self, key_states: torch.Tensor, value_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """All that attention must see: what is held, what is recorded, and the new tokens, which wait for `attend`."""
+        self._arriving = own_storage(key_states), own_storage(value_states)
+        self._slots_in_order = None if self.positions is None else self._sorted_slots()
+        held = self._slots_in_order or {"keys": self.keys, "values": self.values}
+        parts = [] if self.keys is None else [(held["keys"][:, :, : self.length], held["values"][:, :, : self.length])]
+        parts += [(chunk.key, chunk.value) for chunk in self.recorded]
+        if not parts:
+            return self._arriving
+        keys, values = zip(*parts, self._arriving, strict=True)
+        return torch.cat(keys, dim=2), torch.cat(values, dim=2)
+
+    def _record(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attention of new tokens, which are put aside with their queries."""
+        seen = self._read_tokens(call)
+        if seen.ends_in_padding:
+            raise NotImplementedError(
+                "Some rows of the batch are padded on the right, and the cache records tokens that may be taken back. Pad on "
+                "the left (tokenizer.padding_side = 'left')."
+            )
+        tokens = seen
+        if self.positions is not None:
+            num_columns = call.num_keys - self.length
+            tokens = self._behind_slots(seen, self._slots_in_order["positions"], num_columns)
+        output = self.attend_recorded(call, tokens)
+        (key, value), self._arriving, self._slots_in_order = self._arriving, None, None
+        self.recorded.append(RecordedChunk.of(call, key, value, seen))
+        return output
+
+    def attend_recorded(self, call: AttentionCall, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Attention of tokens that may be taken back, over all that is held and recorded; nothing of the layer changes. The
+        keys of `call` are what the layer held, in order, and the recorded and new ones behind; `tokens` their positions.
+        """
+        if self.positions is not None:
+            call = self.with_slot_mask(call, tokens.positions >= 0 if tokens.has_gaps else None)
+        return call.run()
+
+    def _settle(self) -> None:
+        """Does with the recorded tokens what waited."""
+        while self.recorded:
+            chunk = self.recorded.pop(0)
+            if not chunk.num_columns:
+                continue
+            is_prompt = self.turn_begins and chunk.num_columns > 1 or not self.num_seen or chunk.has_padding
+            self.turn_begins = False
+            for piece in [chunk] if is_prompt else chunk.steps():
+                self.replayed = piece
+                call = piece.call(self._module(), *self._store(piece.key, piece.value))
+                if not is_prompt:
+                    self._attend_next(call)
+                    continue
+                tokens = self._take_in(piece.seen, piece.num_columns)
+                self.attend_prompt(
+                    self.with_slot_mask(call, tokens.positions >= 0 if tokens.has_gaps else None), tokens
+                )
+            self.replayed = None
 
     # Storage.
 
@@ -387,11 +510,10 @@ class CompressedLayer(CacheLayerMixin):
         self.values.scatter_(2, index.expand_as(value_states), value_states)
         self.positions.scatter_(2, slots, self.next_position.expand_as(slots))
 
-    def _sort_slots(self) -> None:
-        """Brings the slots in order of their positions, empty ones first, before more than one token is added."""
+    def _sorted_slots(self) -> dict[str, torch.Tensor]:
+        """Copies of the slots in order of their positions, empty ones first, for when more than one token is added."""
         order = self.positions[..., : self.length].argsort(dim=-1)
-        for name in self.slot_tensors:
-            setattr(self, name, gather_tokens(getattr(self, name), order))
+        return {name: gather_tokens(getattr(self, name), order) for name in self.slot_tensors}
 
     def keep(self, key: torch.Tensor, value: torch.Tensor, tokens: Tokens, indices: torch.Tensor) -> None:
         """
@@ -472,11 +594,11 @@ class CompressedLayer(CacheLayerMixin):
 
     def get_seq_length(self) -> int:
         """The number of tokens seen, padding included: what position ids and input slicing go by."""
-        return self.num_seen
+        return self.num_seen + sum(chunk.num_columns for chunk in self.recorded)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """The mask is asked for in coordinates of everything seen; `attend` takes from it what it needs."""
-        return self.num_seen + query_length, 0
+        return self.get_seq_length() + query_length, 0
 
     def get_max_length(self) -> int:
         """No limit to what may be seen."""
@@ -488,25 +610,36 @@ class CompressedLayer(CacheLayerMixin):
 
     @property
     def is_croppable(self) -> bool:
-        """Whether `crop` can take tokens back: as long as nothing was evicted and nothing scored."""
+        """Whether `crop` can take back what was not recorded: as long as nothing was evicted and nothing scored."""
         return self.positions is None and all(getattr(self, name) is None for name in self.slot_tensors[3:])
 
     def crop(self, tokens_to_remove: int) -> None:
         """
-        Takes back the last `-tokens_to_remove` tokens.
+        Takes back the last `-tokens_to_remove` tokens; then, if the past was recorded, does the evictions that waited.
 
         Raises:
             ValueError: A positive number, or more than the layer has seen.
-            NotImplementedError: Tokens were evicted or scored since, which cannot be undone.
+            NotImplementedError: Tokens that were not recorded have been evicted or scored since, which cannot be undone.
         """
-        if tokens_to_remove > 0:
-            raise ValueError(f"`crop({tokens_to_remove})`: give the number of tokens to remove as a negative number.")
-        if tokens_to_remove == 0 or not self.is_initialized:
-            return
+        tokens_to_remove = as_tokens_to_remove(tokens_to_remove)
         self.require_croppable(tokens_to_remove)
-        positions = self.column_tokens.positions[..., : self.length + tokens_to_remove]
-        self.length += tokens_to_remove
-        self.num_seen += tokens_to_remove
+        if not self.is_initialized:
+            return
+        num_left = -tokens_to_remove
+        while num_left and self.recorded:
+            chunk = self.recorded.pop()
+            num_taken = min(num_left, chunk.num_columns)
+            if num_taken < chunk.num_columns:
+                self.recorded.append(chunk.without_last(num_taken))
+            num_left -= num_taken
+        if num_left:
+            self._crop_held(num_left)
+        self._settle()
+
+    def _crop_held(self, num_columns: int) -> None:
+        positions = self.column_tokens.positions[..., : self.length - num_columns]
+        self.length -= num_columns
+        self.num_seen -= num_columns
         self.row_lengths = [self.length] * self.batch_size
         if self.column_positions is not None:
             self.column_positions = positions.contiguous()
@@ -516,24 +649,21 @@ class CompressedLayer(CacheLayerMixin):
 
     def require_croppable(self, tokens_to_remove: int) -> None:
         """Raises unless that many tokens, given as a negative number, can be taken back."""
-        if not self.is_initialized or tokens_to_remove >= 0:
+        if not self.is_initialized:
             return
-        if -tokens_to_remove > self.num_seen:
-            raise ValueError(f"`crop({tokens_to_remove})`: only {self.num_seen} tokens have been seen.")
-        if not self.is_croppable:
+        self.require_attended()
+        num_columns, num_seen = -tokens_to_remove, self.get_seq_length()
+        if num_columns > num_seen:
+            raise ValueError(f"`crop({tokens_to_remove})`: only {num_seen} tokens have been seen.")
+        if num_columns > num_seen - self.num_seen and not self.is_croppable:
             raise NotImplementedError(
                 f"`crop({tokens_to_remove})`: layer {self.place.layer_idx} has evicted or scored tokens since, and that cannot be "
-                "undone. Decoding that takes tokens back (assisted generation, prompt lookup) needs DynamicCache."
+                "undone. Call `cache.activate_past_recording()` before the tokens that may be taken back are seen."
             )
-
-    def activate_past_recording(self) -> None:
-        """Called before decoding that takes tokens back, which only a layer that never evicts can do."""
-        if self.budget is not None and self.budget.is_unlimited:
-            return
-        raise NotImplementedError(
-            "Assisted generation and prompt lookup take rejected tokens back, which a cache that evicts cannot do. Use "
-            "DynamicCache with them, or generate without an assistant."
-        )
+        if self.recorded and self._module() is None:
+            raise RuntimeError(
+                "The model that filled the cache is gone, so what it recorded cannot be evicted any more."
+            )
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Reorders the rows for beam search."""
@@ -548,7 +678,9 @@ class CompressedLayer(CacheLayerMixin):
         self._map_rows(lambda tensor: tensor[indices])
         self.batch_size = indices.shape[0]
         # Rows that are all alike need no look at the indices, which may be on the device.
-        are_alike = all(len(set(getattr(self, name))) <= 1 for name in self.row_counts)
+        counts = [getattr(self, name) for name in self.row_counts]
+        counts += [chunk.seen.row_lengths for chunk in self.recorded]
+        are_alike = all(len(set(numbers)) <= 1 for numbers in counts)
         rows = [0] * self.batch_size if are_alike else indices.tolist()
         self._map_row_counts(rows)
 
@@ -564,12 +696,14 @@ class CompressedLayer(CacheLayerMixin):
         for name in self.row_counts:
             counts = getattr(self, name)
             setattr(self, name, [counts[row] for row in rows] if counts else [])
+        self.recorded = [chunk.map_rows(rows) for chunk in self.recorded]
 
     def _map_rows(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         for name in (*self.slot_tensors, *self.row_tensors):
             tensor = getattr(self, name)
             if tensor is not None:
                 setattr(self, name, function(tensor))
+        self.recorded = [chunk.map_tensors(function) for chunk in self.recorded]
 
     def offload(self) -> None:
         """Moves the layer's tensors to the CPU."""
@@ -585,12 +719,34 @@ class CompressedLayer(CacheLayerMixin):
     def held_positions(self) -> torch.Tensor:
         """`(batch, kv_heads, slots)` int64: the positions of the tokens in the slots, -1 for empty ones and padding."""
         positions = self.column_tokens.positions if self.positions is None else self.positions[..., : self.length]
-        return positions.expand(-1, self._key_shape[0], -1).long()
+        parts = [positions, *(chunk.seen.positions[..., -chunk.num_columns :] for chunk in self.recorded)]
+        return torch.cat([part.expand(-1, self._key_shape[0], -1) for part in parts], dim=-1).long()
+
+    @property
+    def num_held_per_row(self) -> list[int]:
+        """How many tokens of each row the layer holds, those that may be taken back included."""
+        if not self.recorded:
+            return self.row_held
+        seen = zip(self.row_held, self.row_lengths, self.recorded[-1].seen.row_lengths, strict=True)
+        return [held + length - settled for held, settled, length in seen]
 
     def held_tensors(self) -> dict[str, torch.Tensor]:
-        """Every tensor that the layer refers to, by name."""
+        """Every tensor that the layer refers to, by a name whose first word is its role."""
         tensors = {name: getattr(self, name) for name in (*self.slot_tensors, *self.row_tensors)}
+        for index, chunk in enumerate(self.recorded):
+            tensors |= {f"{role} of chunk {index}": tensor for role, tensor in chunk.held_tensors().items()}
         return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+def as_tokens_to_remove(number: int) -> int:
+    """What `crop` was given, as an int; raises unless it is a negative integer or 0."""
+    try:
+        tokens_to_remove = operator.index(number)
+    except TypeError:
+        tokens_to_remove = 1
+    if isinstance(number, bool) or tokens_to_remove > 0:
+        raise ValueError(f"`crop({number!r})`: give the number of tokens to remove as a negative integer, or 0.")
+    return tokens_to_remove
 
 
 def is_sdpa_on_cpu(call: AttentionCall) -> bool:

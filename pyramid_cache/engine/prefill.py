@@ -150,7 +150,8 @@ def _before_layer(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tupl
     cache, hidden_states = _cache_of(arguments), arguments["hidden_states"]
     if index == 0:
         state.finish()
-        if cache.get_seq_length() == 0:
+        # Tokens that may be taken back are read in full: nothing is known to be dropped before `crop`.
+        if cache.get_seq_length() == 0 and not cache.layers[0].record_past:
             if is_asked_for("hidden_states"):
                 raise NotImplementedError(
                     "`output_hidden_states=True`: a cache built from the model drops hidden states between layers. Build it "

@@ -7,7 +7,7 @@ with a weak reference to it.
 """
 
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -38,6 +38,28 @@ class Tokens:
     def has_gaps(self) -> bool:
         """Whether some column holds no token."""
         return min(self.row_present) < self.positions.shape[-1]
+
+    def without_last(self, num_columns: int) -> "Tokens":
+        """The tokens in all columns but the last ones."""
+        positions = self.positions[..., : self.positions.shape[-1] - num_columns]
+        if not self.has_gaps:
+            return Tokens.without_padding(positions.shape[0], positions.shape[-1], positions.device)
+        is_token = positions[:, 0] >= 0
+        lengths = is_token.sum(dim=-1).tolist()
+        ends_in_padding = bool((is_token.any(dim=-1) & ~is_token[:, -1:].any(dim=-1)).any())
+        return replace(
+            self,
+            positions=positions,
+            row_lengths=lengths,
+            row_present=lengths,
+            num_seen=positions.shape[-1],
+            ends_in_padding=ends_in_padding,
+        )
+
+    def map_rows(self, rows: list[int]) -> "Tokens":
+        """The counts of the rows at these indices; `positions` are left to whoever maps tensors."""
+        row_lengths, row_present = ([counts[row] for row in rows] for counts in (self.row_lengths, self.row_present))
+        return replace(self, row_lengths=row_lengths, row_present=row_present)
 
     @staticmethod
     def without_padding(batch_size: int, num_columns: int, device: torch.device) -> "Tokens":

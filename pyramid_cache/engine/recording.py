@@ -1,0 +1,95 @@
+"""
+Past recording: the tokens of forward passes that `generate` may still take back, whose eviction waits.
+
+Assisted generation and prompt lookup feed a model several guessed tokens at once, and then crop those that it would not
+have said. What was evicted could not be cropped; so layers keep such tokens aside, with their queries, until `crop` has
+said which of them stay, and only then do with those what they would have done without an assistant.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from pyramid_cache.engine.attention import AttentionCall
+from pyramid_cache.engine.tokens import Tokens
+
+
+# What the logits of a call depend on beside queries and keys; see `AttentionCall.logit_arguments`.
+LOGIT_KWARGS = ("scaling", "softcap", "s_aux")
+
+
+@dataclass(frozen=True)
+class RecordedChunk:
+    """
+    What one layer got in one forward pass.
+
+    Attributes:
+        query (`torch.Tensor`): `(batch, heads, columns, head_dim)`.
+        key, value (`torch.Tensor`): `(batch, kv_heads, columns, head_dim)`.
+        seen (`Tokens`): All that the rows had seen by then, padding included; the columns of the chunk are the last.
+        longest (`int`): The length of the longest row in that forward pass, which some rotary embeddings depend on.
+        logit_kwargs (`dict`): What the model told its attention function about logits.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    seen: Tokens
+    longest: int
+    logit_kwargs: dict[str, Any]
+
+    @staticmethod
+    def of(call: AttentionCall, key: torch.Tensor, value: torch.Tensor, seen: Tokens) -> "RecordedChunk":
+        """The chunk of a call, with the new keys and values among those that it attends to."""
+        kwargs = {name: call.kwargs[name] for name in LOGIT_KWARGS if call.kwargs.get(name) is not None}
+        return RecordedChunk(call.query, key, value, seen, max(seen.row_lengths), kwargs)
+
+    @property
+    def num_columns(self) -> int:
+        return self.key.shape[2]
+
+    @property
+    def has_padding(self) -> bool:
+        """Whether some column is a token in one row and padding in another."""
+        return self.seen.has_gaps and bool((self.seen.positions[..., -self.num_columns :] < 0).any())
+
+    def without_last(self, num_columns: int) -> "RecordedChunk":
+        """What remains when the last columns are taken back."""
+        left = self.num_columns - num_columns
+        return replace(
+            self,
+            query=self.query[:, :, :left],
+            key=self.key[:, :, :left],
+            value=self.value[:, :, :left],
+            seen=self.seen.without_last(num_columns),
+        )
+
+    def steps(self) -> Iterator["RecordedChunk"]:
+        """The chunk cut into single columns, none of which is padding."""
+        for column in range(self.num_columns):
+            only = slice(column, column + 1)
+            yield replace(self, query=self.query[:, :, only], key=self.key[:, :, only], value=self.value[:, :, only])
+
+    def call(self, module: torch.nn.Module, key: torch.Tensor, value: torch.Tensor) -> AttentionCall:
+        """The call over what the layer holds by now, of which nobody needs the output."""
+        return AttentionCall(no_attention, module, self.query, key, value, None, self.logit_kwargs)
+
+    def map_tensors(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "RecordedChunk":
+        """Applies a function to all tensors, whose first dimension is the batch."""
+        tensors = {name: function(getattr(self, name)) for name in ("query", "key", "value")}
+        return replace(self, seen=replace(self.seen, positions=function(self.seen.positions)), **tensors)
+
+    def map_rows(self, rows: list[int]) -> "RecordedChunk":
+        """The counts of the rows at these indices."""
+        return replace(self, seen=self.seen.map_rows(rows))
+
+    def held_tensors(self) -> dict[str, torch.Tensor]:
+        """Every tensor that the chunk refers to, by role."""
+        return {"keys": self.key, "values": self.value, "queries": self.query, "positions": self.seen.positions}
+
+
+def no_attention(*args, **kwargs) -> tuple[None, None]:
+    """An attention function for tokens that were attended to before."""
+    return None, None
