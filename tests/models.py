@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     Cache,
     GemmaConfig,
@@ -60,6 +61,98 @@ FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     ),
 }
 
+# What mixtures of experts need beside COMMON, by whatever names.
+EXPERTS: dict[str, Any] = {
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+}
+HYBRID: dict[str, Any] = {
+    "sliding_window": 8,
+    "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+}
+LATENT: dict[str, Any] = {
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 12,
+    "head_dim": 8,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
+HALF_ROTARY: dict[str, Any] = {
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+}
+
+# Further architectures. name: (model type, what differs from those settings of COMMON that its config knows)
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2_hybrid": ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}),
+    "gemma2": ("gemma2", {**HYBRID, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 5.0}),
+    "gemma3": ("gemma3_text", {**HYBRID, "query_pre_attn_scalar": 16}),
+    "olmo2": ("olmo2", {}),
+    "gpt2": ("gpt2", {}),
+    "gpt_oss": ("gpt_oss", {**EXPERTS, **HYBRID}),
+    "mixtral": ("mixtral", {**EXPERTS, "sliding_window": None}),
+    "qwen3_moe": ("qwen3_moe", EXPERTS),
+    "gpt_neox": ("gpt_neox", HALF_ROTARY),
+    "cohere": ("cohere", {}),
+    "stablelm": ("stablelm", {**HALF_ROTARY, "hidden_size": 64}),
+    "opt": ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 48}),
+    "granite": ("granite", {"attention_multiplier": 0.25}),
+    "smollm3": ("smollm3", {"no_rope_layer_interval": 2}),
+    "jamba": (
+        "jamba",
+        {
+            **EXPERTS,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "mamba_d_state": 8,
+            "mamba_dt_rank": 4,
+            "use_mamba_kernels": False,
+        },
+    ),
+    "bamba": (
+        "bamba",
+        {
+            "attn_layer_indices": [1],
+            "mamba_n_heads": 4,
+            "mamba_d_head": 24,
+            "mamba_n_groups": 1,
+            "mamba_d_state": 8,
+            "mamba_chunk_size": 16,
+        },
+    ),
+    "llama4": (
+        "llama4_text",
+        {
+            **EXPERTS,
+            "intermediate_size_mlp": 64,
+            "attention_chunk_size": 8,
+            "layer_types": ["full_attention", "chunked_attention", "full_attention"],
+        },
+    ),
+}
+# Those that no cache of ours can serve.
+REFUSED_ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "deepseek_v2": ("deepseek_v2", {**EXPERTS, **LATENT}),
+    "deepseek_v3": ("deepseek_v3", {**EXPERTS, **LATENT}),
+    "bloom": ("bloom", {}),
+    "falcon": ("falcon", {"new_decoder_architecture": True}),
+    "falcon_alibi": ("falcon", {"alibi": True}),
+    "mpt": ("mpt", {}),
+    "gptj": ("gptj", {"rotary_dim": 8}),
+    "diffllama": ("diffllama", {}),
+    "doge": ("doge", {}),
+    "jetmoe": ("jetmoe", {**EXPERTS, "kv_channels": 16}),
+    "rwkv": ("rwkv", {}),
+    "mistral_sliding": ("mistral", {"sliding_window": 8}),
+}
+
 # Llama with every kind of rotary embedding that stretches positions and can be un-rotated.
 ROPE_VARIANTS: dict[str, dict[str, Any]] = {
     "linear": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
@@ -76,7 +169,13 @@ ROPE_VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def build_config(name: str, **overrides: Any) -> PreTrainedConfig:
-    """The config of a family in `FAMILIES` or of `llama_<variant>` for a variant in `ROPE_VARIANTS`."""
+    """The config of a family or architecture above, or of `llama_<variant>` for a variant in `ROPE_VARIANTS`."""
+    if name not in FAMILIES and name in ARCHITECTURES | REFUSED_ARCHITECTURES:
+        model_type, differences = (ARCHITECTURES | REFUSED_ARCHITECTURES)[name]
+        known = vars(AutoConfig.for_model(model_type)).keys() | {"num_key_value_heads", "initializer_range"}
+        known |= type(AutoConfig.for_model(model_type)).attribute_map.keys()
+        settings = {key: value for key, value in COMMON.items() if key in known}
+        return AutoConfig.for_model(model_type, **settings | differences | overrides)
     variant = name.removeprefix("llama_")
     if variant in ROPE_VARIANTS:
         rope = ROPE_VARIANTS[variant]
@@ -189,7 +288,8 @@ class Trace:
 
     Attributes:
         logits: Logits of the last token of each step, `(batch, steps, vocabulary)`.
-        positions: For each step and layer what the cache held after it, `(batch, kv_heads, slots)`, -1 for empty.
+        positions: For each step and each layer that evicts what it held after the step, `(batch, kv_heads, slots)`,
+            -1 for empty.
         tokens: The tokens fed after the prompt, `(batch, later)`.
         lengths: Real tokens of each row's prompt.
         pieces: How many tokens each step after the prompt fed.
@@ -243,7 +343,7 @@ def drive(
             use_cache=True,
         )
         logits.append(output.logits[:, -1])
-        positions.append([cache.positions(layer).clone() for layer in range(len(cache.layers))])
+        positions.append([layer.held_positions().clone() for layer in cache.compressed_layers])
         if after_step is not None:
             after_step(step)
         if step < len(pieces):

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
+from models import Trace
 from transformers import AttentionInterface, PreTrainedModel
 
 
@@ -160,6 +161,29 @@ class MaskPolicy:
             probabilities = logits.masked_fill(~mask, -math.inf).softmax(dim=-1)
             output[head] = probabilities @ value[head // group].float()
         return output
+
+
+def masks_of(trace: Trace, row: int, kv_heads: int) -> list[torch.Tensor]:
+    """For each layer `(kv_heads, length, length)`: what each query of a row could see.
+
+    The prompt's queries see every earlier token; a later query sees what was held before its step, and the tokens of its
+    own step up to itself.
+    """
+    prompt = trace.lengths[row]
+    length = prompt + sum(trace.pieces)
+    masks = []
+    for layer in range(len(trace.positions[0])):
+        mask = torch.zeros(kv_heads, length, length, dtype=torch.bool)
+        for head in range(kv_heads):
+            mask[head, :prompt] = torch.ones(prompt, length, dtype=torch.bool).tril()
+            start = prompt
+            for step, piece in enumerate(trace.pieces):
+                held = trace.held(step, layer, row, head)
+                for query in range(start, start + piece):
+                    mask[head, query, [*held, *range(start, query + 1)]] = True
+                start += piece
+        masks.append(mask)
+    return masks
 
 
 def best(scores: dict[int, float], number: int) -> list[int]:

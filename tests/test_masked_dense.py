@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from models import FAMILIES, Trace, drive, random_rows, random_tokens, tiny_model
-from reference import MaskPolicy, run_policy
+from models import FAMILIES, drive, random_rows, random_tokens, tiny_model
+from reference import MaskPolicy, masks_of, run_policy
 from transformers import Cache, PreTrainedModel
 
 from pyramid_cache import H2OCache, PyramidCache
@@ -18,29 +18,6 @@ CACHES: dict[str, Callable[[PreTrainedModel], Cache]] = {
     "h2o_tokens": lambda model: H2OCache(model.config, budget=9, heavy_ratio=0.7),
     "pyramid": lambda model: PyramidCache(model.config, budget=0.4),
 }
-
-
-def masks_of(trace: Trace, row: int, kv_heads: int) -> list[torch.Tensor]:
-    """For each layer `(kv_heads, length, length)`: what each query of a row could see.
-
-    The prompt's queries see every earlier token; a later query sees what was held before its step, and the tokens of its
-    own step up to itself.
-    """
-    prompt = trace.lengths[row]
-    length = prompt + sum(trace.pieces)
-    masks = []
-    for layer in range(len(trace.positions[0])):
-        mask = torch.zeros(kv_heads, length, length, dtype=torch.bool)
-        for head in range(kv_heads):
-            mask[head, :prompt] = torch.ones(prompt, length, dtype=torch.bool).tril()
-            start = prompt
-            for step, piece in enumerate(trace.pieces):
-                held = trace.held(step, layer, row, head)
-                for query in range(start, start + piece):
-                    mask[head, query, [*held, *range(start, query + 1)]] = True
-                start += piece
-        masks.append(mask)
-    return masks
 
 
 def compare_with_masked_dense(

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from pyramid_cache.engine.attention import AttentionCall
 from pyramid_cache.engine.budget import Budget, floor_of_product, is_number, parse_budget
-from pyramid_cache.engine.cache import CompressedCache
+from pyramid_cache.engine.cache import CompressedCache, model_inside
 from pyramid_cache.engine.layer import CompressedLayer, LayerPlace, grown
 from pyramid_cache.engine.selection import best_tokens, gather_tokens, lowest_slot
 from pyramid_cache.engine.tokens import MaskReader, Tokens
@@ -113,6 +113,23 @@ class H2OLayer(CompressedLayer):
             self.positions.scatter_(-1, victim, self.positions.gather(-1, victim).masked_fill(is_full_row, -1))
         self.row_held = [min(held, kept) for held, kept in zip(self.row_held, self.row_kept, strict=True)]
 
+    def check_state(self) -> None:
+        if self.budget.is_unlimited:
+            return
+        batch_size, kv_heads = self.batch_size, self._key_shape[0]
+        self.require_tensor("scores", torch.float32, batch_size, kv_heads, self.length)
+        self.require_tensor("num_recent", torch.int32, batch_size, 1, 1)
+        row_recent = [kept - floor_of_product(self.heavy_ratio, kept) for kept in self.row_kept]
+        if self.num_recent.flatten().tolist() != row_recent:
+            raise ValueError(f"`num_recent` is not {row_recent}")
+        if self.positions is not None and (self.must_evict or max(self.row_held) >= self.length):
+            raise ValueError(f"rows hold {self.row_held} tokens, but may keep {self.row_kept} in {self.length} slots")
+        if self.free_slots is not None:
+            self.require_tensor("free_slots", torch.int64, batch_size, kv_heads, 1)
+            is_slot = (self.free_slots >= 0) & (self.free_slots < self.length)
+            if self.positions is None or not is_slot.all() or (self.positions.gather(-1, self.free_slots) >= 0).any():
+                raise ValueError("`free_slots` are not free")
+
 
 class H2OCache(CompressedCache):
     """
@@ -153,7 +170,8 @@ class H2OCache(CompressedCache):
     def __init__(
         self, config: PreTrainedConfig | PreTrainedModel, budget: float | int | str = 0.2, heavy_ratio: float = 0.5
     ) -> None:
-        config = config.config if isinstance(config, PreTrainedModel) else config
+        model = model_inside(config)
+        config = config if model is None else model.config
         parsed_budget = parse_budget(budget)
         if not is_number(heavy_ratio) or not 0 <= heavy_ratio < 1:
             raise ValueError(
@@ -164,4 +182,4 @@ class H2OCache(CompressedCache):
         def build_layer(place: LayerPlace, masks: MaskReader) -> H2OLayer:
             return H2OLayer(place, parsed_budget, masks, heavy_ratio)
 
-        super().__init__(config, build_layer)
+        super().__init__(config, build_layer, {"budget": budget, "heavy_ratio": heavy_ratio})

@@ -33,7 +33,7 @@ from pyramid_cache.engine.budget import (
     pyramid_schedule,
     read_count,
 )
-from pyramid_cache.engine.cache import CompressedCache, check_decoder_config
+from pyramid_cache.engine.cache import CompressedCache, check_decoder_config, model_inside
 from pyramid_cache.engine.layer import CompressedLayer, LayerPlace
 from pyramid_cache.engine.prefill import PrunedPrefill
 from pyramid_cache.engine.selection import best_tokens, gather_tokens
@@ -204,6 +204,7 @@ class PyramidLayer(CompressedLayer):
 
     row_tensors = ("next_position", "column_positions", "scores", "prompt_length", "num_recent")
     row_counts = ("row_lengths", "row_held", "row_kept", "row_prompt_lengths", "row_recent", "row_zones", "row_front")
+    state_numbers = (*CompressedLayer.state_numbers, "num_settled")
 
     def __init__(
         self, place: LayerPlace, masks: MaskReader, settings: PyramidSettings, prefill: PrunedPrefill | None
@@ -309,6 +310,10 @@ class PyramidLayer(CompressedLayer):
             if self.must_evict and not self.settings.is_unlimited:
                 self._turn_into_slots(call.key, call.value)
             return output
+        return self._attend_slots(call)
+
+    @torch.compiler.disable  # the sizes change with every zone: a graph for each would never end
+    def _attend_slots(self, call: AttentionCall) -> tuple[torch.Tensor, None]:
         output, probabilities = decode_attention(
             call.query, call.key, call.value, mask=self.slot_mask(), **call.logit_arguments
         )
@@ -395,6 +400,33 @@ class PyramidLayer(CompressedLayer):
         self.scores[..., :num_kept] = kept_scores
         self.length = start + num_kept
 
+    def check_state(self) -> None:
+        batch_size, is_dense = self.batch_size, self.positions is None
+        has_begun = bool(self.row_prompt_lengths) or not is_dense
+        for name in ("row_prompt_lengths", "row_recent", "row_zones"):
+            if len(getattr(self, name)) != (batch_size if has_begun else 0):
+                raise ValueError(f"`{name}` is {getattr(self, name)}, which does not fit {batch_size} rows")
+        for name, numbers in (("prompt_length", self.row_prompt_lengths), ("num_recent", self.row_recent)):
+            if has_begun:
+                self.require_tensor(name, torch.int32, batch_size, 1, 1)
+            found = [] if getattr(self, name) is None else getattr(self, name).flatten().tolist()
+            if found != numbers:
+                raise ValueError(f"`{name}` is {found} instead of {numbers}")
+        if self.scores is not None:
+            self.require_tensor("scores", torch.float32, batch_size, 1, self.scores.shape[-1])
+        if is_dense:
+            if self.scores is not None or self.num_settled or self.row_front:
+                raise ValueError("a layer that has evicted nothing has judged tokens")
+            return
+        if self.num_settled > self.length:
+            raise ValueError(f"`num_settled={self.num_settled}` exceeds {self.length} slots")
+        for length, prompt, zones in zip(self.row_lengths, self.row_prompt_lengths, self.row_zones, strict=True):
+            if zones and prompt + zones * ZONE_LENGTH > length:
+                raise ValueError(f"{zones} zones are judged, but {length} tokens were seen, {prompt} of them a prompt")
+        row_open = (self.positions[..., self.num_settled :] >= 0).sum(dim=(1, 2)).tolist()
+        if [held - open_ for held, open_ in zip(self.row_held, row_open, strict=True)] != self.row_front:
+            raise ValueError(f"`row_front` is {self.row_front} with `num_settled` of {self.num_settled}")
+
 
 class PyramidCache(CompressedCache):
     """
@@ -462,7 +494,7 @@ class PyramidCache(CompressedCache):
         first_pruned_layer: int = 0,
         prune_own_layer: bool | None = None,
     ) -> None:
-        model = config if isinstance(config, PreTrainedModel) else None
+        model = model_inside(config)
         config = config if model is None else model.config
         parsed_budget = parse_budget(budget)
         if preset is not None and budget != DEFAULT_BUDGET:
@@ -503,7 +535,18 @@ class PyramidCache(CompressedCache):
                 )
             return PyramidLayer(place, masks, build_settings(place.num_layers), self.pruned_prefill)
 
-        super().__init__(config, build_layer)
+        settings = {
+            "budget": budget,
+            "preset": preset,
+            "recent_ratio": recent_ratio,
+            "num_sink_tokens": num_sink_tokens,
+            "min_context_length": min_context_length,
+            "distance_weight": distance_weight,
+            "decay_ratio": decay_ratio,
+            "first_pruned_layer": first_pruned_layer,
+            "prune_own_layer": prune_own_layer,
+        }
+        super().__init__(config, build_layer, settings)
 
     def reset(self) -> None:
         if self.pruned_prefill is not None:

@@ -13,14 +13,14 @@ the sinks alone, forward by the number of evicted tokens (the *sink shift*).
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from pyramid_cache.engine.attention import AttentionCall
 from pyramid_cache.engine.budget import read_count
-from pyramid_cache.engine.cache import CompressedCache, check_decoder_config
+from pyramid_cache.engine.cache import CompressedCache, check_decoder_config, model_inside
 from pyramid_cache.engine.layer import CompressedLayer, LayerPlace
 from pyramid_cache.engine.rope import RotaryFrequencies, refuse_unsupported_rope, rotary_frequencies
 from pyramid_cache.engine.selection import gather_tokens
@@ -42,22 +42,25 @@ class SharedRotations:
 
     Args:
         config (`PreTrainedConfig`): Of the model.
-        get_model (`Callable`): Returns the model itself, or None.
+        get_model (`Callable`, *optional*): Returns the model itself, or None if it is gone.
     """
 
-    def __init__(self, config: PreTrainedConfig, get_model: Callable[[], PreTrainedModel | None]) -> None:
+    def __init__(self, config: PreTrainedConfig, get_model: Callable[[], PreTrainedModel | None] | None) -> None:
         self._config = config
         self._get_model = get_model
         self._known: list[RotaryFrequencies] = []
         self._key: tuple | None = None
         self._turn: tuple[torch.Tensor, ...] = ()
 
-    def frequencies_of(self, module: torch.nn.Module) -> RotaryFrequencies | None:
+    def frequencies_of(self, module: torch.nn.Module, device: torch.device) -> RotaryFrequencies | None:
         """The frequencies of an attention module, None if it has none; the same object for layers that have the same."""
         config = getattr(module, "config", self._config)  # the cache's own may be of a model that rotates otherwise
-        found = rotary_frequencies(module, config, model=self._get_model())
-        if found is None:
-            return None
+        model = None if self._get_model is None else self._get_model()
+        found = rotary_frequencies(module, config, model=model, device=device)
+        return None if found is None else self.shared(found)
+
+    def shared(self, found: RotaryFrequencies) -> RotaryFrequencies:
+        """The object that all layers with these frequencies use."""
         for known in self._known:
             if known.equals(found):
                 return known
@@ -79,6 +82,10 @@ class SharedRotations:
         tensors = [tensor for known in self._known for tensor in (known.inv_freq, known.long_inv_freq)]
         return [tensor for tensor in (*tensors, *self._turn) if tensor is not None]
 
+    def forget(self) -> None:
+        """Lets go of it, for another model."""
+        self._known, self._key, self._turn = [], None, ()
+
 
 class StreamingLLMLayer(CompressedLayer):
     """
@@ -88,6 +95,9 @@ class StreamingLLMLayer(CompressedLayer):
     """
 
     row_tensors = ("next_position", "column_positions", "sink_keys")
+    state_numbers = (*CompressedLayer.state_numbers, "base")
+    extra_numbers = ("rotary",)
+    extra_tensors = ("inv_freq", "long_inv_freq")
 
     def __init__(
         self,
@@ -130,7 +140,13 @@ class StreamingLLMLayer(CompressedLayer):
         is_new = self._module is None
         super()._check_module(module)
         if is_new:
-            self.rotary = self.rotations.frequencies_of(module)
+            rotary = self.rotations.frequencies_of(module, self.device)
+            if any(self.row_lengths) and rotary is not self.rotary:
+                raise ValueError(
+                    "The cache was loaded from a file that a model with other rotary frequencies has filled. If this model was "
+                    "cast with `model.to`, load the cache with the model instead of its config."
+                )
+            self.rotary = rotary
             longest = None if self.rotary is None else self.rotary.original_max_position_embeddings
             if longest is not None and self.window_length > longest:
                 raise ValueError(
@@ -145,7 +161,8 @@ class StreamingLLMLayer(CompressedLayer):
             return
         ranks = tokens.positions[:, 0, -call.num_queries :]
         offsets = position_ids - ranks
-        expected = torch.zeros_like(offsets[:, -1:]) if self.has_exact_angles else offsets[:, -1:]
+        last = offsets.gather(1, ranks.argmax(dim=-1, keepdim=True))  # behind it there may be padding
+        expected = torch.zeros_like(last) if self.has_exact_angles else last
         if not ((offsets == expected) | (ranks < 0)).all():
             raise ValueError(
                 "`position_ids` do not number the tokens of each row in turn, as StreamingLLMCache needs it (with longrope "
@@ -159,7 +176,7 @@ class StreamingLLMLayer(CompressedLayer):
         is_first = self.positions is None
         if is_first and not self.must_evict:
             return call.run()
-        is_streamed = not (is_first and self.prefill == "dense")
+        is_streamed = self.prefill == "streaming" or self.num_seen > call.num_queries
         output = None if is_streamed else call.run()
         # Tokens that were taken up late had been attended to before.
         longest = max(tokens.row_lengths) if self.replayed is None else self.replayed.longest
@@ -175,7 +192,7 @@ class StreamingLLMLayer(CompressedLayer):
 
     def attend_recorded(self, call: AttentionCall, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor | None]:
         self._check_positions(call, tokens)
-        is_dense = self.prefill == "dense" and not self.recorded
+        is_dense = self.prefill == "dense" and self.get_seq_length() == 0
         if self.positions is None and (is_dense or max(tokens.row_present) <= self.window_length):
             return call.run()
         chunks = [(chunk.num_columns, chunk.longest) for chunk in self.recorded]
@@ -263,9 +280,9 @@ class StreamingLLMLayer(CompressedLayer):
 
     # One token.
 
-    def _before_append(self, num_new: int) -> None:
+    def _before_append(self) -> None:
         """A layer that is full turns into a ring before it takes the next token."""
-        if num_new == 1 and self.length and max(self.row_held) == self.window_length:
+        if max(self.row_held) == self.window_length:
             key, value = self.keys[:, :, : self.length], self.values[:, :, : self.length]
             key, value, tokens = in_order(key, value, self.column_tokens)
             self._remember_sinks(key, tokens)
@@ -281,7 +298,7 @@ class StreamingLLMLayer(CompressedLayer):
             length if length < num_sinks else num_sinks + (length - num_sinks) % self.window
             for length in self.row_lengths
         ]
-        if len(set(slots)) == 1:
+        if are_alike(self.row_lengths):
             slot = slice(slots[0], slots[0] + 1)
             self.keys[:, :, slot], self.values[:, :, slot], self.positions[:, :, slot] = (
                 key_states,
@@ -350,9 +367,13 @@ class StreamingLLMLayer(CompressedLayer):
     def _shift_sinks(self) -> None:
         """Moves the sinks to just before the window of the token that is being stored."""
         if self.rotary is not None and self.num_sink_tokens:
-            evicted = [max(length + 1 - self.window_length, 0) - self.base for length in self.row_lengths]
-            distances = evicted[:1] if len(set(evicted)) == 1 else evicted
-            turn = self.rotations.turn_by(self.rotary, distances, self.sink_keys)
+            if torch.compiler.is_compiling():  # numbers that change at every step must not be part of the graph
+                evicted = (self.next_position + 1 - self.window_length).clamp(min=0) - self.base
+                turn = self.rotary.cosine_and_sine(self.rotary.angles(evicted), self.sink_keys.dtype)
+            else:
+                row_lengths = self.row_lengths[:1] if are_alike(self.row_lengths) else self.row_lengths
+                distances = [max(length + 1 - self.window_length, 0) - self.base for length in row_lengths]
+                turn = self.rotations.turn_by(self.rotary, distances, self.sink_keys)
             self.keys[:, :, : self.num_sink_tokens] = self.rotary.turn(self.sink_keys, *turn)
 
     def _move_base(self) -> None:
@@ -366,6 +387,58 @@ class StreamingLLMLayer(CompressedLayer):
             angles = self.rotary.angles(self.positions - base) - self.rotary.model_angles(self.positions, 0)
         self.keys = self.rotary.rotate(self.keys, angles)
         self.base = base
+
+    # Files.
+
+    def export_state(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """The frequencies too: the sinks are moved before the attention module, which tells them, is seen again."""
+        numbers, tensors = super().export_state()
+        numbers["rotary"] = None
+        if self.rotary is not None:
+            longest = self.rotary.original_max_position_embeddings
+            numbers["rotary"] = {"layout": self.rotary.layout, "original_max_position_embeddings": longest}
+            frequencies = {"inv_freq": self.rotary.inv_freq, "long_inv_freq": self.rotary.long_inv_freq}
+            tensors |= {name: tensor for name, tensor in frequencies.items() if tensor is not None}
+        return numbers, tensors
+
+    def import_state(self, numbers: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        super().import_state(numbers, tensors)
+        inv_freq, long_inv_freq = tensors.get("inv_freq"), tensors.get("long_inv_freq")
+        match numbers["rotary"]:
+            case None if inv_freq is None and long_inv_freq is None:
+                return
+            case {"layout": "half" | "interleaved" as layout, "original_max_position_embeddings": longest}:
+                is_long = type(longest) is int and longest > 0
+                if inv_freq is None or is_long != (long_inv_freq is not None) or not (is_long or longest is None):
+                    raise ValueError("the rotary frequencies are incomplete")
+            case other:
+                raise ValueError(f"`rotary` is {other!r}")
+        for tensor in (inv_freq, inv_freq if long_inv_freq is None else long_inv_freq):
+            if tensor.dtype != torch.float32 or tensor.shape != inv_freq.shape or tensor.dim() != 1:
+                raise ValueError(f"rotary frequencies are {tensor.dtype} {tuple(tensor.shape)}")
+        if not 0 < 2 * len(inv_freq) <= self._key_shape[1]:
+            raise ValueError(f"{len(inv_freq)} rotary frequencies do not fit heads of width {self._key_shape[1]}")
+        self.rotary = self.rotations.shared(RotaryFrequencies(inv_freq, layout, long_inv_freq, longest))
+
+    def check_state(self) -> None:
+        longest = max(self.row_lengths)
+        if self.base % REBASE_INTERVAL or self.base > longest or (self.base and self.rotary is None):
+            raise ValueError(f"`base={self.base}` after {longest} tokens")
+        if self.positions is None:
+            if self.base or self.sink_keys is not None:
+                raise ValueError("a layer that has evicted nothing has moved its sinks")
+            return
+        num_sinks = self.num_sink_tokens
+        self.require_tensor(
+            "sink_keys", self.dtype, self.batch_size, self._key_shape[0], num_sinks, self._key_shape[1]
+        )
+        slots, lengths = torch.arange(self.window_length), self.per_row(self.row_lengths)
+        latest = lengths - 1 - (lengths - 1 - slots) % self.window
+        expected = torch.where(
+            slots < num_sinks, slots.where(slots < lengths, -1), latest.where(latest >= num_sinks, -1)
+        )
+        if not torch.equal(self.positions.long(), expected):
+            raise ValueError("the slots do not hold the sinks and the latest tokens")
 
 
 class StreamingLLMCache(CompressedCache):
@@ -415,19 +488,30 @@ class StreamingLLMCache(CompressedCache):
         *,
         prefill: Literal["streaming", "dense"] = "streaming",
     ) -> None:
-        model = config if isinstance(config, PreTrainedModel) else None
+        model = model_inside(config)
         config = config if model is None else model.config
         window_length, num_sink_tokens = check_window(window_length, num_sink_tokens, prefill)
         check_decoder_config(config)
         refuse_unsupported_rope(config)
-        get_model = (lambda: None) if model is None else weakref.ref(model)
+        get_model = None if model is None else weakref.ref(model)
 
         rotations = SharedRotations(config, get_model)
 
         def build_layer(place: LayerPlace, masks: MaskReader) -> StreamingLLMLayer:
             return StreamingLLMLayer(place, masks, window_length, num_sink_tokens, prefill, rotations)
 
-        super().__init__(config, build_layer)
+        self.rotations = rotations
+        settings = {"window_length": window_length, "num_sink_tokens": num_sink_tokens, "prefill": prefill}
+        super().__init__(config, build_layer, settings)
+
+    def reset(self) -> None:
+        self.rotations.forget()
+        super().reset()
+
+
+def are_alike(numbers: list[int]) -> bool:
+    """Whether all rows have the same number."""
+    return all(number == numbers[0] for number in numbers)
 
 
 def in_order(key: torch.Tensor, value: torch.Tensor, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor, Tokens]:

@@ -2,41 +2,46 @@
 Which attention can be served, read in the source of a model's attention classes before anything runs.
 
 A cache layer meets its queries in the attention function, by the very key tensor that `update` returned (`attention.py`).
-A model that does anything else with its keys would only be noticed in its first forward pass, so its file in transformers
-is read once: where keys go to the cache, they must go on from there to the attention interface as they came back, with the
-model's own mask and no argument that changes the logits in a way that is not known here. What cannot be read (models from
-elsewhere, files without source) is left to the checks of that first forward pass.
+A model that does anything else with its keys would only be noticed in its first forward pass. So the files of its
+architecture in transformers are read once: where keys go to a cache, they must go on from there to the attention interface
+as they came back, with no argument that changes the logits in a way that is not known here. What cannot be read (models
+from elsewhere, installations without source) is left to the checks of that first forward pass.
 """
 
 import ast
 import functools
-import importlib
-import inspect
-from collections.abc import Iterator
+from importlib import resources
 
 from transformers import PreTrainedConfig
 
 
-# What attention functions are called with and can be reproduced, or does not change what a query sees.
+# What attention functions are called with that can be reproduced, or does not change what a query sees.
 KNOWN_ARGUMENTS = {
     "attention_mask",
     "cu_seq_lens_k",
     "cu_seq_lens_q",
     "dropout",
     "is_causal",
+    "key",
     "max_length_k",
     "max_length_q",
+    "module",
     "output_attentions",
     "position_ids",
+    "query",
     "s_aux",
     "scaling",
     "sliding_window",
     "softcap",
+    "value",
 }
-REASONS_AGAINST_ARGUMENTS = {
-    "position_bias": "its attention adds a learned bias of positions to the logits",
-    "indices": "its attention picks its own keys",
-    "block_indices": "its attention picks its own keys",
+# What the flow of keys does not tell.
+NAMED_REASONS = {
+    "bigbird_pegasus": "its decoder's attention is not marked as causal",
+    "doge": "its attention hides keys by what their values are",
+    "mllama_text_model": "some of its layers keep an image in the place of the text",
+    "nllb-moe": "its decoder's attention is not marked as causal",
+    "t5gemma2_decoder": "its attention mixes the keys of the encoder with those of the decoder",
 }
 
 
@@ -50,43 +55,43 @@ def reason_against(config: PreTrainedConfig) -> str | None:
     Returns:
         `str` or None: The rest of a sentence, or None if there is nothing against the model.
     """
+    if config.model_type in NAMED_REASONS:
+        return NAMED_REASONS[config.model_type]
     if getattr(config, "num_kv_shared_layers", None):
         return "its last layers attend to keys that earlier layers have stored"
     if getattr(config, "reorder_and_upcast_attn", False) and config._attn_implementation == "eager":
         return "eager attention with `reorder_and_upcast_attn` does not go through the attention interface"
-    verdicts = _verdicts(type(config).__module__)
-    if verdicts is None:
+    reasons = _reasons_by_class(type(config).__module__.rpartition(".")[0])
+    if reasons is None:
         return None
-    if not verdicts:
-        return "it keeps no KV cache"
-    reasons = [reason for reason in verdicts.values() if reason is not None]
-    # A file may hold several attention classes. Only latent attention is told by the config.
-    is_latent = bool(getattr(config, "kv_lora_rank", None))
-    return reasons[0] if len(reasons) == len(verdicts) or (is_latent and reasons) else None
+    if not reasons:
+        return "it keeps no cache of keys and values"
+    found = [reason for reason in reasons.values() if reason is not None]
+    if found and getattr(config, "kv_lora_rank", None):
+        return "it stores latents in the place of the keys that it attends to (multi-head latent attention)"
+    # A file may hold attention for encoders, for images, for other settings: one class that can be served is enough.
+    return found[0] if len(found) == len(reasons) else None
 
 
 @functools.cache
-def _verdicts(config_module: str) -> dict[str, str | None] | None:
+def _reasons_by_class(package: str) -> dict[str, str | None] | None:
     """
-    For each attention class that stores keys, in the model file beside a config's, the reason against it or None; None in
-    place of all if there is no such file in transformers.
+    For each attention class of an architecture that hands keys to a cache, what is against it, or None. None in place of
+    all if `package` is not one of transformers' models, or its source is not there.
     """
-    package, _, name = config_module.rpartition(".configuration_")
     if not package.startswith("transformers.models."):
         return None
-    try:
-        source = inspect.getsource(importlib.import_module(f"{package}.modeling_{name}"))
-    except (ImportError, OSError):
+    files = [file for file in resources.files(package).iterdir() if file.name.startswith("modeling_")]
+    sources = [file.read_text(encoding="utf-8") for file in files if file.name.endswith(".py")]
+    if not sources:
         return None
-    verdicts: dict[str, str | None] = {}
-    for node in ast.parse(source).body:
-        if not isinstance(node, ast.ClassDef):
-            continue
-        for function in node.body:
+    reasons: dict[str, str | None] = {}
+    for node in [node for source in sources for node in ast.parse(source).body]:
+        for function in node.body if isinstance(node, ast.ClassDef) else []:
             update = _update_of(function) if isinstance(function, ast.FunctionDef) else None
             if update is not None:
-                verdicts[node.name] = _reason_against_class(node, function, update)
-    return verdicts
+                reasons[node.name] = _reason_against_class(node, function, update)
+    return reasons
 
 
 def _update_of(function: ast.FunctionDef) -> ast.Assign | None:
@@ -105,29 +110,26 @@ def _update_of(function: ast.FunctionDef) -> ast.Assign | None:
 
 
 def _reason_against_class(class_node: ast.ClassDef, function: ast.FunctionDef, update: ast.Assign) -> str | None:
-    """What happens to the keys of `update` in a method of an attention class that is not known how to follow."""
-    stored = _names(update.targets[0])[0]
+    """What is against the way in which an attention class goes on from `update`, or None."""
     calls = _interface_calls(function)
     if not calls:
         is_elsewhere = any(
             isinstance(node, ast.Attribute) and node.attr == "get_interface" for node in ast.walk(class_node)
         )
         return None if is_elsewhere else "its attention does not go through the attention interface of transformers"
+    stored = _names(update.targets[0])[0]
     for call in calls:
-        arguments = dict(zip(("module", "query", "key", "value", "attention_mask"), call.args, strict=False))
-        arguments |= {keyword.arg: keyword.value for keyword in call.keywords if keyword.arg is not None}
-        unknown = sorted(arguments.keys() - KNOWN_ARGUMENTS - {"module", "query", "key", "value"})
+        arguments = {keyword.arg: keyword.value for keyword in call.keywords if keyword.arg is not None}
+        arguments |= dict(zip(("module", "query", "key", "value", "attention_mask"), call.args, strict=False))
+        unknown = sorted(arguments.keys() - KNOWN_ARGUMENTS)
+        if "position_bias" in unknown:
+            return "its attention adds a learned bias of positions to the logits"
         if unknown:
-            return REASONS_AGAINST_ARGUMENTS.get(unknown[0], f"its attention takes `{unknown[0]}`, which is not known")
-        key = arguments.get("key")
-        if key is None or _names(key) != [stored] or _is_set_after(function, update, call, stored):
-            return "it attends to something else than the keys that it stores, as latent attention does"
-        if _names(arguments.get("attention_mask")) == ["attention_mask"] or arguments.get("attention_mask") is None:
-            continue
-        if not any(_names(node) == ["attention_mask"] for node in ast.walk(arguments["attention_mask"])):
-            return "its attention makes masks of its own"
-    if sum(not _enclosing_branches(function, call) for call in calls) > 1:
-        return "it attends more than once to the keys of a layer"
+            return f"its attention takes `{unknown[0]}`, which is not known"
+        if _names(arguments.get("key")) != [stored] or _is_set_between(function, update, call, stored):
+            return "it attends to other keys than those that it stores"
+    if sum(not _conditions(function, call) for call in calls) > 1:
+        return "its layers attend more than once"
     return None
 
 
@@ -142,32 +144,27 @@ def _interface_calls(function: ast.FunctionDef) -> list[ast.Call]:
     return [
         node
         for node in ast.walk(function)
-        if isinstance(node, ast.Call) and _names(node.func)[:1] and node.func.id in interfaces
+        if isinstance(node, ast.Call) and interfaces.intersection(_names(node.func))
     ]
 
 
-def _is_set_after(function: ast.FunctionDef, update: ast.stmt, call: ast.Call, name: str) -> bool:
+def _is_set_between(function: ast.FunctionDef, update: ast.stmt, call: ast.Call, name: str) -> bool:
     """Whether `name` is given another value on every way from `update` to `call`."""
-    known = set(_enclosing_branches(function, update))
+    known = set(_conditions(function, update))
     for node in ast.walk(function):
         if not isinstance(node, (ast.Assign, ast.AugAssign)) or not update.lineno < node.lineno < call.lineno:
             continue
         targets = node.targets if isinstance(node, ast.Assign) else [node.target]
         is_set = any(name in _names(target) for target in targets)
-        if is_set and known.issuperset(_enclosing_branches(function, node)):
+        if is_set and known.issuperset(_conditions(function, node)):
             return True
     return False
 
 
-def _enclosing_branches(function: ast.FunctionDef, inner: ast.AST) -> list[ast.If]:
+def _conditions(function: ast.FunctionDef, inner: ast.AST) -> list[ast.If]:
     """The conditions under which a part of a function runs."""
-
-    def conditions() -> Iterator[ast.If]:
-        for node in ast.walk(function):
-            if isinstance(node, ast.If) and any(child is inner for child in ast.walk(node)):
-                yield node
-
-    return list(conditions())
+    branches = [node for node in ast.walk(function) if isinstance(node, ast.If)]
+    return [node for node in branches if any(child is inner for child in ast.walk(node))]
 
 
 def _names(node: ast.AST | None) -> list[str]:

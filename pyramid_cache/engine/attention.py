@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 
 try:
@@ -74,7 +75,8 @@ class AttentionCall:
         """What the call says about its logits, as the ops take it."""
         return {
             "scaling": self.kwargs.get("scaling") or self.query.shape[-1] ** -0.5,
-            "softcap": self.kwargs.get("softcap"),
+            # transformers' sdpa leaves the cap out (before 5.18) or refuses it.
+            "softcap": None if self.function is sdpa_attention_forward else self.kwargs.get("softcap"),
             "sink_logits": self.kwargs.get("s_aux"),
         }
 

@@ -1,14 +1,20 @@
 """The base of all caches: builds a layer for each decoder layer of a config, and answers what users ask about the whole."""
 
+import copy
+import os
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache, PreTrainedConfig
-from transformers.cache_utils import DynamicLayer
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from pyramid_cache.engine import attention
-from pyramid_cache.engine.layer import CompressedLayer, LayerPlace, as_tokens_to_remove
+from pyramid_cache.engine.architectures import reason_against
+from pyramid_cache.engine.fingerprint import architecture_of
+from pyramid_cache.engine.layer import CompressedLayer, LayerPlace, as_repeats, as_row_indices, as_tokens_to_remove
+from pyramid_cache.engine.storage import CacheType, load_cache, save_cache
 from pyramid_cache.engine.tokens import MaskReader
 
 
@@ -20,15 +26,23 @@ class CompressedCache(Cache):
     Args:
         config (`PreTrainedConfig`): Of the model, as for `DynamicCache`.
         build_layer (`Callable`): Called with the place of each full-attention layer and the mask reader that all share.
+        settings (`dict`, *optional*): The other arguments of the constructor by name, with which `load` calls it. A cache
+            without them cannot be saved.
 
     Raises:
         ValueError: `config` is no config of a decoder, or has no layer that could be compressed.
+        NotImplementedError: It is of an architecture whose attention cannot be served.
     """
 
     def __init__(
-        self, config: PreTrainedConfig, build_layer: Callable[[LayerPlace, MaskReader], CompressedLayer]
+        self,
+        config: PreTrainedConfig,
+        build_layer: Callable[[LayerPlace, MaskReader], CompressedLayer],
+        settings: dict[str, Any] | None = None,
     ) -> None:
         check_decoder_config(config)
+        self.settings = settings
+        self.architecture = architecture_of(config)
         attention.install()
         self.masks = MaskReader()
         layers = list(DynamicCache(config=config).layers)
@@ -42,8 +56,13 @@ class CompressedCache(Cache):
         for depth, index in enumerate(compressed):
             place = LayerPlace(index, depth, len(compressed), len(layers))
             layers[index] = build_layer(place, self.masks)
+        self._unused_layers = {
+            index: copy.deepcopy(layer) for index, layer in enumerate(layers) if not isinstance(layer, CompressedLayer)
+        }
         super().__init__(layers=layers)
-        self._was_passed_to_generate = False
+        self._is_beside_encoder = config.is_encoder_decoder
+        # Linear-attention layers are not told of tokens through `update`.
+        self._first_attention = next(i for i, layer in enumerate(layers) if isinstance(layer, CacheLayerMixin))
 
     @property
     def compressed_layers(self) -> list[CompressedLayer]:
@@ -53,20 +72,46 @@ class CompressedCache(Cache):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if layer_idx >= len(self.layers):
+        if not isinstance(layer_idx, int) or not 0 <= layer_idx < len(self.layers):
             raise ValueError(
-                f"The cache was built for {len(self.layers)} layers, but the model has a layer {layer_idx}. Build the cache "
+                f"The cache was built for {len(self.layers)} layers, but the model has a layer {layer_idx!r}. Build the cache "
                 "from the config of the model that it is used with."
             )
+        if self._is_beside_encoder and self.get_seq_length(layer_idx) > self.get_seq_length(len(self.layers) - 1):
+            raise ValueError(
+                f"Layer {layer_idx} was handed keys of the encoder: an encoder-decoder needs a second cache for them. Pass "
+                f"`past_key_values=EncoderDecoderCache(cache, DynamicCache())` instead of the {type(self).__name__} alone."
+            )
+        if layer_idx == self._first_attention:
+            self.require_whole()
         # A layer that never got its queries is noticed by the next layer of the same forward pass.
         for layer in self.layers[max(layer_idx - 1, 0) : layer_idx]:
             if isinstance(layer, CompressedLayer):
                 layer.require_attended()
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
+    def require_whole(self) -> None:
+        """
+        Raises if a forward pass broke off: its first layers have seen tokens that the others have not.
+
+        Raises:
+            RuntimeError: Nothing but `reset` helps.
+        """
+        lengths = [layer.get_seq_length() for layer in self.layers if isinstance(layer, CacheLayerMixin)]
+        pending = [layer.place.layer_idx for layer in self.compressed_layers if layer.num_pending]
+        if len(self.layers) == 1:  # which no later layer of the same forward pass has asked
+            self.compressed_layers[0].require_attended()
+        if pending or any(length != lengths[0] for length in lengths):
+            where = f" in the attention of layer {pending[0]}" if pending else ""
+            raise RuntimeError(
+                f"An earlier forward pass broke off{where}, and the layers of the cache have seen {lengths} tokens. Call "
+                "`cache.reset()`, then read the whole sequence again."
+            )
+
     def crop(self, tokens_to_remove: int) -> None:
         """Takes back the last `-tokens_to_remove` tokens, in all layers or in none; see `CompressedLayer.crop`."""
         tokens_to_remove = as_tokens_to_remove(tokens_to_remove)
+        self.require_whole()
         for index, layer in enumerate(self.layers):
             if isinstance(layer, CompressedLayer):
                 layer.require_croppable(tokens_to_remove)
@@ -77,22 +122,106 @@ class CompressedCache(Cache):
                 )
         super().crop(tokens_to_remove)
 
-    @property
-    def _is_user_defined(self) -> bool:
-        """Set by `generate` whenever it starts with this cache: a recording that an earlier one left on ends there."""
-        return self._was_passed_to_generate
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Reorders the rows for beam search."""
+        super().reorder_cache(as_row_indices(beam_idx, self.batch_size))
 
-    @_is_user_defined.setter
-    def _is_user_defined(self, is_user_defined: bool) -> None:
-        self._was_passed_to_generate = is_user_defined
-        for layer in self.layers:
-            if getattr(layer, "record_past", False):
-                layer.record_past = False
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps the rows at `indices` `(rows,)`, in that order, or those where a bool mask is True."""
+        super().batch_select_indices(as_row_indices(indices, self.batch_size))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats each row `repeats` times, copies side by side."""
+        super().batch_repeat_interleave(as_repeats(repeats))
+
+    def __setattr__(self, name: str, value: object) -> None:
+        # `generate` marks a cache that it was given whenever it starts: a recording that an earlier one left on ends there.
+        # No property: given the class by mistake, `generate` would overwrite it for all caches.
+        super().__setattr__(name, value)
+        if name == "_is_user_defined":
+            self.require_whole()
+            for layer in self.layers:
+                if getattr(layer, "record_past", False):
+                    layer.record_past = False
 
     def reset(self) -> None:
         """Forgets everything, so that the cache can be used for another sequence, batch or model."""
         self.masks.forget()
-        super().reset()
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, CompressedLayer):
+                layer.reset()
+            else:  # transformers' own would keep the length of what they held
+                self.layers[index] = copy.deepcopy(self._unused_layers[index])
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """
+        Writes the cache to a file, from which `load` makes one that goes on as this one would, in another process too.
+
+        The file is in safetensors format. It is written beside `path` and then takes its place, so that an interrupted save
+        leaves an older file as it was. Slots that are allocated but not used are not saved.
+
+        Args:
+            path (`str` or `os.PathLike`): Where to; an existing file is replaced.
+
+        Raises:
+            ValueError: The cache holds nothing yet, is in the middle of a forward pass, or holds tokens that `crop` may
+                still take back.
+            NotImplementedError: The model has layers that are neither full, sliding-window nor linear attention.
+
+        Example:
+
+        ```python
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from pyramid_cache import H2OCache
+        >>> import tempfile, torch
+
+        >>> config = LlamaConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=99)
+        >>> model = LlamaForCausalLM(config)
+        >>> document = torch.arange(90)[None]
+        >>> cache = H2OCache(model.config, budget=16)
+        >>> output = model(document, past_key_values=cache)
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> cache.save(f"{folder.name}/document.safetensors")
+
+        >>> question = torch.tensor([[7, 8, 9]])
+        >>> cache = H2OCache.load(f"{folder.name}/document.safetensors", model)
+        >>> history = torch.cat([document, question], dim=1)
+        >>> answer = model.generate(history, past_key_values=cache, max_new_tokens=5, eos_token_id=None)
+        >>> cache.get_seq_length(), cache.num_kept_tokens()
+        (97, [16, 16])
+
+        ```
+        """
+        save_cache(self, path)
+
+    @classmethod
+    def load(
+        cls: type[CacheType],
+        path: str | os.PathLike[str],
+        config: PreTrainedConfig | PreTrainedModel,
+        *,
+        device: torch.device | str | int | None = None,
+    ) -> CacheType:
+        """
+        Reads a cache that `save` wrote. See there for an example.
+
+        All of the file is checked before the cache is handed out: a file that was truncated, tampered with or made by
+        another model gives an error and no cache. The weights of the model are compared by samples, at once if the model is
+        given and at its first forward pass with the cache otherwise.
+
+        Args:
+            path (`str` or `os.PathLike`): The file.
+            config (`PreTrainedConfig` or `PreTrainedModel`): Of the model, or the model, as the constructor takes it.
+            device (`torch.device`, *optional*): Where the cache belongs. By default where the model's layers are if the
+                model is given, else the CPU.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: It is no file of this cache, is damaged, or was made by another model.
+            NotImplementedError: The constructor does not take the model; it may take its config.
+        """
+        check_decoder_config(config.config if isinstance(config, PreTrainedModel) else config)
+        return load_cache(cls, path, config, device)
 
     @property
     def batch_size(self) -> int:
@@ -111,8 +240,8 @@ class CompressedCache(Cache):
         Raises:
             ValueError: The layer is not one that evicts, or holds nothing yet.
         """
-        if not 0 <= layer_idx < len(self.layers):
-            raise ValueError(f"There is no layer {layer_idx}: the cache has {len(self.layers)} layers.")
+        if not isinstance(layer_idx, int) or not 0 <= layer_idx < len(self.layers):
+            raise ValueError(f"There is no layer {layer_idx!r}: the cache has {len(self.layers)} layers.")
         layer = self.layers[layer_idx]
         if not isinstance(layer, CompressedLayer):
             raise ValueError(
@@ -175,18 +304,38 @@ class CompressedCache(Cache):
         return "\n".join(lines)
 
 
+def model_inside(source: object) -> PreTrainedModel | None:
+    """The model that is given, or that a wrapper around it holds (PEFT, `torch.compile`); None for anything else."""
+    modules = source.modules() if isinstance(source, torch.nn.Module) else ()
+    return next((module for module in modules if isinstance(module, PreTrainedModel)), None)
+
+
 def check_decoder_config(config: PreTrainedConfig) -> None:
-    """Raises unless `config` is of a model that generates from a KV cache of its own."""
+    """
+    Raises unless `config` is of a model that generates from a KV cache which the layers can serve.
+
+    Raises:
+        ValueError: It is no config, or of an encoder.
+        NotImplementedError: It is of an architecture whose attention cannot be served.
+    """
     if not isinstance(config, PreTrainedConfig):
-        raise ValueError(f"`config` must be the config of a model (`model.config`), but is a {type(config).__name__}.")
-    if config.is_encoder_decoder:
-        raise ValueError(
-            f"A model of type {config.model_type!r} is an encoder-decoder; only decoder-only models are supported. Use "
-            "EncoderDecoderCache."
-        )
+        given = f"the class {config.__name__}" if isinstance(config, type) else f"a {type(config).__name__}"
+        raise ValueError(f"`config` must be the config of a model (`model.config`), but is {given}.")
     text_config = config.get_text_config(decoder=True)
     # The architectures with a masked language model are encoders, unless they were told to be decoders.
-    if text_config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(text_config, "is_decoder", False):
+    is_decoder = config.is_encoder_decoder or getattr(text_config, "is_decoder", False)
+    if text_config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not is_decoder:
         raise ValueError(
             f"A model of type {config.model_type!r} is an encoder: it attends in both directions and has no KV cache."
+        )
+    implementation = text_config._attn_implementation
+    if implementation not in (None, "eager", "sdpa") and "flash" not in implementation:
+        raise NotImplementedError(
+            f"attn_implementation={implementation!r} is not known to pyramid_cache, which must attend and make masks in its "
+            "place. Load the model with 'sdpa', 'eager' or 'flash_attention_2'."
+        )
+    reason = reason_against(text_config)
+    if reason is not None:
+        raise NotImplementedError(
+            f"A model of type {config.model_type!r} cannot be compressed: {reason}. Use DynamicCache for it."
         )

@@ -16,6 +16,7 @@ import weakref
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
@@ -23,6 +24,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from pyramid_cache.engine.attention import AttentionCall, is_asked_for
 from pyramid_cache.engine.budget import Budget, bytes_to_tokens
+from pyramid_cache.engine.fingerprint import WeightFingerprint
 from pyramid_cache.engine.recording import RecordedChunk
 from pyramid_cache.engine.selection import gather_tokens
 from pyramid_cache.engine.tokens import MaskReader, Tokens, causal_mask
@@ -76,6 +78,10 @@ class CompressedLayer(CacheLayerMixin):
     slot_tensors: tuple[str, ...] = ("keys", "values", "positions")
     row_tensors: tuple[str, ...] = ("next_position", "column_positions")
     row_counts: tuple[str, ...] = ("row_lengths", "row_held", "row_kept")
+    # What else a saved layer consists of: numbers, and names of what a method exports and imports on its own.
+    state_numbers: tuple[str, ...] = ("num_seen", "columns_ascend")
+    extra_numbers: tuple[str, ...] = ()
+    extra_tensors: tuple[str, ...] = ()
     # Slots allocated beyond the tokens that are kept, for methods that write before they evict.
     num_spare_slots = 0
     # Whether all heads of a layer keep the same tokens.
@@ -110,6 +116,8 @@ class CompressedLayer(CacheLayerMixin):
         self.incoming: Tokens | None = None
         self.num_pending = 0
         self._module: weakref.ref | None = None
+        # Of the attention module that filled a cache which was loaded from a file.
+        self.expected_weights: WeightFingerprint | None = None
 
     # What a method decides.
 
@@ -135,6 +143,7 @@ class CompressedLayer(CacheLayerMixin):
         batch_size, kv_heads, _, head_dim = key_states.shape
         self.batch_size = batch_size
         self._key_shape, self._value_shape = (kv_heads, head_dim), (kv_heads, value_states.shape[-1])
+        self._value_dtype = value_states.dtype  # under autocast another one than that of keys
         self.row_lengths = [0] * batch_size
         self.row_held = [0] * batch_size
         self.next_position = torch.zeros(batch_size, 1, 1, dtype=torch.int32, device=self.device)
@@ -166,6 +175,7 @@ class CompressedLayer(CacheLayerMixin):
             RuntimeError: The keys of the last `update` never came back.
         """
         self.require_attended()
+        check_states(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._check_states(key_states, value_states)
@@ -174,19 +184,19 @@ class CompressedLayer(CacheLayerMixin):
             keys, values = self._with_recorded(key_states, value_states)
         else:
             keys, values = self._store(key_states, value_states)
-        keys = keys.view(keys.shape)  # an object of its own: the layer must not refer to itself through it
+        keys = keys[:]  # an object of its own: the layer must not refer to itself through it
         keys.cache_layer = self
         return keys, values
 
     def _store(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Takes the new tokens in, and returns all that attention must see."""
         num_new = key_states.shape[2]
-        if self.positions is None:
-            self._before_append(num_new)
+        if self.positions is None and self._is_step(num_new):
+            self._before_append()
         if self.positions is None:
             self._append(key_states, value_states)
             keys, values = self.keys[:, :, : self.length], self.values[:, :, : self.length]
-        elif num_new == 1 and self.incoming is None:
+        elif self._is_step(num_new):
             self._write(key_states, value_states)
             keys, values = self.keys[:, :, : self.length], self.values[:, :, : self.length]
         else:
@@ -197,7 +207,10 @@ class CompressedLayer(CacheLayerMixin):
         self.num_seen = self.num_seen + num_new if self.incoming is None else self.incoming.num_seen
         return keys, values
 
-    @torch.compiler.disable
+    def _is_step(self, num_new: int) -> bool:
+        """Whether new tokens are a decode step: one in each row, which no row begins with (it may be padding then)."""
+        return num_new == 1 and self.incoming is None and all(self.row_lengths)
+
     def attend(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         What happens instead of a model's call to its attention function.
@@ -209,6 +222,8 @@ class CompressedLayer(CacheLayerMixin):
             `tuple[torch.Tensor, torch.Tensor | None]`: As attention functions return it: `(batch, num_queries, heads,
             head_dim)`, and attention weights where the function gave them.
         """
+        # What autograd saves of the key must not lead back to the layer: that cycle no collector could free.
+        call.key.cache_layer = None
         num_new = call.num_queries
         if num_new != self.num_pending:
             raise RuntimeError(
@@ -217,14 +232,11 @@ class CompressedLayer(CacheLayerMixin):
             )
         self._check_module(call.module)
         self._check_call(call)
-        if self.record_past:
-            output = self._record(call)
-        elif num_new == 1 and self.row_lengths != [0] * self.batch_size and self.incoming is None:
-            self._check_step_mask(call.mask)
+        if self._is_step(num_new) and not self.record_past:
+            self._check_step(call)
             output = self._attend_next(call)
         else:
-            tokens = self.incoming
-            output = self.attend_prompt(call, self._take_in(tokens or self._read_tokens(call), num_new))
+            output = self._attend_several(call)
         if self.positions is not None and is_asked_for("attentions"):
             raise NotImplementedError(
                 "`output_attentions=True`: attention weights over a cache that evicts have no columns for what was evicted. "
@@ -233,6 +245,14 @@ class CompressedLayer(CacheLayerMixin):
         self.num_pending = 0
         self.incoming = None
         return output
+
+    @torch.compiler.disable
+    def _attend_several(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """A prompt, or tokens that may be taken back: a graph break for the compiler, which steps do without."""
+        if self.record_past:
+            return self._record(call)
+        seen = self._read_tokens(call) if self.incoming is None else self.incoming.to(self.device)
+        return self.attend_prompt(call, self._take_in(seen, call.num_queries))
 
     def _attend_next(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
         """A decode step: one token more in every row."""
@@ -258,15 +278,18 @@ class CompressedLayer(CacheLayerMixin):
                 f"The cache holds {self.batch_size} rows, but the model was given {batch_size}. Use a new cache for another "
                 "batch, or call `cache.reset()`."
             )
-        if (kv_heads, head_dim) != self._key_shape or (kv_heads, value_states.shape[-1]) != self._value_shape:
+        value_dim = value_states.shape[-1]
+        if (kv_heads, head_dim) != self._key_shape or (kv_heads, value_dim) != self._value_shape:
             raise ValueError(
-                f"The cache holds {self._key_shape[0]} KV heads of width {self._key_shape[1]}, but layer {self.place.layer_idx} of "
-                f"this model has {kv_heads} of width {head_dim}. Use a new cache for another model."
+                f"The cache holds {self._key_shape[0]} KV heads of width {self._key_shape[1]} (keys) and {self._value_shape[1]} "
+                f"(values), but layer {self.place.layer_idx} of this model has {kv_heads} of width {head_dim} and {value_dim}. "
+                "Use a new cache for another model."
             )
-        if key_states.dtype != self.dtype or key_states.device != self.device:
+        given = (key_states.dtype, value_states.dtype, key_states.device)
+        if given != (self.dtype, self._value_dtype, self.device):
             raise ValueError(
-                f"The cache holds {self.dtype} on {self.device}, but was given {key_states.dtype} on {key_states.device}. "
-                "Use a new cache, or call `cache.reset()`."
+                f"The cache holds {self.dtype} (keys) and {self._value_dtype} (values) on {self.device}, but was given "
+                f"{given[0]} and {given[1]} on {given[2]}. Use a new cache, or call `cache.reset()`."
             )
 
     def _check_module(self, module: torch.nn.Module) -> None:
@@ -283,6 +306,8 @@ class CompressedLayer(CacheLayerMixin):
                     f"The cache was built for {self.place.model_depth} layers, but the model has {depth}. Build the cache from the "
                     "config of the model that it is used with."
                 )
+            if self.expected_weights is not None:
+                self.expected_weights.require_same(module)
             self._module = weakref.ref(module)
         elif owner is not module:
             raise ValueError(
@@ -304,15 +329,44 @@ class CompressedLayer(CacheLayerMixin):
                 "Attention dropout is not supported once tokens are evicted. Call `model.eval()`."
             )
 
-    def _check_step_mask(self, attention_mask: torch.Tensor | None) -> None:
-        # Reading a mask on an accelerator would wait for it at every token.
-        if attention_mask is None or attention_mask.device.type != "cpu":
+    def _check_step(self, call: AttentionCall) -> None:
+        if torch.compiler.is_compiling():  # which cannot read tensors
             return
-        shown = self.masks.count(attention_mask, self.batch_size, self.num_seen)
+        if call.mask is None and min(self.row_lengths) + 1 < self.num_seen:
+            raise ValueError(
+                f"There is no attention mask, or one that hides nothing, but of the {self.num_seen - 1} columns seen so far only "
+                f"{self.row_lengths} are tokens. Pass a mask that covers the tokens in the cache and the new one, and hides padding."
+            )
+        if self.device.type != "cpu":  # reading tensors on an accelerator would wait for it at every token
+            return
+        self._check_position_ids(call, [length + 1 for length in self.row_lengths])
+        if call.mask is None:
+            return
+        shown = self.masks.count(call.mask, self.batch_size, self.num_seen)
         if shown != [length + 1 for length in self.row_lengths]:
             raise ValueError(
                 f"The attention mask shows {shown} tokens per row, but {self.row_lengths} have been seen before "
                 "this one. Pass a mask that covers the tokens in the cache and the new one, and hides padding only."
+            )
+
+    def _check_position_ids(self, call: AttentionCall, row_lengths: list[int]) -> None:
+        """
+        Raises if the model numbers the last new token lower than the tokens seen before it: it was given a sequence from its
+        start again. Tokens may be numbered higher, as those are whose positions count padding.
+
+        Args:
+            row_lengths (`list[int]`): The tokens of each row, the new ones included.
+        """
+        position_ids = call.kwargs.get("position_ids")
+        if self.place.depth or position_ids is None:  # one layer speaks for all
+            return
+        if position_ids.dim() != 2 or position_ids.shape[1] != call.num_queries:
+            return
+        last = position_ids[:, -1].expand(self.batch_size).tolist()
+        if any(position < length - 1 for position, length in zip(last, row_lengths, strict=True)):
+            raise ValueError(
+                f"`position_ids` end at {last}, but the rows have {row_lengths} tokens with these ones: a sequence was fed from "
+                "its start again, or `generate` was called with `use_cache=False`. Call `cache.reset()` for another sequence."
             )
 
     def _read_tokens(self, call: AttentionCall) -> Tokens:
@@ -330,6 +384,8 @@ class CompressedLayer(CacheLayerMixin):
                 f"The attention mask shows {earlier} earlier tokens per row, but {expected} have been seen. "
                 "Pass a mask that covers the tokens in the cache as it did when they were new."
             )
+        if any(earlier) and not tokens.ends_in_padding:
+            self._check_position_ids(call, tokens.row_lengths)
         return tokens
 
     def _take_in(self, seen: Tokens, num_new: int) -> Tokens:
@@ -473,8 +529,8 @@ class CompressedLayer(CacheLayerMixin):
             is_ascending=self.columns_ascend,
         )
 
-    def _before_append(self, num_new: int) -> None:
-        """For methods that must evict before new tokens are stored."""
+    def _before_append(self) -> None:
+        """For methods that must evict before the new token of a decode step is stored."""
 
     def _append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Stores new tokens behind the others, in order of arrival."""
@@ -714,6 +770,45 @@ class CompressedLayer(CacheLayerMixin):
         if self.is_initialized:
             self._map_rows(lambda tensor: tensor.to(self.device, non_blocking=True))
 
+    # Files.
+
+    def export_state(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """All that the layer's future depends on: numbers as JSON has them, and tensors without their unused slots."""
+        numbers = {name: getattr(self, name) for name in (*self.state_numbers, *self.row_counts)}
+        is_paid_in_bytes = self.budget is not None and self.budget.kind == "bytes"
+        numbers["num_budget_tokens"] = self.token_budget.amount if is_paid_in_bytes else None
+        tensors = {name: getattr(self, name) for name in (*self.slot_tensors, *self.row_tensors)}
+        tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        return numbers, {
+            name: tensor[:, :, : self.length] if name in self.slot_tensors else tensor
+            for name, tensor in tensors.items()
+        }
+
+    def import_state(self, numbers: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        """Takes over what `export_state` gave, whose types have been checked; see `storage.check_layer` for the rest."""
+        self._clear()
+        keys, values = tensors["keys"], tensors["values"]
+        # One row is enough to tell shapes, and a budget in bytes may not pay for rows that were repeated later.
+        self.lazy_initialization(keys[:1], values[:1])
+        self.batch_size, self.length = keys.shape[0], keys.shape[2]
+        num_budget_tokens = numbers["num_budget_tokens"]
+        if num_budget_tokens is not None:
+            self.token_budget = Budget("tokens", num_budget_tokens)
+        for name in (*self.state_numbers, *self.row_counts):
+            setattr(self, name, numbers[name])
+        for name in (*self.slot_tensors, *self.row_tensors):
+            setattr(self, name, tensors.get(name))
+
+    def check_state(self) -> None:
+        """Raises ValueError where state of the method's own contradicts itself; for what was read from a file."""
+
+    def require_tensor(self, name: str, dtype: torch.dtype, *shape: int) -> None:
+        """Raises ValueError if a tensor of the layer is missing or another one than it must be."""
+        tensor = getattr(self, name)
+        if tensor is None or tensor.dtype != dtype or tensor.shape != shape:
+            found = "missing" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
+            raise ValueError(f"`{name}` must be {dtype} {shape}, but is {found}")
+
     # What users ask.
 
     def held_positions(self) -> torch.Tensor:
@@ -747,6 +842,66 @@ def as_tokens_to_remove(number: int) -> int:
     if isinstance(number, bool) or tokens_to_remove > 0:
         raise ValueError(f"`crop({number!r})`: give the number of tokens to remove as a negative integer, or 0.")
     return tokens_to_remove
+
+
+def as_row_indices(indices: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """
+    The rows that are chosen by indices, or by a bool mask, as int64 indices.
+
+    Args:
+        num_rows (`int`): How many there are, or -1 if that is not known.
+
+    Raises:
+        ValueError: They choose no row, or one that is not there (which is noticed on the CPU only: reading indices on an
+            accelerator would wait for it at every step of a beam search).
+    """
+    try:
+        rows = torch.as_tensor(indices)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"Rows are chosen by a 1-D tensor of integers, not by {indices!r}.") from None
+    if rows.dim() == 1 and rows.dtype == torch.bool:
+        if num_rows not in (-1, rows.shape[0]):
+            raise ValueError(f"A mask over {rows.shape[0]} rows was given to a cache of {num_rows} rows.")
+        rows = rows.nonzero().flatten()
+    if rows.dim() == 1 and not rows.shape[0]:
+        raise ValueError(f"{indices!r} chooses no row. Use a new cache, or call `cache.reset()`, for another batch.")
+    if rows.dim() != 1 or rows.dtype not in (torch.int8, torch.int16, torch.int32, torch.int64):
+        raise ValueError(
+            f"Rows are chosen by a 1-D tensor of integers, not by one of shape {tuple(rows.shape)} and {rows.dtype}."
+        )
+    if num_rows != -1 and rows.device.type == "cpu" and not ((rows >= -num_rows) & (rows < num_rows)).all():
+        raise ValueError(f"{rows.tolist()} cannot be chosen from a cache of {num_rows} rows.")
+    return rows.long()
+
+
+def as_repeats(number: int) -> int:
+    """What `batch_repeat_interleave` was given, as an int; raises unless it is a positive integer."""
+    try:
+        repeats = operator.index(number)
+    except TypeError:
+        repeats = 0
+    if repeats < 1:
+        raise ValueError(
+            f"`batch_repeat_interleave({number!r})`: give how often to repeat each row, a positive integer."
+        )
+    return repeats
+
+
+def check_states(key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+    """Raises unless these are keys and values of the same new tokens."""
+    for states in (key_states, value_states):
+        if not isinstance(states, torch.Tensor):
+            raise ValueError(f"Keys and values must be tensors, but a {type(states).__name__} was given.")
+    shapes = tuple(key_states.shape), tuple(value_states.shape)
+    if len(shapes[0]) != 4 or len(shapes[1]) != 4 or shapes[0][:3] != shapes[1][:3] or 0 in (*shapes[0], *shapes[1]):
+        raise ValueError(
+            f"Keys of shape {shapes[0]} and values of shape {shapes[1]} are not (batch, kv_heads, tokens, head_dim) of the same "
+            "tokens, one at least."
+        )
+    if not key_states.is_floating_point() or not value_states.is_floating_point():
+        raise ValueError(f"Keys and values must be real numbers, not {key_states.dtype} and {value_states.dtype}.")
+    if key_states.device != value_states.device:
+        raise ValueError(f"Keys are on {key_states.device}, values on {value_states.device}.")
 
 
 def is_sdpa_on_cpu(call: AttentionCall) -> bool:

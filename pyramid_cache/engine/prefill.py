@@ -67,6 +67,11 @@ class PrunedPrefill:
         layers = () if decoder is None else decoder.layers
         return next((index for index, other in enumerate(layers) if other is layer), None)
 
+    def _move_to(self, device: torch.device) -> None:
+        """Follows the hidden states to the device of another layer."""
+        self.tokens = self.tokens.to(device)
+        self.columns = None if self.columns is None else self.columns.to(device)
+
     def prune(self, hidden_states: torch.Tensor, passed_on: torch.Tensor) -> torch.Tensor:
         """
         Hidden states of the tokens that go on to the next layer.
@@ -75,6 +80,7 @@ class PrunedPrefill:
             hidden_states (`torch.Tensor`): `(batch, columns, hidden_size)`.
             passed_on (`torch.Tensor`): `(batch, 1, kept)` indices of columns, -1 behind the last one of a shorter row.
         """
+        self._move_to(hidden_states.device)
         indices = passed_on.sort(dim=-1).values  # -1 first: rows end in their last token
         positions = gather_tokens(self.tokens.positions, indices).masked_fill(indices < 0, -1)
         row_present = (indices >= 0).sum(dim=-1).flatten().tolist()
@@ -84,6 +90,7 @@ class PrunedPrefill:
 
     def restore(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`(batch, num_seen, hidden_size)`: hidden states back in their places, NaN where a token was dropped."""
+        self._move_to(hidden_states.device)
         batch_size, _, hidden_size = hidden_states.shape
         num_seen = self.tokens.num_seen
         # One column more, which takes what is no token.
@@ -99,6 +106,11 @@ def gather_columns(columns: torch.Tensor, indices: torch.Tensor) -> torch.Tensor
 
 def hook_decoder(model: PreTrainedModel) -> nn.Module:
     """Installs the hooks on a model's decoder layers, once, and returns the decoder."""
+    if model.config.is_encoder_decoder:
+        raise NotImplementedError(
+            f"{type(model).__name__} is an encoder-decoder, whose hidden states cannot be pruned: layers attend to the encoder "
+            "too. Build the cache from `model.config`: each decoder layer then prunes its own keys and values."
+        )
     decoder = model.get_decoder()
     layers = getattr(decoder, "layers", None)
     if not isinstance(layers, nn.ModuleList) or not len(layers):
@@ -140,8 +152,20 @@ def _named(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, A
     return dict(inspect.signature(layer.forward).bind_partial(*args).arguments) | kwargs
 
 
-@torch.compiler.disable
+def _has_nothing_to_prune(args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether it is plain to see that a layer is not called to read a prompt; what follows is not for the compiler."""
+    if len(args) > 1:
+        return False
+    state = _state_of(kwargs)
+    return state is None or (not state.is_running and _cache_of(kwargs).get_seq_length() > 0)
+
+
 def _before_layer(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    return None if _has_nothing_to_prune(args, kwargs) else _enter_layer(layer, args, kwargs)
+
+
+@torch.compiler.disable
+def _enter_layer(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
     arguments = _named(layer, args, kwargs)
     state = _state_of(arguments)
     index = None if state is None else state.index_of(layer)
@@ -164,6 +188,8 @@ def _before_layer(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tupl
         return None
     if state.columns is None:
         return None
+    # On several devices some hooks have moved the hidden states to the layer by now, and some do it later.
+    state._move_to(hidden_states.device)
     cache.layers[index].incoming = state.tokens
     num_columns = hidden_states.shape[1]
     key_mask = state.tokens.positions >= 0 if state.tokens.has_gaps else None
@@ -181,8 +207,14 @@ def _before_layer(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tupl
     return (), arguments
 
 
-@torch.compiler.disable
 def _after_layer(
+    layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: torch.Tensor | tuple
+) -> torch.Tensor | tuple | None:
+    return None if _has_nothing_to_prune(args, kwargs) else _leave_layer(layer, args, kwargs, output)
+
+
+@torch.compiler.disable
+def _leave_layer(
     layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: torch.Tensor | tuple
 ) -> torch.Tensor | tuple | None:
     arguments = _named(layer, args, kwargs)
@@ -235,7 +267,7 @@ def gather_rows(value: torch.Tensor | tuple, columns: torch.Tensor) -> torch.Ten
     if isinstance(value, (tuple, list)):
         return type(value)(gather_rows(part, columns) for part in value)
     value = value.expand(columns.shape[0], *value.shape[1:])
-    index = columns[:, 0].clamp(min=0)
+    index = columns[:, 0].clamp(min=0).to(value.device)
     if value.dim() == 2:
         return value.gather(1, index)
     return value.gather(1, index[..., None].expand(-1, -1, value.shape[-1]))

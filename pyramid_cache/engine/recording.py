@@ -16,10 +16,6 @@ from pyramid_cache.engine.attention import AttentionCall
 from pyramid_cache.engine.tokens import Tokens
 
 
-# What the logits of a call depend on beside queries and keys; see `AttentionCall.logit_arguments`.
-LOGIT_KWARGS = ("scaling", "softcap", "s_aux")
-
-
 @dataclass(frozen=True)
 class RecordedChunk:
     """
@@ -30,7 +26,7 @@ class RecordedChunk:
         key, value (`torch.Tensor`): `(batch, kv_heads, columns, head_dim)`.
         seen (`Tokens`): All that the rows had seen by then, padding included; the columns of the chunk are the last.
         longest (`int`): The length of the longest row in that forward pass, which some rotary embeddings depend on.
-        logit_kwargs (`dict`): What the model told its attention function about logits.
+        logit_kwargs (`dict`): What the attention function was told about logits, and heeded.
     """
 
     query: torch.Tensor
@@ -43,7 +39,8 @@ class RecordedChunk:
     @staticmethod
     def of(call: AttentionCall, key: torch.Tensor, value: torch.Tensor, seen: Tokens) -> "RecordedChunk":
         """The chunk of a call, with the new keys and values among those that it attends to."""
-        kwargs = {name: call.kwargs[name] for name in LOGIT_KWARGS if call.kwargs.get(name) is not None}
+        arguments = call.logit_arguments
+        kwargs = {name: arguments[name] for name in ("scaling", "softcap")} | {"s_aux": arguments["sink_logits"]}
         return RecordedChunk(call.query, key, value, seen, max(seen.row_lengths), kwargs)
 
     @property

@@ -158,6 +158,12 @@ class _KeysReached(Exception):
 class _Recorder(DynamicCache):
     """A cache that records the first keys and values it is given and stops the forward there."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        # Decoders beside an encoder ask an `EncoderDecoderCache` for these.
+        self.is_updated: dict[int, bool] = {}
+        self.self_attention_cache = self
+
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -171,6 +177,7 @@ def rotary_frequencies(
     config: PreTrainedConfig,
     layer_type: str | None = None,
     model: PreTrainedModel | None = None,
+    device: torch.device | None = None,
 ) -> RotaryFrequencies | None:
     """
     Find out how an attention module rotates its keys.
@@ -188,6 +195,9 @@ def rotary_frequencies(
             after `model.to(torch.bfloat16)`: that rounds the inverse frequencies too, and neither the attention module
             nor the config can tell. Without a model, the frequencies are those that the config gives in float32, as
             `from_pretrained` and `from_config` leave them at any dtype.
+
+        device: Where the module computes, if that is not where its weights are: accelerate brings offloaded ones there
+            for each forward.
 
     Returns:
         The frequencies, or `None` if keys do not depend on positions (GPT-2, OPT, ALiBi, layers without RoPE).
@@ -211,7 +221,8 @@ def rotary_frequencies(
         return None
 
     parameter = next(attention_module.parameters(), None)
-    device = torch.device("cpu") if parameter is None else parameter.device
+    if device is None:
+        device = torch.device("cpu") if parameter is None else parameter.device
     if device.type == "meta":
         raise NotImplementedError(
             f"The weights of {name} are on the meta device, so its rotary embedding cannot be probed. Load the "
@@ -256,7 +267,7 @@ def refuse_unsupported_rope(config: PreTrainedConfig) -> None:
     """
     config = config.get_text_config(decoder=True)
     for layer_type in dict.fromkeys([None, *(getattr(config, "layer_types", None) or [])]):
-        _refuse_by_name(type(config).__name__, _rope_parameters(config, layer_type))
+        _refuse_by_name(type(config).__name__, _rope_parameters(config, layer_type) or {})
 
 
 class _NotReproducedError(NotImplementedError):
@@ -270,8 +281,8 @@ def _source_modules(attention_module: nn.Module) -> list[ModuleType]:
 
 
 def _mentions_rotation(names: Iterable[str]) -> bool:
-    """Whether any of the names in a model file or a class speaks of rotations ("property" does not)."""
-    return any(re.search("rotary|rotate|(?<!p)rope", name.lower()) for name in names)
+    """Whether any of the names in a model file or a class speaks of rotations ("property" and "SolarOpen" do not)."""
+    return any(re.search("[Rr]otary|[Rr]otate|ROTARY|(?<!p)(rope|Rope|RoPE|ROPE)", name) for name in names)
 
 
 def _forward_names(module: nn.Module) -> list[str]:

@@ -9,7 +9,8 @@ def best_tokens(priority: torch.Tensor, num_kept: torch.Tensor, max_kept: int) -
 
     Args:
         priority (`torch.Tensor`): `(batch, heads, tokens)` float, older tokens first; `inf` for what must stay and `-inf`
-            for what is no token. A number that must stay and exceeds `num_kept` loses its oldest.
+            for what is no token. A number that must stay and exceeds `num_kept` loses its oldest. NaN is the lowest
+            priority that a token can have: a row in which something overflowed keeps as many tokens as any other.
         num_kept (`torch.Tensor`): `(batch,)` how many each row keeps, at most.
         max_kept (`int`): The largest of them.
 
@@ -17,6 +18,7 @@ def best_tokens(priority: torch.Tensor, num_kept: torch.Tensor, max_kept: int) -
         `torch.Tensor`: `(batch, heads, max_kept)` int64 indices, ascending, with -1 behind the last of a shorter row.
     """
     num_tokens = priority.shape[-1]
+    priority = priority.masked_fill(priority.isnan(), torch.finfo(priority.dtype).min)
     # A stable descending sort of the reversed tokens puts the newest of equals first.
     order = priority.flip(-1).sort(dim=-1, descending=True, stable=True).indices[..., :max_kept]
     indices = num_tokens - 1 - order
@@ -40,7 +42,9 @@ def lowest_slot(scores: torch.Tensor, positions: torch.Tensor, protected: torch.
     """
     candidates = scores.masked_fill(protected, float("inf"))
     lowest = candidates.amin(dim=-1, keepdim=True)
-    return positions.masked_fill(candidates > lowest, torch.iinfo(positions.dtype).max).argmin(dim=-1, keepdim=True)
+    # Among scores that are NaN none is higher than the lowest: then the oldest that is not protected goes.
+    is_safe = (candidates > lowest) | protected
+    return positions.masked_fill(is_safe, torch.iinfo(positions.dtype).max).argmin(dim=-1, keepdim=True)
 
 
 def gather_tokens(tensor: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:

@@ -39,6 +39,10 @@ class Tokens:
         """Whether some column holds no token."""
         return min(self.row_present) < self.positions.shape[-1]
 
+    def to(self, device: torch.device) -> "Tokens":
+        """The same tokens on another device."""
+        return self if self.positions.device == device else replace(self, positions=self.positions.to(device))
+
     def without_last(self, num_columns: int) -> "Tokens":
         """The tokens in all columns but the last ones."""
         positions = self.positions[..., : self.positions.shape[-1] - num_columns]
@@ -143,6 +147,17 @@ def padding_of_mask(attention_mask: torch.Tensor, batch_size: int, num_queries: 
             f"Attention masks of type {type(attention_mask).__name__} (flex_attention) are not supported by the caches of "
             "pyramid_cache. Load the model with attn_implementation='sdpa', 'eager' or 'flash_attention_2'."
         )
+    shape = tuple(attention_mask.shape)
+    is_bool_or_additive = attention_mask.dtype == torch.bool or attention_mask.is_floating_point()
+    if len(shape) not in (2, 4) or (len(shape) == 4 and not is_bool_or_additive):
+        raise ValueError(
+            f"An attention mask of shape {shape} and {attention_mask.dtype} is neither (batch, tokens) nor, bool or additive, "
+            "(batch, 1, queries, tokens)."
+        )
+    if shape[0] not in (1, batch_size) or (len(shape) == 4 and shape[2] != num_queries):
+        raise ValueError(
+            f"The attention mask has shape {shape}, but the model was given {batch_size} rows of {num_queries} tokens."
+        )
     if attention_mask.shape[-1] != num_keys:
         raise ValueError(
             f"The attention mask has {attention_mask.shape[-1]} columns, but {num_keys} tokens have been seen (padding "
@@ -167,8 +182,8 @@ def padding_of_mask(attention_mask: torch.Tensor, batch_size: int, num_queries: 
 
 def check_causal(is_allowed: torch.Tensor, is_token: torch.Tensor, num_queries: int, num_keys: int) -> None:
     """
-    Raises unless a `(batch, heads or 1, num_queries, num_keys)` mask is causal and hides nothing else than padding. Rows of
-    queries that are padding themselves may hold anything.
+    Raises unless a `(batch, heads or 1, num_queries, num_keys)` mask is causal and hides nothing else than padding. Queries
+    that are padding themselves may see anything that came before them, or everything.
     """
     columns = torch.arange(num_keys, device=is_allowed.device)
     rows_per_chunk = max((1 << 24) // max(is_allowed.shape[0] * is_allowed.shape[1] * num_keys, 1), 1)
@@ -177,7 +192,11 @@ def check_causal(is_allowed: torch.Tensor, is_token: torch.Tensor, num_queries: 
         query_columns = columns[num_keys - num_queries + start : num_keys - num_queries + stop]
         expected = (columns <= query_columns[:, None]) & is_token[:, None]
         is_padding_query = ~is_token[:, query_columns]
-        agrees = (is_allowed[:, :, start:stop] == expected[:, None]) | is_padding_query[:, None, :, None]
+        shown = is_allowed[:, :, start:stop]
+        agrees = (shown == expected[:, None]).all(dim=-1)
+        if is_padding_query.any():
+            sees_later = (shown & (columns > query_columns[:, None])).any(dim=-1)
+            agrees |= is_padding_query[:, None] & (~sees_later | shown.all(dim=-1))
         if not agrees.all():
             raise NotImplementedError(
                 "The attention mask is not causal with padding, the only kind that can be kept up once tokens are evicted: "

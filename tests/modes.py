@@ -1,0 +1,768 @@
+"""The table of the ways to call `generate`, and the oracle that says whether a cache came out of one of them right.
+
+A mode is a function that generates through a `Run`. Whatever the mode, a cache must end as if each of its rows had been
+fed alone, piece by piece, to a new cache: the same logits after every piece, the same positions held, the same answer to
+one more token. The run writes down what each cache was fed, follows rows that are reordered and tokens that are taken
+back, and `Run.verify` does the comparison. What a mode promises beyond that, it asserts itself.
+"""
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cache as remember
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from caches import CacheCase
+from models import VOCAB_SIZE, build_model, drive, left_pad, random_rows, random_tokens, tiny_model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import (
+    Cache,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+)
+from transformers.generation.streamers import BaseStreamer
+
+
+MakeCache = Callable[[PreTrainedModel], Cache]
+
+# Prompts of 40 and 29 tokens: a tight budget evicts from both.
+PROMPT_LENGTHS = (40, 29)
+# After 24 generated tokens PyramidCache has judged a zone of them.
+PAST_A_ZONE = 26
+PROBE_TOKEN = 7
+
+
+@dataclass
+class Piece:
+    """What one forward pass fed to a cache.
+
+    Attributes:
+        tokens: `(batch, new)`.
+        is_token: `(batch, new)`, False for padding.
+        logits: Those the model returned, of the last `returned` tokens, `(batch, returned, vocabulary)`.
+    """
+
+    tokens: torch.Tensor
+    is_token: torch.Tensor
+    logits: torch.Tensor | None = None
+
+    def map_rows(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Piece":
+        """The piece with its rows chosen anew."""
+        return Piece(function(self.tokens), function(self.is_token), function(self.logits))
+
+    def without_last(self, count: int) -> "Piece":
+        """The piece without its last tokens."""
+        size = self.tokens.shape[1] - count
+        return Piece(self.tokens[:, :size], self.is_token[:, :size], self.logits[:, : self.logits.shape[1] - count])
+
+
+@dataclass
+class History:
+    """What a cache was fed, in the order of the rows it has now.
+
+    Attributes:
+        pieces: One for each forward pass.
+        takes_back: Whether tokens may be taken back from the cache, so that it evicts later than it would.
+    """
+
+    pieces: list[Piece] = field(default_factory=list)
+    takes_back: bool = False
+
+    @property
+    def is_token(self) -> torch.Tensor:
+        """`(batch, seen)`, False for padding."""
+        return torch.cat([piece.is_token for piece in self.pieces], dim=1)
+
+    @property
+    def num_fed(self) -> list[int]:
+        """The number of tokens of each piece, padding included."""
+        return [piece.tokens.shape[1] for piece in self.pieces]
+
+    def of_row(self, row: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """A row's pieces without padding, and the logits `(vocabulary,)` after each."""
+        kept = [piece for piece in self.pieces if piece.is_token[row].any()]
+        return [piece.tokens[row, piece.is_token[row]] for piece in kept], [piece.logits[row, -1] for piece in kept]
+
+    def map_rows(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Follows the rows of the cache."""
+        self.pieces = [piece.map_rows(function) for piece in self.pieces]
+
+    def take_back(self, count: int) -> None:
+        """Follows a `crop`."""
+        while count and self.pieces:
+            last = self.pieces.pop()
+            if last.tokens.shape[1] > count:
+                self.pieces.append(last.without_last(count))
+            count -= min(count, last.tokens.shape[1])
+
+
+class Run:
+    """One run of a mode with one kind of cache.
+
+    Args:
+        model: The model that generates.
+        make_cache: Makes a cache for a model.
+
+    Attributes:
+        sequences: What each `generate` returned.
+        numbers: Every float tensor that each `generate` returned: scores, logits, hidden states.
+        kept: The caches that are verified, with their histories.
+    """
+
+    def __init__(self, model: PreTrainedModel, make_cache: MakeCache) -> None:
+        self.model = model
+        self.make_cache = make_cache
+        self.sequences: list[torch.Tensor] = []
+        self.numbers: list[torch.Tensor] = []
+        self.kept: list[tuple[Cache, History]] = []
+
+    def new_cache(self) -> Cache:
+        """An empty cache, whose history is written down from here on."""
+        cache = self.make_cache(self.model)
+        self.kept.append((cache, History()))
+        return cache
+
+    def plain(self, rows: list[torch.Tensor], max_new_tokens: int) -> torch.Tensor:
+        """What plain greedy decoding gives, to compare with."""
+        input_ids, attention_mask = left_pad(rows)
+        return self.model.generate(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=self.make_cache(self.model),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+        )
+
+    def copy_of(self, cache: Cache) -> Cache:
+        """A deep copy of a cache, with its history."""
+        twin = copy.deepcopy(cache)
+        self.kept.append((twin, copy.deepcopy(self.history_of(cache))))
+        return twin
+
+    def history_of(self, cache: Cache | None) -> History | None:
+        """The history of a cache of this run."""
+        return next((history for kept, history in self.kept if kept is cache), None)
+
+    def generate(self, cache: Cache, rows: list[torch.Tensor] | None = None, **settings: Any) -> torch.Tensor:
+        """`model.generate` from left-padded prompts, everything that it can return being collected.
+
+        Args:
+            cache: The cache.
+            rows: The prompts; without them `settings` say what is fed.
+            settings: Of `generate`.
+
+        Returns:
+            The sequences.
+        """
+        if rows is not None:
+            input_ids, attention_mask = left_pad(rows)
+            settings = {"input_ids": input_ids, "attention_mask": attention_mask, **settings}
+        defaults = {"do_sample": False, "output_scores": True, "output_logits": True, "return_dict_in_generate": True}
+        with self.recording():
+            output = self.model.generate(past_key_values=cache, **{**defaults, **settings})
+        if not isinstance(output, torch.Tensor):
+            assert output.past_key_values is cache
+            self.numbers += float_tensors(output)
+            output = output.sequences
+        self.sequences.append(output)
+        return output
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        """Writes down what the caches of this run are fed."""
+        with contextlib.ExitStack() as stack:
+            for hook in (
+                self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+                self.model.register_forward_hook(self._after_forward, with_kwargs=True),
+            ):
+                stack.callback(hook.remove)
+            for cache_class in {type(cache) for cache, _ in self.kept}:
+                for name, follow in FOLLOWED_METHODS.items():
+                    method = self._followed(getattr(cache_class, name), follow)
+                    stack.enter_context(patch.object(cache_class, name, method))
+            yield
+
+    def _before_forward(self, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> None:
+        history = self.history_of(kwargs.get("past_key_values"))
+        if history is None:
+            return
+        tokens = kwargs.get("input_ids")
+        if tokens is None:
+            table = model.get_input_embeddings().weight
+            tokens = torch.cdist(kwargs["inputs_embeds"].float(), table[None].float()).argmin(-1)
+        mask = kwargs.get("attention_mask")
+        is_token = torch.ones_like(tokens).bool() if mask is None else mask[:, -tokens.shape[1] :] != 0
+        history.pieces.append(Piece(tokens.clone(), is_token.clone()))
+
+    def _after_forward(self, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        history = self.history_of(kwargs.get("past_key_values"))
+        if history is not None:
+            history.pieces[-1].logits = output.logits.detach().clone()
+
+    def _followed(self, method: Callable, follow: Callable[[History, Any], None]) -> Callable:
+        def followed(cache: Cache, *args: Any) -> None:
+            method(cache, *args)
+            history = self.history_of(cache)
+            if history is not None:
+                follow(history, *args)
+
+        return followed
+
+    def verify(self) -> None:
+        """Compares every cache with new ones that are fed its rows alone."""
+        for cache, history in self.kept:
+            if history.pieces:
+                self._verify(cache, history)
+
+    @torch.inference_mode()
+    def _verify(self, cache: Cache, history: History) -> None:
+        is_token = history.is_token
+        assert cache.get_seq_length() == is_token.shape[1]
+        answer = self.model(
+            input_ids=torch.full((len(is_token), 1), PROBE_TOKEN),
+            attention_mask=torch.cat([is_token, is_token.new_ones(len(is_token), 1)], dim=1).long(),
+            position_ids=is_token.sum(dim=1, keepdim=True),
+            past_key_values=cache,
+        ).logits[:, -1]
+        if history.takes_back:
+            cache.crop(0)
+        for row in range(len(is_token)):
+            alone = self.make_cache(self.model)
+            pieces, logits = history.of_row(row)
+            if history.takes_back:
+                alone.activate_past_recording()
+            trace = drive(
+                self.model,
+                alone,
+                pieces[:1],
+                torch.cat([*pieces[1:], torch.tensor([PROBE_TOKEN])])[None],
+                pieces=[len(piece) for piece in pieces[1:]] + [1],
+                after_step=(lambda step, alone=alone: alone.crop(0)) if history.takes_back else None,
+            )
+            assert_close(torch.stack([*logits, answer[row]]), trace.logits[0], f"row {row}")
+            for layer in range(len(cache.layers)):
+                expected = held_positions(alone, layer)[0]
+                assert held_positions(cache, layer)[row] == expected, (row, layer)
+
+
+def held_positions(cache: Cache, layer: int) -> list[list[list[int]]]:
+    """The positions that each head of each row holds, in rising order."""
+    return [
+        [sorted(position for position in head if position >= 0) for head in row]
+        for row in cache.positions(layer).tolist()
+    ]
+
+
+FOLLOWED_METHODS: dict[str, Callable[[History, Any], None]] = {
+    "reorder_cache": lambda history, indices: history.map_rows(lambda tensor: tensor[indices]),
+    "batch_select_indices": lambda history, indices: history.map_rows(lambda tensor: tensor[indices]),
+    "batch_repeat_interleave": lambda history, repeats: history.map_rows(
+        lambda tensor: tensor.repeat_interleave(repeats, dim=0)
+    ),
+    "crop": lambda history, tokens_to_remove: history.take_back(-tokens_to_remove),
+    "activate_past_recording": lambda history: setattr(history, "takes_back", True),
+}
+
+
+def float_tensors(output: Any) -> list[torch.Tensor]:
+    """The float tensors in the dictionary that `generate` returned, the cache left out."""
+    found, pending = [], [value for name, value in output.items() if name != "past_key_values"]
+    while pending:
+        item = pending.pop(0)
+        if isinstance(item, torch.Tensor):
+            found += [item] if item.is_floating_point() else []
+        elif isinstance(item, (tuple, list)):
+            pending = [*item, *pending]
+    return found
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, message: str = "") -> None:
+    """Equal but for the order of float32 sums; -inf, as logits processors write it, being equal to itself."""
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0, msg=lambda text: f"{message}: {text}")
+
+
+def prompts(*lengths: int, seed: int = 40) -> list[torch.Tensor]:
+    """Random prompts of these lengths."""
+    return random_rows(lengths or PROMPT_LENGTHS, seed=seed)
+
+
+# Plain decoding.
+
+
+def greedy(run: Run) -> None:
+    run.generate(run.new_cache(), prompts(), max_new_tokens=PAST_A_ZONE)
+
+
+def without_dictionary(run: Run) -> None:
+    wanted = run.generate(run.new_cache(), prompts(), max_new_tokens=8)
+    bare = {"output_scores": False, "output_logits": False, "return_dict_in_generate": False}
+    assert torch.equal(run.generate(run.new_cache(), prompts(), max_new_tokens=8, **bare), wanted)
+
+
+def sampling(run: Run) -> None:
+    """Drawing again from the scores, with the seed, gives the tokens."""
+    torch.manual_seed(5)
+    tokens = run.generate(
+        run.new_cache(), prompts(), max_new_tokens=8, do_sample=True, temperature=1.5, top_k=20, top_p=0.9
+    )
+    scores = [tensor for tensor in run.numbers if tensor.isinf().any()]
+    torch.manual_seed(5)
+    drawn = [torch.multinomial(step.softmax(-1), num_samples=1) for step in scores]
+    assert torch.equal(torch.cat(drawn, dim=1), tokens[:, -8:])
+
+
+def sampling_from_one_token(run: Run) -> None:
+    wanted = run.plain(prompts(), 8)
+    sampled = run.generate(run.new_cache(), prompts(), max_new_tokens=8, do_sample=True, top_k=1)
+    assert torch.equal(sampled, wanted)
+
+
+def several_sequences(run: Run) -> None:
+    """With one seed, copies of the prompts in a batch give the same."""
+    settings = {"max_new_tokens": 8, "do_sample": True, "top_k": 30, "temperature": 2.0}
+    torch.manual_seed(6)
+    together = run.generate(run.new_cache(), prompts(), num_return_sequences=2, **settings)
+    torch.manual_seed(6)
+    input_ids, attention_mask = left_pad([row for row in prompts() for _ in range(2)])
+    copies = {"input_ids": input_ids, "attention_mask": attention_mask, "past_key_values": run.make_cache(run.model)}
+    assert torch.equal(run.model.generate(**copies, **settings), together)
+    assert len({tuple(row) for row in together[:2].tolist()}) == 2
+
+
+def output_attentions(run: Run) -> None:
+    run.generate(run.new_cache(), prompts(), max_new_tokens=4, output_attentions=True)
+
+
+def output_hidden_states(run: Run) -> None:
+    run.generate(run.new_cache(), prompts(), max_new_tokens=4, output_hidden_states=True)
+
+
+def inference_mode(run: Run) -> None:
+    wanted = run.plain(prompts(), 8)
+    with torch.inference_mode():
+        assert torch.equal(run.generate(run.new_cache(), prompts(), max_new_tokens=8), wanted)
+
+
+def inference_mode_before(run: Run) -> None:
+    """A cache that was filled in inference mode and is used outside of it."""
+    cache, row = run.new_cache(), prompts(40)[0]
+    with run.recording(), torch.inference_mode():
+        run.model(input_ids=row[None, :30], past_key_values=cache)
+    run.generate(cache, [row], max_new_tokens=PAST_A_ZONE)
+
+
+# Beams.
+
+
+def beam_search(run: Run) -> None:
+    run.generate(run.new_cache(), prompts(), max_new_tokens=PAST_A_ZONE, num_beams=2)
+
+
+def several_beams(run: Run) -> None:
+    run.generate(run.new_cache(), prompts(), max_new_tokens=8, num_beams=3, num_return_sequences=2)
+
+
+def beam_sampling(run: Run) -> None:
+    torch.manual_seed(7)
+    run.generate(run.new_cache(), prompts(), max_new_tokens=8, num_beams=3, do_sample=True, temperature=1.5)
+
+
+# What watches or steers the tokens.
+
+
+class PieceStreamer(BaseStreamer):
+    """Keeps what it is handed."""
+
+    def __init__(self) -> None:
+        self.pieces: list[torch.Tensor] = []
+        self.has_ended = False
+
+    def put(self, value: torch.Tensor) -> None:
+        """The prompt, then the tokens of each step."""
+        self.pieces.append(value)
+
+    def end(self) -> None:
+        """Generation is over."""
+        self.has_ended = True
+
+
+class StopAtLength(StoppingCriteria):
+    """Stops each row when it is a given number of tokens long."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.full((input_ids.shape[0],), input_ids.shape[1] >= self.length)
+
+
+class ForbidLastToken(LogitsProcessor):
+    """No token follows itself."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return scores.scatter(1, input_ids[:, -1:], -float("inf"))
+
+
+@remember
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Writes token 17 as `t017`."""
+    vocabulary = {word(index): index for index in range(VOCAB_SIZE)}
+    # transformers tokenizes this word to learn how tokens are joined.
+    vocabulary["abcdef"] = VOCAB_SIZE
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=word(2)))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=word(0))
+
+
+def word(token: int) -> str:
+    """How `tiny_tokenizer` writes a token."""
+    return f"t{token:03d}"
+
+
+def own_streamer(run: Run) -> None:
+    streamer = PieceStreamer()
+    tokens = run.generate(run.new_cache(), prompts(40), max_new_tokens=8, streamer=streamer)
+    assert torch.equal(torch.cat([piece.flatten() for piece in streamer.pieces]), tokens[0])
+    assert len(streamer.pieces) == 9 and streamer.has_ended
+    assert torch.equal(run.plain(prompts(40), 8), tokens)
+
+
+def text_streamer(run: Run) -> None:
+    streamer = TextIteratorStreamer(tiny_tokenizer(), skip_prompt=True, timeout=10)
+    tokens = run.generate(run.new_cache(), prompts(40), max_new_tokens=8, streamer=streamer)
+    assert "".join(streamer).split() == [word(token) for token in tokens[0, 40:].tolist()]
+
+
+def stopping_criteria(run: Run) -> None:
+    wanted = run.plain(prompts(), 5)
+    criteria = StoppingCriteriaList([StopAtLength(45)])
+    assert torch.equal(run.generate(run.new_cache(), prompts(), max_new_tokens=20, stopping_criteria=criteria), wanted)
+
+
+def stop_strings(run: Run) -> None:
+    """Stops behind the first occurrence of what is the fourth token."""
+    wanted = run.plain(prompts(40), 10)
+    fourth = int(wanted[0, 43])
+    length = 41 + wanted[0, 40:].tolist().index(fourth)
+    settings = {"stop_strings": [word(fourth)], "tokenizer": tiny_tokenizer()}
+    stopped = run.generate(run.new_cache(), prompts(40), max_new_tokens=10, **settings)
+    assert torch.equal(stopped, wanted[:, :length])
+
+
+def max_time(run: Run) -> None:
+    wanted = run.plain(prompts(), 8)
+    assert torch.equal(run.generate(run.new_cache(), prompts(), max_new_tokens=8, max_time=600.0), wanted)
+    assert torch.equal(run.generate(run.new_cache(), prompts(), max_new_tokens=8, max_time=1e-9), wanted[:, :41])
+
+
+def end_of_sequence(run: Run) -> None:
+    """A row that has ended is fed padding from there on; the other one goes on as if nothing had happened."""
+    wanted = run.plain(prompts(), 10)
+    end = next(token for token in wanted[0, 40:].tolist() if token not in wanted[1, 40:].tolist())
+    ended = run.generate(run.new_cache(), prompts(), max_new_tokens=10, eos_token_id=end)
+    length = 41 + wanted[0, 40:].tolist().index(end)
+    assert torch.equal(ended[1], wanted[1])
+    assert torch.equal(ended[0, :length], wanted[0, :length]) and not ended[0, length:].any()
+
+
+def logits_processor(run: Run) -> None:
+    processors = LogitsProcessorList([ForbidLastToken()])
+    tokens = run.generate(run.new_cache(), prompts(), max_new_tokens=8, logits_processor=processors)
+    assert not (tokens[:, 40:] == tokens[:, 39:-1]).any()
+
+
+def repetition_penalty(run: Run) -> None:
+    run.generate(run.new_cache(), prompts(), max_new_tokens=8, repetition_penalty=1.5)
+
+
+def no_repeat_ngram(run: Run) -> None:
+    tokens = run.generate(run.new_cache(), prompts(40), max_new_tokens=PAST_A_ZONE, no_repeat_ngram_size=2)[0].tolist()
+    pairs = list(zip(tokens, tokens[1:], strict=False))
+    generated = pairs[39:]
+    assert all(pair not in pairs[: 39 + index] for index, pair in enumerate(generated))
+
+
+def guidance(run: Run) -> None:
+    """Classifier-free guidance runs the model a second time, without the cache."""
+    run.generate(run.new_cache(), prompts(40), max_new_tokens=6, guidance_scale=1.5)
+
+
+# Prompts of every kind.
+
+
+def padded_batch(run: Run) -> None:
+    run.generate(run.new_cache(), prompts(5, 60, 33), max_new_tokens=12)
+
+
+def input_embeddings(run: Run) -> None:
+    input_ids, attention_mask = left_pad(prompts())
+    wanted = run.plain(prompts(), 8)
+    embeddings = run.model.get_input_embeddings()(input_ids).detach()
+    tokens = run.generate(run.new_cache(), inputs_embeds=embeddings, attention_mask=attention_mask, max_new_tokens=8)
+    assert torch.equal(tokens, wanted[:, 40:])
+
+
+def position_ids(run: Run) -> None:
+    _, attention_mask = left_pad(prompts())
+    wanted = run.plain(prompts(), 8)
+    numbers = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+    tokens = run.generate(run.new_cache(), prompts(), max_new_tokens=8, position_ids=numbers)
+    assert torch.equal(tokens, wanted)
+
+
+def one_token_prompt(run: Run) -> None:
+    run.generate(run.new_cache(), prompts(1, 1), max_new_tokens=PAST_A_ZONE)
+
+
+def one_new_token(run: Run) -> None:
+    tokens = run.generate(run.new_cache(), prompts(), max_new_tokens=1)
+    assert tokens.shape == (2, 41)
+
+
+def chunked_prefill(run: Run) -> None:
+    cache = run.new_cache()
+    run.generate(cache, prompts(40, 40), max_new_tokens=8, prefill_chunk_size=7)
+    assert run.history_of(cache).num_fed == [7, 7, 7, 7, 7, 5, *[1] * 7]
+
+
+# Several turns.
+
+
+def full_history(run: Run) -> None:
+    cache = run.new_cache()
+    tokens = run.generate(cache, prompts(), max_new_tokens=6)
+    _, mask = left_pad(prompts())
+    for turn in range(2):
+        tokens = torch.cat([tokens, random_tokens(2, 9, seed=turn)], dim=1)
+        mask = torch.cat([mask, mask.new_ones(2, tokens.shape[1] - mask.shape[1])], dim=1)
+        tokens = run.generate(cache, input_ids=tokens, attention_mask=mask, max_new_tokens=6)
+    # After a turn the last token of the answer has not been fed, so it comes with the next.
+    assert run.history_of(cache).num_fed == [40, *[1] * 5, *[10, *[1] * 5] * 2]
+
+
+def new_tokens_and_mask(run: Run) -> None:
+    """The tokens that the cache has not seen, with a mask over everything, give what the full history gives."""
+    full, short = run.new_cache(), run.new_cache()
+    tokens = run.generate(full, prompts(), max_new_tokens=6)
+    run.generate(short, prompts(), max_new_tokens=6)
+    tokens = torch.cat([tokens, random_tokens(2, 9)], dim=1)
+    _, mask = left_pad(prompts())
+    mask = torch.cat([mask, mask.new_ones(2, tokens.shape[1] - 40)], dim=1)
+    wanted = run.generate(full, input_ids=tokens, attention_mask=mask, max_new_tokens=6)
+    unseen = tokens[:, short.get_seq_length() :]
+    answer = run.generate(short, input_ids=unseen, attention_mask=mask, max_new_tokens=6)
+    assert torch.equal(answer[:, -6:], wanted[:, -6:])
+    assert run.history_of(full).num_fed == run.history_of(short).num_fed
+
+
+def copied_prefix(run: Run) -> None:
+    prefix = run.new_cache()
+    row = prompts(40)[0]
+    with run.recording(), torch.no_grad():
+        run.model(input_ids=row[None], past_key_values=prefix)
+    for seed in range(2):
+        question = torch.cat([row, random_tokens(6, seed=seed)])
+        run.generate(run.copy_of(prefix), [question], max_new_tokens=6)
+
+
+def nothing_new(run: Run) -> None:
+    """A prompt that the cache has already seen to its end: there is no logit to go on from."""
+    cache = run.new_cache()
+    row = prompts(40)[0]
+    with run.recording(), torch.no_grad():
+        run.model(input_ids=row[None], past_key_values=cache)
+    answer = run.generate(cache, input_ids=row[None], max_new_tokens=4)
+    assert torch.equal(answer, run.plain([row], 4)), "silently wrong tokens"
+
+
+# Decoding that takes tokens back.
+
+
+@remember
+def draft_model() -> PreTrainedModel:
+    """Another model with the same vocabulary."""
+    return build_model("llama", seed=99, num_hidden_layers=1)
+
+
+def assisted(run: Run, assistant: PreTrainedModel) -> None:
+    """The tokens are those that the logits say, and the budget is kept after every step."""
+    cache = run.new_cache()
+    tokens = run.generate(cache, prompts(40), max_new_tokens=20, assistant_model=assistant)
+    assert_greedy(run, cache, tokens)
+
+
+def other_draft_model(run: Run) -> None:
+    assisted(run, draft_model())
+
+
+def same_draft_model(run: Run) -> None:
+    assisted(run, run.model)
+
+
+def early_exit(run: Run) -> None:
+    cache = run.new_cache()
+    assert_greedy(run, cache, run.generate(cache, prompts(40), max_new_tokens=12, assistant_early_exit=1))
+
+
+def repeating_prompt() -> torch.Tensor:
+    """A prompt of 42 tokens in which a phrase comes six times, so that there is something to look up."""
+    return random_tokens(7, seed=3).repeat(6)
+
+
+def prompt_lookup(run: Run) -> None:
+    cache = run.new_cache()
+    tokens = run.generate(cache, [repeating_prompt()], max_new_tokens=20, prompt_lookup_num_tokens=3)
+    assert_greedy(run, cache, tokens)
+
+
+def sampled_with_draft(run: Run) -> None:
+    torch.manual_seed(8)
+    run.generate(run.new_cache(), prompts(40), max_new_tokens=12, assistant_model=draft_model(), do_sample=True)
+
+
+def assert_greedy(run: Run, cache: Cache, tokens: torch.Tensor) -> None:
+    """Every token is the best of the logits that the pieces which stayed were answered with."""
+    history = run.history_of(cache)
+    fed = torch.cat([piece.tokens for piece in history.pieces], dim=1)
+    assert torch.equal(fed, tokens[:, :-1])
+    best = torch.cat([piece.logits.argmax(-1) for piece in history.pieces], dim=1)
+    assert torch.equal(best[:, -20:], tokens[:, -best[:, -20:].shape[1] :])
+
+
+# What a cache that is handed in cannot be combined with.
+
+
+def no_use_of_the_cache(run: Run) -> None:
+    row = prompts(40)[0]
+    wanted = run.model.generate(row[None], max_new_tokens=4, do_sample=False)
+    tokens = run.generate(run.new_cache(), input_ids=row[None], max_new_tokens=4, use_cache=False)
+    assert torch.equal(tokens, wanted), "silently wrong tokens"
+    run.kept.clear()
+
+
+def second_cache(run: Run) -> None:
+    run.generate(run.new_cache(), prompts(), max_new_tokens=4, cache_implementation="dynamic")
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A way to call `generate`.
+
+    Attributes:
+        name: What it is called in test ids and in docs/compatibility.md.
+        function: Generates, and asserts what only this mode promises.
+        attention: The attention implementation of the model.
+        never_fits: Whether no cache that is handed in fits, whatever its budget.
+    """
+
+    name: str
+    function: Callable[[Run], None]
+    attention: str = "sdpa"
+    never_fits: bool = False
+
+    def run(self, make_cache: MakeCache) -> Run:
+        """Runs it with a new cache."""
+        run = Run(model_with(self.attention), make_cache)
+        self.function(run)
+        return run
+
+
+MODES = (
+    Mode("greedy", greedy),
+    Mode("sampling", sampling),
+    Mode("sampling, `top_k=1`", sampling_from_one_token),
+    Mode("`num_return_sequences`", several_sequences),
+    Mode("beam search", beam_search),
+    Mode("beam search, `num_return_sequences`", several_beams),
+    Mode("beam sampling", beam_sampling),
+    Mode("own streamer", own_streamer),
+    Mode("`TextIteratorStreamer`", text_streamer),
+    Mode("own stopping criteria", stopping_criteria),
+    Mode("`stop_strings`", stop_strings),
+    Mode("`max_time`", max_time),
+    Mode("`eos_token_id`, rows ending apart", end_of_sequence),
+    Mode("own logits processor", logits_processor),
+    Mode("`repetition_penalty`", repetition_penalty),
+    Mode("`no_repeat_ngram_size`", no_repeat_ngram),
+    Mode("`guidance_scale`", guidance),
+    Mode("`output_scores`, `output_logits`, `return_dict_in_generate`", without_dictionary),
+    Mode("`output_attentions`", output_attentions, attention="eager"),
+    Mode("`output_hidden_states`", output_hidden_states),
+    Mode("`torch.inference_mode()`", inference_mode),
+    Mode("cache filled in `torch.inference_mode()`, used outside", inference_mode_before),
+    Mode("left-padded batch", padded_batch),
+    Mode("`inputs_embeds`", input_embeddings),
+    Mode("`position_ids`", position_ids),
+    Mode("prompts of one token", one_token_prompt),
+    Mode("one new token", one_new_token),
+    Mode("`prefill_chunk_size`", chunked_prefill),
+    Mode("next turn: full history", full_history),
+    Mode("next turn: new tokens, mask over everything", new_tokens_and_mask),
+    Mode("next turn: nothing new", nothing_new, never_fits=True),
+    Mode("`copy.deepcopy` of a prefix", copied_prefix),
+    Mode("assisted, another draft model", other_draft_model),
+    Mode("assisted, the same model as draft", same_draft_model),
+    Mode("assisted sampling", sampled_with_draft),
+    Mode("assisted, `assistant_early_exit`", early_exit),
+    Mode("prompt lookup", prompt_lookup),
+    Mode("`use_cache=False`", no_use_of_the_cache, never_fits=True),
+    Mode("`cache_implementation` as well", second_cache, never_fits=True),
+)
+
+
+# How close a prompt of 1,024 tokens of text that is read in chunks of 128 comes to one that is read at once: at least the
+# mean cosine of the logits of the next 33 tokens, and the share of the kept positions that are the same.
+CLOSENESS = {
+    "PyramidCache(config)": (0.99, 0.9),
+    "PyramidCache(model)": (0.97, 0.78),
+    "H2OCache(config)": (0.99, 0.9),
+    "StreamingLLMCache(config)": (0.999999, 1.0),
+    "StreamingLLMCache(config, prefill='dense')": (0.97, 1.0),
+}
+
+
+@remember
+def model_with(attention: str) -> PreTrainedModel:
+    """The model of all modes."""
+    return tiny_model("llama") if attention == "sdpa" else build_model("llama", attention=attention)
+
+
+def verdict(mode: Mode, case: CacheCase) -> str:
+    """What docs/compatibility.md says of a mode with a cache of a tight budget. Both are run for it, once in a session.
+
+    Returns:
+        "yes"; "refused: " and the first sentence of the error; "WRONG: " and what differs, for a defect of the library.
+    """
+    key = mode.name, case.name
+    if key not in _verdicts:
+        try:
+            mode.run(case.build).verify()
+            _verdicts[key] = "yes"
+        except (NotImplementedError, ValueError) as error:
+            _verdicts[key] = f"refused: {first_sentence(str(error))}"
+        except AssertionError as error:
+            _verdicts[key] = f"WRONG: {' '.join(str(error).split())}"
+    return _verdicts[key]
+
+
+_verdicts: dict[tuple[str, str], str] = {}
+
+
+def first_sentence(message: str) -> str:
+    """A message up to its first full stop, on one line."""
+    return " ".join(message.split()).split(". ")[0].rstrip(".")
+
+
+def mode_id(mode: Mode) -> str:
+    """The name of a mode in test ids."""
+    return mode.name.replace("`", "")

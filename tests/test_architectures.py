@@ -1,0 +1,352 @@
+"""Every architecture with every cache: served as `DynamicCache` and by the policy, or refused by name when it is built.
+
+The oracles run the model's own eager attention, uncached and one row at a time: with the keys masked that the cache had
+evicted, or, for StreamingLLM, with queries and keys that the attention module itself gives at positions inside the cache.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache as remember
+from typing import Any
+
+import pytest
+import torch
+from caches import CacheCase, every_cache
+from models import (
+    ARCHITECTURES,
+    FAMILIES,
+    REFUSED_ARCHITECTURES,
+    Trace,
+    build_config,
+    build_model,
+    drive,
+    generate,
+    random_rows,
+    random_tokens,
+)
+from reference import attention_implementation, masks_of, pyramid_select, pyramid_window_scores
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AutoConfig, Cache, DynamicCache, LlamaConfig, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
+from transformers.models.llama.modeling_llama import LlamaAttention
+
+from pyramid_cache import H2OCache, StreamingLLMCache
+from pyramid_cache.engine.architectures import reason_against
+from pyramid_cache.engine.cache import CompressedCache
+
+
+ORACLE = "eager_with_a_policy"
+TOLERANCE = 2e-4
+LENGTHS = (25, 37)
+NUM_STEPS = 5
+
+# What stands in for the attention of the forward pass that is running.
+_running: list[Callable[..., tuple[torch.Tensor, torch.Tensor | None]]] = []
+
+every_architecture = pytest.mark.parametrize("name", [*FAMILIES, *ARCHITECTURES])
+
+
+def _attention_function(
+    module: torch.nn.Module, *args: Any, **kwargs: Any
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    return _running[-1](module, *args, **kwargs)
+
+
+AttentionInterface.register(ORACLE, _attention_function)
+AttentionMaskInterface.register(ORACLE, eager_mask)
+
+
+@contextmanager
+def attention_by(model: PreTrainedModel, function: Callable[..., Any]) -> Iterator[None]:
+    """Runs a model with `function` in place of its attention function; masks are made as for eager attention."""
+    _running.append(function)
+    try:
+        with attention_implementation(model, ORACLE), torch.no_grad():
+            yield
+    finally:
+        _running.pop()
+
+
+def eager(module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The eager attention of the model's own file: with its soft caps, its sinks, its scaling."""
+    return sys.modules[type(module).__module__].eager_attention_forward(module, *args, **kwargs)
+
+
+@remember
+def model_of(name: str, attention: str) -> PreTrainedModel:
+    """The shared model of an architecture."""
+    return build_model(name, seed=sum(name.encode()), attention=attention)
+
+
+def supported_model(name: str, attention: str) -> PreTrainedModel:
+    """`model_of`, where the architecture has that attention function."""
+    try:
+        return model_of(name, attention)
+    except ValueError as error:
+        if "does not support an attention implementation" not in str(error):
+            raise
+        pytest.skip(f"{name} has no {attention}")
+
+
+def build_or_skip(case: CacheCase, model: PreTrainedModel, budget: str) -> CompressedCache:
+    """A new cache, unless it was refused with the way out."""
+    try:
+        return case.build(model, budget)
+    except NotImplementedError as error:
+        assert case.from_model and type(model).__name__ in str(error) and "`model.config`" in str(error)
+        pytest.skip("hidden states cannot be pruned: build the cache from the config")
+
+
+# Large budgets.
+
+
+@remember
+def plain(name: str, attention: str) -> Any:
+    """What `DynamicCache` gives."""
+    model = supported_model(name, attention)
+    return generate(model, DynamicCache(config=model.config), random_rows(LENGTHS), NUM_STEPS)
+
+
+@every_cache
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@every_architecture
+def test_nothing_to_evict(name: str, attention: str, case: CacheCase) -> None:
+    """Greedy decoding of a left-padded batch is that of `DynamicCache`, bit for bit."""
+    model = supported_model(name, attention)
+    output = generate(model, build_or_skip(case, model, "large"), random_rows(LENGTHS), NUM_STEPS)
+    wanted = plain(name, attention)
+    assert torch.equal(output.sequences, wanted.sequences)
+    assert torch.equal(torch.stack(output.logits), torch.stack(wanted.logits))
+
+
+# Tight budgets.
+
+
+def run_masked(
+    model: PreTrainedModel, tokens: torch.Tensor, masks: dict[int, torch.Tensor]
+) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+    """An uncached forward of `tokens` `(length,)` in which layers see what `masks` `(kv_heads, length, length)` show.
+
+    Returns:
+        Logits `(length, vocabulary)` and the attention probabilities `(heads, length, length)` of these layers.
+    """
+    probabilities = {}
+
+    def attend(
+        module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs
+    ):
+        if module.layer_idx not in masks:
+            return eager(module, query, key, value, mask, **kwargs)
+        visible = masks[module.layer_idx].repeat_interleave(query.shape[1] // key.shape[1], dim=0)[None]
+        mask = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
+        output, weights = eager(module, query, key, value, mask, **kwargs)
+        probabilities[module.layer_idx] = weights[0]
+        return output, weights
+
+    with attention_by(model, attend):
+        logits = model(input_ids=tokens[None], use_cache=False).logits[0]
+    return logits, probabilities
+
+
+def check_masked(model: PreTrainedModel, cache: CompressedCache, trace: Trace, rows: list[torch.Tensor]) -> None:
+    """Logits are those of a run without what was evicted, and what stayed is what the policy picks by its attention."""
+    layers = cache.compressed_layers
+    kv_heads = trace.positions[0][0].shape[1]
+    for row, prompt in enumerate(rows):
+        masks = masks_of(trace, row, kv_heads)
+        alive = [list(range(len(prompt)))] * len(layers)
+        if getattr(cache, "pruned_prefill", None) is not None:
+            alive = [alive[0], *(trace.held(0, depth, row, 0) for depth in range(len(layers) - 1))]
+        for mask, columns in zip(masks, alive, strict=True):
+            dropped = [column for column in range(len(prompt)) if column not in columns]
+            mask[:, : len(prompt), dropped] = False
+        by_index = {layer.place.layer_idx: mask for layer, mask in zip(layers, masks, strict=True)}
+        logits, probabilities = run_masked(model, torch.cat([prompt, trace.tokens[row]]), by_index)
+        torch.testing.assert_close(trace.logits[row], logits[len(prompt) - 1 :], atol=TOLERANCE, rtol=0)
+        for depth, layer in enumerate(layers):
+            weights = probabilities[layer.place.layer_idx]
+            if isinstance(cache, H2OCache):
+                # The sum over all queries that saw a key of what it got, in the mean over a group.
+                gathered = weights.unflatten(0, (kv_heads, -1)).mean(dim=1).sum(dim=1)  # (kv_heads, length)
+                positions = layer.held_positions()[row]
+                scores = gathered.gather(-1, positions.clamp(min=0))
+                is_held = positions >= 0
+                torch.testing.assert_close(layer.scores[row][is_held], scores[is_held], atol=TOLERANCE, rtol=0)
+            else:
+                window = layer.row_recent[row]
+                recent = weights.mean(dim=0)[len(prompt) - window : len(prompt)][:, alive[depth]]
+                held = trace.held(0, depth, row, 0)
+                scores = pyramid_window_scores(recent, alive[depth], 1.2)
+                assert held == pyramid_select(scores, len(held), 4, list(range(len(prompt)))[-window:])
+
+
+class _Recorded(Exception):
+    """Ends a probe of an attention module when its queries and keys are there."""
+
+
+def run_streaming(
+    model: PreTrainedModel, tokens: torch.Tensor, prompt_length: int, cache: StreamingLLMCache
+) -> torch.Tensor:
+    """Logits `(length, vocabulary)` of StreamingLLM, which numbers the keys that a query sees from zero.
+
+    Queries and keys at these numbers are not computed here: the attention module is asked for those of all tokens, with
+    the position embeddings that the model makes for each number.
+    """
+    layers = {layer.place.layer_idx: layer for layer in cache.compressed_layers}
+    prefill, window, sinks = (getattr(layers[min(layers)], name) for name in ("prefill", "window", "num_sink_tokens"))
+    length = len(tokens)
+    modules = [
+        module for module in model.modules() if getattr(module, "layer_idx", None) in layers and has_keys(module)
+    ]
+    calls: dict[int, tuple[tuple, dict[str, Any]]] = {}  # by module: what it was called with last
+    recorded: list[torch.Tensor] = []
+
+    def note_call(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        calls[id(module)] = (args, kwargs)
+
+    def visible(query: int) -> list[int]:
+        if query < prompt_length and prefill == "dense":
+            return list(range(query + 1))
+        return [key for key in range(query + 1) if key < sinks or key > query - window]
+
+    def record(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        recorded[:] = query, key
+        raise _Recorded
+
+    def attend(
+        module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs
+    ):
+        if module.layer_idx not in layers:
+            return eager(module, query, key, value, mask, **kwargs)
+        args, named = calls[id(module)]
+        hidden_states = args[0] if args else named["hidden_states"]
+        named = {name: given for name, given in named.items() if name != "hidden_states"} | embeddings[id(module)]
+        with pytest.raises(_Recorded), attention_by(model, record):
+            module.forward(hidden_states.repeat(length, 1, 1), *args[1:], **named)
+        queries, keys = recorded  # (length, heads, length, head_dim), by number and token
+        outputs = []
+        for token in range(length):
+            seen = visible(token)
+            numbers = torch.arange(len(seen))
+            key = keys[numbers, :, seen].transpose(0, 1)[None]
+            query = queries[len(seen) - 1 : len(seen), :, token : token + 1]
+            outputs.append(eager(module, query, key, value[:, :, seen], None, **kwargs)[0])
+        return torch.cat(outputs, dim=1), None
+
+    handles = [module.register_forward_pre_hook(note_call, with_kwargs=True) for module in modules]
+    try:
+        with torch.no_grad():
+            numbers = torch.arange(length)[:, None]
+            model(tokens[:1].expand(length, 1), attention_mask=numbers**0, position_ids=numbers, use_cache=False)
+        names = ("position_embeddings", "position_ids")
+        embeddings = {key: {name: call[1][name] for name in names if name in call[1]} for key, call in calls.items()}
+        with attention_by(model, attend):
+            return model(tokens[None], use_cache=False).logits[0]
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def has_keys(module: torch.nn.Module) -> bool:
+    """Whether a module is an attention module, by its projections."""
+    return any(hasattr(module, name) for name in ("k_proj", "qkv_proj", "c_attn", "query_key_value"))
+
+
+@every_cache
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@every_architecture
+def test_tight_budgets(name: str, attention: str, case: CacheCase) -> None:
+    model = supported_model(name, attention)
+    if attention == "sdpa" and getattr(model.config, "attn_logit_softcapping", None):
+        pytest.skip("transformers' sdpa leaves out the soft cap")
+    cache = build_or_skip(case, model, "tight")
+    rows, continuation = random_rows(LENGTHS, seed=7), random_tokens(len(LENGTHS), NUM_STEPS, seed=8)
+    trace = drive(model, cache, rows, continuation)
+    assert max(cache.num_kept_tokens()) < max(LENGTHS)
+    if not isinstance(cache, StreamingLLMCache):
+        check_masked(model, cache, trace, rows)
+        return
+    for row, prompt in enumerate(rows):
+        wanted = run_streaming(model, torch.cat([prompt, continuation[row]]), len(prompt), cache)[len(prompt) - 1 :]
+        torch.testing.assert_close(trace.logits[row], wanted, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "gpt2"])
+def test_the_oracles_are_the_model_when_all_is_seen(name: str) -> None:
+    """And hiding keys from one query changes what follows, and nothing before."""
+    model, tokens = model_of(name, "eager"), random_tokens(24)
+    with torch.no_grad():
+        wanted = model(tokens[None], use_cache=False).logits[0]
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(tokens[None], past_key_values=cache)
+    masks = {0: torch.ones(cache.layers[0].keys.shape[1], 24, 24, dtype=torch.bool).tril()}
+    torch.testing.assert_close(run_masked(model, tokens, masks)[0], wanted, atol=1e-5, rtol=0)
+    streaming = StreamingLLMCache(model.config, window_length=24)
+    torch.testing.assert_close(run_streaming(model, tokens, 24, streaming), wanted, atol=TOLERANCE, rtol=0)
+    masks[0][0, 20, 4:18] = False
+    difference = (run_masked(model, tokens, masks)[0] - wanted).abs().amax(dim=-1)
+    assert difference[:20].max() < 1e-5 and difference[20] > 10 * TOLERANCE
+
+
+# Refusals.
+
+
+@every_cache
+@pytest.mark.parametrize("name", REFUSED_ARCHITECTURES)
+def test_refused_by_name(name: str, case: CacheCase) -> None:
+    config = build_config(name)
+    source = build_model(name, attention="eager") if case.from_model else config
+    with pytest.raises((NotImplementedError, ValueError), match=f"(?s)'{config.model_type}'.*Use DynamicCache"):
+        case.build_from(source)
+
+
+@every_cache
+def test_layers_that_share_keys_are_refused(case: CacheCase) -> None:
+    """Gemma 3n and 4: the last layers attend to what earlier ones have stored."""
+    for model_type in ("gemma3n_text", "gemma4_text"):
+        config = AutoConfig.for_model(model_type, num_hidden_layers=4, num_kv_shared_layers=2)
+        with pytest.raises(NotImplementedError, match=f"'{model_type}'.*earlier layers.*DynamicCache"):
+            case.build_from(config)
+
+
+def test_the_source_is_read_where_it_decides() -> None:
+    """Each reason with a model that is known for it, and none against one that goes its way."""
+    reasons = {
+        "deepseek_v3": "latents",
+        "falcon": "attention interface",
+        "t5": "learned bias of positions",
+        "jetmoe": "other keys than those that it stores",
+        "diffllama": "more than once",
+        "minimax_m3_vl_text": "`block_indices`",
+        "mamba": "no cache of keys and values",
+        "doge": "hides keys",
+    }
+    for model_type, reason in reasons.items():
+        assert reason in reason_against(AutoConfig.for_model(model_type))
+    gpt2 = AutoConfig.for_model("gpt2", reorder_and_upcast_attn=True)
+    assert reason_against(gpt2) is None
+    gpt2._attn_implementation = "eager"
+    assert "reorder_and_upcast_attn" in reason_against(gpt2)
+
+
+def test_models_from_elsewhere_are_left_to_the_first_forward() -> None:
+    """A config of another package says nothing of its attention: what cannot be served raises when it attends."""
+
+    class OtherConfig(LlamaConfig):
+        model_type = "other"
+
+    class OtherAttention(LlamaAttention):
+        def forward(self, hidden_states: torch.Tensor, past_key_values: Cache, **kwargs: Any) -> tuple:
+            states = hidden_states.view(*hidden_states.shape[:2], 2, -1).transpose(1, 2)
+            keys, values = past_key_values.update(states, states, self.layer_idx)
+            return scaled_dot_product_attention(states, keys, values).transpose(1, 2).flatten(2), None
+
+    model = build_model("llama")
+    model.config.__class__ = OtherConfig
+    assert reason_against(model.config) is None
+    for layer in model.model.layers:
+        layer.self_attn.__class__ = OtherAttention
+    with pytest.raises(RuntimeError, match="layer 0 did not go through the attention interface"), torch.no_grad():
+        model(random_tokens(1, 20), past_key_values=H2OCache(model.config, budget=8))

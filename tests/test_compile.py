@@ -1,0 +1,106 @@
+"""`torch.compile` of a model's forward: decoding in one graph, without a new one at each step."""
+
+import pytest
+import torch
+from caches import CACHE_CASES, CacheCase, every_budget, every_cache
+from models import build_model, left_pad, random_rows, random_tokens
+from torch._dynamo.utils import counters
+from transformers import Cache, PreTrainedModel
+
+
+bounded_cache = pytest.mark.parametrize(
+    "case", [case for case in CACHE_CASES if case.is_bounded], ids=lambda case: case.name
+)
+
+
+class Decoding:
+    """A model and what it decodes with, one token per row at a time."""
+
+    def __init__(self, model: PreTrainedModel, cache: Cache, lengths: tuple[int, ...]) -> None:
+        self.cache = cache
+        input_ids, self.mask = left_pad(random_rows(lengths))
+        self.is_padded = len(set(lengths)) > 1
+        self.step(model, input_ids)
+
+    @torch.no_grad()
+    def step(self, model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
+        """Logits `(batch, vocabulary)` of the last of some more tokens."""
+        if self.cache.get_seq_length():
+            self.mask = torch.cat([self.mask, torch.ones_like(input_ids)], dim=1)
+        position_ids = (self.mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+        mask = self.mask if self.is_padded else None
+        return model(input_ids, attention_mask=mask, position_ids=position_ids, past_key_values=self.cache).logits[
+            :, -1
+        ]
+
+
+@pytest.fixture(autouse=True)
+def forget_graphs() -> None:
+    torch._dynamo.reset()
+    counters.clear()
+
+
+def compare(case: CacheCase, budget: str, lengths: tuple[int, ...], backend: str, steps: int) -> list[int]:
+    """Decode compiled and not, and return the number of graphs after each step."""
+    model = build_model("llama", num_hidden_layers=2)
+    compiled = torch.compile(model, backend=backend, fullgraph=case.is_bounded)
+    one, other = (Decoding(model, case.build(model, budget), lengths) for _ in range(2))
+    graphs = []
+    for tokens in random_tokens(steps, len(lengths), 1, seed=2):
+        output, wanted = one.step(compiled, tokens), other.step(model, tokens)
+        graphs.append(counters["stats"]["unique_graphs"])
+        # transformers' sdpa repeats keys for compilers where it groups queries otherwise.
+        tolerance = 1e-5 if backend == "eager" else 1e-4
+        torch.testing.assert_close(output, wanted, atol=tolerance, rtol=0)
+    for layer in range(len(one.cache.layers)):
+        assert torch.equal(one.cache.positions(layer), other.cache.positions(layer))
+    assert one.cache.num_kept_tokens() == other.cache.num_kept_tokens()
+    assert one.cache.get_seq_length() == other.cache.get_seq_length()
+    return graphs
+
+
+@bounded_cache
+@pytest.mark.parametrize(
+    "lengths",
+    [(23, 40), pytest.param((40, 40), marks=pytest.mark.slow), pytest.param((5, 40), marks=pytest.mark.slow)],
+    ids=["padded", "equal", "filling"],
+)
+def test_a_bounded_cache_decodes_in_one_graph(case: CacheCase, lengths: tuple[int, ...]) -> None:
+    """One graph while numbers are taken for constants, and one for all the steps that follow."""
+    graphs = compare(case, "tight", lengths, "eager", 40)
+    assert graphs[0] == 1 and graphs[20] == graphs[-1] <= 4
+
+
+@pytest.mark.slow
+@bounded_cache
+def test_a_cache_that_is_not_full_yet_decodes_in_one_graph(case: CacheCase) -> None:
+    """It grows by sixteen tokens at a time: one graph for the steps in which it does, one for the others."""
+    graphs = compare(case, "large", (40, 40), "eager", 60)
+    assert graphs[35] == graphs[-1] <= 4
+
+
+@pytest.mark.slow
+@every_budget
+@pytest.mark.parametrize("case", [case for case in CACHE_CASES if not case.is_bounded], ids=lambda case: case.name)
+def test_a_cache_that_grows_decodes_too(case: CacheCase, budget: str) -> None:
+    """Its sizes change with every zone of the answer, so that there are graph breaks."""
+    compare(case, budget, (23, 40), "eager", 40)
+
+
+@pytest.mark.slow
+@bounded_cache
+def test_generated_code(case: CacheCase) -> None:
+    graphs = compare(case, "tight", (23, 40), "inductor", 30)
+    assert graphs[15] == graphs[-1]
+
+
+@every_cache
+def test_other_calls_are_checked_in_compiled_code_too(case: CacheCase) -> None:
+    model, other = build_model("llama"), build_model("llama", seed=1)
+    tokens = random_tokens(1, 50)
+    compiled = torch.compile(other, backend="eager")
+    cache = case.build(model)
+    with torch.no_grad():
+        model(tokens[:, :40], past_key_values=cache)
+        with pytest.raises(Exception, match="filled by another model"):
+            compiled(tokens[:, 40:41], past_key_values=cache)

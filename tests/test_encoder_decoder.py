@@ -1,0 +1,278 @@
+"""`EncoderDecoderCache(ours, DynamicCache())`: the decoder's own attention compressed, the encoder's keys kept."""
+
+from functools import cache as remember
+from typing import Any
+
+import pytest
+import torch
+from caches import CacheCase, every_cache
+from models import Trace, random_tokens
+from reference import masks_of
+from test_architectures import attention_by, eager
+from transformers import (
+    AutoConfig,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSpeechSeq2Seq,
+    Cache,
+    DynamicCache,
+    EncoderDecoderCache,
+    PreTrainedModel,
+    set_seed,
+)
+
+from pyramid_cache import PyramidCache, StreamingLLMCache
+from pyramid_cache.engine.cache import CompressedCache
+
+
+TOLERANCE = 1e-4
+PROMPT_LENGTH, NEW_TOKENS = 30, 8
+
+TOKENS: dict[str, Any] = {
+    "vocab_size": 101,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 1,
+    "forced_eos_token_id": None,
+}
+# More layers in the decoder than in the encoder: a cache that takes the wrong number does not fit.
+LIKE_BART: dict[str, Any] = {
+    **TOKENS,
+    "d_model": 48,
+    "encoder_layers": 1,
+    "decoder_layers": 3,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+    "init_std": 0.25,
+    "max_position_embeddings": 128,
+}
+LIKE_LLAMA: dict[str, Any] = {
+    "vocab_size": 101,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "initializer_range": 0.25,
+}
+# model type: settings
+MODELS: dict[str, dict[str, Any]] = {
+    "bart": LIKE_BART,
+    "marian": LIKE_BART,
+    "mbart": LIKE_BART,
+    "whisper": {
+        **LIKE_BART,
+        "num_mel_bins": 8,
+        "max_source_positions": 20,
+        "max_target_positions": 128,
+        "suppress_tokens": None,
+        "begin_suppress_tokens": None,
+    },
+    "t5gemma": {
+        **TOKENS,
+        "encoder": {**LIKE_LLAMA, "num_hidden_layers": 1},
+        "decoder": {
+            **LIKE_LLAMA,
+            "cross_attention_hidden_size": 48,
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+            "sliding_window": 8,
+            "attn_logit_softcapping": None,
+        },
+    },
+    "moonshine": {
+        **TOKENS,
+        "hidden_size": 48,
+        "intermediate_size": 64,
+        "encoder_num_hidden_layers": 1,
+        "decoder_num_hidden_layers": 3,
+        "encoder_num_attention_heads": 4,
+        "decoder_num_attention_heads": 4,
+        "encoder_num_key_value_heads": 4,
+        "decoder_num_key_value_heads": 4,
+        "initializer_range": 0.25,
+    },
+}
+MODES: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "beams": {"num_beams": 3},
+    "sampling": {"do_sample": True},
+}
+
+every_model = pytest.mark.parametrize("name", MODELS)
+
+
+@remember
+def model_of(name: str) -> PreTrainedModel:
+    """The shared model of a type."""
+    torch.manual_seed(sum(name.encode()))
+    auto_class = AutoModelForSpeechSeq2Seq if name in ("whisper", "moonshine") else AutoModelForSeq2SeqLM
+    model = auto_class.from_config(AutoConfig.for_model(name, **MODELS[name]))
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def encoder_inputs(name: str) -> dict[str, torch.Tensor]:
+    """Two rows for the encoder, the first one padded where there is a mask."""
+    generator = torch.Generator().manual_seed(0)
+    if name == "whisper":
+        return {"input_features": torch.randn(2, 8, 40, generator=generator)}
+    if name == "moonshine":
+        return {"input_values": torch.randn(2, 4000, generator=generator)}
+    return {"input_ids": random_tokens(2, 9), "attention_mask": torch.tensor([[0] * 3 + [1] * 6, [1] * 9])}
+
+
+def decoder_prompts() -> torch.Tensor:
+    """Two rows of `PROMPT_LENGTH` tokens, the first of them the one that `generate` would put there."""
+    prompts = random_tokens(2, PROMPT_LENGTH, seed=3)
+    prompts[:, 0] = TOKENS["decoder_start_token_id"]
+    return prompts
+
+
+def beside_encoder(cache: Cache) -> EncoderDecoderCache:
+    return EncoderDecoderCache(cache, DynamicCache())
+
+
+def generate(name: str, cache: Cache | None, **settings: Any) -> torch.Tensor:
+    """The tokens for a decoder prompt in two rows."""
+    set_seed(0)
+    return model_of(name).generate(
+        **encoder_inputs(name),
+        decoder_input_ids=decoder_prompts(),
+        past_key_values=cache,
+        **{"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False} | settings,
+    )
+
+
+def build(case: CacheCase, name: str, budget: str) -> CompressedCache:
+    """A cache for the decoder; from the config, since there is no pruning of hidden states."""
+    return case.build_from(model_of(name).config, budget)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@every_cache
+@every_model
+def test_nothing_to_evict(name: str, case: CacheCase, mode: str) -> None:
+    """As with two `DynamicCache`, and as without a cache of the user's."""
+    wanted = generate(name, beside_encoder(DynamicCache()), **MODES[mode])
+    assert torch.equal(generate(name, beside_encoder(build(case, name, "large")), **MODES[mode]), wanted)
+    assert torch.equal(generate(name, None, **MODES[mode]), wanted)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@every_cache
+@every_model
+def test_tight_budgets_evict_and_can_be_used_again(name: str, case: CacheCase, mode: str) -> None:
+    cache = beside_encoder(build(case, name, "tight"))
+    first = generate(name, cache, **MODES[mode])
+    num_rows = first.shape[0] * MODES[mode].get("num_beams", 1)
+    ours = cache.self_attention_cache
+    assert ours.batch_size == num_rows
+    assert ours.get_seq_length() == PROMPT_LENGTH + NEW_TOKENS - 1
+    assert max(ours.num_kept_tokens()) < PROMPT_LENGTH
+    if len(ours.compressed_layers) == len(ours.layers):  # sliding layers of older transformers cannot be reset
+        ours.reset()
+        assert torch.equal(generate(name, beside_encoder(ours), **MODES[mode]), first)
+
+
+def decoder_layers(name: str) -> list[torch.nn.Module]:
+    return list(model_of(name).get_decoder().layers)
+
+
+@torch.no_grad()
+def drive_decoder(name: str, cache: CompressedCache, prompts: torch.Tensor, continuation: torch.Tensor) -> Trace:
+    """Feeds the decoder a prompt and then one token at a time."""
+    model = model_of(name)
+    past = beside_encoder(cache)
+    inputs = {"encoder_outputs": model.get_encoder()(**encoder_inputs(name)), **masks_for_encoder(name)}
+    logits, positions = [], []
+    for piece in (prompts, *continuation.split(1, dim=1)):
+        output = model(**inputs, decoder_input_ids=piece, past_key_values=past, use_cache=True)
+        logits.append(output.logits[:, -1])
+        positions.append([layer.held_positions().clone() for layer in cache.compressed_layers])
+    lengths = [prompts.shape[1]] * len(prompts)
+    return Trace(torch.stack(logits, dim=1), positions, continuation, lengths, [1] * continuation.shape[1])
+
+
+def masks_for_encoder(name: str) -> dict[str, torch.Tensor]:
+    return {key: value for key, value in encoder_inputs(name).items() if key == "attention_mask"}
+
+
+def streaming_mask(cache: StreamingLLMCache, kv_heads: int, length: int) -> torch.Tensor:
+    """`(kv_heads, length, length)`: what each token of a stream sees."""
+    layer = cache.compressed_layers[0]
+    query, key = torch.arange(length)[:, None], torch.arange(length)
+    is_near = (key > query - layer.window) | (key < layer.num_sink_tokens)
+    if layer.prefill == "dense":
+        is_near |= query < PROMPT_LENGTH
+    return (is_near & (key <= query)).expand(kv_heads, -1, -1)
+
+
+@every_cache
+@pytest.mark.parametrize("name", ["bart", "marian", "whisper", "moonshine"])
+def test_tight_budgets_are_the_masked_run(name: str, case: CacheCase) -> None:
+    """Every logit is that of an uncached decoder whose own attention hides what was evicted."""
+    cache = build(case, name, "tight")
+    if isinstance(cache, StreamingLLMCache) and name == "moonshine":
+        pytest.skip("StreamingLLM moves rotated keys, which masks do not show")
+    model = model_of(name)
+    prompts, continuation = decoder_prompts(), random_tokens(2, NEW_TOKENS, seed=4)
+    trace = drive_decoder(name, cache, prompts, continuation)
+    tokens = torch.cat([prompts, continuation], dim=1)
+    kv_heads = trace.positions[0][0].shape[1]
+    of_rows = [
+        [streaming_mask(cache, kv_heads, tokens.shape[1])] * len(cache.layers)
+        if isinstance(cache, StreamingLLMCache)
+        else masks_of(trace, row, kv_heads)
+        for row in range(2)
+    ]
+    visible = {
+        id(layer.self_attn): torch.stack([masks[index] for masks in of_rows])
+        for index, layer in enumerate(decoder_layers(name))
+    }
+
+    def attend(
+        module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs
+    ):
+        if id(module) in visible:
+            mask = torch.zeros(1).where(visible[id(module)], torch.finfo(torch.float32).min)
+        return eager(module, query, key, value, mask, **kwargs)
+
+    with attention_by(model, attend):
+        inputs = {"encoder_outputs": model.get_encoder()(**encoder_inputs(name)), **masks_for_encoder(name)}
+        wanted = model(**inputs, decoder_input_ids=tokens, use_cache=False).logits[:, PROMPT_LENGTH - 1 :]
+    assert not visible[id(decoder_layers(name)[-1].self_attn)][:, :, -1].all()
+    torch.testing.assert_close(trace.logits, wanted, atol=TOLERANCE, rtol=0)
+
+
+@every_cache
+def test_hidden_states_beside_an_encoder_are_not_pruned(case: CacheCase) -> None:
+    model = model_of("bart")
+    if case.from_model:
+        with pytest.raises(NotImplementedError, match="encoder-decoder.*`model.config`"):
+            case.build(model)
+        assert PyramidCache(model, budget=1.0).num_kept_tokens() == [0, 0, 0]
+    else:
+        assert len(case.build(model).compressed_layers) == 3
+
+
+@every_cache
+@pytest.mark.parametrize("name", ["bart", "whisper", "marian"])
+def test_a_cache_alone_is_refused(name: str, case: CacheCase) -> None:
+    """It would take the encoder's keys for the decoder's: transformers wraps only the caches that it makes itself."""
+    with pytest.raises(ValueError, match=r"EncoderDecoderCache\(cache, DynamicCache\(\)\)"):
+        generate(name, build(case, name, "tight"))
+
+
+@every_cache
+@pytest.mark.parametrize(
+    "name",
+    ["t5", "mt5", "umt5", "longt5", "switch_transformers", "led", "prophetnet", "fsmt", "nllb-moe", "bigbird_pegasus"],
+)
+def test_refused_by_name(name: str, case: CacheCase) -> None:
+    with pytest.raises(NotImplementedError, match=f"'{name}'.*DynamicCache"):
+        case.build_from(AutoConfig.for_model(name))

@@ -1,0 +1,407 @@
+"""Caches under what users put around a model: pipelines, PEFT adapters, accelerate's offloading, several devices."""
+
+import io
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import cpu_offload, disk_offload, dispatch_model
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from caches import CacheCase, every_budget, every_cache
+from models import VOCAB_SIZE, build_model, generate, left_pad, random_rows, random_tokens, tiny_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from transformers import (
+    Cache,
+    DynamicCache,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    TextGenerationPipeline,
+    pipeline,
+)
+
+
+ROWS = random_rows((40, 28), seed=31)
+NEW_TOKENS = 6
+
+
+def expected_cache(model: PreTrainedModel, case: CacheCase, budget: str) -> Cache:
+    """What a plain model is run with to say what is right: nothing is evicted from a large cache."""
+    return DynamicCache(config=model.config) if budget == "large" else case.build(model)
+
+
+def assert_same(output: Any, wanted: Any, tolerance: float = 0.0) -> None:
+    """Tokens and logits of two runs of `generate`, by default bit for bit."""
+    assert torch.equal(output.sequences, wanted.sequences)
+    torch.testing.assert_close(torch.stack(output.logits), torch.stack(wanted.logits), atol=tolerance, rtol=0)
+
+
+# Pipelines.
+
+
+@pytest.fixture(scope="module")
+def text_pipeline() -> TextGenerationPipeline:
+    """A pipeline whose tokenizer writes token 17 as "t17"."""
+    words = Tokenizer(WordLevel({f"t{token}": token for token in range(VOCAB_SIZE)}, unk_token="t0"))
+    words.pre_tokenizer = WhitespaceSplit()
+    # No other word begins with "t0", which special tokens are found by.
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="t0", padding_side="left")
+    return pipeline("text-generation", model=tiny_model("llama"), tokenizer=tokenizer, device="cpu")
+
+
+@every_budget
+@every_cache
+def test_pipeline(case: CacheCase, budget: str, text_pipeline: TextGenerationPipeline) -> None:
+    """The cache goes through the pipeline's arguments for `generate`: one text, and a batch of two lengths."""
+    model = tiny_model("llama")
+    texts = [" ".join(f"t{token}" for token in row.tolist()) for row in ROWS]
+    settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "return_tensors": True}
+    for rows, given, batch_size in ((ROWS[:1], texts[0], 1), (ROWS, texts, 2)):
+        wanted = generate(model, expected_cache(model, case, budget), rows, NEW_TOKENS).sequences
+        cache = case.build(model, budget)
+        answers = text_pipeline(given, past_key_values=cache, batch_size=batch_size, **settings)
+        answers = [answers] if batch_size == 1 else answers
+        assert [answer[0]["generated_token_ids"] for answer in answers] == wanted.tolist()
+        assert cache.get_seq_length() == 40 + NEW_TOKENS - 1
+
+
+# Adapters.
+
+
+def build_adapted() -> PeftModel:
+    """A tiny Llama with a LoRA adapter that changes what it says."""
+    config = LoraConfig(
+        r=4, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj", "down_proj"], init_lora_weights=False
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(37)
+        return get_peft_model(build_model("llama"), config).eval()
+
+
+def build_for(case: CacheCase, model: PeftModel, budget: str) -> Cache:
+    """A cache from the adapted model itself, or from its config."""
+    return case.build_from(model if case.from_model else model.config, budget)
+
+
+@every_budget
+@every_cache
+def test_adapter(case: CacheCase, budget: str) -> None:
+    """Beside the model's weights: as the model inside, which PEFT has put the adapter into."""
+    adapted = build_adapted()
+    inner = adapted.get_base_model()
+    wanted = generate(inner, expected_cache(inner, case, budget), ROWS, NEW_TOKENS)
+    cache = build_for(case, adapted, budget)
+    assert_same(generate(adapted, cache, ROWS, NEW_TOKENS), wanted)
+    if case.from_model and budget == "tight":
+        assert cache.pruned_prefill is not None  # hidden states are pruned, not only keys and values
+    plain = build_model("llama")
+    without = generate(plain, expected_cache(plain, case, budget), ROWS, NEW_TOKENS)
+    assert not torch.equal(wanted.sequences, without.sequences)
+    with adapted.disable_adapter():
+        disabled = generate(inner, expected_cache(inner, case, budget), ROWS, NEW_TOKENS)
+        assert_same(generate(adapted, build_for(case, adapted, budget), ROWS, NEW_TOKENS), disabled)
+    assert_same(disabled, without, tolerance=1e-4)
+
+
+@every_budget
+@every_cache
+def test_merged_adapter(case: CacheCase, budget: str) -> None:
+    """Merged for a while, and for good: a model of other weights, which the adapter beside them comes close to."""
+    adapted, merged = build_adapted(), build_adapted().merge_and_unload()
+    assert isinstance(merged, PreTrainedModel)
+    wanted = generate(merged, expected_cache(merged, case, budget), ROWS, NEW_TOKENS)
+    assert_same(generate(merged, case.build(merged, budget), ROWS, NEW_TOKENS), wanted)
+    for is_merged in (False, True, False):
+        if is_merged:
+            adapted.merge_adapter()
+        else:
+            adapted.unmerge_adapter()
+        assert_same(generate(adapted, build_for(case, adapted, budget), ROWS, NEW_TOKENS), wanted, tolerance=1e-3)
+
+
+@every_cache
+def test_an_adapted_model_takes_turns_with_its_base(case: CacheCase) -> None:
+    """A cache of the adapted model on the model inside, whose layers are the same: one cache, one sequence."""
+    adapted = build_adapted()
+    inner = adapted.get_base_model()
+    wanted, cache = case.build(inner), build_for(case, adapted, "tight")
+    with torch.no_grad():
+        for step in range(6):
+            tokens = random_tokens(1, 40 if step == 0 else 1, seed=step)
+            output = (adapted if step % 2 else inner)(tokens, past_key_values=cache).logits[:, -1]
+            assert torch.equal(output, inner(tokens, past_key_values=wanted).logits[:, -1])
+
+
+# Weights that are elsewhere between forwards.
+
+
+def to_cpu_offload(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """All weights in a dictionary on the CPU, and the rotary frequencies too."""
+    return cpu_offload(model, execution_device=torch.device("cpu"), offload_buffers=True)
+
+
+def to_disk_offload(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """All weights in files."""
+    return disk_offload(model, str(folder), execution_device=torch.device("cpu"))
+
+
+def split_map(model: PreTrainedModel, first: str | int, second: str | int) -> dict[str, str | int]:
+    """A device map: the later layers on the second device, all else on the first."""
+    num_layers = model.config.num_hidden_layers
+    layers = {f"model.layers.{index}": second if index >= num_layers // 2 else first for index in range(num_layers)}
+    return {"model.embed_tokens": first, "model.rotary_emb": first, "model.norm": first, "lm_head": first, **layers}
+
+
+def to_cpu_and_disk(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """What `device_map` does: the first layer on the CPU, the others in files."""
+    return dispatch_model(model, split_map(model, "cpu", "disk"), main_device="cpu", offload_dir=str(folder))
+
+
+OFFLOADS: list[Callable[[PreTrainedModel, Path], PreTrainedModel]] = [
+    to_cpu_offload,
+    to_disk_offload,
+    to_cpu_and_disk,
+]
+
+
+@pytest.mark.parametrize("offload", OFFLOADS, ids=lambda offload: offload.__name__)
+@every_budget
+@every_cache
+def test_offloaded_weights(case: CacheCase, budget: str, offload: Callable, tmp_path: Path) -> None:
+    """Built before the weights went and after, a cache works as if they had stayed."""
+    plain, model = build_model("llama"), build_model("llama")
+    wanted = generate(plain, expected_cache(plain, case, budget), ROWS, NEW_TOKENS)
+    before = case.build(model, budget)
+    model = offload(model, tmp_path)
+    assert "meta" in {parameter.device.type for parameter in model.parameters()}
+    for cache in (before, case.build(model, budget)):
+        assert_same(generate(model, cache, ROWS, NEW_TOKENS), wanted)
+        assert {str(tensor.device) for layer in cache.layers for tensor in layer.held_tensors().values()} == {"cpu"}
+
+
+# Layers on several devices.
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("num_beams", [1, 3])
+@every_budget
+@every_cache
+def test_layers_on_the_gpu_and_the_cpu(case: CacheCase, budget: str, num_beams: int) -> None:
+    """Half of the layers on each: tokens as on the CPU alone, every layer's cache where the layer is."""
+    plain, model = build_model("llama"), build_model("llama")
+    settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "num_beams": num_beams}
+    input_ids, attention_mask = left_pad(ROWS)
+    wanted = plain.generate(
+        input_ids, attention_mask=attention_mask, past_key_values=expected_cache(plain, case, budget), **settings
+    )
+    model = dispatch_model(model, split_map(model, 0, "cpu"), main_device=0)
+    cache = case.build(model, budget)
+    output = model.generate(input_ids.to(0), attention_mask=attention_mask.to(0), past_key_values=cache, **settings)
+    assert torch.equal(output.cpu(), wanted)
+    check_devices(cache, ["cuda:0", "cuda:0", "cpu"][-model.config.num_hidden_layers :])
+
+
+class PlacedTensor(torch.Tensor):
+    """
+    A tensor that says it is on some device, and keeps its numbers on the CPU. Operations on tensors of two devices fail
+    as they would on an accelerator; all others give what they give on the CPU.
+    """
+
+    @staticmethod
+    def __new__(cls, data: torch.Tensor, device: torch.device) -> "PlacedTensor":
+        return torch.Tensor._make_wrapper_subclass(
+            cls,
+            data.shape,
+            strides=data.stride(),
+            storage_offset=data.storage_offset(),
+            dtype=data.dtype,
+            device="meta",
+        )
+
+    def __init__(self, data: torch.Tensor, device: torch.device) -> None:
+        self.data_on_cpu = data
+        self.place = device
+
+    @property
+    def device(self) -> torch.device:
+        return self.place
+
+    def tolist(self) -> list:
+        return self.data_on_cpu.tolist()
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        return run_placed(func, args, kwargs or {})
+
+
+# Operations that may take tensors of two devices: copies, and indices that are on the CPU.
+ACROSS_DEVICES = {
+    torch.ops.aten._to_copy.default,
+    torch.ops.aten.copy_.default,
+    torch.ops.aten.index.Tensor,
+    torch.ops.aten.index_put_.default,
+}
+
+
+def run_placed(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Run an operation on the numbers of its tensors; what it returns is where its arguments are, or is asked to be."""
+    tensors = [item for item in tree_leaves((args, kwargs)) if isinstance(item, torch.Tensor)]
+    # Numbers that were wrapped into tensors go with any device, and so does what torch itself made where it believes a
+    # tensor to be: on meta.
+    placed = [tensor for tensor in tensors if tensor.dim() or tensor.device.type != "cpu"]
+    devices = [tensor.device for tensor in placed if tensor.device.type != "meta"]
+    if func not in ACROSS_DEVICES and len(set(devices)) > 1:
+        raise RuntimeError(f"{func} takes tensors on {sorted(map(str, set(devices)))}")
+    device = devices[0] if devices else torch.device("meta" if placed else "cpu")
+    if func is torch.ops.aten.index.Tensor:
+        indices = [index for index in args[1] if index is not None]
+        if any(index.device.type != "cpu" and index.device != device for index in indices):
+            raise RuntimeError(f"{func} takes indices on another device than {device}")
+    if kwargs.get("device") is not None:
+        device = torch.device(kwargs["device"])
+        kwargs = {**kwargs, "device": torch.device("cpu")}
+
+    def bare(item: Any) -> Any:
+        return item.data_on_cpu if isinstance(item, PlacedTensor) else item
+
+    results = func(*tree_map(bare, args), **tree_map(bare, kwargs))
+    in_place = {id(bare(tensor)): tensor for tensor in tensors}
+
+    def place(item: Any) -> Any:
+        if not isinstance(item, torch.Tensor):
+            return item
+        return in_place.get(id(item)) if id(item) in in_place else PlacedTensor(item, device)
+
+    return results if device.type == "cpu" else tree_map(place, results)
+
+
+class PlacedDispatch(TorchDispatchMode):
+    """Operations that make a tensor on a device, of no tensors."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        return run_placed(func, args, kwargs or {})
+
+
+class PlacedConstants(TorchFunctionMode):
+    """`torch.tensor(..., device=...)`, which asks for the device before any operation."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.tensor and kwargs.get("device") is not None:
+            device = kwargs.pop("device")
+            return func(*args, **kwargs).to(device)
+        return func(*args, **kwargs)
+
+
+# A kind of device that torch has no kernels for and nobody who runs these tests has.
+FIRST, SECOND = "xla:0", "xla:1"
+
+
+def move_weights(module: nn.Module, device: str) -> None:
+    """The parameters and buffers of a module to a device."""
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                placed = PlacedTensor(parameter.detach(), torch.device(device))
+                part._parameters[name] = nn.Parameter(placed, requires_grad=False)
+        for name, buffer in part._buffers.items():
+            part._buffers[name] = PlacedTensor(buffer, torch.device(device))
+
+
+@pytest.fixture
+def split_model() -> Iterator[PreTrainedModel]:
+    """A Llama of four layers, two on each of two devices, with the hooks that accelerate's `device_map` gives it."""
+    model = build_model("llama", num_hidden_layers=4)
+    layers = model.model.layers
+    for block in (model.model.embed_tokens, model.model.rotary_emb, *layers[:2], model.model.norm, model.lm_head):
+        move_weights(block, FIRST)
+        add_hook_to_module(block, AlignDevicesHook(FIRST, skip_keys=["past_key_values"]))
+    for block in layers[2:]:
+        move_weights(block, SECOND)
+        add_hook_to_module(block, AlignDevicesHook(SECOND, skip_keys=["past_key_values"]))
+    with PlacedConstants(), PlacedDispatch():
+        yield model
+
+
+def check_devices(cache: Cache, devices: list[str]) -> None:
+    """Every tensor that a layer of the cache calls its own is on the device of the layer."""
+    for layer, device in zip(cache.layers, devices, strict=True):
+        for name in (*layer.slot_tensors, *layer.row_tensors):
+            tensor = getattr(layer, name)
+            assert tensor is None or str(tensor.device) == device, f"{name} of layer {layer.place.layer_idx}"
+
+
+@every_budget
+@every_cache
+def test_layers_on_two_devices(case: CacheCase, budget: str, split_model: PreTrainedModel) -> None:
+    """Prefill, decoding, repeating and reordering mix no devices and give the beams of one device."""
+    plain = build_model("llama", num_hidden_layers=4)
+    settings = {"max_new_tokens": 4, "do_sample": False, "num_beams": 3}
+    input_ids, attention_mask = left_pad(ROWS)
+    wanted = plain.generate(
+        input_ids, attention_mask=attention_mask, past_key_values=expected_cache(plain, case, budget), **settings
+    )
+    cache = case.build(split_model, budget)
+    output = split_model.generate(
+        input_ids.to(FIRST), attention_mask=attention_mask.to(FIRST), past_key_values=cache, **settings
+    )
+    assert output.tolist() == wanted.tolist()
+    check_devices(cache, [FIRST, FIRST, SECOND, SECOND])
+
+
+@every_budget
+@every_cache
+def test_rows_and_turns_on_two_devices(case: CacheCase, budget: str, split_model: PreTrainedModel) -> None:
+    """Rows are selected and repeated, then a turn of several tokens follows, of which some are taken back."""
+    plain = build_model("llama", num_hidden_layers=4)
+    logits = []
+    for model, device in ((plain, "cpu"), (split_model, FIRST)):
+        cache = case.build(model, budget)
+        with torch.no_grad():
+            model(random_tokens(2, 40).to(device), past_key_values=cache)
+            model(random_tokens(2, 1).to(device), past_key_values=cache)
+            cache.batch_select_indices(torch.tensor([1]).to(device))
+            cache.batch_repeat_interleave(3)
+            cache.reorder_cache(torch.tensor([2, 0, 1]).to(device))
+            cache.activate_past_recording()
+            model(random_tokens(3, 5).to(device), past_key_values=cache)
+            cache.crop(-2)
+            logits.append(model(random_tokens(3, 1).to(device), past_key_values=cache).logits)
+    check_devices(cache, [FIRST, FIRST, SECOND, SECOND])
+    torch.testing.assert_close(logits[1].cpu(), logits[0], atol=1e-4, rtol=0)
+
+
+def test_devices_that_are_mixed_are_noticed() -> None:
+    """The stand-in for two devices is as strict as they are."""
+    with PlacedConstants(), PlacedDispatch():
+        first, second = (torch.ones(3, device=device) for device in (FIRST, SECOND))
+        with pytest.raises(RuntimeError, match="xla:0.*xla:1"):
+            first + second
+        with pytest.raises(RuntimeError, match="another device"):
+            first[torch.tensor([0, 1], device=SECOND)]
+        assert (first + second.to(FIRST) * 2).tolist() == [3.0, 3.0, 3.0]
+        assert (first.to(SECOND) + torch.tensor(2.0)).device == torch.device(SECOND)
+
+
+# Files.
+
+
+@every_budget
+@every_cache
+def test_a_cache_in_use_is_not_pickled(case: CacheCase, budget: str) -> None:
+    """It knows its model by a weak reference, which a file cannot hold: refused instead of written without it."""
+    model = tiny_model("llama")
+    cache = case.build(model, budget)
+    generate(model, cache, ROWS, 3)
+    for save in (pickle.dumps, lambda item: torch.save(item, io.BytesIO())):
+        with pytest.raises((TypeError, NotImplementedError), match="pickle|save"):
+            save(cache)

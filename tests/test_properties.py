@@ -1,0 +1,1220 @@
+"""Random sequences of everything that can be done to a cache, against a reference that holds triples in Python lists.
+
+The reference holds, for each layer, row and KV head, a list of (position, key, value) triples and applies each method's
+rules to it one token at a time, in float64. After every operation the cache must hold the same triples, and every
+attention output must be that of the triples which the query may see. What an operation may not do (`crop` of tokens that
+were evicted) must raise the documented error and change nothing.
+
+A failing sequence is printed as a `Setup` and a list of operations, which `run_sequence` repeats.
+"""
+
+import copy
+import functools
+import math
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from caches import CACHE_CASES
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from synthetic import BareAttention, SyntheticModel
+from test_memory import held_bytes, storages
+from transformers.models.llama.modeling_llama import LlamaAttention
+
+from pyramid_cache import H2OCache, PyramidCache, StreamingLLMCache
+from pyramid_cache.caches.pyramid import PyramidSettings
+from pyramid_cache.engine.budget import Budget
+from pyramid_cache.engine.cache import CompressedCache
+from pyramid_cache.engine.layer import CompressedLayer
+
+
+# Scores nearer than this may rank either way in float32.
+TIE = 1e-5
+ITEMSIZE = 4
+MAX_ROWS = 4
+QUICK_EXAMPLES = 340
+SLOW_EXAMPLES = 1200
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A cache and what drives it.
+
+    Attributes:
+        cache_class: The cache.
+        settings: Arguments of its constructor.
+        num_layers, kv_heads, group, head_dim: Sizes of the model.
+        batch_size: Rows of the first batch.
+        padding: Columns of left padding of each of up to three rows; the least of a batch is taken off all of them.
+        attention: The attention function.
+        with_mask: Whether there is a mask where none is needed.
+        is_rotary: Whether keys are rotated by their positions.
+        seed: Of queries, keys and values.
+    """
+
+    cache_class: type[CompressedCache]
+    settings: dict[str, Any]
+    num_layers: int = 1
+    kv_heads: int = 1
+    group: int = 1
+    head_dim: int = 4
+    batch_size: int = 1
+    padding: tuple[int, ...] = (0, 0, 0)
+    attention: str = "sdpa"
+    with_mask: bool = False
+    is_rotary: bool = False
+    seed: int = 0
+
+
+# The reference.
+
+
+@dataclass(frozen=True, eq=False)
+class Triple:
+    """One token in one KV head of one layer, as it arrived, before any rotation; key and value are `(head_dim,)`."""
+
+    position: int
+    key: np.ndarray
+    value: np.ndarray
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Triple":
+        return self
+
+
+def attend(
+    query: np.ndarray, triples: Sequence[Triple], allowed: np.ndarray, keys: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Softmax attention in float64.
+
+    Args:
+        query: `(group, num_queries, head_dim)`.
+        triples: What there is to see.
+        allowed: `(num_queries, triples)`, who sees what.
+        keys: Their keys `(triples, head_dim)`, where those are not as they arrived.
+
+    Returns:
+        Output `(group, num_queries, head_dim)` and probabilities `(group, num_queries, triples)`.
+    """
+    keys = np.array([triple.key for triple in triples]) if keys is None else keys
+    values = np.array([triple.value for triple in triples])
+    logits = np.where(allowed, query @ keys.T / math.sqrt(query.shape[-1]), -np.inf)
+    weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    probabilities = weights / weights.sum(axis=-1, keepdims=True)
+    return probabilities @ values, probabilities
+
+
+def rotate(states: np.ndarray, positions: Sequence[int]) -> np.ndarray:
+    """Rotary embedding, as in Llama, of `(..., tokens, head_dim)` states at one position for each token."""
+    half = states.shape[-1] // 2
+    angles = np.array(positions)[:, None] * 10000.0 ** -(np.arange(half) / half)
+    cosine, sine = np.tile(np.cos(angles), 2), np.tile(np.sin(angles), 2)
+    return states * cosine + np.concatenate([-states[..., half:], states[..., :half]], axis=-1) * sine
+
+
+def choose(scores: dict[int, float], number: int, observed: set[int]) -> set[int]:
+    """The `number` positions of highest score, the newer of equals. Of near ties, which float32 may rank otherwise, those
+    that the cache was observed to hold come first."""
+    ranked = sorted(scores, key=lambda position: (scores[position], position), reverse=True)
+    if number >= len(ranked):
+        return set(ranked)
+    if number <= 0:
+        return set()
+    lowest, next_lower = scores[ranked[number - 1]], scores[ranked[number]]
+    tolerance = TIE * max(1.0, abs(lowest))
+    if lowest == next_lower or lowest - next_lower > tolerance:
+        return set(ranked[:number])
+    certain = [position for position in ranked if scores[position] > lowest + tolerance]
+    near = [position for position in ranked if abs(scores[position] - lowest) <= tolerance]
+    near.sort(key=lambda position: position not in observed)
+    return set((certain + near)[:number])
+
+
+class ReferenceLayer:
+    """What one layer holds of one row.
+
+    Attributes:
+        held: For each KV head its triples in order of position.
+        length: Tokens that the row has seen.
+        kept: Tokens that may stay; None: all.
+        has_slots: Whether some row of the batch has exceeded what may stay since the layer was empty.
+        has_exceeded: Whether this row did, at the last update.
+        num_prompt, num_generated: Tokens held after the last update of several tokens, and beyond them at the last step.
+        most_kept, most_prompt, most_generated: The largest `kept`, `num_prompt` and `num_generated` of all rows there were.
+    """
+
+    is_scored = False
+
+    def __init__(self, policy: "Policy", layer_idx: int) -> None:
+        self.policy = policy
+        self.layer_idx = layer_idx
+        self.held: list[list[Triple]] = [[] for _ in range(policy.setup.kv_heads)]
+        self.length = 0
+        self.kept: int | None = None
+        self.has_slots = False
+        self.has_exceeded = False
+        self.num_prompt = 0
+        self.num_generated = 0
+        self.most_kept = 0
+        self.most_prompt = 0
+        self.most_generated = 0
+
+    @property
+    def num_held(self) -> int:
+        return len(self.held[0])
+
+    def update(
+        self, new: list[list[Triple]], query: np.ndarray, is_step: bool, is_first: bool, observed: list[set[int]]
+    ) -> np.ndarray | None:
+        """Attention of the row's new tokens, and the eviction that follows.
+
+        Args:
+            new: For each KV head the new triples.
+            query: `(kv_heads, group, new, head_dim)`.
+            is_step: Whether this is a decode step.
+            is_first: Whether no row of the batch has seen anything before.
+            observed: For each KV head what the cache held afterwards, which is asked only where scores nearly tie.
+
+        Returns:
+            `(kv_heads, group, new, head_dim)`; None without new tokens.
+        """
+        self.length += len(new[0])
+        if not is_step:
+            self.kept = self.policy.num_kept(self)
+            self.begin()
+        self.held = [old + triples for old, triples in zip(self.held, new, strict=True)]
+        output = None
+        if new[0]:
+            output, probabilities = self.attend(query)
+            self.note(probabilities, is_step)
+        self.has_exceeded = self.exceeds
+        num_before = self.num_held
+        self.evict(is_step, observed)
+        self.num_generated = num_before - self.num_prompt if is_step else 0
+        self.num_prompt = self.num_prompt if is_step else self.num_held
+        return output
+
+    def attend(self, query: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Each query sees all that is held up to itself: output, and probabilities for each KV head."""
+        num_new, num_seen = query.shape[2], self.num_held
+        allowed = np.tri(num_new, num_seen, num_seen - num_new, dtype=bool)
+        results = [attend(query[head], triples, allowed) for head, triples in enumerate(self.held)]
+        return np.stack([output for output, _ in results]), [probabilities for _, probabilities in results]
+
+    def attend_recorded(self, query: np.ndarray, is_first: bool) -> tuple[np.ndarray, list[np.ndarray]]:
+        """As `attend`, for tokens that may be taken back; `is_first` as in `update`."""
+        return self.attend(query)
+
+    def note(self, probabilities: list[np.ndarray], is_step: bool) -> None:
+        """Takes `(group, new, held)` attention probabilities of each KV head down."""
+
+    def begin(self) -> None:
+        """All that has been seen so far is a prompt."""
+
+    def evict(self, is_step: bool, observed: list[set[int]]) -> None:
+        """Drops what may not stay."""
+
+    @property
+    def exceeds(self) -> bool:
+        """Whether something has to go."""
+        return self.kept is not None and self.num_held > self.kept
+
+    def keep(self, kept: list[set[int]]) -> None:
+        """Drops all others, `kept` being positions for each KV head."""
+        self.held = [
+            [triple for triple in triples if triple.position in positions]
+            for triples, positions in zip(self.held, kept, strict=True)
+        ]
+
+    def take_back(self, num_tokens: int) -> None:
+        """Forgets the newest tokens of a row of which nothing was evicted."""
+        self.held = [triples[: len(triples) - num_tokens] for triples in self.held]
+        self.length -= num_tokens
+
+    def key_position(self, triple: Triple) -> int:
+        """The position by which a held key is rotated."""
+        return triple.position
+
+
+class Policy:
+    """What all layers and rows of a cache have in common.
+
+    Attributes:
+        byte_costs: Bytes of one token beside keys and values: per token, and per token and KV head; spare slots.
+    """
+
+    layer_class: type[ReferenceLayer]
+    byte_costs = (0, 0, 0)
+
+    def __init__(self, setup: Setup, cache: CompressedCache) -> None:
+        self.setup = setup
+        self.num_tokens: int | None = None
+        self.budget = setup.settings.get("budget")
+
+    def start(self, batch_size: int) -> None:
+        """The first tokens of a batch are about to come."""
+        if isinstance(self.budget, int):
+            self.num_tokens = self.budget
+        elif isinstance(self.budget, str):
+            num_bytes = int(self.budget.removesuffix("B"))
+            spare = self.byte_costs[2]
+            self.num_tokens = (
+                num_bytes // (self.setup.num_layers * batch_size * self.bytes_per_token(self.setup)) - spare
+            )
+
+    @classmethod
+    def bytes_per_token(cls, setup: Setup) -> int:
+        per_token, per_head, _ = cls.byte_costs
+        return setup.kv_heads * (2 * setup.head_dim * ITEMSIZE + per_head) + per_token
+
+    def num_kept(self, layer: ReferenceLayer) -> int | None:
+        """How many of a row's tokens a layer keeps."""
+        if self.budget == 1.0 and isinstance(self.budget, float):
+            return None
+        if self.num_tokens is not None:
+            return self.num_tokens
+        return max(math.floor(Fraction(str(self.budget)) * layer.length), 1)
+
+    def check_bytes(self, layer: CompressedLayer, rows: list[ReferenceLayer]) -> None:
+        """That the layer's slots are within what the method's documentation says."""
+        raise NotImplementedError
+
+
+class H2OReferenceLayer(ReferenceLayer):
+    """The recent tokens and those with the highest sums of attention probabilities, per KV head."""
+
+    is_scored = True
+
+    def __init__(self, policy: Policy, layer_idx: int) -> None:
+        super().__init__(policy, layer_idx)
+        self.scores: list[dict[int, float]] = [{} for _ in self.held]
+
+    def note(self, probabilities: list[np.ndarray], is_step: bool) -> None:
+        for scores, triples, given_ in zip(self.scores, self.held, probabilities, strict=True):
+            received = given_.sum(axis=1).mean(axis=0)
+            for triple, amount in zip(triples, received, strict=True):
+                scores[triple.position] = scores.get(triple.position, 0.0) + float(amount)
+
+    def evict(self, is_step: bool, observed: list[set[int]]) -> None:
+        if not self.exceeds:
+            return
+        ratio = Fraction(str(self.policy.setup.settings["heavy_ratio"]))
+        first_recent = self.length - (self.kept - math.floor(ratio * self.kept))
+        kept = []
+        for scores, triples, seen in zip(self.scores, self.held, observed, strict=True):
+            recent = {triple.position for triple in triples if triple.position >= first_recent}
+            others = {triple.position: scores[triple.position] for triple in triples if triple.position < first_recent}
+            kept.append(recent | choose(others, self.kept - len(recent), seen))
+        self.keep(kept)
+
+
+class H2OPolicy(Policy):
+    layer_class = H2OReferenceLayer
+    byte_costs = (0, 8, 1)  # position and score
+
+    def check_bytes(self, layer: CompressedLayer, rows: list[ReferenceLayer]) -> None:
+        setup, most = self.setup, rows[0].most_kept
+        held = sum(getattr(layer, name).untyped_storage().nbytes() for name in layer.slot_tensors)
+        assert held <= len(rows) * setup.kv_heads * (most + 1) * (2 * setup.head_dim * ITEMSIZE + 8)
+
+
+class StreamingLLMReferenceLayer(ReferenceLayer):
+    """The first tokens and a rolling window; where keys are rotated, by positions inside the cache."""
+
+    def __init__(self, policy: Policy, layer_idx: int) -> None:
+        super().__init__(policy, layer_idx)
+        self.num_sinks = policy.setup.settings["num_sink_tokens"]
+        self.window = policy.setup.settings["window_length"] - self.num_sinks
+        self.is_read_densely = False
+        self.sink_shift = 0
+
+    def is_visible(self, position: int, query_position: int) -> bool:
+        is_near = position < self.num_sinks or position > query_position - self.window
+        return position <= query_position and (is_near or self.is_read_densely)
+
+    def update(
+        self, new: list[list[Triple]], query: np.ndarray, is_step: bool, is_first: bool, observed: list[set[int]]
+    ) -> np.ndarray | None:
+        self.is_read_densely = is_first and self.policy.setup.settings["prefill"] == "dense"
+        output = super().update(new, query, is_step, is_first, observed)
+        self.sink_shift = max(self.length - self.num_sinks - self.window, 0) if is_step else 0
+        return output
+
+    def attend_recorded(self, query: np.ndarray, is_first: bool) -> tuple[np.ndarray, list[np.ndarray]]:
+        self.is_read_densely = is_first and self.policy.setup.settings["prefill"] == "dense"
+        return self.attend(query)
+
+    def attend(self, query: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+        outputs = []
+        newest = [triple.position for triple in self.held[0][-query.shape[2] :]]
+        for head, triples in enumerate(self.held):
+            positions = [triple.position for triple in triples]
+            allowed = np.array([[self.is_visible(position, newer) for position in positions] for newer in newest])
+            if not self.policy.setup.is_rotary:
+                outputs.append(attend(query[head], triples, allowed)[0])
+                continue
+            keys, parts = np.array([triple.key for triple in triples]), []
+            for index, is_seen in enumerate(allowed):
+                # Each query and what it sees are at the positions that they have in the cache just then.
+                places = is_seen.cumsum() - 1
+                one = rotate(query[head, :, index : index + 1], [places[-1]])
+                parts.append(attend(one, triples, is_seen[None], rotate(keys, places))[0])
+            outputs.append(np.concatenate(parts, axis=1))
+        return np.stack(outputs), []
+
+    def evict(self, is_step: bool, observed: list[set[int]]) -> None:
+        self.is_read_densely = False
+        kept = {triple.position for triple in self.held[0] if self.is_visible(triple.position, self.length - 1)}
+        self.keep([kept] * len(self.held))
+
+    def key_position(self, triple: Triple) -> int:
+        return triple.position + (self.sink_shift if triple.position < self.num_sinks else 0)
+
+
+class StreamingLLMPolicy(Policy):
+    layer_class = StreamingLLMReferenceLayer
+
+    def num_kept(self, layer: ReferenceLayer) -> int | None:
+        return self.setup.settings["window_length"]
+
+    def check_bytes(self, layer: CompressedLayer, rows: list[ReferenceLayer]) -> None:
+        setup = self.setup
+        held = sum(tensor.untyped_storage().nbytes() for tensor in (layer.keys, layer.values, layer.sink_keys))
+        slots = setup.settings["window_length"] + setup.settings["num_sink_tokens"] / 2
+        assert held <= len(rows) * setup.kv_heads * slots * 2 * setup.head_dim * ITEMSIZE
+
+
+class PyramidReferenceLayer(ReferenceLayer):
+    """A prompt's sinks, recent tokens and pivotal context, the same for all heads; generated tokens in zones."""
+
+    zone_length = 16
+
+    def __init__(self, policy: "PyramidPolicy", layer_idx: int) -> None:
+        super().__init__(policy, layer_idx)
+        self.schedule = policy.schedule
+        self.prompt_length = 0
+        self.num_recent = 1
+        self.num_zones = 0
+        self.prompt_scores: dict[int, float] = {}
+        self.zone_scores: dict[int, float] = {}
+
+    def weight(self, distance: int) -> float:
+        """How much a query counts that is so many tokens after the start of the recent window."""
+        slope = (self.schedule.distance_weight - 1) / max(self.num_recent - 1, 1)
+        return 1 + slope * distance if 0 <= distance < self.num_recent else 0.0
+
+    def note(self, probabilities: list[np.ndarray], is_step: bool) -> None:
+        positions = [triple.position for triple in self.held[0]]
+        received = np.mean([given_.mean(axis=0) for given_ in probabilities], axis=0)  # (new, held)
+        if not is_step:
+            start = self.length - self.num_recent
+            weights = [self.weight(position - start) for position in positions[-len(received) :]]
+            self.prompt_scores = dict(zip(positions, (np.array(weights) @ received).tolist(), strict=True))
+            return
+        for position, amount in zip(positions, received[0].tolist(), strict=True):
+            generated = position - self.prompt_length
+            zone_end = self.prompt_length + (generated // self.zone_length + 1) * self.zone_length
+            if generated >= 0:
+                weight = self.weight(self.length - 1 - zone_end)
+                self.zone_scores[position] = self.zone_scores.get(position, 0.0) + weight * amount
+
+    def begin(self) -> None:
+        """A prompt within a budget of tokens first grows up to it."""
+        if self.kept is not None:
+            self.prompt_length = max(self.length, self.kept)
+            self.num_recent = self.policy.num_recent(self.prompt_length)
+        self.num_zones, self.zone_scores = 0, {}
+
+    def evict(self, is_step: bool, observed: list[set[int]]) -> None:
+        positions = [triple.position for triple in self.held[0]]
+        if self.kept is None:
+            return
+        if not is_step:
+            if self.exceeds:
+                self.keep([self.pivotal(positions, observed[0])] * len(self.held))
+            return
+        generated = self.length - self.prompt_length
+        if generated < (self.num_zones + 1) * self.zone_length + self.num_recent:
+            return
+        start = self.prompt_length + self.num_zones * self.zone_length
+        zone = {position: self.zone_scores[position] for position in range(start, start + self.zone_length)}
+        dropped = set(zone) - choose(zone, self.num_kept_of_zone, observed[0])
+        self.keep([set(positions) - dropped] * len(self.held))
+        self.num_zones += 1
+
+    def pivotal(self, positions: list[int], observed: set[int]) -> set[int]:
+        """What stays of a prompt."""
+        sinks, first_recent = self.schedule.num_sink_tokens, self.length - self.num_recent
+        protected = [position for position in positions if position < sinks or position >= first_recent]
+        protected = set(protected[-self.kept :])
+        others = {
+            position: score for position, score in self.prompt_scores.items() if sinks <= position < first_recent
+        }
+        return protected | choose(others, self.kept - len(protected), observed)
+
+    @property
+    def num_kept_of_zone(self) -> int:
+        """The share of a zone that stays falls as half a cosine from 0.9 to, in the end, a tenth of that."""
+        share = 0.1 + 0.9 * (math.cos(math.pi * self.layer_idx / self.policy.setup.num_layers) + 1) / 2
+        return max(int(0.9 * self.zone_length * share), 1)
+
+
+class PyramidPolicy(Policy):
+    layer_class = PyramidReferenceLayer
+    byte_costs = (4, 0, 0)  # position
+
+    def __init__(self, setup: Setup, cache: CompressedCache) -> None:
+        super().__init__(setup, cache)
+        self.schedule: PyramidSettings = cache.compressed_layers[0].settings
+
+    @property
+    def token_budget(self) -> Budget:
+        return self.schedule.budget if self.num_tokens is None else Budget("tokens", self.num_tokens)
+
+    def num_kept(self, layer: ReferenceLayer) -> int | None:
+        if self.schedule.is_unlimited:
+            return None
+        if layer.length == 0:
+            return 1
+        kept = self.schedule.num_kept(layer.length, self.token_budget)[layer.layer_idx]
+        may_grow = self.num_tokens is not None and self.schedule.preset is None and kept == layer.length
+        return max(kept, self.num_tokens) if may_grow else kept
+
+    def num_recent(self, prompt_length: int) -> int:
+        return self.schedule.num_recent(prompt_length, self.token_budget)
+
+    def check_bytes(self, layer: CompressedLayer, rows: list[ReferenceLayer]) -> None:
+        setup, slots = self.setup, rows[0].most_prompt + rows[0].most_generated + 16
+        held = sum(tensor.untyped_storage().nbytes() for tensor in (layer.keys, layer.values))
+        assert held <= len(rows) * setup.kv_heads * slots * 2 * setup.head_dim * ITEMSIZE
+
+
+POLICIES: dict[type[CompressedCache], type[Policy]] = {
+    H2OCache: H2OPolicy,
+    PyramidCache: PyramidPolicy,
+    StreamingLLMCache: StreamingLLMPolicy,
+}
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens of one forward pass for all layers: `(layers, batch, kv_heads, [group,] columns, head_dim)` in float64."""
+
+    query: np.ndarray
+    key: np.ndarray
+    value: np.ndarray
+
+    @property
+    def num_columns(self) -> int:
+        return self.key.shape[3]
+
+    def columns(self, start: int, stop: int) -> "Chunk":
+        return Chunk(*(array[..., start:stop, :] for array in (self.query, self.key, self.value)))
+
+    def rows(self, rows: list[int]) -> "Chunk":
+        return Chunk(self.query[:, rows], self.key[:, rows], self.value[:, rows])
+
+
+@dataclass
+class Row:
+    """One row of the batch: columns of padding before its tokens, and what each layer holds."""
+
+    padding: int
+    layers: list[ReferenceLayer]
+
+
+class Reference:
+    """All layers of all rows.
+
+    Attributes:
+        num_seen: Columns seen and settled, padding included.
+        recorded: Chunks that may be taken back.
+    """
+
+    def __init__(self, setup: Setup, cache: CompressedCache) -> None:
+        self.setup = setup
+        self.policy = POLICIES[setup.cache_class](setup, cache)
+        self.reset(setup.batch_size, setup.padding)
+
+    def reset(self, batch_size: int, padding: tuple[int, ...]) -> None:
+        self.batch_size = batch_size
+        least = min(padding[:batch_size])
+        self.rows = [
+            Row(
+                columns - least,
+                [self.policy.layer_class(self.policy, index) for index in range(self.setup.num_layers)],
+            )
+            for columns in padding[:batch_size]
+        ]
+        self.is_empty = True
+        self.num_seen = 0
+        self.recorded: list[Chunk] = []
+        self.is_recording = False
+        self.turn_begins = False
+
+    @property
+    def num_columns(self) -> int:
+        return self.num_seen + sum(chunk.num_columns for chunk in self.recorded)
+
+    def is_token(self, num_columns: int) -> torch.Tensor:
+        """`(batch, num_columns)` bool, False for padding."""
+        return torch.arange(num_columns) >= torch.tensor([[row.padding] for row in self.rows])
+
+    def fitting(self, num_columns: int) -> int:
+        """The next chunk's size: no chunk is padding in all rows."""
+        return max(num_columns, min(row.padding for row in self.rows) + 1 - self.num_columns)
+
+    def update(self, chunk: Chunk, observed: list[list[list[set[int]]]]) -> list[list[np.ndarray | None]]:
+        """Takes a chunk in; gives for each layer and row `(kv_heads, group, tokens, head_dim)`."""
+        if self.is_empty:
+            self.policy.start(len(self.rows))
+            self.is_empty = False
+        if self.is_recording:
+            self.recorded.append(chunk)
+            return self._attend_recorded()
+        return self._take_in(chunk, self._is_step(chunk), observed)
+
+    def _is_step(self, chunk: Chunk) -> bool:
+        """Whether a chunk is one token in each row, which no row begins with."""
+        return chunk.num_columns == 1 and all(row.layers[0].length for row in self.rows)
+
+    def _tokens(
+        self, chunk: Chunk, layer_idx: int, row_idx: int, num_before: int
+    ) -> tuple[list[list[Triple]], np.ndarray]:
+        """The triples of one row of a chunk, for each KV head, and their queries."""
+        padding = self.rows[row_idx].padding
+        first = min(max(padding - num_before, 0), chunk.num_columns)
+        triples = [
+            [
+                Triple(
+                    num_before + column - padding,
+                    chunk.key[layer_idx, row_idx, head, column],
+                    chunk.value[layer_idx, row_idx, head, column],
+                )
+                for column in range(first, chunk.num_columns)
+            ]
+            for head in range(self.setup.kv_heads)
+        ]
+        return triples, chunk.query[layer_idx, row_idx, :, :, first:]
+
+    def _take_in(
+        self, chunk: Chunk, is_step: bool, observed: list[list[list[set[int]]]]
+    ) -> list[list[np.ndarray | None]]:
+        outputs, is_first = [], self.num_seen == 0
+        for index in range(self.setup.num_layers):
+            layers = [row.layers[index] for row in self.rows]
+            outputs.append(
+                [
+                    layer.update(
+                        *self._tokens(chunk, index, row, self.num_seen), is_step, is_first, observed[index][row]
+                    )
+                    for row, layer in enumerate(layers)
+                ]
+            )
+            has_slots = any(layer.has_slots or layer.has_exceeded for layer in layers)
+            for layer in layers:
+                layer.has_slots = has_slots
+                if not is_step:
+                    layer.most_kept = max(other.kept or 0 for other in layers)
+                    layer.most_prompt = max(other.num_prompt for other in layers)
+                    layer.most_generated = 0
+                layer.most_generated = max(layer.most_generated, *(other.num_generated for other in layers))
+        self.num_seen += chunk.num_columns
+        return outputs
+
+    def _attend_recorded(self) -> list[list[np.ndarray | None]]:
+        """What the newest recorded tokens see: all that is held, and what was recorded before them."""
+        return [
+            [self._attend_recorded_row(index, row) for row in range(len(self.rows))]
+            for index in range(self.setup.num_layers)
+        ]
+
+    def _attend_recorded_row(self, layer_idx: int, row_idx: int) -> np.ndarray | None:
+        layer = copy.copy(self.rows[row_idx].layers[layer_idx])
+        layer.held = self.held(layer_idx, row_idx)
+        num_before = self.num_columns - self.recorded[-1].num_columns
+        chunk = self.recorded[-1]
+        new, query = self._tokens(chunk, layer_idx, row_idx, num_before)
+        return layer.attend_recorded(query, num_before == 0)[0] if new[0] else None
+
+    def held(self, layer_idx: int, row_idx: int) -> list[list[Triple]]:
+        """For each KV head the triples of a row, those that may be taken back included."""
+        held, num_before = self.rows[row_idx].layers[layer_idx].held, self.num_seen
+        for chunk in self.recorded:
+            new, _ = self._tokens(chunk, layer_idx, row_idx, num_before)
+            held = [old + triples for old, triples in zip(held, new, strict=True)]
+            num_before += chunk.num_columns
+        return held
+
+    def map_rows(self, rows: list[int]) -> None:
+        """The rows at these indices, copied."""
+        if self.is_empty:
+            return
+        # One copy for each: `deepcopy` of the list would copy a row that stands twice only once.
+        self.rows = [copy.deepcopy(self.rows[row], {id(self.policy): self.policy}) for row in rows]
+        self.recorded = [chunk.rows(rows) for chunk in self.recorded]
+
+    def error_of_crop(self, num_columns: int) -> type[Exception] | None:
+        """What `crop(-num_columns)` must raise."""
+        if self.is_empty:
+            return None
+        if num_columns > self.num_columns:
+            return ValueError
+        is_croppable = all(
+            not layer.has_slots and not (layer.is_scored and layer.kept is not None)
+            for row in self.rows
+            for layer in row.layers
+        )
+        return None if num_columns <= self.num_columns - self.num_seen or is_croppable else NotImplementedError
+
+    def crop(self, num_columns: int, observed: list[list[list[set[int]]]]) -> None:
+        """Takes columns back, then evicts what waited."""
+        while num_columns and self.recorded:
+            chunk = self.recorded.pop()
+            taken = min(num_columns, chunk.num_columns)
+            if taken < chunk.num_columns:
+                self.recorded.append(chunk.columns(0, chunk.num_columns - taken))
+            num_columns -= taken
+        if not self.is_empty:
+            for row in self.rows:
+                left = max(self.num_seen - num_columns - row.padding, 0)
+                for layer in row.layers if num_columns else ():
+                    layer.take_back(layer.length - left)
+            self.num_seen -= num_columns
+        self.settle(observed)
+
+    def settle(self, observed: list[list[list[set[int]]]]) -> None:
+        """Evicts what waited: the first recorded chunk is a prompt, all later tokens are steps."""
+        recorded, self.recorded = self.recorded, []
+        for chunk in recorded:
+            has_padding = any(row.padding > self.num_seen for row in self.rows)
+            is_prompt = self.turn_begins and chunk.num_columns > 1 or self.num_seen == 0 or has_padding
+            self.turn_begins = False
+            if is_prompt:
+                self._take_in(chunk, False, observed)
+                continue
+            for column in range(chunk.num_columns):
+                token = chunk.columns(column, column + 1)
+                self._take_in(token, self._is_step(token), observed)
+
+
+# The cache beside its reference.
+
+
+# Models have no state, and their configs take longer to build than a sequence to run.
+build_model = functools.cache(SyntheticModel)
+
+
+@dataclass
+class Pair:
+    """A cache and its reference."""
+
+    cache: CompressedCache
+    reference: Reference
+
+
+class Run:
+    """A sequence of operations on a cache and, once it has been copied, on its copy.
+
+    Attributes:
+        pair: What operations act upon.
+        other: The copy that they leave alone.
+    """
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
+        self.random = np.random.default_rng(setup.seed)
+        self.model = build_model(
+            setup.num_layers,
+            setup.kv_heads,
+            setup.group,
+            setup.head_dim,
+            setup.attention,
+            LlamaAttention if setup.is_rotary else BareAttention,
+        )
+        cache = setup.cache_class(self.model.config, **setup.settings)
+        self.pair = Pair(cache, Reference(setup, cache))
+        self.other: Pair | None = None
+
+    def draw_chunk(self, num_columns: int) -> Chunk:
+        """Random tokens, exact in float32."""
+        setup, batch_size = self.setup, len(self.pair.reference.rows)
+        shape = (setup.num_layers, batch_size, setup.kv_heads, num_columns, setup.head_dim)
+        key, value = (self.random.standard_normal(shape, dtype=np.float32) for _ in range(2))
+        # Queries are wide, so that attention is far from even.
+        query = 2 * self.random.standard_normal((*shape[:3], setup.group, *shape[3:]), dtype=np.float32)
+        return Chunk(*(array.astype(np.float64) for array in (query, key, value)))
+
+    def update(self, num_columns: int) -> None:
+        """One forward pass, whose output is compared."""
+        setup, reference, cache = self.setup, self.pair.reference, self.pair.cache
+        num_columns = reference.fitting(num_columns)
+        chunk = self.draw_chunk(num_columns)
+        is_token = reference.is_token(reference.num_columns + num_columns)
+        positions = is_token.long().cumsum(dim=-1)[:, -num_columns:] - 1  # (batch, columns)
+        mask = self.model.mask(is_token, num_columns, setup.with_mask)
+        outputs = []
+        for index in range(setup.num_layers):
+            query = chunk.query[index].reshape(len(positions), -1, num_columns, setup.head_dim)
+            query, key = self.presented(query, positions), self.presented(chunk.key[index], positions)
+            value = torch.tensor(chunk.value[index], dtype=torch.float32)
+            kwargs = {"position_ids": positions.clamp(min=0)}
+            outputs.append(self.model.run_layer(cache, index, query, key, value, mask, **kwargs))
+        expected = reference.update(chunk, self.observed())
+        for index, output in enumerate(outputs):
+            assert output.shape == (len(positions), num_columns, setup.kv_heads * setup.group, setup.head_dim)
+            for row, wanted in enumerate(expected[index]):
+                if wanted is None:
+                    continue
+                given_ = output[row, num_columns - wanted.shape[2] :].transpose(0, 1).double().numpy()
+                difference = np.abs(given_ - wanted.reshape(given_.shape)).max()
+                assert difference < 1e-5, f"attention of layer {index}, row {row} is off by {difference:.1e}"
+
+    def presented(self, states: np.ndarray, positions: torch.Tensor) -> torch.Tensor:
+        """Queries or keys `(batch, heads, columns, head_dim)` as a model hands them to the cache."""
+        if self.setup.is_rotary:
+            rows = [rotate(row, columns) for row, columns in zip(states, positions.tolist(), strict=True)]
+            states = np.stack(rows)
+        return torch.tensor(states, dtype=torch.float32)
+
+    def observed(self) -> list[list[list[set[int]]]]:
+        """For each layer, row and KV head the positions that the cache says it holds."""
+        cache = self.pair.cache
+        return [
+            [[set(head) - {-1} for head in row] for row in cache.positions(index).tolist()]
+            for index in range(self.setup.num_layers)
+            if not self.pair.reference.is_empty or cache.compressed_layers[index].is_initialized
+        ]
+
+    def check(self) -> None:
+        """That the cache holds what its reference holds."""
+        check_counts(self.pair)
+        check_bytes(self.setup, self.pair)
+        if not self.pair.reference.is_empty:
+            for index in range(self.setup.num_layers):
+                check_triples(self.setup, self.pair, index)
+
+
+def check_counts(pair: Pair) -> None:
+    """Tokens seen and held, rows."""
+    cache, reference = pair.cache, pair.reference
+    for index, layer in enumerate(cache.compressed_layers):
+        assert cache.get_seq_length(index) == reference.num_columns
+        assert cache.get_mask_sizes(3, index) == (reference.num_columns + 3, 0)
+        assert layer.record_past == reference.is_recording
+        if reference.is_empty:
+            with pytest.raises(ValueError, match="holds nothing yet"):
+                cache.positions(index)
+    if reference.is_empty:
+        assert cache.batch_size == -1 and cache.num_kept_tokens() == [0] * len(cache.layers)
+        return
+    assert cache.batch_size == len(reference.rows)
+    kept = [
+        max(len(reference.held(index, row)[0]) for row in range(len(reference.rows)))
+        for index in range(len(cache.layers))
+    ]
+    assert cache.num_kept_tokens() == kept
+
+
+def check_triples(setup: Setup, pair: Pair, layer_idx: int) -> None:
+    """That each slot with a position holds the key and the value that arrived for it, each token once, and no other."""
+    layer, reference = pair.cache.compressed_layers[layer_idx], pair.reference
+    positions = pair.cache.positions(layer_idx)
+    assert positions.shape[:2] == (len(reference.rows), setup.kv_heads)
+    keys, values = stored(layer)
+    for row in range(len(reference.rows)):
+        for head, triples in enumerate(reference.held(layer_idx, row)):
+            slots = {position: slot for slot, position in enumerate(positions[row, head].tolist()) if position >= 0}
+            assert (positions[row, head] >= 0).sum() == len(slots), "a token is held twice"
+            wanted = [triple.position for triple in triples]
+            assert sorted(slots) == wanted, f"layer {layer_idx}, row {row}, head {head} holds other tokens"
+            if not triples:
+                continue
+            order = [slots[position] for position in wanted]
+            held_keys, held_values = keys[row, head][order], values[row, head][order]
+            assert np.array_equal(held_values, np.array([triple.value for triple in triples])), "values are mixed up"
+            arrived = np.array([triple.key for triple in triples])
+            if setup.is_rotary:
+                turned = [reference.rows[row].layers[layer_idx].key_position(triple) for triple in triples]
+                assert np.abs(rotate(held_keys, [-turn for turn in turned]) - arrived).max() < 1e-5, (
+                    "keys are mixed up"
+                )
+            else:
+                assert np.array_equal(held_keys, arrived), "keys are mixed up"
+
+
+def stored(layer: CompressedLayer) -> tuple[np.ndarray, np.ndarray]:
+    """Keys and values in the slots that `held_positions` speaks of, `(batch, kv_heads, slots, head_dim)`."""
+    states = []
+    for name in ("key", "value"):
+        parts = [] if layer.keys is None else [getattr(layer, f"{name}s")[:, :, : layer.length]]
+        parts += [getattr(chunk, name) for chunk in layer.recorded]
+        states.append(torch.cat(parts, dim=2).double().numpy())
+    return states[0], states[1]
+
+
+def check_bytes(setup: Setup, pair: Pair) -> None:
+    """That the cache says what its tensors' storages hold, and holds no more than it says it would."""
+    cache, reference = pair.cache, pair.reference
+    memory = cache.memory()
+    assert cache.nbytes == held_bytes(cache) == sum(sum(roles.values()) for roles in memory.values())
+    if reference.is_empty:
+        return
+    width = setup.head_dim * ITEMSIZE
+    num_triples = sum(
+        len(triples)
+        for index in range(setup.num_layers)
+        for row in range(len(reference.rows))
+        for triples in reference.held(index, row)
+    )
+    assert min(memory["cpu"]["keys"], memory["cpu"]["values"]) >= num_triples * width
+    for index, layer in enumerate(cache.compressed_layers):
+        rows = [row.layers[index] for row in reference.rows]
+        if rows[0].has_slots:
+            reference.policy.check_bytes(layer, rows)
+
+
+def same_state(left: Any, right: Any) -> bool:
+    """Whether two objects hold the same, tensors bit for bit."""
+    if isinstance(left, torch.Tensor):
+        return isinstance(right, torch.Tensor) and left.dtype == right.dtype and torch.equal(left, right)
+    if type(left) is not type(right):
+        return False
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(same_state(value, right[name]) for name, value in left.items())
+    if isinstance(left, (list, tuple)):
+        return len(left) == len(right) and all(map(same_state, left, right))
+    if type(left).__module__.startswith("pyramid_cache"):
+        return same_state(vars(left), vars(right))
+    return bool(left == right)
+
+
+# What can be done to a cache.
+
+
+@dataclass(frozen=True)
+class Update:
+    """A forward pass of some tokens."""
+
+    num_tokens: int
+
+    def run(self, run: Run) -> None:
+        run.update(self.num_tokens)
+
+
+@dataclass(frozen=True)
+class Decode:
+    """As many forward passes of one token each."""
+
+    num_steps: int
+
+    def run(self, run: Run) -> None:
+        for _ in range(self.num_steps):
+            run.update(1)
+
+
+@dataclass(frozen=True)
+class Record:
+    """From here on tokens may be taken back; or no longer."""
+
+    is_on: bool = True
+
+    def run(self, run: Run) -> None:
+        cache, reference = run.pair.cache, run.pair.reference
+        if self.is_on:
+            cache.activate_past_recording()
+            reference.turn_begins |= not reference.is_recording
+            reference.is_recording = True
+            return
+        for layer in cache.layers:
+            layer.record_past = False
+        reference.is_recording = False
+        reference.settle(run.observed())
+
+
+@dataclass(frozen=True)
+class Crop:
+    """Takes tokens back, or must not."""
+
+    num_tokens: int
+
+    def run(self, run: Run) -> None:
+        cache, reference = run.pair.cache, run.pair.reference
+        error = reference.error_of_crop(self.num_tokens)
+        if error is None:
+            cache.crop(-self.num_tokens)
+            reference.crop(self.num_tokens, run.observed())
+        else:
+            refuse(cache, error, lambda: cache.crop(-self.num_tokens))
+
+
+@dataclass(frozen=True)
+class Select:
+    """Rows by `batch_select_indices`, or by `reorder_cache`."""
+
+    rows: tuple[int, ...]
+    by_reorder: bool = False
+
+    def run(self, run: Run) -> None:
+        cache, reference = run.pair.cache, run.pair.reference
+        rows = [row % len(reference.rows) for row in self.rows]
+        if self.by_reorder:
+            rows = (rows * MAX_ROWS)[: len(reference.rows)]
+            cache.reorder_cache(torch.tensor(rows))
+        else:
+            cache.batch_select_indices(torch.tensor(rows))
+        reference.map_rows(rows)
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """Each row several times, side by side."""
+
+    times: int
+
+    def run(self, run: Run) -> None:
+        cache, reference = run.pair.cache, run.pair.reference
+        times = min(self.times, MAX_ROWS // len(reference.rows))
+        cache.batch_repeat_interleave(times)
+        reference.map_rows([row for row in range(len(reference.rows)) for _ in range(times)])
+
+
+@dataclass(frozen=True)
+class Copy:
+    """Goes on with a deep copy; what was copied stays as it is."""
+
+    def run(self, run: Run) -> None:
+        run.other, run.pair = run.pair, copy.deepcopy(run.pair)
+        assert not set(storages(run.pair.cache)) & set(storages(run.other.cache)), "a copy shares memory"
+
+
+@dataclass(frozen=True)
+class Switch:
+    """Goes on with the other one."""
+
+    def run(self, run: Run) -> None:
+        if run.other is not None:
+            run.other, run.pair = run.pair, run.other
+
+
+@dataclass(frozen=True)
+class SaveAndLoad:
+    """Goes on with what was loaded from a file, which records nothing; what was saved stays as it is."""
+
+    def run(self, run: Run) -> None:
+        cache, reference = run.pair.cache, run.pair.reference
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "cache.safetensors"
+            if reference.num_columns == 0 or reference.recorded:
+                refuse(cache, ValueError, lambda: cache.save(path))
+                assert not list(Path(folder).iterdir())
+                return
+            before = copy.deepcopy(cache)
+            cache.save(path)
+            loaded = type(cache).load(path, run.model.config)
+        assert same_state(before, cache), "saving changed the cache"
+        run.other, run.pair = run.pair, Pair(loaded, copy.deepcopy(reference))
+        run.pair.reference.is_recording = run.pair.reference.turn_begins = False
+
+
+@dataclass(frozen=True)
+class Reset:
+    """Forgets everything, and begins another batch."""
+
+    batch_size: int
+    padding: tuple[int, ...]
+
+    def run(self, run: Run) -> None:
+        run.pair.cache.reset()
+        run.pair.reference.reset(self.batch_size, self.padding)
+
+
+@dataclass(frozen=True)
+class BadUpdate:
+    """Tokens that do not fit: another number of rows, heads or dimensions, another type, or a layer too many."""
+
+    what: str
+
+    def run(self, run: Run) -> None:
+        cache, reference, setup = run.pair.cache, run.pair.reference, run.setup
+        if reference.is_empty and self.what != "layer":
+            return
+        shape = {"rows": len(reference.rows), "heads": setup.kv_heads, "columns": 2, "width": setup.head_dim}
+        shape |= {self.what: shape[self.what] + 1} if self.what in shape else {}
+        states = torch.zeros(*shape.values(), dtype=torch.float64 if self.what == "dtype" else torch.float32)
+        layer_idx = setup.num_layers if self.what == "layer" else 0
+        refuse(cache, ValueError, lambda: cache.update(states, states, layer_idx))
+
+
+def refuse(cache: CompressedCache, error: type[Exception], act: Any) -> None:
+    """That an act raises just this error, and changes nothing."""
+    before = copy.deepcopy(cache)
+    with pytest.raises(error) as raised:
+        act()
+    assert raised.type is error
+    assert same_state(before, cache), "a refused operation changed the cache"
+
+
+Operation = Update | Decode | Record | Crop | Select | Repeat | Copy | Switch | SaveAndLoad | Reset | BadUpdate
+
+PADDING = st.tuples(*[st.sampled_from([0, 0, 0, 1, 2, 5, 12])] * 3)
+UPDATES = st.one_of(
+    st.builds(Update, st.integers(1, 6)),
+    st.builds(Update, st.integers(1, 24)),
+    st.builds(Decode, st.integers(1, 6)),
+    st.builds(Decode, st.integers(1, 24)),
+)
+OTHERS = st.one_of(
+    st.builds(Record),
+    st.builds(Crop, st.integers(0, 4)),
+    st.builds(Crop, st.integers(0, 30)),
+    st.builds(Record, st.just(False)),
+    st.builds(Select, st.lists(st.integers(0, MAX_ROWS - 1), min_size=1, max_size=4).map(tuple), st.booleans()),
+    st.builds(Repeat, st.integers(1, 3)),
+    st.builds(Copy),
+    st.builds(Switch),
+    st.builds(SaveAndLoad),
+    st.builds(Reset, st.integers(1, 3), PADDING),
+    st.builds(BadUpdate, st.sampled_from(["rows", "heads", "width", "dtype", "layer"])),
+)
+# At least half of the operations bring tokens: nothing else makes a cache evict.
+OPERATIONS = st.one_of(st.tuples(UPDATES), st.tuples(UPDATES, OTHERS), st.tuples(OTHERS, UPDATES))
+
+
+@st.composite
+def budgets(draw: st.DrawFn, policy: type[Policy], sizes: dict[str, int], least: int) -> float | int | str:
+    """A budget of each kind: fractions, tokens, bytes, all."""
+    kind = draw(st.sampled_from(["tokens", "fraction", "bytes", "all"]))
+    if kind == "all":
+        return 1.0
+    if kind == "fraction":
+        return draw(st.sampled_from([0.15, 0.29, 0.5, 0.75, 0.9, 0.97]))
+    if kind == "tokens":
+        return draw(st.integers(least, 20))
+    setup = Setup(CompressedCache, {}, **sizes)
+    # For three rows, beside the spare slots.
+    num_tokens = draw(st.integers(1, 8)) + policy.byte_costs[2]
+    num_bytes = 3 * setup.num_layers * num_tokens * policy.bytes_per_token(setup)
+    return f"{num_bytes + draw(st.integers(0, 200))}B"
+
+
+@st.composite
+def setups(draw: st.DrawFn, cache_class: type[CompressedCache]) -> Setup:
+    """A cache with random settings, for a model of random sizes."""
+    sizes = {
+        "num_layers": draw(st.integers(1, 3)),
+        "kv_heads": draw(st.integers(1, 3)),
+        "group": draw(st.integers(1, 3)),
+        "head_dim": draw(st.integers(2, 4)) * 2,
+    }
+    is_rotary = False
+    policy = POLICIES[cache_class]
+    if cache_class is StreamingLLMCache:
+        sinks = draw(st.integers(0, 4))
+        arguments: dict[str, Any] = {
+            "window_length": sinks + draw(st.integers(1, 12)),
+            "num_sink_tokens": sinks,
+            "prefill": draw(st.sampled_from(["streaming", "dense"])),
+        }
+        is_rotary = draw(st.booleans())
+    elif cache_class is H2OCache:
+        arguments = {
+            "budget": draw(budgets(policy, sizes, least=1)),
+            "heavy_ratio": draw(st.sampled_from([0.0, 0.29, 0.5, 0.9])),
+        }
+    else:
+        sinks = draw(st.integers(0, 4))
+        arguments = {
+            "num_sink_tokens": sinks,
+            "min_context_length": draw(st.integers(0, 8)),
+            "distance_weight": draw(st.sampled_from([0.5, 1.0, 1.2, 3.0])),
+            "decay_ratio": draw(st.sampled_from([0.1, 0.3, 1.0])),
+        }
+        if draw(st.integers(0, 9)) == 9:
+            arguments["preset"] = draw(st.sampled_from(["llama-2-7b", "llama-2-13b", "llama-2-70b"]))
+        else:
+            arguments["budget"] = draw(budgets(policy, sizes, least=sinks + 1))
+            arguments["recent_ratio"] = draw(st.sampled_from([None, 0.0, 0.1]))
+    return Setup(
+        cache_class,
+        arguments,
+        **sizes,
+        batch_size=draw(st.integers(1, 3)),
+        padding=draw(PADDING),
+        attention=draw(st.sampled_from(["sdpa", "eager", "flash_on_cpu"])),
+        with_mask=draw(st.booleans()),
+        is_rotary=is_rotary,
+        seed=draw(st.integers(0, 2**16)),
+    )
+
+
+@torch.no_grad()
+def run_sequence(setup: Setup, operations: list[Operation]) -> None:
+    """Runs operations on a new cache, and checks it after each."""
+    run = Run(setup)
+    for operation in operations:
+        operation.run(run)
+        run.check()
+    # What happened to one of two must not have touched the other.
+    if run.other is not None:
+        Switch().run(run)
+        run.check()
+
+
+@st.composite
+def sequences(draw: st.DrawFn, cache_class: type[CompressedCache], longest: int) -> tuple[Setup, list[Operation]]:
+    """A cache, and up to twice as many operations as `longest`."""
+    operations = draw(st.lists(OPERATIONS, min_size=1, max_size=longest))
+    return draw(setups(cache_class)), [operation for some in operations for operation in some]
+
+
+CACHE_CLASSES = list(dict.fromkeys(case.cache_class for case in CACHE_CASES))
+every_class = pytest.mark.parametrize("cache_class", CACHE_CLASSES, ids=lambda cache_class: cache_class.__name__)
+
+
+# What random sequences come by rarely.
+DENSE_STREAM = Setup(StreamingLLMCache, {"window_length": 4, "num_sink_tokens": 0, "prefill": "dense"})
+SEQUENCES: dict[str, tuple[Setup, list[Operation]]] = {
+    "a fraction of a longer turn is more than is held": (
+        Setup(H2OCache, {"budget": 0.75, "heavy_ratio": 0.0}),
+        [Update(1), Decode(4), Update(2), Decode(4)],
+    ),
+    "one recorded token is a step": (DENSE_STREAM, [Update(4), Record(), Update(1)]),
+    "tokens recorded after a crop are steps": (DENSE_STREAM, [Record(), Update(3), Crop(0), Update(5), Crop(2)]),
+    "a prompt grows up to its budget, then zones are judged": (
+        Setup(PyramidCache, {"budget": 4, "num_sink_tokens": 0, "distance_weight": 0.5}),
+        [Decode(40)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SEQUENCES)
+def test_sequences(name: str) -> None:
+    run_sequence(*SEQUENCES[name])
+
+
+@every_class
+def test_random_sequences(cache_class: type[CompressedCache]) -> None:
+    @settings(max_examples=QUICK_EXAMPLES, derandomize=True, database=None, deadline=None)
+    @given(sequences(cache_class, longest=6))
+    def check(sequence: tuple[Setup, list[Operation]]) -> None:
+        run_sequence(*sequence)
+
+    check()
+
+
+@pytest.mark.slow
+@every_class
+def test_many_long_random_sequences(cache_class: type[CompressedCache]) -> None:
+    @settings(max_examples=SLOW_EXAMPLES, derandomize=True, database=None, deadline=None)
+    @given(sequences(cache_class, longest=12))
+    def check(sequence: tuple[Setup, list[Operation]]) -> None:
+        run_sequence(*sequence)
+
+    check()

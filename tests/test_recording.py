@@ -1,0 +1,302 @@
+"""Past recording: tokens that `crop` may take back, alone and as assisted generation and prompt lookup use it."""
+
+import copy
+
+import pytest
+import torch
+from caches import CACHE_CASES, CacheCase, every_budget, every_cache
+from models import Trace, build_model, left_pad, random_rows, random_tokens, tiny_model
+from reference import MaskPolicy, masks_of, run_policy
+from transformers import MistralConfig, PreTrainedModel, Qwen2Config
+
+from pyramid_cache import H2OCache, PyramidCache, StreamingLLMCache
+from pyramid_cache.caches import streaming_llm
+from pyramid_cache.engine.cache import CompressedCache
+
+
+# How many tokens each forward pass brings, and how many of them `crop` takes back.
+CHUNKS = [(45, 5), (1, 0), (6, 0), (6, 5), (4, 2), (1, 0), (20, 3), (20, 19), (6, 2), (3, 0)]
+
+
+@torch.no_grad()
+def record(
+    model: PreTrainedModel, cache: CompressedCache, rows: list[torch.Tensor], chunks: list[tuple[int, int]]
+) -> Trace:
+    """
+    Guesses and takes back: feeds left-padded prompts and then chunks, and crops after each forward pass.
+
+    Returns:
+        What stayed: the logits of the last token of each chunk that stayed, and what was held after each `crop`.
+    """
+    cache.activate_past_recording()
+    input_ids, mask = left_pad(rows)
+    logits, positions, kept, pieces = [], [], [], []
+    stream = iter(random_tokens(sum(number for number, _ in chunks), len(rows), seed=4))
+    for step, (num_tokens, num_rejected) in enumerate(chunks):
+        earlier = mask.shape[1] if step else 0
+        # The first chunk is the prompt and some guesses behind it.
+        new = torch.stack([next(stream) for _ in range(num_tokens if step else num_rejected)], dim=1)
+        fed = new if step else torch.cat([input_ids, new], dim=1)
+        mask = torch.cat([mask, torch.ones_like(new)], dim=1)
+        position_ids = (mask.cumsum(-1) - 1).clamp(min=0)[:, earlier:]
+        output = model(fed, attention_mask=mask, position_ids=position_ids, past_key_values=cache).logits
+        cache.crop(-num_rejected)
+        mask = mask[:, : mask.shape[1] - num_rejected]
+        logits.append(output[:, fed.shape[1] - num_rejected - 1])
+        positions.append([cache.positions(layer).clone() for layer in range(len(cache.layers))])
+        if step:
+            kept.append(new[:, : new.shape[1] - num_rejected])
+            pieces.append(num_tokens - num_rejected)
+    tokens = torch.cat(kept, dim=1)
+    return Trace(torch.stack(logits, dim=1), positions, tokens, [len(row) for row in rows], pieces)
+
+
+@torch.no_grad()
+def feed(
+    model: PreTrainedModel, cache: CompressedCache, rows: list[torch.Tensor], later: torch.Tensor
+) -> torch.Tensor:
+    """The prompts at once, then token by token; the logits of all those tokens `(batch, later, vocabulary)`."""
+    input_ids, mask = left_pad(rows)
+    logits = []
+    for step in range(later.shape[1] + 1):
+        position_ids = (mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+        logits.append(
+            model(input_ids, attention_mask=mask, position_ids=position_ids, past_key_values=cache).logits[:, -1]
+        )
+        input_ids = later[:, step : step + 1]
+        mask = torch.cat([mask, torch.ones_like(input_ids)], dim=1)
+    return torch.stack(logits[1:], dim=1)
+
+
+def state_of(cache: CompressedCache) -> list[torch.Tensor]:
+    """Positions, keys, values and scores in order of position: the same for caches with their tokens in other slots."""
+    state = []
+    for layer in cache.compressed_layers:
+        positions = layer.held_positions()
+        order = positions.argsort(dim=-1)
+        order = order[..., order.shape[-1] - max(layer.num_held_per_row) :]
+        ranked = positions.gather(-1, order)
+        state.append(ranked)
+        tensors = [layer.keys, layer.values]
+        if getattr(layer, "scores", None) is not None and layer.scores.shape[1] == positions.shape[1]:
+            tensors.append(layer.scores[..., None])
+        for tensor in tensors:
+            expanded = order[..., None].expand(-1, -1, -1, tensor.shape[-1])
+            state.append(torch.where((ranked >= 0)[..., None], tensor.gather(2, expanded), 0))
+    return state
+
+
+@pytest.mark.parametrize("lengths", [(40,), (23, 40)], ids=["one", "padded"])
+@pytest.mark.parametrize("family", ["llama", "gemma", "phi3"])
+@pytest.mark.parametrize("name", ["PyramidCache(config)", "PyramidCache(model)", "H2OCache(config)"])
+def test_guesses_see_what_is_held_and_each_other(name: str, family: str, lengths: tuple[int, ...]) -> None:
+    """Every chunk attends to what the last `crop` left, and causally to itself; what was taken back leaves no trace."""
+    model, case = tiny_model(family), next(case for case in CACHE_CASES if case.name == name)
+    rows = random_rows(lengths, seed=7)
+    trace = record(model, case.build(model), rows, CHUNKS)
+    ends = torch.tensor([0, *trace.pieces]).cumsum(0) - 1
+    for index, row in enumerate(rows):
+        masks = masks_of(trace, index, model.config.num_key_value_heads)
+        assert any(not mask[-1].all() for mask in masks)
+        tokens = torch.cat([row, trace.tokens[index]])
+        wanted = run_policy(model, tokens, MaskPolicy(masks))[len(row) + ends]
+        torch.testing.assert_close(trace.logits[index], wanted, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("interval", [None, 32], ids=["", "rebased"])
+@pytest.mark.parametrize("family", ["llama", "llama_yarn", "glm4"])
+@pytest.mark.parametrize("prefill", ["streaming", "dense"])
+def test_a_stream_does_not_care_about_guesses(
+    prefill: str, family: str, interval: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every token sees the window that it would have seen alone: the logits are those of plain decoding."""
+    if interval is not None:
+        monkeypatch.setattr(streaming_llm, "REBASE_INTERVAL", interval)
+    model, rows = tiny_model(family), random_rows((23, 40))
+    guessed, plain = (StreamingLLMCache(model.config, window_length=12, prefill=prefill) for _ in range(2))
+    trace = record(model, guessed, rows, CHUNKS)
+    wanted = feed(model, plain, rows, trace.tokens)
+    ends = torch.tensor(trace.pieces).cumsum(0) - 1
+    torch.testing.assert_close(trace.logits[:, 1:], wanted[:, ends], atol=1e-4, rtol=0)
+    for one, other in zip(state_of(guessed), state_of(plain), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=0)
+
+
+@every_cache
+@every_budget
+@pytest.mark.parametrize("lengths", [(40,), (23, 40)], ids=["one", "padded"])
+def test_what_stays_is_treated_as_if_it_had_come_alone(case: CacheCase, budget: str, lengths: tuple[int, ...]) -> None:
+    """In a model of one layer, whose keys depend on nothing but their tokens, the caches end up the same."""
+    model, rows = build_model("llama", num_hidden_layers=1), random_rows(lengths, seed=7)
+    guessed, plain = case.build(model, budget), case.build(model, budget)
+    trace = record(model, guessed, rows, CHUNKS)
+    feed(model, plain, rows, trace.tokens)
+    for one, other in zip(state_of(guessed), state_of(plain), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+    assert guessed.num_kept_tokens() == plain.num_kept_tokens()
+    assert guessed.get_seq_length() == plain.get_seq_length()
+
+
+@every_cache
+def test_a_crop_that_cannot_be_undone_changes_nothing(case: CacheCase) -> None:
+    model, tokens = tiny_model("llama"), random_tokens(1, 60)
+    cache, twin = case.build(model), case.build(model)
+    with torch.no_grad():
+        model(tokens[:, :40], past_key_values=cache)
+        for number, error, text in (
+            (-3, NotImplementedError, "activate_past_recording"),
+            (-41, ValueError, "only 40 tokens"),
+            (1, ValueError, "negative integer"),
+            (True, ValueError, "negative integer"),
+            ("2", ValueError, "negative integer"),
+        ):
+            with pytest.raises(error, match=text):
+                cache.crop(number)
+        cache.activate_past_recording()
+        model(tokens[:, 40:45], past_key_values=cache)
+        with pytest.raises(NotImplementedError, match="activate_past_recording"):
+            cache.crop(-6)
+        cache.crop(-2)
+        model(tokens[:, :40], past_key_values=twin)
+        twin.activate_past_recording()
+        model(tokens[:, 40:45], past_key_values=twin)
+        twin.crop(-2)
+    assert cache.get_seq_length() == 43
+    assert all(torch.equal(one, other) for one, other in zip(state_of(cache), state_of(twin), strict=True))
+
+
+@every_cache
+def test_all_that_was_recorded_can_be_taken_back(case: CacheCase) -> None:
+    """Over several forward passes, and the very first tokens too."""
+    model, tokens = tiny_model("llama"), random_tokens(1, 60)
+    cache, fresh = case.build(model), case.build(model)
+    cache.activate_past_recording()
+    with torch.no_grad():
+        for start, stop in ((0, 30), (30, 31), (31, 38)):
+            model(tokens[:, start:stop], past_key_values=cache)
+        assert cache.get_seq_length() == 38 and set(cache.num_kept_tokens()) == {38}
+        cache.crop(-38)
+        assert cache.get_seq_length() == 0
+        output = model(tokens[:, :44], past_key_values=cache).logits[:, -1]
+        cache.crop(0)
+        wanted = model(tokens[:, :44], past_key_values=fresh).logits[:, -1]
+    if case.name != "PyramidCache(model)":  # which prunes hidden states of a prompt only if it is not recorded
+        torch.testing.assert_close(output, wanted, atol=1e-5, rtol=0)
+        for one, other in zip(state_of(cache), state_of(fresh), strict=True):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+    assert cache.num_kept_tokens() == fresh.num_kept_tokens()
+
+
+@every_cache
+def test_nothing_waits_longer_than_it_must(case: CacheCase) -> None:
+    """`generate` never ends a recording that it began: the next one does, and so does `record_past = False`."""
+    model, tokens = tiny_model("llama"), random_tokens(1, 50)
+    settings = {"do_sample": False, "max_new_tokens": 40}
+    cache = case.build(model)
+    output = model.generate(tokens, past_key_values=cache, prompt_lookup_num_tokens=3, **settings)
+    held, num_bytes = cache.num_kept_tokens(), cache.nbytes
+    assert all(layer.record_past and not layer.is_recording_tokens for layer in cache.layers)
+    output = model.generate(output, past_key_values=cache, **settings)
+    assert not any(layer.record_past for layer in cache.layers)
+    if case.is_bounded:
+        assert cache.num_kept_tokens() == held and cache.nbytes <= num_bytes
+    else:
+        assert max(cache.num_kept_tokens()) < 100
+
+    waiting, plain = case.build(model), case.build(model)
+    waiting.activate_past_recording()
+    with torch.no_grad():
+        model(tokens, past_key_values=waiting)
+        full = waiting.nbytes
+        for layer in waiting.layers:
+            layer.record_past = False
+        model(tokens, past_key_values=plain)
+    assert waiting.num_kept_tokens() == plain.num_kept_tokens() and waiting.nbytes < full
+
+
+@every_cache
+@every_budget
+def test_memory_counts_what_is_recorded(case: CacheCase, budget: str) -> None:
+    """Keys, values and the queries that will score; `crop` lets go of them."""
+    model, tokens = tiny_model("llama"), random_tokens(2, 50)
+    cache = case.build(model, budget)
+    cache.activate_past_recording()
+    with torch.no_grad():
+        model(tokens, past_key_values=cache)
+    # Three layers, two rows, fifty tokens, sixteen numbers: two heads of keys, of values, four heads of queries.
+    states = 3 * 2 * 50 * 16 * 4
+    memory = cache.memory()["cpu"]
+    assert (memory["keys"], memory["values"]) == (2 * states, 2 * states)
+    assert 4 * states <= memory["bookkeeping"] <= 4 * states + 4096
+    cache.crop(0)
+    held = cache.memory()["cpu"]
+    kept = sum(layer.keys.shape[2] for layer in cache.layers)
+    assert held["keys"] == kept * 2 * 2 * 16 * 4
+
+
+@every_cache
+@every_budget
+def test_rows_and_copies_carry_what_is_recorded(case: CacheCase, budget: str) -> None:
+    """Selecting rows before a crop is selecting them after it; a copy goes its own way."""
+    model, rows = tiny_model("llama"), random_rows((23, 40, 31))
+    input_ids, mask = left_pad(rows)
+    position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
+    cache = case.build(model, budget)
+    cache.activate_past_recording()
+    with torch.no_grad():
+        model(input_ids, attention_mask=mask, position_ids=position_ids, past_key_values=cache)
+    first, last = copy.deepcopy(cache), copy.deepcopy(cache)
+    indices = torch.tensor([2, 0, 0])
+    first.batch_select_indices(indices)
+    first.batch_repeat_interleave(2)
+    first.crop(-3)
+    last.crop(-3)
+    last.batch_select_indices(indices)
+    last.batch_repeat_interleave(2)
+    assert first.batch_size == 6 and cache.get_seq_length() == 40 and first.get_seq_length() == 37
+    for one, other in zip(state_of(first), state_of(last), strict=True):
+        assert torch.equal(one, other)
+    assert first.num_kept_tokens() == last.num_kept_tokens()
+
+
+def test_sliding_layers_are_asked_before_anything_is_cropped() -> None:
+    """In a hybrid model transformers' own layers must be able to follow, or no layer moves."""
+    model = build_model("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=1)
+    assert isinstance(model.config, Qwen2Config) and "sliding_attention" in model.config.layer_types
+    cache = H2OCache(model.config, budget=1.0)
+    with torch.no_grad():
+        model(random_tokens(1, 20), past_key_values=cache)
+    with pytest.raises(NotImplementedError, match="sliding window"):
+        cache.crop(-2)
+    assert cache.layers[0].get_seq_length() == 20
+
+
+@pytest.mark.parametrize("build", [H2OCache, PyramidCache], ids=["h2o", "pyramid"])
+def test_assisted_generation_with_sliding_layers(build: type[CompressedCache]) -> None:
+    model = build_model("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=1)
+    draft, tokens = build_model("mistral", seed=3, sliding_window=8), random_tokens(1, 40)
+    assert isinstance(draft.config, MistralConfig)
+    settings = {"do_sample": False, "max_new_tokens": 20, "assistant_model": draft}
+    output = model.generate(tokens, past_key_values=build(model.config, budget=1.0), **settings)
+    assert torch.equal(output, model.generate(tokens, **settings))
+
+
+def test_right_padding_is_refused_before_it_is_recorded() -> None:
+    model, tokens = tiny_model("llama"), random_tokens(2, 20)
+    mask = torch.ones(2, 20, dtype=torch.long)
+    mask[0, -3:] = 0
+    cache = H2OCache(model.config, budget=8)
+    cache.activate_past_recording()
+    with pytest.raises(NotImplementedError, match="padded on the right"), torch.no_grad():
+        model(tokens, attention_mask=mask, past_key_values=cache)
+
+
+def test_what_a_dead_model_recorded_cannot_be_evicted() -> None:
+    model = build_model("llama")
+    cache = H2OCache(model.config, budget=8)
+    cache.activate_past_recording()
+    with torch.no_grad():
+        model(random_tokens(1, 20), past_key_values=cache)
+    del model
+    with pytest.raises(RuntimeError, match="is gone"):
+        cache.crop(0)

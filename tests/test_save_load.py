@@ -1,0 +1,760 @@
+"""Caches in files: what is loaded goes on bit for bit as what was saved, and no other file is taken for a cache."""
+
+import contextlib
+import copy
+import doctest
+import hashlib
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import safetensors.torch
+import torch
+from caches import CACHE_CASES, CacheCase, every_budget, every_cache
+from models import (
+    ARCHITECTURES,
+    build_config,
+    build_model,
+    drive,
+    generate,
+    left_pad,
+    random_rows,
+    random_tokens,
+    tiny_model,
+)
+from safetensors import safe_open
+from transformers import PreTrainedModel
+
+from pyramid_cache import H2OCache, StreamingLLMCache
+from pyramid_cache.caches import streaming_llm
+from pyramid_cache.engine import cache as cache_module
+from pyramid_cache.engine import storage
+from pyramid_cache.engine.cache import CompressedCache
+
+
+LENGTHS = (43, 57, 50)
+TIGHT = {case.name: case for case in CACHE_CASES}
+
+
+def source_of(case: CacheCase, model: PreTrainedModel) -> Any:
+    """What the cache is built from."""
+    return model if case.from_model else model.config
+
+
+@torch.no_grad()
+def go_on(
+    model: PreTrainedModel, cache: CompressedCache, mask: torch.Tensor, pieces: list[torch.Tensor]
+) -> list[torch.Tensor]:
+    """Feeds pieces of tokens `(batch, new)` to a cache that has seen what `mask` `(batch, seen)` shows; all logits."""
+    logits = []
+    for piece in pieces:
+        mask = torch.cat([mask, torch.ones_like(piece)], dim=-1)
+        positions = (mask.cumsum(-1) - 1)[:, -piece.shape[1] :]
+        output = model(piece, attention_mask=mask, position_ids=positions, past_key_values=cache)
+        logits.append(output.logits)
+    return logits
+
+
+def later_pieces(batch_size: int, steps: int) -> list[torch.Tensor]:
+    """Some single tokens, a question of seven, and `steps` more."""
+    pieces = [random_tokens(batch_size, 1, seed=seed) for seed in range(5)]
+    return [*pieces, random_tokens(batch_size, 7), *(random_tokens(batch_size, 1, seed=70 + i) for i in range(steps))]
+
+
+def assert_goes_on_alike(
+    model: PreTrainedModel, caches: list[CompressedCache], mask: torch.Tensor, steps: int = 5
+) -> None:
+    """All caches give the same bits, step by step, and end with the same tokens in the same slots."""
+    pieces = later_pieces(mask.shape[0], steps)
+    first, *others = [go_on(model, cache, mask, pieces) for cache in caches]
+    for other in others:
+        for step, (wanted, logits) in enumerate(zip(first, other, strict=True)):
+            assert torch.equal(wanted, logits), f"step {step}"
+    for cache in caches[1:]:
+        assert_holds_alike(cache, caches[0])
+
+
+def assert_holds_alike(cache: CompressedCache, wanted: CompressedCache) -> None:
+    """Both caches would write the same file: each number and each bit of each tensor."""
+    for layer, other in zip(cache.compressed_layers, wanted.compressed_layers, strict=True):
+        (numbers, tensors), (other_numbers, other_tensors) = layer.export_state(), other.export_state()
+        assert numbers == other_numbers and tensors.keys() == other_tensors.keys()
+        for name, tensor in tensors.items():
+            assert tensor.dtype == other_tensors[name].dtype
+            assert torch.equal(tensor.nan_to_num(), other_tensors[name].nan_to_num()), name
+
+
+def filled(case: CacheCase, model: PreTrainedModel, budget: str, steps: int) -> tuple[CompressedCache, torch.Tensor]:
+    """A cache that has seen three padded rows and some generated tokens, and the mask over them."""
+    cache, rows = case.build(model, budget), random_rows(LENGTHS, seed=1)
+    drive(model, cache, rows, random_tokens(len(rows), steps, seed=2))
+    _, mask = left_pad(rows)
+    return cache, torch.cat([mask, torch.ones(len(rows), steps, dtype=mask.dtype)], dim=-1)
+
+
+# PyramidCache judges a zone of generated tokens 27 steps after the prompt.
+@pytest.mark.parametrize(("steps", "later_steps"), [(0, 20), (30, 5)])
+@every_budget
+@every_cache
+def test_a_loaded_cache_goes_on_bit_for_bit(
+    case: CacheCase, budget: str, steps: int, later_steps: int, tmp_path: Path
+) -> None:
+    model = tiny_model("llama")
+    cache, mask = filled(case, model, budget, steps)
+    untouched = copy.deepcopy(cache)
+    cache.save(tmp_path / "cache")
+    loaded = case.cache_class.load(tmp_path / "cache", source_of(case, model))
+    assert loaded.num_kept_tokens() == cache.num_kept_tokens() and loaded.get_seq_length() == 57 + steps
+    # A layer that grows by a token at a time has room for some more, which is not saved.
+    for role in ("keys", "values"):
+        assert loaded.memory()["cpu"][role] <= cache.memory()["cpu"][role]
+    assert_goes_on_alike(model, [untouched, cache, loaded], mask, later_steps)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@every_cache
+def test_half_precision(case: CacheCase, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = build_model("llama").to(dtype)
+    case = CacheCase(case.name, case.cache_class, case.large, case.tight, from_model=True)  # `to` rounds frequencies
+    cache, mask = filled(case, model, "tight", 3)
+    cache.save(tmp_path / "cache")
+    loaded = case.cache_class.load(tmp_path / "cache", model)
+    assert loaded.layers[0].keys.dtype == dtype
+    assert_goes_on_alike(model, [cache, loaded], mask)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "llama4", "bamba"])
+@pytest.mark.parametrize("case", [case for case in CACHE_CASES if not case.from_model], ids=lambda case: case.name)
+def test_layers_of_other_kinds(case: CacheCase, name: str, tmp_path: Path) -> None:
+    model = tiny_model(name)
+    rows = random_rows((40, 40), seed=1)
+    cache = case.build(model)
+    drive_any(model, cache, rows)
+    cache.save(tmp_path / "cache")
+    loaded = case.cache_class.load(tmp_path / "cache", model.config)
+    assert [type(layer) for layer in loaded.layers] == [type(layer) for layer in cache.layers]
+    assert_goes_on_alike(model, [cache, loaded], torch.ones(2, 40, dtype=torch.long))
+
+
+def drive_any(model: PreTrainedModel, cache: CompressedCache, rows: list[torch.Tensor]) -> None:
+    """Feeds prompts of one length to a cache, some of whose layers may have no positions to record."""
+    with torch.no_grad():
+        model(torch.stack(rows), past_key_values=cache)
+
+
+def longrope_model() -> PreTrainedModel:
+    """A Phi-3 that rotates otherwise beyond 32 tokens."""
+    factors = {"short_factor": [1.1] * 8, "long_factor": [3.0] * 8}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 32, **factors}
+    return build_model("phi3", rope_parameters=rope, max_position_embeddings=128, original_max_position_embeddings=32)
+
+
+@pytest.mark.parametrize("prefill", ["streaming", "dense"])
+@pytest.mark.parametrize("rope", ["llama_yarn", "longrope", "none"])
+def test_sinks_that_move(rope: str, prefill: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Angles that are counted anew every 20 tokens, frequencies of both kinds, and a model without any."""
+    monkeypatch.setattr(streaming_llm, "REBASE_INTERVAL", 20)
+    model = {"longrope": longrope_model, "none": lambda: tiny_model("gpt2")}.get(rope, lambda: tiny_model(rope))()
+    case = CacheCase("", StreamingLLMCache, {}, {"window_length": 12, "prefill": prefill})
+    cache, mask = filled(case, model, "tight", 10)
+    assert (cache.layers[0].base == 60) == (rope != "none")
+    cache.save(tmp_path / "cache")
+    loaded = StreamingLLMCache.load(tmp_path / "cache", model.config)
+    assert_goes_on_alike(model, [cache, loaded], mask)
+
+
+def test_a_budget_in_bytes_stays_what_it_was_for_the_rows_that_it_was_made_for(tmp_path: Path) -> None:
+    """Rows that were repeated after the prompt would not fit any more."""
+    model, rows = tiny_model("llama"), random_rows((43, 57), seed=1)
+    cache = H2OCache(model.config, budget="24KiB")
+    drive(model, cache, rows, 3)
+    cache.batch_repeat_interleave(40)
+    cache.save(tmp_path / "cache")
+    loaded = H2OCache.load(tmp_path / "cache", model)
+    assert loaded.layers[0].token_budget == cache.layers[0].token_budget
+    mask = torch.cat([left_pad(rows)[1], torch.ones(2, 3, dtype=torch.long)], dim=-1).repeat_interleave(40, dim=0)
+    assert_goes_on_alike(model, [cache, loaded], mask, steps=3)
+
+
+@every_budget
+@every_cache
+def test_whatever_can_be_done_with_a_cache_can_be_done_with_a_loaded_one(
+    case: CacheCase, budget: str, tmp_path: Path
+) -> None:
+    """Generate from the full history or from new tokens, copy, reorder, repeat, reset, and save again."""
+    model, prompt, question = tiny_model("llama"), random_tokens(1, 40), random_tokens(1, 6, seed=1)
+    cache = case.build(model, budget)
+    with torch.no_grad():
+        model(prompt, past_key_values=cache)
+    cache.save(tmp_path / "cache")
+
+    def load() -> CompressedCache:
+        return case.cache_class.load(tmp_path / "cache", source_of(case, model))
+
+    history = torch.cat([prompt, question], dim=1)
+    mask = torch.ones_like(history)
+    settings = {"max_new_tokens": 12, "do_sample": False}
+    original = copy.deepcopy(cache)
+    wanted = model.generate(history, attention_mask=mask, past_key_values=original, **settings)[:, 46:]
+    loaded = load()
+    output = model.generate(history, attention_mask=mask, past_key_values=loaded, **settings)[:, 46:]
+    assert output.tolist() == wanted.tolist()
+    assert_holds_alike(loaded, original)
+    output = model.generate(question, attention_mask=mask, past_key_values=load(), **settings)[:, 6:]
+    assert output.tolist() == wanted.tolist()
+
+    loaded, twin = load(), copy.deepcopy(load())
+    loaded.save(tmp_path / "again")
+    assert header_of(tmp_path / "again") == header_of(tmp_path / "cache")
+    for each in (cache, loaded, twin):
+        each.batch_repeat_interleave(3)
+        each.reorder_cache(torch.tensor([2, 0]))
+    assert_goes_on_alike(model, [cache, loaded, twin], torch.ones(2, 40, dtype=torch.long), steps=3)
+    loaded.reset()
+    other = model if case.from_model else tiny_model("qwen2")
+    output, wanted = (generate(other, each, [question[0]], 5).logits for each in (loaded, case.build(other, budget)))
+    assert torch.equal(torch.stack(output), torch.stack(wanted))
+
+
+ANSWER = """
+import sys
+import torch
+from models import random_tokens, tiny_model
+from pyramid_cache import {cache}
+
+torch.set_num_threads(1)
+model = tiny_model("llama")
+cache = {cache}.load(sys.argv[1], model)
+history = torch.cat([random_tokens(1, 60), random_tokens(1, 6, seed=1)], dim=1)
+print(model.generate(history, past_key_values=cache, max_new_tokens=24, do_sample=False)[0, 66:].tolist())
+"""
+
+
+def test_another_process_answers_from_the_file(tmp_path: Path) -> None:
+    model, prompt = tiny_model("llama"), random_tokens(1, 60)
+    cache = StreamingLLMCache(model.config, window_length=12)
+    with torch.no_grad():
+        model(prompt, past_key_values=cache)
+    cache.save(tmp_path / "cache")
+    history = torch.cat([prompt, random_tokens(1, 6, seed=1)], dim=1)
+    wanted = model.generate(history, past_key_values=cache, max_new_tokens=24, do_sample=False)[0, 66:]
+    root = Path(__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}"}
+    program = [sys.executable, "-c", ANSWER.format(cache="StreamingLLMCache"), str(tmp_path / "cache")]
+    printed = subprocess.run(program, env=environment, capture_output=True, text=True, check=True).stdout
+    assert json.loads(printed) == wanted.tolist()
+
+
+def test_the_example_runs() -> None:
+    failed, attempted = doctest.testmod(cache_module)
+    assert attempted > 0 and failed == 0
+
+
+# Saving.
+
+
+def test_caches_that_cannot_be_saved(tmp_path: Path) -> None:
+    model, prompt = tiny_model("llama"), random_tokens(1, 40)
+    cache = H2OCache(model.config, budget=12)
+    path = tmp_path / "cache"
+    with pytest.raises(ValueError, match="holds nothing that could be saved: run the model"):
+        cache.save(path)
+    with torch.no_grad():
+        model(prompt, past_key_values=cache)
+    with pytest.raises(ValueError, match="is a directory"):
+        cache.save(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no directory .*nowhere"):
+        cache.save(tmp_path / "nowhere" / "cache")
+    cache.activate_past_recording()
+    with torch.no_grad():
+        model(prompt[:, :5], past_key_values=cache)
+    with pytest.raises(ValueError, match=r"may still be taken back. Settle them with `cache.crop\(0\)`"):
+        cache.save(path)
+    cache.crop(-2)
+    cache.save(path)
+    path.unlink()
+    keys = torch.zeros(1, 2, 1, 16)
+    cache.update(keys, keys, 0)
+    with pytest.raises(ValueError, match="interrupted"):
+        cache.save(path)
+    cache.reset()
+    with pytest.raises(ValueError, match="holds nothing"):
+        cache.save(path)
+    with torch.no_grad():
+        model(prompt, past_key_values=cache)
+    with patch.object(cache, "settings", None), pytest.raises(ValueError, match="does not tell its settings"):
+        cache.save(path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_sliding_layer_may_take_back_is_not_saved(tmp_path: Path) -> None:
+    model = build_model("gemma3")
+    cache = H2OCache(model.config, budget=12)
+    drive_any(model, cache, list(random_tokens(1, 40)))
+    cache.activate_past_recording()
+    drive_any(model, cache, list(random_tokens(1, 5)))
+    with pytest.raises(ValueError, match="taken back"):
+        cache.save(tmp_path / "cache")
+    cache.crop(-1)
+    cache.save(tmp_path / "cache")
+    loaded = H2OCache.load(tmp_path / "cache", model)
+    cache._is_user_defined = True  # as `generate` does, which ends the recording
+    assert_goes_on_alike(model, [cache, loaded], torch.ones(1, 44, dtype=torch.long))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+@pytest.mark.parametrize("function", ["save_file", "os.fsync", "os.replace"])
+def test_an_interrupted_save_leaves_the_old_file(
+    function: str, error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, _ = filled(CACHE_CASES[2], tiny_model("llama"), "tight", 0)
+    path = tmp_path / "cache"
+    cache.save(path)
+    before = path.read_bytes()
+
+    def fail(*arguments: Any, **named: Any) -> None:
+        if function == "save_file":
+            Path(arguments[1]).write_bytes(b"half of a file")
+        raise error
+
+    monkeypatch.setattr(storage.os if "." in function else storage, function.split(".")[-1], fail)
+    with pytest.raises(error):
+        cache.save(path)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_is_an_operating_system_error(tmp_path: Path) -> None:
+    cache, _ = filled(CACHE_CASES[2], tiny_model("llama"), "tight", 0)
+    full = storage.SafetensorError("I/O error: No space left on device")
+    with patch.object(storage, "save_file", side_effect=full), pytest.raises(OSError, match="No space left"):
+        cache.save(tmp_path / "cache")
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_have_the_permissions_of_new_files_and_links_stay_links(tmp_path: Path) -> None:
+    cache, _ = filled(CACHE_CASES[2], tiny_model("llama"), "tight", 0)
+    (tmp_path / "link").symlink_to(tmp_path / "cache")
+    (tmp_path / "other").touch()
+    cache.save(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and not (tmp_path / "cache").is_symlink()
+    assert (tmp_path / "cache").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+# Files that are none of ours, or no longer.
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """An H2O cache that evicts, with padding, in a file."""
+    cache, _ = filled(TIGHT["H2OCache(config)"], tiny_model("llama"), "tight", 2)
+    cache.save(tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+def header_of(path: Path) -> dict[str, Any]:
+    """The header of a file."""
+    with safe_open(path, framework="pt") as file:
+        return json.loads(file.metadata()["header"])
+
+
+def tensors_of(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file, which stay what they are when the file is overwritten."""
+    return safetensors.torch.load(path.read_bytes())
+
+
+def rewrite(path: Path, header: dict[str, Any] | str, tensors: dict[str, torch.Tensor] | None = None) -> None:
+    """Writes a file with another header and tensors, and digests that fit: what a careful forger would do."""
+    tensors = tensors_of(path) if tensors is None else tensors
+    if isinstance(header, dict) and isinstance(header.get("tensors"), dict):
+        for name in header["tensors"].keys() & tensors.keys():
+            if isinstance(header["tensors"][name], dict):
+                header["tensors"][name]["sha256"] = storage.digest_of(tensors[name])
+    text = header if isinstance(header, str) else json.dumps(header)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    metadata = {"format": "pyramid_cache", "version": "1", "header": text, "sha256": digest}
+    path.write_bytes(safetensors.torch.save(tensors, metadata))
+
+
+def test_no_file(tmp_path: Path) -> None:
+    config = tiny_model("llama").config
+    with pytest.raises(FileNotFoundError):
+        H2OCache.load(tmp_path / "nothing", config)
+    with pytest.raises(ValueError, match="is a directory. Give the file"):
+        H2OCache.load(tmp_path, config)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="no regular file"):
+        H2OCache.load(tmp_path / "pipe", config)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80\x04N.", b"hello" * 1000, b"\xff" * 64, (2**63).to_bytes(8, "little")])
+def test_files_that_are_no_safetensors(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_bytes(content)
+    with pytest.raises(ValueError, match="no whole safetensors file"):
+        H2OCache.load(tmp_path / "cache", tiny_model("llama").config)
+
+
+def test_foreign_files(saved: Path) -> None:
+    config = tiny_model("llama").config
+    header = json.dumps(header_of(saved))
+    safetensors.torch.save_file({"weight": torch.ones(3)}, saved, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="holds no cache"):
+        H2OCache.load(saved, config)
+    safetensors.torch.save_file({"weight": torch.ones(3)}, saved)
+    with pytest.raises(ValueError, match="holds no cache"):
+        H2OCache.load(saved, config)
+    metadata = {"format": "pyramid_cache", "version": "2", "header": header, "sha256": ""}
+    safetensors.torch.save_file({"weight": torch.ones(3)}, saved, metadata=metadata)
+    with pytest.raises(ValueError, match="version '2', but this pyramid_cache reads version '1'"):
+        H2OCache.load(saved, config)
+
+
+@every_cache
+def test_a_file_of_another_cache(case: CacheCase, saved: Path) -> None:
+    if case.cache_class is H2OCache:
+        return
+    with pytest.raises(ValueError, match=f"holds a H2OCache, not a {case.cache_class.__name__}: load .*H2OCache.load"):
+        case.cache_class.load(saved, tiny_model("llama"))
+
+
+@pytest.mark.parametrize("length", ["half", "one byte less", "header"])
+def test_truncated_files(length: str, saved: Path) -> None:
+    content = saved.read_bytes()
+    saved.write_bytes(content[: {"half": len(content) // 2, "one byte less": -1, "header": 200}[length]])
+    with pytest.raises(ValueError, match="truncated"):
+        H2OCache.load(saved, tiny_model("llama").config)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "field"),
+    [
+        ({"num_key_value_heads": 4}, "num_key_value_heads"),
+        ({"num_attention_heads": 2}, "num_attention_heads"),
+        ({"head_dim": 8}, "head_dim"),
+        ({"hidden_size": 64}, "hidden_size"),
+        ({"vocab_size": 102}, "vocab_size"),
+        ({"num_hidden_layers": 4}, "num_hidden_layers"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "rope_parameters"),
+        ({"rms_norm_eps": 1e-3}, "rms_norm_eps"),
+    ],
+)
+def test_models_of_another_architecture(overrides: dict[str, Any], field: str, saved: Path) -> None:
+    with pytest.raises(ValueError, match=f"filled by another model, which has `{field}` .*Load it for the model"):
+        H2OCache.load(saved, build_config("llama", **overrides))
+
+
+def test_a_model_of_another_family(saved: Path) -> None:
+    with pytest.raises(ValueError, match="`model_type` 'llama' instead of 'qwen3'"):
+        H2OCache.load(saved, build_config("qwen3"))
+    for wrong in ({}, None, "llama"):
+        with pytest.raises(ValueError, match="must be the config of a model"):
+            H2OCache.load(saved, wrong)
+
+
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if "gemma2" not in name and "oss" not in name])
+def test_the_architecture_of_a_model_is_that_of_its_saved_config(name: str) -> None:
+    """Nothing that a model adds to its config, and nothing that JSON cannot keep, makes a file foreign."""
+    config, used = build_config(name), tiny_model(name).config
+    reread = type(config).from_dict(json.loads(json.dumps(used.to_dict())))
+    architectures = [storage.architecture_of(each) for each in (config, used, reread)]
+    assert architectures[0] == architectures[1] == architectures[2]
+
+
+def test_models_with_other_weights(tmp_path: Path) -> None:
+    """Noticed at once where the model is given, and before the first logits where only the config is."""
+    model, prompt = build_model("llama"), random_tokens(1, 40)
+    cache = H2OCache(model.config, budget=12)
+    with torch.no_grad():
+        model(prompt, past_key_values=cache)
+    path = tmp_path / "cache"
+    cache.save(path)
+    other, tuned, same = build_model("llama", seed=1), copy.deepcopy(model), copy.deepcopy(model)
+    tuned.model.layers[-1].self_attn.v_proj.weight.data *= 1.001
+    for wrong, match in ((other, "other weights"), (tuned, "other weights"), (copy.deepcopy(model).half(), "float32")):
+        with pytest.raises(ValueError, match=match):
+            H2OCache.load(path, wrong)
+    for wrong in (other, tuned):
+        loaded = H2OCache.load(path, wrong.config)
+        with pytest.raises(ValueError, match="with other weights"), torch.no_grad():
+            wrong(prompt[:, :1], past_key_values=loaded)
+        # What was saved before it was used, with or without a model, is still bound to the first one.
+        H2OCache.load(path, model.config).save(tmp_path / "again")
+        with pytest.raises(ValueError, match="with other weights"):
+            H2OCache.load(tmp_path / "again", wrong)
+    loaded = H2OCache.load(path, same)
+    with torch.no_grad():
+        logits = same(prompt[:, :1], past_key_values=loaded).logits
+        assert torch.equal(logits, model(prompt[:, :1], past_key_values=cache).logits)
+    # After a reset it is a new cache, for whatever model.
+    loaded.reset()
+    with torch.no_grad():
+        other(prompt, past_key_values=loaded)
+
+
+def test_weights_that_are_not_there_are_not_compared(tmp_path: Path) -> None:
+    """Those that accelerate keeps elsewhere between forward passes."""
+    model = build_model("llama")
+    cache = H2OCache(model.config, budget=12)
+    drive(model, cache, random_rows((40,)), 2)
+    moved = {"q_proj": torch.nn.Linear(48, 64, bias=False, device="meta")}
+    with patch.dict(model.model.layers[0].self_attn._modules, moved):
+        cache.save(tmp_path / "cache")
+    assert header_of(tmp_path / "cache")["weights"].keys() == {"2"}
+    with patch.dict(model.model.layers[2].self_attn._modules, moved):
+        H2OCache.load(tmp_path / "cache", model)
+    with pytest.raises(ValueError, match="other weights"):
+        H2OCache.load(tmp_path / "cache", build_model("llama", seed=1))
+
+
+def test_frequencies_that_the_config_does_not_tell(tmp_path: Path) -> None:
+    """`model.to(torch.bfloat16)` rounds them: the cache must be loaded for the model that it was built from."""
+    model, prompt = build_model("llama").to(torch.bfloat16), random_tokens(1, 40)
+    cache = StreamingLLMCache(model, window_length=12)
+    with torch.no_grad():
+        model(prompt, past_key_values=cache)
+        cache.save(tmp_path / "cache")
+        model(prompt[:, :1], past_key_values=StreamingLLMCache.load(tmp_path / "cache", model))
+        with pytest.raises(ValueError, match="load the cache with the model instead of its config"):
+            model(prompt[:, :1], past_key_values=StreamingLLMCache.load(tmp_path / "cache", model.config))
+
+
+@pytest.mark.parametrize("device", ["nonsense", "cuda:99", "meta", -5, 1.5])
+def test_devices_that_are_none(device: Any, saved: Path) -> None:
+    with pytest.raises(ValueError, match="device"):
+        H2OCache.load(saved, tiny_model("llama").config, device=device)
+
+
+# What contradicts itself though all digests fit.
+
+
+def edit_h2o(header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Iterator[tuple[str, Callable[[], None]]]:
+    """What a forger may change in the file of an H2O cache, and a part of the message it gives."""
+    layer, numbers = header["layers"][1], header["layers"][1]["numbers"]
+    positions, keys = tensors["layers.1.positions"], tensors["layers.1.keys"]
+
+    def put(name: str, tensor: torch.Tensor) -> Callable[[], None]:
+        def change() -> None:
+            tensors[name] = tensor.clone(memory_format=torch.contiguous_format)
+            dtype = storage.DTYPE_NAMES.get(tensor.dtype, "U8")
+            header["tensors"][name] = {"dtype": dtype, "shape": list(tensor.shape), "sha256": ""}
+
+        return change
+
+    def drop(name: str) -> Callable[[], None]:
+        return lambda: (tensors.pop(name), header["tensors"].pop(name))
+
+    def positions_with(value: int) -> torch.Tensor:
+        changed = positions.clone()
+        changed[1, 0, 3] = value
+        return changed
+
+    token = int(positions[1, 0][positions[1, 0] >= 0][-1])
+    yield "a token is held twice", put("layers.1.positions", positions_with(token))
+    yield "positions must be", put("layers.1.positions", positions_with(59))
+    yield "positions must be", put("layers.1.positions", positions_with(-2))
+    yield "row_held", put("layers.1.positions", positions_with(-1))
+    yield "`positions` must be torch.int32", put("layers.1.positions", positions.long())
+    yield "`positions` has the shape", put("layers.1.positions", positions[..., 1:])
+    yield "`positions` must be", put("layers.1.positions", positions[:, :1])
+    yield "float32.*one floating dtype", put("layers.1.keys", keys.half())
+    yield "one floating dtype", put("layers.1.keys", keys.int())
+    yield "one floating dtype", put("layers.1.keys", keys[0])
+    yield "one floating dtype", put("layers.1.keys", keys[:, :, :, :0])
+    yield "one floating dtype", put("layers.1.keys", keys[:2])
+    yield "of dtype U8", put("layers.1.keys", keys.byte())
+    yield "`scores` must be torch.float32", put("layers.1.scores", tensors["layers.1.scores"].double())
+    yield "`scores` must be .* is missing", drop("layers.1.scores")
+    yield "`next_position` is not", put("layers.1.next_position", tensors["layers.1.next_position"] + 1)
+    yield "`num_recent` is not", put("layers.1.num_recent", tensors["layers.1.num_recent"] + 1)
+    yield "not free", put("layers.1.free_slots", torch.full((3, 2, 1), 10**9))
+    yield "no keys and values", drop("layers.1.keys")
+    yield "not free|interrupted|columns", drop("layers.1.positions")
+    yield "nothing is known of its tensors", put("layers.1.secret", keys)
+    yield "nothing is known of its tensors", put("layers.7.keys", keys)
+    yield "have not seen the same tokens", lambda: numbers.update(num_seen=60)
+    yield "`num_recent` is not", lambda: numbers.update(row_kept=[5, 12, 12])
+    yield "may keep", lambda: numbers.update(row_kept=[12, 0, 12])
+    yield "does not fit 3 rows", lambda: numbers.update(row_held=[12, 12])
+    yield "`row_held` is", lambda: numbers.update(row_held=[12, 12, 12.0])
+    yield "no number", lambda: numbers.update(row_held=[12, 12, float("inf")])
+    yield "no number", lambda: numbers.update(num_seen=float("nan"))
+    yield "`num_seen` is", lambda: numbers.update(num_seen=-1)
+    yield "`num_seen` is", lambda: numbers.update(num_seen=True)
+    yield "`num_seen` is", lambda: numbers.update(num_seen=10**40)
+    yield "`num_budget_tokens` is", lambda: numbers.update(num_budget_tokens=10**9)
+    yield "the numbers are", lambda: numbers.update(keys=3)
+    yield "the numbers are", lambda: numbers.pop("num_seen")
+    yield "not a H2OLayer", lambda: layer.update(layer="PyramidLayer")
+    yield "it has 2 layers, but the model has 3", lambda: header["layers"].pop()
+    yield "no H2OCache can be built", lambda: header["settings"].update(budget=-1)
+    yield "no H2OCache can be built", lambda: header["settings"].update(budget=True)
+    yield "no H2OCache can be built", lambda: header["settings"].update(config=1)
+    yield "its setting `budget`", lambda: header["settings"].update(budget=[12])
+    yield "not those of a H2OCache", lambda: header["settings"].pop("budget")
+    yield "its weights are", lambda: header["weights"].update({"1": {"module": "A", "dtype": "B", "digest": "C"}})
+    yield "fields that it should", lambda: header.update(more=1)
+    yield "fields that it should", lambda: header.pop("cache")
+    yield "`layers` in its header", lambda: header.update(layers={})
+    yield "does not hold the tensors", lambda: header["tensors"].pop("layers.1.keys")
+    yield "should be", lambda: header["tensors"]["layers.1.keys"].update(shape=[3, 2, 10**12, 16])
+
+
+def test_forged_files(saved: Path) -> None:
+    content, config = saved.read_bytes(), tiny_model("llama").config
+    num_edits = len(list(edit_h2o(header_of(saved), tensors_of(saved))))
+    assert num_edits > 40
+    for index in range(num_edits):
+        saved.write_bytes(content)
+        header, tensors = header_of(saved), tensors_of(saved)
+        message, change = list(edit_h2o(header, tensors))[index]
+        change()
+        rewrite(saved, header, tensors)
+        with pytest.raises(ValueError, match=message):
+            H2OCache.load(saved, config)
+
+
+def test_headers_that_are_no_json(saved: Path) -> None:
+    for text in (
+        "",
+        "{",
+        "[]",
+        "null",
+        "[" * 100_000,
+        '{"cache": 1e999}',
+        "9" * 5000,
+        "\ud800".encode("utf-8", "ignore").decode(),
+    ):
+        rewrite(saved, text, {"layers.0.keys": torch.ones(1)})
+        with pytest.raises(ValueError, match="is damaged, or was not written by `save`: .* Make the cache again"):
+            H2OCache.load(saved, tiny_model("llama").config)
+
+
+# Fuzzing. A file either is refused with a ValueError or is as good as the original.
+
+NASTY: list[Any] = [
+    -1, 0, 1, 2**31, 2**63, -(2**70), 10**400, 0.5, -0.0, 1e308, float("nan"), float("inf"), True, False, None, "", "x",
+    "keys", "1e9GiB", "9" * 400 + "MiB", "torch.float32", [], [[]], {}, {"a": 1}, [-1, 0], [2**40] * 3, [True] * 3, ["1"] * 3,
+]  # fmt: skip
+
+
+def places_in(node: Any) -> Iterator[tuple[Any, Any]]:
+    """Every container in a tree of JSON with every key or index in it."""
+    for key in list(node) if isinstance(node, dict) else range(len(node)):
+        yield node, key
+        if isinstance(node[key], (dict, list)):
+            yield from places_in(node[key])
+
+
+def mutate_header(header: dict[str, Any], random_state: random.Random) -> None:
+    """Puts something nasty somewhere, takes something away, or swaps two things."""
+    places = [place for place in places_in(header) if "architecture" not in place[0]]
+    node, key = random_state.choice(places)
+    match random_state.choice(["replace", "replace", "replace", "shift", "remove", "swap"]):
+        case "shift" if type(node[key]) is int:
+            node[key] += random_state.choice([-17, -1, 1, 16])
+        case "remove":
+            del node[key]
+        case "swap":
+            other, other_key = random_state.choice(places)
+            node[key], other[other_key] = copy.deepcopy(other[other_key]), copy.deepcopy(node[key])
+        case _:
+            node[key] = copy.deepcopy(random_state.choice(NASTY))
+
+
+def mutate_tensors(tensors: dict[str, torch.Tensor], random_state: random.Random) -> None:
+    """Changes an element, the shape or the dtype of a tensor that counts something."""
+    name = random_state.choice([name for name, tensor in tensors.items() if not tensor.is_floating_point()])
+    tensor = tensors[name]
+    match random_state.choice(["element", "element", "shift", "shape", "dtype", "swap"]):
+        case "element":
+            tensor.view(-1)[random_state.randrange(tensor.numel())] = random_state.choice(
+                [-(2**31), -1, 0, 1, 60, 2**31 - 1]
+            )
+        case "shift":
+            tensor += random_state.choice([-1, 1])
+        case "shape":
+            tensors[name] = random_state.choice(
+                [tensor[..., :1], tensor[:1], tensor.flatten(), tensor[..., None]]
+            ).contiguous()
+        case "dtype":
+            tensors[name] = tensor.to(random_state.choice([torch.int64, torch.float32, torch.bool]))
+        case "swap":
+            other = random_state.choice(list(tensors))
+            tensors[name], tensors[other] = tensors[other], tensor
+
+
+def load_or_refuse(case: CacheCase, path: Path, model: PreTrainedModel) -> CompressedCache | None:
+    """The cache, or None if it is refused as it should be."""
+    try:
+        return case.cache_class.load(path, source_of(case, model))
+    except ValueError as error:
+        assert str(path) in str(error), f"{error} does not name the file"
+        return None
+
+
+@pytest.mark.parametrize("num_mutations", [60, pytest.param(1000, marks=pytest.mark.slow)])
+@every_cache
+def test_fuzzed_bytes(case: CacheCase, num_mutations: int, tmp_path: Path) -> None:
+    """Flipped bits, lost, doubled and exchanged pieces: noticed wherever they are, unless nothing of the cache changed."""
+    model, path, random_state = tiny_model("llama"), tmp_path / "cache", random.Random(0)
+    cache, _ = filled(case, model, "tight", 4)
+    cache.save(path)
+    content, num_refused = path.read_bytes(), 0
+    header_length = 8 + int.from_bytes(content[:8], "little")
+    for _ in range(num_mutations):
+        mutated = bytearray(content)
+        # Half of the mutations hit the header.
+        start = random_state.randrange(random_state.choice([header_length, len(content)]))
+        stop = start + random_state.randrange(1, 40)
+        match random_state.choice(["flip", "flip", "flip", "cut", "double", "overwrite", "truncate"]):
+            case "flip":
+                mutated[start] ^= 1 << random_state.randrange(8)
+            case "cut":
+                del mutated[start:stop]
+            case "double":
+                mutated[start:start] = mutated[start:stop]
+            case "overwrite":
+                mutated[start:stop] = random_state.randbytes(len(mutated[start:stop]))
+            case "truncate":
+                del mutated[start:]
+        path.write_bytes(mutated)
+        loaded = load_or_refuse(case, path, model)
+        num_refused += loaded is None
+        if loaded is not None:
+            assert_holds_alike(loaded, cache)
+    assert num_refused > 0.9 * num_mutations
+
+
+@pytest.mark.parametrize("num_mutations", [40, pytest.param(1000, marks=pytest.mark.slow)])
+@every_budget
+@every_cache
+def test_fuzzed_headers_and_tensors_with_fitting_digests(
+    case: CacheCase, budget: str, num_mutations: int, tmp_path: Path
+) -> None:
+    """What is not refused may be another cache, but one that can be used."""
+    model, path, random_state = tiny_model("llama"), tmp_path / "cache", random.Random(1)
+    cache, mask = filled(case, model, budget, 21)
+    cache.save(path)
+    content, num_refused = path.read_bytes(), 0
+    for index in range(num_mutations):
+        path.write_bytes(content)
+        header, tensors = header_of(path), tensors_of(path)
+        if index % 2:
+            mutate_tensors(tensors, random_state)
+            for name, tensor in tensors.items():
+                header["tensors"][name].update(dtype=storage.DTYPE_NAMES[tensor.dtype], shape=list(tensor.shape))
+        else:
+            mutate_header(header, random_state)
+        rewrite(path, header, tensors)
+        loaded = load_or_refuse(case, path, model)
+        num_refused += loaded is None
+        if loaded is not None and index % 4 == 0:
+            with contextlib.suppress(ValueError):
+                go_on(model, loaded, mask, later_pieces(3, 2)[4:])
+    assert num_refused > 0.6 * num_mutations
