@@ -86,6 +86,8 @@ class H2OLayer(CompressedLayer):
         priority = scores.masked_fill(tokens.positions >= self.next_position - self.num_recent, float("inf"))
         priority = priority.masked_fill(tokens.positions < 0, float("-inf"))
         indices = best_tokens(priority, self.per_row(self.row_kept).flatten(), max_kept)
+        # What is held may be less than a fraction of all that was seen: there is room for it to grow.
+        indices = torch.nn.functional.pad(indices, (0, max_kept - indices.shape[-1]), value=-1)
         self.free_slots = None
         self.scores = grown(gather_tokens(scores, indices).masked_fill(indices < 0, 0), max_kept, max_kept + 1, fill=0)
         self.keep(key, value, tokens, indices)

@@ -130,7 +130,7 @@ class PyramidSettings:
             return self.num_layers * min(budget.num_tokens(prompt_length), prompt_length)
         # Rounded rather than floored: a single layer of a short prompt would miss its share by percents.
         total = (floor_of_product(budget.amount, 2 * prompt_length * self.num_layers) + 1) // 2
-        return max(total, self.num_layers)
+        return max(total, self.num_dense_layers * prompt_length + self.num_layers - self.num_dense_layers)
 
     def mean_kept(self, prompt_length: int, budget: Budget) -> int:
         """The tokens that the layers which are pruned keep on average: at least one."""
@@ -246,7 +246,7 @@ class PyramidLayer(CompressedLayer):
             return call.run()
         if self.positions is not None:
             call = self.with_slot_mask(call, tokens.positions >= 0 if tokens.has_gaps else None)
-        self._start_generation()
+        self._start_generation(self.row_lengths)
         if self.must_evict or row_passed is not None:
             # Padding between the tokens of a row puts its recent window further back.
             num_rows = min(max(self.row_recent), call.num_queries) if tokens.is_ascending else call.num_queries
@@ -294,11 +294,9 @@ class PyramidLayer(CompressedLayer):
 
     # Generated tokens.
 
-    def _start_generation(self) -> None:
-        """What comes from here on is generated; a prompt within a budget of tokens first grows up to it."""
-        self.row_prompt_lengths = [
-            max(length, kept) for length, kept in zip(self.row_lengths, self.row_kept, strict=True)
-        ]
+    def _start_generation(self, row_lengths: list[int]) -> None:
+        """What comes behind prompts of these lengths is generated; one within a budget of tokens first grows up to it."""
+        self.row_prompt_lengths = [max(length, kept) for length, kept in zip(row_lengths, self.row_kept, strict=True)]
         self.row_recent = [self.settings.num_recent(length, self.token_budget) for length in self.row_prompt_lengths]
         self.prompt_length, self.num_recent = self.per_row(self.row_prompt_lengths), self.per_row(self.row_recent)
         self.row_zones = [0] * self.batch_size
@@ -325,11 +323,7 @@ class PyramidLayer(CompressedLayer):
         """A layer that kept its whole prompt starts to judge what is generated: its first token beyond the budget is here."""
         tokens = self.column_tokens
         # The prompt ended where the budget does, one token ago.
-        self._start_generation()
-        self.row_prompt_lengths = [
-            max(length - 1, kept) for length, kept in zip(self.row_lengths, self.row_kept, strict=True)
-        ]
-        self.prompt_length = self.per_row(self.row_prompt_lengths)
+        self._start_generation([length - 1 for length in self.row_lengths])
         row_kept, self.row_kept = self.row_kept, list(self.row_held)
         self.keep(
             key, value, tokens, self._best_tokens(torch.zeros_like(tokens.positions).float(), tokens, self.row_held)

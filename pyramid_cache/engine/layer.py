@@ -485,7 +485,8 @@ class CompressedLayer(CacheLayerMixin):
             chunk = self.recorded.pop(0)
             if not chunk.num_columns:
                 continue
-            is_prompt = self.turn_begins and chunk.num_columns > 1 or not self.num_seen or chunk.has_padding
+            is_turn = self.turn_begins and chunk.num_columns > 1
+            is_prompt = is_turn or not all(self.row_lengths) or chunk.has_padding
             self.turn_begins = False
             for piece in [chunk] if is_prompt else chunk.steps():
                 self.replayed = piece
@@ -544,11 +545,16 @@ class CompressedLayer(CacheLayerMixin):
         self.length += num_new
 
     def _reserve(self, num_slots: int) -> None:
-        """Makes room for that many slots, and for some more if the layer grows by a token at a time."""
+        """
+        Makes room for that many slots, and for some more if the layer grows by a token at a time, but for no more than it
+        may keep.
+        """
         if num_slots <= self.keys.shape[2]:
             return
         if num_slots == self.length + 1:
-            num_slots += max(MIN_GROWTH, self.length // 64) - 1
+            limit = max(self.row_kept) + self.num_spare_slots
+            growth = max(MIN_GROWTH, self.length // 64)
+            num_slots = self.length + growth if limit < num_slots else min(self.length + growth, limit)
         for name in self.slot_tensors:
             tensor = getattr(self, name)
             if tensor is not None:
@@ -692,6 +698,14 @@ class CompressedLayer(CacheLayerMixin):
             self._crop_held(num_left)
         self._settle()
 
+    def _ends_in_padding_without(self, num_columns: int) -> bool:
+        """Whether what stays of the recorded tokens would end in padding."""
+        for chunk in reversed(self.recorded):
+            if num_columns < chunk.num_columns:
+                return num_columns > 0 and chunk.seen.without_last(num_columns).ends_in_padding
+            num_columns -= chunk.num_columns
+        return False
+
     def _crop_held(self, num_columns: int) -> None:
         positions = self.column_tokens.positions[..., : self.length - num_columns]
         self.length -= num_columns
@@ -715,6 +729,11 @@ class CompressedLayer(CacheLayerMixin):
             raise NotImplementedError(
                 f"`crop({tokens_to_remove})`: layer {self.place.layer_idx} has evicted or scored tokens since, and that cannot be "
                 "undone. Call `cache.activate_past_recording()` before the tokens that may be taken back are seen."
+            )
+        if num_columns and self.recorded and self._ends_in_padding_without(num_columns):
+            raise NotImplementedError(
+                f"`crop({tokens_to_remove})` would take all tokens of a row and leave padding in front of them. Take back more "
+                "or less."
             )
         if self.recorded and self._module() is None:
             raise RuntimeError(

@@ -139,8 +139,8 @@ def require_complete(cache: "CompressedCache") -> None:
             "The last forward pass of the cache was interrupted, so its layers have not seen the same tokens. Call "
             "`cache.reset()` and run the model again before you save it."
         )
-    if cache.batch_size < 1:
-        raise ValueError("The cache holds no rows that could be saved.")
+    if cache.batch_size < 1 or not any(cache.compressed_layers[0].row_lengths):
+        raise ValueError("The cache holds no row with a token that could be saved.")
 
 
 def weights_of(cache: "CompressedCache") -> dict[int, WeightFingerprint]:
