@@ -7,8 +7,10 @@ import argparse
 from pathlib import Path
 
 import torch
-from caches import CACHE_CASES
-from modes import CLOSENESS, MODES, verdict
+from caches import CACHE_CASES, CacheCase
+from models import ARCHITECTURES, FAMILIES, REFUSED_ARCHITECTURES, build_config
+from modes import CLOSENESS, MODES, first_sentence, verdict
+from transformers import AutoModelForCausalLM
 
 
 PAGE = Path(__file__).parents[1] / "docs" / "compatibility.md"
@@ -27,8 +29,16 @@ alone, piece by piece, to a new cache: the same logits after every piece, the sa
 the batch on the way (padding, beams that were reordered, draft tokens that were taken back, earlier turns). Attention
 has forgotten what was evicted, so the tokens are not those of `DynamicCache`.
 
-What cannot be honoured is refused: the table gives the first sentence of the error, which goes on to say what to do.
-Contrastive search, DoLa, group beams and constrained beams are no part of transformers any more.
+What cannot be honoured is refused: the last column gives the first sentence of the error, which goes on to say what to
+do. Contrastive search, DoLa, group beams and constrained beams are no part of transformers any more.
+"""
+
+MODELS = """\
+## Models
+
+What happens when a cache is built for a model. "Hybrid" models have layers with a sliding window or linear attention, which
+keep transformers' own cache layers; the others are compressed. Models from outside transformers are tried: what does
+not go through the attention interface is refused in the first forward pass.
 """
 
 CHUNKS = """\
@@ -54,15 +64,38 @@ How much it differs, for 1,024 tokens of a novel in chunks of 128, SmolLM2-135M-
 """
 
 
+def table_of(title: str, rows: dict[str, list[str]]) -> str:
+    """A table of verdicts, one column a cache, with what is said against any of them in the last column."""
+    lines = [f"| {title} | {' | '.join(f'`{case.name}`' for case in CACHE_CASES)} | why not |"]
+    lines.append("|---" * (len(CACHE_CASES) + 2) + "|")
+    for name, verdicts in rows.items():
+        cells = [verdict.partition(": ")[0] for verdict in verdicts]
+        reasons = dict.fromkeys(verdict.partition(": ")[2].replace("|", "\\|") for verdict in verdicts)
+        lines.append(f"| {name} | {' | '.join(cells)} | {'; '.join(filter(None, reasons))} |")
+    return "\n".join(lines) + "\n"
+
+
+def model_verdict(name: str, case: CacheCase) -> str:
+    """What a constructor says to a model."""
+    config = build_config(name)
+    try:
+        case.build_from(AutoModelForCausalLM.from_config(config) if case.from_model else config)
+    except (NotImplementedError, ValueError) as error:
+        return f"refused: {first_sentence(str(error))}"
+    return "yes"
+
+
 def generated_part() -> str:
     """What stands between `BEGIN` and `END`."""
-    columns = " | ".join(f"`{case.name}`" for case in CACHE_CASES)
-    table = [f"| `generate` | {columns} |", "|---" * (len(CACHE_CASES) + 1) + "|"]
-    for mode in MODES:
-        cells = " | ".join(verdict(mode, case).replace("|", "\\|") for case in CACHE_CASES)
-        table.append(f"| {mode.name} | {cells} |")
+    modes = {mode.name: [verdict(mode, case) for case in CACHE_CASES] for mode in MODES}
+    models = {
+        f"`{name}`": [model_verdict(name, case) for case in CACHE_CASES]
+        for name in (*FAMILIES, *ARCHITECTURES, *REFUSED_ARCHITECTURES)
+        if not name.startswith("llama_")
+    }
     closeness = [f"| `{name}` | {cosine:.2f} | {share:.0%} |" for name, (cosine, share) in CLOSENESS.items()]
-    return "\n".join([INTRODUCTION, *table, "", CHUNKS + "\n".join(closeness), ""])
+    parts = [INTRODUCTION, table_of("`generate`", modes), MODELS, table_of("model", models)]
+    return "\n".join([*parts, CHUNKS + "\n".join(closeness), ""])
 
 
 def rewritten(page: str) -> str:

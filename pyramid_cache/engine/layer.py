@@ -339,7 +339,7 @@ class CompressedLayer(CacheLayerMixin):
             )
         if self.device.type != "cpu":  # reading tensors on an accelerator would wait for it at every token
             return
-        self._check_position_ids(call, [length + 1 for length in self.row_lengths])
+        self._check_position_ids(call, self.row_lengths)
         if call.mask is None:
             return
         shown = self.masks.count(call.mask, self.batch_size, self.num_seen)
@@ -349,43 +349,54 @@ class CompressedLayer(CacheLayerMixin):
                 "this one. Pass a mask that covers the tokens in the cache and the new one, and hides padding only."
             )
 
-    def _check_position_ids(self, call: AttentionCall, row_lengths: list[int]) -> None:
+    def _check_position_ids(self, call: AttentionCall, row_lengths: list[int], seen: Tokens | None = None) -> None:
         """
-        Raises if the model numbers the last new token lower than the tokens seen before it: it was given a sequence from its
-        start again. Tokens may be numbered higher, as those are whose positions count padding.
+        Raises if the model numbers new tokens lower than those seen before them: it was given a sequence from its start
+        again. Tokens may be numbered higher, as those are whose positions count padding.
 
         Args:
-            row_lengths (`list[int]`): The tokens of each row, the new ones included.
+            row_lengths (`list[int]`): The tokens that each row has seen before these.
+            seen (`Tokens`, *optional*): What it has seen with these. Without, the new columns of a row are taken to be tokens
+                if their positions rise by one: masks that are too short for what has been seen cannot be read.
         """
-        position_ids = call.kwargs.get("position_ids")
+        position_ids, num_new = call.kwargs.get("position_ids"), call.num_queries
         if self.place.depth or position_ids is None:  # one layer speaks for all
             return
-        if position_ids.dim() != 2 or position_ids.shape[1] != call.num_queries:
+        if position_ids.dim() != 2 or position_ids.shape[1] != num_new:
             return
-        last = position_ids[:, -1].expand(self.batch_size).tolist()
-        if any(position < length - 1 for position, length in zip(last, row_lengths, strict=True)):
+        ends = position_ids[:, [0, -1]].expand(self.batch_size, -1).tolist()
+        if seen is None:
+            lengths = [
+                length + num_new if last - first == num_new - 1 else 0
+                for (first, last), length in zip(ends, row_lengths, strict=True)
+            ]
+        else:
+            lengths = seen.row_lengths
+        if any(last < length - 1 for (_, last), length in zip(ends, lengths, strict=True)):
             raise ValueError(
-                f"`position_ids` end at {last}, but the rows have {row_lengths} tokens with these ones: a sequence was fed from "
-                "its start again, or `generate` was called with `use_cache=False`. Call `cache.reset()` for another sequence."
+                f"`position_ids` end at {[last for _, last in ends]}, but {row_lengths} tokens of the rows have been seen before: a "
+                "sequence was fed from its start again, or `generate` was called with `use_cache=False`. Call `cache.reset()` for another sequence."
             )
 
     def _read_tokens(self, call: AttentionCall) -> Tokens:
         """All that the rows have seen by now, in columns."""
         num_new = call.num_queries
         num_seen = self.get_seq_length() + (num_new if self.record_past else 0)
+        expected = self.recorded[-1].seen.row_lengths if self.recorded else self.row_lengths
+        if any(expected):
+            self._check_position_ids(call, expected)
         tokens = self.masks.read(call.mask, self.batch_size, num_new, num_seen, self.device)
         num_earlier = num_seen - num_new
         earlier = [num_earlier] * self.batch_size
         if tokens.has_gaps:
             earlier = (tokens.positions[:, 0, :num_earlier] >= 0).sum(dim=-1).tolist()
-        expected = self.recorded[-1].seen.row_lengths if self.recorded else self.row_lengths
+        if any(expected) and not tokens.ends_in_padding:
+            self._check_position_ids(call, expected, tokens)
         if earlier != expected:
             raise ValueError(
                 f"The attention mask shows {earlier} earlier tokens per row, but {expected} have been seen. "
                 "Pass a mask that covers the tokens in the cache as it did when they were new."
             )
-        if any(earlier) and not tokens.ends_in_padding:
-            self._check_position_ids(call, tokens.row_lengths)
         return tokens
 
     def _take_in(self, seen: Tokens, num_new: int) -> Tokens:
