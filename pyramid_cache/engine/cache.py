@@ -12,8 +12,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from pyramid_cache.engine import attention
 from pyramid_cache.engine.architectures import reason_against
+from pyramid_cache.engine.arguments import as_repeats, as_row_indices, as_tokens_to_remove
 from pyramid_cache.engine.fingerprint import architecture_of
-from pyramid_cache.engine.layer import CompressedLayer, LayerPlace, as_repeats, as_row_indices, as_tokens_to_remove
+from pyramid_cache.engine.layer import CompressedLayer, LayerPlace
 from pyramid_cache.engine.storage import CacheType, load_cache, save_cache
 from pyramid_cache.engine.tokens import MaskReader
 
