@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from caches import CacheCase, every_cache
 from models import build_config, build_model, generate, left_pad, random_rows, random_tokens
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, GPTNeoXConfig, PreTrainedModel
 
@@ -95,6 +96,25 @@ def test_gradients_reach_the_tokens_that_were_kept(name: str) -> None:
     kept.retain_grad()
     model(tokens[:, 40:].repeat(1, 2), past_key_values=cache).logits.sum().backward()
     assert kept.grad is not None and kept.grad.abs().max() > 0
+
+
+@every_cache
+def test_gradients_over_several_steps(case: CacheCase) -> None:
+    """Where nothing is evicted they are those of `DynamicCache`; what is written must not be what autograd has saved."""
+    model, tokens = build_model("llama"), random_tokens(2, 70)
+
+    def gradient(cache: Cache) -> torch.Tensor:
+        model.zero_grad()
+        loss = model(tokens[:, :30], past_key_values=cache).logits[:, -1].sum()
+        for step in range(30, 70):
+            loss = loss + model(tokens[:, step : step + 1], past_key_values=cache).logits.sum()
+        loss.backward()
+        return model.model.layers[0].self_attn.k_proj.weight.grad.clone()
+
+    wanted = gradient(DynamicCache(config=model.config))
+    torch.testing.assert_close(gradient(case.build(model, "large")), wanted, atol=1e-3, rtol=1e-4)
+    if not case.from_model:  # whose gradients of dropped tokens are not numbers
+        assert gradient(case.build(model)).isfinite().all()
 
 
 @pytest.mark.parametrize("name", CACHES)

@@ -300,3 +300,33 @@ def test_what_a_dead_model_recorded_cannot_be_evicted() -> None:
     del model
     with pytest.raises(RuntimeError, match="is gone"):
         cache.crop(0)
+    with pytest.raises(RuntimeError, match="is gone"):
+        build_model("llama").generate(random_tokens(1, 25), past_key_values=cache, max_new_tokens=4)
+
+
+def test_a_budget_without_room_for_a_prompt_changes_no_layer() -> None:
+    """Layers that keep everything take more than the budget, which shows when the prompt's length is known."""
+    model = tiny_model("llama")
+    cache = PyramidCache(model.config, budget=20, first_pruned_layer=2)
+    cache.activate_past_recording()
+    with torch.no_grad():
+        model(random_tokens(1, 60), past_key_values=cache)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="too small for a prompt of 59"):
+            cache.crop(-1)
+    assert [layer.get_seq_length() for layer in cache.layers] == [60, 60, 60]
+
+
+@pytest.mark.parametrize("name", ["qwen2_hybrid", "gemma3", "llama4", "jamba", "bamba"])
+def test_generate_ends_a_recording_of_hybrid_models(name: str) -> None:
+    """Their sliding and linear layers go back to their size too."""
+    model, tokens = build_model(name), random_tokens(1, 35)
+    cache, plain = (H2OCache(model.config, budget=1.0) for _ in range(2))
+    cache.activate_past_recording()
+    with torch.no_grad():
+        model(tokens[:, :30], past_key_values=cache)
+        model(tokens[:, :30], past_key_values=plain)
+    output, wanted = (
+        model.generate(tokens, past_key_values=each, max_new_tokens=5, do_sample=False) for each in (cache, plain)
+    )
+    assert torch.equal(output, wanted)

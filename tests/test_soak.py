@@ -299,7 +299,7 @@ def check_flat(watch: Watch, resident_growth: int) -> None:
     """Nothing has grown between the first checkpoint and the last, but for the tokens and the mask that `generate` keeps."""
     held_bytes, num_tensors, resident = zip(*watch.measured, strict=True)
     assert held_bytes[0] > 0 and len(set(held_bytes)) == 1
-    assert len(set(num_tensors)) == 1
+    assert max(num_tensors) == num_tensors[0]  # of all tests that run in this process, so that there may be fewer
     assert resident[-1] - resident[0] <= resident_growth
 
 

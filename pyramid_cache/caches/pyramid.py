@@ -386,8 +386,12 @@ class PyramidLayer(CompressedLayer):
     def _replace_open_slots(self, indices: torch.Tensor) -> None:
         """Closes the gaps: the slots from `num_settled` on become those at `indices` `(batch, 1, slots)` among them."""
         start, num_open, num_kept = self.num_settled, self.length - self.num_settled, indices.shape[-1]
-        for tensor in (self.keys, self.values, self.positions):
-            tensor[:, :, start : start + num_kept] = gather_tokens(tensor[:, :, start : self.length], indices)
+        kept = {
+            name: gather_tokens(getattr(self, name)[:, :, start : self.length], indices) for name in self.slot_tensors
+        }
+        self._spare_autograd()
+        for name, tensor in kept.items():
+            getattr(self, name)[:, :, start : start + num_kept] = tensor
         self.positions[..., start : start + num_kept].masked_fill_(indices < 0, -1)
         kept_scores = gather_tokens(self.scores[..., :num_open], indices)
         self.scores.zero_()

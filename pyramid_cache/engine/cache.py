@@ -116,7 +116,11 @@ class CompressedCache(Cache):
         for index, layer in enumerate(self.layers):
             if isinstance(layer, CompressedLayer):
                 layer.require_croppable(tokens_to_remove)
-            elif layer.is_sliding and not layer.record_past and layer.get_seq_length() >= layer.sliding_window:
+            elif (
+                getattr(layer, "is_sliding", False)
+                and not layer.record_past
+                and layer.get_seq_length() >= layer.sliding_window
+            ):
                 raise NotImplementedError(
                     f"`crop({tokens_to_remove})`: layer {index} has dropped tokens from its sliding window since, and that cannot "
                     "be undone. Call `cache.activate_past_recording()` before the tokens that may be taken back are seen."
@@ -141,9 +145,25 @@ class CompressedCache(Cache):
         super().__setattr__(name, value)
         if name == "_is_user_defined":
             self.require_whole()
-            for layer in self.layers:
-                if getattr(layer, "record_past", False):
-                    layer.record_past = False
+            recording = [layer for layer in self.layers if getattr(layer, "record_past", False)]
+            if recording:
+                self.crop(0)
+            for layer in recording:
+                layer.record_past = False
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether transformers may take tokens back, as it does where it learns late that it should have stopped."""
+        return not self._is_beside_encoder and super().is_croppable
+
+    def activate_past_recording(self) -> None:
+        """From now on nothing is evicted before the next `crop`; see `CompressedLayer.activate_past_recording`."""
+        if self._is_beside_encoder:
+            raise NotImplementedError(
+                "Assisted generation and prompt lookup take tokens back, which transformers' EncoderDecoderCache does with "
+                "DynamicCache only. Use `EncoderDecoderCache(DynamicCache(), DynamicCache())` with them."
+            )
+        super().activate_past_recording()
 
     def reset(self) -> None:
         """Forgets everything, so that the cache can be used for another sequence, batch or model."""

@@ -65,7 +65,10 @@ NUM_SAMPLES = 1024
 def architecture_of(config: PreTrainedConfig) -> dict[str, Any]:
     """The fields of `ARCHITECTURE_FIELDS` of the text decoder, as JSON would give them back."""
     config = config.get_text_config(decoder=True)
-    return json.loads(json.dumps({name: getattr(config, name, None) for name in ARCHITECTURE_FIELDS}, default=str))
+    fields = {name: getattr(config, name, None) for name in ARCHITECTURE_FIELDS}
+    if fields["rope_parameters"]:  # which have both; versions of transformers differ in whether they repeat them
+        fields["rope_theta"] = fields["partial_rotary_factor"] = None
+    return json.loads(json.dumps(fields, default=str))
 
 
 @dataclass(frozen=True)

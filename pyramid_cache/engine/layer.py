@@ -191,6 +191,7 @@ class CompressedLayer(CacheLayerMixin):
     def _store(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Takes the new tokens in, and returns all that attention must see."""
         num_new = key_states.shape[2]
+        self._spare_autograd()
         if self.positions is None and self._is_step(num_new):
             self._before_append()
         if self.positions is None:
@@ -375,7 +376,8 @@ class CompressedLayer(CacheLayerMixin):
         if any(last < length - 1 for (_, last), length in zip(ends, lengths, strict=True)):
             raise ValueError(
                 f"`position_ids` end at {[last for _, last in ends]}, but {row_lengths} tokens of the rows have been seen before: a "
-                "sequence was fed from its start again, or `generate` was called with `use_cache=False`. Call `cache.reset()` for another sequence."
+                "sequence was fed from its start again, or `generate` was called with `use_cache=False`, or with an assistant "
+                "and a cache in use. Call `cache.reset()` for another sequence."
             )
 
     def _read_tokens(self, call: AttentionCall) -> Tokens:
@@ -492,6 +494,7 @@ class CompressedLayer(CacheLayerMixin):
 
     def _settle(self) -> None:
         """Does with the recorded tokens what waited."""
+        self._require_module_of_recorded()
         while self.recorded:
             chunk = self.recorded.pop(0)
             if not chunk.num_columns:
@@ -567,6 +570,13 @@ class CompressedLayer(CacheLayerMixin):
             tensor = getattr(self, name)
             if tensor is not None:
                 setattr(self, name, grown(tensor, self.length, num_slots, fill=-1 if name == "positions" else 0))
+
+    def _spare_autograd(self) -> None:
+        """Copies keys and values that autograd may have saved, before they are written to."""
+        for name in ("keys", "values"):
+            tensor = getattr(self, name)
+            if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+                setattr(self, name, tensor.clone())
 
     def _write(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Stores one new token in a layer of slots: behind the others, unless the method has a slot to reuse."""
@@ -706,6 +716,13 @@ class CompressedLayer(CacheLayerMixin):
             self._crop_held(num_left)
         self._settle()
 
+    def _require_module_of_recorded(self) -> None:
+        """Raises if tokens wait for an eviction that needs the attention module, which is gone."""
+        if self.recorded and self._module() is None:
+            raise RuntimeError(
+                "The model that filled the cache is gone, so what it recorded cannot be evicted any more. Call `cache.reset()`."
+            )
+
     def _ends_in_padding_without(self, num_columns: int) -> bool:
         """Whether what stays of the recorded tokens would end in padding."""
         for chunk in reversed(self.recorded):
@@ -743,10 +760,13 @@ class CompressedLayer(CacheLayerMixin):
                 f"`crop({tokens_to_remove})` would take all tokens of a row and leave padding in front of them. Take back more "
                 "or less."
             )
-        if self.recorded and self._module() is None:
-            raise RuntimeError(
-                "The model that filled the cache is gone, so what it recorded cannot be evicted any more."
-            )
+        if self.recorded and not any(self.row_lengths):
+            chunk = self.recorded[0]
+            num_after = sum(later.num_columns for later in self.recorded[1:])
+            lengths = chunk.seen.without_last(min(max(num_columns - num_after, 0), chunk.num_columns)).row_lengths
+            for length in lengths:
+                self.num_tokens_to_keep(length)  # a budget without room for so long a prompt says so
+        self._require_module_of_recorded()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Reorders the rows for beam search."""
