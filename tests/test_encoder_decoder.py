@@ -20,7 +20,7 @@ from transformers import (
     set_seed,
 )
 
-from pyramid_cache import PyramidCache, StreamingLLMCache
+from pyramid_cache import H2OCache, PyramidCache, StreamingLLMCache
 from pyramid_cache.engine.cache import CompressedCache
 
 
@@ -258,6 +258,18 @@ def test_hidden_states_beside_an_encoder_are_not_pruned(case: CacheCase) -> None
         assert PyramidCache(model, budget=1.0).num_kept_tokens() == [0, 0, 0]
     else:
         assert len(case.build(model).compressed_layers) == 3
+
+
+def test_an_assistant_is_refused_and_leaves_no_recording_on() -> None:
+    """transformers crops no EncoderDecoderCache but that of two DynamicCaches, which it would notice too late."""
+    model = model_of("bart")
+    cache = EncoderDecoderCache(H2OCache(model.config, budget=6), DynamicCache())
+    settings = {**encoder_inputs("bart"), "past_key_values": cache, "do_sample": False, "max_new_tokens": 30}
+    with pytest.raises(NotImplementedError, match="EncoderDecoderCache"):
+        model.generate(**settings, prompt_lookup_num_tokens=3)
+    assert not cache.self_attention_cache.is_croppable
+    model.generate(**settings)
+    assert cache.self_attention_cache.num_kept_tokens() == [6, 6, 6]
 
 
 @every_cache

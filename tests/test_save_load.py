@@ -466,6 +466,16 @@ def test_the_architecture_of_a_model_is_that_of_its_saved_config(name: str) -> N
     assert architectures[0] == architectures[1] == architectures[2]
 
 
+def test_fields_that_some_versions_repeat_do_not_tell_models_apart() -> None:
+    """`partial_rotary_factor` and `rope_theta` stand in `rope_parameters`, and beside them in some versions."""
+    config, other = build_config("glm4"), build_config("glm4")
+    config.partial_rotary_factor, config.rope_theta = 0.5, 1e4
+    other.partial_rotary_factor = other.rope_theta = None
+    assert storage.architecture_of(config) == storage.architecture_of(other)
+    other.rope_parameters = other.rope_parameters | {"partial_rotary_factor": 0.25}
+    assert storage.architecture_of(config) != storage.architecture_of(other)
+
+
 def test_models_with_other_weights(tmp_path: Path) -> None:
     """Noticed at once where the model is given, and before the first logits where only the config is."""
     model, prompt = build_model("llama"), random_tokens(1, 40)

@@ -224,6 +224,10 @@ class PyramidLayer(CompressedLayer):
         # Columns of the last prompt that were kept: what the next layer computes when hidden states are pruned.
         self.passed_on: torch.Tensor | None = None
 
+    # The sizes change with every zone of an answer: compilers would make a graph for each.
+    update = torch.compiler.disable(CompressedLayer.update)
+    attend = torch.compiler.disable(CompressedLayer.attend)
+
     def num_tokens_to_keep(self, row_length: int) -> int:
         if self.settings.is_unlimited or row_length == 0:
             return max(row_length, 1)
@@ -308,10 +312,6 @@ class PyramidLayer(CompressedLayer):
             if self.must_evict and not self.settings.is_unlimited:
                 self._turn_into_slots(call.key, call.value)
             return output
-        return self._attend_slots(call)
-
-    @torch.compiler.disable  # the sizes change with every zone: a graph for each would never end
-    def _attend_slots(self, call: AttentionCall) -> tuple[torch.Tensor, None]:
         output, probabilities = decode_attention(
             call.query, call.key, call.value, mask=self.slot_mask(), **call.logit_arguments
         )
@@ -446,7 +446,7 @@ class PyramidCache(CompressedCache):
             "llama-2-70b", "llama-3-8b" or "llama-3-70b".
         recent_ratio (`float`, *optional*): The share of the prompt that is the recent window: always kept, and its
             queries choose the rest. 0.2 by default, and never more than half of the budget.
-        num_sink_tokens (`int`, defaults to 4): Tokens at the start that are always kept.
+        num_sink_tokens (`int`, defaults to 4): Tokens at the start that are always kept, if the budget has room for them.
         min_context_length (`int`, defaults to 64): Tokens of context, beside window and sinks, that every layer keeps if
             the budget allows it.
         distance_weight (`float`, defaults to 1.2): How much more the newest query counts than the oldest of the window.
@@ -458,7 +458,7 @@ class PyramidCache(CompressedCache):
             authors' code and by default with a preset; the first pruned layer then keeps everything.
 
     Raises:
-        ValueError: For values outside these ranges, or a budget without room for sinks and a recent token.
+        ValueError: For values outside these ranges, or a number of tokens without room for sinks and a recent token.
         NotImplementedError: For a model whose hidden states cannot be pruned; its config can still be given.
 
     Example:

@@ -200,7 +200,8 @@ class CompressedCache(Cache):
         >>> model = LlamaForCausalLM(config)
         >>> document = torch.arange(90)[None]
         >>> cache = H2OCache(model.config, budget=16)
-        >>> output = model(document, past_key_values=cache)
+        >>> with torch.no_grad():
+        ...     output = model(document, past_key_values=cache)
         >>> folder = tempfile.TemporaryDirectory()
         >>> cache.save(f"{folder.name}/document.safetensors")
 

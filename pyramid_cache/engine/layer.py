@@ -375,9 +375,9 @@ class CompressedLayer(CacheLayerMixin):
             lengths = seen.row_lengths
         if any(last < length - 1 for (_, last), length in zip(ends, lengths, strict=True)):
             raise ValueError(
-                f"`position_ids` end at {[last for _, last in ends]}, but {row_lengths} tokens of the rows have been seen before: a "
-                "sequence was fed from its start again, or `generate` was called with `use_cache=False`, or with an assistant "
-                "and a cache in use. Call `cache.reset()` for another sequence."
+                f"`position_ids` end at {[last for _, last in ends]}, but the cache has seen {row_lengths} tokens: it is fed a sequence "
+                "from its start again. Give `generate` the whole history with new tokens at its end, and neither "
+                "`use_cache=False` nor an assistant with a cache in use; or call `cache.reset()` for another sequence."
             )
 
     def _read_tokens(self, call: AttentionCall) -> Tokens:
