@@ -365,7 +365,7 @@ class CompressedLayer(CacheLayerMixin):
             return
         if position_ids.dim() != 2 or position_ids.shape[1] != num_new:
             return
-        ends = position_ids[:, [0, -1]].expand(self.batch_size, -1).tolist()
+        ends = torch.cat([position_ids[:, :1], position_ids[:, -1:]], dim=1).expand(self.batch_size, -1).tolist()
         if seen is None:
             lengths = [
                 length + num_new if last - first == num_new - 1 else 0
