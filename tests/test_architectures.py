@@ -167,8 +167,8 @@ def check_masked(model: PreTrainedModel, cache: CompressedCache, trace: Trace, r
         for depth, layer in enumerate(layers):
             weights = probabilities[layer.place.layer_idx]
             if isinstance(cache, H2OCache):
-                # The sum over all queries that saw a key of what it got, in the mean over a group.
-                gathered = weights.unflatten(0, (kv_heads, -1)).mean(dim=1).sum(dim=1)  # (kv_heads, length)
+                # What a key got from all queries that saw it, of all heads of a group.
+                gathered = weights.unflatten(0, (kv_heads, -1)).sum(dim=(1, 2))  # (kv_heads, length)
                 positions = layer.held_positions()[row]
                 scores = gathered.gather(-1, positions.clamp(min=0))
                 is_held = positions >= 0

@@ -89,8 +89,9 @@ def test_a_cache_that_grows_decodes_too(case: CacheCase, budget: str) -> None:
 
 @pytest.mark.slow
 @bounded_cache
-def test_generated_code(case: CacheCase) -> None:
-    graphs = compare(case, "tight", (23, 40), "inductor", 30)
+@pytest.mark.parametrize("lengths", [(23, 40), (20, 20, 20)], ids=["padded", "equal"])
+def test_generated_code(case: CacheCase, lengths: tuple[int, ...]) -> None:
+    graphs = compare(case, "tight", lengths, "inductor", 30)
     assert graphs[15] == graphs[-1]
 
 

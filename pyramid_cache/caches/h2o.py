@@ -6,7 +6,7 @@ it gets from all queries; each KV head keeps the keys with the highest sums, the
 recent tokens. A decode step adds one token and evicts one (paper, Algorithm 1).
 
 Departures from the authors' code: sums are kept per row of the batch (theirs add the rows up) and, with grouped-query
-attention, per KV head as the mean over its query heads. Keys keep the positions that they had.
+attention, per KV head as the sum over its query heads. Keys keep the positions that they had.
 """
 
 import torch
@@ -16,9 +16,10 @@ from pyramid_cache.engine.attention import AttentionCall
 from pyramid_cache.engine.budget import Budget, floor_of_product, is_number, parse_budget
 from pyramid_cache.engine.cache import CompressedCache, model_inside
 from pyramid_cache.engine.layer import CompressedLayer, LayerPlace, grown
-from pyramid_cache.engine.selection import best_tokens, gather_tokens, lowest_slot
+from pyramid_cache.engine.scoring import attend_and_score
+from pyramid_cache.engine.selection import best_tokens, gather_tokens
 from pyramid_cache.engine.tokens import MaskReader, Tokens
-from pyramid_cache.ops import decode_attention, decode_probabilities
+from pyramid_cache.ops import decode_attention_and_evict, decode_probabilities
 
 
 class H2OLayer(CompressedLayer):
@@ -38,6 +39,11 @@ class H2OLayer(CompressedLayer):
         super().__init__(place, budget, masks)
         self.heavy_ratio = heavy_ratio
 
+    def _clear(self) -> None:
+        super()._clear()
+        # The new token of a decode step and its slots `(batch, kv_heads, 1)`, between `update` and `attend`.
+        self.unwritten: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+
     def num_tokens_to_keep(self, row_length: int) -> int:
         return self.token_budget.num_tokens(row_length)
 
@@ -46,7 +52,7 @@ class H2OLayer(CompressedLayer):
             return call.run()
         if self.positions is not None:
             call = self.with_slot_mask(call, tokens.positions >= 0 if tokens.has_gaps else None)
-        output, scores = self.attend_and_score(call, tokens, call.num_queries, None)
+        output, scores = attend_and_score(call, tokens, call.num_queries)
         if self.scores is not None:
             num_earlier = call.num_keys - call.num_queries
             scores[..., :num_earlier] += self.scores[..., :num_earlier]
@@ -60,11 +66,31 @@ class H2OLayer(CompressedLayer):
     def attend_step(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
         if self.positions is None:
             return self._attend_dense_step(call)
-        output, probabilities = decode_attention(
-            call.query, call.key, call.value, mask=self.slot_mask(), **call.logit_arguments
+        is_full = [held > kept for held, kept in zip(self.row_held, self.row_kept, strict=True)]
+        if all(is_full):
+            evicts = None
+        elif any(is_full):
+            evicts = self.per_row(is_full).flatten().bool()
+        else:
+            evicts = torch.zeros(self.batch_size, dtype=torch.bool, device=self.device)
+        (key_states, value_states, slots), self.unwritten = self.unwritten, None
+        output, _, victims = decode_attention_and_evict(
+            call.query,
+            key_states,
+            value_states,
+            slots,
+            key=self.keys,
+            value=self.values,
+            positions=self.positions,
+            scores=self.scores,
+            next_position=self.next_position,
+            num_recent=self.num_recent,
+            evicts=evicts,
+            has_empty_slots=self.has_empty_slots,
+            **call.logit_arguments,
         )
-        self.scores += probabilities.detach()
-        self._evict_one()
+        self.free_slots = victims if evicts is None else None
+        self.row_held = [min(held, kept) for held, kept in zip(self.row_held, self.row_kept, strict=True)]
         return output, None
 
     def _attend_dense_step(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -74,8 +100,8 @@ class H2OLayer(CompressedLayer):
             return output
         key_mask = None if self.column_positions is None else self.column_tokens.positions >= 0
         with torch.no_grad():
-            probabilities = decode_probabilities(call.query, call.key, mask=key_mask, **call.logit_arguments)
-        self.scores[..., : self.length] += probabilities.mean(dim=2)
+            probabilities, _ = decode_probabilities(call.query, call.key, key_mask, **call.logit_arguments)
+        self.scores[..., : self.length] += probabilities.sum(dim=2)
         if self.must_evict:
             self._keep_best(call.key, call.value, self.scores[..., : self.length], self.column_tokens)
         return output
@@ -93,27 +119,9 @@ class H2OLayer(CompressedLayer):
         self.keep(key, value, tokens, indices)
 
     def _write(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Leaves the new token to `attend_step`, which writes it, attends and evicts in one op."""
         slots = self.positions.argmin(dim=-1, keepdim=True) if self.free_slots is None else self.free_slots
-        self._overwrite(slots, key_states, value_states)
-        self.scores.scatter_(-1, slots, 0)
-
-    def _evict_one(self) -> None:
-        """Empties the slot of the lowest score outside the recent window, in the rows that hold one token too many."""
-        if not self.must_evict:
-            return
-        protected = self.positions >= self.next_position - self.num_recent
-        if self.has_empty_slots:
-            protected |= self.positions < 0
-        victim = lowest_slot(self.scores, self.positions, protected)
-        is_full = [held > kept for held, kept in zip(self.row_held, self.row_kept, strict=True)]
-        if all(is_full):
-            self.free_slots = victim
-            self.positions.scatter_(-1, victim, -1)
-        else:
-            self.free_slots = None
-            is_full_row = self.per_row(is_full).bool()
-            self.positions.scatter_(-1, victim, self.positions.gather(-1, victim).masked_fill(is_full_row, -1))
-        self.row_held = [min(held, kept) for held, kept in zip(self.row_held, self.row_kept, strict=True)]
+        self.unwritten = key_states, value_states, slots
 
     def check_state(self) -> None:
         if self.budget.is_unlimited:

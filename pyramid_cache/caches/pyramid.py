@@ -36,6 +36,7 @@ from pyramid_cache.engine.budget import (
 from pyramid_cache.engine.cache import CompressedCache, check_decoder_config, model_inside
 from pyramid_cache.engine.layer import CompressedLayer, LayerPlace
 from pyramid_cache.engine.prefill import PrunedPrefill
+from pyramid_cache.engine.scoring import attend_and_score
 from pyramid_cache.engine.selection import best_tokens, gather_tokens
 from pyramid_cache.engine.tokens import MaskReader, Tokens
 from pyramid_cache.ops import decode_attention
@@ -255,7 +256,7 @@ class PyramidLayer(CompressedLayer):
             # Padding between the tokens of a row puts its recent window further back.
             num_rows = min(max(self.row_recent), call.num_queries) if tokens.is_ascending else call.num_queries
             weights = self._row_weights(tokens.positions[:, 0, -num_rows:])
-            output, scores = self.attend_and_score(call, tokens, num_rows, weights)
+            output, scores = attend_and_score(call, tokens, num_rows, weights)
         else:
             output = call.run()
             scores = torch.zeros(tokens.positions.shape, device=self.device)
@@ -312,7 +313,7 @@ class PyramidLayer(CompressedLayer):
             if self.must_evict and not self.settings.is_unlimited:
                 self._turn_into_slots(call.key, call.value)
             return output
-        output, probabilities = decode_attention(
+        output, _, probabilities = decode_attention(
             call.query, call.key, call.value, mask=self.slot_mask(), **call.logit_arguments
         )
         self._score_generated(probabilities.detach())

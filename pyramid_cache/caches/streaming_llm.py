@@ -25,7 +25,7 @@ from pyramid_cache.engine.layer import CompressedLayer, LayerPlace
 from pyramid_cache.engine.rope import RotaryFrequencies, refuse_unsupported_rope, rotary_frequencies
 from pyramid_cache.engine.selection import gather_tokens
 from pyramid_cache.engine.tokens import MaskReader, Tokens
-from pyramid_cache.ops import can_reuse_lse, decode_attention, split_attention
+from pyramid_cache.ops import decode_attention, is_plain_on_cpu, split_attention
 
 
 # Angles are counted from a base that moves on by this many tokens. The float32 angles of a model are off by up to
@@ -298,7 +298,8 @@ class StreamingLLMLayer(CompressedLayer):
             length if length < num_sinks else num_sinks + (length - num_sinks) % self.window
             for length in self.row_lengths
         ]
-        if are_alike(self.row_lengths):
+        # Not asked while compiling: inductor writes code with a name that is gone once two lengths are known to be equal.
+        if not torch.compiler.is_compiling() and are_alike(self.row_lengths):
             slot = slice(slots[0], slots[0] + 1)
             self.keys[:, :, slot], self.values[:, :, slot], self.positions[:, :, slot] = (
                 key_states,
@@ -322,7 +323,7 @@ class StreamingLLMLayer(CompressedLayer):
             query = self._to_exact_angles(call.query, self.next_position - 1, max(self.row_lengths))
             call = replace(call, query=query)
         parts = (call.query, call.key, call.value)
-        if can_reuse_lse(*parts, **call.logit_arguments):
+        if is_plain_on_cpu(*parts, **call.logit_arguments):
             # For one query, two matrix products take 0.6 of the time of the CPU's attention kernel.
             return decode_attention(*parts, mask=self.slot_mask(), **call.logit_arguments)[0], None
         return self.with_slot_mask(call, self.slot_mask()).run()

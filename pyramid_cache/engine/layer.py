@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from pyramid_cache.engine.arguments import as_tokens_to_remove, check_states
 from pyramid_cache.engine.attention import AttentionCall, is_asked_for
@@ -28,12 +27,6 @@ from pyramid_cache.engine.fingerprint import WeightFingerprint
 from pyramid_cache.engine.recording import RecordedChunk
 from pyramid_cache.engine.selection import gather_tokens
 from pyramid_cache.engine.tokens import MaskReader, Tokens, causal_mask
-from pyramid_cache.ops import (
-    attention_scores,
-    attention_with_lse,
-    can_reuse_lse,
-    scores_from_lse,
-)
 
 
 # A layer that must grow by one token grows by this many, or by a 64th of its length if that is more.
@@ -623,7 +616,7 @@ class CompressedLayer(CacheLayerMixin):
         """Numbers known on the host as a `(batch, 1, 1)` int32 tensor on the layer's device."""
         return torch.tensor(numbers, dtype=torch.int32, device=self.device).view(-1, 1, 1)
 
-    # Attention over slots, and what methods score with.
+    # Attention over slots.
 
     def slot_mask(self) -> torch.Tensor | None:
         """`(batch, kv_heads or 1, slots)` bool, False for empty slots; None if there is none."""
@@ -641,34 +634,6 @@ class CompressedLayer(CacheLayerMixin):
             call.query.device,
         )
         return replace(call, mask=mask)
-
-    def attend_and_score(
-        self, call: AttentionCall, tokens: Tokens, num_rows: int, row_weights: torch.Tensor | None
-    ) -> tuple[tuple[torch.Tensor, torch.Tensor | None], torch.Tensor]:
-        """
-        Attention of several queries and the scores that the last `num_rows` of them give to all keys.
-
-        Args:
-            tokens (`Tokens`): Of the keys.
-            row_weights (`torch.Tensor`, *optional*): `(batch or 1, num_rows)`. Padded queries have weight 0 anyway.
-
-        Returns:
-            The output of attention, and the scores `(batch, kv_heads, keys)`.
-        """
-        if tokens.has_gaps:
-            is_token = (tokens.positions[:, 0, -num_rows:] >= 0).to(torch.float32)
-            row_weights = is_token if row_weights is None else row_weights * is_token
-        query, key = call.query[:, :, -num_rows:], call.key
-        if is_sdpa_on_cpu(call):
-            scaling = call.logit_arguments["scaling"]
-            output, lse = attention_with_lse(call.query, key, call.value, scaling, call.mask)
-            lse = lse[:, :, -num_rows:]
-            return (output, None), scores_from_lse(query, key, lse, scaling=scaling, row_weights=row_weights)
-        output = call.run()
-        key_mask = tokens.positions >= 0 if tokens.has_gaps else None
-        with torch.no_grad():
-            scores = attention_scores(query, key, key_mask=key_mask, row_weights=row_weights, **call.logit_arguments)
-        return output, scores
 
     # What `generate` asks of any layer.
 
@@ -878,18 +843,6 @@ class CompressedLayer(CacheLayerMixin):
         for index, chunk in enumerate(self.recorded):
             tensors |= {f"{role} of chunk {index}": tensor for role, tensor in chunk.held_tensors().items()}
         return {name: tensor for name, tensor in tensors.items() if tensor is not None}
-
-
-def is_sdpa_on_cpu(call: AttentionCall) -> bool:
-    """Whether a prompt's call ends in the CPU's attention kernel, whose log-sum-exp can be had."""
-    return (
-        call.function is sdpa_attention_forward
-        and call.num_queries == call.num_keys
-        and (call.mask is None or call.mask.dtype == torch.bool)
-        and not call.kwargs.get("dropout")
-        and call.kwargs.get("position_bias") is None
-        and can_reuse_lse(call.query, call.key, call.value, **call.logit_arguments)
-    )
 
 
 def own_storage(tensor: torch.Tensor) -> torch.Tensor:

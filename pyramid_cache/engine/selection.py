@@ -28,25 +28,6 @@ def best_tokens(priority: torch.Tensor, num_kept: torch.Tensor, max_kept: int) -
     return torch.where(indices < num_tokens, indices, -1)
 
 
-def lowest_slot(scores: torch.Tensor, positions: torch.Tensor, protected: torch.Tensor) -> torch.Tensor:
-    """
-    The slot to evict: the unprotected one of lowest score, the oldest of equals.
-
-    Args:
-        scores (`torch.Tensor`): `(batch, heads, slots)`.
-        positions (`torch.Tensor`): `(batch, heads, slots)`, distinct among the tokens of a head.
-        protected (`torch.Tensor`): bool `(batch, heads, slots)`. A head where it is all True gets a slot without meaning.
-
-    Returns:
-        `torch.Tensor`: `(batch, heads, 1)` int64.
-    """
-    candidates = scores.masked_fill(protected, float("inf"))
-    lowest = candidates.amin(dim=-1, keepdim=True)
-    # Among scores that are NaN none is higher than the lowest: then the oldest that is not protected goes.
-    is_safe = (candidates > lowest) | protected
-    return positions.masked_fill(is_safe, torch.iinfo(positions.dtype).max).argmin(dim=-1, keepdim=True)
-
-
 def gather_tokens(tensor: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     """
     Copies tokens out of `(batch, heads, tokens, ...)` by `(batch, heads or 1, kept)` indices; -1 gives the first token.

@@ -3,41 +3,33 @@
 import torch
 
 from pyramid_cache.ops import cpu, reference
-from pyramid_cache.ops.cpu import attention_with_lse, scores_from_lse
-from pyramid_cache.ops.reference import (
-    attention_scores,
-    decode_attention,
-    decode_probabilities,
-)
+from pyramid_cache.ops.cpu import is_plain_on_cpu
+from pyramid_cache.ops.lse import attention_with_lse
+from pyramid_cache.ops.reference import decode_probabilities, row_lse
+from pyramid_cache.ops.scores import attention_scores, decode_attention, decode_attention_and_evict
+from pyramid_cache.ops.shadow import gather_values, plan_chunks, reconstruct_keys, select_chunks
 
 
 __all__ = [
     "attention_scores",
     "attention_with_lse",
-    "can_reuse_lse",
     "decode_attention",
+    "decode_attention_and_evict",
     "decode_probabilities",
-    "scores_from_lse",
+    "gather_values",
+    "is_plain_on_cpu",
+    "plan_chunks",
+    "reconstruct_keys",
+    "row_lse",
+    "select_chunks",
     "split_attention",
 ]
-
-
-def can_reuse_lse(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **logit_arguments) -> bool:
-    """Whether the CPU's attention kernel, which gives its log-sum-exp, computes this attention."""
-    return (
-        query.device.type == "cpu"
-        and query.dtype == key.dtype == value.dtype == torch.float32
-        and not torch.is_autocast_enabled("cpu")
-        and key.shape == value.shape
-        and not torch.is_grad_enabled()
-        and all(logit_arguments.get(name) is None for name in ("softcap", "sink_logits"))
-    )
 
 
 def split_attention(
     parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]], **logit_arguments
 ) -> torch.Tensor:
     """See `pyramid_cache.ops.reference.split_attention`."""
-    if can_reuse_lse(*parts[0][:3], **logit_arguments):
+    if is_plain_on_cpu(*parts[0][:3], **logit_arguments):
         return cpu.split_attention(parts, logit_arguments["scaling"])
     return reference.split_attention(parts, **logit_arguments)

@@ -1,9 +1,11 @@
 """
-The specification of the attention ops, in plain PyTorch on any device.
+The specification of the attention ops of `pyramid_cache.ops.scores`, in plain PyTorch on any device.
 
-Scores are attention probabilities summed over query rows and averaged over the query heads that share a KV head.
-They are accumulated in float32, and queries are taken in chunks, so that no `query x key` matrix is ever materialised.
+Everything is accumulated in float32, and queries are taken in chunks, so that no `query x key` matrix is ever
+materialised. Scores are sums over the query heads that share a KV head.
 """
+
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -12,148 +14,242 @@ import torch
 CHUNK_ELEMENTS = 1 << 22
 
 
-def softmax_of_logits(
-    logits: torch.Tensor,
-    mask: torch.Tensor | None = None,
-    softcap: float | None = None,
-    sink_logits: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """
-    Attention probabilities as models of every family make them.
-
-    Args:
-        logits (`torch.Tensor`): float32 `(batch, kv_heads, group, rows, keys)`, scaled.
-        mask (`torch.Tensor`, *optional*): bool, broadcastable to the logits, True where attention is allowed. A row that
-            may attend to nothing gets zeros.
-        softcap (`float`, *optional*): logits become `softcap * tanh(logits / softcap)`, as in Gemma 2.
-        sink_logits (`torch.Tensor`, *optional*): `(heads,)` learned attention sinks, as in gpt-oss: they take part in
-            the normalisation and are then dropped.
-
-    Returns:
-        `torch.Tensor`: of the shape of `logits`.
-    """
-    batch, kv_heads, group, rows, _ = logits.shape
-    if softcap is not None:
-        logits = torch.tanh(logits / softcap) * softcap
-    if mask is not None:
-        logits = logits.masked_fill(~mask, float("-inf"))
-    if sink_logits is not None:
-        column = sink_logits.float().view(1, kv_heads, group, 1, 1).expand(batch, -1, -1, rows, -1)
-        return torch.softmax(torch.cat([logits, column], dim=-1), dim=-1)[..., :-1]
-    probabilities = torch.softmax(logits, dim=-1)
-    # A softmax over nothing is 0/0: such a row attends to nothing.
-    return probabilities if mask is None else probabilities.masked_fill(~mask, 0.0)
-
-
-def grouped_logits(query: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.Tensor:
+def grouped_logits(query: torch.Tensor, key: torch.Tensor, scaling: float, softcap: float | None) -> torch.Tensor:
     """
     Scaled logits of `(batch, heads, rows, head_dim)` queries on `(batch, kv_heads, keys, head_dim)` keys, in float32
-    `(batch, kv_heads, group, rows, keys)`, without repeating the keys for every head of a group.
+    `(batch, kv_heads, group, rows, keys)`, without repeating the keys for every head of a group. Products are made in the
+    precision of the inputs. With a `softcap` logits become `softcap * tanh(logits / softcap)`, as in Gemma 2.
     """
     batch, heads, rows, head_dim = query.shape
     kv_heads = key.shape[1]
     # Scaled before the product, which would overflow in float16 otherwise.
     query = query.reshape(batch, kv_heads, heads // kv_heads * rows, head_dim) * scaling
     logits = torch.matmul(query, key.transpose(-1, -2))
-    return logits.view(batch, kv_heads, heads // kv_heads, rows, -1).float()
+    logits = logits.view(batch, kv_heads, heads // kv_heads, rows, -1).float()
+    return torch.tanh(logits / softcap) * softcap if softcap else logits
 
 
-def attention_scores(
+def softmax_of_logits(
+    logits: torch.Tensor, mask: torch.Tensor | None = None, sink_logits: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Attention probabilities as models of every family make them, and the logarithm of what they were divided by.
+
+    Args:
+        logits (`torch.Tensor`): float32 `(batch, kv_heads, group, rows, keys)`, scaled and capped.
+        mask (`torch.Tensor`, *optional*): bool, broadcastable to the logits, True where attention is allowed. A row that
+            may attend to nothing gets zeros.
+        sink_logits (`torch.Tensor`, *optional*): `(heads,)` learned attention sinks, as in gpt-oss: they take part in
+            the normalisation and are then dropped.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: of the shape of `logits`; and log-sum-exps `(batch, kv_heads, group, rows)`,
+        minus infinity where a row attends to nothing.
+    """
+    batch, kv_heads, group, rows, _ = logits.shape
+    if mask is not None:
+        logits = logits.masked_fill(~mask, float("-inf"))
+    lse = logits.logsumexp(dim=-1)
+    if sink_logits is not None:
+        column = sink_logits.float().view(1, kv_heads, group, 1, 1).expand(batch, -1, -1, rows, -1)
+        lse = torch.logaddexp(lse, column.squeeze(-1))
+        return torch.softmax(torch.cat([logits, column], dim=-1), dim=-1)[..., :-1], lse
+    probabilities = torch.softmax(logits, dim=-1)
+    # A softmax over nothing is 0/0: such a row attends to nothing.
+    return probabilities if mask is None else probabilities.masked_fill(~mask, 0.0), lse
+
+
+def causal_chunks(batch: int, heads: int, rows: int, keys: int) -> Iterator[tuple[int, int, int]]:
+    """Yields `start, stop` of the rows that are taken at once, and how many keys the last of them sees."""
+    rows_per_chunk = max(CHUNK_ELEMENTS // max(batch * heads * keys, 1), 1)
+    for start in range(0, rows, rows_per_chunk):
+        stop = min(start + rows_per_chunk, rows)
+        yield start, stop, keys - rows + stop
+
+
+def causal_mask(start: int, stop: int, rows: int, keys: int, device: torch.device) -> torch.Tensor:
+    """`(stop - start, visible)` bool: row `i` of the last `rows` columns sees the keys up to `keys - rows + i`."""
+    last_key = torch.arange(keys - rows + start, keys - rows + stop, device=device)
+    return torch.arange(keys - rows + stop, device=device) <= last_key[:, None]
+
+
+def row_lse(
     query: torch.Tensor,
     key: torch.Tensor,
     *,
     scaling: float,
     key_mask: torch.Tensor | None = None,
-    row_weights: torch.Tensor | None = None,
     softcap: float | None = None,
     sink_logits: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
-    How much attention each key receives from the given query rows. Attention is causal and bottom-right aligned: row `i`
-    sees the keys up to `keys - rows + i`.
+    The log-sum-exps that attention of the last `rows` queries normalises with, for attention that does not give them.
 
     Args:
-        query (`torch.Tensor`): `(batch, heads, rows, head_dim)`, the last `rows` queries of the sequence.
+        query (`torch.Tensor`): `(batch, heads, rows, head_dim)`, the last queries of the sequence.
         key (`torch.Tensor`): `(batch, kv_heads, keys, head_dim)`, `rows <= keys`.
         scaling (`float`): factor on the logits.
         key_mask (`torch.Tensor`, *optional*): bool `(batch, kv_heads or 1, keys)`, False for padding and empty slots.
-        row_weights (`torch.Tensor`, *optional*): `(batch or 1, rows)` float32 weight of each query row; 1 by default.
         softcap, sink_logits: as in `softmax_of_logits`.
 
     Returns:
-        `torch.Tensor`: `(batch, kv_heads, keys)` float32, summed over rows, averaged over the heads of a group.
+        `torch.Tensor`: `(batch, heads, rows)` float32, minus infinity where a row attends to nothing.
     """
     batch, heads, rows, _ = query.shape
-    kv_heads, num_keys = key.shape[1], key.shape[2]
-    scores = torch.zeros(batch, kv_heads, num_keys, dtype=torch.float32, device=key.device)
-    rows_per_chunk = max(CHUNK_ELEMENTS // (batch * heads * num_keys), 1)
-    for start in range(0, rows, rows_per_chunk):
-        stop = min(start + rows_per_chunk, rows)
-        visible = num_keys - rows + stop
-        last_key = torch.arange(num_keys - rows + start, visible, device=key.device)
-        allowed = torch.arange(visible, device=key.device) <= last_key[:, None]
+    keys = key.shape[2]
+    lse = torch.empty(batch, heads, rows, dtype=torch.float32, device=key.device)
+    query, key = query.float(), key.float()
+    for start, stop, visible in causal_chunks(batch, heads, rows, keys):
+        allowed = causal_mask(start, stop, rows, keys, key.device)
         if key_mask is not None:
             allowed = allowed & key_mask[:, :, None, None, :visible]
-        logits = grouped_logits(query[:, :, start:stop], key[:, :, :visible], scaling)
-        probabilities = softmax_of_logits(logits, allowed, softcap, sink_logits)
+        logits = grouped_logits(query[:, :, start:stop], key[:, :, :visible], scaling, softcap)
+        part = softmax_of_logits(logits, allowed, sink_logits)[1]
+        lse[:, :, start:stop] = part.flatten(1, 2)
+    return lse
+
+
+def attention_scores(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    lse: torch.Tensor,
+    row_weights: torch.Tensor | None,
+    key_start: torch.Tensor | None,
+    scaling: float,
+    softcap: float | None,
+    group_sum: bool,
+) -> torch.Tensor:
+    """The specification of `pyramid_cache.ops.scores.attention_scores`."""
+    batch, heads, rows, _ = query.shape
+    kv_heads, keys = key.shape[1], key.shape[2]
+    group = heads // kv_heads
+    query, key = query.float(), key.float()
+    scores = torch.zeros(batch, kv_heads, group, keys, dtype=torch.float32, device=key.device)
+    # A row that attends to nothing, or does not count, must not bring its infinite exponentials in.
+    contributes = lse.isfinite() | lse.isnan()
+    if row_weights is not None:
+        contributes = contributes & (row_weights != 0)[:, None]
+    lse = lse.masked_fill(~contributes, float("inf"))
+    for start, stop, visible in causal_chunks(batch, heads, rows, keys):
+        allowed = causal_mask(start, stop, rows, keys, key.device)
+        if key_start is not None:
+            is_token = torch.arange(visible, device=key.device) >= key_start[:, None]  # (batch, visible)
+            allowed = allowed & is_token[:, None] & is_token[:, -(stop - start) :, None]
+            allowed = allowed[:, None, None]
+        logits = grouped_logits(query[:, :, start:stop], key[:, :, :visible], scaling, softcap)
+        chunk_lse = lse[:, :, start:stop].view(batch, kv_heads, group, -1, 1)
+        probabilities = (logits - chunk_lse).exp().masked_fill(~allowed, 0.0)
         if row_weights is not None:
             probabilities = probabilities * row_weights[:, None, None, start:stop, None]
-        scores[:, :, :visible] += probabilities.sum(dim=3).mean(dim=2)
-    return scores
+        scores[..., :visible] += probabilities.sum(dim=3)
+    return scores.sum(dim=2) if group_sum else scores.flatten(1, 2)
 
 
 def decode_probabilities(
     query: torch.Tensor,
     key: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    sink_logits: torch.Tensor | None = None,
     *,
     scaling: float,
-    mask: torch.Tensor | None = None,
     softcap: float | None = None,
-    sink_logits: torch.Tensor | None = None,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Attention probabilities of one query per row over slots in any order.
-
-    Args:
-        query (`torch.Tensor`): `(batch, heads, 1, head_dim)`.
-        key (`torch.Tensor`): `(batch, kv_heads, slots, head_dim)`.
-        mask (`torch.Tensor`, *optional*): bool `(batch, kv_heads or 1, slots)`, False for a slot that is empty.
-        scaling, softcap, sink_logits: as in `attention_scores`.
-
-    Returns:
-        `torch.Tensor`: `(batch, kv_heads, group, slots)` float32, `group` being the query heads that share a KV head.
+    The probabilities `(batch, kv_heads, group, slots)` float32 of `decode_attention`, head by head, and its log-sum-exps
+    `(batch, heads)`. Products are made in the precision of the inputs.
     """
     mask = None if mask is None else mask[:, :, None, None, :]
-    return softmax_of_logits(grouped_logits(query, key, scaling), mask, softcap, sink_logits).squeeze(3)
+    probabilities, lse = softmax_of_logits(grouped_logits(query, key, scaling, softcap), mask, sink_logits)
+    return probabilities.squeeze(3), lse.flatten(1)
 
 
 def decode_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    *,
+    mask: torch.Tensor | None,
+    sink_logits: torch.Tensor | None,
     scaling: float,
-    mask: torch.Tensor | None = None,
-    softcap: float | None = None,
-    sink_logits: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    softcap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The specification of `pyramid_cache.ops.scores.decode_attention`."""
+    wide = (query.float(), key.float(), value.float())
+    output, lse, probabilities = decode_in_given_precision(*wide, mask, sink_logits, scaling, softcap)
+    return output.to(value.dtype), lse, probabilities
+
+
+def decode_in_given_precision(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    sink_logits: torch.Tensor | None,
+    scaling: float,
+    softcap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`decode_attention` with products in the precision of the inputs, as transformers' eager attention makes them."""
+    probabilities, lse = decode_probabilities(query, key, mask, sink_logits, scaling=scaling, softcap=softcap)
+    output = torch.matmul(probabilities.to(value.dtype), value)  # (batch, kv_heads, group, value_dim)
+    output = output.view(query.shape[0], 1, query.shape[1], value.shape[-1])
+    return output, lse, probabilities.sum(dim=2)
+
+
+def decode_attention_and_evict(
+    query: torch.Tensor,
+    new_key: torch.Tensor,
+    new_value: torch.Tensor,
+    slots: torch.Tensor,
+    next_position: torch.Tensor,
+    num_recent: torch.Tensor,
+    evicts: torch.Tensor | None,
+    sink_logits: torch.Tensor | None,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    positions: torch.Tensor,
+    scores: torch.Tensor,
+    scaling: float,
+    softcap: float | None,
+    has_empty_slots: bool,
+    attend: Callable = decode_attention,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The specification of `pyramid_cache.ops.scores.decode_attention_and_evict`; `attend` is its attention."""
+    index = slots[..., None]
+    key.scatter_(2, index.expand_as(new_key), new_key)
+    value.scatter_(2, index.expand_as(new_value), new_value)
+    positions.scatter_(2, slots, (next_position - 1).expand_as(slots))
+    scores.scatter_(2, slots, 0.0)
+    is_held = positions >= 0 if has_empty_slots else None
+    output, lse, probabilities = attend(query, key, value, is_held, sink_logits, scaling, softcap)
+    scores += probabilities.detach()
+    is_protected = positions >= next_position - num_recent
+    if is_held is not None:
+        is_protected |= ~is_held
+    victims = lowest_slots(scores, positions, is_protected)
+    is_evicted = ~is_protected.gather(-1, victims)
+    if evicts is not None:
+        is_evicted &= evicts[:, None, None]
+    positions.scatter_(-1, victims, positions.gather(-1, victims).masked_fill(is_evicted, -1))
+    return output, lse, victims
+
+
+def lowest_slots(scores: torch.Tensor, positions: torch.Tensor, is_protected: torch.Tensor) -> torch.Tensor:
     """
-    Attention of one query per row over slots in any order, with the probabilities it used.
+    The slot to evict: the unprotected one of lowest score, the oldest of equals.
 
     Args:
-        query (`torch.Tensor`): `(batch, heads, 1, head_dim)`.
-        key, value (`torch.Tensor`): `(batch, kv_heads, slots, head_dim)`; the values may have a width of their own.
-        mask, scaling, softcap, sink_logits: as in `decode_probabilities`.
+        scores (`torch.Tensor`): `(batch, heads, slots)`.
+        positions (`torch.Tensor`): `(batch, heads, slots)`, distinct among the tokens of a head.
+        is_protected (`torch.Tensor`): bool `(batch, heads, slots)`. A head where it is all True gets a slot without
+            meaning.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: the output `(batch, 1, heads, value_dim)`, laid out as attention functions
-        of transformers return it, and the probabilities `(batch, kv_heads, slots)`, float32, averaged over a group.
+        `torch.Tensor`: `(batch, heads, 1)` int64.
     """
-    probabilities = decode_probabilities(
-        query, key, scaling=scaling, mask=mask, softcap=softcap, sink_logits=sink_logits
-    )
-    output = torch.matmul(probabilities.to(value.dtype), value)  # (batch, kv_heads, group, value_dim)
-    return output.view(query.shape[0], 1, query.shape[1], value.shape[-1]), probabilities.mean(dim=2)
+    candidates = scores.masked_fill(is_protected, float("inf"))
+    lowest = candidates.amin(dim=-1, keepdim=True)
+    # Among scores that are NaN none is higher than the lowest: then the oldest that is not protected goes.
+    is_safe = (candidates > lowest) | is_protected
+    return positions.masked_fill(is_safe, torch.iinfo(positions.dtype).max).argmin(dim=-1, keepdim=True)
 
 
 def split_attention(
@@ -169,14 +265,14 @@ def split_attention(
     Args:
         parts: Query `(batch, heads, rows, head_dim)`, key and value `(batch, kv_heads, keys, head_dim)` and a bool mask
             `(batch, 1, rows, keys)`, True where attention is allowed, for each set of keys.
-        scaling, softcap, sink_logits: as in `attention_scores`.
+        scaling, softcap, sink_logits: as in `row_lse`.
 
     Returns:
         `torch.Tensor`: `(batch, rows, heads, value_dim)`; zeros for a row that may attend to nothing.
     """
-    logits = torch.cat([grouped_logits(query, key, scaling) for query, key, _, _ in parts], dim=-1)
+    logits = torch.cat([grouped_logits(query, key, scaling, softcap) for query, key, _, _ in parts], dim=-1)
     mask = torch.cat([mask for *_, mask in parts], dim=-1)[:, :, None]
-    probabilities = softmax_of_logits(logits, mask, softcap, sink_logits).flatten(2, 3)
+    probabilities = softmax_of_logits(logits, mask, sink_logits)[0].flatten(2, 3)
     values = [value for _, _, value, _ in parts]
     widths = [value.shape[2] for value in values]
     shares = probabilities.to(values[0].dtype).split(widths, dim=-1)

@@ -1,0 +1,103 @@
+"""
+Attention of several queries, and how much of it each key got.
+
+The attention that the user chose runs once. Where it gives its log-sum-exps, or its probabilities, the scores come out
+of them; else the log-sum-exps of the rows that score are computed beside it.
+"""
+
+import torch
+from transformers.integrations.flash_attention import flash_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from pyramid_cache.engine.attention import AttentionCall
+from pyramid_cache.engine.tokens import Tokens
+from pyramid_cache.ops import attention_scores, attention_with_lse, row_lse
+
+
+def attend_and_score(
+    call: AttentionCall, tokens: Tokens, num_rows: int, row_weights: torch.Tensor | None = None
+) -> tuple[tuple[torch.Tensor, torch.Tensor | None], torch.Tensor]:
+    """
+    Runs the attention of a call, and sums up what its last `num_rows` queries gave to each key.
+
+    Args:
+        tokens (`Tokens`): Of the keys.
+        row_weights (`torch.Tensor`, *optional*): `(batch or 1, num_rows)`, 1 by default. Padded queries have weight 0 anyway.
+
+    Returns:
+        The output of attention, as attention functions return it, and the scores `(batch, kv_heads, keys)` float32, summed
+        over the query heads that share a KV head. Padding has none.
+    """
+    is_token = tokens.positions[:, 0] >= 0 if tokens.has_gaps else None
+    if is_token is not None:
+        is_query = is_token[:, -num_rows:].float()
+        row_weights = is_query if row_weights is None else row_weights * is_query
+    found = run_with_lse(call, is_token, tokens.row_present)
+    if found is not None:
+        output, lse = (found[0], None), found[1][:, :, -num_rows:]
+    else:
+        output = call.run()
+        if output[1] is not None and not call.kwargs.get("dropout"):
+            return output, sum_of_probabilities(output[1].detach()[:, :, -num_rows:], call.key.shape[1], row_weights)
+        lse = None
+    with torch.no_grad():
+        arguments = call.logit_arguments
+        sink_logits = arguments.pop("sink_logits")
+        query, key = call.query[:, :, -num_rows:], call.key
+        if lse is None:
+            key_mask = None if is_token is None else is_token[:, None]
+            lse = row_lse(query, key, key_mask=key_mask, sink_logits=sink_logits, **arguments)
+        # How much padding each row begins with: what needs no look at all.
+        key_start = None if is_token is None else is_token.int().argmax(dim=-1).int()
+        scores = attention_scores(query, key, lse, row_weights=row_weights, key_start=key_start, **arguments)
+        # Padding between tokens was left out of the log-sum-exps, so that its own exponentials have no meaning.
+        return output, scores if is_token is None else scores.masked_fill_(~is_token[:, None], 0.0)
+
+
+def run_with_lse(
+    call: AttentionCall, is_token: torch.Tensor | None, row_present: list[int]
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The output of the attention that the user chose and its log-sum-exps, or None where it cannot be had to give them."""
+    if call.function is sdpa_attention_forward:
+        implementation = "sdpa"
+    elif call.function is flash_attention_forward:
+        implementation = call.module.config._attn_implementation
+    else:
+        return None
+    arguments = call.logit_arguments
+    is_plain = (
+        arguments.pop("sink_logits") is None
+        and not call.kwargs.get("dropout")
+        and call.kwargs.get("position_bias") is None
+        and call.kwargs.get("sliding_window") is None
+    )
+    has_known_mask = implementation != "sdpa" or call.mask is None or call.mask.dtype == torch.bool
+    if not is_plain or not has_known_mask:
+        return None
+    return attention_with_lse(
+        implementation,
+        call.query,
+        call.key,
+        call.value,
+        mask=call.mask if implementation == "sdpa" else None,
+        key_mask=is_token,
+        row_present=None if is_token is None else row_present,
+        **arguments,
+    )
+
+
+def sum_of_probabilities(probabilities: torch.Tensor, kv_heads: int, row_weights: torch.Tensor | None) -> torch.Tensor:
+    """
+    Scores out of attention probabilities `(batch, heads, rows, keys)`, one KV head at a time: a copy of them all in float32
+    would take as much memory as eager attention does.
+    """
+    batch, heads, num_rows, num_keys = probabilities.shape
+    if row_weights is None:
+        return probabilities.unflatten(1, (kv_heads, -1)).sum(dim=(2, 3), dtype=torch.float32)
+    scores = []
+    for per_head in probabilities.chunk(kv_heads, dim=1):
+        per_row = per_head.sum(dim=1, dtype=torch.float32)  # (batch, rows, keys)
+        # Not a product with the weights, which would let the NaN of a row of padding through.
+        per_row = torch.where(row_weights[..., None] != 0, per_row * row_weights[..., None], 0.0)
+        scores.append(per_row.sum(dim=1))
+    return torch.stack(scores, dim=1)

@@ -1,0 +1,545 @@
+"""
+Attention with the log-sum-exp that it normalised by, out of one run of the attention the user chose.
+
+Every fused attention kernel has the log-sum-exp of each row at hand, for the backward pass, but transformers asks none of them
+for it. The adapter here calls the kernel behind an `attn_implementation` as transformers would, and asks. Packages are found by
+importing them; what they return is told apart by dtype and shape, since the tuples differ between packages and versions.
+
+What was looked up, in the packages' sources: flash-attn 2 (`flash_attn_func(..., return_attn_probs=True)` gives output,
+log-sum-exp and a third that is None without dropout), flash-attn 3 (two of them; versions before 2025 without being asked, and
+`fa3_fwd` has no softcap), flash-attn 4 (`return_lse=True`; the place of `cu_seqlens_q` among the arguments has moved, so it goes
+by name). All are causal and bottom-right aligned, and give float32 natural logarithms with the scaling inside, `(batch, heads,
+rows)`, or `(heads, total rows)` for packed rows, as do torch's own ops.
+"""
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from pyramid_cache.ops.reference import causal_mask
+from pyramid_cache.ops.registration import needs_gradients
+
+
+HALF_DTYPES = (torch.float16, torch.bfloat16)
+
+# Torch's own flash kernels are compiled for head dims up to 256 in steps of 8, and for compute capability 8.0 on.
+MAX_HEAD_DIM = 256
+HEAD_DIM_STEP = 8
+MIN_CAPABILITY = (8, 0)
+
+# The memory-efficient kernel loads 128 bits of a bias at once and refuses rows that begin elsewhere; torch's own
+# `scaled_dot_product_attention` rounds the rows of a mask up to 16 elements for it.
+BIAS_STEP = 16
+
+
+@dataclass(frozen=True)
+class Attention:
+    """
+    The arguments of `attention_with_lse`.
+
+    Attributes:
+        query (`torch.Tensor`): `(batch, heads, rows, head_dim)`.
+        key, value (`torch.Tensor`): `(batch, kv_heads, keys, head_dim or value_dim)`.
+        scaling, mask, key_mask, row_present, softcap: See there.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    scaling: float
+    mask: torch.Tensor | None = None
+    key_mask: torch.Tensor | None = None
+    row_present: list[int] | None = None
+    softcap: float | None = None
+
+    @property
+    def num_rows(self) -> int:
+        return self.query.shape[2]
+
+    @property
+    def num_keys(self) -> int:
+        return self.key.shape[2]
+
+    @property
+    def is_square(self) -> bool:
+        """Whether plain causality is all there is to mask, and the same at either corner."""
+        return self.mask is None and self.key_mask is None and self.num_rows == self.num_keys
+
+    def allowed(self) -> torch.Tensor | None:
+        """The mask, made if need be: bool `(batch or 1, 1, rows, keys)`; None where every row sees every key."""
+        if self.mask is not None:
+            return self.mask
+        if self.num_rows == 1 and self.key_mask is None:
+            return None
+        allowed = causal_mask(0, self.num_rows, self.num_rows, self.num_keys, self.key.device)[None, None]
+        return allowed if self.key_mask is None else allowed & self.key_mask[:, None, None]
+
+
+@dataclass(frozen=True)
+class Packing:
+    """
+    How the tokens of padded rows lie behind each other in one sequence.
+
+    Attributes:
+        query_index, key_index (`torch.Tensor`): `(total,)` int64, where each packed token comes from in the flattened
+            `(batch, columns)`; `batch * columns` for a place that stays unused.
+        query_ends, key_ends (`torch.Tensor`): `(batch + 1,)` int32, where the tokens of each row begin and end.
+        max_queries, max_keys (`int`): Tokens in the longest row.
+    """
+
+    query_index: torch.Tensor
+    key_index: torch.Tensor
+    query_ends: torch.Tensor
+    key_ends: torch.Tensor
+    max_queries: int
+    max_keys: int
+
+
+@dataclass(frozen=True)
+class FlashKernel:
+    """
+    A flash-attention forward of any origin.
+
+    Attributes:
+        name (`str`): What errors call it.
+        run (`Callable`): From query, key and value, `(batch, tokens, heads, head_dim)` without a `Packing` and `(total, heads,
+            head_dim)` with one, that `Packing` or None, scaling and softcap to the tuple that the kernel returns.
+        has_softcap, has_packing (`bool`): Whether it takes these.
+        dtypes (`tuple[torch.dtype, ...]`): What it computes in.
+    """
+
+    name: str
+    run: Callable[..., Any]
+    has_softcap: bool
+    has_packing: bool
+    dtypes: tuple[torch.dtype, ...] = HALF_DTYPES
+
+
+def attention_with_lse(
+    implementation: str,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scaling: float,
+    mask: torch.Tensor | None = None,
+    key_mask: torch.Tensor | None = None,
+    row_present: list[int] | None = None,
+    softcap: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """
+    Causal attention, bottom-right aligned (row `i` sees the keys up to `keys - rows + i`), by the kernel that the model's
+    attention function would run, with its log-sum-exps. No dropout, no sliding window and no attention sinks.
+
+    Args:
+        implementation (`str`): The model's `attn_implementation`: "sdpa", "flash_attention_2", "flash_attention_3",
+            "flash_attention_4", or one of the kernels of kernels-community that transformers loads in their place. For other
+            names, "eager" and "paged|..." among them, there is no provider.
+        query (`torch.Tensor`): `(batch, heads, rows, head_dim)`, the last `rows` queries of the sequence.
+        key, value (`torch.Tensor`): `(batch, kv_heads, keys, head_dim)`, `rows <= keys`; the values may be narrower.
+        scaling (`float`): Factor on the logits.
+        mask (`torch.Tensor`, *optional*): bool `(batch or 1, 1, rows, keys)`, what the model passes to sdpa. It must say what
+            causality and `key_mask` say, which is what the kernels that take no mask go by.
+        key_mask (`torch.Tensor`, *optional*): bool `(batch, keys)`, False for columns of padding; the queries are the last
+            `rows` columns.
+        row_present (`list[int]`, *optional*): The number of True columns of each row of `key_mask`. Without it, kernels that
+            take packed rows wait for the device to count.
+        softcap (`float`, *optional*): Logits are `softcap * tanh(logits / softcap)`.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]` or None: The output `(batch, rows, heads, value_dim)`, contiguous, zeros for
+        queries of padding (sdpa on the CPU: whatever the mask shows them); and the log-sum-exps `(batch, heads, rows)`
+        float32, minus infinity for queries of padding and rows that attend to nothing. None where no provider computes this
+        attention as the implementation would: then the caller runs the model's own function.
+
+    Raises:
+        RuntimeError: A package returns something else than its documentation says.
+    """
+    provider = _choose(implementation, query, key, value, mask, key_mask, softcap)
+    if provider is None:
+        return None
+    return provider(Attention(query, key, value, scaling, mask, key_mask, row_present, softcap))
+
+
+def can_give_lse(
+    implementation: str,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    mask: torch.Tensor | None = None,
+    key_mask: torch.Tensor | None = None,
+    softcap: float | None = None,
+) -> bool:
+    """Whether `attention_with_lse` has a provider for this call. Looks at shapes, dtypes and devices only."""
+    return _choose(implementation, query, key, value, mask, key_mask, softcap) is not None
+
+
+def _choose(
+    implementation: str,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
+    softcap: float | None,
+) -> Callable[[Attention], tuple[torch.Tensor, torch.Tensor]] | None:
+    """The function that computes this attention. All that depends on the device is decided here."""
+    if needs_gradients(query, key, value) or not query.dtype == key.dtype == value.dtype:
+        return None
+    head_dim, value_dim = query.shape[-1], value.shape[-1]
+    if implementation == "sdpa":
+        if softcap is not None or _is_cast(query) or (mask is not None and mask.dtype != torch.bool):
+            return None
+        if query.device.type == "cpu":
+            return _attend_on_cpu if _is_flash_on_cpu(query, key, value) else None
+        if query.device.type == "cuda" and query.dtype == torch.float32:
+            return efficient_attention if _is_efficient_enabled() else None
+        kernel = TORCH_FLASH if _is_flash_enabled() else None
+    else:
+        kernel = flash_kernel(implementation)
+    if kernel is None or query.device.type != "cuda" or query.dtype not in kernel.dtypes or value_dim > head_dim:
+        return None
+    if kernel is TORCH_FLASH and not (
+        head_dim % HEAD_DIM_STEP == 0 and head_dim <= MAX_HEAD_DIM and _has_torch_flash(query.device)
+    ):
+        return None
+    if (softcap is not None and not kernel.has_softcap) or (key_mask is not None and not kernel.has_packing):
+        return None
+    return functools.partial(flash_attention, kernel)
+
+
+def _is_cast(query: torch.Tensor) -> bool:
+    """Whether autocast would have `scaled_dot_product_attention` compute in another dtype."""
+    device = query.device.type
+    return torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != query.dtype
+
+
+def _is_flash_on_cpu(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """
+    Whether `scaled_dot_product_attention` takes the flash kernel on the CPU (the conditions of torch's `sdp_utils_cpp.cpp`).
+    The values must be as wide as the keys, and every last dimension dense.
+    """
+    return (
+        query.dtype in (torch.float32, *HALF_DTYPES)
+        and query.shape[-1] == value.shape[-1]
+        and all(tensor.stride(-1) == 1 for tensor in (query, key, value))
+        and _is_flash_enabled()
+    )
+
+
+# Compilers cannot trace into these, and take what they answer at the time for good.
+
+
+@torch.compiler.assume_constant_result
+def _is_flash_enabled() -> bool:
+    """Whether the user lets sdpa take flash kernels, which is the default."""
+    return torch.backends.cuda.flash_sdp_enabled()
+
+
+@torch.compiler.assume_constant_result
+def _is_efficient_enabled() -> bool:
+    """Whether the user lets sdpa take the memory-efficient kernel, in the version for NVIDIA's devices."""
+    return torch.version.hip is None and torch.backends.cuda.mem_efficient_sdp_enabled()
+
+
+@torch.compiler.assume_constant_result
+def _has_torch_flash(device: torch.device) -> bool:
+    """Whether torch was built with its flash kernels and the device runs them. What ROCm has under the name is another."""
+    return (
+        torch.version.hip is None
+        and torch.backends.cuda.is_flash_attention_available()
+        and torch.cuda.get_device_capability(device) >= MIN_CAPABILITY
+    )
+
+
+# "sdpa" on the CPU.
+
+
+def cpu_attention_with_lse(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, mask: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The kernel that `scaled_dot_product_attention` runs on the CPU, called so that it also returns its log-sum-exp.
+
+    Args:
+        query (`torch.Tensor`): `(batch, heads, rows, head_dim)`.
+        key, value (`torch.Tensor`): `(batch, kv_heads, keys, head_dim)`.
+        scaling (`float`): Factor on the logits.
+        mask (`torch.Tensor`, *optional*): bool `(batch or 1, 1, rows, keys)`, True where attention is allowed. Without, it is
+            causal for as many keys as rows, and a single row sees every key.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: output `(batch, rows, heads, head_dim)` and log-sum-exp `(batch, heads, rows)`,
+        minus infinity for a row without keys.
+    """
+    output, lse = _run_on_cpu(query, key, value, scaling, mask)
+    if mask is not None:
+        # The kernel gives zero for a row without keys.
+        lse = lse.masked_fill(~mask.any(dim=-1), float("-inf"))
+    return output, lse
+
+
+def _attend_on_cpu(attention: Attention) -> tuple[torch.Tensor, torch.Tensor]:
+    call = attention
+    mask = None if call.is_square else call.allowed()
+    if call.key_mask is None:
+        return cpu_attention_with_lse(call.query, call.key, call.value, call.scaling, mask)
+    output, lse = _run_on_cpu(call.query, call.key, call.value, call.scaling, mask)
+    # A token sees itself, so that only queries of padding can be without keys: no need to look through the whole mask.
+    return output, _without_padding(lse, call.key_mask)
+
+
+def _run_on_cpu(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    # The kernel's own causality is aligned top-left, and its mask must be additive in the dtype of the query.
+    is_causal = mask is None and query.shape[2] > 1
+    if mask is not None:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, float("-inf"))
+    output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, is_causal, attn_mask=mask, scale=scaling
+    )
+    return output.transpose(1, 2).contiguous(), lse
+
+
+def _without_padding(lse: torch.Tensor, key_mask: torch.Tensor) -> torch.Tensor:
+    """Minus infinity in `(batch, heads, rows)` log-sum-exps where the query, of the last `rows` columns, is padding."""
+    return lse.masked_fill(~key_mask[:, None, key_mask.shape[1] - lse.shape[2] :], float("-inf"))
+
+
+# "sdpa" on CUDA in float32.
+
+
+def efficient_attention(attention: Attention) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Torch's memory-efficient kernel. It takes no shared KV heads, its own causality is aligned top-left (attention.cu passes
+    `CustomMaskType::CausalFromTopLeft`), and it rounds the rows of its log-sum-exps up to a multiple of 32.
+    """
+    query, key, value = attention.query, attention.key, attention.value
+    group = query.shape[1] // key.shape[1]
+    if group > 1:
+        key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
+    allowed = None if attention.is_square else attention.allowed()
+    output, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+        query,
+        key,
+        value,
+        None if allowed is None else _additive_bias(allowed, query),
+        True,
+        0.0,
+        allowed is None and attention.num_rows > 1,
+        scale=attention.scaling,
+    )
+    output, lse = output.transpose(1, 2), lse[:, :, : attention.num_rows]
+    if attention.key_mask is not None:
+        lse = _without_padding(lse, attention.key_mask)
+        output = output.masked_fill(~attention.key_mask[:, -attention.num_rows :, None, None], 0.0)
+    return output.contiguous(), lse.contiguous()
+
+
+def _additive_bias(allowed: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """Minus infinity where attention is not allowed: `(batch, heads, rows, keys)`, rows aligned, one for all heads."""
+    batch, heads, rows, _ = query.shape
+    keys = allowed.shape[-1]
+    width = -(-keys // BIAS_STEP) * BIAS_STEP
+    bias = query.new_zeros(allowed.shape[0], 1, rows, width)[..., :keys]
+    return bias.masked_fill_(~allowed, float("-inf")).expand(batch, heads, rows, keys)
+
+
+# Flash-attention.
+
+
+def flash_attention(kernel: FlashKernel, attention: Attention) -> tuple[torch.Tensor, torch.Tensor]:
+    """`attention_with_lse` by a flash-attention kernel, in rows without padding or packed without it."""
+    query, key, value = (tensor.transpose(1, 2) for tensor in (attention.query, attention.key, attention.value))
+    batch, rows, heads, head_dim = query.shape
+    value_dim = value.shape[-1]
+    # One head_dim for all: transformers widens narrower values too, as those of multi-head latent attention.
+    if value_dim < head_dim:
+        value = torch.nn.functional.pad(value, (0, head_dim - value_dim))
+    packing = _pack(attention)
+    if packing is not None:
+        query = _take(query, packing.query_index)
+        key, value = _take(key, packing.key_index), _take(value, packing.key_index)
+    # The kernels read any strides but that of the last dimension.
+    query, key, value = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value))
+    results = kernel.run(query, key, value, packing, attention.scaling, attention.softcap)
+    lse_shape = (batch, heads, rows) if packing is None else (heads, query.shape[0])
+    output, lse = _find_lse(kernel.name, results, tuple(query.shape), lse_shape)
+    if packing is not None:
+        # Unused places of a packing go to one place more, which is left off. Padding stays zero and minus infinity.
+        index, size = packing.query_index, batch * rows
+        output = output.new_zeros(size + 1, heads, head_dim).index_copy_(0, index, output)[:size]
+        lse = lse.new_full((heads, size + 1), float("-inf")).index_copy_(1, index, lse)[:, :size]
+        output = output.view(batch, rows, heads, head_dim)
+        lse = lse.reshape(heads, batch, rows).transpose(0, 1)
+    return output[..., :value_dim].contiguous(), lse.contiguous()
+
+
+def _pack(attention: Attention) -> Packing | None:
+    """
+    The packing that leaves padding out, without waiting for the device where `row_present` is given; None without padding.
+    What is left is aligned at its end as before, since the queries are the last columns.
+    """
+    key_mask, rows, keys = attention.key_mask, attention.num_rows, attention.num_keys
+    if key_mask is None:
+        return None
+    present = key_mask.sum(dim=1).tolist() if attention.row_present is None else attention.row_present
+    if min(present) == keys:
+        return None
+    key_index = _nonzero(key_mask, sum(present))
+    key_ends = _ends(key_mask)
+    # How many of a row's tokens are queries is known on the host only if all are; else this is the most there can be.
+    queries = [min(count, rows) for count in present]
+    is_whole = rows == keys
+    query_mask = key_mask[:, keys - rows :]
+    return Packing(
+        query_index=key_index if is_whole else _nonzero(query_mask, sum(queries)),
+        key_index=key_index,
+        query_ends=key_ends if is_whole else _ends(query_mask),
+        key_ends=key_ends,
+        # Told of one query at most, kernels lay the heads of a group out as queries and take for granted that every row has
+        # its one (`seqlenq_ngroups_swapped` in flash_api.cpp), which a row that ends in padding has not.
+        max_queries=max(2, *queries),
+        max_keys=max(present),
+    )
+
+
+def _nonzero(mask: torch.Tensor, size: int) -> torch.Tensor:
+    """`(size,)` int64: where the flattened mask is True, filled up with its number of elements."""
+    return torch.nonzero_static(mask.flatten(), size=size, fill_value=mask.numel()).squeeze(1)
+
+
+def _ends(mask: torch.Tensor) -> torch.Tensor:
+    """`(batch + 1,)` int32: zero, and the number of True columns up to the end of each row."""
+    return torch.nn.functional.pad(mask.sum(dim=1).cumsum(dim=0, dtype=torch.int32), (1, 0))
+
+
+def _take(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """`(total, heads, head_dim)` of a `(batch, columns, heads, head_dim)` tensor with any strides, copied once."""
+    batch, columns = tensor.shape[:2]
+    index = index.clamp(max=batch * columns - 1)
+    return tensor[index // columns, index % columns]
+
+
+def _find_lse(
+    name: str, results: Any, output_shape: tuple[int, ...], lse_shape: tuple[int, ...]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output, which is the first of the results, and the one among the others that can only be the log-sum-exp."""
+    tensors = (
+        [result for result in results if isinstance(result, torch.Tensor)] if isinstance(results, tuple | list) else []
+    )
+    found = [tensor for tensor in tensors[1:] if tensor.dtype == torch.float32 and tuple(tensor.shape) == lse_shape]
+    if len(found) != 1 or tuple(tensors[0].shape) != output_shape:
+        kinds = [f"{tensor.dtype} {tuple(tensor.shape)}" for tensor in tensors] or type(results).__name__
+        raise RuntimeError(
+            f"{name} was expected to return an output of shape {output_shape} and a float32 log-sum-exp of shape {lse_shape}, "
+            f"but returned {kinds}. Use another version of it, or attn_implementation='sdpa'."
+        )
+    return tensors[0], found[0]
+
+
+def _run_torch_flash(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    packing: Packing | None,
+    scaling: float,
+    softcap: None,
+) -> tuple[Any, ...]:
+    if packing is None:
+        ends = (None, None, query.shape[1], key.shape[1])
+    else:
+        ends = (packing.query_ends, packing.key_ends, packing.max_queries, packing.max_keys)
+    return torch.ops.aten._flash_attention_forward(query, key, value, *ends, 0.0, True, False, scale=scaling)
+
+
+# flash-attn 2 as torch brings it along: shared KV heads, causal bottom-right (torch's own `attention/bias.py` relies on that).
+# The schemas of torch 2.11 and 2.13 differ in what follows `scale` only, all of it optional.
+TORCH_FLASH = FlashKernel("torch's flash attention", _run_torch_flash, has_softcap=False, has_packing=True)
+
+
+# The generation of flash-attention behind an implementation; the kernels are those that transformers takes where the package is
+# not installed (`FLASH_ATTN_KERNEL_FALLBACK`). A kernel of any other name computes what only its author knows.
+GENERATIONS = {
+    "flash_attention_2": 2,
+    "kernels-community/flash-attn2": 2,
+    "flash_attention_3": 3,
+    "kernels-community/flash-attn3": 3,
+    "kernels-community/vllm-flash-attn3": 3,
+    "flash_attention_4": 4,
+    "kernels-community/flash-attn4": 4,
+}
+
+# Which modules have it, and compute in what. `fa3_fwd` is the forward of flash-attn 3 alone, built without float16.
+MODULES: dict[int, dict[str, tuple[torch.dtype, ...]]] = {
+    2: {"flash_attn": HALF_DTYPES},
+    3: {"flash_attn_interface": HALF_DTYPES, "fa3_fwd_interface": (torch.bfloat16,)},
+    4: {"flash_attn.cute": HALF_DTYPES},
+}
+
+# What the packages call it to return the log-sum-exp. Early versions of flash-attn 3 have no such argument and always do.
+LSE_ARGUMENTS = ("return_attn_probs", "return_lse", "return_softmax_lse")
+
+_probed: dict[int, FlashKernel | None] = {}
+
+
+def flash_kernel(implementation: str) -> FlashKernel | None:
+    """The kernel of a flash-attention implementation, with or without a revision; None if none is installed."""
+    generation = GENERATIONS.get(implementation.split("@")[0])
+    if generation is None:
+        return None
+    # A dict and not `functools.cache`, which compilers trace into.
+    if generation not in _probed:
+        _probed[generation] = _probe(generation)
+    return _probed[generation]
+
+
+def _probe(generation: int) -> FlashKernel | None:
+    for name, dtypes in MODULES[generation].items():
+        try:
+            module = importlib.import_module(name)
+        except (ImportError, OSError):  # not installed, or built for another torch or CUDA
+            continue
+        # A `flash_attn` that holds nothing but flash-attn 4 has no such function.
+        if hasattr(module, "flash_attn_func"):
+            return kernel_of_module(module, dtypes)
+    return TORCH_FLASH if generation == 2 else None
+
+
+def kernel_of_module(module: ModuleType, dtypes: tuple[torch.dtype, ...] = HALF_DTYPES) -> FlashKernel:
+    """The kernel of a package with `flash_attn_func` and, for packed rows, `flash_attn_varlen_func`."""
+    dense, packed = module.flash_attn_func, getattr(module, "flash_attn_varlen_func", None)
+    names = {function: set(inspect.signature(function).parameters) for function in (dense, packed) if function}
+
+    def run(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        packing: Packing | None,
+        scaling: float,
+        softcap: float | None,
+    ) -> Any:
+        function, arguments = dense, {"softmax_scale": scaling, "causal": True}
+        if packing is not None:
+            function = packed
+            arguments |= {
+                "cu_seqlens_q": packing.query_ends,
+                "cu_seqlens_k": packing.key_ends,
+                "max_seqlen_q": packing.max_queries,
+                "max_seqlen_k": packing.max_keys,
+            }
+        if softcap is not None:
+            arguments["softcap"] = softcap
+        arguments |= {name: True for name in LSE_ARGUMENTS if name in names[function]}
+        return function(query, key, value, **arguments)
+
+    has_softcap = all("softcap" in taken for taken in names.values())
+    return FlashKernel(module.__name__, run, has_softcap, packed is not None, dtypes)

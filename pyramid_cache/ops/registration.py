@@ -1,0 +1,69 @@
+"""
+Where the package's ops meet `torch.library`: `torch.ops.pyramid_cache.*`.
+
+`Library.define` and `impl` are used rather than `torch.library.custom_op`, which costs twice as much for every call of an
+op that is called once per layer and token. The ops are for inference: the public functions take another way where
+gradients are asked for, and an op that is called directly refuses.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+LIBRARY = torch.library.Library("pyramid_cache", "DEF")
+
+
+def register(schema: str, *, cpu: Callable, cuda: Callable, fake: Callable) -> Callable:
+    """
+    Defines an op and gives it its kernels.
+
+    Args:
+        schema (`str`): As `torch.library` takes it, without the namespace: `"name(Tensor a, ...) -> Tensor"`.
+        cpu, cuda (`Callable`): What computes it on these devices. CUDA is asked whenever one of the tensors is there.
+        fake (`Callable`): What gives empty tensors of the right shapes, for compilers.
+
+    Returns:
+        `Callable`: The op.
+    """
+    name = LIBRARY.define(schema)
+    LIBRARY.impl(name, as_given(name, cpu, "cpu"), "CPU")
+    LIBRARY.impl(name, as_given(name, cuda, "cuda"), "CUDA")
+    torch.library.register_fake(f"pyramid_cache::{name}", fake, lib=LIBRARY)
+    return getattr(torch.ops.pyramid_cache, name).default
+
+
+def needs_gradients(*arguments: Any) -> bool:
+    """Whether autograd would record what is computed from these."""
+    return torch.is_grad_enabled() and any(
+        isinstance(argument, torch.Tensor) and argument.requires_grad for argument in arguments
+    )
+
+
+def as_given(name: str, kernel: Callable, device_type: str) -> Callable:
+    """The kernel, computing with the precision of its arguments, and refusing what it could not pass gradients through."""
+
+    def run(*arguments):
+        if needs_gradients(*arguments):
+            raise NotImplementedError(
+                f"`torch.ops.pyramid_cache.{name}` has no gradient. Call it under `torch.no_grad()`, or call the function "
+                "of `pyramid_cache.ops`, which is differentiable."
+            )
+        if torch.is_autocast_enabled(device_type):
+            with torch.autocast(device_type, enabled=False):
+                return kernel(*arguments)
+        return kernel(*arguments)
+
+    return run
+
+
+def check_shape(name: str, tensor: torch.Tensor | None, *shape: int | None) -> None:
+    """Raises ValueError unless a tensor that is given has this shape; None stands for any size."""
+    if tensor is None:
+        return
+    if tensor.dim() != len(shape) or any(
+        wanted is not None and size != wanted for size, wanted in zip(tensor.shape, shape, strict=True)
+    ):
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"`{name}` must have the shape ({wanted}), but has {tuple(tensor.shape)}.")

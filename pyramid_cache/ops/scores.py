@@ -1,0 +1,255 @@
+"""
+Attention that also tells how much each key was attended to: the public functions, and the ops they call.
+
+`pyramid_cache.ops.reference` is their specification, `cpu` and `triton_scores` are what computes them.
+"""
+
+import functools
+
+import torch
+
+from pyramid_cache.ops import cpu, reference
+from pyramid_cache.ops.registration import check_shape, needs_gradients, register
+
+
+def attention_scores(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    lse: torch.Tensor,
+    *,
+    scaling: float,
+    row_weights: torch.Tensor | None = None,
+    key_start: torch.Tensor | None = None,
+    softcap: float | None = None,
+    group_sum: bool = True,
+) -> torch.Tensor:
+    """
+    How much attention each key receives from the given query rows, out of the log-sum-exps of the attention that ran:
+    key `j` gets `sum_i weight_i * exp(scaling * q_i.k_j - lse_i)`, over the rows `i` that see it. Attention is causal and
+    bottom-right aligned: row `i` sees the keys up to `keys - rows + i`. The last `w` rows alone are a slice of `query` and
+    `lse`.
+
+    Args:
+        query (`torch.Tensor`): `(batch, heads, rows, head_dim)`, the last `rows` queries of the sequence.
+        key (`torch.Tensor`): `(batch, kv_heads, keys, head_dim)`, `rows <= keys`.
+        lse (`torch.Tensor`): `(batch, heads, rows)` float32, the natural log-sum-exp of each row's scaled and capped logits.
+            A row where it is infinite attends to nothing.
+        scaling (`float`): Factor on the logits.
+        row_weights (`torch.Tensor`, *optional*): `(batch or 1, rows)` float32, how much each row counts; 1 by default. A
+            row of weight 0 adds nothing, whatever it holds.
+        key_start (`torch.Tensor`, *optional*): `(batch,)` int32, how many columns of padding each row of the batch begins
+            with. Their keys get 0, and their queries add nothing.
+        softcap (`float`, *optional*): Logits are `softcap * tanh(logits / softcap)`, as in Gemma 2.
+        group_sum (`bool`, defaults to `True`): Sums over the query heads that share a KV head.
+
+    Returns:
+        `torch.Tensor`: `(batch, kv_heads, keys)` float32, or `(batch, heads, keys)` with `group_sum=False`.
+
+    Raises:
+        ValueError: For shapes that do not fit.
+    """
+    batch, heads, rows, head_dim = query.shape
+    check_shape("key", key, batch, None, None, head_dim)
+    check_heads(heads, key.shape[1])
+    if rows > key.shape[2]:
+        raise ValueError(f"{rows} query rows cannot be the last ones of {key.shape[2]} keys.")
+    check_shape("lse", lse, batch, heads, rows)
+    if row_weights is not None:
+        check_shape("row_weights", row_weights, batch if row_weights.shape[0] != 1 else 1, rows)
+    check_shape("key_start", key_start, batch)
+    arguments = (query, key, lse, row_weights, key_start, scaling, softcap, group_sum)
+    return reference.attention_scores(*arguments) if needs_gradients(*arguments) else _attention_scores(*arguments)
+
+
+def decode_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scaling: float,
+    mask: torch.Tensor | None = None,
+    softcap: float | None = None,
+    sink_logits: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    Attention of one query per row over slots in any order, with the probabilities it used. Keys and values are read once.
+
+    Args:
+        query (`torch.Tensor`): `(batch, heads, 1, head_dim)`.
+        key, value (`torch.Tensor`): `(batch, kv_heads, slots, head_dim)`; the values may have a width of their own.
+        scaling, softcap: As in `attention_scores`.
+        mask (`torch.Tensor`, *optional*): bool `(batch, kv_heads or 1, slots)`, False for a slot that is empty.
+        sink_logits (`torch.Tensor`, *optional*): `(heads,)` learned attention sinks, as in gpt-oss: they take part in
+            the normalisation and are then dropped.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: the output `(batch, 1, heads, value_dim)`, laid out as attention
+        functions of transformers return it; log-sum-exps `(batch, heads)` float32, sinks included; and probabilities
+        `(batch, kv_heads, slots)` float32, summed over the query heads that share a KV head. Where all slots of a head are
+        empty: zeros, minus infinity, zeros.
+
+    Raises:
+        ValueError: For shapes that do not fit.
+    """
+    _check_decode(query, key, value, sink_logits)
+    if mask is not None:
+        check_shape("mask", mask, key.shape[0], key.shape[1] if mask.shape[1] != 1 else 1, key.shape[2])
+    arguments = (query, key, value, mask, sink_logits, scaling, softcap)
+    return reference.decode_attention(*arguments) if needs_gradients(*arguments) else _decode_attention(*arguments)
+
+
+def decode_attention_and_evict(
+    query: torch.Tensor,
+    new_key: torch.Tensor,
+    new_value: torch.Tensor,
+    slots: torch.Tensor,
+    *,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    positions: torch.Tensor,
+    scores: torch.Tensor,
+    next_position: torch.Tensor,
+    num_recent: torch.Tensor,
+    evicts: torch.Tensor | None = None,
+    has_empty_slots: bool = True,
+    scaling: float,
+    softcap: float | None = None,
+    sink_logits: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    A whole decode step of a cache with heavy hitters, in place: the new token is written into its slot, attends, every
+    token's score grows by the probability it got, and the token of lowest score outside the recent window is evicted.
+
+    Args:
+        query (`torch.Tensor`): `(batch, heads, 1, head_dim)`.
+        new_key, new_value (`torch.Tensor`): `(batch, kv_heads, 1, head_dim)` of the new token; the values may have a width
+            of their own.
+        slots (`torch.Tensor`): `(batch, kv_heads, 1)` int64, where each head stores it.
+        key, value (`torch.Tensor`): `(batch, kv_heads, slots, head_dim)`, changed at `slots`.
+        positions (`torch.Tensor`): `(batch, kv_heads, slots)` int32, -1 for an empty slot. Becomes `next_position - 1` at
+            `slots`, then -1 at the victims.
+        scores (`torch.Tensor`): `(batch, kv_heads, slots)` float32, sums over the query heads that share a KV head. Becomes 0
+            at `slots`, then grows.
+        next_position (`torch.Tensor`): `(batch, 1, 1)` int32, the position after that of the new token.
+        num_recent (`torch.Tensor`): `(batch, 1, 1)` int32: positions from `next_position - num_recent` on stay.
+        evicts (`torch.Tensor`, *optional*): `(batch,)` bool, which rows evict; all by default.
+        has_empty_slots (`bool`, defaults to `True`): `False` promises that every slot is held once the new token is
+            written, which saves looking.
+        scaling, softcap, sink_logits: As in `decode_attention`.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: output and log-sum-exps as of `decode_attention`, and the slots
+        `(batch, kv_heads, 1)` int64 of the victims: lowest score, then oldest, scores that are NaN being all equal. Where a row does not
+        evict, or no token of a head may go, nothing is evicted and the slot has no meaning.
+
+    Raises:
+        ValueError: For shapes that do not fit.
+    """
+    _check_decode(query, key, value, sink_logits)
+    batch, kv_heads, num_slots, head_dim = key.shape
+    check_shape("new_key", new_key, batch, kv_heads, 1, head_dim)
+    check_shape("new_value", new_value, batch, kv_heads, 1, value.shape[3])
+    check_shape("slots", slots, batch, kv_heads, 1)
+    check_shape("positions", positions, batch, kv_heads, num_slots)
+    check_shape("scores", scores, batch, kv_heads, num_slots)
+    check_shape("next_position", next_position, batch, 1, 1)
+    check_shape("num_recent", num_recent, batch, 1, 1)
+    check_shape("evicts", evicts, batch)
+    arguments = (
+        query,
+        new_key,
+        new_value,
+        slots,
+        next_position,
+        num_recent,
+        evicts,
+        sink_logits,
+        key,
+        value,
+        positions,
+        scores,
+        scaling,
+        softcap,
+        has_empty_slots,
+    )
+    if needs_gradients(*arguments):
+        return reference.decode_attention_and_evict(*arguments)
+    return _decode_attention_and_evict(*arguments)
+
+
+def _check_decode(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sink_logits: torch.Tensor | None
+) -> None:
+    batch, heads, _, head_dim = query.shape
+    check_shape("query", query, batch, heads, 1, head_dim)
+    check_shape("key", key, batch, None, None, head_dim)
+    check_heads(heads, key.shape[1])
+    check_shape("value", value, *key.shape[:3], None)
+    check_shape("sink_logits", sink_logits, heads)
+
+
+def check_heads(heads: int, kv_heads: int) -> None:
+    """Raises unless the query heads can share the KV heads evenly."""
+    if heads % kv_heads:
+        raise ValueError(f"{heads} query heads cannot share {kv_heads} KV heads: that is no whole number each.")
+
+
+def _fake_scores(query, key, lse, row_weights, key_start, scaling, softcap, group_sum):
+    heads = key.shape[1] if group_sum else query.shape[1]
+    return key.new_empty(key.shape[0], heads, key.shape[2], dtype=torch.float32)
+
+
+def _fake_decode(query, key, value, mask, sink_logits, scaling, softcap):
+    batch, heads = query.shape[:2]
+    return (
+        value.new_empty(batch, 1, heads, value.shape[3]),
+        value.new_empty(batch, heads, dtype=torch.float32),
+        value.new_empty(key.shape[:3], dtype=torch.float32),
+    )
+
+
+def _fake_decode_and_evict(query, new_key, new_value, slots, *rest):
+    value = rest[5]
+    batch, heads = query.shape[:2]
+    return (
+        value.new_empty(batch, 1, heads, value.shape[3]),
+        value.new_empty(batch, heads, dtype=torch.float32),
+        torch.empty_like(slots),
+    )
+
+
+def _cuda(name: str):
+    """The Triton kernel of that name; the reference where there is no Triton, as on Windows."""
+
+    def run(*arguments):
+        try:
+            from pyramid_cache.ops import triton_scores as kernels
+        except ImportError:
+            kernels = reference
+        return getattr(kernels, name)(*arguments)
+
+    return run
+
+
+_attention_scores = register(
+    "attention_scores(Tensor query, Tensor key, Tensor lse, Tensor? row_weights, Tensor? key_start, float scaling, "
+    "float? softcap, bool group_sum) -> Tensor",
+    cpu=cpu.attention_scores,
+    cuda=_cuda("attention_scores"),
+    fake=_fake_scores,
+)
+_decode_attention = register(
+    "decode_attention(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? sink_logits, float scaling, "
+    "float? softcap) -> (Tensor, Tensor, Tensor)",
+    cpu=reference.decode_in_given_precision,
+    cuda=_cuda("decode_attention"),
+    fake=_fake_decode,
+)
+_decode_attention_and_evict = register(
+    "decode_attention_and_evict(Tensor query, Tensor new_key, Tensor new_value, Tensor slots, Tensor next_position, "
+    "Tensor num_recent, Tensor? evicts, Tensor? sink_logits, Tensor(a!) key, Tensor(b!) value, Tensor(c!) positions, "
+    "Tensor(d!) scores, float scaling, float? softcap, bool has_empty_slots) -> (Tensor, Tensor, Tensor)",
+    cpu=functools.partial(reference.decode_attention_and_evict, attend=reference.decode_in_given_precision),
+    cuda=_cuda("decode_attention_and_evict"),
+    fake=_fake_decode_and_evict,
+)

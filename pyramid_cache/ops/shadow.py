@@ -1,0 +1,278 @@
+"""
+The ops of a ShadowKV cache (arXiv 2410.21465): keys of low rank stay on the device, values on the host, and of both only
+the chunks that a step attends to are brought into a buffer.
+
+A step is `select_chunks`, `plan_chunks`, then `reconstruct_keys` and `gather_values` into the places that the plan gives
+out, then attention over the buffer. No op waits for the device, so a step can be captured in a CUDA graph.
+
+Chunk `c` is the tokens `c * chunk_size` to `(c + 1) * chunk_size - 1` of a row's storage, and place `p` the slots
+`p * chunk_size` to `(p + 1) * chunk_size - 1` of the buffer. Keys carry their rotation, so a chunk may be in any place.
+
+`pyramid_cache.ops.shadow_reference` is the specification of the ops, `triton_shadow` has their CUDA kernels.
+"""
+
+from types import ModuleType
+
+import torch
+
+from pyramid_cache.ops import shadow_reference
+from pyramid_cache.ops.registration import check_shape, register
+from pyramid_cache.ops.scores import check_heads
+
+
+def select_chunks(
+    query: torch.Tensor,
+    landmarks: torch.Tensor,
+    *,
+    num_chunks: int,
+    scaling: float,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    The chunks that a query attends to most, by their landmarks: of each query head's softmax over the landmarks, summed
+    over the query rows, the largest of a group of heads counts.
+
+    Args:
+        query (`torch.Tensor`): `(batch, heads, rows, head_dim)`, rotated. Without left padding where there are several
+            rows: each of them counts.
+        landmarks (`torch.Tensor`): `(batch, kv_heads, chunks, head_dim)`, one vector for each chunk: the mean of its keys.
+        num_chunks (`int`): How many chunks each KV head takes.
+        scaling (`float`): Factor on the logits.
+        mask (`torch.Tensor`, *optional*): bool `(batch, kv_heads or 1, chunks)`, False for a chunk that must not be taken:
+            there is none, or it is held elsewhere.
+
+    Returns:
+        `torch.Tensor`: `(batch, kv_heads, num_chunks)` int64, distinct chunks in no particular order, then -1 where a head
+        has fewer than `num_chunks`. Which of equal chunks are taken is not defined.
+
+    Raises:
+        ValueError: For shapes and dtypes that do not fit.
+    """
+    check_shape("query", query, None, None, None, None)
+    batch, heads, _, head_dim = query.shape
+    check_shape("landmarks", landmarks, batch, None, None, head_dim)
+    kv_heads, chunks = landmarks.shape[1], landmarks.shape[2]
+    check_heads(heads, kv_heads)
+    _check_dtype("landmarks", landmarks, query.dtype)
+    if num_chunks < 1:
+        raise ValueError(f"`num_chunks` must be at least 1, but is {num_chunks}.")
+    if mask is not None:
+        check_shape("mask", mask, batch, None, chunks)
+        if mask.shape[1] not in (1, kv_heads):
+            raise ValueError(f"`mask` must be for 1 or {kv_heads} heads, but has the shape {tuple(mask.shape)}.")
+        _check_dtype("mask", mask, torch.bool)
+    return _select_chunks(query, landmarks, mask, num_chunks, scaling)
+
+
+def plan_chunks(held: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """
+    Where the wanted chunks go in a buffer that holds some of them already. Those stay where they are; each of the others
+    takes a place whose chunk is not wanted.
+
+    Args:
+        held (`torch.Tensor`): `(batch, kv_heads, places)` int64, the chunk in each place of the buffer, -1 for none.
+            Changed in place: what each place holds once `incoming` is loaded, -1 for a place that is left over, and must
+            not be attended to.
+        wanted (`torch.Tensor`): `(batch, kv_heads, places)` int64, distinct chunks in any order, -1 for none.
+
+    Returns:
+        `torch.Tensor`: `incoming`, `(batch, kv_heads, places)` int64, the chunk to load into each place, -1 for a place
+        to leave alone.
+
+    Raises:
+        ValueError: For shapes and dtypes that do not fit.
+    """
+    check_shape("held", held, None, None, None)
+    check_shape("wanted", wanted, *held.shape)
+    _check_dtype("held", held, torch.int64)
+    _check_dtype("wanted", wanted, torch.int64)
+    _check_device("wanted", wanted, held.device)
+    return _plan_chunks(held, wanted)
+
+
+def reconstruct_keys(
+    buffer: torch.Tensor,
+    low_rank: torch.Tensor,
+    basis: torch.Tensor,
+    incoming: torch.Tensor,
+    positions: torch.Tensor,
+    inverse_frequencies: torch.Tensor,
+    *,
+    chunk_size: int,
+    attention_scaling: float = 1.0,
+    interleaved: bool = False,
+) -> None:
+    """
+    Writes the keys of the incoming chunks into their places: `low_rank @ basis`, in float32, rotated to where the tokens
+    were in the prompt.
+
+    Args:
+        buffer (`torch.Tensor`): `(batch, kv_heads, places * chunk_size, head_dim)`, may be a slice of a larger one. Only
+            the slots of tokens that are loaded change.
+        low_rank (`torch.Tensor`): `(batch, tokens, rank)`, the factor that all heads share. The last chunk may have fewer
+            tokens than others.
+        basis (`torch.Tensor`): `(batch, kv_heads, rank, head_dim)`, the factor of each head.
+        incoming (`torch.Tensor`): `(batch, kv_heads, places)` int64 from `plan_chunks`.
+        positions (`torch.Tensor`): `(batch, tokens)` int32, the tokens' positions.
+        inverse_frequencies (`torch.Tensor`): `(rotary_dim / 2,)` float32. The first `rotary_dim` dimensions of a head
+            turn, by angles that are rounded to float32 as models round them; the others are left as they are.
+        chunk_size (`int`): Tokens of a chunk.
+        attention_scaling (`float`, defaults to 1.0): Factor on cosines and sines (yarn, longrope).
+        interleaved (`bool`, defaults to `False`): Dimension `2 i` turns with `2 i + 1` (GLM, Cohere), not `i` with
+            `i + rotary_dim / 2` (Llama).
+
+    Raises:
+        ValueError: For shapes, dtypes and devices that do not fit.
+    """
+    batch, kv_heads = _check_buffer(buffer, incoming, chunk_size)
+    head_dim = buffer.shape[3]
+    check_shape("low_rank", low_rank, batch, None, None)
+    tokens, rank = low_rank.shape[1:]
+    check_shape("basis", basis, batch, kv_heads, rank, head_dim)
+    check_shape("positions", positions, batch, tokens)
+    check_shape("inverse_frequencies", inverse_frequencies, None)
+    if 2 * inverse_frequencies.shape[0] > head_dim:
+        raise ValueError(
+            f"{inverse_frequencies.shape[0]} inverse frequencies turn two dimensions each, more than the {head_dim} of "
+            "a head. Pass one for each pair."
+        )
+    _check_dtype("positions", positions, torch.int32)
+    _check_dtype("inverse_frequencies", inverse_frequencies, torch.float32)
+    for name, tensor in (("buffer", buffer), ("low_rank", low_rank), ("basis", basis)):
+        _check_dtype(name, tensor, torch.float32, torch.float16, torch.bfloat16)
+    for name, tensor in (
+        ("low_rank", low_rank),
+        ("basis", basis),
+        ("positions", positions),
+        ("inverse_frequencies", inverse_frequencies),
+    ):
+        _check_device(name, tensor, buffer.device)
+    _reconstruct_keys(
+        buffer,
+        low_rank,
+        basis,
+        incoming,
+        positions,
+        inverse_frequencies,
+        attention_scaling,
+        interleaved,
+        chunk_size,
+    )
+
+
+def gather_values(buffer: torch.Tensor, values: torch.Tensor, incoming: torch.Tensor, *, chunk_size: int) -> None:
+    """
+    Copies the values of the incoming chunks into their places. Values in pinned memory of the host are read from there by
+    the kernel itself; they must neither change nor be freed until it has run.
+
+    Args:
+        buffer (`torch.Tensor`): `(batch, kv_heads, places * chunk_size, value_dim)`, may be a slice of a larger one. Only
+            the slots of tokens that are loaded change.
+        values (`torch.Tensor`): `(batch, kv_heads, tokens, value_dim)` in the buffer's dtype, on its device or in pinned
+            memory. The last chunk may have fewer tokens than others. Fastest where a head's values are contiguous.
+        incoming (`torch.Tensor`): `(batch, kv_heads, places)` int64 from `plan_chunks`.
+        chunk_size (`int`): Tokens of a chunk.
+
+    Raises:
+        ValueError: For shapes, dtypes and devices that do not fit, and for values on the host that are not pinned.
+    """
+    batch, kv_heads = _check_buffer(buffer, incoming, chunk_size)
+    check_shape("values", values, batch, kv_heads, None, buffer.shape[3])
+    _check_dtype("values", values, buffer.dtype)
+    if values.device.type != "cpu":
+        _check_device("values", values, buffer.device)
+    _gather_values(buffer, values, incoming, chunk_size)
+
+
+def _check_buffer(buffer: torch.Tensor, incoming: torch.Tensor, chunk_size: int) -> tuple[int, int]:
+    """Raises unless the buffer has the places of `incoming`; returns batch and KV heads."""
+    check_shape("buffer", buffer, None, None, None, None)
+    batch, kv_heads, slots, _ = buffer.shape
+    check_shape("incoming", incoming, batch, kv_heads, None)
+    _check_dtype("incoming", incoming, torch.int64)
+    _check_device("incoming", incoming, buffer.device)
+    places = incoming.shape[2]
+    if chunk_size < 1 or slots != places * chunk_size:
+        raise ValueError(
+            f"`buffer` has {slots} slots, which are not {places} places of {chunk_size} tokens. Pass the part of it "
+            "that holds the chunks of `incoming`."
+        )
+    return batch, kv_heads
+
+
+def _check_dtype(name: str, tensor: torch.Tensor, *dtypes: torch.dtype) -> None:
+    if tensor.dtype not in dtypes:
+        wanted = " or ".join(str(dtype) for dtype in dtypes)
+        raise ValueError(f"`{name}` must be {wanted}, but is {tensor.dtype}. Convert it with `.to({dtypes[0]})`.")
+
+
+def _check_device(name: str, tensor: torch.Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise ValueError(
+            f"`{name}` is on {tensor.device}, but must be on {device}. Move it there with `.to({device})`."
+        )
+
+
+def _kernels() -> ModuleType:
+    """The Triton kernels; the reference where there is no Triton, as on Windows."""
+    try:
+        from pyramid_cache.ops import triton_shadow
+    except ImportError:
+        return shadow_reference
+    return triton_shadow
+
+
+def _plan_chunks_cuda(*arguments) -> torch.Tensor:
+    return _kernels().plan_chunks(*arguments)
+
+
+def _reconstruct_keys_cuda(*arguments) -> None:
+    _kernels().reconstruct_keys(*arguments)
+
+
+def _gather_values_cuda(buffer: torch.Tensor, values: torch.Tensor, incoming: torch.Tensor, chunk_size: int) -> None:
+    if values.device.type == "cpu" and not values.is_pinned():
+        raise ValueError(
+            f"`values` is in pageable memory of the host, which {buffer.device} cannot read. Pin it once, with "
+            "`values = values.pin_memory()`."
+        )
+    _kernels().gather_values(buffer, values, incoming, chunk_size)
+
+
+def _fake_select(query, landmarks, mask, num_chunks, scaling):
+    return landmarks.new_empty(landmarks.shape[0], landmarks.shape[1], num_chunks, dtype=torch.int64)
+
+
+def _fake_plan(held, wanted):
+    return wanted.new_empty(wanted.shape)
+
+
+def _fake_load(buffer, *rest):
+    return None
+
+
+_select_chunks = register(
+    "select_chunks(Tensor query, Tensor landmarks, Tensor? mask, SymInt num_chunks, float scaling) -> Tensor",
+    cpu=shadow_reference.select_chunks,
+    cuda=shadow_reference.select_chunks,
+    fake=_fake_select,
+)
+_plan_chunks = register(
+    "plan_chunks(Tensor(a!) held, Tensor wanted) -> Tensor",
+    cpu=shadow_reference.plan_chunks,
+    cuda=_plan_chunks_cuda,
+    fake=_fake_plan,
+)
+_reconstruct_keys = register(
+    "reconstruct_keys(Tensor(a!) buffer, Tensor low_rank, Tensor basis, Tensor incoming, Tensor positions, "
+    "Tensor inverse_frequencies, float attention_scaling, bool interleaved, SymInt chunk_size) -> ()",
+    cpu=shadow_reference.reconstruct_keys,
+    cuda=_reconstruct_keys_cuda,
+    fake=_fake_load,
+)
+_gather_values = register(
+    "gather_values(Tensor(a!) buffer, Tensor values, Tensor incoming, SymInt chunk_size) -> ()",
+    cpu=shadow_reference.gather_values,
+    cuda=_gather_values_cuda,
+    fake=_fake_load,
+)

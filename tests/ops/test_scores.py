@@ -1,0 +1,380 @@
+"""The attention ops on the CPU: against softmax over a whole float64 matrix, and as `torch.library` wants them."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from pyramid_cache import ops
+from pyramid_cache.ops import reference, scores
+
+
+# Half precision is compared with the error of the plain computation in that precision; see `tolerance`.
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# (heads, kv_heads, head_dim, rows, keys): odd lengths, rows from 1 to all, groups of 1, 3, 4 and 8.
+SHAPES = [
+    (3, 3, 64, 1, 1),
+    (4, 4, 80, 37, 37),
+    (9, 3, 64, 130, 130),
+    (8, 2, 96, 64, 301),
+    (8, 1, 128, 65, 129),
+    (4, 1, 256, 17, 90),
+    (2, 2, 64, 1, 77),
+]
+
+
+def whole_matrix(query, key, scaling, allowed, softcap=None, sink_logits=None):
+    """
+    float64 probabilities `(batch, heads, rows, keys)` and log-sum-exps, by the definition; `allowed` is bool
+    `(batch, heads or 1, rows, keys)`.
+    """
+    key = key.double().repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    logits = scaling * query.double() @ key.transpose(2, 3)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    exponentials = torch.where(allowed, logits.exp(), 0.0)
+    total = exponentials.sum(dim=-1)
+    if sink_logits is not None:
+        total = total + sink_logits.double().exp()[:, None]
+    return torch.where(total[..., None] > 0, exponentials / total[..., None], 0.0), total.log()
+
+
+def causal(rows: int, keys: int, key_start=None) -> torch.Tensor:
+    """`(batch, 1, rows, keys)` by two loops: who sees whom, padding being neither seen nor seeing."""
+    starts = [0] if key_start is None else key_start.tolist()
+    allowed = torch.zeros(len(starts), 1, rows, keys, dtype=torch.bool)
+    for batch, start in enumerate(starts):
+        for row, column in itertools.product(range(rows), range(keys)):
+            position = keys - rows + row
+            allowed[batch, 0, row, column] = start <= column <= position and position >= start
+    return allowed
+
+
+def tolerance(dtype: torch.dtype, exact: torch.Tensor, plain: torch.Tensor) -> float:
+    """What may be off: float32 rounding, or what computing it plainly in that precision is off by."""
+    if dtype == torch.float32:
+        return 2e-5 * max(exact.abs().max().item(), 1.0)
+    return 1.5 * (plain.double() - exact).abs().max().item() + 1e-4
+
+
+def states(heads, kv_heads, head_dim, rows, keys, dtype, batch=2, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    query = 1.5 * torch.randn(batch, rows, heads, head_dim, generator=generator).to(dtype).transpose(1, 2)
+    key, value = (
+        torch.randn(batch, keys, kv_heads, head_dim, generator=generator).to(dtype).transpose(1, 2) for _ in range(2)
+    )
+    return query, key, value
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("function", [ops.attention_scores, "reference"])
+def test_scores_are_sums_of_the_whole_matrix(function, shape, dtype) -> None:
+    """Plain; and with padding, weights, a softcap and head by head."""
+    if function == "reference":
+
+        def function(query, key, lse, *, scaling, row_weights=None, key_start=None, softcap=None, group_sum=True):
+            return reference.attention_scores(query, key, lse, row_weights, key_start, scaling, softcap, group_sum)
+
+    heads, kv_heads, head_dim, rows, keys = shape
+    query, key, _ = states(*shape, dtype)
+    scaling = head_dim**-0.5
+    exact, lse = whole_matrix(query, key, scaling, causal(rows, keys))
+    plain = torch.softmax(
+        (scaling * query @ key.repeat_interleave(heads // kv_heads, dim=1).transpose(2, 3))
+        .masked_fill(~causal(rows, keys), float("-inf"))
+        .float(),
+        dim=-1,
+    )
+    expected = exact.unflatten(1, (kv_heads, -1)).sum(dim=(2, 3))
+    found = function(query, key, lse.float(), scaling=scaling)
+    limit = tolerance(dtype, expected, plain.unflatten(1, (kv_heads, -1)).sum(dim=(2, 3)))
+    assert found.dtype == torch.float32 and found.shape == expected.shape
+    assert (found - expected).abs().max() <= limit
+
+    key_start = torch.tensor([keys // 3, keys], dtype=torch.int32)  # the second row is all padding
+    row_weights = torch.linspace(-1, 2, rows).repeat(2, 1)
+    row_weights[:, ::3] = 0
+    exact, lse = whole_matrix(query, key, scaling, causal(rows, keys, key_start), softcap=5.0)
+    expected = (exact * row_weights[:, None, :, None]).sum(dim=2)
+    options = {"row_weights": row_weights, "key_start": key_start, "softcap": 5.0}
+    found = function(query, key, lse.float(), scaling=scaling, group_sum=False, **options)
+    assert (found - expected).abs().max() <= 2 * limit
+    assert found[1].eq(0).all() and found[0, :, : keys // 3].eq(0).all()
+
+
+def test_a_window_is_a_slice() -> None:
+    query, key, _ = states(9, 3, 64, 200, 200, torch.float32)
+    _, lse = whole_matrix(query, key, 0.125, causal(200, 200))
+    weights = torch.zeros(1, 200)
+    weights[:, -33:] = torch.rand(33)
+    whole = ops.attention_scores(query, key, lse.float(), scaling=0.125, row_weights=weights)
+    window = ops.attention_scores(
+        query[:, :, -33:], key, lse[:, :, -33:].float(), scaling=0.125, row_weights=weights[:, -33:]
+    )
+    torch.testing.assert_close(whole, window, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("function", [ops.attention_scores, "reference"])
+def test_rows_that_do_not_count_add_nothing_whatever_they_hold(function) -> None:
+    if function == "reference":
+
+        def function(query, key, lse, row_weights):
+            return reference.attention_scores(query, key, lse, row_weights, None, 0.125, None, True)
+
+    else:
+
+        def function(query, key, lse, row_weights):
+            return ops.attention_scores(query, key, lse, scaling=0.125, row_weights=row_weights)
+
+    query, key, _ = states(4, 2, 64, 6, 6, torch.float32, batch=1)
+    _, lse = whole_matrix(query, key, 0.125, causal(6, 6))
+    lse = lse.float()
+    weights = torch.tensor([[0.0, 1, 1, 1, 0, 1]])
+    expected = function(query, key, lse, weights)
+    lse[:, :, 0], lse[:, :, 4] = float("-inf"), float("inf")
+    torch.testing.assert_close(function(query, key, lse, weights), expected)
+    lse[:, :, 4] = -1e30  # whose exponentials are infinite
+    torch.testing.assert_close(function(query, key, lse, weights), expected)
+    # A row of the batch that overflowed stays alone with it.
+    both = torch.cat([query, torch.full_like(query, float("nan"))])
+    found = function(both, key.repeat(2, 1, 1, 1), lse.repeat(2, 1, 1), weights)
+    torch.testing.assert_close(found[:1], expected)
+    assert found[1].isnan().any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "value_dim"), [(9, 3, 64, 64), (8, 1, 96, 80), (2, 2, 128, 256)]
+)
+def test_decode_attention_is_attention_of_the_whole_matrix(heads, kv_heads, head_dim, value_dim, dtype) -> None:
+    slots, scaling = 83, head_dim**-0.5
+    query, key, _ = states(heads, kv_heads, head_dim, 1, slots, dtype)
+    value = torch.randn(2, kv_heads, slots, value_dim).to(dtype)
+    mask = torch.rand(2, kv_heads, slots) < 0.7
+    mask[1, 0] = False  # a head that holds nothing
+    sinks = torch.randn(heads)
+    for options in (
+        {},
+        {"mask": mask},
+        {"mask": mask[:1, :1].repeat(2, 1, 1), "softcap": 3.0},
+        {"sink_logits": sinks},
+    ):
+        allowed = options.get("mask", torch.ones(2, 1, slots, dtype=torch.bool))
+        allowed = allowed.repeat_interleave(heads // allowed.shape[1], dim=1)[:, :, None]
+        exact, lse = whole_matrix(query, key, scaling, allowed, options.get("softcap"), options.get("sink_logits"))
+        expected = (exact @ value.double().repeat_interleave(heads // kv_heads, dim=1)).transpose(1, 2)
+        output, found_lse, probabilities = ops.decode_attention(query, key, value, scaling=scaling, **options)
+        limit = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
+        assert output.dtype == dtype and (output - expected).abs().max() <= limit
+        assert torch.equal(found_lse.isinf(), lse.squeeze(2).isinf())
+        assert torch.where(lse.squeeze(2).isinf(), 0.0, found_lse - lse.squeeze(2)).abs().max() <= limit
+        expected = exact.unflatten(1, (kv_heads, -1)).sum(dim=(2, 3))
+        assert (probabilities - expected).abs().max() <= limit * heads // kv_heads + limit
+
+
+def loop_decode(query, key, value, positions, scores, new_key, new_value, slots, next_position, num_recent, evicts):
+    """A decode step by loops over rows and heads of float64 lists, in place; returns outputs and victims."""
+    batch, heads, _, head_dim = query.shape
+    kv_heads, num_slots = key.shape[1], key.shape[2]
+    output, victims = torch.zeros(batch, 1, heads, value.shape[3]), torch.full((batch, kv_heads), -1)
+    for row, head in itertools.product(range(batch), range(kv_heads)):
+        slot = slots[row, head].item()
+        key[row, head, slot], value[row, head, slot] = new_key[row, head, 0], new_value[row, head, 0]
+        positions[row, head, slot], scores[row, head, slot] = next_position[row].item() - 1, 0
+        held = [slot for slot in range(num_slots) if positions[row, head, slot] >= 0]
+        group = heads // kv_heads
+        for one in range(head * group, (head + 1) * group):
+            weights = [
+                math.exp(float(query[row, one, 0].double() @ key[row, head, slot].double()) / 8) for slot in held
+            ]
+            for slot, weight in zip(held, weights, strict=True):
+                output[row, 0, one] += weight / sum(weights) * value[row, head, slot]
+                scores[row, head, slot] += weight / sum(weights)
+        limit = next_position[row].item() - num_recent[row].item()
+        loser = min(
+            (slot for slot in held if positions[row, head, slot] < limit),
+            key=lambda slot: (scores[row, head, slot].item(), positions[row, head, slot].item()),
+            default=None,
+        )
+        if evicts[row] and loser is not None:
+            positions[row, head, loser] = -1
+            victims[row, head] = loser
+    return output, victims
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 6])
+def test_forty_decode_steps_evict_what_loops_evict(kv_heads: int) -> None:
+    """Rows that are full and rows that are not, empty slots in odd places, and equal keys whose scores tie exactly."""
+    torch.manual_seed(kv_heads)
+    batch, heads, num_slots, head_dim = 3, 6, 11, 64
+    key, value = torch.randn(2, batch, kv_heads, num_slots, head_dim)
+    positions = (
+        torch.stack([torch.randperm(num_slots) for _ in range(batch * kv_heads)]).view(batch, kv_heads, -1).int()
+    )
+    positions[positions == 10] = -1
+    positions[2, :, 3:] = -1  # a row with room
+    scores = torch.rand(batch, kv_heads, num_slots)
+    scores[0] = 1.0  # ties
+    key[0] = key[0, :, :1]
+    mine = [tensor.clone() for tensor in (key, value, positions, scores)]
+    theirs = [key.clone(), value.clone(), positions.clone(), scores.double()]
+    num_recent = torch.tensor([2, 4, 3], dtype=torch.int32).view(-1, 1, 1)
+    for step in range(40):
+        next_position = torch.full((batch, 1, 1), 12 + step, dtype=torch.int32)
+        query = torch.randn(batch, heads, 1, head_dim)
+        new_key, new_value = torch.randn(2, batch, kv_heads, 1, head_dim)
+        if step < 5:
+            new_key[0] = mine[0][0, :, :1]
+        slots = mine[2].argmin(dim=-1, keepdim=True)
+        evicts = (mine[2] >= 0).sum(dim=-1).amin(dim=-1) >= num_slots - 1
+        output, _, victims = ops.decode_attention_and_evict(
+            query,
+            new_key,
+            new_value,
+            slots,
+            key=mine[0],
+            value=mine[1],
+            positions=mine[2],
+            scores=mine[3],
+            next_position=next_position,
+            num_recent=num_recent,
+            evicts=None if evicts.all() else evicts,
+            has_empty_slots=not evicts.all(),
+            scaling=1 / 8,
+        )
+        expected, losers = loop_decode(
+            query, *theirs, new_key, new_value, slots, next_position, num_recent, evicts.tolist()
+        )
+        torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+        assert torch.equal(mine[2], theirs[2]), step
+        assert torch.equal(victims.squeeze(-1)[evicts], losers[evicts])
+        torch.testing.assert_close(mine[3].double(), theirs[3], rtol=1e-5, atol=1e-6)
+    assert evicts.all()
+
+
+def op_samples(device: str = "cpu"):
+    """Arguments for every op, as `opcheck` takes them; fresh ones, because ops write into them."""
+
+    def some(*shape: int) -> torch.Tensor:
+        return torch.rand(*shape, device=device)
+
+    query, key, value, lse = some(2, 6, 5, 16), some(2, 2, 9, 16), some(2, 2, 9, 8), some(2, 6, 5)
+    weights, start = some(2, 5), torch.zeros(2, dtype=torch.int32, device=device)
+    yield scores._attention_scores, (query, key, lse, weights, start, 0.25, 4.0, True)
+    yield scores._attention_scores, (query, key, lse, None, None, 0.25, None, False)
+    mask, sinks = torch.ones(2, 1, 9, dtype=torch.bool, device=device), some(6)
+    yield scores._decode_attention, (some(2, 6, 1, 16), key, value, mask, sinks, 0.25, None)
+    yield scores._decode_attention, (some(2, 6, 1, 16), key, value, None, None, 0.25, 2.0)
+    positions = torch.zeros(2, 2, 9, dtype=torch.int32, device=device)
+    number = torch.full((2, 1, 1), 4, dtype=torch.int32, device=device)
+    slots = torch.full((2, 2, 1), 8, dtype=torch.int64, device=device)
+    new = (some(2, 2, 1, 16), some(2, 2, 1, 8), slots, number, number)
+    evicts = torch.ones(2, dtype=torch.bool, device=device)
+    state = (key, value, positions, some(2, 2, 9))
+    yield scores._decode_attention_and_evict, (some(2, 6, 1, 16), *new, evicts, sinks, *state, 0.25, None, True)
+
+
+@pytest.mark.parametrize("index", range(5))
+def test_opcheck(index: int) -> None:
+    op, arguments = list(op_samples())[index]
+    torch.library.opcheck(op, arguments)
+
+
+def test_fake_cuda_tensors_give_what_the_cpu_gives() -> None:
+    """Shapes, dtypes and strides of results on a device that is not there."""
+    with FakeTensorMode():
+        fakes = [op(*arguments) for op, arguments in op_samples("cuda")]
+    for fake, (op, arguments) in zip(fakes, op_samples(), strict=True):
+        real = op(*arguments)
+        pairs = [(fake, real)] if isinstance(real, torch.Tensor) else list(zip(fake, real, strict=True))
+        for one, other in pairs:
+            assert one.device.type == "cuda"
+            assert (one.shape, one.dtype, one.stride()) == (other.shape, other.dtype, other.stride())
+
+
+def test_one_graph_with_all_ops_at_any_length() -> None:
+    def step(query, key, value, lse, positions, totals, number, slots):
+        received = ops.attention_scores(query, key, lse, scaling=0.25, softcap=9.0)
+        output, lse, probabilities = ops.decode_attention(query[:, :, -1:], key, value, scaling=0.25)
+        evicting = ops.decode_attention_and_evict(
+            query[:, :, -1:],
+            key[:, :, :1].clone(),
+            value[:, :, :1].clone(),
+            slots,
+            key=key,
+            value=value,
+            positions=positions,
+            scores=totals,
+            next_position=number,
+            num_recent=number - 2,
+            scaling=0.25,
+        )
+        return received + probabilities, output + evicting[0], lse, evicting[2]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="inductor")
+    for keys in (9, 14):
+        query, key, value = states(6, 2, 16, 5, keys, torch.float32)
+        positions = torch.arange(keys, dtype=torch.int32).repeat(2, 2, 1)
+        number, slots = torch.full((2, 1, 1), keys + 1, dtype=torch.int32), torch.zeros(2, 2, 1, dtype=torch.int64)
+        arguments = (query, key, value, torch.rand(2, 6, 5), positions, torch.rand(2, 2, keys), number, slots)
+        copies = [argument.clone() for argument in arguments]
+        for found, expected in zip(compiled(*arguments), step(*copies), strict=True):
+            torch.testing.assert_close(found, expected)
+        for found, expected in zip(arguments, copies, strict=True):
+            torch.testing.assert_close(found, expected)  # written to alike
+
+
+def test_gradients_take_the_specification_and_ops_refuse_them() -> None:
+    query, key, value = (tensor.clone().requires_grad_() for tensor in states(4, 2, 16, 1, 7, torch.float32))
+    output, _, probabilities = ops.decode_attention(query, key, value, scaling=0.25)
+    (output.sum() + probabilities.square().sum()).backward()
+    assert all(tensor.grad is not None and tensor.grad.abs().sum() > 0 for tensor in (query, key, value))
+    with pytest.raises(NotImplementedError, match="has no gradient.*torch.no_grad"):
+        torch.ops.pyramid_cache.decode_attention(query, key, value, None, None, 0.25, None)
+    with torch.no_grad():
+        found = torch.ops.pyramid_cache.decode_attention(query, key, value, None, None, 0.25, None)[0]
+    assert torch.equal(found, output)
+
+
+def test_autocast_does_not_round_what_the_ops_are_given() -> None:
+    query, key, value = states(4, 2, 16, 1, 7, torch.float32)
+    expected = ops.decode_attention(query, key, value, scaling=0.25)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = ops.decode_attention(query, key, value, scaling=0.25)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"key": torch.zeros(2, 2, 9, 8)}, r"`key` must have the shape \(2, any, any, 16\), but has \(2, 2, 9, 8\)"),
+        ({"key": torch.zeros(2, 4, 9, 16)}, "6 query heads cannot share 4 KV heads"),
+        ({"key": torch.zeros(2, 2, 4, 16)}, "5 query rows cannot be the last ones of 4 keys"),
+        ({"lse": torch.zeros(2, 6, 4)}, r"`lse` must have the shape \(2, 6, 5\)"),
+        ({"row_weights": torch.zeros(3, 5)}, r"`row_weights` must have the shape \(2, 5\)"),
+        ({"key_start": torch.zeros(1)}, r"`key_start` must have the shape \(2\)"),
+    ],
+)
+def test_scores_refuse_shapes_that_do_not_fit(change, message: str) -> None:
+    arguments = {"query": torch.zeros(2, 6, 5, 16), "key": torch.zeros(2, 2, 9, 16), "lse": torch.zeros(2, 6, 5)}
+    with pytest.raises(ValueError, match=message):
+        ops.attention_scores(**(arguments | change), scaling=1.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"query": torch.zeros(2, 6, 2, 16)}, r"`query` must have the shape \(2, 6, 1, 16\)"),
+        ({"value": torch.zeros(2, 2, 8, 16)}, r"`value` must have the shape \(2, 2, 9, any\)"),
+        ({"mask": torch.ones(2, 3, 9).bool()}, r"`mask` must have the shape \(2, 2, 9\)"),
+        ({"sink_logits": torch.zeros(2)}, r"`sink_logits` must have the shape \(6\)"),
+    ],
+)
+def test_decode_refuses_shapes_that_do_not_fit(change, message: str) -> None:
+    arguments = {"query": torch.zeros(2, 6, 1, 16), "key": torch.zeros(2, 2, 9, 16), "value": torch.zeros(2, 2, 9, 16)}
+    with pytest.raises(ValueError, match=message):
+        ops.decode_attention(**(arguments | change), scaling=1.0)

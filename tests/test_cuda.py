@@ -1,0 +1,163 @@
+"""The caches on a CUDA device: what they give on the CPU, in memory that is really freed, without waiting for the device."""
+
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+from caches import CacheCase, every_budget, every_cache
+from models import build_model, left_pad, random_rows, random_tokens
+from transformers import Cache, DynamicCache, PreTrainedModel
+
+
+DEVICE = "cuda"
+pytestmark = pytest.mark.cuda
+
+ROWS = random_rows((40, 23, 31), seed=3)
+
+
+@pytest.fixture(autouse=True)
+def exact_float32() -> Iterator[None]:
+    """No TF32: float32 on the device must be float32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def generate_on(device: str, model: PreTrainedModel, cache: Cache, rows: list[torch.Tensor], **settings):
+    """Greedy tokens of padded rows, on the CPU."""
+    input_ids, attention_mask = left_pad(rows)
+    settings = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None} | settings
+    output = model.to(device).generate(
+        input_ids.to(device), attention_mask=attention_mask.to(device), past_key_values=cache, **settings
+    )
+    model.to("cpu")
+    return output.cpu()
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+@every_budget
+@every_cache
+def test_tokens_and_positions_of_the_cpu(case: CacheCase, budget: str, name: str, attention: str) -> None:
+    """float32, padded rows: the same tokens, and the same tokens kept by every head."""
+    model = build_model(name, attention=attention)
+    here, there = case.build(model, budget), case.build(model, budget)
+    wanted = generate_on("cpu", model, here, ROWS)
+    assert torch.equal(generate_on(DEVICE, model, there, ROWS), wanted)
+    for layer in range(len(here.layers)):
+        assert torch.equal(there.positions(layer).cpu(), here.positions(layer))
+
+
+@pytest.mark.parametrize("settings", [{"num_beams": 3}, {"prefill_chunk_size": 16}, {"prompt_lookup_num_tokens": 3}], ids=str)
+@every_cache
+def test_modes_of_the_cpu(case: CacheCase, settings: dict) -> None:
+    model = build_model("llama")
+    rows = ROWS[:1]
+    wanted = generate_on("cpu", model, case.build(model), rows, **settings)
+    assert torch.equal(generate_on(DEVICE, model, case.build(model), rows, **settings), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("lengths", [(150, 150), (150, 97)], ids=["equal", "padded"])
+@every_cache
+def test_half_precision_keeps_what_float32_keeps(case: CacheCase, lengths: tuple[int, ...], dtype: torch.dtype) -> None:
+    """
+    One layer's prompt through flash-attention and its log-sum-exps. Rounding may change which of two nearly equal tokens
+    stays, hence the tenth.
+    """
+    # Weights that have no more digits than they will have.
+    model = build_model("llama", head_dim=64, num_hidden_layers=1).to(dtype).float()
+    input_ids, attention_mask = left_pad(random_rows(lengths, seed=5))
+    settings = {"attention_mask": attention_mask, "position_ids": (attention_mask.cumsum(-1) - 1).clamp(min=0)}
+    cache, half_cache = case.build(model), case.build(model)
+    with torch.no_grad():
+        wanted = model(input_ids, past_key_values=cache, **settings).logits[:, -1]
+        model.to(DEVICE, dtype)
+        settings = {name: tensor.to(DEVICE) for name, tensor in settings.items()}
+        found = model(input_ids.to(DEVICE), past_key_values=half_cache, **settings).logits[:, -1].float().cpu()
+    assert (found - wanted).abs().max() <= 0.05 * wanted.abs().max()
+    mine, theirs = half_cache.positions(0).cpu(), cache.positions(0)
+    for row, head in torch.cartesian_prod(torch.arange(mine.shape[0]), torch.arange(mine.shape[1])).tolist():
+        one, other = set(mine[row, head].tolist()) - {-1}, set(theirs[row, head].tolist()) - {-1}
+        assert len(one) == len(other) and len(one & other) >= 0.9 * len(other)
+
+
+@every_cache
+def test_memory_is_freed(case: CacheCase) -> None:
+    """After a prompt the device holds what the cache says it holds, and no more."""
+    model = build_model("llama", num_hidden_layers=2, max_position_embeddings=8192).to(DEVICE)
+    tokens = random_tokens(1, 4096).to(DEVICE)
+    with torch.no_grad():
+        model(tokens, past_key_values=case.build(model), logits_to_keep=1)  # kernels and their workspaces
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        cache = case.build(model)
+        model(tokens, past_key_values=cache, logits_to_keep=1)
+    torch.cuda.synchronize()
+    held = sum(sum(roles.values()) for roles in cache.memory().values())
+    # Every tensor takes a multiple of 512 bytes; masks and angles of the forward are gone.
+    assert held <= torch.cuda.memory_allocated() - before <= held + 512 * 64
+
+
+@every_cache
+def test_steps_wait_for_the_device_no_more_than_with_a_dynamic_cache(case: CacheCase) -> None:
+    model = build_model("llama").to(DEVICE)
+    input_ids = torch.stack([row[:20] for row in ROWS]).to(DEVICE)
+
+    def count_waits(cache: Cache) -> int:
+        waits = 0
+        with torch.no_grad():
+            model(input_ids, past_key_values=cache)
+            for step in range(40):
+                tokens = input_ids[:, :1].clone()
+                position_ids = torch.full((3, 1), 20 + step, device=DEVICE)
+                torch.cuda.set_sync_debug_mode("warn")
+                with warnings.catch_warnings(record=True) as caught:
+                    warnings.simplefilter("always")
+                    model(tokens, position_ids=position_ids, past_key_values=cache)
+                torch.cuda.set_sync_debug_mode("default")
+                waits += sum("synchroniz" in str(warning.message) for warning in caught)
+        return waits
+
+    assert count_waits(case.build(model)) <= count_waits(DynamicCache(config=model.config))
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@every_cache
+def test_compiled_steps_are_plain_steps(case: CacheCase, mode: str) -> None:
+    """Inductor for the device, and CUDA graphs where it makes them."""
+    torch._dynamo.reset()
+    model = build_model("llama", num_hidden_layers=2).to(DEVICE)
+    compiled = torch.compile(model, mode=mode, fullgraph=case.is_bounded)
+    input_ids = torch.stack([row[:20] for row in ROWS]).to(DEVICE)
+    caches = [case.build(model) for _ in range(2)]
+    with torch.no_grad():
+        for cache in caches:
+            model(input_ids, past_key_values=cache)
+        for step, tokens in enumerate(random_tokens(24, 3, 1, seed=2).to(DEVICE)):
+            position_ids = torch.full((3, 1), 20 + step, device=DEVICE)
+            found, wanted = (
+                runner(tokens, position_ids=position_ids, past_key_values=cache).logits.clone()
+                for runner, cache in zip((compiled, model), caches, strict=True)
+            )
+            torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
+    for layer in range(2):
+        assert torch.equal(caches[0].positions(layer), caches[1].positions(layer))
+
+
+@every_cache
+def test_a_saved_cache_goes_on_where_the_model_is(case: CacheCase, tmp_path) -> None:
+    """Filled on the CPU, saved, loaded onto the device."""
+    model = build_model("llama")
+    cache = case.build(model)
+    wanted = generate_on("cpu", model, cache, ROWS[:1], max_new_tokens=4)
+    cache.save(tmp_path / "cache.safetensors")
+    source = model if case.from_model else model.config
+    loaded = case.cache_class.load(tmp_path / "cache.safetensors", source, device=DEVICE)
+    prompt = [torch.cat([wanted[0], ROWS[1]])]
+    assert torch.equal(
+        generate_on(DEVICE, model, loaded, prompt, max_new_tokens=8),
+        generate_on("cpu", model, cache, prompt, max_new_tokens=8),
+    )
