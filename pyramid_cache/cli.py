@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from pyramid_cache.bench import command as bench_command
 from pyramid_cache.demo import command as demo_command
 
 
@@ -12,12 +13,13 @@ OPTIONAL_PACKAGES = ("accelerate", "filelock", "gguf", "matplotlib", "rich")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of all subcommands; each sets `run`, a function of the parsed arguments."""
+    """The parser of all subcommands; each sets `run`, a function of the parsed arguments that may return a status."""
     parser = argparse.ArgumentParser(
         prog="pyramid-cache", description="Key-value caches for transformers that keep only the tokens that matter."
     )
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     demo_command.add_parser(subparsers)
+    bench_command.add_parser(subparsers)
     return parser
 
 
@@ -26,15 +28,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Runs the command line.
 
     Returns:
-        `int`: The exit status: 0; 2 for options that cannot be honoured, 1 for anything else that the user can mend
-        (each with one line on stderr), 130 when interrupted.
+        `int`: The exit status: 0, or what the subcommand returns; 2 for options that cannot be honoured, 1 for anything
+        else that the user can mend (each with one line on stderr), 130 when interrupted.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal without Unicode gets "?" for a bar, not a traceback
     options = build_parser().parse_args(arguments)
     try:
-        options.run(options)
+        return options.run(options) or 0
     except (ValueError, NotImplementedError) as error:
         # How the caches and the commands refuse what they are asked for.
         return fail(error, 2)
@@ -51,7 +53,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return fail(error, 1)
     except KeyboardInterrupt:
         return fail("interrupted", 130)
-    return 0
 
 
 def fail(problem: Exception | str, status: int) -> int:

@@ -1,9 +1,7 @@
 """`pyramid-cache demo`: its options, and its steps from fetching the model to writing the results."""
 
 import argparse
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,10 +10,8 @@ from pyramid_cache.demo import measure
 from pyramid_cache.demo.model import LoadedModel, load_model
 from pyramid_cache.demo.prompt import Prompts, build_prompts, read_text
 from pyramid_cache.engine.budget import parse_budget
-
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from pyramid_cache.machine import describe_machine
+from pyramid_cache.terminal import ProgressBar, check_json, device, positive_int, write_json
 
 
 DEFAULT_PROMPT_TOKENS = 3072
@@ -110,26 +106,9 @@ def budget(text: str) -> float | int | str:
     return value
 
 
-def positive_int(text: str, least: int = 1) -> int:
-    """Reads a number that is at least 1."""
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least {least}")
-    return int(text)
-
-
 def at_least_two(text: str) -> int:
     """Reads `--max-new-tokens`: the first token ends the prefill, so the decoding has a speed from the second on."""
     return positive_int(text, least=2)
-
-
-def device(text: str) -> torch.device:
-    """Reads `--device`, which must be there."""
-    try:
-        found = torch.device(text)
-        torch.ones(1, device=found).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be used: {str(error).splitlines()[0]}") from error
-    return found
 
 
 def run(options: argparse.Namespace) -> None:
@@ -155,7 +134,7 @@ def run(options: argparse.Namespace) -> None:
         dtype=options.dtype,
         attn_implementation=options.attn_implementation,
     )
-    machine = report.describe_machine(loaded.model.device)
+    machine = describe_machine(loaded.model.device)
     with ProgressBar(messages) as progress:
         progress("Preparing the prompt", 0, None)
         prompt_tokens = options.prompt_tokens or DEFAULT_PROMPT_TOKENS
@@ -169,7 +148,7 @@ def run(options: argparse.Namespace) -> None:
         plot.draw(results, prompts, options.out / PLOT_NAME)
     record = report.as_record(results, loaded, prompts, options, machine)
     if options.json is not None:
-        options.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_json(record, options.json)
     report.show(record, loaded.tokenizer.decode(prompts.input_ids[0, slice(*prompts.fact_spans[0])]))
     for path in filter(None, (options.out / PLOT_NAME, options.json)):
         messages.print(f"Wrote {path}", highlight=False, soft_wrap=True)
@@ -177,8 +156,7 @@ def run(options: argparse.Namespace) -> None:
 
 def check_outputs(options: argparse.Namespace) -> None:
     """Raises before minutes of work where their results could not be written."""
-    if options.json is not None and (options.json.is_dir() or not options.json.parent.is_dir()):
-        raise ValueError(f"--json {options.json} cannot be written: it must be a file in a folder that exists.")
+    check_json(options.json)
     if options.out.exists() and not options.out.is_dir():
         raise ValueError(f"--out {options.out} is no folder.")
     if options.prompt_file is not None and not options.prompt_file.is_file():
@@ -193,42 +171,3 @@ def check_positions(loaded: LoadedModel, prompts: Prompts, max_new_tokens: int) 
             f"A prompt of {prompts.num_tokens} tokens and {max_new_tokens} new ones exceed the {limit} positions of "
             f"{loaded.name}. Lower --prompt-tokens."
         )
-
-
-class ProgressBar:
-    """
-    A `ProgressCallback`: a spinner, what is going on, how far it is and the time it has taken, while it is entered. Where
-    stderr is no terminal, a line per description.
-    """
-
-    def __init__(self, console: "Console") -> None:
-        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-        self.console = console
-        self.description = ""
-        # Twice a second is enough to look at, and takes no time from a measurement.
-        self.bar = Progress(
-            *(SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()),
-            console=console,
-            transient=True,
-            refresh_per_second=2,
-            disable=not console.is_terminal,
-        )
-        self.task_id = self.bar.add_task("", total=None)
-
-    def __enter__(self) -> "ProgressBar":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.bar.stop()
-
-    def __call__(self, description: str, completed: int, total: int | None) -> None:
-        # Drawn from the first news on: until then the bars of the hub and of transformers have the terminal.
-        self.bar.start()
-        if description == self.description:
-            self.bar.update(self.task_id, completed=completed, total=total)
-            return
-        self.description = description
-        self.bar.reset(self.task_id, description=description, completed=completed, total=total)
-        if not self.console.is_terminal:
-            self.console.print(description, highlight=False, markup=False, soft_wrap=True)

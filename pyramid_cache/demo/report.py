@@ -2,27 +2,22 @@
 
 import argparse
 import itertools
-import os
-import platform
 import statistics
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
-import torch
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from pyramid_cache.demo.measure import BASELINE, CACHES, Result
 from pyramid_cache.demo.model import LoadedModel
 from pyramid_cache.demo.prompt import Prompts
+from pyramid_cache.machine import busy_note, describe_versions, load_average
+from pyramid_cache.terminal import report_console
 
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
 CHART_HEIGHT = 3
 CHART_MAX_COLUMNS = 64
-REPORT_WIDTH = 150
 ANSWER_WORDS = 20
 
 
@@ -58,8 +53,7 @@ def as_record(
             "numbers": prompts.numbers,
         },
         "machine": machine | {"load_average_after": load_average()},
-        "versions": {name: metadata.version(name) for name in ("pyramid_cache", "torch", "transformers")}
-        | {"python": platform.python_version()},
+        "versions": describe_versions("pyramid_cache", "torch", "transformers"),
     }
 
 
@@ -90,34 +84,9 @@ def as_row(result: Result, baseline: Result, prompts: Prompts, max_new_tokens: i
     }
 
 
-def describe_machine(device: torch.device) -> dict[str, Any]:
-    """What the figures are measured on, and how busy it is."""
-    processor = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        processor = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):  # not Linux, or a processor that does not say its name
-        pass
-    return {
-        "processor": processor,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "load_average_before": load_average(),
-        "accelerator": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        "system": f"{platform.system()} {platform.machine()}",
-    }
-
-
-def load_average() -> float | None:
-    """The processes that wanted a core in the last minute, where the system counts them."""
-    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-
-
 def show(record: dict[str, Any], fact: str) -> None:
     """Prints the table and the chart."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=REPORT_WIDTH)
+    console = report_console()
     settings = record["settings"]
     console.print(
         f"{settings['model']} · {settings['dtype']} on {settings['device']} · {settings['batch_size']} × "
@@ -179,13 +148,7 @@ def footnote(record: dict[str, Any]) -> str:
     """What the ratios mean, and how far they can be trusted."""
     repeats = record["settings"]["repeats"]
     note = f"Ratios are to {CACHES[BASELINE]} in the same run: of seconds for the prefill, of speed for decoding."
-    machine = record["machine"]
-    load = machine["load_average_after"]
-    # The measurement itself is a load of one per thread; what is beyond it and the cores has slowed it down.
-    if load is not None and load > max(machine["torch_threads"], machine["cores"]) + 0.5:
-        note += (
-            f" Other work kept the machine busy (load {load:.1f} on {machine['cores']} cores): do not trust the times."
-        )
+    note += busy_note(record["machine"])
     if repeats == 1:
         return f"{note} One round; --repeats 5 gives medians."
     spreads = [

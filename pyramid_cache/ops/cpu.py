@@ -10,10 +10,11 @@ import torch
 from pyramid_cache.ops.lse import cpu_attention_with_lse
 
 
-# Measured on two cores, 9 heads, head_dim 64: this tile costs 0.85 of the attention itself at 2,048 tokens and 0.55 at
-# 8,192. Tiles that outgrow the second-level cache cost three times as much at 8,192.
+# In base 2, because torch takes three and a half times as long for `exp` as for `exp2`: a third of all there is to do.
+LOG2E = 1.4426950408889634
+# Twice as many elements cost no more at 8,192 tokens, half as many a tenth more, on two cores.
 ROWS_PER_TILE = 64
-TILE_ELEMENTS = 1 << 19
+TILE_ELEMENTS = 1 << 20
 
 
 def attention_scores(
@@ -42,8 +43,9 @@ def attention_scores(
     if row_weights is not None:
         is_idle |= (row_weights == 0)[:, None]
         row_weights = row_weights.float().expand(batch, -1)
-    lse = lse.float().masked_fill(is_idle, float("inf")).reshape(batch, kv_heads, group, num_rows, 1)
+    lse = (lse.float() * LOG2E).masked_fill_(is_idle, float("inf")).reshape(batch, kv_heads, group, num_rows, 1)
     query = query.reshape(batch, kv_heads, group, num_rows, head_dim)
+    factor = scaling if softcap else scaling * LOG2E
     first_keys = [0] * batch if key_start is None else key_start.tolist()
     rows_per_tile = min(ROWS_PER_TILE, num_rows)
     keys_per_tile = min(max(TILE_ELEMENTS // (heads * rows_per_tile), rows_per_tile), num_keys)
@@ -54,7 +56,7 @@ def attention_scores(
         for start in range(max(first_key - offset, 0), num_rows, rows_per_tile):
             stop = min(start + rows_per_tile, num_rows)
             rows = stop - start
-            tile_query = query[row, :, :, start:stop].reshape(kv_heads, group * rows, head_dim).float() * scaling
+            tile_query = query[row, :, :, start:stop].reshape(kv_heads, group * rows, head_dim).float() * factor
             tile_lse = lse[row, :, :, start:stop].reshape(kv_heads, group * rows, 1)
             diagonal, visible = offset + start, offset + stop
             for left in range(first_key, visible, keys_per_tile):
@@ -63,14 +65,14 @@ def attention_scores(
                 tile_key = transposed[:, :, left:right]
                 if softcap:
                     torch.bmm(tile_query, tile_key, out=tile)
-                    tile.div_(softcap).tanh_().mul_(softcap).sub_(tile_lse)
+                    tile.div_(softcap).tanh_().mul_(softcap * LOG2E).sub_(tile_lse)
                 else:
                     torch.baddbmm(tile_lse.expand_as(tile), tile_query, tile_key, beta=-1, out=tile)
                 if right > diagonal:
                     first = max(left, diagonal)
                     hidden = future[:rows, first - diagonal : right - diagonal]
                     tile.view(kv_heads, group, rows, -1)[..., first - left :].masked_fill_(hidden, float("-inf"))
-                per_sum = tile.exp_().view(num_sums, -1, right - left)
+                per_sum = tile.exp2_().view(num_sums, -1, right - left)
                 if row_weights is None:
                     scores[row, :, left:right] += per_sum.sum(dim=1)
                 else:

@@ -46,17 +46,29 @@ def softmax_of_logits(
         `tuple[torch.Tensor, torch.Tensor]`: of the shape of `logits`; and log-sum-exps `(batch, kv_heads, group, rows)`,
         minus infinity where a row attends to nothing.
     """
-    batch, kv_heads, group, rows, _ = logits.shape
     if mask is not None:
         logits = logits.masked_fill(~mask, float("-inf"))
-    lse = logits.logsumexp(dim=-1)
-    if sink_logits is not None:
-        column = sink_logits.float().view(1, kv_heads, group, 1, 1).expand(batch, -1, -1, rows, -1)
-        lse = torch.logaddexp(lse, column.squeeze(-1))
-        return torch.softmax(torch.cat([logits, column], dim=-1), dim=-1)[..., :-1], lse
+    logits = with_sinks(logits, sink_logits)
     probabilities = torch.softmax(logits, dim=-1)
-    # A softmax over nothing is 0/0: such a row attends to nothing.
-    return probabilities if mask is None else probabilities.masked_fill(~mask, 0.0), lse
+    # The largest probability tells the divisor, for a quarter of the time that `logsumexp` takes beside the softmax.
+    highest = logits.amax(dim=-1)
+    lse = highest - probabilities.amax(dim=-1).log()
+    if sink_logits is not None:
+        probabilities = probabilities[..., :-1]
+    if mask is not None:
+        # A softmax over nothing is 0/0: such a row attends to nothing.
+        probabilities = probabilities.masked_fill(~mask, 0.0)
+        lse = lse.masked_fill(highest == float("-inf"), float("-inf"))
+    return probabilities, lse
+
+
+def with_sinks(logits: torch.Tensor, sink_logits: torch.Tensor | None) -> torch.Tensor:
+    """The logits with a column for the sink behind them, if there are sinks."""
+    if sink_logits is None:
+        return logits
+    batch, kv_heads, group, rows, _ = logits.shape
+    column = sink_logits.float().view(1, kv_heads, group, 1, 1).expand(batch, -1, -1, rows, -1)
+    return torch.cat([logits, column], dim=-1)
 
 
 def causal_chunks(batch: int, heads: int, rows: int, keys: int) -> Iterator[tuple[int, int, int]]:
@@ -104,8 +116,8 @@ def row_lse(
         if key_mask is not None:
             allowed = allowed & key_mask[:, :, None, None, :visible]
         logits = grouped_logits(query[:, :, start:stop], key[:, :, :visible], scaling, softcap)
-        part = softmax_of_logits(logits, allowed, sink_logits)[1]
-        lse[:, :, start:stop] = part.flatten(1, 2)
+        logits = with_sinks(logits.masked_fill(~allowed, float("-inf")), sink_logits)
+        lse[:, :, start:stop] = logits.logsumexp(dim=-1).flatten(1, 2)
     return lse
 
 

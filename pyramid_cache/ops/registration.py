@@ -47,8 +47,8 @@ def as_given(name: str, kernel: Callable, device_type: str) -> Callable:
     def run(*arguments):
         if needs_gradients(*arguments):
             raise NotImplementedError(
-                f"`torch.ops.pyramid_cache.{name}` has no gradient. Call it under `torch.no_grad()`, or call the function "
-                "of `pyramid_cache.ops`, which is differentiable."
+                f"`torch.ops.pyramid_cache.{name}` has no gradient. Call it under `torch.no_grad()`; for scores and decoding, "
+                "the functions of `pyramid_cache.ops` are differentiable."
             )
         if torch.is_autocast_enabled(device_type):
             with torch.autocast(device_type, enabled=False):

@@ -5,11 +5,14 @@ Attention that also tells how much each key was attended to: the public function
 """
 
 import functools
+from collections.abc import Callable
 
 import torch
 
 from pyramid_cache.ops import cpu, reference
+from pyramid_cache.ops.lse import MAX_HEAD_DIM, can_give_lse
 from pyramid_cache.ops.registration import check_shape, needs_gradients, register
+from pyramid_cache.ops.transposed import EXTRA_DIMS, transposed_flash_scores
 
 
 def attention_scores(
@@ -218,14 +221,31 @@ def _fake_decode_and_evict(query, new_key, new_value, slots, *rest):
     )
 
 
-def _cuda(name: str):
-    """The Triton kernel of that name; the reference where there is no Triton, as on Windows."""
+def attention_scores_without_kernels(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    lse: torch.Tensor,
+    row_weights: torch.Tensor | None,
+    key_start: torch.Tensor | None,
+    scaling: float,
+    softcap: float | None,
+    group_sum: bool,
+) -> torch.Tensor:
+    """`attention_scores` on a CUDA device where there is no Triton, as on Windows: by flash-attention where that can be."""
+    is_plain = row_weights is None and key_start is None and not softcap and query.shape[2] == key.shape[2]
+    if is_plain and query.shape[3] <= MAX_HEAD_DIM - EXTRA_DIMS and can_give_lse("sdpa", query, key, key):
+        return transposed_flash_scores(query, key, lse, None, scaling, group_sum)
+    return reference.attention_scores(query, key, lse, row_weights, key_start, scaling, softcap, group_sum)
+
+
+def _cuda(name: str, fallback: Callable) -> Callable:
+    """The Triton kernel of that name, imported when it is first called."""
 
     def run(*arguments):
         try:
             from pyramid_cache.ops import triton_scores as kernels
         except ImportError:
-            kernels = reference
+            return fallback(*arguments)
         return getattr(kernels, name)(*arguments)
 
     return run
@@ -235,14 +255,14 @@ _attention_scores = register(
     "attention_scores(Tensor query, Tensor key, Tensor lse, Tensor? row_weights, Tensor? key_start, float scaling, "
     "float? softcap, bool group_sum) -> Tensor",
     cpu=cpu.attention_scores,
-    cuda=_cuda("attention_scores"),
+    cuda=_cuda("attention_scores", attention_scores_without_kernels),
     fake=_fake_scores,
 )
 _decode_attention = register(
     "decode_attention(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? sink_logits, float scaling, "
     "float? softcap) -> (Tensor, Tensor, Tensor)",
     cpu=reference.decode_in_given_precision,
-    cuda=_cuda("decode_attention"),
+    cuda=_cuda("decode_attention", reference.decode_attention),
     fake=_fake_decode,
 )
 _decode_attention_and_evict = register(
@@ -250,6 +270,6 @@ _decode_attention_and_evict = register(
     "Tensor num_recent, Tensor? evicts, Tensor? sink_logits, Tensor(a!) key, Tensor(b!) value, Tensor(c!) positions, "
     "Tensor(d!) scores, float scaling, float? softcap, bool has_empty_slots) -> (Tensor, Tensor, Tensor)",
     cpu=functools.partial(reference.decode_attention_and_evict, attend=reference.decode_in_given_precision),
-    cuda=_cuda("decode_attention_and_evict"),
+    cuda=_cuda("decode_attention_and_evict", reference.decode_attention_and_evict),
     fake=_fake_decode_and_evict,
 )

@@ -1,12 +1,13 @@
 """
-The ops of a ShadowKV cache (arXiv 2410.21465): keys of low rank stay on the device, values on the host, and of both only
-the chunks that a step attends to are brought into a buffer.
+The ops of a ShadowKV cache (arXiv 2410.21465): keys of low rank stay on the device, values on the host, and of both
+only the chunks that a step attends to are brought into a buffer.
 
-A step is `select_chunks`, `plan_chunks`, then `reconstruct_keys` and `gather_values` into the places that the plan gives
-out, then attention over the buffer. No op waits for the device, so a step can be captured in a CUDA graph.
+A step is `select_chunks`, `plan_chunks`, then `reconstruct_keys` and `gather_values` into the places that the plan
+gives out, then attention over the buffer. No op waits for the device, so a step can be captured in a CUDA graph.
 
 Chunk `c` is the tokens `c * chunk_size` to `(c + 1) * chunk_size - 1` of a row's storage, and place `p` the slots
-`p * chunk_size` to `(p + 1) * chunk_size - 1` of the buffer. Keys carry their rotation, so a chunk may be in any place.
+`p * chunk_size` to `(p + 1) * chunk_size - 1` of the buffer. Keys carry their rotation, so a chunk may be in any
+place. Where the last chunk is short, the slots that it leaves keep what they held, and must not be attended to.
 
 `pyramid_cache.ops.shadow_reference` is the specification of the ops, `triton_shadow` has their CUDA kernels.
 """
@@ -29,21 +30,22 @@ def select_chunks(
     mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
-    The chunks that a query attends to most, by their landmarks: of each query head's softmax over the landmarks, summed
-    over the query rows, the largest of a group of heads counts.
+    The chunks that a query attends to most, by their landmarks: of each query head's softmax over the landmarks,
+    summed over the query rows, the largest of a group of heads counts.
 
     Args:
         query (`torch.Tensor`): `(batch, heads, rows, head_dim)`, rotated. Without left padding where there are several
             rows: each of them counts.
-        landmarks (`torch.Tensor`): `(batch, kv_heads, chunks, head_dim)`, one vector for each chunk: the mean of its keys.
+        landmarks (`torch.Tensor`): `(batch, kv_heads, chunks, head_dim)`, one vector for each chunk: the mean of its
+            keys.
         num_chunks (`int`): How many chunks each KV head takes.
         scaling (`float`): Factor on the logits.
-        mask (`torch.Tensor`, *optional*): bool `(batch, kv_heads or 1, chunks)`, False for a chunk that must not be taken:
-            there is none, or it is held elsewhere.
+        mask (`torch.Tensor`, *optional*): bool `(batch, kv_heads or 1, chunks)`, False for a chunk that must not be
+            taken: there is none, or it is held elsewhere.
 
     Returns:
-        `torch.Tensor`: `(batch, kv_heads, num_chunks)` int64, distinct chunks in no particular order, then -1 where a head
-        has fewer than `num_chunks`. Which of equal chunks are taken is not defined.
+        `torch.Tensor`: `(batch, kv_heads, num_chunks)` int64, distinct chunks in no particular order, then -1 where a
+        head has fewer than `num_chunks`. Which of equal chunks are taken is not defined.
 
     Raises:
         ValueError: For shapes and dtypes that do not fit.
@@ -66,18 +68,18 @@ def select_chunks(
 
 def plan_chunks(held: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     """
-    Where the wanted chunks go in a buffer that holds some of them already. Those stay where they are; each of the others
-    takes a place whose chunk is not wanted.
+    Where the wanted chunks go in a buffer that holds some of them already. Those stay where they are; each of the
+    others takes a place whose chunk is not wanted.
 
     Args:
         held (`torch.Tensor`): `(batch, kv_heads, places)` int64, the chunk in each place of the buffer, -1 for none.
-            Changed in place: what each place holds once `incoming` is loaded, -1 for a place that is left over, and must
-            not be attended to.
+            Changed in place: what each place holds once `incoming` is loaded, -1 for a place that is left over, and
+            must not be attended to.
         wanted (`torch.Tensor`): `(batch, kv_heads, places)` int64, distinct chunks in any order, -1 for none.
 
     Returns:
-        `torch.Tensor`: `incoming`, `(batch, kv_heads, places)` int64, the chunk to load into each place, -1 for a place
-        to leave alone.
+        `torch.Tensor`: `incoming`, `(batch, kv_heads, places)` int64, the chunk to load into each place, -1 for a
+        place to leave alone.
 
     Raises:
         ValueError: For shapes and dtypes that do not fit.
@@ -103,14 +105,14 @@ def reconstruct_keys(
     interleaved: bool = False,
 ) -> None:
     """
-    Writes the keys of the incoming chunks into their places: `low_rank @ basis`, in float32, rotated to where the tokens
-    were in the prompt.
+    Writes the keys of the incoming chunks into their places: `low_rank @ basis`, in float32, rotated to where the
+    tokens were in the prompt.
 
     Args:
-        buffer (`torch.Tensor`): `(batch, kv_heads, places * chunk_size, head_dim)`, may be a slice of a larger one. Only
-            the slots of tokens that are loaded change.
-        low_rank (`torch.Tensor`): `(batch, tokens, rank)`, the factor that all heads share. The last chunk may have fewer
-            tokens than others.
+        buffer (`torch.Tensor`): `(batch, kv_heads, places * chunk_size, head_dim)`, may be a slice of a larger one.
+            Only the slots of tokens that are loaded change.
+        low_rank (`torch.Tensor`): `(batch, tokens, rank)`, the factor that all heads share. The last chunk may have
+            fewer tokens than others.
         basis (`torch.Tensor`): `(batch, kv_heads, rank, head_dim)`, the factor of each head.
         incoming (`torch.Tensor`): `(batch, kv_heads, places)` int64 from `plan_chunks`.
         positions (`torch.Tensor`): `(batch, tokens)` int32, the tokens' positions.
@@ -133,8 +135,8 @@ def reconstruct_keys(
     check_shape("inverse_frequencies", inverse_frequencies, None)
     if 2 * inverse_frequencies.shape[0] > head_dim:
         raise ValueError(
-            f"{inverse_frequencies.shape[0]} inverse frequencies turn two dimensions each, more than the {head_dim} of "
-            "a head. Pass one for each pair."
+            f"{inverse_frequencies.shape[0]} inverse frequencies turn two dimensions each, more than the {head_dim} "
+            "of a head. Pass one for each pair."
         )
     _check_dtype("positions", positions, torch.int32)
     _check_dtype("inverse_frequencies", inverse_frequencies, torch.float32)
@@ -162,14 +164,15 @@ def reconstruct_keys(
 
 def gather_values(buffer: torch.Tensor, values: torch.Tensor, incoming: torch.Tensor, *, chunk_size: int) -> None:
     """
-    Copies the values of the incoming chunks into their places. Values in pinned memory of the host are read from there by
-    the kernel itself; they must neither change nor be freed until it has run.
+    Copies the values of the incoming chunks into their places. Values in pinned memory of the host are read from there
+    by the kernel itself; they must neither change nor be freed until it has run.
 
     Args:
-        buffer (`torch.Tensor`): `(batch, kv_heads, places * chunk_size, value_dim)`, may be a slice of a larger one. Only
-            the slots of tokens that are loaded change.
-        values (`torch.Tensor`): `(batch, kv_heads, tokens, value_dim)` in the buffer's dtype, on its device or in pinned
-            memory. The last chunk may have fewer tokens than others. Fastest where a head's values are contiguous.
+        buffer (`torch.Tensor`): `(batch, kv_heads, places * chunk_size, value_dim)`, may be a slice of a larger one.
+            Only the slots of tokens that are loaded change.
+        values (`torch.Tensor`): `(batch, kv_heads, tokens, value_dim)` in the buffer's dtype, on its device or in
+            pinned memory. The last chunk may have fewer tokens than others. Fastest where a head's values are
+            contiguous.
         incoming (`torch.Tensor`): `(batch, kv_heads, places)` int64 from `plan_chunks`.
         chunk_size (`int`): Tokens of a chunk.
 

@@ -2,8 +2,8 @@
 The specification of the ops of `pyramid_cache.ops.shadow`, in plain PyTorch on any device. On the CPU it is also what
 computes them.
 
-A chunk that need not be loaded costs nothing here, as it would not in a kernel: chunks to load are found with `nonzero`,
-which on CUDA waits for the device. Arithmetic is done in float32, and rounded once to what is written.
+A chunk that need not be loaded costs nothing here, as it would not in a kernel: chunks to load are found with
+`nonzero`, which on CUDA waits for the device. Arithmetic is done in float32, and rounded once to what is written.
 """
 
 import torch

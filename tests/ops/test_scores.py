@@ -105,6 +105,19 @@ def test_scores_are_sums_of_the_whole_matrix(function, shape, dtype) -> None:
     assert found[1].eq(0).all() and found[0, :, : keys // 3].eq(0).all()
 
 
+@pytest.mark.parametrize(("rows", "weights"), [(61, None), (61, "rising"), (30, None)])
+def test_scores_of_a_gpu_without_triton(rows: int, weights: str | None, monkeypatch) -> None:
+    """By flash-attention where every row counts alike and scores, else by the specification."""
+    query, key, _ = states(9, 3, 64, rows, 61, torch.float32)
+    weights = None if weights is None else torch.linspace(0, 1, rows)[None]
+    exact, lse = whole_matrix(query, key, 0.125, causal(rows, 61))
+    calls = []
+    monkeypatch.setattr(reference, "attention_scores", lambda *arguments: calls.append(arguments) or exact.sum(dim=2))
+    found = scores.attention_scores_without_kernels(query, key, lse.float(), weights, None, 0.125, None, False)
+    assert bool(calls) == (rows < 61 or weights is not None)
+    assert (found - exact.sum(dim=2)).abs().max() <= 2e-5 * 61
+
+
 def test_a_window_is_a_slice() -> None:
     query, key, _ = states(9, 3, 64, 200, 200, torch.float32)
     _, lse = whole_matrix(query, key, 0.125, causal(200, 200))

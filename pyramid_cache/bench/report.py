@@ -1,0 +1,157 @@
+"""What was measured as tables for the terminal."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from pyramid_cache.machine import busy_note
+from pyramid_cache.terminal import report_console
+
+
+def show_ops(record: dict[str, Any]) -> None:
+    """Prints the rows of `bench ops`."""
+    console = report_console()
+    versions = record["versions"]
+    console.print(
+        f"{record['device']} · {record['threads']} threads · torch {versions['torch']} · copies "
+        f"{record['copy_bytes_per_second'] / 1e9:,.0f} GB/s, read and written",
+        style="bold",
+        markup=False,
+    )
+    print_ops(console, record["rows"])
+    console.print(Text(footnote(record), style="dim"))
+
+
+def print_ops(console: Console, rows: list[dict[str, Any]]) -> None:
+    """Prints rows and, where there are any, targets."""
+    console.print(ops_table(rows))
+    targets = targets_table(rows)
+    if targets is not None:
+        console.print(targets)
+
+
+def ops_table(rows: list[dict[str, Any]]) -> Table:
+    """One row per op and shape; columns for graphs where there are any."""
+    has_graphs = any(row["graph_seconds"] is not None for row in rows)
+    headers = [
+        "length",
+        "dtype",
+        "attention\nms",
+        "+ scores\nms",
+        "ratio",
+        "overhead",
+        "spread",
+        "moved\nMiB",
+        "of copy",
+    ]
+    if has_graphs:
+        headers += ["in a graph\n+ scores ms", "ratio", "of copy"]
+    result = Table(header_style="bold")
+    result.add_column("op", no_wrap=True)
+    for header in headers:
+        result.add_column(header, justify="right", no_wrap=True)
+    for row in rows:
+        cells = [
+            row["op"],
+            f"{row['length']:,}",
+            row["dtype"],
+            milliseconds(row["attention_seconds"]),
+            milliseconds(row["with_scores_seconds"]),
+            f"{row['ratio_to_attention']:.2f}×",
+            f"{row['overhead_percent']:+.1f} %",
+            f"{row['spread']:.0%}",
+            f"{row['bytes'] / 2**20:,.1f}",
+            f"{row['bandwidth_fraction']:.1%}",
+        ]
+        if has_graphs:
+            cells += graph_cells(row)
+        result.add_row(*cells)
+    return result
+
+
+def graph_cells(row: dict[str, Any]) -> list[str]:
+    """The figures of a CUDA graph, empty for what is recorded in none."""
+    if row["graph_seconds"] is None:
+        return ["", "", ""]
+    return [
+        milliseconds(row["graph_seconds"]),
+        f"{row['graph_ratio_to_attention']:.2f}×",
+        f"{row['graph_bandwidth_fraction']:.1%}",
+    ]
+
+
+def targets_table(rows: list[dict[str, Any]]) -> Table | None:
+    """What is asked of the rows, beside what was measured; None where nothing is asked of them."""
+    asked = [(row, target) for row in rows for target in row["targets"]]
+    if not asked:
+        return None
+    result = Table("op", "length", "dtype", "figure", "measured", "target", "", header_style="bold")
+    for row, target in asked:
+        result.add_row(
+            *(
+                row["op"],
+                f"{row['length']:,}",
+                row["dtype"],
+                target["figure"],
+                f"{target['value']:.3g}",
+                target["text"],
+            ),
+            Text("met", style="green") if target["is_met"] else Text("missed", style="red"),
+        )
+    return result
+
+
+def milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:,.3f}"
+
+
+def footnote(record: dict[str, Any]) -> str:
+    """What the columns mean, and how far they can be trusted."""
+    rounds = [row["rounds"] for row in record["rows"]]
+    note = (
+        f"Medians of {min(rounds)} to {max(rounds)} rounds, in which attention alone and attention with scores take turns; "
+        "ratios are of these medians. The spread is of the times of whichever varies more. What is moved is queries, keys, "
+        "values, log-sum-exps, scores and output once each."
+    )
+    if any(row["recomputes_lse"] for row in record["rows"]):
+        note += " Where no attention gives its log-sum-exps, those of the rows that score are computed beside it."
+    return note + busy_note(record["machine"])
+
+
+def show_suite(record: dict[str, Any]) -> None:
+    """Prints the figures of the suite: its parts, and of each what it measured."""
+    console = report_console()
+    versions = record["versions"]
+    console.print(
+        f"{record['device']} · driver {record['driver']} · torch {versions['torch']} · triton {versions['triton']}",
+        style="bold",
+        markup=False,
+    )
+    parts = Table("part", "seconds", "outcome", header_style="bold")
+    for name, part in record["parts"].items():
+        outcome = "; ".join(part["failures"]) or "passed"
+        parts.add_row(name, f"{part['wall_seconds']:.0f}", Text(outcome, style="red" if part["failures"] else "green"))
+    console.print(parts)
+    results = {name: part["result"] for name, part in record["parts"].items()}
+    if tests := results.get("tests"):
+        counts = {
+            outcome: list(tests["outcomes"].values()).count(outcome) for outcome in ("passed", "failed", "skipped")
+        }
+        console.print("tests marked `cuda`: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
+    if rows := results.get("ops", {}).get("rows"):
+        print_ops(console, rows)
+    for name in ("blocks", "oracle", "gather"):
+        if rows := results.get(name, {}).get("rows"):
+            console.print(plain_table(name, rows))
+
+
+def plain_table(title: str, rows: list[dict[str, Any]]) -> Table:
+    """Rows as they are; empty where a row has no such key."""
+    headers = list(dict.fromkeys(key for row in rows for key in row))
+    result = Table(*headers, title=title, header_style="bold", title_justify="left")
+    for row in rows:
+        cells = [row.get(key, "") for key in headers]
+        result.add_row(*(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells))
+    return result

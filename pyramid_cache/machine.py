@@ -1,0 +1,52 @@
+"""What measurements ran on: the machine, how busy it was, and the versions of what it ran."""
+
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """What the figures are measured on, and how busy it is."""
+    processor = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):  # not Linux, or a processor that does not say its name
+        pass
+    return {
+        "processor": processor,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "load_average_before": load_average(),
+        "accelerator": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def load_average() -> float | None:
+    """The processes that wanted a core in the last minute, where the system counts them."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
+def busy_note(machine: dict[str, Any]) -> str:
+    """A warning where other work took cores from a measurement; empty where none did. From `machine` after the run."""
+    load = machine["load_average_after"]
+    # The measurement itself is a load of one per thread; what is beyond it and the cores has slowed it down.
+    if load is None or load <= max(machine["torch_threads"], machine["cores"]) + 0.5:
+        return ""
+    return f" Other work kept the machine busy (load {load:.1f} on {machine['cores']} cores): do not trust the times."
+
+
+def describe_versions(*packages: str) -> dict[str, str | None]:
+    """The versions of some packages, None for one that is not installed, and Python's."""
+    versions: dict[str, str | None] = {}
+    for name in packages:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:  # this package itself, where it runs from its folder
+            versions[name] = None
+    return versions | {"python": platform.python_version()}

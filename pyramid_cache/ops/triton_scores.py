@@ -1,0 +1,1099 @@
+"""
+The ops of `pyramid_cache.ops.scores` on CUDA, in Triton. Results and arguments are those of `pyramid_cache.ops.reference`.
+
+Scores keep a tile of keys where it is and stream the queries past it, so that a key's score is summed in one program: no
+atomics, nothing of the size `queries x keys`, and the same bits every time. Decoding splits the slots over the whole
+device, reads keys and values once, and leaves the logits behind; a second kernel, which then knows every log-sum-exp,
+turns them into probabilities, merges the outputs, and finds the victim.
+
+Logits and log-sum-exps are in base 2 inside the kernels, where `exp2` is one instruction. Nothing here waits for the
+device, so that CUDA graphs can record it. Sizes that grow with the text are not specialised: no length is compiled anew.
+"""
+
+import contextlib
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from pyramid_cache.ops import reference
+
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+INT64_MAX = tl.constexpr(2**63 - 1)
+INT64_MIN = tl.constexpr(-(2**63))
+INT32_MAX = tl.constexpr(2**31 - 1)
+
+# Partial results that one row of the second kernel takes in at once.
+MAX_SPLITS = 128
+# Slots that one program goes through to find the victim of a head, which saves a launch. With a group of 4 it moves 28
+# bytes for each, where the attention read 512 (bfloat16, head_dim 128) with the whole device: at 128k it would take longer.
+MAX_SLOTS_OF_ONE_PROGRAM = 8192
+# Candidates for eviction that the third kernel takes in at once.
+CANDIDATES_PER_STEP = 1024
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_HEAD_DIM = 256
+
+
+class ScoreBlocks(NamedTuple):
+    """
+    How `attention_scores` is cut.
+
+    Attributes:
+        keys (`int`): Keys of one program: the rows of its matrix product, 64 or more for a warp group's instruction.
+        rows (`int`): Queries that pass it at once.
+        num_warps (`int`): 4, or 8 for two warp groups.
+        num_stages (`int`): Steps of the loop whose loads are under way at once, in shared memory.
+    """
+
+    keys: int
+    rows: int
+    num_warps: int
+    num_stages: int
+
+
+class DecodeBlocks(NamedTuple):
+    """
+    How the first kernel of decoding is cut.
+
+    Attributes:
+        slots (`int`): Keys and values of one step.
+        num_warps (`int`): Warps of one program.
+        num_stages (`int`): Steps whose loads are under way at once, in shared memory.
+        max_registers (`int`, *optional*): Registers of a thread; the assembler decides by default.
+    """
+
+    slots: int
+    num_warps: int
+    num_stages: int
+    max_registers: int | None = None
+
+
+# By bytes of an element and head_dim rounded up to a power of two. float32 has no tensor cores here (they would round to
+# ten bits), so its operands live in registers: larger tiles spill them.
+SCORE_BLOCKS = {
+    (2, 64): ScoreBlocks(keys=128, rows=64, num_warps=4, num_stages=3),
+    (2, 128): ScoreBlocks(keys=128, rows=64, num_warps=4, num_stages=3),
+    (2, 256): ScoreBlocks(keys=128, rows=64, num_warps=8, num_stages=2),
+    (4, 64): ScoreBlocks(keys=32, rows=32, num_warps=4, num_stages=2),
+    (4, 128): ScoreBlocks(keys=32, rows=32, num_warps=8, num_stages=2),
+    (4, 256): ScoreBlocks(keys=32, rows=32, num_warps=8, num_stages=2),
+}
+# 48 to 64 KiB of keys and values under way in each of two programs of a multiprocessor, where 26 KiB would keep an H200 busy.
+# Left to decide, the assembler makes room for a third program (168 registers) and spills two registers for it.
+DECODE_BLOCKS = {
+    (2, 64): DecodeBlocks(slots=64, num_warps=4, num_stages=4, max_registers=224),
+    (2, 128): DecodeBlocks(slots=64, num_warps=4, num_stages=3, max_registers=224),
+    (2, 256): DecodeBlocks(slots=32, num_warps=4, num_stages=3, max_registers=224),
+    (4, 64): DecodeBlocks(slots=64, num_warps=4, num_stages=2),
+    (4, 128): DecodeBlocks(slots=32, num_warps=8, num_stages=2),
+    (4, 256): DecodeBlocks(slots=16, num_warps=8, num_stages=2),
+}
+
+
+@triton.jit
+def _capped(logits, softcap):
+    """`softcap * tanh(logits / softcap)`; tanh by an exponential that overflows to the right limit."""
+    return softcap - 2.0 * softcap / (tl.exp2(logits * (2.0 * LOG2E / softcap)) + 1.0)
+
+
+@triton.jit
+def _add_rows(
+    sums,
+    key,
+    query_ptr,
+    lse_ptr,
+    weights_ptr,
+    stride_qh,
+    stride_qm,
+    stride_qd,
+    stride_lh,
+    stride_lm,
+    stride_wm,
+    first_row,
+    num_blocks,
+    num_rows,
+    hidden,
+    factor,
+    softcap,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    IS_DIAGONAL: tl.constexpr,
+):
+    """
+    Adds what `num_blocks` blocks of rows, from `first_row` on, of each of `HEADS` heads give to a tile of keys.
+
+    One loop over the blocks of all heads, because loads are only under way early within a loop, and a window of 64 rows is
+    one block per head. Row `i` sees the keys of the tile where `hidden <= i`.
+    """
+    dims = tl.arange(0, BLOCK_D)
+    block = tl.arange(0, BLOCK_M)
+    is_dim = dims < HEAD_DIM
+    query_offsets = block[:, None].to(tl.int64) * stride_qm + dims[None, :].to(tl.int64) * stride_qd
+    blocks_per_head = tl.maximum(num_blocks, 1)
+    for step in range(HEADS * num_blocks):
+        head = step // blocks_per_head
+        row = first_row + (step - head * blocks_per_head) * BLOCK_M
+        rows = row + block
+        is_row = rows < num_rows
+        lse = tl.load(
+            lse_ptr + head.to(tl.int64) * stride_lh + rows.to(tl.int64) * stride_lm,
+            mask=is_row,
+            other=float("inf"),
+        )
+        counts = tl.abs(lse) != float("inf")
+        if weights_ptr is not None:
+            weights = tl.load(weights_ptr + rows.to(tl.int64) * stride_wm, mask=is_row, other=0.0)
+            counts = counts & (weights != 0.0)
+        query = tl.load(
+            query_ptr + (head.to(tl.int64) * stride_qh + row.to(tl.int64) * stride_qm) + query_offsets,
+            mask=is_row[:, None] & is_dim[None, :],
+            other=0.0,
+        )
+        logits = tl.dot(key, tl.trans(query), input_precision="ieee")  # (keys, rows)
+        if softcap is not None:
+            probabilities = tl.exp2(_capped(logits * factor, softcap) * LOG2E - lse[None, :] * LOG2E)
+        else:
+            probabilities = tl.exp2(logits * factor - lse[None, :] * LOG2E)
+        if weights_ptr is not None:
+            probabilities = probabilities * weights[None, :]
+        # Chosen, not multiplied: a row that does not count may hold infinities.
+        is_visible = counts[None, :]
+        if IS_DIAGONAL:
+            is_visible = is_visible & (hidden[:, None] <= rows[None, :])
+        sums += tl.sum(tl.where(is_visible, probabilities, 0.0), axis=1)
+    return sums
+
+
+@triton.jit(
+    do_not_specialize=[
+        "lse_ptr",
+        "weights_ptr",
+        "start_ptr",
+        "out_ptr",
+        "stride_lb",
+        "stride_lh",
+        "stride_lm",
+        "stride_wb",
+        "stride_wm",
+        "stride_start",
+        "num_programs",
+        "num_outputs",
+        "num_rows",
+        "num_keys",
+    ]
+)
+def scores_kernel(
+    query_ptr,
+    key_ptr,
+    lse_ptr,
+    weights_ptr,
+    start_ptr,
+    out_ptr,
+    stride_qb,
+    stride_qh,
+    stride_qm,
+    stride_qd,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_kd,
+    stride_lb,
+    stride_lh,
+    stride_lm,
+    stride_wb,
+    stride_wm,
+    stride_start,
+    num_programs,
+    num_outputs,
+    num_rows,
+    num_keys,
+    factor,
+    softcap,
+    GROUP: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """
+    The scores of one tile of keys out of `HEADS` query heads: a whole group, or one.
+
+    Programs of the first keys, which every row sees, come first: the last to start are the shortest.
+    """
+    program = tl.program_id(0)
+    tile = program // num_programs
+    pair = (program - tile * num_programs).to(tl.int64)
+    batch = pair // num_outputs
+    output = pair - batch * num_outputs
+    first_head = output * HEADS
+
+    keys = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    dims = tl.arange(0, BLOCK_D)
+    is_key = keys < num_keys
+    key = tl.load(
+        key_ptr
+        + batch * stride_kb
+        + (first_head // GROUP) * stride_kh
+        + keys[:, None].to(tl.int64) * stride_kn
+        + dims[None, :].to(tl.int64) * stride_kd,
+        mask=is_key[:, None] & (dims < HEAD_DIM)[None, :],
+        other=0.0,
+    )
+    start = 0
+    if start_ptr is not None:
+        start = tl.load(start_ptr + batch * stride_start).to(tl.int32)
+
+    # Rows count from 0, which is the position `offset`. A row that sees a key behind the padding lies behind it, too.
+    offset = num_keys - num_rows
+    first_key = tile * BLOCK_N
+    first_row = tl.maximum(tl.maximum(first_key, start) - offset, 0)
+    all_visible = tl.maximum(first_key + BLOCK_N - 1 - offset, first_row)
+    num_blocks = (tl.maximum(num_rows - first_row, 0) + BLOCK_M - 1) // BLOCK_M
+    num_blocks = tl.where(first_key + BLOCK_N <= start, 0, num_blocks)
+    num_diagonal = tl.minimum((all_visible - first_row + BLOCK_M - 1) // BLOCK_M, num_blocks)
+
+    query_ptr += batch * stride_qb + first_head * stride_qh
+    lse_ptr += batch * stride_lb + first_head * stride_lh
+    if weights_ptr is not None:
+        weights_ptr += batch * stride_wb
+    sums = tl.zeros([BLOCK_N], dtype=tl.float32)
+    sums = _add_rows(
+        sums, key, query_ptr, lse_ptr, weights_ptr, stride_qh, stride_qm, stride_qd, stride_lh, stride_lm, stride_wm,
+        first_row, num_diagonal, num_rows, keys - offset, factor, softcap,
+        HEADS, HEAD_DIM, BLOCK_D, BLOCK_M, True,
+    )  # fmt: skip
+    sums = _add_rows(
+        sums, key, query_ptr, lse_ptr, weights_ptr, stride_qh, stride_qm, stride_qd, stride_lh, stride_lm, stride_wm,
+        first_row + num_diagonal * BLOCK_M, num_blocks - num_diagonal, num_rows, keys - offset, factor, softcap,
+        HEADS, HEAD_DIM, BLOCK_D, BLOCK_M, False,
+    )  # fmt: skip
+    tl.store(out_ptr + pair * num_keys + keys, tl.where(keys >= start, sums, 0.0), mask=is_key)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "held_ptr",
+        "slots_ptr",
+        "next_position_ptr",
+        "stride_hb",
+        "stride_hh",
+        "stride_slots_b",
+        "stride_slots_h",
+        "stride_next",
+        "kv_heads",
+        "group",
+        "num_chunks",
+        "num_slots",
+        "num_splits",
+        "split_size",
+        "num_programs",
+    ]
+)
+def decode_kernel(
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    held_ptr,
+    scratch_ptr,
+    new_key_ptr,
+    new_value_ptr,
+    slots_ptr,
+    next_position_ptr,
+    stride_qb,
+    stride_qh,
+    stride_qd,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_kd,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_vd,
+    stride_hb,
+    stride_hh,
+    stride_hn,
+    stride_nkb,
+    stride_nkh,
+    stride_nkd,
+    stride_nvb,
+    stride_nvh,
+    stride_nvd,
+    stride_slots_b,
+    stride_slots_h,
+    stride_next,
+    kv_heads,
+    group,
+    num_chunks,
+    num_slots,
+    padded_slots,
+    num_splits,
+    split_size,
+    num_programs,
+    factor,
+    softcap,
+    CHECKS_HELD: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """
+    Attention of up to `ROWS` heads of a group over one split of the slots: output, log-sum-exp, and the logits themselves.
+
+    `held_ptr` is a bool mask, or, where a new token is stored, the positions. The new token stays out of the loop and
+    joins at its end, in the program whose split has its slot. Others leave the slot out, and what they may read there
+    while it is being written (heads of the same group in a second program) is not used. So there is no race: nothing
+    that this kernel writes is used by another of its programs.
+
+    The scratch is logits (programs, group, padded_slots), outputs (programs, splits, group, VALUE_DIM) and log-sum-exps
+    (programs, splits, group), where a program stands for a KV head of a row of the batch.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    chunk = (program % num_chunks).to(tl.int32)
+    split = ((program // num_chunks) % num_splits).to(tl.int32)
+    pair = program // num_chunks // num_splits
+    batch = pair // kv_heads
+    kv_head = pair - batch * kv_heads
+
+    rows = chunk * ROWS + tl.arange(0, ROWS)
+    dims = tl.arange(0, BLOCK_D)
+    value_dims = tl.arange(0, BLOCK_DV)
+    is_row = rows < group
+    is_dim = dims < HEAD_DIM
+    is_value_dim = value_dims < VALUE_DIM
+    query = tl.load(
+        query_ptr
+        + batch * stride_qb
+        + (kv_head * group + rows[:, None]) * stride_qh
+        + dims[None, :].to(tl.int64) * stride_qd,
+        mask=is_row[:, None] & is_dim[None, :],
+        other=0.0,
+    )
+    key_ptr += batch * stride_kb + kv_head * stride_kh
+    value_ptr += batch * stride_vb + kv_head * stride_vh
+    if held_ptr is not None:
+        held_ptr += batch * stride_hb + kv_head * stride_hh
+    logits_ptr = scratch_ptr + (pair * group + rows) * padded_slots
+    begin = split * split_size
+    end = tl.minimum(begin + split_size, num_slots)
+    slot = -1
+    if slots_ptr is not None:
+        slot = tl.load(slots_ptr + batch * stride_slots_b + kv_head * stride_slots_h).to(tl.int32)
+
+    highest = tl.full([ROWS], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([ROWS], dtype=tl.float32)
+    output = tl.zeros([ROWS, BLOCK_DV], dtype=tl.float32)
+    if CHECKS_HELD:
+        slots = begin + tl.arange(0, BLOCK_N)
+        held = tl.load(held_ptr + slots.to(tl.int64) * stride_hn, mask=slots < end, other=0)
+    for first in range(begin, end, BLOCK_N):
+        slots = first + tl.arange(0, BLOCK_N)
+        is_slot = slots < end
+        is_used = is_slot & (slots != slot)
+        if CHECKS_HELD:
+            if slots_ptr is not None:
+                is_used = is_used & (held >= 0)
+            else:
+                is_used = is_used & (held != 0)
+            # One step ahead: the compiler does not start loads early that wait for another one of the same step.
+            held = tl.load(held_ptr + (slots + BLOCK_N).to(tl.int64) * stride_hn, mask=slots + BLOCK_N < end, other=0)
+        key = tl.load(
+            key_ptr + slots[:, None].to(tl.int64) * stride_kn + dims[None, :].to(tl.int64) * stride_kd,
+            mask=is_slot[:, None] & is_dim[None, :],
+            other=0.0,
+        )
+        logits = tl.dot(query, tl.trans(key), input_precision="ieee") * factor
+        if softcap is not None:
+            logits = _capped(logits, softcap) * LOG2E
+        logits = tl.where(is_used[None, :], logits, float("-inf"))
+        tl.store(
+            logits_ptr[:, None] + slots[None, :],
+            logits,
+            mask=is_row[:, None] & ((slots < padded_slots) & (slots != slot))[None, :],
+        )
+        new_highest = tl.maximum(highest, tl.max(logits, axis=1))
+        # Minus infinity where nothing was held so far.
+        pivot = tl.where(new_highest == float("-inf"), 0.0, new_highest)
+        probabilities = tl.exp2(logits - pivot[:, None])
+        rescaling = tl.exp2(highest - pivot)
+        total = total * rescaling + tl.sum(probabilities, axis=1)
+        # What an empty slot holds may be anything, and 0 times NaN is NaN.
+        value = tl.load(
+            value_ptr + slots[:, None].to(tl.int64) * stride_vn + value_dims[None, :].to(tl.int64) * stride_vd,
+            mask=is_used[:, None] & is_value_dim[None, :],
+            other=0.0,
+        )
+        output = tl.dot(probabilities.to(value.dtype), value, output * rescaling[:, None], input_precision="ieee")
+        highest = new_highest
+
+    if slots_ptr is not None:
+        if (slot >= begin) & (slot < end):
+            new_key = tl.load(
+                new_key_ptr + batch * stride_nkb + kv_head * stride_nkh + dims.to(tl.int64) * stride_nkd,
+                mask=is_dim,
+                other=0.0,
+            )
+            new_value = tl.load(
+                new_value_ptr + batch * stride_nvb + kv_head * stride_nvh + value_dims.to(tl.int64) * stride_nvd,
+                mask=is_value_dim,
+                other=0.0,
+            )
+            logit = tl.sum(query.to(tl.float32) * new_key.to(tl.float32)[None, :], axis=1) * factor
+            if softcap is not None:
+                logit = _capped(logit, softcap) * LOG2E
+            tl.store(logits_ptr + slot, logit, mask=is_row)
+            new_highest = tl.maximum(highest, logit)
+            pivot = tl.where(new_highest == float("-inf"), 0.0, new_highest)
+            probability = tl.exp2(logit - pivot)
+            rescaling = tl.exp2(highest - pivot)
+            total = total * rescaling + probability
+            output = output * rescaling[:, None] + probability[:, None] * new_value.to(tl.float32)[None, :]
+            highest = new_highest
+            if chunk == 0:
+                slot64 = slot.to(tl.int64)
+                tl.store(key_ptr + slot64 * stride_kn + dims.to(tl.int64) * stride_kd, new_key, mask=is_dim)
+                tl.store(
+                    value_ptr + slot64 * stride_vn + value_dims.to(tl.int64) * stride_vd, new_value, mask=is_value_dim
+                )
+                next_position = tl.load(next_position_ptr + batch * stride_next)
+                tl.store(held_ptr + slot64 * stride_hn, next_position - 1)
+
+    parts = (pair * num_splits + split) * group + rows
+    outputs_ptr = scratch_ptr + num_programs.to(tl.int64) * group * padded_slots
+    lse_ptr = outputs_ptr + num_programs.to(tl.int64) * num_splits * group * VALUE_DIM
+    tl.store(
+        outputs_ptr + parts[:, None] * VALUE_DIM + value_dims[None, :],
+        output / tl.where(total == 0.0, 1.0, total)[:, None],
+        mask=is_row[:, None] & is_value_dim[None, :],
+    )
+    tl.store(lse_ptr + parts, highest + tl.log2(total), mask=is_row)
+
+
+@triton.jit
+def _merged_lse(lse_ptr, sinks_ptr, rows, head, group, num_splits, BLOCK_S: tl.constexpr):
+    """The log-sum-exps in base 2 over all splits, and the sinks, of some rows of a group."""
+    splits = tl.arange(0, BLOCK_S)
+    is_row = rows < group
+    parts = tl.load(
+        lse_ptr + splits[None, :] * group + rows[:, None],
+        mask=is_row[:, None] & (splits < num_splits)[None, :],
+        other=float("-inf"),
+    )
+    highest = tl.max(parts, axis=1)
+    if sinks_ptr is not None:
+        sinks = tl.load(sinks_ptr + head + rows, mask=is_row, other=0.0).to(tl.float32) * LOG2E
+        highest = tl.maximum(highest, sinks)
+    pivot = tl.where(highest == float("-inf"), 0.0, highest)
+    total = tl.sum(tl.exp2(parts - pivot[:, None]), axis=1)
+    if sinks_ptr is not None:
+        total += tl.exp2(sinks - pivot)
+    return pivot + tl.log2(total)
+
+
+@triton.jit
+def _evict_lowest(
+    lowest, lowest_slots, oldest, pair, batch, positions_ptr, stride_pn, evicts_ptr, stride_evicts, victims_ptr
+):
+    """
+    Evicts the best of many candidates of one head.
+
+    Args:
+        lowest: int64: score and position of a token, ordered as they count; smallest if the score is NaN, largest if no
+            token may go.
+        lowest_slots: int32: its slot.
+        oldest: int64: position and slot of the oldest token that may go.
+    """
+    best = tl.min(lowest, axis=0)
+    slot = tl.min(tl.where(lowest == best, lowest_slots, INT32_MAX), axis=0).to(tl.int64)
+    # Among scores that are NaN none is higher than the lowest: the oldest goes.
+    slot = tl.where(best == INT64_MIN, tl.min(oldest, axis=0) & 0xFFFFFFFF, slot)
+    is_evicted = best != INT64_MAX
+    slot = tl.where(is_evicted, slot, 0)
+    tl.store(victims_ptr + pair, slot)
+    if evicts_ptr is not None:
+        is_evicted = is_evicted & (tl.load(evicts_ptr + batch * stride_evicts) != 0)
+    tl.store(positions_ptr + slot * stride_pn, -1, mask=is_evicted)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "sinks_ptr",
+        "lse_ptr",
+        "probabilities_ptr",
+        "positions_ptr",
+        "slots_ptr",
+        "next_position_ptr",
+        "num_recent_ptr",
+        "evicts_ptr",
+        "stride_sb",
+        "stride_sh",
+        "stride_pb",
+        "stride_ph",
+        "stride_slots_b",
+        "stride_slots_h",
+        "stride_next",
+        "stride_recent",
+        "stride_evicts",
+        "kv_heads",
+        "group",
+        "num_slots",
+        "num_splits",
+        "num_tiles",
+        "tile_size",
+        "num_programs",
+    ]
+)
+def merge_kernel(
+    scratch_ptr,
+    sinks_ptr,
+    out_ptr,
+    lse_ptr,
+    probabilities_ptr,
+    positions_ptr,
+    slots_ptr,
+    next_position_ptr,
+    num_recent_ptr,
+    evicts_ptr,
+    victims_ptr,
+    candidates_ptr,
+    stride_sb,
+    stride_sh,
+    stride_sn,
+    stride_pb,
+    stride_ph,
+    stride_pn,
+    stride_slots_b,
+    stride_slots_h,
+    stride_next,
+    stride_recent,
+    stride_evicts,
+    kv_heads,
+    group,
+    num_slots,
+    padded_slots,
+    num_splits,
+    num_tiles,
+    tile_size,
+    num_programs,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    SPLITS_PER_STEP: tl.constexpr,
+):
+    """
+    The first programs each turn the logits of a tile of slots into probabilities; the others merge one head's output each.
+
+    With `positions_ptr`, `probabilities_ptr` are the scores, which grow by them, and the victim is sought: at once if one
+    program has all slots of a head, else left to `victim_kernel` as a candidate. There is no race: a tile's scores belong
+    to one program, and a position is only written where one program has read all of a head's before.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    outputs_ptr = scratch_ptr + num_programs.to(tl.int64) * group * padded_slots
+    parts_ptr = outputs_ptr + num_programs.to(tl.int64) * num_splits * group * VALUE_DIM
+    if program < num_programs.to(tl.int64) * num_tiles:
+        pair = program // num_tiles
+        tile = (program - pair * num_tiles).to(tl.int32)
+        batch = pair // kv_heads
+        kv_head = pair - batch * kv_heads
+        probabilities_ptr += batch * stride_sb + kv_head * stride_sh
+        if positions_ptr is not None:
+            positions_ptr += batch * stride_pb + kv_head * stride_ph
+            slot = tl.load(slots_ptr + batch * stride_slots_b + kv_head * stride_slots_h)
+            first_recent = tl.load(next_position_ptr + batch * stride_next) - tl.load(
+                num_recent_ptr + batch * stride_recent
+            )
+            lowest = tl.full([BLOCK_N], INT64_MAX, dtype=tl.int64)
+            lowest_slots = tl.full([BLOCK_N], INT32_MAX, dtype=tl.int32)
+            oldest = tl.full([BLOCK_N], INT64_MAX, dtype=tl.int64)
+        begin = tile * tile_size
+        end = tl.minimum(begin + tile_size, num_slots)
+        for first in range(begin, end, BLOCK_N):
+            slots = first + tl.arange(0, BLOCK_N)
+            is_slot = slots < end
+            mass = tl.zeros([BLOCK_N], dtype=tl.float32)
+            for first_head in range(0, group, ROWS):
+                rows = first_head + tl.arange(0, ROWS)
+                logits = tl.load(
+                    scratch_ptr + (pair * group + rows)[:, None] * padded_slots + slots[None, :],
+                    mask=(rows < group)[:, None] & (slots < padded_slots)[None, :],
+                    other=float("-inf"),
+                )
+                lse = _merged_lse(
+                    parts_ptr + pair * num_splits * group, sinks_ptr, rows, kv_head * group, group, num_splits, BLOCK_S
+                )
+                probabilities = tl.exp2(logits - lse[:, None])
+                # An empty slot gets nothing, of a head that attends to nothing, too.
+                mass += tl.sum(tl.where(logits == float("-inf"), 0.0, probabilities), axis=0)
+            addresses = probabilities_ptr + slots.to(tl.int64) * stride_sn
+            if positions_ptr is not None:
+                score = tl.load(addresses, mask=is_slot, other=0.0)
+                position = tl.load(positions_ptr + slots.to(tl.int64) * stride_pn, mask=is_slot, other=-1)
+                mass += tl.where(slots == slot, 0.0, score)
+                may_go = (position >= 0) & (position < first_recent)
+                # float32 as an integer of the same order; -0.0 equals 0.0.
+                bits = tl.where(mass == 0.0, 0.0, mass).to(tl.int32, bitcast=True)
+                bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
+                rank = tl.where(mass != mass, INT64_MIN, (bits << 32) | position.to(tl.int64))
+                is_lower = may_go & (rank < lowest)
+                lowest = tl.where(is_lower, rank, lowest)
+                lowest_slots = tl.where(is_lower, slots, lowest_slots)
+                age = (position.to(tl.int64) << 32) | slots.to(tl.int64)
+                oldest = tl.minimum(oldest, tl.where(may_go, age, INT64_MAX))
+            tl.store(addresses, mass, mask=is_slot)
+        if positions_ptr is not None:
+            if candidates_ptr is not None:
+                best = tl.min(lowest, axis=0)
+                tl.store(candidates_ptr + program * 3, best)
+                tl.store(
+                    candidates_ptr + program * 3 + 1,
+                    tl.min(tl.where(lowest == best, lowest_slots, INT32_MAX), axis=0).to(tl.int64),
+                )
+                tl.store(candidates_ptr + program * 3 + 2, tl.min(oldest, axis=0))
+            else:
+                _evict_lowest(
+                    lowest, lowest_slots, oldest, pair, batch, positions_ptr, stride_pn, evicts_ptr, stride_evicts,
+                    victims_ptr,
+                )  # fmt: skip
+    else:
+        head = program - num_programs.to(tl.int64) * num_tiles
+        pair = head // group
+        row = (head - pair * group).to(tl.int32)
+        part = pair * num_splits * group
+        lse = _merged_lse(
+            parts_ptr + part,
+            sinks_ptr,
+            row + tl.arange(0, 1),
+            (pair % kv_heads) * group,
+            group,
+            num_splits,
+            BLOCK_S,
+        )
+        pivot = tl.where(lse == float("-inf"), 0.0, lse)
+        value_dims = tl.arange(0, BLOCK_DV)
+        is_value_dim = value_dims < VALUE_DIM
+        output = tl.zeros([SPLITS_PER_STEP, BLOCK_DV], dtype=tl.float32)
+        for first_split in range(0, num_splits, SPLITS_PER_STEP):
+            splits = first_split + tl.arange(0, SPLITS_PER_STEP)
+            is_split = splits < num_splits
+            parts = part + splits.to(tl.int64) * group + row
+            share = tl.exp2(tl.load(parts_ptr + parts, mask=is_split, other=float("-inf")) - pivot)
+            output += share[:, None] * tl.load(
+                outputs_ptr + parts[:, None] * VALUE_DIM + value_dims[None, :],
+                mask=is_split[:, None] & is_value_dim[None, :],
+                other=0.0,
+            )
+        tl.store(
+            out_ptr + head * VALUE_DIM + value_dims,
+            tl.sum(output, axis=0).to(out_ptr.dtype.element_ty),
+            mask=is_value_dim,
+        )
+        tl.store(lse_ptr + head + tl.arange(0, 1), lse * LN2)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "positions_ptr",
+        "evicts_ptr",
+        "stride_pb",
+        "stride_ph",
+        "stride_evicts",
+        "kv_heads",
+        "num_tiles",
+    ]
+)
+def victim_kernel(
+    candidates_ptr,
+    positions_ptr,
+    evicts_ptr,
+    victims_ptr,
+    stride_pb,
+    stride_ph,
+    stride_pn,
+    stride_evicts,
+    kv_heads,
+    num_tiles,
+    BLOCK_T: tl.constexpr,
+):
+    """Evicts the best of the candidates (KV heads of all rows, tiles, 3) of one head: see `_evict_lowest`."""
+    pair = tl.program_id(0).to(tl.int64)
+    batch = pair // kv_heads
+    lowest = tl.full([BLOCK_T], INT64_MAX, dtype=tl.int64)
+    lowest_slots = tl.full([BLOCK_T], INT32_MAX, dtype=tl.int32)
+    oldest = tl.full([BLOCK_T], INT64_MAX, dtype=tl.int64)
+    for first in range(0, num_tiles, BLOCK_T):
+        tiles = first + tl.arange(0, BLOCK_T)
+        is_tile = tiles < num_tiles
+        addresses = candidates_ptr + (pair * num_tiles + tiles) * 3
+        rank = tl.load(addresses, mask=is_tile, other=INT64_MAX)
+        is_lower = rank < lowest
+        lowest = tl.where(is_lower, rank, lowest)
+        lowest_slots = tl.where(is_lower, tl.load(addresses + 1, mask=is_tile, other=0).to(tl.int32), lowest_slots)
+        oldest = tl.minimum(oldest, tl.load(addresses + 2, mask=is_tile, other=INT64_MAX))
+    _evict_lowest(
+        lowest, lowest_slots, oldest, pair, batch,
+        positions_ptr + batch * stride_pb + (pair - batch * kv_heads) * stride_ph,
+        stride_pn, evicts_ptr, stride_evicts, victims_ptr,
+    )  # fmt: skip
+
+
+@functools.cache
+def num_multiprocessors(device: torch.device) -> int:
+    """How many programs run side by side. Triton's interpreter, on the CPU, is told 8, so that slots are split there, too."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device, whatever its tensors say."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+@functools.cache
+def has_kernels(device: torch.device) -> bool:
+    """Whether the kernels were made for this device: the block sizes need the shared memory of an NVIDIA GPU of 2020."""
+    return device.type != "cuda" or (torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0))
+
+
+def is_supported(*tensors: torch.Tensor) -> bool:
+    """Whether the kernels take such queries, keys and values; the reference takes what they do not."""
+    dtype = tensors[0].dtype
+    return (
+        dtype in DTYPES
+        and all(
+            tensor.dtype == dtype and tensor.shape[-1] <= MAX_HEAD_DIM and tensor.numel() > 0 for tensor in tensors
+        )
+        and has_kernels(tensors[0].device)
+    )
+
+
+def padded(size: int, smallest: int = 16) -> int:
+    """The power of two that a dimension of a matrix product is padded to."""
+    return max(1 << (size - 1).bit_length(), smallest)
+
+
+def ceil_div(size: int, divisor: int) -> int:
+    """The quotient, rounded up. Triton's own function takes microseconds, which count in every layer of every token."""
+    return -(-size // divisor)
+
+
+def attention_scores(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    lse: torch.Tensor,
+    row_weights: torch.Tensor | None,
+    key_start: torch.Tensor | None,
+    scaling: float,
+    softcap: float | None,
+    group_sum: bool,
+    *,
+    blocks: ScoreBlocks | None = None,
+) -> torch.Tensor:
+    """
+    See `pyramid_cache.ops.scores.attention_scores`.
+
+    Args:
+        blocks (`ScoreBlocks`, *optional*): Overrides `SCORE_BLOCKS`, for benchmarks.
+    """
+    if not is_supported(query, key):
+        return reference.attention_scores(query, key, lse, row_weights, key_start, scaling, softcap, group_sum)
+    batch, heads, num_rows, head_dim = query.shape
+    kv_heads, num_keys = key.shape[1], key.shape[2]
+    group = heads // kv_heads
+    num_outputs = kv_heads if group_sum else heads
+    num_programs = batch * num_outputs
+    scores = torch.empty(batch, num_outputs, num_keys, dtype=torch.float32, device=key.device)
+    block_dim = padded(head_dim)
+    if blocks is None:
+        blocks = SCORE_BLOCKS[key.element_size(), max(block_dim, 64)]
+        # A window of fewer rows than a block would be padded up to it.
+        blocks = blocks._replace(rows=min(blocks.rows, padded(num_rows)))
+        if blocks.keys > 64 and num_programs * ceil_div(num_keys, blocks.keys) < num_multiprocessors(key.device):
+            blocks = blocks._replace(keys=64, num_warps=4)
+    with on_device(key.device):
+        scores_kernel[num_programs * ceil_div(num_keys, blocks.keys),](
+            query,
+            key,
+            lse,
+            row_weights,
+            key_start,
+            scores,
+            *query.stride(),
+            *key.stride(),
+            *lse.stride(),
+            *(
+                (0, 0)
+                if row_weights is None
+                else (row_weights.stride(0) * (row_weights.shape[0] > 1), row_weights.stride(1))
+            ),
+            0 if key_start is None else key_start.stride(0),
+            num_programs,
+            num_outputs,
+            num_rows,
+            num_keys,
+            scaling if softcap else scaling * LOG2E.value,
+            softcap or None,
+            GROUP=group,
+            HEADS=group if group_sum else 1,
+            HEAD_DIM=head_dim,
+            BLOCK_D=block_dim,
+            BLOCK_M=blocks.rows,
+            BLOCK_N=blocks.keys,
+            num_warps=blocks.num_warps,
+            num_stages=blocks.num_stages,
+            enable_fp_fusion=True,
+        )
+    return scores
+
+
+def decode_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    sink_logits: torch.Tensor | None,
+    scaling: float,
+    softcap: float | None,
+    *,
+    blocks: DecodeBlocks | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    See `pyramid_cache.ops.scores.decode_attention`.
+
+    Args:
+        blocks (`DecodeBlocks`, *optional*): Overrides `DECODE_BLOCKS`, for benchmarks.
+    """
+    if not is_supported(query, key, value):
+        return reference.decode_attention(query, key, value, mask, sink_logits, scaling, softcap)
+    probabilities = torch.empty(key.shape[:3], dtype=torch.float32, device=key.device)
+    output, lse, _ = _decode(
+        query, key, value, mask, mask is not None, None, probabilities, sink_logits, scaling, softcap, blocks
+    )
+    return output, lse, probabilities
+
+
+def decode_attention_and_evict(
+    query: torch.Tensor,
+    new_key: torch.Tensor,
+    new_value: torch.Tensor,
+    slots: torch.Tensor,
+    next_position: torch.Tensor,
+    num_recent: torch.Tensor,
+    evicts: torch.Tensor | None,
+    sink_logits: torch.Tensor | None,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    positions: torch.Tensor,
+    scores: torch.Tensor,
+    scaling: float,
+    softcap: float | None,
+    has_empty_slots: bool,
+    *,
+    blocks: DecodeBlocks | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    See `pyramid_cache.ops.scores.decode_attention_and_evict`.
+
+    Args:
+        blocks (`DecodeBlocks`, *optional*): Overrides `DECODE_BLOCKS`, for benchmarks.
+    """
+    if not is_supported(query, key, value, new_key, new_value):
+        return reference.decode_attention_and_evict(
+            query, new_key, new_value, slots, next_position, num_recent, evicts, sink_logits, key, value, positions, scores,
+            scaling, softcap, has_empty_slots,
+        )  # fmt: skip
+    step = NewToken(new_key, new_value, slots, next_position, num_recent, evicts)
+    return _decode(query, key, value, positions, has_empty_slots, step, scores, sink_logits, scaling, softcap, blocks)
+
+
+class NewToken(NamedTuple):
+    """The arguments of `decode_attention_and_evict` that `decode_attention` does not have."""
+
+    key: torch.Tensor
+    value: torch.Tensor
+    slots: torch.Tensor
+    next_position: torch.Tensor
+    num_recent: torch.Tensor
+    evicts: torch.Tensor | None
+
+
+def num_splits_of(num_tiles: int, num_programs: int, multiprocessors: int) -> tuple[int, int]:
+    """
+    Into how many splits of how many tiles each the slots are cut.
+
+    Two programs per multiprocessor fit side by side. Rounded down: one program more than fits would run alone.
+
+    Args:
+        num_tiles (`int`): Blocks of slots.
+        num_programs (`int`): Programs of each split.
+        multiprocessors (`int`): Of the device.
+    """
+    num_splits = max(min(2 * multiprocessors // num_programs, num_tiles, MAX_SPLITS), 1)
+    tiles_per_split = ceil_div(num_tiles, num_splits)
+    return ceil_div(num_tiles, tiles_per_split), tiles_per_split
+
+
+def _decode(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    held: torch.Tensor | None,
+    checks_held: bool,
+    step: NewToken | None,
+    probabilities: torch.Tensor,
+    sink_logits: torch.Tensor | None,
+    scaling: float,
+    softcap: float | None,
+    blocks: DecodeBlocks | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """
+    Both ways to decode. `held` is a mask or, with a `step`, positions, and `probabilities` are then the scores they are
+    added to. Returns output, log-sum-exps and, with a `step`, the slots of the victims.
+    """
+    batch, heads, _, head_dim = query.shape
+    kv_heads, num_slots, value_dim = key.shape[1], key.shape[2], value.shape[3]
+    group, device = heads // kv_heads, key.device
+    block_dim, block_value_dim = padded(head_dim), padded(value_dim)
+    # Heads of one program. Tensor cores take 16 at least, and the outputs of more than 32 would not fit the registers.
+    rows = 16 if group <= 16 else 32
+    if blocks is None:
+        blocks = DECODE_BLOCKS[key.element_size(), max(block_dim, block_value_dim, 64)]
+        if rows == 32:  # twice the logits and outputs: half of each for a thread
+            blocks = DecodeBlocks(max(blocks.slots // 2, 16), num_warps=8, num_stages=blocks.num_stages)
+    num_chunks = ceil_div(group, rows)
+    num_programs = batch * kv_heads
+    multiprocessors = num_multiprocessors(device)
+    num_splits, tiles_per_split = num_splits_of(
+        ceil_div(num_slots, blocks.slots), num_programs * num_chunks, multiprocessors
+    )
+    padded_slots = ceil_div(num_slots, 16) * 16  # so that rows of logits begin where wide loads may
+    scratch = torch.empty(
+        num_programs * group * (padded_slots + num_splits * (value_dim + 1)), dtype=torch.float32, device=device
+    )
+    output = torch.empty(batch, 1, heads, value_dim, dtype=value.dtype, device=device)
+    lse = torch.empty(batch, heads, dtype=torch.float32, device=device)
+    held_strides = (0, 0, 0) if held is None else held.stride()
+    if step is None:
+        if held is not None and held.shape[1] == 1:
+            held_strides = (held_strides[0], 0, held_strides[2])
+        new_key = new_value = slots = next_position = num_recent = evicts = victims = None
+        new_strides = (0,) * 6
+        slot_strides = (0, 0, 0)
+        recent_stride = evicts_stride = 0
+    else:
+        new_key, new_value, slots, next_position, num_recent, evicts = step
+        victims = torch.empty(batch, kv_heads, 1, dtype=torch.int64, device=device)
+        new_strides = (*new_key.stride()[:2], new_key.stride(3), *new_value.stride()[:2], new_value.stride(3))
+        slot_strides = (*slots.stride()[:2], next_position.stride(0))
+        recent_stride = num_recent.stride(0)
+        evicts_stride = 0 if evicts is None else evicts.stride(0)
+
+    # Heads whose logits the second kernel takes in at once.
+    merged_rows = min(padded(group, 1), 16)
+    finishes_at_once = step is not None and (
+        num_slots <= MAX_SLOTS_OF_ONE_PROGRAM or num_programs >= 2 * multiprocessors
+    )
+    merged_slots = min(8192 // merged_rows, 4096) if finishes_at_once else 4096 // merged_rows
+    num_tiles = 1 if finishes_at_once else ceil_div(num_slots, merged_slots)
+    candidates = None
+    if step is not None and not finishes_at_once:
+        candidates = torch.empty(num_programs, num_tiles, 3, dtype=torch.int64, device=device)
+    with on_device(device):
+        decode_kernel[num_programs * num_splits * num_chunks,](
+            query,
+            key,
+            value,
+            held,
+            scratch,
+            new_key,
+            new_value,
+            slots,
+            next_position,
+            *(query.stride(0), query.stride(1), query.stride(3)),
+            *key.stride(),
+            *value.stride(),
+            *held_strides,
+            *new_strides,
+            *slot_strides,
+            kv_heads,
+            group,
+            num_chunks,
+            num_slots,
+            padded_slots,
+            num_splits,
+            tiles_per_split * blocks.slots,
+            num_programs,
+            scaling if softcap else scaling * LOG2E.value,
+            softcap or None,
+            CHECKS_HELD=checks_held,
+            HEAD_DIM=head_dim,
+            VALUE_DIM=value_dim,
+            BLOCK_D=block_dim,
+            BLOCK_DV=block_value_dim,
+            ROWS=rows,
+            BLOCK_N=blocks.slots,
+            num_warps=blocks.num_warps,
+            num_stages=blocks.num_stages,
+            maxnreg=blocks.max_registers,
+            enable_fp_fusion=True,
+        )
+        merge_kernel[num_programs * num_tiles + batch * heads,](
+            scratch,
+            None if sink_logits is None else sink_logits.contiguous(),
+            output,
+            lse,
+            probabilities,
+            None if step is None else held,
+            slots,
+            next_position,
+            num_recent,
+            evicts,
+            victims,
+            candidates,
+            *probabilities.stride(),
+            *((0, 0, 0) if step is None else held_strides),
+            *slot_strides,
+            recent_stride,
+            evicts_stride,
+            kv_heads,
+            group,
+            num_slots,
+            padded_slots,
+            num_splits,
+            num_tiles,
+            num_slots if finishes_at_once else merged_slots,
+            num_programs,
+            VALUE_DIM=value_dim,
+            BLOCK_DV=block_value_dim,
+            ROWS=merged_rows,
+            BLOCK_N=merged_slots,
+            BLOCK_S=MAX_SPLITS,
+            SPLITS_PER_STEP=16,
+            num_warps=16 if finishes_at_once else 4,
+            enable_fp_fusion=True,
+        )
+        if candidates is not None:
+            victim_kernel[num_programs,](
+                candidates,
+                held,
+                evicts,
+                victims,
+                *held_strides,
+                evicts_stride,
+                kv_heads,
+                num_tiles,
+                BLOCK_T=CANDIDATES_PER_STEP,
+                num_warps=4,
+                enable_fp_fusion=True,
+            )
+    return output, lse, victims

@@ -1,0 +1,98 @@
+"""What the subcommands share: types of their options, progress, and where their results go."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pyramid_cache.engine.storage import replacing
+
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+REPORT_WIDTH = 150
+
+
+def positive_int(text: str, least: int = 1) -> int:
+    """Reads a number that is at least 1."""
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least {least}")
+    return int(text)
+
+
+def device(text: str) -> torch.device:
+    """Reads `--device`, which must be there."""
+    try:
+        found = torch.device(text)
+        torch.ones(1, device=found).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return found
+
+
+def check_json(path: Path | None) -> None:
+    """Raises ValueError before minutes of work where `--json` could not be written."""
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        raise ValueError(f"--json {path} cannot be written: it must be a file in a folder that exists.")
+
+
+def write_json(record: dict[str, Any], path: Path) -> None:
+    """Writes a record in one step: whoever reads the file meanwhile finds the old one or the new one."""
+    text = json.dumps(record, indent=2) + "\n"
+    target = path.resolve()
+    if path.exists() and not target.is_file():  # a pipe or a terminal, such as /dev/stdout
+        path.write_text(text, encoding="utf-8")
+        return
+    with replacing(str(target)) as temporary_path:
+        Path(temporary_path).write_text(text, encoding="utf-8")
+
+
+def report_console() -> "Console":
+    """Where tables go: stdout, wide enough for them where it is no terminal."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=REPORT_WIDTH)
+
+
+class ProgressBar:
+    """
+    A `ProgressCallback`: a spinner, what is going on, how far it is and the time it has taken, while it is entered. Where
+    stderr is no terminal, a line per description.
+    """
+
+    def __init__(self, console: "Console") -> None:
+        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        self.console = console
+        self.description = ""
+        # Twice a second is enough to look at, and takes no time from a measurement.
+        self.bar = Progress(
+            *(SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()),
+            console=console,
+            transient=True,
+            refresh_per_second=2,
+            disable=not console.is_terminal,
+        )
+        self.task_id = self.bar.add_task("", total=None)
+
+    def __enter__(self) -> "ProgressBar":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.stop()
+
+    def __call__(self, description: str, completed: int, total: int | None) -> None:
+        # Drawn from the first news on: until then the bars of the hub and of transformers have the terminal.
+        self.bar.start()
+        if description == self.description:
+            self.bar.update(self.task_id, completed=completed, total=total)
+            return
+        self.description = description
+        self.bar.reset(self.task_id, description=description, completed=completed, total=total)
+        if not self.console.is_terminal:
+            self.console.print(description, highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,280 @@
+"""
+Every Triton kernel compiled for GPUs that need not be here: none may spill registers or ask for too much shared memory.
+
+The ops are called with tensors without contents and the launches are caught, so that what is compiled has the arguments,
+the block sizes and the specialisation that a GPU would be given. What had to look into a tensor first would fail.
+"""
+
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+
+triton = pytest.importorskip("triton", reason="there is no Triton to compile with")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("in the interpreter nothing is compiled", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
+
+from pyramid_cache.ops import triton_scores, triton_shadow  # noqa: E402
+
+
+# Bytes of shared memory that one block may have, by compute capability. An A100 (8.0) has 166,912, but GPUs of capability
+# 8.6 and 8.9, which run the same code, have less.
+SHARED_MEMORY = {80: 101_376, 90: 232_448}
+POINTER_TYPES = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.bool: "*i1",
+    torch.uint8: "*u8",
+    torch.int8: "*i8",
+}
+OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+HEAD_DIMS = (64, 128, 256)
+
+
+class Launch:
+    """
+    A launch of a kernel, as the compiler sees it.
+
+    Args:
+        kernel (`JITFunction`): What was launched.
+        arguments (`tuple`): Its positional arguments.
+        named (`dict`): Its named arguments, and options of the compiler.
+    """
+
+    def __init__(self, kernel: JITFunction, arguments: tuple, named: dict) -> None:
+        self.kernel = kernel
+        self.options = {name: named[name] for name in OPTIONS if name in named}
+        named = {name: value for name, value in named.items() if name not in OPTIONS}
+        bound = kernel.signature.bind(*arguments, **named)
+        bound.apply_defaults()
+        self.signature, self.constants, self.attributes = {}, {}, {}
+        for index, parameter in enumerate(kernel.params):
+            value = bound.arguments[parameter.name]
+            is_specialized = not parameter.do_not_specialize
+            if parameter.is_constexpr or value is None or (is_specialized and type(value) is int and value == 1):
+                self.signature[parameter.name] = "constexpr"
+                self.constants[parameter.name] = value
+                continue
+            if isinstance(value, torch.Tensor):
+                self.signature[parameter.name], number = POINTER_TYPES[value.dtype], value.data_ptr()
+            elif isinstance(value, float):
+                self.signature[parameter.name], number = "fp32", 1
+            else:
+                self.signature[parameter.name], number = ("i32" if -(2**31) <= value < 2**31 else "i64"), value
+            if is_specialized and number % 16 == 0:
+                self.attributes[(index,)] = [["tt.divisibility", 16]]
+
+    @property
+    def key(self) -> tuple:
+        """What a kernel is compiled anew for when it changes."""
+        return (
+            self.kernel.fn.__name__,
+            *(tuple(sorted(part.items())) for part in (self.signature, self.constants, self.options)),
+            tuple(sorted(self.attributes)),
+        )
+
+    def compile(self, capability: int) -> tuple[str, dict[str, int]]:
+        """The assembler text and the registers, bytes of stack and of shared memory on a GPU of this capability."""
+        source = ASTSource(self.kernel, self.signature, self.constants, self.attributes)
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=self.options)
+        return compiled.asm["ptx"], {**resource_usage(compiled.asm["cubin"]), "shared": compiled.metadata.shared}
+
+
+def resource_usage(cubin: bytes) -> dict[str, int]:
+    """What NVIDIA's own tool says of a binary. Spilled registers lie on the stack."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
+        ).stdout
+    used = {name.lower(): int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    assert set(used) == {"reg", "stack", "local"}, text
+    return used
+
+
+def caught_launches(call: Callable[[], object]) -> list[Launch]:
+    """The launches of a function, none of which runs."""
+    launches = []
+
+    def run(self, *arguments, grid, warmup, **named):
+        launches.append(Launch(self, arguments, named))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JITFunction, "run", run)
+        call()
+    return launches
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """A tensor without contents."""
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def score_arguments(dtype: torch.dtype, head_dim: int, keys: int, rows: int, **options) -> tuple:
+    """Arguments of `attention_scores` for 8 query heads and 2 KV heads, laid out as models do."""
+    query = empty(2, keys, 8, head_dim, dtype=dtype).transpose(1, 2)[:, :, keys - rows :]
+    key = empty(2, 2, keys, head_dim, dtype=dtype)
+    lse = empty(2, 8, keys)[..., keys - rows :]
+    weights = empty(1, rows) if options.get("weights") else None
+    start = empty(2, dtype=torch.int32) if options.get("start") else None
+    return query, key, lse, weights, start, 0.1, options.get("softcap"), options.get("group_sum", True)
+
+
+def decode_arguments(dtype: torch.dtype, head_dim: int, slots: int, **options) -> tuple:
+    """Arguments of `decode_attention` for 2 KV heads."""
+    heads = 2 * options.get("group", 4)
+    query = empty(2, heads, 1, head_dim, dtype=dtype)
+    key, value = (empty(2, 2, slots, head_dim, dtype=dtype) for _ in range(2))
+    mask = empty(2, 1, slots, dtype=torch.bool) if options.get("mask") else None
+    sinks = empty(heads) if options.get("sinks") else None
+    return query, key, value, mask, sinks, 0.1, options.get("softcap")
+
+
+def evict_arguments(dtype: torch.dtype, head_dim: int, slots: int, **options) -> tuple:
+    """Arguments of `decode_attention_and_evict` for 2 KV heads."""
+    query, key, value, _, sinks, scaling, softcap = decode_arguments(dtype, head_dim, slots, **options)
+    new = empty(2, 1, 2, head_dim, dtype=dtype).transpose(1, 2)
+    slot, number = empty(2, 2, 1, dtype=torch.int64), empty(2, 1, 1, dtype=torch.int32)
+    evicts = empty(2, dtype=torch.bool) if options.get("evicts") else None
+    positions, scores = empty(2, 2, slots, dtype=torch.int32), empty(2, 2, slots)
+    has_empty_slots = options.get("has_empty_slots", True)
+    return (
+        query, new, new, slot, number, number, evicts, sinks, key, value, positions, scores, scaling, softcap, has_empty_slots
+    )  # fmt: skip
+
+
+def run_shadow(dtype: torch.dtype, head_dim: int, tokens: int) -> None:
+    """Calls the ops that fill the buffers of ShadowKV."""
+    buffer = empty(2, 2, 1024, head_dim, dtype=dtype)
+    incoming = triton_shadow.plan_chunks(*(empty(2, 2, 128, dtype=torch.int64) for _ in range(2)))
+    low_rank, basis = empty(2, tokens, 160, dtype=dtype), empty(2, 2, 160, head_dim, dtype=dtype)
+    positions, frequencies = empty(2, tokens, dtype=torch.int32), empty(head_dim // 2)
+    triton_shadow.reconstruct_keys(buffer, low_rank, basis, incoming, positions, frequencies, 1.0, False, 8)
+    triton_shadow.gather_values(buffer, empty(2, 2, tokens, head_dim, dtype=dtype), incoming, 8)
+
+
+# What calls each op: with a dtype and a head_dim, it launches every kernel that these choose. A module of kernels joins
+# the tests by its lines here.
+CALLS: dict[str, Callable[[torch.dtype, int], object]] = {
+    "all rows": lambda dtype, head_dim: triton_scores.attention_scores(*score_arguments(dtype, head_dim, 9000, 9000)),
+    "window": lambda dtype, head_dim: triton_scores.attention_scores(
+        *score_arguments(dtype, head_dim, 2000, 24, weights=True, start=True)
+    ),
+    "decode": lambda dtype, head_dim: triton_scores.decode_attention(
+        *decode_arguments(dtype, head_dim, 3000, mask=True, sinks=True)
+    ),
+    "decode and evict": lambda dtype, head_dim: triton_scores.decode_attention_and_evict(
+        *evict_arguments(dtype, head_dim, 3000)
+    ),
+    "shadow": lambda dtype, head_dim: run_shadow(dtype, head_dim, 9000),
+}
+# The same once, of kernels that are no different for other dtypes, and of rare options.
+RARE_CALLS: dict[str, Callable[[torch.dtype, int], object]] = {
+    "small": lambda dtype, head_dim: triton_scores.attention_scores(*score_arguments(dtype, head_dim, 300, 300)),
+    "scores with softcap": lambda dtype, head_dim: triton_scores.attention_scores(
+        *score_arguments(dtype, head_dim, 2000, 2000, softcap=50.0, weights=True, group_sum=False)
+    ),
+    "large group": lambda dtype, head_dim: triton_scores.decode_attention(
+        *decode_arguments(dtype, head_dim, 3000, group=48)
+    ),
+    "long eviction": lambda dtype, head_dim: triton_scores.decode_attention_and_evict(
+        *evict_arguments(dtype, head_dim, 9000, has_empty_slots=False, evicts=True, softcap=30.0, sinks=True)
+    ),
+}
+QUICK = [
+    ("all rows", torch.bfloat16, 128, 90),
+    ("decode and evict", torch.bfloat16, 128, 90),
+    ("window", torch.float32, 64, 80),
+]
+# Calls for the kernels of any length. Kernels must not be compiled for each of them.
+CALLS_BY_LENGTH: dict[str, Callable[[int], object]] = {
+    "all rows": lambda length: triton_scores.attention_scores(
+        *score_arguments(torch.float16, 64, length, length, weights=True)
+    ),
+    "window": lambda length: triton_scores.attention_scores(*score_arguments(torch.float16, 64, length, 31)),
+    "decode": lambda length: triton_scores.decode_attention(*decode_arguments(torch.float16, 64, length, mask=True)),
+    "decode and evict": lambda length: triton_scores.decode_attention_and_evict(
+        *evict_arguments(torch.float16, 64, length)
+    ),
+    "long eviction": lambda length: triton_scores.decode_attention_and_evict(
+        *evict_arguments(torch.float16, 64, 10 * length)
+    ),
+    "shadow": lambda length: run_shadow(torch.float16, 64, length),
+}
+
+
+def check(call: Callable[[torch.dtype, int], object], dtype: torch.dtype, head_dim: int, capability: int) -> None:
+    """Compiles what a call launches, prints what it needs, and fails where that is too much."""
+    failures = []
+    launches = {launch.key: launch for launch in caught_launches(lambda: call(dtype, head_dim))}
+    assert launches, "nothing was launched"
+    for launch in launches.values():
+        _, used = launch.compile(capability)
+        line = f"{launch.kernel.fn.__name__} {dtype} {head_dim} sm_{capability} {launch.options}: {used}"
+        print(line)
+        if used["stack"] or used["local"] or used["shared"] > SHARED_MEMORY[capability]:
+            failures.append(line)
+    assert not failures, "registers spilled, or too much shared memory:\n" + "\n".join(failures)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compile for real, and leave nothing behind."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(triton_scores, "num_multiprocessors", lambda device: 132)
+
+
+@pytest.mark.parametrize("name, dtype, head_dim, capability", QUICK)
+def test_some_kernels_do_not_spill(name: str, dtype: torch.dtype, head_dim: int, capability: int) -> None:
+    check(CALLS[name], dtype, head_dim, capability)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CALLS)
+def test_kernels_do_not_spill(name: str, dtype: torch.dtype, head_dim: int, capability: int) -> None:
+    check(CALLS[name], dtype, head_dim, capability)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+@pytest.mark.parametrize("head_dim", [96, 256])
+@pytest.mark.parametrize("name", RARE_CALLS)
+def test_rare_options_do_not_spill(name: str, head_dim: int, capability: int) -> None:
+    check(RARE_CALLS[name], torch.bfloat16, head_dim, capability)
+
+
+@pytest.mark.parametrize("name", CALLS_BY_LENGTH)
+def test_no_length_is_compiled_anew(name: str) -> None:
+    # Multiples of 16 and not, and splits of other numbers: the compiler could take each of them for a case of its own.
+    variants = [
+        [launch.key for launch in caught_launches(lambda length=length: CALLS_BY_LENGTH[name](length))]
+        for length in (5000, 5001, 5008, 6016, 7777)
+    ]
+    assert variants[0]
+    assert all(variant == variants[0] for variant in variants)
+
+
+def test_spills_are_seen() -> None:
+    [launch] = caught_launches(lambda: CALLS["all rows"](torch.bfloat16, 128))
+    launch.options["maxnreg"] = 64
+    _, used = launch.compile(90)
+    assert used["stack"] > 0

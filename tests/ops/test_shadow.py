@@ -1,0 +1,383 @@
+"""The ops of a ShadowKV cache: their specification against loops, and how they meet `torch.library` and compilers."""
+
+import math
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import GlmConfig, LlamaConfig
+from transformers.models.glm import modeling_glm
+from transformers.models.llama import modeling_llama
+
+from pyramid_cache.ops import shadow, shadow_reference
+
+
+def slow_selection(
+    query: torch.Tensor, landmarks: torch.Tensor, mask: torch.Tensor, num_chunks: int, scaling: float
+) -> list[set[int]]:
+    """The chunks of one row of a batch, head by head: `(heads, rows, head_dim)`, `(kv_heads, chunks, head_dim)`."""
+    group = query.shape[0] // landmarks.shape[0]
+    selected = []
+    for kv_head in range(landmarks.shape[0]):
+        chunks = [chunk for chunk in range(landmarks.shape[1]) if mask[kv_head, chunk]]
+        best = dict.fromkeys(chunks, 0.0)
+        for head in range(kv_head * group, (kv_head + 1) * group):
+            sums = dict.fromkeys(chunks, 0.0)
+            for vector in query[head]:
+                weights = {c: math.exp(scaling * float(vector @ landmarks[kv_head, c])) for c in chunks}
+                for chunk in chunks:
+                    sums[chunk] += weights[chunk] / sum(weights.values())
+            best = {chunk: max(best[chunk], sums[chunk]) for chunk in chunks}
+        selected.append(set(sorted(chunks, key=lambda chunk: -best[chunk])[:num_chunks]))
+    return selected
+
+
+def slow_key(
+    unrotated: torch.Tensor, position: int, inverse_frequencies: torch.Tensor, scaling: float, interleaved: bool
+) -> list[float]:
+    """One key `(head_dim,)`, turned pair by pair."""
+    key, pairs = unrotated.tolist(), len(inverse_frequencies)
+    for pair in range(pairs):
+        angle = float(torch.tensor(position, dtype=torch.float32) * inverse_frequencies[pair])
+        first, second = (2 * pair, 2 * pair + 1) if interleaved else (pair, pair + pairs)
+        a, b = key[first], key[second]
+        key[first] = scaling * (a * math.cos(angle) - b * math.sin(angle))
+        key[second] = scaling * (b * math.cos(angle) + a * math.sin(angle))
+    return key
+
+
+def random_incoming(batch: int, kv_heads: int, places: int, chunks: int) -> torch.Tensor:
+    """A plan `(batch, kv_heads, places)` that loads the last chunk, leaves some places alone, and differs by head."""
+    incoming = torch.stack([torch.randperm(chunks)[:places] for _ in range(batch * kv_heads)])
+    incoming[torch.rand(incoming.shape) < 0.3] = -1
+    incoming[incoming == chunks - 1] = -1
+    incoming[:, places // 2] = chunks - 1
+    return incoming.view(batch, kv_heads, places)
+
+
+def inverse_frequencies(rotary_dim: int, device: str = "cpu") -> torch.Tensor:
+    """As Llama has them."""
+    return 1 / 10000 ** (torch.arange(0, rotary_dim, 2, device=device).float() / max(rotary_dim, 1))
+
+
+@pytest.mark.parametrize("num_chunks", [3, 11, 16])
+@pytest.mark.parametrize("mask_heads", [None, "one", "all"])
+@pytest.mark.parametrize("batch, heads, kv_heads, rows", [(1, 3, 3, 1), (3, 6, 2, 1), (3, 4, 1, 5)])
+def test_selected_chunks_are_those_of_the_loop(
+    batch: int, heads: int, kv_heads: int, rows: int, mask_heads: str | None, num_chunks: int
+) -> None:
+    query, landmarks = torch.randn(batch, heads, rows, 20), torch.randn(batch, kv_heads, 11, 20)
+    mask = None
+    if mask_heads is not None:
+        mask = torch.rand(batch, kv_heads if mask_heads == "all" else 1, 11) < 0.6
+        mask[-1, -1] = False
+    selected = shadow.select_chunks(query, landmarks, num_chunks=num_chunks, scaling=0.4, mask=mask)
+    assert selected.shape == (batch, kv_heads, num_chunks) and selected.dtype == torch.int64
+    everything = torch.ones(batch, kv_heads, 11, dtype=torch.bool)
+    allowed = everything if mask is None else everything & mask
+    for row in range(batch):
+        wanted = slow_selection(query[row].double(), landmarks[row].double(), allowed[row], num_chunks, 0.4)
+        for head in range(kv_heads):
+            found = selected[row, head].tolist()
+            assert set(found) - {-1} == wanted[head]
+            assert found[len(wanted[head]) :] == [-1] * (num_chunks - len(wanted[head]))
+
+
+def test_selection_takes_query_rows_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    query, landmarks = torch.randn(2, 4, 13, 16), torch.randn(2, 2, 40, 16)
+    whole = shadow.select_chunks(query, landmarks, num_chunks=9, scaling=0.5)
+    # Room for three rows of 2 x 4 x 40 logits.
+    monkeypatch.setattr(shadow_reference, "CHUNK_ELEMENTS", 1000)
+    parts = shadow.select_chunks(query, landmarks, num_chunks=9, scaling=0.5)
+    assert torch.equal(parts.sort(dim=-1).values, whole.sort(dim=-1).values)
+
+
+@pytest.mark.parametrize("places, chunks", [(1, 2), (7, 9), (32, 200)])
+def test_plan_keeps_hits_and_loads_misses_only(places: int, chunks: int) -> None:
+    held = torch.full((2, 3, places), -1)
+    buffer = [[-1] * places for _ in range(6)]
+    for _ in range(50):
+        wanted = torch.stack([torch.randperm(chunks)[:places] for _ in range(6)])
+        wanted[torch.rand(wanted.shape) < 0.1] = -1
+        incoming = shadow.plan_chunks(held, wanted.view(2, 3, places)).view(6, places)
+        for head in range(6):
+            before = list(buffer[head])
+            asked = {chunk for chunk in wanted[head].tolist() if chunk >= 0}
+            loads = {place: chunk for place, chunk in enumerate(incoming[head].tolist()) if chunk >= 0}
+            for place, chunk in loads.items():
+                assert before[place] not in asked
+                buffer[head][place] = chunk
+            assert len(loads) == len(asked - set(before))
+            for place, chunk in enumerate(held.view(6, places)[head].tolist()):
+                if before[place] in asked:
+                    assert chunk == before[place] and place not in loads
+                # What is held is what was loaded last; a place that is left over is marked, whatever lies there.
+                assert chunk in (-1, buffer[head][place])
+                buffer[head][place] = chunk
+            assert sorted(chunk for chunk in buffer[head] if chunk >= 0) == sorted(asked)
+
+
+def test_plan_of_an_example() -> None:
+    held = torch.tensor([[[4, -1, 7, 2, 9]]])
+    incoming = shadow.plan_chunks(held, torch.tensor([[[2, 5, -1, 4, 8]]]))
+    assert incoming.tolist() == [[[-1, 5, 8, -1, -1]]]
+    assert held.tolist() == [[[4, 5, 8, 2, -1]]]
+
+
+@pytest.mark.parametrize(
+    "batch, kv_heads, rank, head_dim, rotary_dim, interleaved, chunk_size, attention_scaling",
+    [
+        (1, 3, 5, 64, 64, False, 8, 1.0),
+        (3, 1, 40, 80, 32, False, 5, 1.25),
+        (3, 2, 160, 128, 128, True, 8, 1.0),
+        (1, 2, 40, 80, 20, True, 5, 0.8),
+        (1, 2, 5, 64, 0, False, 8, 1.0),
+    ],
+)
+def test_reconstructed_keys_are_those_of_the_loop(
+    batch: int,
+    kv_heads: int,
+    rank: int,
+    head_dim: int,
+    rotary_dim: int,
+    interleaved: bool,
+    chunk_size: int,
+    attention_scaling: float,
+) -> None:
+    tokens, places = 3 * chunk_size + 2, 3
+    low_rank = torch.randn(batch, tokens, rank) / rank**0.5
+    basis = torch.randn(batch, kv_heads, rank, head_dim)
+    incoming = random_incoming(batch, kv_heads, places, 4)
+    positions = torch.randint(0, 100_000, (batch, tokens), dtype=torch.int32)
+    frequencies = inverse_frequencies(rotary_dim)
+    # A slice of a larger buffer, whose heads and slots are the other way round in memory.
+    whole = torch.randn(batch, places * chunk_size + 7, kv_heads, head_dim).transpose(1, 2)
+    wanted = whole.double()
+    for row in range(batch):
+        for head in range(kv_heads):
+            for place, chunk in enumerate(incoming[row, head].tolist()):
+                for offset in range(chunk_size):
+                    token = chunk * chunk_size + offset
+                    if chunk >= 0 and token < tokens:
+                        key = low_rank[row, token].double() @ basis[row, head].double()
+                        turned = slow_key(
+                            key, positions[row, token].item(), frequencies, attention_scaling, interleaved
+                        )
+                        wanted[row, head, 3 + place * chunk_size + offset] = torch.tensor(turned, dtype=torch.float64)
+    shadow.reconstruct_keys(
+        whole[:, :, 3 : 3 + places * chunk_size],
+        low_rank,
+        basis,
+        incoming,
+        positions,
+        frequencies,
+        chunk_size=chunk_size,
+        attention_scaling=attention_scaling,
+        interleaved=interleaved,
+    )
+    torch.testing.assert_close(whole.double(), wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype, stored", [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)])
+def test_reconstruction_rounds_once(dtype: torch.dtype, stored: torch.dtype) -> None:
+    low_rank, basis = torch.randn(2, 24, 160).to(dtype), torch.randn(2, 3, 160, 64).to(stored)
+    incoming, frequencies = random_incoming(2, 3, 3, 3), inverse_frequencies(64)
+    positions = torch.arange(24, dtype=torch.int32).expand(2, -1)
+    buffers = [torch.zeros(2, 3, 24, 64, dtype=kind) for kind in (dtype, torch.float32)]
+    for buffer, factors in zip(buffers, [(low_rank, basis), (low_rank.float(), basis.float())], strict=True):
+        shadow.reconstruct_keys(buffer, *factors, incoming, positions, frequencies, chunk_size=8)
+    assert torch.equal(buffers[0], buffers[1].to(dtype))
+
+
+@pytest.mark.parametrize("family", ["llama", "llama with yarn", "glm"])
+def test_keys_of_low_rank_come_back_as_the_model_rotated_them(family: str) -> None:
+    kv_heads, head_dim, tokens, rank = 3, 64, 45, 24
+    sizes = {"hidden_size": 6 * head_dim, "num_attention_heads": 6, "num_key_value_heads": kv_heads}
+    if family == "glm":
+        config = GlmConfig(**sizes, head_dim=head_dim)
+        rotary, apply = modeling_glm.GlmRotaryEmbedding(config), modeling_glm.apply_rotary_pos_emb
+    else:
+        config = LlamaConfig(**sizes)
+        if family == "llama with yarn":
+            config.rope_parameters = {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 2048,
+            }
+        rotary, apply = modeling_llama.LlamaRotaryEmbedding(config), modeling_llama.apply_rotary_pos_emb
+    # Two rows of one batch at different positions, as with left padding.
+    positions = torch.stack([torch.arange(tokens), torch.arange(tokens) + 4000])
+    keys = torch.randn(2, tokens, rank).double() @ torch.randn(2, rank, kv_heads * head_dim).double() / rank**0.5
+    left, singular, right = torch.linalg.svd(keys, full_matrices=False)
+    low_rank = (left * singular[:, None])[..., :rank].float()
+    basis = right[:, :rank].view(2, rank, kv_heads, head_dim).transpose(1, 2).float()
+    unrotated = keys.float().view(2, tokens, kv_heads, head_dim).transpose(1, 2)
+    _, rotated = apply(unrotated, unrotated, *rotary(unrotated, positions))
+    incoming = torch.stack([torch.randperm(9) for _ in range(6)]).view(2, kv_heads, 9)
+    buffer = torch.empty(2, kv_heads, tokens, head_dim)
+    shadow.reconstruct_keys(
+        buffer,
+        low_rank,
+        basis,
+        incoming,
+        positions.int(),
+        rotary.inv_freq,
+        chunk_size=5,
+        attention_scaling=rotary.attention_scaling,
+        interleaved=family == "glm",
+    )
+    columns = (incoming[..., None] * 5 + torch.arange(5)).flatten(2)
+    wanted = rotated.gather(2, columns[..., None].expand(-1, -1, -1, head_dim))
+    torch.testing.assert_close(buffer, wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("batch, kv_heads, value_dim, chunk_size", [(1, 3, 64, 8), (3, 2, 80, 5)])
+def test_gathered_values_are_those_of_the_loop(
+    batch: int, kv_heads: int, value_dim: int, chunk_size: int, dtype: torch.dtype
+) -> None:
+    tokens, places = 4 * chunk_size + 3, 4
+    values = torch.randn(batch, tokens, kv_heads, value_dim, dtype=dtype).transpose(1, 2)
+    incoming = random_incoming(batch, kv_heads, places, 5)
+    whole = torch.randn(batch, kv_heads, places * chunk_size + 7, value_dim, dtype=dtype)
+    wanted = whole.clone()
+    for row in range(batch):
+        for head in range(kv_heads):
+            for place, chunk in enumerate(incoming[row, head].tolist()):
+                for offset in range(chunk_size):
+                    token = chunk * chunk_size + offset
+                    if chunk >= 0 and token < tokens:
+                        wanted[row, head, 3 + place * chunk_size + offset] = values[row, head, token]
+    shadow.gather_values(whole[:, :, 3 : 3 + places * chunk_size], values, incoming, chunk_size=chunk_size)
+    assert torch.equal(whole, wanted)
+
+
+def step_arguments(device: str = "cpu") -> dict[str, torch.Tensor]:
+    """What a decode step of a cache has: 21 tokens in chunks of 4, of which 3 fit into the middle of the buffers."""
+    return {
+        "query": torch.randn(2, 4, 1, 16, device=device),
+        "landmarks": torch.randn(2, 2, 6, 16, device=device),
+        "mask": torch.rand(2, 1, 6, device=device) < 0.8,
+        "held": torch.full((2, 2, 3), -1, device=device),
+        "low_rank": torch.randn(2, 21, 5, device=device),
+        "basis": torch.randn(2, 2, 5, 16, device=device),
+        "positions": torch.arange(21, dtype=torch.int32, device=device).repeat(2, 1),
+        "inverse_frequencies": inverse_frequencies(16, device),
+        "values": torch.randn(2, 2, 21, 16),
+        "keys_buffer": torch.zeros(2, 2, 20, 16, device=device),
+        "values_buffer": torch.zeros(2, 2, 20, 16, device=device),
+    }
+
+
+def step(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    """
+    A decode step of a cache up to its attention; changes `held` and the buffers. `narrow`, as a slice of a fake CUDA
+    tensor asks for a torch that was built with CUDA.
+    """
+    wanted = shadow.select_chunks(
+        tensors["query"], tensors["landmarks"], num_chunks=3, scaling=0.25, mask=tensors["mask"]
+    )
+    incoming = shadow.plan_chunks(tensors["held"], wanted)
+    shadow.reconstruct_keys(
+        tensors["keys_buffer"].narrow(2, 4, 12),
+        tensors["low_rank"],
+        tensors["basis"],
+        incoming,
+        tensors["positions"],
+        tensors["inverse_frequencies"],
+        chunk_size=4,
+    )
+    shadow.gather_values(tensors["values_buffer"].narrow(2, 4, 12), tensors["values"], incoming, chunk_size=4)
+    return incoming
+
+
+def test_operators_are_well_registered() -> None:
+    tensors = step_arguments()
+    incoming = random_incoming(2, 2, 3, 6)
+    ops = torch.ops.pyramid_cache
+    buffer = tensors["keys_buffer"][:, :, 4:16]
+    factors = (tensors["positions"], tensors["inverse_frequencies"])
+    for op, arguments in (
+        (ops.select_chunks, (tensors["query"], tensors["landmarks"], tensors["mask"], 3, 0.25)),
+        (ops.select_chunks, (tensors["query"], tensors["landmarks"], None, 9, 0.25)),
+        (ops.plan_chunks, (torch.tensor([[[3, 1, -1]]]), torch.tensor([[[1, 0, 2]]]))),
+        (ops.reconstruct_keys, (buffer, tensors["low_rank"], tensors["basis"], incoming, *factors, 1.0, False, 4)),
+        (ops.gather_values, (buffer, tensors["values"], incoming, 4)),
+    ):
+        torch.library.opcheck(op.default, arguments)
+
+
+def test_a_step_is_one_graph() -> None:
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    ours, theirs = step_arguments(), {}
+    for name, tensor in ours.items():
+        theirs[name] = tensor.clone()
+    for _ in range(3):
+        ours["query"] = torch.randn(2, 4, 1, 16)
+        theirs["query"] = ours["query"]
+        assert torch.equal(compiled(theirs), step(ours))
+        for name in ("held", "keys_buffer", "values_buffer"):
+            assert torch.equal(theirs[name], ours[name]), name
+    assert (ours["keys_buffer"][:, :, 4:16] != 0).any()
+
+
+def test_a_step_on_a_fake_gpu_takes_values_from_the_host() -> None:
+    with FakeTensorMode():
+        tensors = step_arguments("cuda")
+        assert tensors["values"].device.type == "cpu"
+        incoming = step(tensors)
+    assert incoming.shape == (2, 2, 3) and incoming.dtype == torch.int64 and incoming.device.type == "cuda"
+
+
+def test_values_in_pageable_memory_are_refused_for_a_gpu() -> None:
+    # Which kernel runs is the dispatcher's choice: CUDA's is asked here with what it would see.
+    with pytest.raises(ValueError, match=r"pageable.*\.pin_memory\(\)"):
+        shadow._gather_values_cuda(torch.zeros(1, 1, 8, 4), torch.zeros(1, 1, 9, 4), torch.zeros(1, 1, 2).long(), 4)
+
+
+def test_wrong_arguments_are_named() -> None:
+    held = torch.zeros(1, 1, 2).long()
+    keys = (torch.zeros(1, 9, 3), torch.zeros(1, 1, 3, 4), held, torch.zeros(1, 9).int(), torch.ones(2))
+    buffer = torch.zeros(1, 1, 8, 4)
+    wrong = {
+        "8 slots, which are not 2 places of 3": lambda: shadow.gather_values(buffer, buffer, held, chunk_size=3),
+        "`values` must be torch.float32": lambda: shadow.gather_values(buffer, buffer.half(), held, chunk_size=4),
+        "`incoming` must be torch.int64": lambda: shadow.gather_values(buffer, buffer, held.int(), chunk_size=4),
+        "`wanted` must have the shape": lambda: shadow.plan_chunks(held, held[..., :1]),
+        "`held` must be torch.int64": lambda: shadow.plan_chunks(held.int(), held),
+        "3 query heads": lambda: shadow.select_chunks(
+            torch.zeros(1, 3, 1, 4), torch.zeros(1, 2, 5, 4), num_chunks=1, scaling=1.0
+        ),
+        "`num_chunks` must be at least 1, but is 0": lambda: shadow.select_chunks(
+            buffer, buffer, num_chunks=0, scaling=1.0
+        ),
+        "`mask` must be for 1 or 2 heads": lambda: shadow.select_chunks(
+            torch.zeros(1, 2, 1, 4),
+            torch.zeros(1, 2, 5, 4),
+            num_chunks=1,
+            scaling=1.0,
+            mask=torch.ones(1, 3, 5, dtype=torch.bool),
+        ),
+        "3 inverse frequencies turn two dimensions each": lambda: shadow.reconstruct_keys(
+            buffer, *keys[:-1], torch.ones(3), chunk_size=4
+        ),
+        "`positions` must be torch.int32": lambda: shadow.reconstruct_keys(
+            buffer, *keys[:3], torch.zeros(1, 9).long(), keys[4], chunk_size=4
+        ),
+        "`basis` must have the shape": lambda: shadow.reconstruct_keys(
+            buffer, keys[0], torch.zeros(1, 1, 2, 4), *keys[2:], chunk_size=4
+        ),
+        "`incoming` is on meta, but must be on cpu": lambda: shadow.gather_values(
+            buffer, buffer, held.to("meta"), chunk_size=4
+        ),
+    }
+    for message, call in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_gradients_are_refused() -> None:
+    query = torch.zeros(1, 1, 1, 4, requires_grad=True)
+    with pytest.raises(NotImplementedError, match="select_chunks"):
+        shadow.select_chunks(query, torch.zeros(1, 1, 5, 4), num_chunks=1, scaling=1.0)
