@@ -50,7 +50,9 @@ def test_tokens_and_positions_of_the_cpu(case: CacheCase, budget: str, name: str
         assert torch.equal(there.positions(layer).cpu(), here.positions(layer))
 
 
-@pytest.mark.parametrize("settings", [{"num_beams": 3}, {"prefill_chunk_size": 16}, {"prompt_lookup_num_tokens": 3}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"num_beams": 3}, {"prefill_chunk_size": 16}, {"prompt_lookup_num_tokens": 3}], ids=str
+)
 @every_cache
 def test_modes_of_the_cpu(case: CacheCase, settings: dict) -> None:
     model = build_model("llama")
@@ -62,7 +64,9 @@ def test_modes_of_the_cpu(case: CacheCase, settings: dict) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("lengths", [(150, 150), (150, 97)], ids=["equal", "padded"])
 @every_cache
-def test_half_precision_keeps_what_float32_keeps(case: CacheCase, lengths: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_half_precision_keeps_what_float32_keeps(
+    case: CacheCase, lengths: tuple[int, ...], dtype: torch.dtype
+) -> None:
     """
     One layer's prompt through flash-attention and its log-sum-exps. Rounding may change which of two nearly equal tokens
     stays, hence the tenth.

@@ -1,5 +1,7 @@
 """H2OCache against the loop-written H2O, and on attention so simple that the kept tokens can be worked out by hand."""
 
+import contextlib
+
 import pytest
 import torch
 from models import (
@@ -15,9 +17,11 @@ from models import (
     uniform_attention_model,
 )
 from reference import H2OPolicy, run_policy
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from pyramid_cache import H2OCache
+from pyramid_cache.caches.h2o import H2OLayer
 
 
 def compare_with_reference(
@@ -147,6 +151,39 @@ def test_several_query_tokens_at_once_are_scored_like_one_prompt() -> None:
         for head in range(2):
             positions = cache.positions(layer)[0, head]
             assert sorted(positions[positions >= 0].tolist()) == policy.held[layer][head][-1]
+
+
+class Dispatched(TorchDispatchMode):
+    """Writes down the ops that run, but for those that only look at a tensor in another way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if not function.is_view:
+            self.names.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_decode_step_is_attention_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the projections of a full layer: one op, and the count of what was seen."""
+    model, dispatched = build_model("llama"), Dispatched()
+    cache = H2OCache(model.config, budget=12)
+    with torch.no_grad():
+        for tokens in (random_tokens(2, 30), *random_tokens(3, 2, 1)):
+            model(tokens, past_key_values=cache)
+        for name in ("update", "attend"):
+            run = getattr(H2OLayer, name)
+
+            def watched(layer, *args, run=run, **kwargs):
+                # The first layer also looks at the position ids, for all of them.
+                with dispatched if layer.place.layer_idx == 1 else contextlib.nullcontext():
+                    return run(layer, *args, **kwargs)
+
+            monkeypatch.setattr(H2OLayer, name, watched)
+        model(random_tokens(2, 1), past_key_values=cache)
+    assert dispatched.names == ["aten::add_.Tensor", "pyramid_cache::decode_attention_and_evict"]
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from types import ModuleType
 import torch
 
 from pyramid_cache.ops import shadow_reference
+from pyramid_cache.ops.launching import has_kernels
 from pyramid_cache.ops.registration import check_shape, register
 from pyramid_cache.ops.scores import check_heads
 
@@ -216,21 +217,21 @@ def _check_device(name: str, tensor: torch.Tensor, device: torch.device) -> None
         )
 
 
-def _kernels() -> ModuleType:
-    """The Triton kernels; the reference where there is no Triton, as on Windows."""
+def _kernels(device: torch.device) -> ModuleType:
+    """The Triton kernels; the reference where there is no Triton, as on Windows, or an older GPU."""
     try:
         from pyramid_cache.ops import triton_shadow
     except ImportError:
         return shadow_reference
-    return triton_shadow
+    return triton_shadow if has_kernels(device) else shadow_reference
 
 
-def _plan_chunks_cuda(*arguments) -> torch.Tensor:
-    return _kernels().plan_chunks(*arguments)
+def _plan_chunks_cuda(held: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    return _kernels(held.device).plan_chunks(held, wanted)
 
 
-def _reconstruct_keys_cuda(*arguments) -> None:
-    _kernels().reconstruct_keys(*arguments)
+def _reconstruct_keys_cuda(buffer: torch.Tensor, *rest) -> None:
+    _kernels(buffer.device).reconstruct_keys(buffer, *rest)
 
 
 def _gather_values_cuda(buffer: torch.Tensor, values: torch.Tensor, incoming: torch.Tensor, chunk_size: int) -> None:
@@ -239,7 +240,7 @@ def _gather_values_cuda(buffer: torch.Tensor, values: torch.Tensor, incoming: to
             f"`values` is in pageable memory of the host, which {buffer.device} cannot read. Pin it once, with "
             "`values = values.pin_memory()`."
         )
-    _kernels().gather_values(buffer, values, incoming, chunk_size)
+    _kernels(buffer.device).gather_values(buffer, values, incoming, chunk_size)
 
 
 def _fake_select(query, landmarks, mask, num_chunks, scaling):

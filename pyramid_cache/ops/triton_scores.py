@@ -10,7 +10,6 @@ Logits and log-sum-exps are in base 2 inside the kernels, where `exp2` is one in
 device, so that CUDA graphs can record it. Sizes that grow with the text are not specialised: no length is compiled anew.
 """
 
-import contextlib
 import functools
 from typing import NamedTuple
 
@@ -19,6 +18,7 @@ import triton
 import triton.language as tl
 
 from pyramid_cache.ops import reference
+from pyramid_cache.ops.launching import ceil_div, has_kernels, on_device, padded
 
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -754,17 +754,6 @@ def num_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
 
-def on_device(device: torch.device) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device, whatever its tensors say."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
-@functools.cache
-def has_kernels(device: torch.device) -> bool:
-    """Whether the kernels were made for this device: the block sizes need the shared memory of an NVIDIA GPU of 2020."""
-    return device.type != "cuda" or (torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0))
-
-
 def is_supported(*tensors: torch.Tensor) -> bool:
     """Whether the kernels take such queries, keys and values; the reference takes what they do not."""
     dtype = tensors[0].dtype
@@ -775,16 +764,6 @@ def is_supported(*tensors: torch.Tensor) -> bool:
         )
         and has_kernels(tensors[0].device)
     )
-
-
-def padded(size: int, smallest: int = 16) -> int:
-    """The power of two that a dimension of a matrix product is padded to."""
-    return max(1 << (size - 1).bit_length(), smallest)
-
-
-def ceil_div(size: int, divisor: int) -> int:
-    """The quotient, rounded up. Triton's own function takes microseconds, which count in every layer of every token."""
-    return -(-size // divisor)
 
 
 def attention_scores(

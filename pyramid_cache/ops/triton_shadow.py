@@ -4,11 +4,11 @@ The CUDA kernels of `pyramid_cache.ops.shadow`. `shadow_reference` is their spec
 Grids have one dimension, offsets are computed in 64 bits and strides are free; nothing waits for the host.
 """
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
+
+from pyramid_cache.ops.launching import ceil_div, on_device, padded
 
 
 # Comparisons of one step of `plan_chunks`, of all threads together.
@@ -272,7 +272,7 @@ def gather_kernel(
 
 def plan_settings(num_places: int) -> dict[str, int]:
     """How `plan_kernel` is compiled and launched for a buffer of so many places."""
-    block = max(triton.next_power_of_2(num_places), 16)
+    block = padded(num_places)
     step = min(max(COMPARISONS_PER_STEP // block, 8), 32, block)
     return {"BLOCK": block, "STEP": step, "num_warps": 8 if block >= 512 else 4}
 
@@ -303,18 +303,18 @@ def reconstruct_settings(
         "INTERLEAVED": interleaved,
         "IN_FLOAT32": in_float32,
         "BLOCK_SLOTS": 16 if is_wide else 64 if head_dim <= 128 else 32,
-        "BLOCK_PAIRS": max(triton.next_power_of_2(num_pairs), 16),
-        "BLOCK_REST": max(triton.next_power_of_2(num_rest), 16),
+        "BLOCK_PAIRS": padded(num_pairs),
+        "BLOCK_REST": padded(num_rest),
         "RANK_STEP": rank_step,
-        "RANK_STEPS": triton.cdiv(rank, rank_step),
+        "RANK_STEPS": ceil_div(rank, rank_step),
         "num_warps": 8,
     }
 
 
 def gather_settings(chunk_size: int, value_dim: int, element_size: int) -> dict[str, int]:
     """How `gather_kernel` is compiled and launched: each thread of a warp moves 16 bytes at once."""
-    block_columns = triton.next_power_of_2(value_dim)
-    block_tokens = min(triton.next_power_of_2(chunk_size), max(ELEMENTS_PER_COPY // block_columns, 1))
+    block_columns = padded(value_dim, 1)
+    block_tokens = min(padded(chunk_size, 1), max(ELEMENTS_PER_COPY // block_columns, 1))
     warps = block_tokens * block_columns * element_size // 512
     return {
         "CHUNK_SIZE": chunk_size,
@@ -331,7 +331,7 @@ def plan_chunks(held: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     batch, kv_heads, num_places = held.shape
     if incoming.numel() == 0:
         return incoming
-    with current_device(held):
+    with on_device(held.device):
         plan_kernel[(batch * kv_heads,)](
             held,
             wanted,
@@ -341,6 +341,7 @@ def plan_chunks(held: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
             kv_heads,
             num_places,
             **plan_settings(num_places),
+            enable_fp_fusion=True,
         )
     return incoming
 
@@ -362,8 +363,8 @@ def reconstruct_keys(
         return
     rank, num_pairs = low_rank.shape[2], inverse_frequencies.shape[0]
     settings = reconstruct_settings(chunk_size, head_dim, num_pairs, rank, interleaved, low_rank.dtype, basis.dtype)
-    programs_per_head = triton.cdiv(num_slots, settings["BLOCK_SLOTS"])
-    with current_device(buffer):
+    programs_per_head = ceil_div(num_slots, settings["BLOCK_SLOTS"])
+    with on_device(buffer.device):
         reconstruct_kernel[(batch * kv_heads * programs_per_head,)](
             buffer,
             low_rank,
@@ -384,6 +385,7 @@ def reconstruct_keys(
             rank,
             programs_per_head,
             **settings,
+            enable_fp_fusion=True,
         )
 
 
@@ -395,7 +397,7 @@ def gather_values(buffer: torch.Tensor, values: torch.Tensor, incoming: torch.Te
     batch, kv_heads, num_places = incoming.shape
     if incoming.numel() == 0:
         return
-    with current_device(buffer):
+    with on_device(buffer.device):
         gather_kernel[(batch * kv_heads * num_places,)](
             buffer,
             values,
@@ -407,9 +409,5 @@ def gather_values(buffer: torch.Tensor, values: torch.Tensor, incoming: torch.Te
             num_places,
             values.shape[2],
             **gather_settings(chunk_size, values.shape[3], values.element_size()),
+            enable_fp_fusion=True,
         )
-
-
-def current_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device, which need not be the tensor's. Interpreted kernels have none."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
