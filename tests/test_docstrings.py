@@ -1,6 +1,8 @@
-"""The examples in the docstrings of the caches run and print what they say."""
+"""The examples in docstrings and docs run, and print what they say."""
 
 import doctest
+import re
+from pathlib import Path
 
 import pytest
 
@@ -12,3 +14,9 @@ def test_examples(module) -> None:
     failed, attempted = doctest.testmod(module)
     assert attempted > 0
     assert failed == 0
+
+
+def test_example_of_the_ops() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "ops.md").read_text()
+    [example] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(example, {})

@@ -28,7 +28,7 @@ from pyramid_cache.bench.timing import (
     record_graph,
     time_on_cpu,
 )
-from pyramid_cache.ops.scores import check_heads
+from pyramid_cache.ops.registration import check_heads
 from pyramid_cache.weights import ProgressCallback
 
 

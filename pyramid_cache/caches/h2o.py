@@ -19,7 +19,8 @@ from pyramid_cache.engine.layer import CompressedLayer, LayerPlace, grown
 from pyramid_cache.engine.scoring import attend_and_score
 from pyramid_cache.engine.selection import best_tokens, gather_tokens
 from pyramid_cache.engine.tokens import MaskReader, Tokens
-from pyramid_cache.ops import decode_attention_and_evict, decode_probabilities
+from pyramid_cache.ops import decode_attention_and_evict
+from pyramid_cache.ops.reference import decode_probabilities
 
 
 class H2OLayer(CompressedLayer):

@@ -25,7 +25,8 @@ from pyramid_cache.engine.layer import CompressedLayer, LayerPlace
 from pyramid_cache.engine.rope import RotaryFrequencies, refuse_unsupported_rope, rotary_frequencies
 from pyramid_cache.engine.selection import gather_tokens
 from pyramid_cache.engine.tokens import MaskReader, Tokens
-from pyramid_cache.ops import decode_attention, is_plain_on_cpu, split_attention
+from pyramid_cache.ops import decode_attention
+from pyramid_cache.ops.cpu import is_plain_on_cpu, split_attention
 
 
 # Angles are counted from a base that moves on by this many tokens. The float32 angles of a model are off by up to

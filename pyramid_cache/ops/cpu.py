@@ -7,6 +7,7 @@ pass over tiles that stay in the processor's cache, no softmax, no maximum, noth
 
 import torch
 
+from pyramid_cache.ops import reference
 from pyramid_cache.ops.lse import cpu_attention_with_lse
 
 
@@ -103,12 +104,19 @@ def is_plain_on_cpu(
 
 
 def split_attention(
-    parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]], scaling: float
+    parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]],
+    *,
+    scaling: float,
+    softcap: float | None = None,
+    sink_logits: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
-    `pyramid_cache.ops.reference.split_attention` for float32 on the CPU: one run of the attention kernel for each set of
-    keys, put together by their log-sum-exps.
+    `pyramid_cache.ops.reference.split_attention`, on any device; for float32 on the CPU by one run of the attention kernel
+    for each set of keys, put together by their log-sum-exps.
     """
+    arguments = {"scaling": scaling, "softcap": softcap, "sink_logits": sink_logits}
+    if not is_plain_on_cpu(*parts[0][:3], **arguments):
+        return reference.split_attention(parts, **arguments)
     outputs, lses = [], []
     for query, key, value, mask in parts:
         output, lse = cpu_attention_with_lse(query, key, value, scaling, mask)

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from pyramid_cache.ops.reference import causal_mask
-from pyramid_cache.ops.registration import needs_gradients
+from pyramid_cache.ops.registration import check_dtype, check_heads, check_shape, needs_gradients
 
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
@@ -156,11 +156,25 @@ def attention_with_lse(
         `tuple[torch.Tensor, torch.Tensor]` or None: The output `(batch, rows, heads, value_dim)`, contiguous, zeros for
         queries of padding (sdpa on the CPU: whatever the mask shows them); and the log-sum-exps `(batch, heads, rows)`
         float32, minus infinity for queries of padding and rows that attend to nothing. None where no provider computes this
-        attention as the implementation would: then the caller runs the model's own function.
+        attention as the implementation would: then the caller runs the model's own function, and has `row_lse` for the
+        log-sum-exps.
 
     Raises:
+        ValueError: For shapes that do not fit.
         RuntimeError: A package returns something else than its documentation says.
     """
+    check_shape("query", query, None, None, None, None)
+    batch, heads, rows, head_dim = query.shape
+    check_shape("key", key, batch, None, None, head_dim)
+    check_shape("value", value, *key.shape[:3], None)
+    check_heads(heads, key.shape[1])
+    if rows > key.shape[2]:
+        raise ValueError(f"{rows} query rows cannot be the last ones of {key.shape[2]} keys.")
+    if mask is not None:
+        check_shape("mask", mask, None, 1, rows, key.shape[2])
+        check_shape("mask", mask, batch if mask.shape[0] != 1 else 1, 1, rows, key.shape[2])
+    check_shape("key_mask", key_mask, batch, key.shape[2])
+    check_dtype("key_mask", key_mask, torch.bool)
     provider = _choose(implementation, query, key, value, mask, key_mask, softcap)
     if provider is None:
         return None

@@ -102,7 +102,8 @@ def row_lse(
         key (`torch.Tensor`): `(batch, kv_heads, keys, head_dim)`, `rows <= keys`.
         scaling (`float`): factor on the logits.
         key_mask (`torch.Tensor`, *optional*): bool `(batch, kv_heads or 1, keys)`, False for padding and empty slots.
-        softcap, sink_logits: as in `softmax_of_logits`.
+        softcap (`float`, *optional*): Logits become `softcap * tanh(logits / softcap)`, as in Gemma 2.
+        sink_logits (`torch.Tensor`, *optional*): `(heads,)` learned attention sinks, as in gpt-oss, which take part in it.
 
     Returns:
         `torch.Tensor`: `(batch, heads, rows)` float32, minus infinity where a row attends to nothing.

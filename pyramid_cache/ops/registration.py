@@ -67,3 +67,16 @@ def check_shape(name: str, tensor: torch.Tensor | None, *shape: int | None) -> N
     ):
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise ValueError(f"`{name}` must have the shape ({wanted}), but has {tuple(tensor.shape)}.")
+
+
+def check_dtype(name: str, tensor: torch.Tensor | None, *dtypes: torch.dtype) -> None:
+    """Raises ValueError unless a tensor that is given has one of these dtypes."""
+    if tensor is not None and tensor.dtype not in dtypes:
+        wanted = " or ".join(str(dtype) for dtype in dtypes)
+        raise ValueError(f"`{name}` must be {wanted}, but is {tensor.dtype}. Convert it with `.to({dtypes[0]})`.")
+
+
+def check_heads(heads: int, kv_heads: int) -> None:
+    """Raises unless the query heads can share the KV heads evenly."""
+    if not kv_heads or heads % kv_heads:
+        raise ValueError(f"{heads} query heads cannot share {kv_heads} KV heads: that is no whole number each.")

@@ -11,7 +11,7 @@ import torch
 
 from pyramid_cache.ops import cpu, reference
 from pyramid_cache.ops.lse import MAX_HEAD_DIM, can_give_lse
-from pyramid_cache.ops.registration import check_shape, needs_gradients, register
+from pyramid_cache.ops.registration import check_dtype, check_heads, check_shape, needs_gradients, register
 from pyramid_cache.ops.transposed import EXTRA_DIMS, transposed_flash_scores
 
 
@@ -49,17 +49,22 @@ def attention_scores(
         `torch.Tensor`: `(batch, kv_heads, keys)` float32, or `(batch, heads, keys)` with `group_sum=False`.
 
     Raises:
-        ValueError: For shapes that do not fit.
+        ValueError: For shapes and dtypes that do not fit.
     """
+    check_shape("query", query, None, None, None, None)
     batch, heads, rows, head_dim = query.shape
     check_shape("key", key, batch, None, None, head_dim)
+    check_dtype("key", key, query.dtype)
     check_heads(heads, key.shape[1])
     if rows > key.shape[2]:
         raise ValueError(f"{rows} query rows cannot be the last ones of {key.shape[2]} keys.")
     check_shape("lse", lse, batch, heads, rows)
+    check_dtype("lse", lse, torch.float32)
     if row_weights is not None:
         check_shape("row_weights", row_weights, batch if row_weights.shape[0] != 1 else 1, rows)
+        check_dtype("row_weights", row_weights, torch.float32)
     check_shape("key_start", key_start, batch)
+    check_dtype("key_start", key_start, torch.int32)
     arguments = (query, key, lse, row_weights, key_start, scaling, softcap, group_sum)
     return reference.attention_scores(*arguments) if needs_gradients(*arguments) else _attention_scores(*arguments)
 
@@ -92,11 +97,13 @@ def decode_attention(
         empty: zeros, minus infinity, zeros.
 
     Raises:
-        ValueError: For shapes that do not fit.
+        ValueError: For shapes and dtypes that do not fit.
     """
     _check_decode(query, key, value, sink_logits)
     if mask is not None:
+        check_shape("mask", mask, key.shape[0], None, key.shape[2])
         check_shape("mask", mask, key.shape[0], key.shape[1] if mask.shape[1] != 1 else 1, key.shape[2])
+        check_dtype("mask", mask, torch.bool)
     arguments = (query, key, value, mask, sink_logits, scaling, softcap)
     return reference.decode_attention(*arguments) if needs_gradients(*arguments) else _decode_attention(*arguments)
 
@@ -127,7 +134,7 @@ def decode_attention_and_evict(
         query (`torch.Tensor`): `(batch, heads, 1, head_dim)`.
         new_key, new_value (`torch.Tensor`): `(batch, kv_heads, 1, head_dim)` of the new token; the values may have a width
             of their own.
-        slots (`torch.Tensor`): `(batch, kv_heads, 1)` int64, where each head stores it.
+        slots (`torch.Tensor`): `(batch, kv_heads, 1)` int64, where each head stores it. Not checked on the device.
         key, value (`torch.Tensor`): `(batch, kv_heads, slots, head_dim)`, changed at `slots`.
         positions (`torch.Tensor`): `(batch, kv_heads, slots)` int32, -1 for an empty slot. Becomes `next_position - 1` at
             `slots`, then -1 at the victims.
@@ -146,7 +153,7 @@ def decode_attention_and_evict(
         evict, or no token of a head may go, nothing is evicted and the slot has no meaning.
 
     Raises:
-        ValueError: For shapes that do not fit.
+        ValueError: For shapes and dtypes that do not fit.
     """
     _check_decode(query, key, value, sink_logits)
     batch, kv_heads, num_slots, head_dim = key.shape
@@ -158,6 +165,14 @@ def decode_attention_and_evict(
     check_shape("next_position", next_position, batch, 1, 1)
     check_shape("num_recent", num_recent, batch, 1, 1)
     check_shape("evicts", evicts, batch)
+    # Before anything is written.
+    check_dtype("new_key", new_key, key.dtype)
+    check_dtype("new_value", new_value, value.dtype)
+    check_dtype("slots", slots, torch.int64)
+    check_dtype("scores", scores, torch.float32)
+    check_dtype("evicts", evicts, torch.bool)
+    for name, numbers in (("positions", positions), ("next_position", next_position), ("num_recent", num_recent)):
+        check_dtype(name, numbers, torch.int32)
     arguments = (
         query,
         new_key,
@@ -183,18 +198,13 @@ def decode_attention_and_evict(
 def _check_decode(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sink_logits: torch.Tensor | None
 ) -> None:
+    check_shape("query", query, None, None, 1, None)
     batch, heads, _, head_dim = query.shape
-    check_shape("query", query, batch, heads, 1, head_dim)
     check_shape("key", key, batch, None, None, head_dim)
+    check_dtype("key", key, query.dtype)
     check_heads(heads, key.shape[1])
     check_shape("value", value, *key.shape[:3], None)
     check_shape("sink_logits", sink_logits, heads)
-
-
-def check_heads(heads: int, kv_heads: int) -> None:
-    """Raises unless the query heads can share the KV heads evenly."""
-    if heads % kv_heads:
-        raise ValueError(f"{heads} query heads cannot share {kv_heads} KV heads: that is no whole number each.")
 
 
 def _fake_scores(query, key, lse, row_weights, key_start, scaling, softcap, group_sum):

@@ -18,8 +18,7 @@ import torch
 
 from pyramid_cache.ops import shadow_reference
 from pyramid_cache.ops.launching import has_kernels
-from pyramid_cache.ops.registration import check_shape, register
-from pyramid_cache.ops.scores import check_heads
+from pyramid_cache.ops.registration import check_dtype, check_heads, check_shape, register
 
 
 def select_chunks(
@@ -56,14 +55,14 @@ def select_chunks(
     check_shape("landmarks", landmarks, batch, None, None, head_dim)
     kv_heads, chunks = landmarks.shape[1], landmarks.shape[2]
     check_heads(heads, kv_heads)
-    _check_dtype("landmarks", landmarks, query.dtype)
+    check_dtype("landmarks", landmarks, query.dtype)
     if num_chunks < 1:
         raise ValueError(f"`num_chunks` must be at least 1, but is {num_chunks}.")
     if mask is not None:
         check_shape("mask", mask, batch, None, chunks)
         if mask.shape[1] not in (1, kv_heads):
             raise ValueError(f"`mask` must be for 1 or {kv_heads} heads, but has the shape {tuple(mask.shape)}.")
-        _check_dtype("mask", mask, torch.bool)
+        check_dtype("mask", mask, torch.bool)
     return _select_chunks(query, landmarks, mask, num_chunks, scaling)
 
 
@@ -87,8 +86,8 @@ def plan_chunks(held: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     """
     check_shape("held", held, None, None, None)
     check_shape("wanted", wanted, *held.shape)
-    _check_dtype("held", held, torch.int64)
-    _check_dtype("wanted", wanted, torch.int64)
+    check_dtype("held", held, torch.int64)
+    check_dtype("wanted", wanted, torch.int64)
     _check_device("wanted", wanted, held.device)
     return _plan_chunks(held, wanted)
 
@@ -115,7 +114,8 @@ def reconstruct_keys(
         low_rank (`torch.Tensor`): `(batch, tokens, rank)`, the factor that all heads share. The last chunk may have
             fewer tokens than others.
         basis (`torch.Tensor`): `(batch, kv_heads, rank, head_dim)`, the factor of each head.
-        incoming (`torch.Tensor`): `(batch, kv_heads, places)` int64 from `plan_chunks`.
+        incoming (`torch.Tensor`): `(batch, kv_heads, places)` int64 from `plan_chunks`. Chunks that do not exist are left
+            out, as -1 is.
         positions (`torch.Tensor`): `(batch, tokens)` int32, the tokens' positions.
         inverse_frequencies (`torch.Tensor`): `(rotary_dim / 2,)` float32. The first `rotary_dim` dimensions of a head
             turn, by angles that are rounded to float32 as models round them; the others are left as they are.
@@ -139,10 +139,10 @@ def reconstruct_keys(
             f"{inverse_frequencies.shape[0]} inverse frequencies turn two dimensions each, more than the {head_dim} "
             "of a head. Pass one for each pair."
         )
-    _check_dtype("positions", positions, torch.int32)
-    _check_dtype("inverse_frequencies", inverse_frequencies, torch.float32)
+    check_dtype("positions", positions, torch.int32)
+    check_dtype("inverse_frequencies", inverse_frequencies, torch.float32)
     for name, tensor in (("buffer", buffer), ("low_rank", low_rank), ("basis", basis)):
-        _check_dtype(name, tensor, torch.float32, torch.float16, torch.bfloat16)
+        check_dtype(name, tensor, torch.float32, torch.float16, torch.bfloat16)
     for name, tensor in (
         ("low_rank", low_rank),
         ("basis", basis),
@@ -174,7 +174,8 @@ def gather_values(buffer: torch.Tensor, values: torch.Tensor, incoming: torch.Te
         values (`torch.Tensor`): `(batch, kv_heads, tokens, value_dim)` in the buffer's dtype, on its device or in
             pinned memory. The last chunk may have fewer tokens than others. Fastest where a head's values are
             contiguous.
-        incoming (`torch.Tensor`): `(batch, kv_heads, places)` int64 from `plan_chunks`.
+        incoming (`torch.Tensor`): `(batch, kv_heads, places)` int64 from `plan_chunks`. Chunks that do not exist are left
+            out, as -1 is.
         chunk_size (`int`): Tokens of a chunk.
 
     Raises:
@@ -182,7 +183,7 @@ def gather_values(buffer: torch.Tensor, values: torch.Tensor, incoming: torch.Te
     """
     batch, kv_heads = _check_buffer(buffer, incoming, chunk_size)
     check_shape("values", values, batch, kv_heads, None, buffer.shape[3])
-    _check_dtype("values", values, buffer.dtype)
+    check_dtype("values", values, buffer.dtype)
     if values.device.type != "cpu":
         _check_device("values", values, buffer.device)
     _gather_values(buffer, values, incoming, chunk_size)
@@ -193,7 +194,7 @@ def _check_buffer(buffer: torch.Tensor, incoming: torch.Tensor, chunk_size: int)
     check_shape("buffer", buffer, None, None, None, None)
     batch, kv_heads, slots, _ = buffer.shape
     check_shape("incoming", incoming, batch, kv_heads, None)
-    _check_dtype("incoming", incoming, torch.int64)
+    check_dtype("incoming", incoming, torch.int64)
     _check_device("incoming", incoming, buffer.device)
     places = incoming.shape[2]
     if chunk_size < 1 or slots != places * chunk_size:
@@ -202,12 +203,6 @@ def _check_buffer(buffer: torch.Tensor, incoming: torch.Tensor, chunk_size: int)
             "that holds the chunks of `incoming`."
         )
     return batch, kv_heads
-
-
-def _check_dtype(name: str, tensor: torch.Tensor, *dtypes: torch.dtype) -> None:
-    if tensor.dtype not in dtypes:
-        wanted = " or ".join(str(dtype) for dtype in dtypes)
-        raise ValueError(f"`{name}` must be {wanted}, but is {tensor.dtype}. Convert it with `.to({dtypes[0]})`.")
 
 
 def _check_device(name: str, tensor: torch.Tensor, device: torch.device) -> None:

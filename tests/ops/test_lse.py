@@ -758,3 +758,25 @@ def test_long_prompts_on_cuda(rows: int, head_dim: int) -> None:
 def test_efficient_kernel_in_half_precision_on_cuda(rows: int) -> None:
     call = make_call(torch.bfloat16, "gaps", rows, device="cuda")
     check(efficient_attention(Attention(**call)), call)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"query": torch.zeros(2, 5, 16)}, "`query` must have the shape"),
+        ({"query": torch.zeros(1, 6, 5, 16)}, r"`key` must have the shape \(1, any, any, 16\)"),
+        ({"query": torch.zeros(2, 5, 5, 16)}, "5 query heads cannot share 2 KV heads"),
+        ({"query": torch.zeros(2, 6, 10, 16)}, "10 query rows cannot be the last ones of 9 keys"),
+        ({"value": torch.zeros(2, 2, 8, 16)}, r"`value` must have the shape \(2, 2, 9, any\)"),
+        ({"value": torch.zeros(2, 1, 9, 16)}, r"`value` must have the shape \(2, 2, 9, any\)"),
+        ({"mask": torch.ones(2, 1, 5, 8).bool()}, r"`mask` must have the shape \(any, 1, 5, 9\)"),
+        ({"mask": torch.ones(3, 1, 5, 9).bool()}, r"`mask` must have the shape \(2, 1, 5, 9\)"),
+        ({"key_mask": torch.ones(2, 8).bool()}, r"`key_mask` must have the shape \(2, 9\)"),
+        ({"key_mask": torch.ones(2, 9)}, "`key_mask` must be torch.bool"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(change: dict[str, torch.Tensor], message: str) -> None:
+    """The kernels would read beyond the end of the tensors."""
+    states = {"query": torch.zeros(2, 6, 5, 16), "key": torch.zeros(2, 2, 9, 16), "value": torch.zeros(2, 2, 9, 16)}
+    with pytest.raises(ValueError, match=message):
+        attention_with_lse("sdpa", **(states | change), scaling=1.0)

@@ -370,6 +370,14 @@ def test_autocast_does_not_round_what_the_ops_are_given() -> None:
         ({"lse": torch.zeros(2, 6, 4)}, r"`lse` must have the shape \(2, 6, 5\)"),
         ({"row_weights": torch.zeros(3, 5)}, r"`row_weights` must have the shape \(2, 5\)"),
         ({"key_start": torch.zeros(1)}, r"`key_start` must have the shape \(2\)"),
+        ({"query": torch.zeros(6, 5, 16)}, r"`query` must have the shape \(any, any, any, any\)"),
+        (
+            {"key": torch.zeros(2, 2, 9, 16).half()},
+            r"`key` must be torch.float32, but is torch.float16. Convert it with",
+        ),
+        ({"lse": torch.zeros(2, 6, 5).bfloat16()}, "`lse` must be torch.float32"),
+        ({"row_weights": torch.zeros(2, 5).double()}, "`row_weights` must be torch.float32"),
+        ({"key_start": torch.zeros(2, dtype=torch.int64)}, "`key_start` must be torch.int32"),
     ],
 )
 def test_scores_refuse_shapes_that_do_not_fit(change, message: str) -> None:
@@ -381,7 +389,13 @@ def test_scores_refuse_shapes_that_do_not_fit(change, message: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"query": torch.zeros(2, 6, 2, 16)}, r"`query` must have the shape \(2, 6, 1, 16\)"),
+        (
+            {"query": torch.zeros(2, 6, 2, 16)},
+            r"`query` must have the shape \(any, any, 1, any\), but has \(2, 6, 2, 16\)",
+        ),
+        ({"query": torch.zeros(2, 6, 16)}, r"`query` must have the shape \(any, any, 1, any\)"),
+        ({"query": torch.zeros(2, 6, 1, 16).half()}, "`key` must be torch.float16, but is torch.float32"),
+        ({"mask": torch.ones(2, 2, 9)}, "`mask` must be torch.bool"),
         ({"value": torch.zeros(2, 2, 8, 16)}, r"`value` must have the shape \(2, 2, 9, any\)"),
         ({"mask": torch.ones(2, 3, 9).bool()}, r"`mask` must have the shape \(2, 2, 9\)"),
         ({"sink_logits": torch.zeros(2)}, r"`sink_logits` must have the shape \(6\)"),
@@ -391,3 +405,25 @@ def test_decode_refuses_shapes_that_do_not_fit(change, message: str) -> None:
     arguments = {"query": torch.zeros(2, 6, 1, 16), "key": torch.zeros(2, 2, 9, 16), "value": torch.zeros(2, 2, 9, 16)}
     with pytest.raises(ValueError, match=message):
         ops.decode_attention(**(arguments | change), scaling=1.0)
+
+
+@pytest.mark.parametrize(
+    "name", ["new_key", "new_value", "slots", "positions", "scores", "next_position", "num_recent", "evicts"]
+)
+def test_a_step_that_is_refused_has_written_nothing(name: str) -> None:
+    """Each argument in another dtype."""
+    key, value = torch.zeros(2, 2, 9, 16), torch.zeros(2, 2, 9, 8)
+    arguments = {
+        "new_key": torch.ones(2, 2, 1, 16),
+        "new_value": torch.ones(2, 2, 1, 8),
+        "slots": torch.zeros(2, 2, 1, dtype=torch.int64),
+        "positions": torch.zeros(2, 2, 9, dtype=torch.int32),
+        "scores": torch.zeros(2, 2, 9),
+        "next_position": torch.ones(2, 1, 1, dtype=torch.int32),
+        "num_recent": torch.ones(2, 1, 1, dtype=torch.int32),
+        "evicts": torch.ones(2, dtype=torch.bool),
+    }
+    arguments[name] = arguments[name].double()
+    with pytest.raises(ValueError, match=f"`{name}` must be .*, but is torch.float64"):
+        ops.decode_attention_and_evict(torch.ones(2, 6, 1, 16), **arguments, key=key, value=value, scaling=1.0)
+    assert key.eq(0).all() and value.eq(0).all()
