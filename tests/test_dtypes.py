@@ -138,3 +138,17 @@ def test_scores_that_are_no_numbers_protect_what_is_protected() -> None:
     priority = torch.tensor([[[float("inf"), float("nan"), 2.0, float("nan"), float("-inf")]]])
     assert best_tokens(priority, torch.tensor([3]), 3).tolist() == [[[0, 2, 3]]]
     assert best_tokens(priority, torch.tensor([5]), 5).tolist() == [[[0, 1, 2, 3, -1]]]
+
+
+@every_cache
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_the_default_dtype_of_torch_changes_nothing(case: CacheCase, dtype: torch.dtype) -> None:
+    model, rows = build_model("llama"), random_rows((40, 31))
+    wanted = generate(model, case.build(model), rows, 20)
+    torch.set_default_dtype(dtype)
+    try:
+        output = generate(model, case.build(model), rows, 20)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(output.sequences, wanted.sequences)
+    torch.testing.assert_close(torch.stack(output.logits), torch.stack(wanted.logits))

@@ -99,9 +99,15 @@ def test_gradients_reach_the_tokens_that_were_kept(name: str) -> None:
 
 
 @every_cache
-def test_gradients_over_several_steps(case: CacheCase) -> None:
-    """Where nothing is evicted they are those of `DynamicCache`; what is written must not be what autograd has saved."""
+@pytest.mark.parametrize("trained", ["", "layers.0.self_attn.q_proj"], ids=["all", "adapter"])
+def test_gradients_over_several_steps(case: CacheCase, trained: str) -> None:
+    """
+    Where nothing is evicted they are those of `DynamicCache`; what is written must not be what autograd has saved, also
+    where only queries have gradients.
+    """
     model, tokens = build_model("llama"), random_tokens(2, 70)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trained in name)
 
     def gradient(cache: Cache) -> torch.Tensor:
         model.zero_grad()
@@ -109,7 +115,7 @@ def test_gradients_over_several_steps(case: CacheCase) -> None:
         for step in range(30, 70):
             loss = loss + model(tokens[:, step : step + 1], past_key_values=cache).logits.sum()
         loss.backward()
-        return model.model.layers[0].self_attn.k_proj.weight.grad.clone()
+        return model.model.layers[0].self_attn.q_proj.weight.grad.clone()
 
     wanted = gradient(DynamicCache(config=model.config))
     torch.testing.assert_close(gradient(case.build(model, "large")), wanted, atol=1e-3, rtol=1e-4)

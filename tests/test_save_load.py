@@ -378,7 +378,7 @@ def rewrite(path: Path, header: dict[str, Any] | str, tensors: dict[str, torch.T
                 header["tensors"][name]["sha256"] = storage.digest_of(tensors[name])
     text = header if isinstance(header, str) else json.dumps(header)
     digest = hashlib.sha256(text.encode()).hexdigest()
-    metadata = {"format": "pyramid_cache", "version": "1", "header": text, "sha256": digest}
+    metadata = {"format": "pyramid_cache", "version": storage.FORMAT_VERSION, "header": text, "sha256": digest}
     path.write_bytes(safetensors.torch.save(tensors, metadata))
 
 
@@ -409,9 +409,11 @@ def test_foreign_files(saved: Path) -> None:
     safetensors.torch.save_file({"weight": torch.ones(3)}, saved)
     with pytest.raises(ValueError, match="holds no cache"):
         H2OCache.load(saved, config)
-    metadata = {"format": "pyramid_cache", "version": "2", "header": header, "sha256": ""}
+    metadata = {"format": "pyramid_cache", "version": "1", "header": header, "sha256": ""}
     safetensors.torch.save_file({"weight": torch.ones(3)}, saved, metadata=metadata)
-    with pytest.raises(ValueError, match="version '2', but this pyramid_cache reads version '1'"):
+    with pytest.raises(
+        ValueError, match=f"version '1', but this pyramid_cache reads version '{storage.FORMAT_VERSION}'"
+    ):
         H2OCache.load(saved, config)
 
 

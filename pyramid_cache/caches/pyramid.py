@@ -259,7 +259,7 @@ class PyramidLayer(CompressedLayer):
             output, scores = attend_and_score(call, tokens, num_rows, weights)
         else:
             output = call.run()
-            scores = torch.zeros(tokens.positions.shape, device=self.device)
+            scores = torch.zeros(tokens.positions.shape, dtype=torch.float32, device=self.device)
         if row_passed is not None:
             self.passed_on = self._best_tokens(scores, tokens, row_passed)
         if not is_whole:
@@ -294,7 +294,7 @@ class PyramidLayer(CompressedLayer):
     def _row_weights(self, positions: torch.Tensor) -> torch.Tensor:
         """How much each query `(batch, rows)` counts: from 1 at the start of the window to `distance_weight`, 0 before."""
         window_start = (self.next_position - self.num_recent)[:, 0]
-        slope = (self.settings.distance_weight - 1) / (self.num_recent[:, 0] - 1).clamp(min=1)
+        slope = (self.settings.distance_weight - 1) / (self.num_recent[:, 0] - 1).clamp(min=1).float()
         return torch.where(positions >= window_start, 1 + slope * (positions - window_start), 0.0)
 
     # Generated tokens.
@@ -341,7 +341,7 @@ class PyramidLayer(CompressedLayer):
         """
         num_open = self.length - self.num_settled
         if self.scores is None or self.scores.shape[-1] < num_open:
-            scores = torch.zeros(self.batch_size, 1, num_open + ZONE_LENGTH, device=self.device)
+            scores = torch.zeros(self.batch_size, 1, num_open + ZONE_LENGTH, dtype=torch.float32, device=self.device)
             if self.scores is not None:
                 scores[..., : self.scores.shape[-1]] = self.scores
             self.scores = scores

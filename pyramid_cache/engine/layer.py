@@ -27,6 +27,7 @@ from pyramid_cache.engine.fingerprint import WeightFingerprint
 from pyramid_cache.engine.recording import RecordedChunk
 from pyramid_cache.engine.selection import gather_tokens
 from pyramid_cache.engine.tokens import MaskReader, Tokens, causal_mask
+from pyramid_cache.ops.registration import needs_gradients
 
 
 # A layer that must grow by one token grows by this many, or by a 64th of its length if that is more.
@@ -109,6 +110,7 @@ class CompressedLayer(CacheLayerMixin):
         self.incoming: Tokens | None = None
         self.num_pending = 0
         self._module: weakref.ref | None = None
+        self._is_saved = False
         # Of the attention module that filled a cache which was loaded from a file.
         self.expected_weights: WeightFingerprint | None = None
 
@@ -218,6 +220,8 @@ class CompressedLayer(CacheLayerMixin):
         """
         # What autograd saves of the key must not lead back to the layer: that cycle no collector could free.
         call.key.cache_layer = None
+        # Keys that need no gradient themselves are saved for that of queries which do, as with adapters on some projections.
+        self._is_saved = needs_gradients(call.query, call.key, call.value)
         num_new = call.num_queries
         if num_new != self.num_pending:
             raise RuntimeError(
@@ -568,7 +572,7 @@ class CompressedLayer(CacheLayerMixin):
         """Copies keys and values that autograd may have saved, before they are written to."""
         for name in ("keys", "values"):
             tensor = getattr(self, name)
-            if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+            if tensor is not None and (tensor.requires_grad or self._is_saved) and torch.is_grad_enabled():
                 setattr(self, name, tensor.clone())
 
     def _write(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:

@@ -498,7 +498,7 @@ def _measure_frequencies(
     def measure(longest: int, known: torch.Tensor | None) -> torch.Tensor:
         powers = [2**exponent for exponent in range(longest.bit_length()) if 2**exponent < longest]
         positions = torch.tensor([[0, *powers, longest - 1]], device=device)
-        states = torch.zeros(1, positions.shape[1], 1, device=device)
+        states = torch.zeros(1, positions.shape[1], 1, dtype=torch.float32, device=device)
         try:
             embeddings = _call_rotary(rotary, states, positions, layer_type)
             inv_freq = getattr(rotary, f"{layer_type}_inv_freq" if per_type else "inv_freq").detach().float().clone()

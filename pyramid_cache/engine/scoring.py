@@ -30,7 +30,7 @@ def attend_and_score(
     """
     is_token = tokens.positions[:, 0] >= 0 if tokens.has_gaps else None
     if is_token is not None:
-        is_query = is_token[:, -num_rows:].float()
+        is_query = is_token[:, -num_rows:].to(torch.float32)
         row_weights = is_query if row_weights is None else row_weights * is_query
     found = run_with_lse(call, is_token, tokens.row_present)
     if found is not None:
@@ -40,7 +40,8 @@ def attend_and_score(
         if output[1] is not None and not call.kwargs.get("dropout"):
             return output, sum_of_probabilities(output[1].detach()[:, :, -num_rows:], call.key.shape[1], row_weights)
         lse = None
-    with torch.no_grad():
+    # Autocast would round the logits that the log-sum-exps are computed from.
+    with torch.no_grad(), torch.autocast(call.key.device.type, enabled=False):
         arguments = call.logit_arguments
         sink_logits = arguments.pop("sink_logits")
         query, key = call.query[:, :, -num_rows:], call.key

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 CacheType = TypeVar("CacheType", bound="CompressedCache")
 
 FORMAT = "pyramid_cache"
-FORMAT_VERSION = "1"
+FORMAT_VERSION = "2"
 HEADER_FIELDS = {"cache", "settings", "architecture", "weights", "layers", "tensors"}
 # As safetensors abbreviates them.
 DTYPE_NAMES = {

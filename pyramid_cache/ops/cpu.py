@@ -36,7 +36,7 @@ def attention_scores(
     kv_heads, num_keys = key.shape[1], key.shape[2]
     group, offset = heads // kv_heads, num_keys - num_rows
     num_sums = kv_heads if group_sum else heads
-    scores = torch.zeros(batch, num_sums, num_keys)
+    scores = torch.zeros(batch, num_sums, num_keys, dtype=torch.float32)
     if not num_rows:
         return scores
     # A row that attends to nothing, or does not count, must not bring its infinite exponentials in.
@@ -50,7 +50,7 @@ def attention_scores(
     first_keys = [0] * batch if key_start is None else key_start.tolist()
     rows_per_tile = min(ROWS_PER_TILE, num_rows)
     keys_per_tile = min(max(TILE_ELEMENTS // (heads * rows_per_tile), rows_per_tile), num_keys)
-    workspace = torch.empty(heads * rows_per_tile * keys_per_tile)
+    workspace = torch.empty(heads * rows_per_tile * keys_per_tile, dtype=torch.float32)
     future = torch.ones(rows_per_tile, rows_per_tile, dtype=torch.bool).triu_(1)
     for row, first_key in enumerate(first_keys):
         transposed = key[row].transpose(1, 2).float()
@@ -59,6 +59,8 @@ def attention_scores(
             rows = stop - start
             tile_query = query[row, :, :, start:stop].reshape(kv_heads, group * rows, head_dim).float() * factor
             tile_lse = lse[row, :, :, start:stop].reshape(kv_heads, group * rows, 1)
+            # NaN less infinity would be NaN.
+            tile_query.masked_fill_(tile_lse == float("inf"), 0.0)
             diagonal, visible = offset + start, offset + stop
             for left in range(first_key, visible, keys_per_tile):
                 right = min(left + keys_per_tile, visible)
@@ -95,6 +97,8 @@ def is_plain_on_cpu(
     return (
         query.device.type == "cpu"
         and query.dtype == key.dtype == value.dtype == torch.float32
+        and query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
+        and query.shape[2] > 0 < key.shape[2]
         and not torch.is_autocast_enabled("cpu")
         and key.shape == value.shape
         and not torch.is_grad_enabled()
@@ -115,7 +119,7 @@ def split_attention(
     for each set of keys, put together by their log-sum-exps.
     """
     arguments = {"scaling": scaling, "softcap": softcap, "sink_logits": sink_logits}
-    if not is_plain_on_cpu(*parts[0][:3], **arguments):
+    if not all(is_plain_on_cpu(*states, **arguments) for *states, _ in parts):
         return reference.split_attention(parts, **arguments)
     outputs, lses = [], []
     for query, key, value, mask in parts:

@@ -168,7 +168,7 @@ def attention_with_lse(
     check_shape("key", key, batch, None, None, head_dim)
     check_shape("value", value, *key.shape[:3], None)
     check_heads(heads, key.shape[1])
-    if rows > key.shape[2]:
+    if not 0 < rows <= key.shape[2]:
         raise ValueError(f"{rows} query rows cannot be the last ones of {key.shape[2]} keys.")
     if mask is not None:
         check_shape("mask", mask, None, 1, rows, key.shape[2])

@@ -151,6 +151,8 @@ def attention_scores(
             allowed = allowed[:, None, None]
         logits = grouped_logits(query[:, :, start:stop], key[:, :, :visible], scaling, softcap)
         chunk_lse = lse[:, :, start:stop].view(batch, kv_heads, group, -1, 1)
+        # Chosen and not multiplied: a row that does not contribute may hold anything.
+        allowed = allowed & (chunk_lse != float("inf"))
         probabilities = (logits - chunk_lse).exp().masked_fill(~allowed, 0.0)
         if row_weights is not None:
             probabilities = probabilities * row_weights[:, None, None, start:stop, None]

@@ -12,9 +12,6 @@ from typing import Any
 import torch
 
 
-LIBRARY = torch.library.Library("pyramid_cache", "DEF")
-
-
 def register(schema: str, *, cpu: Callable, cuda: Callable, fake: Callable) -> Callable:
     """
     Defines an op and gives it its kernels.
@@ -27,10 +24,16 @@ def register(schema: str, *, cpu: Callable, cuda: Callable, fake: Callable) -> C
     Returns:
         `Callable`: The op.
     """
-    name = LIBRARY.define(schema)
-    LIBRARY.impl(name, as_given(name, cpu, "cpu"), "CPU")
-    LIBRARY.impl(name, as_given(name, cuda, "cuda"), "CUDA")
-    torch.library.register_fake(f"pyramid_cache::{name}", fake, lib=LIBRARY)
+    # Of each op, kept where it outlives this module: notebooks import modules anew, and an op is defined only once.
+    libraries = vars(torch.ops.pyramid_cache).setdefault("libraries", {})
+    name = schema.partition("(")[0]
+    if name in libraries:
+        libraries.pop(name)._destroy()
+    library = libraries[name] = torch.library.Library("pyramid_cache", "FRAGMENT")
+    library.define(schema)
+    library.impl(name, as_given(name, cpu, "cpu"), "CPU")
+    library.impl(name, as_given(name, cuda, "cuda"), "CUDA")
+    torch.library.register_fake(f"pyramid_cache::{name}", fake, lib=library)
     return getattr(torch.ops.pyramid_cache, name).default
 
 

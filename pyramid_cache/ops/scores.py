@@ -86,7 +86,8 @@ def decode_attention(
         query (`torch.Tensor`): `(batch, heads, 1, head_dim)`.
         key, value (`torch.Tensor`): `(batch, kv_heads, slots, head_dim)`; the values may have a width of their own.
         scaling, softcap: As in `attention_scores`.
-        mask (`torch.Tensor`, *optional*): bool `(batch, kv_heads or 1, slots)`, False for a slot that is empty.
+        mask (`torch.Tensor`, *optional*): bool `(batch, kv_heads or 1, slots)`, False for a slot that is empty; what it holds
+            must be finite.
         sink_logits (`torch.Tensor`, *optional*): `(heads,)` learned attention sinks, as in gpt-oss: they take part in
             the normalisation and are then dropped.
 
@@ -227,7 +228,7 @@ def _fake_decode_and_evict(query, new_key, new_value, slots, *rest):
     return (
         value.new_empty(batch, 1, heads, value.shape[3]),
         value.new_empty(batch, heads, dtype=torch.float32),
-        torch.empty_like(slots),
+        slots.new_empty(slots.shape),
     )
 
 

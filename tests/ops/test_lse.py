@@ -766,6 +766,7 @@ def test_efficient_kernel_in_half_precision_on_cuda(rows: int) -> None:
         ({"query": torch.zeros(2, 5, 16)}, "`query` must have the shape"),
         ({"query": torch.zeros(1, 6, 5, 16)}, r"`key` must have the shape \(1, any, any, 16\)"),
         ({"query": torch.zeros(2, 5, 5, 16)}, "5 query heads cannot share 2 KV heads"),
+        ({"query": torch.zeros(2, 6, 0, 16)}, "0 query rows cannot be the last ones of 9 keys"),
         ({"query": torch.zeros(2, 6, 10, 16)}, "10 query rows cannot be the last ones of 9 keys"),
         ({"value": torch.zeros(2, 2, 8, 16)}, r"`value` must have the shape \(2, 2, 9, any\)"),
         ({"value": torch.zeros(2, 1, 9, 16)}, r"`value` must have the shape \(2, 2, 9, any\)"),

@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -150,6 +152,8 @@ def test_rows_that_do_not_count_add_nothing_whatever_they_hold(function) -> None
     lse[:, :, 0], lse[:, :, 4] = float("-inf"), float("inf")
     torch.testing.assert_close(function(query, key, lse, weights), expected)
     lse[:, :, 4] = -1e30  # whose exponentials are infinite
+    torch.testing.assert_close(function(query, key, lse, weights), expected)
+    query[:, :, 0], query[:, :, 4] = float("nan"), float("inf")
     torch.testing.assert_close(function(query, key, lse, weights), expected)
     # A row of the batch that overflowed stays alone with it.
     both = torch.cat([query, torch.full_like(query, float("nan"))])
@@ -351,6 +355,23 @@ def test_gradients_take_the_specification_and_ops_refuse_them() -> None:
     with torch.no_grad():
         found = torch.ops.pyramid_cache.decode_attention(query, key, value, None, None, 0.25, None)[0]
     assert torch.equal(found, output)
+
+
+def test_modules_can_be_imported_anew() -> None:
+    """As notebooks do whose source has changed."""
+    code = """
+import importlib, sys, torch
+from pyramid_cache.ops import registration, scores
+for module in (scores, registration, scores):
+    importlib.reload(module)
+for name in [name for name in sys.modules if name.startswith("pyramid_cache")]:
+    del sys.modules[name]
+from pyramid_cache import ops
+states = torch.ones(1, 2, 1, 8), torch.ones(1, 2, 5, 8), torch.ones(1, 2, 5, 8)
+print(round(ops.decode_attention(*states, scaling=1.0)[2].sum().item(), 5))
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stdout == "2.0\n", run.stderr
 
 
 def test_autocast_does_not_round_what_the_ops_are_given() -> None:

@@ -1,0 +1,48 @@
+"""Attention that scores: with padding of all kinds, through every attention function, against the definition."""
+
+import pytest
+import torch
+from synthetic import ATTENTION_FUNCTIONS, SyntheticModel
+
+from pyramid_cache.engine.attention import AttentionCall
+from pyramid_cache.engine.scoring import attend_and_score
+from pyramid_cache.engine.tokens import Tokens
+
+
+KV_HEADS, GROUP, HEAD_DIM = 2, 3, 16
+
+
+@pytest.mark.parametrize("num_rows", [1, 4, 9])
+@pytest.mark.parametrize("is_weighted", [False, True])
+@pytest.mark.parametrize("num_queries", [9, 21])
+@pytest.mark.parametrize("attention", ATTENTION_FUNCTIONS)
+def test_scores_leave_padding_out(attention: str, num_queries: int, is_weighted: bool, num_rows: int) -> None:
+    """Padding before a row, within it, and none; its keys would draw all attention, were they seen."""
+    model = SyntheticModel(1, KV_HEADS, GROUP, HEAD_DIM, attention)
+    is_token = torch.ones(3, 21, dtype=torch.bool)
+    is_token[0, :5], is_token[1, 13:16], is_token[1, 0] = False, False, False
+    query = torch.randn(3, KV_HEADS * GROUP, num_queries, HEAD_DIM)
+    key, value = (torch.randn(3, KV_HEADS, 21, HEAD_DIM) for _ in range(2))
+    key = torch.where(is_token[:, None, :, None], key, 30 * query[:, ::GROUP, -1:])
+    weights = torch.rand(1, num_rows) if is_weighted else None
+    mask = model.mask(is_token, num_queries, is_explicit=True)
+    arguments = {"scaling": model.scaling, "dropout": 0.0}
+    call = AttentionCall(ATTENTION_FUNCTIONS[attention], model.layers[0], query, key, value, mask, arguments)
+    with torch.no_grad():
+        (output, _), scores = attend_and_score(
+            call, Tokens.from_validity(is_token, torch.device("cpu")), num_rows, weights
+        )
+
+    allowed = torch.ones(num_queries, 21, dtype=torch.bool).tril(21 - num_queries) & is_token[:, None, None]
+    is_query = is_token[:, None, -num_queries:, None]
+    repeated_key, repeated_value = (states.double().repeat_interleave(GROUP, dim=1) for states in (key, value))
+    logits = model.scaling * query.double() @ repeated_key.transpose(2, 3)
+    probabilities = logits.masked_fill(~allowed, float("-inf")).softmax(dim=-1).masked_fill(~is_query, 0.0)
+    expected = (probabilities @ repeated_value).transpose(1, 2)
+    found = output.masked_fill(~is_query.transpose(1, 2), 0.0)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    rows = probabilities[:, :, -num_rows:]
+    rows = rows if weights is None else rows * weights[:, None, :, None]
+    expected = rows.unflatten(1, (KV_HEADS, GROUP)).sum(dim=(2, 3))
+    torch.testing.assert_close(scores.double(), expected, rtol=1e-5, atol=1e-5)
+    assert scores.masked_select(~is_token[:, None]).eq(0).all()
