@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from caches import CacheCase, every_cache
+from models import build_model, random_tokens
 from synthetic import ATTENTION_FUNCTIONS, SyntheticModel
 
 from pyramid_cache.engine.attention import AttentionCall
@@ -10,6 +12,20 @@ from pyramid_cache.engine.tokens import Tokens
 
 
 KV_HEADS, GROUP, HEAD_DIM = 2, 3, 16
+
+
+@every_cache
+def test_masks_for_each_head(case: CacheCase) -> None:
+    """A mask of four dimensions that is the same for all heads, spelled out."""
+    model, tokens = build_model("llama"), random_tokens(2, 40)
+    allowed = torch.ones(40, 40, dtype=torch.bool).tril().expand(2, 1, -1, -1).clone()
+    allowed[1, :, :, :7] = False
+    caches = [case.build(model) for _ in range(2)]
+    with torch.no_grad():
+        for cache, heads in zip(caches, (1, model.config.num_attention_heads), strict=True):
+            model(tokens, attention_mask=allowed.expand(-1, heads, -1, -1), past_key_values=cache)
+    for layer in range(len(caches[0].layers)):
+        assert torch.equal(caches[0].positions(layer), caches[1].positions(layer))
 
 
 @pytest.mark.parametrize("num_rows", [1, 4, 9])

@@ -98,7 +98,7 @@ def is_plain_on_cpu(
         query.device.type == "cpu"
         and query.dtype == key.dtype == value.dtype == torch.float32
         and query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
-        and query.shape[2] > 0 < key.shape[2]
+        and min(query.shape[2], key.shape[2]) > 0
         and not torch.is_autocast_enabled("cpu")
         and key.shape == value.shape
         and not torch.is_grad_enabled()
