@@ -110,7 +110,10 @@ def large_tensors(model: PreTrainedModel) -> int:
             continue
         try:
             storage = item.untyped_storage()
-            count += storage.nbytes() >= LAYER_BYTES // 2 and storage.data_ptr() not in weights
+            num_bytes = storage.nbytes()
+            if isinstance(num_bytes, torch.SymInt):
+                continue  # a tensor of unknown size, which a compiler left behind
+            count += num_bytes >= LAYER_BYTES // 2 and storage.data_ptr() not in weights
         except (RuntimeError, NotImplementedError):
             continue  # a fake or batched tensor that a compiler left behind: it has no storage
     return count
