@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from pyramid_cache.ops.reference import causal_mask
-from pyramid_cache.ops.registration import check_dtype, check_heads, check_shape, needs_gradients
+from pyramid_cache.ops.registration import check_dtype, check_query, check_shape, needs_gradients
 
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
@@ -163,11 +163,9 @@ def attention_with_lse(
         ValueError: For shapes that do not fit.
         RuntimeError: A package returns something else than its documentation says.
     """
-    check_shape("query", query, None, None, None, None)
-    batch, heads, rows, head_dim = query.shape
-    check_shape("key", key, batch, None, None, head_dim)
+    check_query(query, key)
     check_shape("value", value, *key.shape[:3], None)
-    check_heads(heads, key.shape[1])
+    batch, _, rows, _ = query.shape
     if not 0 < rows <= key.shape[2]:
         raise ValueError(f"{rows} query rows cannot be the last ones of {key.shape[2]} keys.")
     if mask is not None:

@@ -83,3 +83,11 @@ def check_heads(heads: int, kv_heads: int) -> None:
     """Raises unless the query heads can share the KV heads evenly."""
     if not kv_heads or heads % kv_heads:
         raise ValueError(f"{heads} query heads cannot share {kv_heads} KV heads: that is no whole number each.")
+
+
+def check_query(query: torch.Tensor, key: torch.Tensor, *, name: str = "key", rows: int | None = None) -> None:
+    """Raises unless a query `(batch, heads, rows, head_dim)` can ask keys `(batch, kv_heads, keys, head_dim)`."""
+    check_shape("query", query, None, None, rows, None)
+    batch, heads, _, head_dim = query.shape
+    check_shape(name, key, batch, None, None, head_dim)
+    check_heads(heads, key.shape[1])

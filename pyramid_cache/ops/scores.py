@@ -11,7 +11,7 @@ import torch
 
 from pyramid_cache.ops import cpu, reference
 from pyramid_cache.ops.lse import MAX_HEAD_DIM, can_give_lse
-from pyramid_cache.ops.registration import check_dtype, check_heads, check_shape, needs_gradients, register
+from pyramid_cache.ops.registration import check_dtype, check_query, check_shape, needs_gradients, register
 from pyramid_cache.ops.transposed import EXTRA_DIMS, transposed_flash_scores
 
 
@@ -51,11 +51,9 @@ def attention_scores(
     Raises:
         ValueError: For shapes and dtypes that do not fit.
     """
-    check_shape("query", query, None, None, None, None)
-    batch, heads, rows, head_dim = query.shape
-    check_shape("key", key, batch, None, None, head_dim)
+    check_query(query, key)
     check_dtype("key", key, query.dtype)
-    check_heads(heads, key.shape[1])
+    batch, heads, rows, _ = query.shape
     if rows > key.shape[2]:
         raise ValueError(f"{rows} query rows cannot be the last ones of {key.shape[2]} keys.")
     check_shape("lse", lse, batch, heads, rows)
@@ -199,13 +197,10 @@ def decode_attention_and_evict(
 def _check_decode(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sink_logits: torch.Tensor | None
 ) -> None:
-    check_shape("query", query, None, None, 1, None)
-    batch, heads, _, head_dim = query.shape
-    check_shape("key", key, batch, None, None, head_dim)
+    check_query(query, key, rows=1)
     check_dtype("key", key, query.dtype)
-    check_heads(heads, key.shape[1])
     check_shape("value", value, *key.shape[:3], None)
-    check_shape("sink_logits", sink_logits, heads)
+    check_shape("sink_logits", sink_logits, query.shape[1])
 
 
 def _fake_scores(query, key, lse, row_weights, key_start, scaling, softcap, group_sum):

@@ -18,7 +18,7 @@ import torch
 
 from pyramid_cache.ops import shadow_reference
 from pyramid_cache.ops.launching import has_kernels
-from pyramid_cache.ops.registration import check_dtype, check_heads, check_shape, register
+from pyramid_cache.ops.registration import check_dtype, check_query, check_shape, register
 
 
 def select_chunks(
@@ -50,11 +50,8 @@ def select_chunks(
     Raises:
         ValueError: For shapes and dtypes that do not fit.
     """
-    check_shape("query", query, None, None, None, None)
-    batch, heads, _, head_dim = query.shape
-    check_shape("landmarks", landmarks, batch, None, None, head_dim)
-    kv_heads, chunks = landmarks.shape[1], landmarks.shape[2]
-    check_heads(heads, kv_heads)
+    check_query(query, landmarks, name="landmarks")
+    batch, kv_heads, chunks, _ = landmarks.shape
     check_dtype("landmarks", landmarks, query.dtype)
     if num_chunks < 1:
         raise ValueError(f"`num_chunks` must be at least 1, but is {num_chunks}.")
