@@ -117,7 +117,7 @@ class H2OLayer(CompressedLayer):
         indices = torch.nn.functional.pad(indices, (0, max_kept - indices.shape[-1]), value=-1)
         self.free_slots = None
         self.scores = grown(gather_tokens(scores, indices).masked_fill(indices < 0, 0), max_kept, max_kept + 1, fill=0)
-        self.keep(key, value, tokens, indices)
+        self.keep(key, value, tokens, indices, num_free=self.num_spare_slots)
 
     def _write(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Leaves the new token to `attend_step`, which writes it, attends and evicts in one op."""

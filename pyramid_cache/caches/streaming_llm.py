@@ -11,7 +11,6 @@ the sinks alone, forward by the number of evicted tokens (the *sink shift*).
 """
 
 import weakref
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -22,7 +21,7 @@ from pyramid_cache.engine.attention import AttentionCall
 from pyramid_cache.engine.budget import read_count
 from pyramid_cache.engine.cache import CompressedCache, check_decoder_config, model_inside
 from pyramid_cache.engine.layer import CompressedLayer, LayerPlace
-from pyramid_cache.engine.rope import RotaryFrequencies, refuse_unsupported_rope, rotary_frequencies
+from pyramid_cache.engine.rope import RotaryFrequencies, SharedFrequencies, refuse_unsupported_rope
 from pyramid_cache.engine.selection import gather_tokens
 from pyramid_cache.engine.tokens import MaskReader, Tokens
 from pyramid_cache.ops import decode_attention
@@ -36,37 +35,16 @@ REBASE_INTERVAL = 1 << 14
 BLOCK_ELEMENTS = 1 << 22
 
 
-class SharedRotations:
+class SharedRotations(SharedFrequencies):
     """
     What the layers of a cache have in common: the frequencies of the model, and the turn that moves the sinks at the step
     that is running, which would otherwise be computed anew in each layer.
-
-    Args:
-        config (`PreTrainedConfig`): Of the model.
-        get_model (`Callable`, *optional*): Returns the model itself, or None if it is gone.
     """
 
-    def __init__(self, config: PreTrainedConfig, get_model: Callable[[], PreTrainedModel | None] | None) -> None:
-        self._config = config
-        self._get_model = get_model
-        self._known: list[RotaryFrequencies] = []
+    def forget(self) -> None:
+        super().forget()
         self._key: tuple | None = None
         self._turn: tuple[torch.Tensor, ...] = ()
-
-    def frequencies_of(self, module: torch.nn.Module, device: torch.device) -> RotaryFrequencies | None:
-        """The frequencies of an attention module, None if it has none; the same object for layers that have the same."""
-        config = getattr(module, "config", self._config)  # the cache's own may be of a model that rotates otherwise
-        model = None if self._get_model is None else self._get_model()
-        found = rotary_frequencies(module, config, model=model, device=device)
-        return None if found is None else self.shared(found)
-
-    def shared(self, found: RotaryFrequencies) -> RotaryFrequencies:
-        """The object that all layers with these frequencies use."""
-        for known in self._known:
-            if known.equals(found):
-                return known
-        self._known.append(found)
-        return found
 
     def turn_by(
         self, rotary: RotaryFrequencies, distances: list[int], states: torch.Tensor
@@ -79,13 +57,7 @@ class SharedRotations:
         return self._turn
 
     def held_tensors(self) -> list[torch.Tensor]:
-        """What it refers to."""
-        tensors = [tensor for known in self._known for tensor in (known.inv_freq, known.long_inv_freq)]
-        return [tensor for tensor in (*tensors, *self._turn) if tensor is not None]
-
-    def forget(self) -> None:
-        """Lets go of it, for another model."""
-        self._known, self._key, self._turn = [], None, ()
+        return [*super().held_tensors(), *self._turn]
 
 
 class StreamingLLMLayer(CompressedLayer):

@@ -166,20 +166,34 @@ def pyramid_schedule(
             f"{num_dense_layers} layers that keep all of it and {minimum} tokens in each of the others take {needed}. "
             "Raise `budget`, or let fewer layers keep everything."
         )
-    pruned_shape = shape[num_dense_layers:]
+    return (prompt_length,) * num_dense_layers + bounded_shares(rest, shape[num_dense_layers:], minimum, prompt_length)
 
-    def kept(scale: float) -> list[float]:
-        return [min(max(scale * share, minimum), prompt_length) for share in pruned_shape]
 
-    # Down to neighbouring floats, however far down a shape reaches: about 60 halvings for that of the paper.
-    low, high = 0.0, min(prompt_length / min(pruned_shape, default=1.0), sys.float_info.max)
+def bounded_shares(total: int, shape: tuple[float, ...], minimum: int, maximum: int) -> tuple[int, ...]:
+    """
+    Whole numbers of a given sum in proportion to a shape: `clip(scale * shape, minimum, maximum)`, the scale being solved.
+
+    Args:
+        total (`int`): Met exactly; at least `minimum` and at most `maximum` for each number.
+        shape (`tuple[float, ...]`): Positive numbers.
+
+    Returns:
+        `tuple[int, ...]`: In the order of the shape: what has a larger share never gets less, and of equal shares the
+        earlier never gets less.
+    """
+
+    def shares(scale: float) -> list[float]:
+        return [min(max(scale * share, minimum), maximum) for share in shape]
+
+    # Down to neighbouring floats, however far down a shape reaches: about 60 halvings for that of a pyramid.
+    low, high = 0.0, min(maximum / min(shape, default=1.0), sys.float_info.max)
     while low < (middle := low + (high - low) / 2) < high:
-        low, high = (middle, high) if sum(kept(middle)) < rest else (low, middle)
-    exact = kept(high)
+        low, high = (middle, high) if sum(shares(middle)) < total else (low, middle)
+    exact = shares(high)
     numbers = [math.floor(number) for number in exact]
-    by_remainder = sorted(range(num_pruned), key=lambda layer: (numbers[layer] - exact[layer], layer))
-    # Rounding up the largest remainders keeps the sequence from rising: of two layers with the same floor, the deeper
-    # one never has the larger remainder.
-    for layer in by_remainder[: rest - sum(numbers)]:
-        numbers[layer] += 1
-    return (prompt_length,) * num_dense_layers + tuple(numbers)
+    by_remainder = sorted(range(len(shape)), key=lambda index: (numbers[index] - exact[index], index))
+    # Rounding up the largest remainders keeps the order: of two with the same floor, the smaller share never has the
+    # larger remainder.
+    for index in by_remainder[: total - sum(numbers)]:
+        numbers[index] += 1
+    return tuple(numbers)

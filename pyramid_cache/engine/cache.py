@@ -127,6 +127,23 @@ class CompressedCache(Cache):
                 )
         super().crop(tokens_to_remove)
 
+    def compress(self) -> None:
+        """
+        Ends a context: evicts at once what would wait for later, so that each layer holds no more than its budget.
+
+        A context that was read in one forward pass is compressed at its end anyway, and so is each later turn. After
+        generated tokens, and after forward passes that `activate_past_recording` has put aside, this makes the cache as small
+        as it gets, before it is saved or copied for any number of questions.
+
+        Raises:
+            RuntimeError: The last forward pass broke off.
+        """
+        self.require_whole()
+        if any(getattr(layer, "record_past", False) for layer in self.layers):
+            self.crop(0)
+        for layer in self.compressed_layers:
+            layer.compress()
+
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Reorders the rows for beam search."""
         super().reorder_cache(as_row_indices(beam_idx, self.batch_size))

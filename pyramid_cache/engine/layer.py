@@ -76,7 +76,7 @@ class CompressedLayer(CacheLayerMixin):
     state_numbers: tuple[str, ...] = ("num_seen", "columns_ascend")
     extra_numbers: tuple[str, ...] = ()
     extra_tensors: tuple[str, ...] = ()
-    # Slots allocated beyond the tokens that are kept, for methods that write before they evict.
+    # Slots that may be allocated beyond the tokens that are kept, for methods that write before they evict.
     num_spare_slots = 0
     # Whether all heads of a layer keep the same tokens.
     heads_share_positions = True
@@ -592,7 +592,9 @@ class CompressedLayer(CacheLayerMixin):
         order = self.positions[..., : self.length].argsort(dim=-1)
         return {name: gather_tokens(getattr(self, name), order) for name in self.slot_tensors}
 
-    def keep(self, key: torch.Tensor, value: torch.Tensor, tokens: Tokens, indices: torch.Tensor) -> None:
+    def keep(
+        self, key: torch.Tensor, value: torch.Tensor, tokens: Tokens, indices: torch.Tensor, num_free: int = 0
+    ) -> None:
         """
         Copies the chosen tokens into tensors of their own; what they were chosen from is let go.
 
@@ -600,6 +602,7 @@ class CompressedLayer(CacheLayerMixin):
             key, value (`torch.Tensor`): `(batch, kv_heads, columns, head_dim)`.
             tokens (`Tokens`): In these columns.
             indices (`torch.Tensor`): `(batch, kv_heads or 1, kept)`, -1 for a slot that stays empty.
+            num_free (`int`): Slots behind them that are in use from the start.
         """
         if tokens.ends_in_padding:
             raise NotImplementedError(
@@ -607,7 +610,7 @@ class CompressedLayer(CacheLayerMixin):
                 "(tokenizer.padding_side = 'left'), as `generate` asks for anyway."
             )
         num_kept = indices.shape[-1]
-        num_slots = num_kept + self.num_spare_slots
+        num_slots = num_kept + num_free
         kept_positions = gather_tokens(tokens.positions.expand(-1, indices.shape[1], -1), indices)
         self.keys = gathered(key, indices, num_slots)
         self.values = gathered(value, indices, num_slots)
@@ -656,6 +659,9 @@ class CompressedLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forgets everything and lets the tensors go."""
         self._clear()
+
+    def compress(self) -> None:
+        """Evicts what the budget does not pay for, if the method lets tokens wait for that."""
 
     @property
     def is_croppable(self) -> bool:

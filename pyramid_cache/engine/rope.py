@@ -22,7 +22,7 @@ import copy
 import inspect
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any, Literal
@@ -268,6 +268,47 @@ def refuse_unsupported_rope(config: PreTrainedConfig) -> None:
     config = config.get_text_config(decoder=True)
     for layer_type in dict.fromkeys([None, *(getattr(config, "layer_types", None) or [])]):
         _refuse_by_name(type(config).__name__, _rope_parameters(config, layer_type) or {})
+
+
+class SharedFrequencies:
+    """
+    The rotary frequencies of a model's layers, found once for those that rotate alike.
+
+    Args:
+        config (`PreTrainedConfig`): Of the model.
+        get_model (`Callable`, *optional*): Returns the model itself, or None if it is gone; see `rotary_frequencies`.
+    """
+
+    def __init__(
+        self, config: PreTrainedConfig, get_model: Callable[[], PreTrainedModel | None] | None = None
+    ) -> None:
+        self._config = config
+        self._get_model = get_model
+        self.forget()
+
+    def frequencies_of(self, module: nn.Module, device: torch.device) -> RotaryFrequencies | None:
+        """The frequencies of an attention module, None if it has none; the same object for layers that have the same."""
+        config = getattr(module, "config", self._config)  # the cache's own may be of a model that rotates otherwise
+        model = None if self._get_model is None else self._get_model()
+        found = rotary_frequencies(module, config, model=model, device=device)
+        return None if found is None else self.shared(found)
+
+    def shared(self, found: RotaryFrequencies) -> RotaryFrequencies:
+        """The object that all layers with these frequencies use."""
+        for known in self._known:
+            if known.equals(found):
+                return known
+        self._known.append(found)
+        return found
+
+    def held_tensors(self) -> list[torch.Tensor]:
+        """What it refers to."""
+        tensors = [tensor for known in self._known for tensor in (known.inv_freq, known.long_inv_freq)]
+        return [tensor for tensor in tensors if tensor is not None]
+
+    def forget(self) -> None:
+        """Lets go of it, for another model."""
+        self._known: list[RotaryFrequencies] = []
 
 
 class _NotReproducedError(NotImplementedError):

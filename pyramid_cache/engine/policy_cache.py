@@ -1,0 +1,368 @@
+"""The layer and the cache that keep what a `Policy` scores highest."""
+
+import dataclasses
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from pyramid_cache.engine.attention import AttentionCall
+from pyramid_cache.engine.budget import Budget, parse_budget, read_count
+from pyramid_cache.engine.cache import CompressedCache, check_decoder_config, model_inside
+from pyramid_cache.engine.layer import CompressedLayer, LayerPlace, grown
+from pyramid_cache.engine.policy import Policy, PromptView, ScoringView
+from pyramid_cache.engine.rope import RotaryFrequencies, SharedFrequencies
+from pyramid_cache.engine.scoring import attend_and_score
+from pyramid_cache.engine.selection import best_tokens, gather_tokens
+from pyramid_cache.engine.tokens import MaskReader, Tokens
+from pyramid_cache.ops import decode_attention
+from pyramid_cache.ops.cpu import is_plain_on_cpu
+from pyramid_cache.ops.reference import decode_probabilities
+
+
+DEFAULT_EVICTION_INTERVAL = 32
+
+
+class PolicyLayer(CompressedLayer):
+    """
+    One layer of a `PolicyCache`. After a prompt it keeps what the policy scores highest. New tokens are stored behind; when
+    `eviction_interval` of them have come, all are scored, those that go leave their slots to those that stay, and the rest
+    is free again.
+
+    `attention` `(batch, kv_heads or 1, slots)` float32 is what `ScoringView.attention` shows.
+    """
+
+    def __init__(
+        self,
+        place: LayerPlace,
+        budget: Budget,
+        masks: MaskReader,
+        policy: Policy,
+        eviction_interval: int,
+        frequencies: SharedFrequencies,
+    ) -> None:
+        self.policy = policy
+        self.num_spare_slots = eviction_interval
+        self.frequencies = frequencies
+        self.heads_share_positions = policy.heads_share_tokens
+        if policy.window_size:
+            self.slot_tensors = (*CompressedLayer.slot_tensors, "attention")
+        self.row_tensors = (*CompressedLayer.row_tensors, *policy.state_names)
+        super().__init__(place, budget, masks)
+
+    def _clear(self) -> None:
+        self.attention: torch.Tensor | None = None
+        self._rotary: tuple[RotaryFrequencies | None] | None = None
+        super()._clear()
+
+    # The sizes change with every token: compilers would make a graph for each.
+    update = torch.compiler.disable(CompressedLayer.update)
+    attend = torch.compiler.disable(CompressedLayer.attend)
+
+    def num_tokens_to_keep(self, row_length: int) -> int:
+        kept = self.policy.num_tokens(row_length, self.token_budget, self.place.depth, self.place.num_layers)
+        return max(kept, 1)
+
+    @property
+    def is_croppable(self) -> bool:
+        return super().is_croppable and not self.state
+
+    @property
+    def state(self) -> dict[str, torch.Tensor]:
+        """What the policy remembers."""
+        state = {name: getattr(self, name) for name in self.policy.state_names}
+        return {name: tensor for name, tensor in state.items() if tensor is not None}
+
+    # Several tokens.
+
+    def attend_prompt(self, call: AttentionCall, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if self.budget.is_unlimited:
+            return call.run()
+        if self.positions is not None:
+            call = self.with_slot_mask(call, tokens.positions >= 0 if tokens.has_gaps else None)
+        output, attention = self._attend_and_observe(call, tokens)
+        if self.positions is not None or self.must_evict:
+            self._keep_best(call.key, call.value, attention, tokens)
+        elif attention is not None:
+            self.attention = grown(attention, self.length, self.keys.shape[2], fill=0)
+        return output
+
+    def _attend_and_observe(
+        self, call: AttentionCall, tokens: Tokens
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor | None], torch.Tensor | None]:
+        """The output of attention, and what `ScoringView.attention` shows of all keys."""
+        if self.policy.state_names:
+            self._remember(call, tokens)
+        window_size = self.policy.window_size
+        if not window_size:
+            return call.run(), None
+        # Padding between the tokens of a row puts its last queries further back.
+        num_rows = min(window_size, call.num_queries) if tokens.is_ascending else call.num_queries
+        row_positions = tokens.positions[:, 0, -num_rows:]
+        is_in_window = (row_positions >= 0) & (row_positions >= self.next_position[:, 0] - window_size)
+        row_weights = None if tokens.is_ascending else is_in_window.float()
+        output, attention = attend_and_score(call, tokens, num_rows, row_weights)
+        attention = self._mean_over_heads(attention, call)
+        if self.attention is not None:
+            num_earlier = call.num_keys - call.num_queries
+            share_left = 1 - is_in_window.sum(dim=-1)[:, None, None] / window_size
+            attention[..., :num_earlier] += share_left * self.attention[..., :num_earlier]
+        return output, attention
+
+    def _mean_over_heads(self, sums: torch.Tensor, call: AttentionCall) -> torch.Tensor:
+        """Sums of probabilities over query groups `(batch, kv_heads, keys)` as shares of a window of means."""
+        means = sums * (call.key.shape[1] / call.query.shape[1] / self.policy.window_size)
+        return means.mean(dim=1, keepdim=True) if self.policy.heads_share_tokens else means
+
+    @torch.no_grad()
+    def _remember(self, call: AttentionCall, tokens: Tokens) -> None:
+        module = call.module
+        prompt = PromptView(
+            call.query,
+            tokens.positions[:, :1, -call.num_queries :],
+            self.next_position,
+            call.logit_arguments["scaling"],
+            self.state,
+            lambda: self.rotary_of(module),
+            max(self.row_lengths) if self.replayed is None else self.replayed.longest,
+        )
+        with torch.autocast(self.device.type, enabled=False):
+            state = self.policy.observe(prompt)
+        for name in self.policy.state_names:
+            setattr(self, name, state[name])
+
+    def rotary_of(self, module: torch.nn.Module) -> RotaryFrequencies | None:
+        """How the attention module rotates; found out once, which takes a few milliseconds."""
+        if self._rotary is None:
+            self._rotary = (self.frequencies.frequencies_of(module, self.device),)
+        return self._rotary[0]
+
+    def held_tensors(self) -> dict[str, torch.Tensor]:
+        shared = {f"frequencies_{index}": tensor for index, tensor in enumerate(self.frequencies.held_tensors())}
+        return super().held_tensors() | shared
+
+    def _priority(
+        self, key: torch.Tensor, value: torch.Tensor, attention: torch.Tensor | None, positions: torch.Tensor
+    ) -> torch.Tensor:
+        """`(batch, kv_heads or 1, tokens)` float32: the policy's scores, -inf for what is no token."""
+        num_kept = self.per_row(self.row_kept)
+        view = ScoringView(
+            key, value, positions, self.next_position, num_kept, attention, self.state, self.place.layer_idx
+        )
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            scores = self.policy.score(view)
+        expected = (key.shape[0], 1 if self.heads_share_positions else key.shape[1], key.shape[2])
+        if scores.shape != expected:
+            raise ValueError(
+                f"`{type(self.policy).__name__}.score` returned {tuple(scores.shape)} instead of {expected}: (batch, "
+                f"{'1, since heads share tokens' if self.heads_share_positions else 'kv_heads'}, tokens)."
+            )
+        return scores.float().masked_fill(positions < 0, float("-inf"))
+
+    def _keep_best(
+        self, key: torch.Tensor, value: torch.Tensor, attention: torch.Tensor | None, tokens: Tokens
+    ) -> None:
+        """Keeps the best of ordered tokens, those of a prompt."""
+        priority = self._priority(key, value, attention, tokens.positions)
+        max_kept = max(min(held, kept) for held, kept in zip(self.row_held, self.row_kept, strict=True))
+        indices = best_tokens(priority, self.per_row(self.row_kept).flatten(), max_kept)
+        if attention is not None:
+            self.attention = gather_tokens(attention, indices).masked_fill(indices < 0, 0)
+        self.keep(key, value, tokens, indices)
+
+    # One token.
+
+    def attend_step(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if self.positions is None:
+            return self._attend_dense_step(call)
+        mask = self.slot_mask()
+        if self.policy.window_size:
+            arguments = call.logit_arguments
+            attended, _, sums = decode_attention(call.query, call.key, call.value, mask=mask, **arguments)
+            output = attended, None
+            self._add_query(sums.detach(), call)
+        elif is_plain_on_cpu(call.query, call.key, call.value, **call.logit_arguments):
+            output = decode_attention(call.query, call.key, call.value, mask=mask, **call.logit_arguments)[0], None
+        else:
+            output = self.with_slot_mask(call, mask).run()
+        is_due = self._is_due()
+        if any(is_due) or self.length == max(self.row_kept) + self.num_spare_slots:
+            self._evict(is_due)
+        return output
+
+    def _attend_dense_step(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Nothing was evicted so far: the model's own attention, and beside it what the policy wants to know."""
+        output = call.run()
+        if self.budget.is_unlimited:
+            return output
+        if self.policy.window_size:
+            key_mask = None if self.column_positions is None else self.column_tokens.positions >= 0
+            with torch.no_grad():
+                probabilities, _ = decode_probabilities(call.query, call.key, key_mask, **call.logit_arguments)
+            self._add_query(probabilities.sum(dim=2), call)
+        if any(self._is_due()):
+            attention = None if self.attention is None else self.attention[..., : self.length]
+            # Rows that are not due keep what they have.
+            row_kept, self.row_kept = self.row_kept, self._row_left(self._is_due())
+            self._keep_best(call.key, call.value, attention, self.column_tokens)
+            self.row_kept = row_kept
+        return output
+
+    def _add_query(self, sums: torch.Tensor, call: AttentionCall) -> None:
+        """Lets the newest query take over its share of the window; `sums` `(batch, kv_heads, keys)`."""
+        attention = self.attention[..., : self.length]
+        attention.mul_(1 - 1 / self.policy.window_size).add_(self._mean_over_heads(sums, call))
+
+    def _is_due(self) -> list[bool]:
+        """Which rows hold as many tokens beyond their budget as may wait."""
+        return [held >= kept + self.num_spare_slots for held, kept in zip(self.row_held, self.row_kept, strict=True)]
+
+    def _row_left(self, is_due: list[bool]) -> list[int]:
+        """How many tokens each row has when those that are due have evicted."""
+        rows = zip(self.row_held, self.row_kept, is_due, strict=True)
+        return [min(held, kept) if due else held for held, kept, due in rows]
+
+    def _write(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        super()._write(key_states, value_states)
+        if self.attention is not None:
+            self.attention[..., self.length - 1 : self.length] = 0
+
+    def _evict(self, is_due: list[bool]) -> None:
+        """
+        Evicts from the rows that are due, and closes the gaps: tokens behind the last slot that is needed move into slots
+        before it that are free.
+        """
+        row_left = self._row_left(is_due)
+        num_left = max(row_left)
+        positions = self.positions[..., : self.length]
+        key, value = self.keys[:, :, : self.length], self.values[:, :, : self.length]
+        attention = None if self.attention is None else self.attention[..., : self.length]
+        priority = self._priority(key, value, attention, positions)
+        order = positions.argsort(dim=-1)
+        indices = best_tokens(priority.gather(-1, order), self.per_row(row_left).flatten(), num_left)
+        # One slot more, for what is no index.
+        slots = torch.where(indices < 0, self.length, order.gather(-1, indices.clamp(min=0)))
+        is_kept = torch.zeros(*positions.shape[:2], self.length + 1, dtype=torch.bool, device=self.device)
+        is_kept = is_kept.scatter_(-1, slots, True)[..., : self.length]
+        self._move_tokens(is_kept, num_left)
+        self.row_held = row_left
+
+    def _move_tokens(self, is_kept: torch.Tensor, num_left: int) -> None:
+        """Brings the tokens that are kept `(batch, kv_heads or 1, slots)` into the first `num_left` slots."""
+        is_kept_before, is_kept_behind = is_kept[..., :num_left], is_kept[..., num_left:]
+        num_moves = min(num_left, is_kept_behind.shape[-1])
+        free = is_kept_before.int().argsort(dim=-1, stable=True)[..., :num_moves]
+        movers = (~is_kept_behind).int().argsort(dim=-1, stable=True)[..., :num_moves] + num_left
+        moves = torch.arange(num_moves, device=self.device) < is_kept_behind.sum(dim=-1, keepdim=True)
+        source = torch.where(moves, movers, free)
+        self._spare_autograd()
+        self.positions[..., :num_left].masked_fill_(~is_kept_before, -1)
+        for name in self.slot_tensors:
+            tensor = getattr(self, name)
+            target = free[..., None].expand(-1, tensor.shape[1], -1, tensor.shape[3]) if tensor.dim() == 4 else free
+            tensor.scatter_(2, target, gather_tokens(tensor, source))
+        self.length = num_left
+
+    def compress(self) -> None:
+        if self.positions is None or self.budget.is_unlimited:
+            return
+        self.row_kept = [self.num_tokens_to_keep(length) for length in self.row_lengths]
+        if self.must_evict:
+            self._evict([True] * self.batch_size)
+
+    def check_state(self) -> None:
+        if self.budget.is_unlimited:
+            return
+        if self.policy.window_size:
+            heads = 1 if self.heads_share_positions else self._key_shape[0]
+            self.require_tensor("attention", torch.float32, self.batch_size, heads, self.length)
+        for name in self.policy.state_names:
+            tensor = getattr(self, name)
+            if tensor is None or tensor.dtype != torch.float32 or tensor.shape[0] != self.batch_size:
+                raise ValueError(f"`{name}` must be float32 with {self.batch_size} rows")
+        limits = [kept + self.num_spare_slots for kept in self.row_kept]
+        if any(held >= limit for held, limit in zip(self.row_held, limits, strict=True)):
+            raise ValueError(f"rows hold {self.row_held} tokens, but evict at {limits}")
+
+
+class PolicyCache(CompressedCache):
+    """
+    Keeps the tokens that a policy scores highest: what all caches with a score of their own derive from, and a cache for a
+    `Policy` that has none yet.
+
+    A layer holds `budget` tokens and up to `eviction_interval` more, however much is generated. The prompt is read with full
+    attention, so the first new token is exact.
+
+    Args:
+        config (`PreTrainedConfig` or `PreTrainedModel`): Of the model, or the model, whose config is taken.
+        budget (`float`, `int` or `str`): What each layer keeps: a fraction of the prompt (of everything seen, when a later
+            turn brings several tokens at once), a number of tokens, or bytes for the layers that evict such as "256MiB".
+            1.0 never evicts.
+        policy (`Policy`): Scores the tokens.
+        eviction_interval (`int`, defaults to 32): Generated tokens that come in before as many go. Larger values take more
+            memory and less time.
+
+    Raises:
+        ValueError: For a budget or an interval outside these ranges, or a model that cannot be compressed.
+
+    Example:
+
+    ```python
+    >>> from dataclasses import dataclass
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from pyramid_cache import Policy, PolicyCache
+    >>> import torch
+
+    >>> @dataclass(frozen=True)
+    ... class LargestValues(Policy):
+    ...     def score(self, view):
+    ...         return view.value.norm(dim=-1)
+
+    >>> config = LlamaConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=99)
+    >>> model = LlamaForCausalLM(config)
+    >>> cache = PolicyCache(model.config, budget=16, policy=LargestValues())
+    >>> tokens = model.generate(torch.arange(40)[None], past_key_values=cache, max_new_tokens=8, eos_token_id=None)
+    >>> cache.compress()
+    >>> cache.num_kept_tokens()
+    [16, 16]
+
+    ```
+    """
+
+    layer_class: type[PolicyLayer] = PolicyLayer
+
+    def __init__(
+        self,
+        config: PreTrainedConfig | PreTrainedModel,
+        budget: float | int | str,
+        policy: Policy,
+        *,
+        eviction_interval: int = DEFAULT_EVICTION_INTERVAL,
+    ) -> None:
+        model = model_inside(config)
+        config = config if model is None else model.config
+        check_decoder_config(config)
+        parsed_budget = parse_budget(budget)
+        if not isinstance(policy, Policy):
+            raise ValueError(f"`policy={policy!r}` must be an instance of a class that derives from Policy.")
+        eviction_interval = read_count("eviction_interval", eviction_interval, least=1)
+        self.policy = policy
+        self.frequencies = SharedFrequencies(config)
+
+        def build_layer(place: LayerPlace, masks: MaskReader) -> PolicyLayer:
+            return self.layer_class(place, parsed_budget, masks, policy, eviction_interval, self.frequencies)
+
+        settings: dict[str, Any] | None = None
+        if type(self).__init__ is not PolicyCache.__init__:
+            # A cache with a constructor of its own takes the fields of its policy as arguments.
+            settings = {"budget": budget, **fields_of(policy), "eviction_interval": eviction_interval}
+        super().__init__(config, build_layer, settings)
+
+    def reset(self) -> None:
+        self.frequencies.forget()
+        super().reset()
+
+
+def fields_of(policy: Policy) -> dict[str, Any]:
+    """The hyper-parameters of a policy by name."""
+    return dataclasses.asdict(policy) if dataclasses.is_dataclass(policy) else {}
