@@ -1,8 +1,34 @@
 """KV-cache compression for plain `model.generate`: `transformers.Cache` subclasses that keep what attention needs."""
 
-from pyramid_cache.caches import H2OCache, PyramidCache, StreamingLLMCache
+from pyramid_cache.caches import (
+    AdaKVCache,
+    ExpectedAttentionCache,
+    H2OCache,
+    KeyDiffCache,
+    KnormCache,
+    PyramidCache,
+    PyramidKVCache,
+    RKVCache,
+    SnapKVCache,
+    StreamingLLMCache,
+    TOVACache,
+)
 from pyramid_cache.engine.policy import Policy
 from pyramid_cache.engine.policy_cache import PolicyCache
 
 
-__all__ = ["H2OCache", "Policy", "PolicyCache", "PyramidCache", "StreamingLLMCache"]
+__all__ = [
+    "AdaKVCache",
+    "ExpectedAttentionCache",
+    "H2OCache",
+    "KeyDiffCache",
+    "KnormCache",
+    "Policy",
+    "PolicyCache",
+    "PyramidCache",
+    "PyramidKVCache",
+    "RKVCache",
+    "SnapKVCache",
+    "StreamingLLMCache",
+    "TOVACache",
+]

@@ -1,8 +1,28 @@
 """The methods, one file each."""
 
+from pyramid_cache.caches.adakv import AdaKVCache
+from pyramid_cache.caches.expected_attention import ExpectedAttentionCache
 from pyramid_cache.caches.h2o import H2OCache
+from pyramid_cache.caches.keydiff import KeyDiffCache
+from pyramid_cache.caches.knorm import KnormCache
 from pyramid_cache.caches.pyramid import PyramidCache
+from pyramid_cache.caches.pyramidkv import PyramidKVCache
+from pyramid_cache.caches.rkv import RKVCache
+from pyramid_cache.caches.snapkv import SnapKVCache
 from pyramid_cache.caches.streaming_llm import StreamingLLMCache
+from pyramid_cache.caches.tova import TOVACache
 
 
-__all__ = ["H2OCache", "PyramidCache", "StreamingLLMCache"]
+__all__ = [
+    "AdaKVCache",
+    "ExpectedAttentionCache",
+    "H2OCache",
+    "KeyDiffCache",
+    "KnormCache",
+    "PyramidCache",
+    "PyramidKVCache",
+    "RKVCache",
+    "SnapKVCache",
+    "StreamingLLMCache",
+    "TOVACache",
+]

@@ -135,6 +135,11 @@ def cosine_decay(num_layers: int, decay_ratio: float) -> list[float]:
     ]
 
 
+def linear_decay(num_layers: int, decay_ratio: float) -> list[float]:
+    """The shape of a pyramid with straight sides: 1 at the first layer, falling to `decay_ratio` at the last one."""
+    return [1 - (1 - decay_ratio) * layer / max(num_layers - 1, 1) for layer in range(num_layers)]
+
+
 @functools.lru_cache(maxsize=1024)
 def pyramid_schedule(
     prompt_length: int, total: int, shape: tuple[float, ...], minimum: int, num_dense_layers: int = 0

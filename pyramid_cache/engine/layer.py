@@ -80,6 +80,8 @@ class CompressedLayer(CacheLayerMixin):
     num_spare_slots = 0
     # Whether all heads of a layer keep the same tokens.
     heads_share_positions = True
+    # Whether all heads of a layer hold as many tokens of a row.
+    heads_keep_equal_numbers = True
 
     def __init__(self, place: LayerPlace, budget: Budget | None, masks: MaskReader) -> None:
         super().__init__()
@@ -516,6 +518,11 @@ class CompressedLayer(CacheLayerMixin):
         return min(self.row_held) < self.length
 
     @property
+    def max_slots(self) -> int:
+        """How many slots the layer needs once it evicts."""
+        return max(self.row_kept) + self.num_spare_slots
+
+    @property
     def must_evict(self) -> bool:
         """Whether some row holds more tokens than it may keep."""
         return any(held > kept for held, kept in zip(self.row_held, self.row_kept, strict=True))
@@ -560,8 +567,8 @@ class CompressedLayer(CacheLayerMixin):
         if num_slots <= self.keys.shape[2]:
             return
         if num_slots == self.length + 1:
-            limit = max(self.row_kept) + self.num_spare_slots
             growth = max(MIN_GROWTH, self.length // 64)
+            limit = self.max_slots
             num_slots = self.length + growth if limit < num_slots else min(self.length + growth, limit)
         for name in self.slot_tensors:
             tensor = getattr(self, name)
@@ -604,11 +611,7 @@ class CompressedLayer(CacheLayerMixin):
             indices (`torch.Tensor`): `(batch, kv_heads or 1, kept)`, -1 for a slot that stays empty.
             num_free (`int`): Slots behind them that are in use from the start.
         """
-        if tokens.ends_in_padding:
-            raise NotImplementedError(
-                "Some rows of the batch are padded on the right, and the cache has to evict. Pad on the left "
-                "(tokenizer.padding_side = 'left'), as `generate` asks for anyway."
-            )
+        self.require_left_padding(tokens)
         num_kept = indices.shape[-1]
         num_slots = num_kept + num_free
         kept_positions = gather_tokens(tokens.positions.expand(-1, indices.shape[1], -1), indices)
@@ -618,6 +621,14 @@ class CompressedLayer(CacheLayerMixin):
         self.column_positions = None
         self.length = num_slots
         self.row_held = [min(held, kept) for held, kept in zip(self.row_held, self.row_kept, strict=True)]
+
+    def require_left_padding(self, tokens: Tokens) -> None:
+        """Raises where an eviction would take padding behind tokens for a gap."""
+        if tokens.ends_in_padding:
+            raise NotImplementedError(
+                "Some rows of the batch are padded on the right, and the cache has to evict. Pad on the left "
+                "(tokenizer.padding_side = 'left'), as `generate` asks for anyway."
+            )
 
     def per_row(self, numbers: list[int]) -> torch.Tensor:
         """Numbers known on the host as a `(batch, 1, 1)` int32 tensor on the layer's device."""
@@ -659,6 +670,9 @@ class CompressedLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forgets everything and lets the tensors go."""
         self._clear()
+
+    def release_empty_slots(self) -> None:
+        """Lets go of slots without a token, for layers that can do without."""
 
     def compress(self) -> None:
         """Evicts what the budget does not pay for, if the method lets tokens wait for that."""

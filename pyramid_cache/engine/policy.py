@@ -125,11 +125,14 @@ class Policy(ABC):
             not look at attention.
         heads_share_tokens (`bool`): Whether all heads of a layer keep the same tokens.
         state_names (`tuple[str, ...]`): The names of what `observe` returns.
+        floor_ratio (`float`): Where heads share the budget of their layer (`RaggedLayer`), the part of a head's equal share
+            that it keeps whatever the others have.
     """
 
     window_size: int = 0
     heads_share_tokens: bool = False
     state_names: tuple[str, ...] = ()
+    floor_ratio: float = 0.2
 
     @abstractmethod
     def score(self, view: ScoringView) -> torch.Tensor:

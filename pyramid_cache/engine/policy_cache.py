@@ -80,6 +80,8 @@ class PolicyLayer(CompressedLayer):
             return call.run()
         if self.positions is not None:
             call = self.with_slot_mask(call, tokens.positions >= 0 if tokens.has_gaps else None)
+        if self.policy.state_names:
+            self._remember(call, tokens)
         output, attention = self._attend_and_observe(call, tokens)
         if self.positions is not None or self.must_evict:
             self._keep_best(call.key, call.value, attention, tokens)
@@ -91,23 +93,27 @@ class PolicyLayer(CompressedLayer):
         self, call: AttentionCall, tokens: Tokens
     ) -> tuple[tuple[torch.Tensor, torch.Tensor | None], torch.Tensor | None]:
         """The output of attention, and what `ScoringView.attention` shows of all keys."""
-        if self.policy.state_names:
-            self._remember(call, tokens)
         window_size = self.policy.window_size
         if not window_size:
-            return call.run(), None
+            return self._attend_and_sum(call, tokens, 0, None)
         # Padding between the tokens of a row puts its last queries further back.
         num_rows = min(window_size, call.num_queries) if tokens.is_ascending else call.num_queries
         row_positions = tokens.positions[:, 0, -num_rows:]
         is_in_window = (row_positions >= 0) & (row_positions >= self.next_position[:, 0] - window_size)
         row_weights = None if tokens.is_ascending else is_in_window.float()
-        output, attention = attend_and_score(call, tokens, num_rows, row_weights)
-        attention = self._mean_over_heads(attention, call)
+        output, sums = self._attend_and_sum(call, tokens, num_rows, row_weights)
+        attention = self._mean_over_heads(sums, call)
         if self.attention is not None:
             num_earlier = call.num_keys - call.num_queries
             share_left = 1 - is_in_window.sum(dim=-1)[:, None, None] / window_size
             attention[..., :num_earlier] += share_left * self.attention[..., :num_earlier]
         return output, attention
+
+    def _attend_and_sum(
+        self, call: AttentionCall, tokens: Tokens, num_rows: int, row_weights: torch.Tensor | None
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor | None], torch.Tensor | None]:
+        """The output of attention, and what the last `num_rows` queries gave to each key, if there are any."""
+        return attend_and_score(call, tokens, num_rows, row_weights) if num_rows else (call.run(), None)
 
     def _mean_over_heads(self, sums: torch.Tensor, call: AttentionCall) -> torch.Tensor:
         """Sums of probabilities over query groups `(batch, kv_heads, keys)` as shares of a window of means."""
@@ -180,15 +186,18 @@ class PolicyLayer(CompressedLayer):
             arguments = call.logit_arguments
             attended, _, sums = decode_attention(call.query, call.key, call.value, mask=mask, **arguments)
             output = attended, None
-            self._add_query(sums.detach(), call)
+            self._add_query(self.attention[..., : self.length], sums.detach(), call)
         elif is_plain_on_cpu(call.query, call.key, call.value, **call.logit_arguments):
             output = decode_attention(call.query, call.key, call.value, mask=mask, **call.logit_arguments)[0], None
         else:
             output = self.with_slot_mask(call, mask).run()
-        is_due = self._is_due()
-        if any(is_due) or self.length == max(self.row_kept) + self.num_spare_slots:
-            self._evict(is_due)
+        self._evict_if_due()
         return output
+
+    def _evict_if_due(self) -> None:
+        is_due = self._is_due()
+        if any(is_due) or self.length >= self.max_slots:
+            self._evict(is_due)
 
     def _attend_dense_step(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Nothing was evicted so far: the model's own attention, and beside it what the policy wants to know."""
@@ -199,7 +208,7 @@ class PolicyLayer(CompressedLayer):
             key_mask = None if self.column_positions is None else self.column_tokens.positions >= 0
             with torch.no_grad():
                 probabilities, _ = decode_probabilities(call.query, call.key, key_mask, **call.logit_arguments)
-            self._add_query(probabilities.sum(dim=2), call)
+            self._add_query(self.attention[..., : self.length], probabilities.sum(dim=2), call)
         if any(self._is_due()):
             attention = None if self.attention is None else self.attention[..., : self.length]
             # Rows that are not due keep what they have.
@@ -208,9 +217,8 @@ class PolicyLayer(CompressedLayer):
             self.row_kept = row_kept
         return output
 
-    def _add_query(self, sums: torch.Tensor, call: AttentionCall) -> None:
-        """Lets the newest query take over its share of the window; `sums` `(batch, kv_heads, keys)`."""
-        attention = self.attention[..., : self.length]
+    def _add_query(self, attention: torch.Tensor, sums: torch.Tensor, call: AttentionCall) -> None:
+        """Lets the newest query take over its share of the window in `attention`; `sums` are its probabilities."""
         attention.mul_(1 - 1 / self.policy.window_size).add_(self._mean_over_heads(sums, call))
 
     def _is_due(self) -> list[bool]:

@@ -39,24 +39,25 @@ def attention_spread(
 
     Args:
         attention (`torch.Tensor`): `(batch, kv_heads, tokens)` float32, what each key got from the last queries, in any unit.
-        positions (`torch.Tensor`): `(batch, 1, tokens)` int32, -1 for padding, which got nothing.
-        is_massive (`torch.Tensor`): `(batch, tokens)` bool.
+        positions (`torch.Tensor`): `(batch, kv_heads or 1, tokens)` int32, -1 for padding, which got nothing.
+        is_massive (`torch.Tensor`): `(batch, kv_heads or 1, tokens)` bool.
         num_local (`int`): How many of the last tokens are local.
     """
-    is_token = positions[:, 0] >= 0
-    next_position = positions[:, 0].amax(dim=-1, keepdim=True) + 1
-    is_local = (positions[:, 0] >= next_position - num_local) & is_token & ~is_massive
+    positions, is_massive = positions.expand_as(attention), is_massive.expand_as(attention)
+    is_token = positions >= 0
+    next_position = positions.amax(dim=-1, keepdim=True) + 1
+    is_local = (positions >= next_position - num_local) & is_token & ~is_massive
     is_massive = is_massive & is_token
     # What learned sinks of the model took is no token's.
     shares = attention / attention.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-    sink_share = (shares * is_massive[:, None]).sum(dim=-1)  # (batch, kv_heads)
-    local_share = (shares * is_local[:, None]).sum(dim=-1)
+    sink_share = (shares * is_massive).sum(dim=-1)  # (batch, kv_heads)
+    local_share = (shares * is_local).sum(dim=-1)
     is_other = is_token & ~is_massive & ~is_local
-    others = shares.masked_fill(~is_other[:, None], 0).sort(dim=-1, descending=True).values
+    others = shares.masked_fill(~is_other, 0).sort(dim=-1, descending=True).values
     missing = (SUPPORT_SHARE - sink_share - local_share)[..., None]
     # As many as leave it missing without the next one: rounding must not ask for more tokens than there are.
-    num_others = ((others.cumsum(dim=-1) - others) < missing).sum(dim=-1).minimum(is_other.sum(dim=-1, keepdim=True))
-    support = (is_massive | is_local).sum(dim=-1, keepdim=True) + num_others
+    num_others = ((others.cumsum(dim=-1) - others) < missing).sum(dim=-1).minimum(is_other.sum(dim=-1))
+    support = (is_massive | is_local).sum(dim=-1) + num_others
     return AttentionSpread(sink_share.mean(dim=1), local_share.mean(dim=1), support.float().mean(dim=1))
 
 

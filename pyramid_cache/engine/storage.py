@@ -422,6 +422,7 @@ def import_layer(index: int, layer: Any, numbers: dict[str, Any], tensors: dict[
     if layer.device.type == "cpu":  # elsewhere it has been checked on the way
         check_layer(layer)
         layer.check_state()
+    layer.release_empty_slots()
 
 
 def require_numbers(layer: CompressedLayer, numbers: dict[str, Any]) -> None:
@@ -505,7 +506,12 @@ def check_slots(layer: CompressedLayer) -> None:
     if ((positions[..., 1:] == positions[..., :-1]) & (positions[..., 1:] >= 0)).any():
         raise ValueError("a token is held twice")
     held = (positions >= 0).sum(dim=-1)
-    if not (held == torch.tensor(layer.row_held)[:, None]).all():
+    row_held = torch.tensor(layer.row_held)
+    if layer.heads_keep_equal_numbers:
+        is_right = (held == row_held[:, None]).all()
+    else:
+        is_right = (held.sum(dim=-1) == num_heads * row_held).all()
+    if not is_right:
         raise ValueError(f"the slots hold {held.tolist()} tokens, but `row_held` is {layer.row_held}")
 
 

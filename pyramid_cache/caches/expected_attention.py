@@ -1,0 +1,240 @@
+"""
+Expected Attention of Devoto, Jeblick and Jégou, 2025 (https://arxiv.org/abs/2510.00636).
+
+What future queries will attend to can be foretold, for queries of one head are much alike: before RoPE they are close to a
+Gaussian, whose mean and covariance the prompt shows. Turned to the positions that come next, it gives the expectation of
+each key's exponential logit in closed form, `exp(mean · key + key · covariance · key / 2)`. A token is worth its share of
+these, averaged over the query heads of a KV head, times the norm of its value, which is what it would add to the output.
+
+Departures from the paper: the norm is that of the value, not of the value behind the output projection, which a cache does
+not see (the authors' library does the same). Statistics are of all queries of the prompts so far, not of the last 128, and
+go on being used while an answer is generated, turned to where its end is by then. Queries of the first tokens are left out
+of the statistics, as in the authors' library: attention sinks have queries like no others.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from pyramid_cache.engine.budget import is_number, read_count
+from pyramid_cache.engine.policy import Policy, PromptView, ScoringView
+from pyramid_cache.engine.policy_cache import DEFAULT_EVICTION_INTERVAL, PolicyCache
+from pyramid_cache.engine.rope import RotaryFrequencies
+
+
+# Queries whose statistics are taken at once: copies in float32 of a long prompt's would be larger than its cache.
+QUERIES_PER_CHUNK = 1024
+
+
+@dataclass(frozen=True)
+class ExpectedAttentionPolicy(Policy):
+    """
+    A token is worth the attention that future queries are expected to give it, times the norm of its value. See
+    `ExpectedAttentionCache` for the fields.
+
+    It remembers, of the queries before RoPE and with the scaling of attention in them: how many there were
+    `query_count` `(batch, 1)`, their mean `query_mean` `(batch, heads, head_dim)`, and the upper triangle of their
+    covariance `query_covariance` `(batch, heads, head_dim * (head_dim + 1) / 2)`. And how to turn them, as models differ
+    in which dimensions they pair: `rotation` `(batch, 2, head_dim)`, see `rotation_by_dimension`.
+    """
+
+    num_future_positions: int = 512
+    num_sink_tokens: int = 4
+    use_covariance: bool = True
+    epsilon: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_future_positions", 1), ("num_sink_tokens", 0)):
+            object.__setattr__(self, name, read_count(name, getattr(self, name), least=least))
+        if not isinstance(self.use_covariance, bool):
+            raise ValueError(f"`use_covariance={self.use_covariance!r}` must be True or False.")
+        if not is_number(self.epsilon) or not 0 <= self.epsilon < float("inf"):
+            raise ValueError(
+                f"`epsilon={self.epsilon!r}` must be a number of at least 0: it is added to each token's share of attention."
+            )
+        object.__setattr__(self, "epsilon", float(self.epsilon))
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        names = ("query_count", "query_mean", "rotation")
+        return (*names, "query_covariance") if self.use_covariance else names
+
+    def observe(self, prompt: PromptView) -> dict[str, torch.Tensor]:
+        head_dim = prompt.query.shape[-1]
+        known = prompt.state or self._nothing(prompt)
+        count, mean = known["query_count"], known["query_mean"]
+        covariance = unpacked(known["query_covariance"], head_dim) if self.use_covariance else None
+        for start in range(0, prompt.query.shape[2], QUERIES_PER_CHUNK):
+            chunk = slice(start, start + QUERIES_PER_CHUNK)
+            query, positions = prompt.query[:, :, chunk].float(), prompt.positions[..., chunk]
+            is_counted = positions >= self.num_sink_tokens
+            query = replace(prompt, query=query, positions=positions).unrotated_query() * prompt.scaling
+            query = query.masked_fill(~is_counted[..., None], 0)
+
+            num_new = is_counted.sum(dim=-1).float()  # (batch, 1)
+            new_mean = query.sum(dim=2) / num_new.clamp(min=1)[..., None]
+            share = (num_new / (count + num_new).clamp(min=1))[..., None]
+            difference = new_mean - mean
+            if covariance is not None:
+                centered = (query - new_mean[:, :, None]).masked_fill(~is_counted[..., None], 0)
+                new_covariance = centered.mT @ centered / num_new.clamp(min=1)[..., None, None]
+                between = difference[..., None] * difference[..., None, :]
+                covariance = covariance.lerp(new_covariance, share[..., None])
+                covariance = covariance + (share * (1 - share))[..., None] * between
+            mean = mean + share * difference
+            count = count + num_new
+        state = {"query_count": count, "query_mean": mean}
+        state["rotation"] = rotation_by_dimension(prompt.rotary, prompt.query, prompt.longest)
+        if covariance is not None:
+            state["query_covariance"] = packed(covariance)
+        return state
+
+    def _nothing(self, prompt: PromptView) -> dict[str, torch.Tensor]:
+        """The statistics of no query."""
+        batch_size, heads, _, head_dim = prompt.query.shape
+        shapes = {
+            "query_count": (batch_size, 1),
+            "query_mean": (batch_size, heads, head_dim),
+            "query_covariance": (batch_size, heads, head_dim * (head_dim + 1) // 2),
+        }
+        return {name: torch.zeros(shape, device=prompt.query.device) for name, shape in shapes.items()}
+
+    def score(self, view: ScoringView) -> torch.Tensor:
+        key = view.key.float()
+        kv_heads, head_dim = key.shape[1], key.shape[3]
+        is_first = view.is_first(self.num_sink_tokens)
+        mean = self._turned_to_future(view.state["query_mean"], view).unflatten(1, (kv_heads, -1))
+        logits = mean @ key.mT  # (batch, kv_heads, group, tokens)
+        if self.use_covariance:
+            covariance = unpacked(view.state["query_covariance"], head_dim)
+            # The turn of both sides of a symmetric matrix.
+            covariance = self._turned_to_future(self._turned_to_future(covariance, view).mT, view)
+            for member, of_heads in enumerate(covariance.unflatten(1, (kv_heads, -1)).unbind(dim=2)):
+                logits[:, :, member] += (key @ of_heads * key).sum(dim=-1) / 2
+        logits = logits.masked_fill((~view.is_token | is_first)[:, :, None], float("-inf"))
+        expected = logits.softmax(dim=-1).mean(dim=2)
+        scores = (expected + self.epsilon) * view.value.float().norm(dim=-1)
+        return scores.masked_fill(is_first, float("inf"))
+
+    def _turned_to_future(self, vectors: torch.Tensor, view: ScoringView) -> torch.Tensor:
+        """
+        The average of vectors `(batch, heads, head_dim)` or `(batch, heads, any, head_dim)` over turns to each of the
+        positions that come next.
+        """
+        frequencies, partners = view.state["rotation"].unbind(dim=1)  # (batch, head_dim)
+        steps = torch.arange(self.num_future_positions, device=vectors.device)
+        angles = (view.length + steps[:, None]).double() * frequencies[:, None].double()
+        shape = (vectors.shape[0], *[1] * (vectors.dim() - 2), vectors.shape[-1])
+        cosine = angles.cos().mean(dim=1).float().view(shape)
+        sine = (angles.sin().mean(dim=1).float() * partners.sign()).view(shape)
+        others = vectors.gather(-1, (partners.abs().long() - 1).view(shape).expand_as(vectors))
+        return vectors * cosine + others * sine
+
+
+def rotation_by_dimension(rotary: RotaryFrequencies | None, query: torch.Tensor, longest: int) -> torch.Tensor:
+    """
+    How a layer turns queries, whatever its layout: by an angle of `f * position`, dimension `d` becomes `cos * x[d] +
+    sin * x[p]` if it is the second of its pair and `cos * x[d] - sin * x[p]` if it is the first.
+
+    Returns:
+        `torch.Tensor`: `(batch, 2, head_dim)` float32. First `f`, which is 0 for what does not turn; then `p + 1`, negative
+        for the first of a pair.
+    """
+    head_dim = query.shape[-1]
+    numbers = torch.arange(1, head_dim + 1, dtype=torch.float32, device=query.device)
+    if rotary is None:
+        rotation = torch.stack([torch.zeros_like(numbers), numbers])
+    else:
+        inv_freq = rotary.model_angles(torch.ones(1, device=query.device), longest)[0].float()
+        zeros, ones = torch.zeros_like(inv_freq), torch.ones_like(inv_freq)
+        frequencies = rotary.turn(torch.ones_like(numbers), inv_freq, zeros)
+        frequencies[rotary.rotary_dim :] = 0
+        rotation = torch.stack([frequencies, rotary.turn(numbers, zeros, ones)])
+    return rotation.repeat(query.shape[0], 1, 1)
+
+
+def packed(matrices: torch.Tensor) -> torch.Tensor:
+    """The upper triangles `(..., n * (n + 1) / 2)` of symmetric matrices `(..., n, n)`."""
+    rows, columns = torch.triu_indices(matrices.shape[-1], matrices.shape[-1], device=matrices.device)
+    return matrices[..., rows, columns]
+
+
+def unpacked(triangles: torch.Tensor, size: int) -> torch.Tensor:
+    """The symmetric matrices `(..., size, size)` of which `packed` gave the triangles."""
+    rows, columns = torch.triu_indices(size, size, device=triangles.device)
+    matrices = triangles.new_empty(*triangles.shape[:-1], size, size)
+    matrices[..., rows, columns] = triangles
+    matrices[..., columns, rows] = triangles
+    return matrices
+
+
+class ExpectedAttentionCache(PolicyCache):
+    """
+    Keeps, per KV head, the tokens that future queries are expected to attend to, and the first ones (Expected Attention,
+    https://arxiv.org/abs/2510.00636).
+
+    It needs no attention weights, but the RoPE of the model. A layer holds `budget` tokens and up to `eviction_interval`
+    more, however much is generated: `batch * kv_heads * (budget + eviction_interval) * (2 * head_dim * itemsize + 4)`
+    bytes. Beside them it holds statistics of the queries, whatever the budget, which one in bytes does not count:
+    `batch * 4 * (heads * head_dim * (head_dim + 3) / 2 + 2 * head_dim + 1)` bytes, as much as 260 tokens take in a layer of
+    a model with 32 heads over 8 KV heads of width 128 in bfloat16; 4 tokens without `use_covariance`. The prompt is read
+    with full attention, so the first new token is exact.
+
+    Args:
+        config (`PreTrainedConfig` or `PreTrainedModel`): Of the model, or the model, whose config is taken.
+        budget (`float`, `int` or `str`): What each layer keeps: a fraction of the prompt (of everything seen, when a later
+            turn brings several tokens at once), a number of tokens, or bytes for the layers that evict such as "256MiB".
+            1.0 never evicts.
+        num_future_positions (`int`, defaults to 512): For how many positions behind what was seen attention is foretold.
+            Larger values look further ahead, and see less of what depends on the distance.
+        num_sink_tokens (`int`, defaults to 4): The first tokens, which are kept for certain.
+        use_covariance (`bool`, defaults to `True`): Whether the spread of queries counts, or their mean alone, which takes
+            less memory and time.
+        epsilon (`float`, defaults to 0.0): Added to each token's share of attention before it is multiplied with the norm
+            of its value. Larger values let the norm decide between tokens of which little attention is expected.
+        eviction_interval (`int`, defaults to 32): Generated tokens that come in before as many go. Larger values take more
+            memory and less time.
+
+    Raises:
+        ValueError: For an argument outside these ranges, or a model that cannot be compressed.
+        NotImplementedError: In the first forward pass of a model whose RoPE is no fixed turn by position.
+
+    Example:
+
+    ```python
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from pyramid_cache import ExpectedAttentionCache
+    >>> import torch
+
+    >>> config = LlamaConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=99)
+    >>> model = LlamaForCausalLM(config)
+    >>> cache = ExpectedAttentionCache(model.config, budget=16)
+    >>> tokens = model.generate(torch.arange(40)[None], past_key_values=cache, max_new_tokens=8, eos_token_id=None)
+    >>> cache.get_seq_length(), cache.num_kept_tokens()
+    (47, [23, 23])
+    >>> cache.compress()
+    >>> cache.positions(0)[0, 0].sort().values[:4]
+    tensor([0, 1, 2, 3])
+
+    ```
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig | PreTrainedModel,
+        budget: float | int | str = 0.2,
+        *,
+        num_future_positions: int = 512,
+        num_sink_tokens: int = 4,
+        use_covariance: bool = True,
+        epsilon: float = 0.0,
+        eviction_interval: int = DEFAULT_EVICTION_INTERVAL,
+    ) -> None:
+        policy = ExpectedAttentionPolicy(
+            num_future_positions=num_future_positions,
+            num_sink_tokens=num_sink_tokens,
+            use_covariance=use_covariance,
+            epsilon=epsilon,
+        )
+        super().__init__(config, budget, policy, eviction_interval=eviction_interval)

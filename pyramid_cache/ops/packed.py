@@ -1,0 +1,141 @@
+"""
+Decoding over heads that hold different numbers of tokens, stored one behind the other without padding.
+
+A *segment* is what one KV head of one row holds: `lengths` are those of the segments, row by row and head by head. Beside
+the packed tokens there are the latest ones, of which every head has all.
+"""
+
+import torch
+
+from pyramid_cache.ops.reference import grouped_logits
+from pyramid_cache.ops.registration import check_heads, check_shape, needs_gradients, register
+
+
+def decode_packed_attention(
+    query: torch.Tensor,
+    packed_key: torch.Tensor,
+    packed_value: torch.Tensor,
+    lengths: list[int],
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scaling: float,
+    softcap: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    Attention of one query per row over packed tokens and the latest ones, with the probabilities that it used.
+
+    Args:
+        query (`torch.Tensor`): `(batch, heads, 1, head_dim)`.
+        packed_key, packed_value (`torch.Tensor`): `(sum of lengths, head_dim)` and `(sum of lengths, value_dim)`.
+        lengths (`list[int]`): Of the segments: `batch * kv_heads` numbers, which may be 0.
+        key, value (`torch.Tensor`): `(batch, kv_heads, latest, head_dim)` and `(batch, kv_heads, latest, value_dim)`: at least
+            one token, that of the query.
+        scaling, softcap: As in `attention_scores`.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: the output `(batch, 1, heads, value_dim)`; and probabilities in
+        float32, summed over the query heads that share a KV head: `(sum of lengths,)` of the packed tokens and
+        `(batch, kv_heads, latest)` of the latest.
+
+    Raises:
+        ValueError: For shapes that do not fit.
+    """
+    check_shape("query", query, None, None, 1, None)
+    batch, heads, _, head_dim = query.shape
+    check_shape("key", key, batch, None, None, head_dim)
+    check_heads(heads, key.shape[1])
+    check_shape("value", value, batch, key.shape[1], key.shape[2], None)
+    if len(lengths) != batch * key.shape[1] or not key.shape[2]:
+        raise ValueError(
+            f"`lengths` has {len(lengths)} numbers for {batch} rows of {key.shape[1]} KV heads, and `key` {key.shape[2]} tokens: "
+            "give a number for each head of each row, and at least the token of the query."
+        )
+    check_shape("packed_key", packed_key, sum(lengths), head_dim)
+    check_shape("packed_value", packed_value, sum(lengths), value.shape[3])
+    arguments = (query, packed_key, packed_value, lengths, key, value, scaling, softcap)
+    return decode_as_one(*arguments) if needs_gradients(*arguments) else _decode_packed_attention(*arguments)
+
+
+def decode_as_one(
+    query: torch.Tensor,
+    packed_key: torch.Tensor,
+    packed_value: torch.Tensor,
+    lengths: list[int],
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float,
+    softcap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """All segments in a fixed number of operations on flat tensors, in float32."""
+    batch, heads, _, head_dim = query.shape
+    kv_heads, group, num_segments = key.shape[1], heads // key.shape[1], batch * key.shape[1]
+    counts = torch.tensor(lengths, device=query.device)
+    segment = torch.arange(num_segments, device=query.device)
+    segment = segment.repeat_interleave(counts, output_size=sum(lengths))  # of each packed token
+    latest = grouped_logits(query.float(), key.float(), scaling, softcap).view(num_segments, group, -1)
+    per_segment = query.float().reshape(num_segments, group, head_dim) * scaling
+    packed = (per_segment[segment] * packed_key.float()[:, None]).sum(dim=-1)  # (packed, group)
+    packed = torch.tanh(packed / softcap) * softcap if softcap else packed
+    index = segment[:, None].expand(-1, group)
+    highest = latest.detach().amax(dim=-1).scatter_reduce(0, index, packed.detach(), "amax")
+    latest, packed = (latest - highest[..., None]).exp(), (packed - highest[segment]).exp()
+    total = latest.sum(dim=-1).index_add(0, segment, packed)
+    latest, packed = latest / total[..., None], packed / total[segment]
+    output = latest @ value.float().flatten(0, 1)  # (segments, group, value_dim)
+    output = output.index_add(0, segment, packed[..., None] * packed_value.float()[:, None])
+    output = output.reshape(batch, 1, heads, -1).to(value.dtype)
+    return output, packed.sum(dim=-1), latest.sum(dim=1).view(batch, kv_heads, -1)
+
+
+def decode_one_by_one(
+    query: torch.Tensor,
+    packed_key: torch.Tensor,
+    packed_value: torch.Tensor,
+    lengths: list[int],
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float,
+    softcap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    On the CPU: one segment after the other, each by products with views of what is stored, in the precision of the inputs as
+    `decode_attention` makes them there.
+    """
+    batch, heads, _, head_dim = query.shape
+    kv_heads, group, num_latest = key.shape[1], heads // key.shape[1], key.shape[2]
+    output = value.new_empty(batch, 1, heads, value.shape[3])
+    packed_sums = torch.empty(packed_key.shape[0], dtype=torch.float32)
+    latest_sums = torch.empty(batch, kv_heads, num_latest, dtype=torch.float32)
+    query = (query * scaling).reshape(batch * kv_heads, group, head_dim)
+    keys, values = packed_key.split(lengths), packed_value.split(lengths)
+    sums = packed_sums.split(lengths)
+    for segment, length in enumerate(lengths):
+        row, head = divmod(segment, kv_heads)
+        logits = torch.cat([query[segment] @ keys[segment].T, query[segment] @ key[row, head].T], dim=-1).float()
+        logits = torch.tanh(logits / softcap) * softcap if softcap else logits
+        probabilities = torch.softmax(logits, dim=-1)  # (group, length + latest)
+        torch.sum(probabilities[:, :length], dim=0, out=sums[segment])
+        torch.sum(probabilities[:, length:], dim=0, out=latest_sums[row, head])
+        shares = probabilities.to(value.dtype)
+        heads_of_group = output[row, 0, head * group : (head + 1) * group]
+        torch.addmm(shares[:, length:] @ value[row, head], shares[:, :length], values[segment], out=heads_of_group)
+    return output, packed_sums, latest_sums
+
+
+def _fake(query, packed_key, packed_value, lengths, key, value, scaling, softcap):
+    batch, heads = query.shape[:2]
+    return (
+        value.new_empty(batch, 1, heads, value.shape[3]),
+        packed_key.new_empty(packed_key.shape[0], dtype=torch.float32),
+        key.new_empty(key.shape[:3], dtype=torch.float32),
+    )
+
+
+_decode_packed_attention = register(
+    "decode_packed_attention(Tensor query, Tensor packed_key, Tensor packed_value, int[] lengths, Tensor key, Tensor value, "
+    "float scaling, float? softcap) -> (Tensor, Tensor, Tensor)",
+    cpu=decode_one_by_one,
+    cuda=decode_as_one,
+    fake=_fake,
+)
