@@ -9,6 +9,10 @@ from caches import CacheCase, every_budget, every_cache
 from models import build_model, left_pad, random_rows, random_tokens
 from transformers import Cache, DynamicCache, PreTrainedModel
 
+from pyramid_cache import AdaKVCache
+from pyramid_cache.ops import decode_packed_attention
+from pyramid_cache.ops.packed import segment_starts
+
 
 DEVICE = "cuda"
 pytestmark = pytest.mark.cuda
@@ -165,3 +169,42 @@ def test_a_saved_cache_goes_on_where_the_model_is(case: CacheCase, tmp_path) -> 
         generate_on(DEVICE, model, loaded, prompt, max_new_tokens=8),
         generate_on("cpu", model, cache, prompt, max_new_tokens=8),
     )
+
+
+@pytest.mark.parametrize("lengths", [[9000, 0, 300, 20_000, 64, 1, 4097, 2500], [0] * 8], ids=["uneven", "nothing"])
+def test_packed_decoding_takes_neither_memory_nor_time_of_the_host(lengths: list[int]) -> None:
+    """bfloat16, 2 rows of 4 KV heads: the numbers of the CPU in float32, nothing like a copy of the keys, and no waiting."""
+    shapes = [(2, 16, 1, 128), (sum(lengths), 128), (sum(lengths), 128), (2, 4, 70, 128), (2, 4, 70, 128)]
+    tensors = [torch.randn(shape).to(torch.bfloat16) for shape in shapes]
+    query, packed_key, packed_value, key, value = (tensor.to(DEVICE) for tensor in tensors)
+    starts = segment_starts(lengths, torch.device(DEVICE))
+    key, value = key[:, :, :33], value[:, :, :33]
+    arguments = (query, packed_key, packed_value, lengths, key, value)
+    options = {"scaling": 128**-0.5, "softcap": 20.0, "starts": starts}
+    decode_packed_attention(*arguments, **options)  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = decode_packed_attention(*arguments, **options)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    taken = torch.cuda.max_memory_allocated() - before
+
+    on_cpu = [one.cpu().float() if isinstance(one, torch.Tensor) else one for one in arguments]
+    wanted = decode_packed_attention(*on_cpu, scaling=128**-0.5, softcap=20.0)
+    # Probabilities are float32 from exact products; the output takes them in bfloat16, and is rounded to it.
+    for ours, theirs, tolerance in zip(found, wanted, (1e-2, 1e-5, 1e-5), strict=True):
+        torch.testing.assert_close(ours.cpu().float(), theirs, rtol=tolerance, atol=tolerance)
+    # A logit for each of 4 heads and a sum: 20 bytes beside the 512 of a key and a value; parts of outputs are 516 bytes.
+    assert taken <= 20 * (sum(lengths) + 8 * 33) + 516 * 4 * 8 * 128 + 2**16
+
+
+def test_a_cache_with_heads_of_different_lengths_answers_as_on_the_cpu() -> None:
+    model = build_model("llama")
+    caches = [AdaKVCache(model.config, 14, window_size=8, eviction_interval=5) for _ in range(2)]
+    wanted = generate_on("cpu", model, caches[0], ROWS, num_beams=2)
+    assert torch.equal(generate_on(DEVICE, model, caches[1], ROWS, num_beams=2), wanted)
+    for layer in range(len(caches[0].layers)):
+        assert torch.equal(caches[1].positions(layer).cpu(), caches[0].positions(layer))

@@ -21,6 +21,7 @@ from pyramid_cache.engine.scoring import attend_and_score
 from pyramid_cache.engine.selection import best_tokens
 from pyramid_cache.engine.tokens import Tokens, causal_mask
 from pyramid_cache.ops import decode_packed_attention
+from pyramid_cache.ops.packed import segment_starts
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,13 @@ class PackedTokens:
     Attributes:
         tensors (`dict[str, torch.Tensor]`): By the names of slot tensors, each with the tokens in its first dimension.
         head_lengths (`list[list[int]]`): For each row, how many tokens each KV head holds.
+        starts (`torch.Tensor`): `(segments + 1,)` int64, where the segments begin and the last one ends: what steps need of
+            the lengths on their device.
     """
 
     tensors: dict[str, torch.Tensor]
     head_lengths: list[list[int]]
+    starts: torch.Tensor
 
     @staticmethod
     def of(slots: dict[str, torch.Tensor], is_kept: torch.Tensor) -> "PackedTokens":
@@ -42,12 +46,13 @@ class PackedTokens:
         Copies out of slots `(batch, kv_heads, slots, ...)` those that are kept `(batch, kv_heads, slots)`.
         """
         tensors = {name: tensor[is_kept] for name, tensor in slots.items()}
-        return PackedTokens(tensors, is_kept.sum(dim=-1).tolist())
+        head_lengths = is_kept.sum(dim=-1).tolist()
+        return PackedTokens(tensors, head_lengths, segment_starts(flat(head_lengths), is_kept.device))
 
     @property
     def lengths(self) -> list[int]:
         """How many tokens each segment has."""
-        return [length for row in self.head_lengths for length in row]
+        return flat(self.head_lengths)
 
     def in_slots(self) -> dict[str, torch.Tensor]:
         """The tensors with as many slots as the longest segment; those in front of a shorter one are empty."""
@@ -66,17 +71,18 @@ class PackedTokens:
 
     def map_rows(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "PackedTokens":
         """What is left when `function` takes rows from tensors whose first dimension is the batch, or moves them."""
-        device = self.tensors["positions"].device
-        rows = function(torch.arange(len(self.head_lengths), device=device))
-        tensors = {name: tensor.to(rows.device) for name, tensor in self.tensors.items()}
+        rows = function(torch.arange(len(self.head_lengths), device=self.starts.device))
+        device = rows.device
+        tensors = {name: tensor.to(device) for name, tensor in self.tensors.items()}
         rows = rows.tolist()
         if rows == list(range(len(self.head_lengths))):
-            return PackedTokens(tensors, self.head_lengths)
+            return PackedTokens(tensors, self.head_lengths, self.starts.to(device))
         row_sizes = [sum(row) for row in self.head_lengths]
         for name, tensor in tensors.items():
             parts = tensor.split(row_sizes)
             tensors[name] = torch.cat([parts[row] for row in rows]) if rows else tensor[:0]
-        return PackedTokens(tensors, [self.head_lengths[row] for row in rows])
+        head_lengths = [self.head_lengths[row] for row in rows]
+        return PackedTokens(tensors, head_lengths, segment_starts(flat(head_lengths), device))
 
 
 class RaggedLayer(PolicyLayer):
@@ -225,6 +231,7 @@ class RaggedLayer(PolicyLayer):
             call.key,
             call.value,
             **arguments,
+            starts=packed.starts,
         )
         if self.policy.window_size:
             self._add_query(self.attention[..., : self.length], sums.detach(), call)
@@ -256,11 +263,16 @@ class RaggedLayer(PolicyLayer):
         return super().held_positions() if self.packed is None else self._unpacked().held_positions()
 
     def held_tensors(self) -> dict[str, torch.Tensor]:
-        packed = {} if self.packed is None else self.packed.tensors
+        packed = {} if self.packed is None else self.packed.tensors | {"starts": self.packed.starts}
         return super().held_tensors() | {f"{name} packed": tensor for name, tensor in packed.items()}
 
     def export_state(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         return super().export_state() if self.packed is None else self._unpacked().export_state()
+
+
+def flat(head_lengths: list[list[int]]) -> list[int]:
+    """Numbers of rows and heads as those of segments."""
+    return [length for row in head_lengths for length in row]
 
 
 def best_of_all_heads(priority: torch.Tensor, row_kept: list[int], floor_ratio: float) -> torch.Tensor:

@@ -5,10 +5,12 @@ A *segment* is what one KV head of one row holds: `lengths` are those of the seg
 the packed tokens there are the latest ones, of which every head has all.
 """
 
+import itertools
+
 import torch
 
 from pyramid_cache.ops.reference import grouped_logits
-from pyramid_cache.ops.registration import check_heads, check_shape, needs_gradients, register
+from pyramid_cache.ops.registration import check_dtype, check_heads, check_shape, needs_gradients, register
 
 
 def decode_packed_attention(
@@ -21,6 +23,7 @@ def decode_packed_attention(
     *,
     scaling: float,
     softcap: float | None = None,
+    starts: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
     Attention of one query per row over packed tokens and the latest ones, with the probabilities that it used.
@@ -32,6 +35,8 @@ def decode_packed_attention(
         key, value (`torch.Tensor`): `(batch, kv_heads, latest, head_dim)` and `(batch, kv_heads, latest, value_dim)`: at least
             one token, that of the query.
         scaling, softcap: As in `attention_scores`.
+        starts (`torch.Tensor`, *optional*): What `segment_starts` makes of `lengths`, which is not looked at again. Left out,
+            it is made at every call, and a CUDA device is waited for.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: the output `(batch, 1, heads, value_dim)`; and probabilities in
@@ -53,8 +58,15 @@ def decode_packed_attention(
         )
     check_shape("packed_key", packed_key, sum(lengths), head_dim)
     check_shape("packed_value", packed_value, sum(lengths), value.shape[3])
-    arguments = (query, packed_key, packed_value, lengths, key, value, scaling, softcap)
+    check_shape("starts", starts, len(lengths) + 1)
+    check_dtype("starts", starts, torch.int64)
+    arguments = (query, packed_key, packed_value, lengths, key, value, scaling, softcap, starts)
     return decode_as_one(*arguments) if needs_gradients(*arguments) else _decode_packed_attention(*arguments)
+
+
+def segment_starts(lengths: list[int], device: torch.device) -> torch.Tensor:
+    """`(segments + 1,)` int64 on the device: where each segment begins, and where the last one ends."""
+    return torch.tensor([*itertools.accumulate(lengths, initial=0)], dtype=torch.int64, device=device)
 
 
 def decode_as_one(
@@ -66,13 +78,14 @@ def decode_as_one(
     value: torch.Tensor,
     scaling: float,
     softcap: float | None,
+    starts: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """All segments in a fixed number of operations on flat tensors, in float32."""
     batch, heads, _, head_dim = query.shape
     kv_heads, group, num_segments = key.shape[1], heads // key.shape[1], batch * key.shape[1]
-    counts = torch.tensor(lengths, device=query.device)
+    starts = segment_starts(lengths, query.device) if starts is None else starts
     segment = torch.arange(num_segments, device=query.device)
-    segment = segment.repeat_interleave(counts, output_size=sum(lengths))  # of each packed token
+    segment = segment.repeat_interleave(starts.diff(), output_size=sum(lengths))  # of each packed token
     latest = grouped_logits(query.float(), key.float(), scaling, softcap).view(num_segments, group, -1)
     per_segment = query.float().reshape(num_segments, group, head_dim) * scaling
     packed = (per_segment[segment] * packed_key.float()[:, None]).sum(dim=-1)  # (packed, group)
@@ -97,33 +110,52 @@ def decode_one_by_one(
     value: torch.Tensor,
     scaling: float,
     softcap: float | None,
+    starts: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    On the CPU: one segment after the other, each by products with views of what is stored, in the precision of the inputs as
-    `decode_attention` makes them there.
+    On the CPU: the products of one segment after the other, with views of what is stored, and all else of all segments at
+    once. Products are in the precision of the inputs, as `decode_attention` makes them there. The lengths say enough; `starts`
+    is not needed.
     """
     batch, heads, _, head_dim = query.shape
     kv_heads, group, num_latest = key.shape[1], heads // key.shape[1], key.shape[2]
-    output = value.new_empty(batch, 1, heads, value.shape[3])
-    packed_sums = torch.empty(packed_key.shape[0], dtype=torch.float32)
-    latest_sums = torch.empty(batch, kv_heads, num_latest, dtype=torch.float32)
-    query = (query * scaling).reshape(batch * kv_heads, group, head_dim)
+    num_segments, longest = batch * kv_heads, max(lengths, default=0)
+    queries = (query * scaling).reshape(num_segments, group, head_dim)
     keys, values = packed_key.split(lengths), packed_value.split(lengths)
-    sums = packed_sums.split(lengths)
-    for segment, length in enumerate(lengths):
-        row, head = divmod(segment, kv_heads)
-        logits = torch.cat([query[segment] @ keys[segment].T, query[segment] @ key[row, head].T], dim=-1).float()
-        logits = torch.tanh(logits / softcap) * softcap if softcap else logits
-        probabilities = torch.softmax(logits, dim=-1)  # (group, length + latest)
-        torch.sum(probabilities[:, :length], dim=0, out=sums[segment])
-        torch.sum(probabilities[:, length:], dim=0, out=latest_sums[row, head])
-        shares = probabilities.to(value.dtype)
-        heads_of_group = output[row, 0, head * group : (head + 1) * group]
-        torch.addmm(shares[:, length:] @ value[row, head], shares[:, :length], values[segment], out=heads_of_group)
-    return output, packed_sums, latest_sums
+    # Minus infinity behind the end of a segment, and the latest tokens behind that of the longest.
+    logits = query.new_full((num_segments, group, longest + num_latest), float("-inf"))
+    logits[..., longest:] = queries @ key.reshape(num_segments, num_latest, head_dim).mT
+    for segment_query, segment_key, segment_logits in zip(queries, keys, logits, strict=True):
+        torch.mm(segment_query, segment_key.T, out=segment_logits[:, : len(segment_key)])
+    logits = logits.float()
+    logits = torch.tanh(logits / softcap) * softcap if softcap else logits
+    if softcap:
+        is_behind = torch.arange(longest) >= torch.tensor(lengths)[:, None, None]
+        logits[..., :longest].masked_fill_(is_behind, float("-inf"))
+    probabilities = torch.softmax(logits, dim=-1)  # (segments, group, longest + latest)
+    shares = probabilities.to(value.dtype)
+    output = shares[..., longest:] @ value.reshape(num_segments, num_latest, -1)
+    for segment_shares, segment_value, segment_output in zip(shares, values, output, strict=True):
+        segment_output.addmm_(segment_shares[:, : len(segment_value)], segment_value)
+    sums = probabilities.sum(dim=1)
+    packed_sums = torch.cat([of_segment[:length] for of_segment, length in zip(sums, lengths, strict=True)])
+    return (
+        output.view(batch, 1, heads, -1),
+        packed_sums,
+        sums[:, longest:].reshape(batch, kv_heads, num_latest).clone(),
+    )
 
 
-def _fake(query, packed_key, packed_value, lengths, key, value, scaling, softcap):
+def _on_cuda(*arguments) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The Triton kernels, imported when they are first called."""
+    try:
+        from pyramid_cache.ops import triton_packed
+    except ImportError:
+        return decode_as_one(*arguments)
+    return triton_packed.decode_packed_attention(*arguments)
+
+
+def _fake(query, packed_key, packed_value, lengths, key, value, scaling, softcap, starts):
     batch, heads = query.shape[:2]
     return (
         value.new_empty(batch, 1, heads, value.shape[3]),
@@ -134,8 +166,8 @@ def _fake(query, packed_key, packed_value, lengths, key, value, scaling, softcap
 
 _decode_packed_attention = register(
     "decode_packed_attention(Tensor query, Tensor packed_key, Tensor packed_value, int[] lengths, Tensor key, Tensor value, "
-    "float scaling, float? softcap) -> (Tensor, Tensor, Tensor)",
+    "float scaling, float? softcap, Tensor? starts) -> (Tensor, Tensor, Tensor)",
     cpu=decode_one_by_one,
-    cuda=decode_as_one,
+    cuda=_on_cuda,
     fake=_fake,
 )

@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from pyramid_cache.ops import triton_scores, triton_shadow  # noqa: E402
+from pyramid_cache.ops import triton_packed, triton_scores, triton_shadow  # noqa: E402
 
 
 # Bytes of shared memory that one block may have, by compute capability. An A100 (8.0) has 166,912, but GPUs of capability
@@ -159,6 +159,16 @@ def evict_arguments(dtype: torch.dtype, head_dim: int, slots: int, **options) ->
     )  # fmt: skip
 
 
+def packed_arguments(dtype: torch.dtype, head_dim: int, longest: int, **options) -> tuple:
+    """Arguments of `decode_packed_attention` for 2 KV heads in each of 2 rows, with the latest tokens in some of 64 slots."""
+    lengths = [longest, longest // 7, 0, 17]
+    query = empty(2, 2 * options.get("group", 4), 1, head_dim, dtype=dtype)
+    packed_key, packed_value = (empty(sum(lengths), head_dim, dtype=dtype) for _ in range(2))
+    key, value = (empty(2, 2, 64, head_dim, dtype=dtype)[:, :, : 1 + longest % 64] for _ in range(2))
+    starts = empty(5, dtype=torch.int64)
+    return query, packed_key, packed_value, lengths, key, value, 0.1, options.get("softcap"), starts
+
+
 def run_shadow(dtype: torch.dtype, head_dim: int, tokens: int) -> None:
     """Calls the ops that fill the buffers of ShadowKV."""
     buffer = empty(2, 2, 1024, head_dim, dtype=dtype)
@@ -182,6 +192,9 @@ CALLS: dict[str, Callable[[torch.dtype, int], object]] = {
     "decode and evict": lambda dtype, head_dim: triton_scores.decode_attention_and_evict(
         *evict_arguments(dtype, head_dim, 3000)
     ),
+    "packed decode": lambda dtype, head_dim: triton_packed.decode_packed_attention(
+        *packed_arguments(dtype, head_dim, 9000)
+    ),
     "shadow": lambda dtype, head_dim: run_shadow(dtype, head_dim, 9000),
 }
 # The same once, of kernels that are no different for other dtypes, and of rare options.
@@ -193,6 +206,9 @@ RARE_CALLS: dict[str, Callable[[torch.dtype, int], object]] = {
     "large group": lambda dtype, head_dim: triton_scores.decode_attention(
         *decode_arguments(dtype, head_dim, 3000, group=48)
     ),
+    "packed decode of a large group": lambda dtype, head_dim: triton_packed.decode_packed_attention(
+        *packed_arguments(dtype, head_dim, 3000, group=48, softcap=30.0)
+    ),
     "long eviction": lambda dtype, head_dim: triton_scores.decode_attention_and_evict(
         *evict_arguments(dtype, head_dim, 9000, has_empty_slots=False, evicts=True, softcap=30.0, sinks=True)
     ),
@@ -201,6 +217,7 @@ QUICK = [
     ("all rows", torch.bfloat16, 128, 90),
     ("decode and evict", torch.bfloat16, 128, 90),
     ("window", torch.float32, 64, 80),
+    ("packed decode", torch.bfloat16, 128, 90),
 ]
 # Calls for the kernels of any length. Kernels must not be compiled for each of them.
 CALLS_BY_LENGTH: dict[str, Callable[[int], object]] = {
@@ -214,6 +231,9 @@ CALLS_BY_LENGTH: dict[str, Callable[[int], object]] = {
     ),
     "long eviction": lambda length: triton_scores.decode_attention_and_evict(
         *evict_arguments(torch.float16, 64, 10 * length)
+    ),
+    "packed decode": lambda length: triton_packed.decode_packed_attention(
+        *packed_arguments(torch.float16, 64, length)
     ),
     "shadow": lambda length: run_shadow(torch.float16, 64, length),
 }
@@ -237,7 +257,8 @@ def check(call: Callable[[torch.dtype, int], object], dtype: torch.dtype, head_d
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compile for real, and leave nothing behind."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(triton_scores, "num_multiprocessors", lambda device: 132)
+    for module in (triton_scores, triton_packed):
+        monkeypatch.setattr(module, "num_multiprocessors", lambda device: 132)
 
 
 @pytest.mark.parametrize("name, dtype, head_dim, capability", QUICK)

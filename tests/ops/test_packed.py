@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
+from pyramid_cache.engine.ragged import PackedTokens
 from pyramid_cache.ops import decode_packed_attention
-from pyramid_cache.ops.packed import decode_as_one
+from pyramid_cache.ops.packed import decode_as_one, segment_starts
 
 
 # Rows x KV heads, the lengths of their segments, query heads per KV head, widths of keys and values, latest tokens.
@@ -117,8 +118,35 @@ def test_gradients_are_those_of_the_definition() -> None:
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
-def test_is_an_op_that_compilers_know() -> None:
-    arguments = (*build("grouped"), 0.3, 2.0)
+def test_starts_that_are_given_are_those_that_would_be_made() -> None:
+    arguments = build("grouped")
+    starts = torch.tensor([0, 3, 3, 10, 11, 16, 18])
+    assert torch.equal(segment_starts(arguments[3], torch.device("cpu")), starts)
+    wanted = decode_as_one(*arguments, 0.3, None)
+    found = decode_as_one(*arguments, 0.3, None, starts)
+    assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
+    # Other starts give something else: a step whose starts are given does not send its lengths to the device.
+    others = decode_as_one(*arguments, 0.3, None, torch.tensor([0, 4, 4, 10, 11, 16, 18]))
+    assert not torch.equal(others[1][:10], wanted[1][:10]) and torch.equal(others[1][10:], wanted[1][10:])
+
+
+def test_packed_tokens_know_where_their_segments_begin() -> None:
+    is_kept = torch.tensor([[[1, 0, 1], [0, 0, 0]], [[1, 1, 1], [0, 1, 0]]], dtype=torch.bool)
+    packed = PackedTokens.of({"positions": torch.arange(12).view(2, 2, 3)}, is_kept)
+    assert packed.lengths == [2, 0, 3, 1] and packed.starts.tolist() == [0, 2, 2, 5, 6]
+    same = packed.map_rows(lambda tensor: tensor)
+    assert same.lengths == [2, 0, 3, 1] and same.starts.tolist() == [0, 2, 2, 5, 6]
+    moved = packed.map_rows(lambda tensor: tensor[[1, 1, 0]])
+    assert moved.lengths == [3, 1, 3, 1, 2, 0] and moved.starts.tolist() == [0, 3, 4, 7, 8, 10, 10]
+    assert moved.tensors["positions"].tolist() == [6, 7, 8, 10, 6, 7, 8, 10, 0, 2]
+    assert packed.map_rows(lambda tensor: tensor[:0]).starts.tolist() == [0]
+
+
+@pytest.mark.parametrize("has_starts", [False, True])
+def test_is_an_op_that_compilers_know(has_starts: bool) -> None:
+    arguments = build("grouped")
+    starts = segment_starts(arguments[3], torch.device("cpu")) if has_starts else None
+    arguments = (*arguments, 0.3, 2.0, starts)
     torch.library.opcheck(torch.ops.pyramid_cache.decode_packed_attention.default, arguments)
 
 
@@ -130,11 +158,13 @@ def test_is_an_op_that_compilers_know() -> None:
         ({4: torch.zeros(2, 3, 0, 8), 5: torch.zeros(2, 3, 0, 6)}, "at least the token of the query"),
         ({0: torch.zeros(2, 4, 1, 8)}, "4 query heads cannot share 3 KV heads"),
         ({2: torch.zeros(18, 5)}, r"`packed_value` must have the shape \(18, 6\)"),
+        ({6: torch.zeros(6, dtype=torch.int64)}, r"`starts` must have the shape \(7\), but has \(6,\)"),
+        ({6: torch.zeros(7, dtype=torch.int32)}, "`starts` must be torch.int64, but is torch.int32"),
     ],
 )
 def test_shapes_that_do_not_fit(changes: dict[int, object], message: str) -> None:
-    arguments = list(build("grouped"))
+    arguments = [*build("grouped"), None]
     for index, value in changes.items():
         arguments[index] = value
     with pytest.raises(ValueError, match=message):
-        decode_packed_attention(*arguments, scaling=0.3)
+        decode_packed_attention(*arguments[:6], scaling=0.3, starts=arguments[6])
