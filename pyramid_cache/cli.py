@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from pyramid_cache.bench import command as bench_command
 from pyramid_cache.demo import command as demo_command
+from pyramid_cache.evaluation import command as evaluate_command
+from pyramid_cache.profile import command as profile_command
 
 
 # What the subcommands import beyond the core dependencies; all of it comes with the extra `demo`.
@@ -20,6 +22,8 @@ def build_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     demo_command.add_parser(subparsers)
     bench_command.add_parser(subparsers)
+    evaluate_command.add_parser(subparsers)
+    profile_command.add_parser(subparsers)
     return parser
 
 

@@ -728,6 +728,16 @@ CLOSENESS = {
     "H2OCache(config)": (0.99, 0.9),
     "StreamingLLMCache(config)": (0.999999, 1.0),
     "StreamingLLMCache(config, prefill='dense')": (0.97, 1.0),
+    "SnapKVCache(config)": (0.99, 0.78),
+    "AdaKVCache(config)": (0.99, 0.8),
+    "MassiveActivationCache(config)": (0.99, 0.77),
+    "MassiveActivationCache(model)": (0.99, 0.77),
+    "PyramidKVCache(config)": (0.99, 0.8),
+    "TOVACache(config)": (0.98, 0.62),
+    "KeyDiffCache(config)": (0.97, 0.78),
+    "KnormCache(config)": (0.97, 0.84),
+    "ExpectedAttentionCache(config)": (0.98, 0.9),
+    "RKVCache(config)": (0.99, 0.69),
 }
 
 

@@ -7,17 +7,22 @@ the held positions that a cache of that policy must reproduce. Every run is of o
 """
 
 import contextlib
+import inspect
 import math
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from models import Trace
 from transformers import AttentionInterface, PreTrainedModel
 
 
 ATTENTION_NAME = "loop_written_reference"
+# Scores nearer than this may rank either way in float32.
+TIE = 1e-5
 
 
 class Policy(Protocol):
@@ -289,6 +294,287 @@ class StreamingLLMPolicy:
             for head in range(kv_heads):
                 output[head, :, position], _ = attend_one(queries[head], keys[head], value[head, seen], scaling)
         return output.view(-1, length, head_dim)
+
+
+# Caches that keep what a score says (`PolicyCache`). Their scores are written here once, as loops over tokens; what a
+# cache of them holds is worked out from these by `ScoredPolicy` below, and by the references of test_properties.py and
+# test_soak.py.
+
+
+@dataclass
+class HeldTokens:
+    """What one key head of a row holds when tokens have to go (any of them, if all heads of a layer hold the same).
+
+    Attributes:
+        positions: Of the tokens, rising.
+        keys: As attention sees them, `(held, head_dim)` float64.
+        values: `(held, head_dim)` float64.
+        attention: What the last queries gave to each token: the mean over a window of queries and over the heads that count.
+        length: Tokens that the row has seen.
+        num_kept: Tokens that stay.
+    """
+
+    positions: list[int]
+    keys: np.ndarray
+    values: np.ndarray
+    attention: list[float]
+    length: int
+    num_kept: int
+
+    def is_recent(self, window_size: int) -> list[bool]:
+        """Which tokens are among the last `window_size` of the row: half of what stays at most, but one at least."""
+        window_size = min(window_size, max(self.num_kept // 2, 1))
+        return [position >= self.length - window_size for position in self.positions]
+
+
+class ReferenceScore:
+    """A method: what tokens are worth. Its arguments are those of the cache that it needs.
+
+    Attributes:
+        window_size: How many of the last queries attention is the mean of; 0: it is not looked at.
+        heads_share_tokens: Whether attention is the mean over all heads, which hold the same.
+        has_exact_ties: Whether scores that are equal are so in float32 too, where the newer token is the better.
+        tie: Scores nearer than this, in proportion, may rank either way.
+    """
+
+    window_size = 0
+    heads_share_tokens = False
+    has_exact_ties = True
+    tie = TIE
+
+    def scores(self, held: HeldTokens) -> list[float]:
+        """What each token is worth, infinity for what must stay."""
+        raise NotImplementedError
+
+
+class SnapKVScore(ReferenceScore):
+    """The attention of the last queries, averaged over neighbours; the last tokens stay."""
+
+    def __init__(self, window_size: int = 32, kernel_size: int = 5) -> None:
+        self.window_size = window_size
+        self.kernel_size = kernel_size
+
+    def scores(self, held: HeldTokens) -> list[float]:
+        """See `ReferenceScore`."""
+        is_recent = held.is_recent(self.window_size)
+        reach, scores = self.kernel_size // 2, []
+        for index, recent in enumerate(is_recent):
+            total = 0.0
+            for neighbour in range(max(index - reach, 0), min(index + reach + 1, len(is_recent))):
+                total += 0.0 if is_recent[neighbour] else held.attention[neighbour]
+            scores.append(math.inf if recent else total / self.kernel_size)
+        return scores
+
+
+class TOVAScore(ReferenceScore):
+    """The attention of the last query, which stays."""
+
+    window_size = 1
+    heads_share_tokens = True
+
+    def scores(self, held: HeldTokens) -> list[float]:
+        """See `ReferenceScore`."""
+        return [
+            math.inf if recent else amount for recent, amount in zip(held.is_recent(1), held.attention, strict=True)
+        ]
+
+
+class KeyDiffScore(ReferenceScore):
+    """How little a key points where the mean of all normalised keys does."""
+
+    has_exact_ties = False  # of two keys each is as far from their mean as the other
+
+    def scores(self, held: HeldTokens) -> list[float]:
+        """See `ReferenceScore`."""
+        # A key of zeros points nowhere.
+        directions = [key / math.sqrt(key @ key) if key.any() else key for key in held.keys]
+        mean = sum(directions) / len(directions)
+        return [-(direction @ mean) / math.sqrt(mean @ mean) for direction in directions]
+
+
+class KnormScore(ReferenceScore):
+    """The lower the norm of its key, the more a token is worth."""
+
+    # The same token at another position has the same norm, but for rounding; the cache goes in steps.
+    has_exact_ties = False
+    tie = 1 / 4096
+
+    def scores(self, held: HeldTokens) -> list[float]:
+        """See `ReferenceScore`."""
+        return [-math.log2(math.sqrt(key @ key)) if key.any() else math.inf for key in held.keys]
+
+
+class RKVScore(ReferenceScore):
+    """The share of attention of a token or a neighbour, less how much its key points where others do; the last stay."""
+
+    has_exact_ties = False  # of two keys each points as much where the other does
+
+    def __init__(
+        self,
+        window_size: int = 8,
+        kernel_size: int = 7,
+        importance_weight: float = 0.1,
+        similarity_threshold: float = 0.5,
+    ) -> None:
+        self.window_size = window_size
+        self.kernel_size = kernel_size
+        self.importance_weight = importance_weight
+        self.similarity_threshold = similarity_threshold
+
+    def scores(self, held: HeldTokens) -> list[float]:
+        """See `ReferenceScore`."""
+        is_recent = held.is_recent(self.window_size)
+        given = [0.0 if recent else amount for recent, amount in zip(is_recent, held.attention, strict=True)]
+        redundancy = self.redundancy(held.keys)
+        reach, scores = self.kernel_size // 2, []
+        for index, recent in enumerate(is_recent):
+            importance = max(given[max(index - reach, 0) : index + reach + 1]) / (sum(given) or 1.0)
+            score = self.importance_weight * importance - (1 - self.importance_weight) * redundancy[index]
+            scores.append(math.inf if recent else score)
+        return scores
+
+    def redundancy(self, keys: np.ndarray) -> list[float]:
+        """Each token blames each other one for the cosine of their keys, but not the latest of those that are alike."""
+        number = len(keys)
+        blame = [0.0] * number
+        for judge in range(number):
+            cosines = []
+            for judged in range(number):
+                lengths = math.sqrt(keys[judge] @ keys[judge]) * math.sqrt(keys[judged] @ keys[judged])
+                cosine = float(keys[judge] @ keys[judged]) / (lengths or 1.0)  # a key of zeros is like no other
+                cosines.append(0.0 if judge == judged else cosine)
+            alike = [judged for judged in range(number) if cosines[judged] > self.similarity_threshold]
+            for judged in range(number):
+                if judged not in alike[-1:]:
+                    blame[judged] += cosines[judged] / number
+        exponentials = [math.exp(amount) for amount in blame]
+        return [exponential / sum(exponentials) for exponential in exponentials]
+
+
+# For each cache of the package, by name, its score as it is written here.
+SCORES: dict[str, type[ReferenceScore]] = {
+    "SnapKVCache": SnapKVScore,
+    "PyramidKVCache": SnapKVScore,
+    "TOVACache": TOVAScore,
+    "KeyDiffCache": KeyDiffScore,
+    "KnormCache": KnormScore,
+    "RKVCache": RKVScore,
+}
+
+
+def score_of(cache_class: type, settings: dict[str, Any]) -> ReferenceScore:
+    """The score of a cache with these arguments of its constructor."""
+    score_class = SCORES[cache_class.__name__]
+    known = inspect.signature(score_class).parameters
+    return score_class(**{name: value for name, value in settings.items() if name in known})
+
+
+def choose(
+    scores: dict[int, float], number: int, observed: set[int], has_exact_ties: bool = True, tie: float = TIE
+) -> set[int]:
+    """The `number` positions of highest score, the newer of equals (`has_exact_ties`, `tie`: see `ReferenceScore`). Of near ties, which float32 may rank otherwise, those
+    that the cache was observed to hold come first."""
+    ranked = sorted(scores, key=lambda position: (scores[position], position), reverse=True)
+    if number >= len(ranked):
+        return set(ranked)
+    if number <= 0:
+        return set()
+    lowest, next_lower = scores[ranked[number - 1]], scores[ranked[number]]
+    if math.isinf(lowest) or (has_exact_ties and lowest == next_lower):
+        return set(ranked[:number])
+    tolerance = tie * max(1.0, abs(lowest))
+    if lowest - next_lower > tolerance:
+        return set(ranked[:number])
+    certain = [position for position in ranked if scores[position] > lowest + tolerance]
+    near = [position for position in ranked if abs(scores[position] - lowest) <= tolerance]
+    near.sort(key=lambda position: position not in observed)
+    return set((certain + near)[:number])
+
+
+class ScoredPolicy:
+    """A prompt loses at once what a score ranks lowest; generated tokens come in until `eviction_interval` of them exceed
+    what a layer keeps, and then as many go.
+
+    Where scores are the same within rounding, it goes along with what row `row` of `trace` held, if there is one.
+
+    Attributes:
+        held: `held[layer][head][step]`, the positions held after the prompt (step 0) and after each later token.
+    """
+
+    def __init__(
+        self,
+        score: ReferenceScore,
+        prompt_length: int,
+        kept_per_layer: list[int],
+        eviction_interval: int,
+        trace: Trace | None = None,
+        row: int = 0,
+    ) -> None:
+        self.score = score
+        self.prompt_length = prompt_length
+        self.kept = kept_per_layer
+        self.eviction_interval = eviction_interval
+        self.trace, self.row = trace, row
+        self.held: dict[int, list[list[list[int]]]] = {}
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        """See `Policy`."""
+        kv_heads, length, head_dim = key.shape
+        groups = query.view(kv_heads, -1, length, head_dim)
+        output = torch.empty_like(groups)
+        held: list[list[int]] = [[] for _ in range(kv_heads)]
+        attention = torch.zeros(kv_heads, length, dtype=torch.float64)
+        self.held[layer] = [[] for _ in range(kv_heads)]
+        for position in range(length):
+            is_prompt = position < self.prompt_length
+            given = torch.zeros(kv_heads, length, dtype=torch.float64)
+            for head in range(kv_heads):
+                held[head].append(position)
+                seen = held[head]
+                output[head, :, position], probabilities = attend_one(
+                    groups[head, :, position], key[head, seen], value[head, seen], scaling
+                )
+                given[head, seen] = probabilities.double().mean(dim=0)
+            window = self.score.window_size
+            if window and position >= self.prompt_length - window:
+                given = given.mean(dim=0).expand(kv_heads, -1) if self.score.heads_share_tokens else given
+                attention = attention * (1 if is_prompt else 1 - 1 / window) + given / window
+            most = self.kept[layer] if is_prompt else self.kept[layer] + self.eviction_interval - 1
+            if position < self.prompt_length - 1:
+                continue
+            for head in range(kv_heads):
+                if len(held[head]) > most:
+                    step = position + 1 - self.prompt_length
+                    observed = [] if self.trace is None else self.trace.held(step, layer, self.row, head)
+                    tokens = self._held_tokens(
+                        layer, held[head], position + 1, key[head], value[head], attention[head]
+                    )
+                    scores = dict(zip(held[head], self.score.scores(tokens), strict=True))
+                    kept = choose(scores, self.kept[layer], set(observed), self.score.has_exact_ties, self.score.tie)
+                    held[head] = [seen for seen in held[head] if seen in kept]
+                self.held[layer][head].append(list(held[head]))
+        return output.view_as(query)
+
+    def _held_tokens(
+        self,
+        layer: int,
+        held: list[int],
+        length: int,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention: torch.Tensor,
+    ) -> HeldTokens:
+        """What a score looks at, `length` tokens having been seen."""
+        return HeldTokens(
+            held,
+            key[held].double().numpy(),
+            value[held].double().numpy(),
+            attention[held].tolist(),
+            length,
+            self.kept[layer],
+        )
 
 
 def pyramid_window_scores(rows: torch.Tensor, columns: list[int], distance_weight: float) -> dict[int, float]:

@@ -31,9 +31,10 @@ from transformers import AttentionInterface, AutoConfig, Cache, DynamicCache, Ll
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from pyramid_cache import H2OCache, StreamingLLMCache
+from pyramid_cache import H2OCache, PolicyCache, StreamingLLMCache
 from pyramid_cache.engine.architectures import reason_against
 from pyramid_cache.engine.cache import CompressedCache
+from pyramid_cache.engine.policy_cache import PolicyLayer
 
 
 ORACLE = "eager_with_a_policy"
@@ -173,12 +174,29 @@ def check_masked(model: PreTrainedModel, cache: CompressedCache, trace: Trace, r
                 scores = gathered.gather(-1, positions.clamp(min=0))
                 is_held = positions >= 0
                 torch.testing.assert_close(layer.scores[row][is_held], scores[is_held], atol=TOLERANCE, rtol=0)
+            elif isinstance(cache, PolicyCache):
+                if layer.attention is not None:
+                    check_attention(layer, row, weights, len(prompt))
             else:
                 window = layer.row_recent[row]
                 recent = weights.mean(dim=0)[len(prompt) - window : len(prompt)][:, alive[depth]]
                 held = trace.held(0, depth, row, 0)
                 scores = pyramid_window_scores(recent, alive[depth], 1.2)
                 assert held == pyramid_select(scores, len(held), 4, list(range(len(prompt)))[-window:])
+
+
+def check_attention(layer: PolicyLayer, row: int, weights: torch.Tensor, prompt_length: int) -> None:
+    """What the policy is shown is the mean of the window's last queries, of which each newer one takes over a share."""
+    window, positions = layer.policy.window_size, layer.held_positions()[row]
+    given = weights.unflatten(0, (len(positions), -1)).mean(dim=1)  # (kv_heads, queries, keys)
+    shown = given[:, prompt_length - window : prompt_length].sum(dim=1) / window
+    for query in range(prompt_length, given.shape[1]):
+        shown = shown * (1 - 1 / window) + given[:, query] / window
+    if layer.heads_share_positions:
+        shown, positions = shown.mean(dim=0, keepdim=True), positions[:1]
+    is_held = positions >= 0
+    actual, wanted = layer.attention[row, :, : layer.length], shown.gather(-1, positions.clamp(min=0))
+    torch.testing.assert_close(actual[is_held], wanted[is_held], atol=TOLERANCE, rtol=0)
 
 
 class _Recorded(Exception):

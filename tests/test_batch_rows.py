@@ -7,7 +7,7 @@ import torch
 from models import FAMILIES, Trace, drive, generate, left_pad, random_rows, random_tokens, tiny_model
 from transformers import Cache, PreTrainedModel
 
-from pyramid_cache import H2OCache, PyramidCache, StreamingLLMCache
+from pyramid_cache import H2OCache, PyramidCache, SnapKVCache, StreamingLLMCache, TOVACache
 
 
 MakeCache = Callable[[PreTrainedModel], Cache]
@@ -21,6 +21,8 @@ CACHES: dict[str, MakeCache] = {
     "h2o": lambda model: H2OCache(model.config, budget=0.3),
     "h2o_tokens": lambda model: H2OCache(model.config, budget=13),
     "h2o_partly_filled": lambda model: H2OCache(model.config, budget=52),
+    "snapkv": lambda model: SnapKVCache(model.config, budget=0.3, window_size=5, eviction_interval=7),
+    "tova_partly_filled": lambda model: TOVACache(model.config, budget=52),
     "streaming_llm": lambda model: StreamingLLMCache(model.config, window_length=14),
     "streaming_llm_dense": lambda model: StreamingLLMCache(model.config, window_length=14, prefill="dense"),
     "streaming_llm_partly_filled": lambda model: StreamingLLMCache(model.config, window_length=52),
@@ -68,7 +70,7 @@ def test_positions_count_real_tokens_and_no_padding_is_kept(cache: str) -> None:
                 held = trace.held(step, layer, row, 0)
                 assert len(held) == len(set(held))
                 assert max(held) == length + step - 1
-            if not cache.endswith(("h2o", "pyramid_config", "pyramid_model")):
+            if not cache.endswith(("h2o", "snapkv", "pyramid_config", "pyramid_model")):
                 assert trace.held(step, layer, 0, 1) == list(range(5 + step))
 
 

@@ -2,15 +2,13 @@
 
 import pytest
 import torch
-from caches import CACHE_CASES, CacheCase, every_budget, every_cache
+from caches import CACHE_CASES, CacheCase, every_budget, every_cache, parametrize_cases
 from models import build_model, left_pad, random_rows, random_tokens
 from torch._dynamo.utils import counters
 from transformers import Cache, PreTrainedModel
 
 
-bounded_cache = pytest.mark.parametrize(
-    "case", [case for case in CACHE_CASES if case.is_bounded], ids=lambda case: case.name
-)
+cache_of_one_graph = parametrize_cases(case for case in CACHE_CASES if case.has_one_graph)
 
 
 class Decoding:
@@ -43,7 +41,7 @@ def forget_graphs() -> None:
 def compare(case: CacheCase, budget: str, lengths: tuple[int, ...], backend: str, steps: int) -> list[int]:
     """Decode compiled and not, and return the number of graphs after each step."""
     model = build_model("llama", num_hidden_layers=2)
-    compiled = torch.compile(model, backend=backend, fullgraph=case.is_bounded)
+    compiled = torch.compile(model, backend=backend, fullgraph=case.has_one_graph)
     one, other = (Decoding(model, case.build(model, budget), lengths) for _ in range(2))
     graphs = []
     for tokens in random_tokens(steps, len(lengths), 1, seed=2):
@@ -59,7 +57,7 @@ def compare(case: CacheCase, budget: str, lengths: tuple[int, ...], backend: str
     return graphs
 
 
-@bounded_cache
+@cache_of_one_graph
 @pytest.mark.parametrize(
     "lengths",
     [(23, 40), pytest.param((40, 40), marks=pytest.mark.slow), pytest.param((5, 40), marks=pytest.mark.slow)],
@@ -72,7 +70,7 @@ def test_a_bounded_cache_decodes_in_one_graph(case: CacheCase, lengths: tuple[in
 
 
 @pytest.mark.slow
-@bounded_cache
+@cache_of_one_graph
 def test_a_cache_that_is_not_full_yet_decodes_in_one_graph(case: CacheCase) -> None:
     """It grows by sixteen tokens at a time: one graph for the steps in which it does, one for the others."""
     graphs = compare(case, "large", (40, 40), "eager", 60)
@@ -81,14 +79,14 @@ def test_a_cache_that_is_not_full_yet_decodes_in_one_graph(case: CacheCase) -> N
 
 @pytest.mark.slow
 @every_budget
-@pytest.mark.parametrize("case", [case for case in CACHE_CASES if not case.is_bounded], ids=lambda case: case.name)
+@parametrize_cases(case for case in CACHE_CASES if not case.has_one_graph)
 def test_a_cache_that_grows_decodes_too(case: CacheCase, budget: str) -> None:
-    """Its sizes change with every zone of the answer, so that there are graph breaks."""
+    """Its sizes change with every zone of the answer, or with every token, so that there are graph breaks."""
     compare(case, budget, (23, 40), "eager", 40)
 
 
 @pytest.mark.slow
-@bounded_cache
+@cache_of_one_graph
 @pytest.mark.parametrize("lengths", [(23, 40), (20, 20, 20)], ids=["padded", "equal"])
 def test_generated_code(case: CacheCase, lengths: tuple[int, ...]) -> None:
     graphs = compare(case, "tight", lengths, "inductor", 30)

@@ -1,17 +1,22 @@
 """The examples in docstrings and docs run, and print what they say."""
 
 import doctest
+import importlib
+import pkgutil
 import re
 from pathlib import Path
 
 import pytest
 
-from pyramid_cache.caches import h2o, pyramid, streaming_llm
+from pyramid_cache import caches
 
 
-@pytest.mark.parametrize("module", [h2o, pyramid, streaming_llm])
-def test_examples(module) -> None:
-    failed, attempted = doctest.testmod(module)
+MODULES = [f"pyramid_cache.caches.{module.name}" for module in pkgutil.iter_modules(caches.__path__)]
+
+
+@pytest.mark.parametrize("name", [*MODULES, "pyramid_cache.engine.cache", "pyramid_cache.engine.policy_cache"])
+def test_examples(name: str) -> None:
+    failed, attempted = doctest.testmod(importlib.import_module(name))
     assert attempted > 0
     assert failed == 0
 

@@ -8,7 +8,7 @@ import torch
 from models import FAMILIES, build_model, generate, random_rows, tiny_model
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from pyramid_cache import H2OCache, PyramidCache, StreamingLLMCache
+from pyramid_cache import H2OCache, PyramidCache, PyramidKVCache, SnapKVCache, StreamingLLMCache
 
 
 MakeCache = Callable[[PreTrainedModel], Cache]
@@ -18,6 +18,7 @@ ROOMY_CACHES: dict[str, MakeCache] = {
     "pyramid_config": lambda model: PyramidCache(model.config, budget=1024),
     "pyramid_model": lambda model: PyramidCache(model, budget=1024),
     "h2o": lambda model: H2OCache(model.config, budget=1024),
+    "snapkv": lambda model: SnapKVCache(model.config, budget=1024),
     "streaming_llm": lambda model: StreamingLLMCache(model.config, window_length=1024),
     "streaming_llm_dense": lambda model: StreamingLLMCache(model.config, window_length=1024, prefill="dense"),
 }
@@ -73,13 +74,13 @@ def test_any_number_of_new_tokens(cache: str, new_tokens: int) -> None:
     assert_bitwise_equal(ROOMY_CACHES[cache](tiny_model("llama")), "llama", (9, 21, 14), new_tokens)
 
 
-@pytest.mark.parametrize("cache_class", [PyramidCache, H2OCache])
+@pytest.mark.parametrize("cache_class", [PyramidCache, H2OCache, PyramidKVCache])
 def test_bytes_that_hold_everything(cache_class: type[Cache]) -> None:
     assert_bitwise_equal(cache_class(tiny_model("llama").config, budget="64MiB"), "llama", (33, 20, 7), new_tokens=40)
 
 
 @pytest.mark.parametrize("lengths", [(33,), (33, 33, 33), (20, 33, 7)], ids=["1", "3", "padded"])
-@pytest.mark.parametrize("cache_class", [PyramidCache, H2OCache])
+@pytest.mark.parametrize("cache_class", [PyramidCache, H2OCache, PyramidKVCache])
 def test_whole_prompt_as_a_fraction(cache_class: type[Cache], lengths: tuple[int, ...]) -> None:
     """`budget=1.0` keeps the whole prompt; the second token is the last that only the prompt and itself have fed."""
     assert_bitwise_equal(cache_class(tiny_model("llama").config, budget=1.0), "llama", lengths, new_tokens=2)

@@ -8,13 +8,14 @@ from models import build_model, drive, random_rows, random_tokens
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
 from transformers.masking_utils import flash_attention_mask
 
-from pyramid_cache import H2OCache, PyramidCache, StreamingLLMCache
+from pyramid_cache import H2OCache, PyramidCache, SnapKVCache, StreamingLLMCache
 
 
 CACHES: dict[str, Callable[[PreTrainedModel], Cache]] = {
     "pyramid_config": lambda model: PyramidCache(model.config, budget=0.4),
     "pyramid_model": lambda model: PyramidCache(model, budget=0.4),
     "h2o": lambda model: H2OCache(model.config, budget=14),
+    "snapkv": lambda model: SnapKVCache(model.config, budget=14, window_size=4, eviction_interval=4),
     "streaming_llm": lambda model: StreamingLLMCache(model.config, window_length=14),
     "streaming_llm_dense": lambda model: StreamingLLMCache(model.config, window_length=14, prefill="dense"),
 }

@@ -8,7 +8,7 @@ from models import FAMILIES, drive, random_rows, random_tokens, tiny_model
 from reference import MaskPolicy, masks_of, run_policy
 from transformers import Cache, PreTrainedModel
 
-from pyramid_cache import H2OCache, PyramidCache
+from pyramid_cache import H2OCache, PyramidCache, SnapKVCache, TOVACache
 
 
 TOLERANCE = 1e-4
@@ -17,6 +17,8 @@ CACHES: dict[str, Callable[[PreTrainedModel], Cache]] = {
     "h2o": lambda model: H2OCache(model.config, budget=0.3),
     "h2o_tokens": lambda model: H2OCache(model.config, budget=9, heavy_ratio=0.7),
     "pyramid": lambda model: PyramidCache(model.config, budget=0.4),
+    "snapkv": lambda model: SnapKVCache(model.config, budget=0.4, window_size=6, eviction_interval=5),
+    "tova": lambda model: TOVACache(model.config, budget=13),
 }
 
 

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from pyramid_cache import H2OCache, PyramidCache, StreamingLLMCache
+from pyramid_cache import H2OCache, KnormCache, PyramidCache, SnapKVCache, StreamingLLMCache, TOVACache
 
 
 MakeCache = Callable[[PreTrainedModel], Cache]
@@ -28,6 +28,9 @@ CACHES: dict[str, MakeCache] = {
     "pyramid_config": lambda model: PyramidCache(model.config, budget=BUDGET),
     "pyramid_model": lambda model: PyramidCache(model, budget=BUDGET),
     "h2o": lambda model: H2OCache(model.config, budget=BUDGET),
+    "snapkv": lambda model: SnapKVCache(model.config, budget=BUDGET),
+    "tova": lambda model: TOVACache(model.config, budget=BUDGET),
+    "knorm": lambda model: KnormCache(model.config, budget=BUDGET),
     "streaming_llm": lambda model: StreamingLLMCache(model.config, window_length=PROMPT_LENGTH // 4),
     "streaming_llm_dense": lambda model: StreamingLLMCache(
         model.config, window_length=PROMPT_LENGTH // 4, prefill="dense"
@@ -261,11 +264,18 @@ def test_the_watch_sees_dynamic_cache_grow() -> None:
     assert len(watch.found) >= 6  # keys and values of three layers
 
 
+# Those whose steps gather what stays now and then, into the same slots.
+GATHERING_CACHES: dict[str, MakeCache] = {
+    "snapkv": lambda model: SnapKVCache(model.config, budget=DECODE_SLOTS, eviction_interval=3),
+    "knorm": lambda model: KnormCache(model.config, budget=DECODE_SLOTS, eviction_interval=3),
+}
+
+
 @pytest.mark.parametrize("lengths", [(320, 320), (320, 310)], ids=["equal", "padded"])
-@pytest.mark.parametrize("name", BOUNDED_CACHES)
+@pytest.mark.parametrize("name", [*BOUNDED_CACHES, *GATHERING_CACHES])
 def test_the_same_memory_serves_every_step(name: str, lengths: tuple[int, ...]) -> None:
     model = build_model("llama", head_dim=32)
-    cache = BOUNDED_CACHES[name](model)
+    cache = (BOUNDED_CACHES | GATHERING_CACHES)[name](model)
     seen: list[dict[int, int]] = []
     total: list[int] = []
 

@@ -10,6 +10,7 @@ A failing sequence is printed as a `Setup` and a list of operations, which `run_
 
 import copy
 import functools
+import inspect
 import math
 import tempfile
 from collections.abc import Sequence
@@ -24,19 +25,19 @@ import torch
 from caches import CACHE_CASES
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import SCORES, HeldTokens, choose, score_of
 from synthetic import BareAttention, SyntheticModel
 from test_memory import held_bytes, storages
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from pyramid_cache import H2OCache, PyramidCache, StreamingLLMCache
+import pyramid_cache
+from pyramid_cache import H2OCache, PolicyCache, PyramidCache, SnapKVCache, StreamingLLMCache
 from pyramid_cache.caches.pyramid import PyramidSettings
 from pyramid_cache.engine.budget import Budget
 from pyramid_cache.engine.cache import CompressedCache
 from pyramid_cache.engine.layer import CompressedLayer
 
 
-# Scores nearer than this may rank either way in float32.
-TIE = 1e-5
 ITEMSIZE = 4
 MAX_ROWS = 4
 QUICK_EXAMPLES = 340
@@ -116,24 +117,6 @@ def rotate(states: np.ndarray, positions: Sequence[int]) -> np.ndarray:
     angles = np.array(positions)[:, None] * 10000.0 ** -(np.arange(half) / half)
     cosine, sine = np.tile(np.cos(angles), 2), np.tile(np.sin(angles), 2)
     return states * cosine + np.concatenate([-states[..., half:], states[..., :half]], axis=-1) * sine
-
-
-def choose(scores: dict[int, float], number: int, observed: set[int]) -> set[int]:
-    """The `number` positions of highest score, the newer of equals. Of near ties, which float32 may rank otherwise, those
-    that the cache was observed to hold come first."""
-    ranked = sorted(scores, key=lambda position: (scores[position], position), reverse=True)
-    if number >= len(ranked):
-        return set(ranked)
-    if number <= 0:
-        return set()
-    lowest, next_lower = scores[ranked[number - 1]], scores[ranked[number]]
-    tolerance = TIE * max(1.0, abs(lowest))
-    if lowest == next_lower or lowest - next_lower > tolerance:
-        return set(ranked[:number])
-    certain = [position for position in ranked if scores[position] > lowest + tolerance]
-    near = [position for position in ranked if abs(scores[position] - lowest) <= tolerance]
-    near.sort(key=lambda position: position not in observed)
-    return set((certain + near)[:number])
 
 
 class ReferenceLayer:
@@ -237,6 +220,9 @@ class ReferenceLayer:
         self.held = [triples[: len(triples) - num_tokens] for triples in self.held]
         self.length -= num_tokens
 
+    def compress(self, observed: list[set[int]]) -> None:
+        """Drops what waited to be dropped."""
+
     def key_position(self, triple: Triple) -> int:
         """The position by which a held key is rotated."""
         return triple.position
@@ -252,6 +238,11 @@ class Policy:
     layer_class: type[ReferenceLayer]
     byte_costs = (0, 0, 0)
 
+    @classmethod
+    def costs_of(cls, cache_class: type[CompressedCache], arguments: dict[str, Any]) -> tuple[int, int, int]:
+        """`byte_costs` of a cache with these arguments."""
+        return cls.byte_costs
+
     def __init__(self, setup: Setup, cache: CompressedCache) -> None:
         self.setup = setup
         self.num_tokens: int | None = None
@@ -263,15 +254,9 @@ class Policy:
             self.num_tokens = self.budget
         elif isinstance(self.budget, str):
             num_bytes = int(self.budget.removesuffix("B"))
-            spare = self.byte_costs[2]
-            self.num_tokens = (
-                num_bytes // (self.setup.num_layers * batch_size * self.bytes_per_token(self.setup)) - spare
-            )
-
-    @classmethod
-    def bytes_per_token(cls, setup: Setup) -> int:
-        per_token, per_head, _ = cls.byte_costs
-        return setup.kv_heads * (2 * setup.head_dim * ITEMSIZE + per_head) + per_token
+            costs = self.costs_of(self.setup.cache_class, self.setup.settings)
+            per_token = bytes_per_token(self.setup.kv_heads, self.setup.head_dim, costs)
+            self.num_tokens = num_bytes // (self.setup.num_layers * batch_size * per_token) - costs[2]
 
     def num_kept(self, layer: ReferenceLayer) -> int | None:
         """How many of a row's tokens a layer keeps."""
@@ -284,6 +269,11 @@ class Policy:
     def check_bytes(self, layer: CompressedLayer, rows: list[ReferenceLayer]) -> None:
         """That the layer's slots are within what the method's documentation says."""
         raise NotImplementedError
+
+
+def bytes_per_token(kv_heads: int, head_dim: int, costs: tuple[int, int, int]) -> int:
+    """What one token takes in one layer of one row; `costs` as `Policy.byte_costs`."""
+    return kv_heads * (2 * head_dim * ITEMSIZE + costs[1]) + costs[0]
 
 
 class H2OReferenceLayer(ReferenceLayer):
@@ -495,10 +485,102 @@ class PyramidPolicy(Policy):
         assert held <= len(rows) * setup.kv_heads * slots * 2 * setup.head_dim * ITEMSIZE
 
 
+class ScoredReferenceLayer(ReferenceLayer):
+    """What a score ranks highest: of a prompt at once, of generated tokens when as many have come as may wait."""
+
+    def __init__(self, policy: "ScoredPolicy", layer_idx: int) -> None:
+        super().__init__(policy, layer_idx)
+        self.score = policy.score
+        self.is_scored = bool(self.score.window_size)
+        self.attention: list[dict[int, float]] = [{} for _ in self.held]
+        self.num_spare = 0
+
+    def update(
+        self, new: list[list[Triple]], query: np.ndarray, is_step: bool, is_first: bool, observed: list[set[int]]
+    ) -> np.ndarray | None:
+        self.num_spare = self.policy.eviction_interval - 1 if is_step else 0
+        return super().update(new, query, is_step, is_first, observed)
+
+    def note(self, probabilities: list[np.ndarray], is_step: bool) -> None:
+        """Each of the last queries takes over its share of the window."""
+        window = self.score.window_size
+        if not window:
+            return
+        given_ = [heads.mean(axis=0)[-window:] for heads in probabilities]  # (new in the window, held)
+        for attention, triples, rows in zip(self.attention, self.held, given_, strict=True):
+            share_left = 1 - len(rows) / window
+            for triple, amount in zip(triples, rows.sum(axis=0) / window, strict=True):
+                attention[triple.position] = share_left * attention.get(triple.position, 0.0) + float(amount)
+
+    @property
+    def exceeds(self) -> bool:
+        return self.kept is not None and self.num_held > self.kept + self.num_spare
+
+    def evict(self, is_step: bool, observed: list[set[int]]) -> None:
+        if not self.exceeds:
+            return
+        kept = []
+        for head, triples in enumerate(self.held):
+            positions = [triple.position for triple in triples]
+            # Heads that share tokens go by the mean over all of them.
+            given_ = self.attention if self.score.heads_share_tokens else [self.attention[head]]
+            attention = [math.fsum(each.get(position, 0.0) for each in given_) / len(given_) for position in positions]
+            held = HeldTokens(
+                positions,
+                np.array([triple.key for triple in triples]),
+                np.array([triple.value for triple in triples]),
+                attention,
+                self.length,
+                self.kept,
+            )
+            scores = dict(zip(positions, self.score.scores(held), strict=True))
+            kept.append(choose(scores, self.kept, observed[head], self.score.has_exact_ties, self.score.tie))
+        self.keep(kept)
+
+    def compress(self, observed: list[set[int]]) -> None:
+        if self.kept is not None:
+            self.kept, self.num_spare = self.policy.num_kept(self), 0
+            self.has_exceeded = self.exceeds
+            self.evict(False, observed)
+
+
+class ScoredPolicy(Policy):
+    """Caches of which a score is all there is to say."""
+
+    layer_class = ScoredReferenceLayer
+
+    @classmethod
+    def costs_of(cls, cache_class: type[CompressedCache], arguments: dict[str, Any]) -> tuple[int, int, int]:
+        score = SCORES[cache_class.__name__]
+        per_head = 8 if "window_size" in arguments or score.window_size else 4  # position and attention, or position
+        interval = arguments["eviction_interval"]
+        return (per_head, 0, interval) if score.heads_share_tokens else (0, per_head, interval)
+
+    def __init__(self, setup: Setup, cache: PolicyCache) -> None:
+        super().__init__(setup, cache)
+        self.score = score_of(setup.cache_class, setup.settings)
+        self.eviction_interval: int = setup.settings["eviction_interval"]
+        self.schedule = cache.policy
+
+    def num_kept(self, layer: ReferenceLayer) -> int | None:
+        mean = super().num_kept(layer)
+        if mean is None:
+            return None
+        budget = Budget("tokens", mean)
+        return max(self.schedule.num_tokens(layer.length, budget, layer.layer_idx, self.setup.num_layers), 1)
+
+    def check_bytes(self, layer: CompressedLayer, rows: list[ReferenceLayer]) -> None:
+        setup, costs = self.setup, self.costs_of(self.setup.cache_class, self.setup.settings)
+        held = sum(getattr(layer, name).untyped_storage().nbytes() for name in layer.slot_tensors)
+        per_token = bytes_per_token(setup.kv_heads, setup.head_dim, costs)
+        assert held <= len(rows) * (rows[0].most_kept + costs[2]) * per_token
+
+
 POLICIES: dict[type[CompressedCache], type[Policy]] = {
     H2OCache: H2OPolicy,
     PyramidCache: PyramidPolicy,
     StreamingLLMCache: StreamingLLMPolicy,
+    **{getattr(pyramid_cache, name): ScoredPolicy for name in SCORES},
 }
 
 
@@ -686,6 +768,19 @@ class Reference:
                     layer.take_back(layer.length - left)
             self.num_seen -= num_columns
         self.settle(observed)
+
+    def compress(self, observed: list[list[list[set[int]]]]) -> None:
+        """Ends a context: nothing waits any longer."""
+        if self.is_recording:
+            self.settle(observed)
+        for index in range(0 if self.is_empty else self.setup.num_layers):
+            layers = [row.layers[index] for row in self.rows]
+            for row, layer in enumerate(layers):
+                layer.compress(observed[index][row])
+            has_slots = any(layer.has_slots or layer.has_exceeded for layer in layers)
+            for layer in layers:
+                layer.has_slots = has_slots
+                layer.most_kept = max(other.kept or 0 for other in layers)
 
     def settle(self, observed: list[list[list[set[int]]]]) -> None:
         """Evicts what waited: the first recorded chunk is a prompt, as is one with which some row begins; all other tokens
@@ -953,6 +1048,15 @@ class Crop:
 
 
 @dataclass(frozen=True)
+class Compress:
+    """Ends a context."""
+
+    def run(self, run: Run) -> None:
+        run.pair.cache.compress()
+        run.pair.reference.compress(run.observed())
+
+
+@dataclass(frozen=True)
 class Select:
     """Rows by `batch_select_indices`, or by `reorder_cache`."""
 
@@ -1060,7 +1164,9 @@ def refuse(cache: CompressedCache, error: type[Exception], act: Any) -> None:
     assert same_state(before, cache), "a refused operation changed the cache"
 
 
-Operation = Update | Decode | Record | Crop | Select | Repeat | Copy | Switch | SaveAndLoad | Reset | BadUpdate
+Operation = (
+    Update | Decode | Record | Crop | Compress | Select | Repeat | Copy | Switch | SaveAndLoad | Reset | BadUpdate
+)
 
 PADDING = st.tuples(*[st.sampled_from([0, 0, 0, 1, 2, 5, 12])] * 3)
 UPDATES = st.one_of(
@@ -1073,6 +1179,7 @@ OTHERS = st.one_of(
     st.builds(Record),
     st.builds(Crop, st.integers(0, 4)),
     st.builds(Crop, st.integers(0, 30)),
+    st.builds(Compress),
     st.builds(Record, st.just(False)),
     st.builds(Select, st.lists(st.integers(0, MAX_ROWS - 1), min_size=1, max_size=4).map(tuple), st.booleans()),
     st.builds(Repeat, st.integers(1, 3)),
@@ -1087,8 +1194,8 @@ OPERATIONS = st.one_of(st.tuples(UPDATES), st.tuples(UPDATES, OTHERS), st.tuples
 
 
 @st.composite
-def budgets(draw: st.DrawFn, policy: type[Policy], sizes: dict[str, int], least: int) -> float | int | str:
-    """A budget of each kind: fractions, tokens, bytes, all."""
+def budgets(draw: st.DrawFn, costs: tuple[int, int, int], sizes: dict[str, int], least: int) -> float | int | str:
+    """A budget of each kind: fractions, tokens, bytes, all; `costs` as `Policy.byte_costs`."""
     kind = draw(st.sampled_from(["tokens", "fraction", "bytes", "all"]))
     if kind == "all":
         return 1.0
@@ -1096,10 +1203,9 @@ def budgets(draw: st.DrawFn, policy: type[Policy], sizes: dict[str, int], least:
         return draw(st.sampled_from([0.15, 0.29, 0.5, 0.75, 0.9, 0.97]))
     if kind == "tokens":
         return draw(st.integers(least, 20))
-    setup = Setup(CompressedCache, {}, **sizes)
     # For three rows, beside the spare slots.
-    num_tokens = draw(st.integers(1, 8)) + policy.byte_costs[2]
-    num_bytes = 3 * setup.num_layers * num_tokens * policy.bytes_per_token(setup)
+    num_tokens = draw(st.integers(1, 8)) + costs[2]
+    num_bytes = 3 * sizes["num_layers"] * num_tokens * bytes_per_token(sizes["kv_heads"], sizes["head_dim"], costs)
     return f"{num_bytes + draw(st.integers(0, 200))}B"
 
 
@@ -1124,9 +1230,21 @@ def setups(draw: st.DrawFn, cache_class: type[CompressedCache]) -> Setup:
         is_rotary = draw(st.booleans())
     elif cache_class is H2OCache:
         arguments = {
-            "budget": draw(budgets(policy, sizes, least=1)),
+            "budget": draw(budgets(policy.byte_costs, sizes, least=1)),
             "heavy_ratio": draw(st.sampled_from([0.0, 0.29, 0.5, 0.9])),
         }
+    elif issubclass(cache_class, PolicyCache):
+        drawn = {
+            "window_size": st.sampled_from([1, 3, 8]),
+            "kernel_size": st.sampled_from([1, 3, 5]),
+            "beta": st.sampled_from([1.0, 2.5, 20.0]),
+            "importance_weight": st.sampled_from([0.1, 0.6, 1.0]),
+            "similarity_threshold": st.sampled_from([0.2, 0.5, 1.0]),
+            "eviction_interval": st.sampled_from([1, 2, 5, 32]),
+        }
+        known = inspect.signature(cache_class).parameters
+        arguments = {name: draw(strategy) for name, strategy in drawn.items() if name in known}
+        arguments["budget"] = draw(budgets(policy.costs_of(cache_class, arguments), sizes, least=1))
     else:
         sinks = draw(st.integers(0, 4))
         arguments = {
@@ -1138,7 +1256,7 @@ def setups(draw: st.DrawFn, cache_class: type[CompressedCache]) -> Setup:
         if draw(st.integers(0, 9)) == 9:
             arguments["preset"] = draw(st.sampled_from(["llama-2-7b", "llama-2-13b", "llama-2-70b"]))
         else:
-            arguments["budget"] = draw(budgets(policy, sizes, least=sinks + 1))
+            arguments["budget"] = draw(budgets(policy.byte_costs, sizes, least=sinks + 1))
             arguments["recent_ratio"] = draw(st.sampled_from([None, 0.0, 0.1]))
     return Setup(
         cache_class,
@@ -1173,8 +1291,14 @@ def sequences(draw: st.DrawFn, cache_class: type[CompressedCache], longest: int)
     return draw(setups(cache_class)), [operation for some in operations for operation in some]
 
 
-CACHE_CLASSES = list(dict.fromkeys(case.cache_class for case in CACHE_CASES))
-every_class = pytest.mark.parametrize("cache_class", CACHE_CLASSES, ids=lambda cache_class: cache_class.__name__)
+CACHE_CLASSES = {case.cache_class: case.tier for case in CACHE_CASES if not case.has_own_reference}
+every_class = pytest.mark.parametrize(
+    "cache_class",
+    [
+        pytest.param(cache_class, id=cache_class.__name__, marks=pytest.mark.slow if tier == "slow" else ())
+        for cache_class, tier in CACHE_CLASSES.items()
+    ],
+)
 
 
 # What random sequences come by rarely.
@@ -1205,6 +1329,10 @@ SEQUENCES: dict[str, tuple[Setup, list[Operation]]] = {
     "one layer could take tokens back, another could not": (
         Setup(PyramidCache, {"budget": 0.75, "num_sink_tokens": 1, "decay_ratio": 0.1}, num_layers=2),
         [Update(16), Crop(2), Decode(3)],
+    ),
+    "a context ends while what was generated waits": (
+        Setup(SnapKVCache, {"budget": 5, "window_size": 3, "kernel_size": 3, "eviction_interval": 32}, batch_size=2),
+        [Update(3), Decode(6), Compress(), Decode(2), Update(3), Decode(3), Compress(), SaveAndLoad(), Decode(2)],
     ),
     "a prompt grows up to its budget, then zones are judged": (
         Setup(PyramidCache, {"budget": 4, "num_sink_tokens": 0, "distance_weight": 0.5}),

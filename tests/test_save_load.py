@@ -17,7 +17,7 @@ from unittest.mock import patch
 import pytest
 import safetensors.torch
 import torch
-from caches import CACHE_CASES, CacheCase, every_budget, every_cache
+from caches import CACHE_CASES, CacheCase, every_budget, every_cache, parametrize_cases
 from models import (
     ARCHITECTURES,
     build_config,
@@ -131,7 +131,7 @@ def test_half_precision(case: CacheCase, dtype: torch.dtype, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("name", ["gemma3", "llama4", "bamba"])
-@pytest.mark.parametrize("case", [case for case in CACHE_CASES if not case.from_model], ids=lambda case: case.name)
+@parametrize_cases(case for case in CACHE_CASES if not case.from_model)
 def test_layers_of_other_kinds(case: CacheCase, name: str, tmp_path: Path) -> None:
     model = tiny_model(name)
     rows = random_rows((40, 40), seed=1)

@@ -15,17 +15,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from caches import CACHE_CASES, CacheCase
+from caches import CACHE_CASES, CacheCase, parametrize_cases
 from models import build_model, left_pad, random_rows
+from reference import HeldTokens, choose, score_of
 from transformers import LlamaForCausalLM, LogitsProcessor
 
-from pyramid_cache import H2OCache, StreamingLLMCache
+from pyramid_cache import H2OCache, PolicyCache, StreamingLLMCache
 from pyramid_cache.caches.streaming_llm import REBASE_INTERVAL
 from pyramid_cache.engine.cache import CompressedCache
 
 
-BOUNDED_CASES = [case for case in CACHE_CASES if case.is_bounded]
-every_bounded_cache = pytest.mark.parametrize("case", BOUNDED_CASES, ids=lambda case: case.name)
+every_bounded_cache = parametrize_cases(case for case in CACHE_CASES if case.is_bounded and not case.has_own_reference)
 
 # What float32 costs in a forward of these models, whose logits reach 6.
 LOGIT_TOLERANCE = 1e-4
@@ -41,7 +41,7 @@ class HeldToken:
         position: Its number in its row.
         key: `(head_dim,)` before rotation.
         value: `(head_dim,)`.
-        score: All attention it was given so far.
+        score: All attention it was given so far, or the mean of what the last queries gave.
     """
 
     position: int
@@ -87,6 +87,12 @@ class StreamOfLists:
         """How far logits may be off."""
         return LOGIT_TOLERANCE
 
+    def score(self, heads: list[Head], given: list[np.ndarray]) -> None:
+        """Takes down what the newest token gave to what each head holds."""
+        for head, amounts in zip(heads, given, strict=True):
+            for token, amount in zip(head, amounts, strict=True):
+                token.score += amount
+
     def evict(self, layer: int, index: int, head: Head) -> Head:
         """What stays when the newest token has attended."""
         raise NotImplementedError
@@ -110,7 +116,7 @@ class StreamOfLists:
         query, key, value = (self._project(hidden, f"{prefix}self_attn.{name}_proj") for name in "qkv")
         queries = query.reshape(self.num_groups, -1, self.head_dim)
         keys, values = key.reshape(self.num_groups, -1), value.reshape(self.num_groups, -1)
-        output = np.empty_like(queries)
+        output, heads, given = np.empty_like(queries), [], []
         for index in range(self.num_groups):
             head = [*self.heads[layer][index], HeldToken(self.length - 1, keys[index], values[index])]
             seen = self.visible(head)
@@ -120,9 +126,10 @@ class StreamOfLists:
             weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
             weights /= weights.sum(axis=-1, keepdims=True)
             output[index] = weights @ np.stack([token.value for token in seen])
-            for token, score in zip(seen, weights.mean(axis=0), strict=True):
-                token.score += score
-            self.heads[layer][index] = self.evict(layer, index, head)
+            heads.append(head)
+            given.append(weights.mean(axis=0))
+        self.score(heads, given)
+        self.heads[layer] = [self.evict(layer, index, head) for index, head in enumerate(heads)]
         return self._project(output.reshape(-1), prefix + "self_attn.o_proj")
 
     def _project(self, states: np.ndarray, name: str) -> np.ndarray:
@@ -155,6 +162,9 @@ class StreamingLLMStream(StreamOfLists):
     def tolerance(self) -> float:
         # The model rotates by float32 angles, off by up to 6e-8 of the position; the cache starts anew before long.
         return LOGIT_TOLERANCE + (6e-7 * self.length if self.length <= REBASE_INTERVAL + 2 * self.window else 0.0)
+
+    def score(self, heads: list[Head], given: list[np.ndarray]) -> None:
+        """No score is kept."""
 
     def _kept(self, head: Head) -> Head:
         first = self.length - self.window
@@ -206,6 +216,58 @@ class H2OStream(StreamOfLists):
         return [token for token in others if token.position not in lost] + recent
 
 
+class ScoredStream(StreamOfLists):
+    """
+    What a score ranks highest: of a prompt at once, of generated tokens when as many have come as may wait.
+
+    Where scores are the same within rounding, the reference goes along with the cache.
+    """
+
+    def __init__(
+        self, model: LlamaForCausalLM, prompt_length: int, cache: PolicyCache, row: int, case: CacheCase
+    ) -> None:
+        super().__init__(model, prompt_length)
+        self.cache, self.row = cache, row
+        self.model_inv_freq = model.model.rotary_emb.inv_freq.numpy()
+        self.method = score_of(case.cache_class, case.tight)
+        self.num_waiting = case.tight["eviction_interval"] - 1
+        budget = cache.compressed_layers[0].budget
+        self.kept = [
+            cache.policy.num_tokens(prompt_length, budget, layer, self.num_layers) for layer in range(self.num_layers)
+        ]
+
+    places = H2OStream.places
+    _rotate = H2OStream._rotate
+
+    def score(self, heads: list[Head], given: list[np.ndarray]) -> None:
+        window = self.method.window_size
+        if not window or self.length <= self.prompt_length - window:
+            return
+        if self.method.heads_share_tokens:
+            given = [np.mean(given, axis=0)] * len(given)
+        for head, amounts in zip(heads, given, strict=True):
+            for token, amount in zip(head, amounts, strict=True):
+                share_left = 1.0 if self.length <= self.prompt_length else 1 - 1 / window
+                token.score = share_left * token.score + amount / window
+
+    def evict(self, layer: int, index: int, head: Head) -> Head:
+        most = self.kept[layer] + (self.num_waiting if self.length > self.prompt_length else 0)
+        if self.length < self.prompt_length or len(head) <= most:
+            return head
+        tokens = HeldTokens(
+            [token.position for token in head],
+            self._rotate(np.stack([token.key for token in head]), self.places(head)),
+            np.stack([token.value for token in head]),
+            [token.score for token in head],
+            self.length,
+            self.kept[layer],
+        )
+        scores = dict(zip(tokens.positions, self.method.scores(tokens), strict=True))
+        observed = set(held_positions(self.cache, layer, self.row, index))
+        kept = choose(scores, self.kept[layer], observed, self.method.has_exact_ties, self.method.tie)
+        return [token for token in head if token.position in kept]
+
+
 def turn(states: np.ndarray, angles: np.ndarray) -> np.ndarray:
     """States `(tokens, head_dim)` turned by angles `(tokens or 1, head_dim / 2)`."""
     cosine, sine, half = np.cos(angles), np.sin(angles), angles.shape[-1]
@@ -221,8 +283,12 @@ def held_positions(cache: CompressedCache, layer: int, row: int, head: int) -> l
     return sorted(position for position in cache.positions(layer)[row, head].tolist() if position >= 0)
 
 
-def build_stream(model: LlamaForCausalLM, cache: CompressedCache, prompt_length: int, row: int) -> StreamOfLists:
+def build_stream(
+    model: LlamaForCausalLM, case: CacheCase, cache: CompressedCache, prompt_length: int, row: int
+) -> StreamOfLists:
     """The reference of a bounded cache."""
+    if isinstance(cache, PolicyCache):
+        return ScoredStream(model, prompt_length, cache, row, case)
     if isinstance(cache, H2OCache):
         return H2OStream(model, prompt_length, cache, row)
     return StreamingLLMStream(model, prompt_length, cache)
@@ -279,7 +345,7 @@ def soak(case: CacheCase, lengths: tuple[int, ...], checkpoints: list[int]) -> W
     """Sample until the last checkpoint with a tight cache, compared at every step and measured at the checkpoints."""
     model = build_model("llama", num_hidden_layers=2, max_position_embeddings=1 << 15)
     rows, cache = random_rows(lengths, seed=29), case.build(model)
-    streams = [build_stream(model, cache, len(row), index) for index, row in enumerate(rows)]
+    streams = [build_stream(model, case, cache, len(row), index) for index, row in enumerate(rows)]
     watch = Watch(cache, streams, rows, checkpoints)
     input_ids, attention_mask = left_pad(rows)
     model.generate(

@@ -5,6 +5,7 @@ from pyramid_cache.caches.expected_attention import ExpectedAttentionCache
 from pyramid_cache.caches.h2o import H2OCache
 from pyramid_cache.caches.keydiff import KeyDiffCache
 from pyramid_cache.caches.knorm import KnormCache
+from pyramid_cache.caches.massive_activation import MassiveActivationCache
 from pyramid_cache.caches.pyramid import PyramidCache
 from pyramid_cache.caches.pyramidkv import PyramidKVCache
 from pyramid_cache.caches.rkv import RKVCache
@@ -19,6 +20,7 @@ __all__ = [
     "H2OCache",
     "KeyDiffCache",
     "KnormCache",
+    "MassiveActivationCache",
     "PyramidCache",
     "PyramidKVCache",
     "RKVCache",

@@ -98,7 +98,9 @@ class ExpectedAttentionPolicy(Policy):
             "query_mean": (batch_size, heads, head_dim),
             "query_covariance": (batch_size, heads, head_dim * (head_dim + 1) // 2),
         }
-        return {name: torch.zeros(shape, device=prompt.query.device) for name, shape in shapes.items()}
+        return {
+            name: torch.zeros(shape, dtype=torch.float32, device=prompt.query.device) for name, shape in shapes.items()
+        }
 
     def score(self, view: ScoringView) -> torch.Tensor:
         key = view.key.float()

@@ -79,7 +79,7 @@ def massive_in_hidden_states(
     Returns:
         `torch.Tensor`: `(batch, tokens)` bool, False for padding.
     """
-    largest = hidden_states.detach().abs().amax(dim=-1).float()
+    largest = torch.linalg.vector_norm(hidden_states.detach(), ord=float("inf"), dim=-1, dtype=torch.float32)
     is_massive = (largest > LEAST_MAGNITUDE) & (largest >= LEAST_RATIO * median[:, None])
     return is_massive if is_token is None else is_massive & is_token
 
@@ -149,7 +149,7 @@ def massive_in_keys_and_values(
         `tuple[MassiveTokens, MassiveTemplate]`: Their columns, and the template for later tokens.
     """
     is_token = positions[:, 0] >= 0
-    norms = value.float().norm(dim=-1)  # (batch, kv_heads, tokens)
+    norms = torch.linalg.vector_norm(value, dim=-1, dtype=torch.float32)  # (batch, kv_heads, tokens)
     if template is None:
         value_norm = norms.masked_fill(~is_token[:, None], float("nan")).nanmedian(dim=-1).values.nan_to_num(0)
     else:

@@ -52,10 +52,10 @@ class ScoringView:
 
     def is_recent(self, num_recent: int) -> torch.Tensor:
         """
-        `(batch, kv_heads or 1, tokens)` bool: the latest tokens of each row, but no more than half of what stays: a window
-        that is the whole budget would leave no choice.
+        `(batch, kv_heads or 1, tokens)` bool: the latest tokens of each row, but no more than half of what stays (of one
+        token that stays, that one): a window that is the whole budget would leave no choice.
         """
-        num_recent = (self.num_kept // 2).clamp(max=num_recent)
+        num_recent = (self.num_kept // 2).clamp(min=1).clamp(max=num_recent)
         return self.positions >= self.length - num_recent
 
     def is_first(self, num_first: int) -> torch.Tensor:

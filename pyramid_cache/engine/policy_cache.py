@@ -268,15 +268,25 @@ class PolicyLayer(CompressedLayer):
         for name in self.slot_tensors:
             tensor = getattr(self, name)
             target = free[..., None].expand(-1, tensor.shape[1], -1, tensor.shape[3]) if tensor.dim() == 4 else free
-            tensor.scatter_(2, target, gather_tokens(tensor, source))
+            moved = gather_tokens(tensor, source)
+            if tensor.requires_grad:  # autograd has saved it for the gathering
+                setattr(self, name, tensor.scatter(2, target, moved))
+            else:
+                tensor.scatter_(2, target, moved)
         self.length = num_left
 
     def compress(self) -> None:
-        if self.positions is None or self.budget.is_unlimited:
+        if not self.is_initialized or self.budget.is_unlimited:
             return
         self.row_kept = [self.num_tokens_to_keep(length) for length in self.row_lengths]
-        if self.must_evict:
+        if not self.must_evict:
+            return
+        if self.positions is not None:
             self._evict([True] * self.batch_size)
+            return
+        attention = None if self.attention is None else self.attention[..., : self.length]
+        key, value = self.keys[:, :, : self.length], self.values[:, :, : self.length]
+        self._keep_best(key, value, attention, self.column_tokens)
 
     def check_state(self) -> None:
         if self.budget.is_unlimited:

@@ -247,6 +247,7 @@ def rotary_frequencies(
     failures: list[str] = []
     for rotary in rotary_modules:
         rotary = copy.deepcopy(rotary).to(device)
+        rotary.__dict__.pop("forward", None)  # accelerate's, of the module that was copied
         if hasattr(rotary, "recomposition_frequencies") or hasattr(rotary, "mrope_section"):
             raise _multiple_axes(name)
         try:

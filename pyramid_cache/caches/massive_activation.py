@@ -1,0 +1,618 @@
+"""
+Massive activations decide which tokens may never go, the spread of attention how many stay in each layer.
+
+A few tokens with massive activations (Sun et al., 2024, https://arxiv.org/abs/2402.17762) carry no content, and yet a model
+without them says nothing sensible: attention that has nowhere else to go goes there. They are found where they are
+(`pyramid_cache.engine.massive`) instead of being taken to be the first ones. What layers look at differs as much: some need
+half of the text, some a few tokens (layered sparsity, after Zhang et al., 2024,
+https://blogs.novita.ai/how-kv-sparsity-achieves-1-5x-acceleration-for-vllm and https://github.com/vllm-project/vllm/issues/10942).
+Beside massive tokens and the latest ones each KV head keeps those with the most attention, weighed by the norm of their value
+(VATP, https://arxiv.org/abs/2406.12335).
+
+Departures from these sources: budgets follow measured attention, of the prompt or from a profile, and only `preset` the fixed
+split into dense and sparse layers; and sparse layers keep their massive tokens within their window.
+"""
+
+import functools
+import os
+import statistics
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from pyramid_cache.engine.attention import AttentionCall
+from pyramid_cache.engine.budget import MAX_TOKENS, Budget, bounded_shares, read_count
+from pyramid_cache.engine.cache import check_decoder_config, model_inside
+from pyramid_cache.engine.massive import (
+    MAX_MASSIVE_TOKENS,
+    NUM_FIRST_TOKENS,
+    MassiveTemplate,
+    massive_in_hidden_states,
+    massive_in_keys_and_values,
+    median_magnitude,
+)
+from pyramid_cache.engine.outputs import OutputProbes
+from pyramid_cache.engine.policy import Policy, ScoringView
+from pyramid_cache.engine.policy_cache import DEFAULT_EVICTION_INTERVAL, PolicyCache, PolicyLayer
+from pyramid_cache.engine.profile import Profile, read_profile
+from pyramid_cache.engine.rope import SharedFrequencies, refuse_unsupported_rope
+from pyramid_cache.engine.selection import gather_tokens
+from pyramid_cache.engine.spread import attention_spread, layer_class
+from pyramid_cache.engine.tokens import Tokens
+
+
+DEFAULT_BUDGET = 0.2
+# The published settings: of 32 layers, how many at the bottom keep everything, and the tokens that each of the others keeps.
+PRESET_DEPTH = 32
+PRESETS = {
+    f"{PRESET_DEPTH - num_dense}-sparse-layers-{window}": (num_dense, window)
+    for num_dense in (10, 6, 1)
+    for window in (1536, 1280, 1024)
+}
+# What a layer gets beside its window and its massive tokens, if the budget has as much.
+LEAST_OTHERS = 64
+
+# The tensors of a layer beside those of `PolicyLayer`; see there.
+MASSIVE_TENSORS = (
+    "found_positions",
+    "found_ratios",
+    "found_cosines",
+    "template_key",
+    "template_norm",
+    "exact_positions",
+    "exact_median",
+    "known_positions",
+    "stand_ins",
+    "are_inherited",
+)
+
+
+@dataclass(frozen=True)
+class MassiveToken:
+    """
+    A token that a layer never evicts.
+
+    Attributes:
+        position (`int`): Its rank among the tokens of its row.
+        reason (`str`): "keys and values" if it looks massive to this layer, "hidden states" if it is by definition at the
+            output of a layer below, "layer below" if it looked massive there and nothing does here, or "first tokens"
+            where nothing was found.
+        value_ratio (`float`, *optional*): Its value norm over the median, where keys and values told it.
+        cosine (`float`, *optional*): Of its un-rotated key and the template, where keys and values told it.
+    """
+
+    position: int
+    reason: str
+    value_ratio: float | None = None
+    cosine: float | None = None
+
+
+@dataclass(frozen=True)
+class MassiveActivationPolicy(Policy):
+    """
+    A token is worth the attention of the last queries around it, times the norm of its value. See `MassiveActivationCache`
+    for the fields.
+    """
+
+    profile: str | None = None
+    preset: str | None = None
+    window_size: int = 50
+    kernel_size: int = 7
+
+    def __post_init__(self) -> None:
+        if self.preset is not None and (not isinstance(self.preset, str) or self.preset not in PRESETS):
+            raise ValueError(
+                f"`preset={self.preset!r}` is unknown. Choose one of {sorted(PRESETS)}, or give a `budget`."
+            )
+        for name in ("window_size", "kernel_size"):
+            object.__setattr__(self, name, read_count(name, getattr(self, name), least=1))
+        if self.kernel_size % 2 == 0:
+            raise ValueError(
+                f"`kernel_size={self.kernel_size}` must be odd, for a token is in the middle of its neighbours. Give "
+                f"{self.kernel_size - 1} or {self.kernel_size + 1}."
+            )
+
+    def score(self, view: ScoringView) -> torch.Tensor:
+        is_recent = view.is_recent(self.window_size)
+        # The window looks at itself most: its neighbours would be kept for that alone.
+        attention = view.pool(view.attention.masked_fill(is_recent, 0), self.kernel_size, kind="maximum")
+        # Not infinity: where the budget does not hold both, massive tokens come before recent ones.
+        highest = torch.finfo(torch.float32).max
+        norms = torch.linalg.vector_norm(view.value, ord=1, dim=-1, dtype=torch.float32)
+        return (attention * norms).masked_fill(is_recent, highest)
+
+
+# How many tokens each layer keeps.
+
+
+@functools.lru_cache(maxsize=1024)
+def profile_schedule(
+    prompt_length: int, total: int, support: tuple[float, ...], is_uniform: tuple[bool, ...], minimum: int
+) -> tuple[int, ...]:
+    """
+    Tokens per layer in proportion to their support, `total` of them. Layers that look everywhere keep everything as long as
+    that leaves the others half of the mean; else they are treated like the others.
+
+    Args:
+        prompt_length (`int`): More than the mean.
+        support, is_uniform (`tuple`): Of each layer.
+        minimum (`int`): No layer keeps fewer, unless the mean is less.
+    """
+    num_layers = len(support)
+    mean = total // num_layers
+    minimum = min(minimum, mean)
+    num_dense = sum(is_uniform)
+    if total - num_dense * prompt_length < (num_layers - num_dense) * max(mean // 2, minimum):
+        return bounded_shares(total, support, minimum, prompt_length)
+    shape = tuple(share for share, uniform in zip(support, is_uniform, strict=True) if not uniform)
+    others = iter(bounded_shares(total - num_dense * prompt_length, shape, minimum, prompt_length))
+    return tuple(prompt_length if uniform else next(others) for uniform in is_uniform)
+
+
+def online_budget(
+    prompt_length: int, rest: int, num_layers_left: int, supports: list[float], is_uniform: bool, minimum: int
+) -> int:
+    """
+    The tokens that a layer keeps, before those above it are known: its share of what is left, the layers above being taken to
+    need what those so far did on average. Whatever comes, all layers together keep no more than the budget.
+
+    Args:
+        rest (`int`): What the layers below have left of the budget.
+        num_layers_left (`int`): With this one.
+        supports (`list[float]`): Of the layers so far, this one last.
+        is_uniform (`bool`): Whether it looks everywhere, and keeps everything if that leaves the others half of the mean.
+        minimum (`int`): What each layer gets at least, if the rest has as much.
+    """
+    num_later = num_layers_left - 1
+    mean = rest // num_layers_left
+    minimum = min(minimum, mean)
+    if is_uniform and rest - prompt_length >= num_later * max(mean // 2, minimum):
+        return prompt_length
+    share = rest * supports[-1] / (supports[-1] + num_later * statistics.mean(supports))
+    return max(min(int(share), prompt_length, rest - num_later * minimum), minimum)
+
+
+@dataclass(frozen=True)
+class LayerBudgets:
+    """
+    How many tokens the layers of a cache keep: by a preset, by a profile, or by the attention of each prompt.
+
+    Attributes:
+        preset (`str`, *optional*): A name in `PRESETS`.
+        profile (`Profile`, *optional*): Of the model.
+    """
+
+    preset: str | None
+    profile: Profile | None
+
+    def follow_attention(self, prompt_length: int, budget: Budget) -> bool:
+        """Whether the attention of the prompt decides, instead of its length alone."""
+        return self.preset is None and self.profile is None and budget.num_tokens(prompt_length) < prompt_length
+
+    def num_tokens(self, depth: int, num_layers: int, prompt_length: int, budget: Budget, minimum: int) -> int:
+        """What the layer at that depth keeps; of budgets that follow attention the mean."""
+        if self.preset is not None:
+            num_dense, window = PRESETS[self.preset]
+            return MAX_TOKENS if depth < round(num_dense * num_layers / PRESET_DEPTH) else window
+        mean = budget.num_tokens(prompt_length)
+        if mean >= prompt_length or self.profile is None:  # a short prompt may grow up to the budget
+            return mean
+        layers = self.profile.layers
+        support = tuple(layer.support for layer in layers)
+        is_uniform = tuple(layer.kind == "uniform" for layer in layers)
+        return profile_schedule(prompt_length, mean * num_layers, support, is_uniform, minimum)[depth]
+
+
+class MassiveActivationLayer(PolicyLayer):
+    """
+    One layer of `MassiveActivationCache`. Positions in these tensors are -1 for none:
+
+    - `found_positions` `(batch, 8)` int32 with `found_ratios` and `found_cosines` float32: what looks massive to this layer;
+      `template_key` `(batch, kv_heads, head_dim)` and `template_norm` `(batch, kv_heads)` float32, what it is compared with;
+    - `exact_positions` `(batch, 8)` int32 and `exact_median` `(batch,)`: what is massive in the output of this layer;
+    - `known_positions` `(batch, 8)` int32: what is massive in the outputs of layers below;
+    - `stand_ins` `(batch, 8)` int32 and `are_inherited` `(batch,)` int32: what stands in where this layer found nothing,
+      and 1 if that is from the layer below.
+    """
+
+    row_counts = (*PolicyLayer.row_counts, "row_looked", "row_is_divided")
+
+    # Set by the cache: the layers below this one, from the first on, and how all of them share the budget.
+    below: tuple["MassiveActivationLayer", ...] = ()
+    budgets = LayerBudgets(None, None)
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.row_tensors = (*self.row_tensors, *MASSIVE_TENSORS)
+
+    def _clear(self) -> None:
+        super()._clear()
+        for name in MASSIVE_TENSORS:
+            setattr(self, name, None)
+        # Per row: tokens that have been looked at; whether attention has decided what the row keeps (1 or 0), and the share
+        # of the tokens that the last queries of a prompt needed.
+        self.row_looked: list[int] = []
+        self.row_is_divided: list[int] = []
+        self.row_support: list[float] = []
+        self._new_positions: torch.Tensor | None = None
+
+    # How many tokens stay.
+
+    @property
+    def minimum(self) -> int:
+        """What a layer keeps at least, if the budget has as much."""
+        return self.policy.window_size + MAX_MASSIVE_TOKENS + LEAST_OTHERS
+
+    def num_tokens_to_keep(self, row_length: int) -> int:
+        place = self.place
+        kept = self.budgets.num_tokens(place.depth, place.num_layers, row_length, self.token_budget, self.minimum)
+        return max(kept, 1)
+
+    def _attend_and_observe(
+        self, call: AttentionCall, tokens: Tokens
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor | None], torch.Tensor | None]:
+        output, attention = super()._attend_and_observe(call, tokens)
+        self._look(call.key, call.value, tokens.positions)
+        self._divide_budget(attention, tokens.positions)
+        return output, attention
+
+    def _divide_budget(self, attention: torch.Tensor, positions: torch.Tensor) -> None:
+        """Sets `row_kept` of the rows for which the attention of the prompt decides it."""
+        rows = [
+            row
+            for row, length in enumerate(self.row_lengths)
+            if self.budgets.follow_attention(length, self.token_budget)
+        ]
+        self.row_support = [0.0] * self.batch_size
+        self.row_is_divided = [int(row in rows) for row in range(self.batch_size)]
+        if not rows:
+            return
+        spread = attention_spread(attention, positions, self._is_massive(positions), self.policy.window_size)
+        supports, local_shares = spread.support.tolist(), spread.local_share.tolist()
+        for row in rows:
+            length = self.row_lengths[row]
+            total = self.place.num_layers * self.token_budget.num_tokens(length)
+            self.row_support[row] = supports[row] / length
+            self.row_kept[row] = online_budget(
+                length,
+                total - sum(layer.row_kept[row] for layer in self.below),
+                self.place.num_layers - self.place.depth,
+                [layer.row_support[row] for layer in (*self.below, self)],
+                layer_class(self.row_support[row], local_shares[row]) == "uniform",
+                self.minimum,
+            )
+
+    def compress(self) -> None:
+        """Where the attention of the prompt has divided the budget, it stays divided like that."""
+        if not any(self.row_is_divided):
+            super().compress()
+            return
+        rows = zip(self.row_is_divided, self.row_kept, self.row_lengths, strict=True)
+        self.row_kept = [kept if divided else self.num_tokens_to_keep(length) for divided, kept, length in rows]
+        if self.must_evict and self.positions is None:
+            slots = slice(self.length)
+            self._keep_best(
+                self.keys[:, :, slots], self.values[:, :, slots], self.attention[..., slots], self.column_tokens
+            )
+        elif self.must_evict:
+            self._evict([True] * self.batch_size)
+
+    # Which tokens never go.
+
+    def _priority(
+        self, key: torch.Tensor, value: torch.Tensor, attention: torch.Tensor | None, positions: torch.Tensor
+    ) -> torch.Tensor:
+        self._look(key, value, positions)
+        priority = super()._priority(key, value, attention, positions)
+        return priority.masked_fill(self._is_massive(positions), float("inf"))
+
+    def _is_massive(self, positions: torch.Tensor) -> torch.Tensor:
+        """`(batch, kv_heads or 1, tokens)` bool: the tokens that never go, given their positions."""
+        is_massive = torch.zeros_like(positions, dtype=torch.bool)
+        for position in torch.cat([self.found_positions, self.known_positions, self.stand_ins], dim=1).unbind(dim=1):
+            is_massive |= positions == position[:, None, None]
+        return is_massive & (positions >= 0)
+
+    @torch.no_grad()
+    def _look(self, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor) -> None:
+        """Looks for massive tokens among those that have come since the last look, which all heads still hold."""
+        looked = self.row_looked or [0] * self.batch_size
+        num_new = max(length - before for length, before in zip(self.row_lengths, looked, strict=True))
+        module = None if self._module is None else self._module()
+        if not num_new or module is None:
+            return
+        if any(looked) or not self.columns_ascend:
+            latest = positions.argsort(dim=-1)[..., -num_new:]
+            key, value, positions = (gather_tokens(tensor, latest) for tensor in (key, value, positions))
+        positions = positions[:, :1].masked_fill(positions[:, :1] < self.per_row(looked), -1)
+        template = None if self.template_key is None else MassiveTemplate(self.template_key, self.template_norm)
+        longest = max(self.row_lengths) if self.replayed is None else self.replayed.longest
+        with torch.autocast(self.device.type, enabled=False):
+            rotary = self.rotary_of(module)
+            found, template = massive_in_keys_and_values(key, value, positions, rotary, longest, template)
+        self.template_key, self.template_norm = template.key, template.value_norm
+        self._add(found.columns, found.value_ratios, found.cosines, positions[:, 0])
+        self.row_looked = list(self.row_lengths)
+        self._hear_of_others()
+
+    def _add(
+        self, columns: torch.Tensor, ratios: torch.Tensor, cosines: torch.Tensor, positions: torch.Tensor
+    ) -> None:
+        """Adds what was found to what had been, those with the shortest values first, and drops what is beyond the cap."""
+        found = positions.gather(1, columns.clamp(min=0)).masked_fill(columns < 0, -1)
+        ratios, cosines = ratios.masked_fill(columns < 0, 0), cosines.masked_fill(columns < 0, 0)
+        parts = [(found, ratios, cosines)]
+        if self.found_positions is not None:
+            parts.insert(0, (self.found_positions, self.found_ratios, self.found_cosines))
+        found, ratios, cosines = (torch.cat(tensors, dim=1) for tensors in zip(*parts, strict=True))
+        missing = max(MAX_MASSIVE_TOKENS - found.shape[1], 0)
+        found = torch.nn.functional.pad(found, (0, missing), value=-1)
+        ratios, cosines = (torch.nn.functional.pad(tensor, (0, missing)) for tensor in (ratios, cosines))
+        order = ratios.masked_fill(found < 0, float("inf")).argsort(dim=1, stable=True)[:, :MAX_MASSIVE_TOKENS]
+        self.found_positions, self.found_ratios, self.found_cosines = (
+            tensor.gather(1, order) for tensor in (found, ratios, cosines)
+        )
+
+    def _hear_of_others(self) -> None:
+        """Takes over what is massive in the outputs of layers below, and what stands in where this layer found nothing."""
+        exact = [layer.exact_positions.to(self.device) for layer in self.below if layer.exact_positions is not None]
+        self.known_positions = first_positions(exact, self.found_positions)
+        slots = torch.arange(MAX_MASSIVE_TOKENS, dtype=torch.int32, device=self.device)
+        first = slots.masked_fill(slots >= NUM_FIRST_TOKENS, -1).expand_as(self.found_positions)
+        inherited = torch.full_like(self.found_positions, -1)
+        if self.below:
+            last = self.below[-1]
+            found, stand_ins, are_inherited = (
+                tensor.to(self.device) for tensor in (last.found_positions, last.stand_ins, last.are_inherited)
+            )
+            inherited = torch.where(are_inherited[:, None] == 1, stand_ins, found)
+        finds_nothing = self.found_positions[:, 0] < 0
+        has_heard = finds_nothing & (inherited >= 0).any(dim=1)
+        self.are_inherited = has_heard.int()
+        stand_ins = torch.where(has_heard[:, None], inherited, first)
+        self.stand_ins = stand_ins.masked_fill(~finds_nothing[:, None], -1)
+
+    # Hidden states.
+
+    def _take_in(self, seen: Tokens, num_new: int) -> Tokens:
+        self._new_positions = seen.positions[:, 0, -num_new:]
+        return super()._take_in(seen, num_new)
+
+    @torch.no_grad()
+    def observe_output(self, hidden_states: torch.Tensor) -> None:
+        """Notes what is massive in `(batch, tokens, hidden_size)` hidden states, those of the tokens that came last."""
+        positions, self._new_positions = self._new_positions, None
+        # Tokens that may be taken back are left to keys and values, which are looked at when it is known that they stay.
+        if self.budget.is_unlimited or self.record_past or not self.is_initialized:
+            return
+        if positions is None:
+            positions = self.next_position[:, 0] - 1
+        hidden_states = hidden_states.to(self.device)
+        is_token = positions >= 0
+        if self.exact_median is None:
+            self.exact_median = torch.full_like(is_token[:, 0], float("nan"), dtype=torch.float32)
+        if hidden_states.shape[1] > 1:
+            median = median_magnitude(hidden_states, is_token)
+            self.exact_median = torch.where(self.exact_median.isnan(), median, self.exact_median)
+        is_massive = massive_in_hidden_states(hidden_states, self.exact_median, is_token)
+        parts = [positions.masked_fill(~is_massive, -1)]
+        parts += [] if self.exact_positions is None else [self.exact_positions]
+        self.exact_positions = first_positions(parts)
+
+    # What users ask, and files.
+
+    def massive_tokens(self) -> list[list[MassiveToken]]:
+        """The tokens of each row that never go."""
+        tensors = (self.found_positions, self.found_ratios, self.found_cosines, self.known_positions, self.stand_ins)
+        if self.found_positions is None:
+            return [[] for _ in range(len(self.row_lengths))]
+        rows = []
+        for found, ratios, cosines, known, stand_ins, length, inherited in zip(
+            *(tensor.tolist() for tensor in tensors), self.row_lengths, self.are_inherited.tolist(), strict=True
+        ):
+            reason = "layer below" if inherited else "first tokens"
+            tokens = [
+                MassiveToken(position, "keys and values", ratio, cosine)
+                for position, ratio, cosine in zip(found, ratios, cosines, strict=True)
+            ]
+            tokens += [MassiveToken(position, "hidden states") for position in known]
+            tokens += [MassiveToken(position, reason) for position in stand_ins if position not in known]
+            rows.append([token for token in tokens if 0 <= token.position < length])
+        return rows
+
+    def export_state(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """Looks first: the module that tells how keys were rotated is not there when the file is read."""
+        if not self.budget.is_unlimited:
+            self._look(self.keys[:, :, : self.length], self.values[:, :, : self.length], self._held_columns())
+        return super().export_state()
+
+    def _held_columns(self) -> torch.Tensor:
+        """`(batch, kv_heads or 1, slots)`: the positions of what is held."""
+        return self.column_tokens.positions if self.positions is None else self.positions[..., : self.length]
+
+    def check_state(self) -> None:
+        super().check_state()
+        if self.budget.is_unlimited:
+            return
+        batch_size, (kv_heads, head_dim) = self.batch_size, self._key_shape
+        positions = ["found_positions", "known_positions", "stand_ins"]
+        if self.exact_positions is not None:
+            positions.append("exact_positions")
+            self.require_tensor("exact_median", torch.float32, batch_size)
+        for name in positions:
+            self.require_tensor(name, torch.int32, batch_size, MAX_MASSIVE_TOKENS)
+            # Those of stand-ins may be of tokens that are still to come.
+            limits = self.next_position[:, 0].clamp(min=NUM_FIRST_TOKENS)
+            if (getattr(self, name) < -1).any() or (getattr(self, name) >= limits).any():
+                raise ValueError(f"`{name}` holds what is no position of {self.row_lengths} tokens")
+        for name in ("found_ratios", "found_cosines"):
+            self.require_tensor(name, torch.float32, batch_size, MAX_MASSIVE_TOKENS)
+        self.require_tensor("are_inherited", torch.int32, batch_size)
+        self.require_tensor("template_key", torch.float32, batch_size, kv_heads, head_dim)
+        self.require_tensor("template_norm", torch.float32, batch_size, kv_heads)
+        if self.row_looked != self.row_lengths:
+            raise ValueError(f"`row_looked` is {self.row_looked}, but {self.row_lengths} tokens have been seen")
+
+
+class MassiveActivationCache(PolicyCache):
+    """
+    Keeps the tokens with massive activations whatever happens, the most recent ones, and per KV head those with the most
+    attention; layers that look everywhere keep more than others (massive activations: https://arxiv.org/abs/2402.17762).
+
+    The layers hold `budget` tokens on average and up to `eviction_interval` more each, however much is generated:
+    `layers * batch * kv_heads * (budget + eviction_interval) * (2 * head_dim * itemsize + 8)` bytes. The prompt is read with
+    full attention, so the first new token is exact.
+
+    How layers share the budget follows the attention of each prompt, from the first layer to the last: each takes its share of
+    what those below have left, as if those above needed what those so far did on average. A layer that needs more than half of
+    the prompt keeps all of it if that leaves the others half of their mean. With a profile, which knows all layers
+    beforehand, shares are in proportion. Either way the budget is never exceeded.
+
+    Massive tokens are told by keys and values, in the prompt and among generated tokens. Given a model instead of its
+    config, hidden states tell them too: at the outputs of layer 2 and of those at a quarter and half of the depth, or, with a
+    profile, of the first layer whose output has massive activations. They then protect the layers above.
+
+    Args:
+        config (`PreTrainedConfig` or `PreTrainedModel`): Of the model, or the model itself, which takes more time by a look at
+            the hidden states of two or three layers.
+        budget (`float`, `int` or `str`, *optional*): What layers keep on average: a fraction of the prompt (of everything
+            seen, when a later turn brings several tokens at once), a number of tokens, or bytes for the layers that evict such
+            as "256MiB". 1.0 never evicts. 0.2 by default.
+        profile (`str`, *optional*): A file of `pyramid-cache profile`, by which layers share the budget.
+        preset (`str`, *optional*): A published setting instead of a budget, such as "22-sparse-layers-1536": of 32 layers
+            the lowest 10 keep everything, however much that gets, and the others 1,536 tokens each. Models of another depth
+            have as large a share of such layers.
+        window_size (`int`, defaults to 50): How many of the last queries choose, and how many of the last tokens are kept
+            for certain (but no more than half of what a layer keeps). While an answer is generated, each token takes over
+            `1 / window_size` of that attention.
+        kernel_size (`int`, defaults to 7): Odd: a token has the largest attention among so many neighbours. Larger values
+            keep longer passages, and fewer of them; 1 scores each token alone.
+        eviction_interval (`int`, defaults to 32): Generated tokens that come in before as many go. Larger values take more
+            memory and less time.
+
+    Raises:
+        ValueError: For an argument outside these ranges, a profile of another model, or a model that cannot be compressed.
+        NotImplementedError: For a model whose rotary embedding depends on the length (dynamic NTK) or has several axes;
+            at the first forward pass where the config does not tell.
+
+    Example:
+
+    ```python
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from pyramid_cache import MassiveActivationCache
+    >>> import torch
+
+    >>> config = LlamaConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=99)
+    >>> model = LlamaForCausalLM(config)
+    >>> cache = MassiveActivationCache(model.config, budget=16, window_size=8)
+    >>> tokens = model.generate(torch.arange(40)[None], past_key_values=cache, max_new_tokens=8, eos_token_id=None)
+    >>> cache.compress()
+    >>> sum(cache.num_kept_tokens()) <= 2 * 16
+    True
+    >>> [(token.position, token.reason) for token in cache.massive_tokens()[0][0]]
+    [(0, 'first tokens'), (1, 'first tokens'), (2, 'first tokens'), (3, 'first tokens')]
+
+    ```
+    """
+
+    layer_class = MassiveActivationLayer
+
+    def __init__(
+        self,
+        config: PreTrainedConfig | PreTrainedModel,
+        budget: float | int | str | None = None,
+        *,
+        profile: str | os.PathLike[str] | None = None,
+        preset: str | None = None,
+        window_size: int = 50,
+        kernel_size: int = 7,
+        eviction_interval: int = DEFAULT_EVICTION_INTERVAL,
+    ) -> None:
+        model = model_inside(config)
+        config = config if model is None else model.config
+        check_decoder_config(config)
+        refuse_unsupported_rope(config)
+        path = None if profile is None else os.fspath(profile)
+        policy = MassiveActivationPolicy(path, preset, window_size, kernel_size)
+        if preset is not None:
+            window = PRESETS[preset][1]
+            if profile is not None or budget not in (None, window):
+                raise ValueError(
+                    f"`preset={preset!r}` says what each layer keeps. Leave out `budget` and `profile`, or `preset`."
+                )
+            budget = window
+        super().__init__(
+            config, DEFAULT_BUDGET if budget is None else budget, policy, eviction_interval=eviction_interval
+        )
+        if model is not None:
+            self.frequencies = SharedFrequencies(config, weakref.ref(model))
+        layers = self.compressed_layers
+        read = None if path is None else read_profile(path, config)
+        if read is not None and [layer.layer_idx for layer in read.layers] != [
+            layer.place.layer_idx for layer in layers
+        ]:
+            raise ValueError(
+                f"{path} is of the layers {[layer.layer_idx for layer in read.layers]}, but those that evict are "
+                f"{[layer.place.layer_idx for layer in layers]}. Make it again with `pyramid-cache profile`."
+            )
+        budgets = LayerBudgets(preset, read)
+        for depth, layer in enumerate(layers):
+            layer.below, layer.budgets, layer.frequencies = tuple(layers[:depth]), budgets, self.frequencies
+        self.output_probes = None
+        if model is not None:
+            indices = [layer.place.layer_idx for layer in layers[:-1]]  # nothing is above the last one
+            probed = {
+                next((index for index in indices if index >= wanted), None)
+                for wanted in probed_layers(len(self.layers), read)
+            }
+            self.output_probes = OutputProbes(model, sorted(probed - {None}))
+
+    def observe_output(self, layer_idx: int, hidden_states: torch.Tensor) -> None:
+        """Shows a layer its decoder layer's output; called by the hook of `OutputProbes`."""
+        self.layers[layer_idx].observe_output(hidden_states)
+
+    def massive_tokens(self) -> dict[int, list[list[MassiveToken]]]:
+        """
+        The tokens that never go, and why.
+
+        Returns:
+            `dict[int, list[list[MassiveToken]]]`: By the index of each layer that evicts, for each row: what looks massive to
+            the layer, those with the shortest values first, then what is massive in hidden states below, or what stands in.
+        """
+        return {layer.place.layer_idx: layer.massive_tokens() for layer in self.compressed_layers}
+
+
+def probed_layers(num_layers: int, profile: Profile | None) -> list[int]:
+    """
+    The decoder layers whose outputs are looked at. Massive activations appear in layer 1 or 2 of Llama and Mistral and in layer
+    11 of SmolLM2's 30, and stay until the last layers.
+    """
+    if profile is not None and profile.massive_layers is not None:
+        return [profile.massive_layers[0]]
+    return sorted({min(2, num_layers - 1), num_layers // 4, num_layers // 2})
+
+
+def first_positions(parts: list[torch.Tensor], known: torch.Tensor | None = None) -> torch.Tensor:
+    """
+    The 8 lowest different positions among parts `(batch, any)` int32, -1 for none, but for those in `known`
+    `(batch, any)`.
+
+    Returns:
+        `torch.Tensor`: `(batch, 8)` int32, -1 behind the last.
+    """
+    if not parts:
+        return torch.full_like(known, -1)
+    positions = torch.cat(parts, dim=1)
+    is_none = positions < 0
+    if known is not None:
+        is_none |= (positions[:, :, None] == known[:, None]).any(dim=-1)
+    positions = positions.masked_fill(is_none, MAX_TOKENS).sort(dim=1).values
+    is_repeated = torch.nn.functional.pad(positions[:, 1:] == positions[:, :-1], (1, 0))
+    positions = positions.masked_fill(is_repeated, MAX_TOKENS).sort(dim=1).values[:, :MAX_MASSIVE_TOKENS]
+    positions = torch.nn.functional.pad(
+        positions, (0, max(MAX_MASSIVE_TOKENS - positions.shape[1], 0)), value=MAX_TOKENS
+    )
+    return positions.masked_fill(positions == MAX_TOKENS, -1)

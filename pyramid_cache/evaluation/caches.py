@@ -1,0 +1,84 @@
+"""The caches that are evaluated: one row each. A new cache needs nothing else to be in every table of results."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from transformers import PreTrainedModel
+
+from pyramid_cache import (
+    AdaKVCache,
+    ExpectedAttentionCache,
+    H2OCache,
+    KeyDiffCache,
+    KnormCache,
+    MassiveActivationCache,
+    PyramidCache,
+    PyramidKVCache,
+    RKVCache,
+    SnapKVCache,
+    StreamingLLMCache,
+    TOVACache,
+)
+from pyramid_cache.engine.budget import floor_of_product
+from pyramid_cache.engine.cache import CompressedCache
+
+
+# Called with the model, the budget as a fraction, and the tokens of the prompt that it is a fraction of.
+CacheBuilder = Callable[[PreTrainedModel, float, int], CompressedCache]
+
+BASELINE = "dynamic"
+BASELINE_LABEL = "DynamicCache"
+
+
+@dataclass(frozen=True)
+class EvaluatedCache:
+    """
+    A cache under evaluation.
+
+    Attributes:
+        label (`str`): What tables call it.
+        build (`Callable`): Makes a new one.
+        reading (`str`): How it reads a prompt. "dense": with full attention, after which it evicts; one reading then serves
+            all such caches. "stream": each token sees what it would see had the tokens come one by one; it makes no
+            difference then whether a question is read with its context or after it. "own": in another way.
+    """
+
+    label: str
+    build: CacheBuilder
+    reading: Literal["dense", "stream", "own"] = "dense"
+
+
+def from_config(cache_class: Callable[..., CompressedCache], **settings: object) -> CacheBuilder:
+    """Builds a cache that takes the model's config and a budget."""
+    return lambda model, budget, num_tokens: cache_class(model.config, budget, **settings)
+
+
+def streaming(prefill: str) -> CacheBuilder:
+    """Builds a StreamingLLMCache whose window is the budget, but leaves one token beside the sinks."""
+
+    def build(model: PreTrainedModel, budget: float, num_tokens: int) -> StreamingLLMCache:
+        window_length = max(floor_of_product(budget, num_tokens), 5)
+        return StreamingLLMCache(model.config, window_length=window_length, prefill=prefill)
+
+    return build
+
+
+CACHES: dict[str, EvaluatedCache] = {
+    "h2o": EvaluatedCache("H2OCache", from_config(H2OCache)),
+    "snapkv": EvaluatedCache("SnapKVCache", from_config(SnapKVCache)),
+    "pyramidkv": EvaluatedCache("PyramidKVCache", from_config(PyramidKVCache)),
+    "adakv": EvaluatedCache("AdaKVCache", from_config(AdaKVCache)),
+    "tova": EvaluatedCache("TOVACache", from_config(TOVACache)),
+    "keydiff": EvaluatedCache("KeyDiffCache", from_config(KeyDiffCache)),
+    "knorm": EvaluatedCache("KnormCache", from_config(KnormCache)),
+    "expected-attention": EvaluatedCache("ExpectedAttentionCache", from_config(ExpectedAttentionCache)),
+    "rkv": EvaluatedCache("RKVCache", from_config(RKVCache)),
+    "massive": EvaluatedCache("MassiveActivationCache", from_config(MassiveActivationCache)),
+    "pyramid-config": EvaluatedCache("PyramidCache(config)", from_config(PyramidCache)),
+    "pyramid": EvaluatedCache(
+        "PyramidCache(model)", lambda model, budget, num_tokens: PyramidCache(model, budget), reading="own"
+    ),
+    "streaming-dense": EvaluatedCache("StreamingLLMCache, dense", streaming("dense")),
+    "streaming": EvaluatedCache("StreamingLLMCache", streaming("streaming"), reading="stream"),
+}

@@ -1,0 +1,262 @@
+"""`pyramid-cache evaluate`: its options, and its steps from making the cases to writing the results."""
+
+import argparse
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pyramid_cache import weights
+from pyramid_cache.demo.model import load_model
+from pyramid_cache.evaluation import recall
+from pyramid_cache.evaluation.caches import BASELINE, CACHES
+from pyramid_cache.evaluation.measure import PROTOCOLS, Evaluation, Result
+from pyramid_cache.evaluation.tasks import (
+    DEFAULT_TASKS,
+    TASK_FORMS,
+    Context,
+    Task,
+    build_needle_contexts,
+    build_recall_contexts,
+    parse_task,
+    save_contexts,
+)
+from pyramid_cache.machine import describe_machine, describe_versions, load_average
+from pyramid_cache.terminal import ProgressBar, check_json, device, positive_int, write_json
+
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from transformers import PreTrainedModel
+
+
+DEFAULT_BUDGETS = (0.5, 0.25, 0.1)
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Adds the subcommand and its options."""
+    parser = subparsers.add_parser(
+        "evaluate",
+        help="ask questions about long contexts with each cache, and see what it has lost",
+        description="Asks questions about long contexts with each cache and with the full one: numbers that are hidden in a "
+        "novel, with a language model, and values of keys, with a small model that has learned to recall them. Shows exact "
+        "match, token accuracy and log-likelihood of the right answers.",
+    )
+    parser.add_argument("--model", help=f"folder or hub id of a causal language model (default: {weights.MODEL_NAME})")
+    parser.add_argument(
+        "--caches",
+        type=cache_names,
+        default=list(CACHES),
+        metavar="NAMES",
+        help=f"comma-separated list of {', '.join(CACHES)}; the full cache is always measured (default: all)",
+    )
+    parser.add_argument(
+        "--budgets",
+        type=budgets,
+        default=list(DEFAULT_BUDGETS),
+        metavar="NUMBERS",
+        help=f"fractions of the prompt (default: {','.join(map(str, DEFAULT_BUDGETS))})",
+    )
+    parser.add_argument(
+        "--tasks",
+        type=tasks,
+        default=[parse_task(name) for name in DEFAULT_TASKS],
+        metavar="NAMES",
+        help=f"comma-separated list of {TASK_FORMS}; default: {','.join(DEFAULT_TASKS)}",
+    )
+    parser.add_argument(
+        "--protocols",
+        type=protocols,
+        default=list(PROTOCOLS),
+        metavar="NAMES",
+        help="context (it is compressed before the question is read), question (both are read, then compressed), or both "
+        "with a comma (default: both)",
+    )
+    parser.add_argument(
+        "--limit", type=positive_int, metavar="N", help="contexts of each task at most (default: all that it has)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="chooses the cases (default: 0)")
+    parser.add_argument("--device", type=device, help="where to run (default: cuda if there is one, else cpu)")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the weights and the cache (default: float32 on cpu, else bfloat16)",
+    )
+    parser.add_argument(
+        "--threads", type=positive_int, metavar="N", help="threads of the CPU (default: torch's choice)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well, with every case")
+    parser.add_argument(
+        "--save-cases",
+        type=Path,
+        metavar="FILE",
+        help="write the cases there as token ids, for other programs, and measure nothing",
+    )
+    parser.set_defaults(run=run)
+
+
+def names_of(text: str, known: Sequence[str]) -> list[str]:
+    """Reads a comma-separated list of known names."""
+    names = split(text)
+    if not names or any(name not in known for name in names):
+        raise argparse.ArgumentTypeError(f"{text!r} is no comma-separated list of {', '.join(known)}")
+    return names
+
+
+def split(text: str) -> list[str]:
+    """The parts between commas, each once."""
+    return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+
+
+def cache_names(text: str) -> list[str]:
+    """Reads `--caches`."""
+    return names_of(text, list(CACHES))
+
+
+def protocols(text: str) -> list[str]:
+    """Reads `--protocols`."""
+    return names_of(text, PROTOCOLS)
+
+
+def budgets(text: str) -> list[float]:
+    """Reads `--budgets`."""
+    try:
+        fractions = [float(part) for part in split(text)]
+    except ValueError:
+        fractions = []
+    if not fractions or not all(0 < fraction < 1 for fraction in fractions):
+        raise argparse.ArgumentTypeError(f"{text!r} is no comma-separated list of fractions between 0 and 1")
+    return sorted(fractions, reverse=True)
+
+
+def tasks(text: str) -> list[Task]:
+    """Reads `--tasks`."""
+    try:
+        found = [parse_task(name) for name in split(text)]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} names no task. Tasks are {TASK_FORMS}")
+    return found
+
+
+def run(options: argparse.Namespace) -> None:
+    """Evaluates, and prints what came of it."""
+    from rich.console import Console
+
+    from pyramid_cache.evaluation import report
+
+    check_json(options.json)
+    check_cases(options)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    messages = Console(stderr=True)
+    target = options.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    machine = describe_machine(target)
+    results: list[Result] = []
+    settings: dict[str, Any] = {}
+    for kind in dict.fromkeys(task.kind for task in options.tasks):
+        name, model, contexts = prepare(kind, options, target, messages)
+        if options.save_cases is not None:
+            save_contexts(contexts, name, options.save_cases)
+            messages.print(f"Wrote {options.save_cases}", highlight=False, soft_wrap=True)
+            return
+        settings |= {"model" if kind == "needles" else "recall_model": name} | settings_of(model)
+        caches = {name: CACHES[name] for name in options.caches}
+        with ProgressBar(messages) as progress:
+            results += Evaluation(model, caches, options.budgets, options.protocols).run(contexts, progress)
+    record = {
+        "rows": [report.as_row(result) for result in results],
+        "settings": settings | {"seed": options.seed, "limit": options.limit},
+        "command": command_of(options),
+        "machine": machine | {"load_average_after": load_average()},
+        "versions": describe_versions("pyramid_cache", "torch", "transformers"),
+    }
+    if options.json is not None:
+        write_json(record, options.json)
+    report.show(record)
+    if options.json is not None:
+        messages.print(f"Wrote {options.json}", highlight=False, soft_wrap=True)
+
+
+def check_cases(options: argparse.Namespace) -> None:
+    """Raises where `--save-cases` could not be written, or would hold token ids of two models."""
+    if options.save_cases is None:
+        return
+    if options.save_cases.is_dir() or not options.save_cases.parent.is_dir():
+        raise ValueError(
+            f"--save-cases {options.save_cases} cannot be written: it must be a file in a folder that exists."
+        )
+    if len({task.kind for task in options.tasks}) > 1:
+        names = ",".join(task.name for task in options.tasks if task.kind == "needles")
+        raise ValueError(
+            f"--save-cases writes token ids of one model. Give tasks of one kind, such as --tasks {names}."
+        )
+
+
+def prepare(
+    kind: str, options: argparse.Namespace, target: torch.device, messages: "Console"
+) -> tuple[str, "PreTrainedModel", list[Context]]:
+    """The name of the model for a kind of task, the model, and the contexts of all tasks of that kind."""
+    chosen = [task for task in options.tasks if task.kind == kind]
+    if kind == "recall":
+        model = recall.load_recall_model(getattr(torch, options.dtype or default_dtype(target))).to(target)
+        contexts = [build_recall_contexts(task, options.seed, options.limit) for task in chosen]
+        return recall.NAME, model, [context for group in contexts for context in group]
+    name = options.model or weights.MODEL_NAME
+    messages.print(f"Loading {name}", highlight=False, markup=False, soft_wrap=True)
+    with ProgressBar(messages) as progress:
+        folder = options.model or weights.fetch_default_model(progress)
+    loaded = load_model(folder, name=name, device=target, dtype=options.dtype)
+    contexts = [
+        context
+        for task in chosen
+        for context in build_needle_contexts(loaded.tokenizer, task, options.seed, options.limit)
+    ]
+    check_positions(loaded.model, name, contexts)
+    return name, loaded.model, contexts
+
+
+def default_dtype(target: torch.device) -> str:
+    """That of `load_model`."""
+    return "float32" if target.type == "cpu" else "bfloat16"
+
+
+def check_positions(model: "PreTrainedModel", name: str, contexts: Sequence[Context]) -> None:
+    """Raises if the model was not made for sequences of that length: the full cache's answer would mean nothing."""
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    longest = max(
+        len(context.ids) + len(question.ids) + len(question.answer)
+        for context in contexts
+        for question in context.questions
+    )
+    if limit is not None and longest > limit:
+        raise ValueError(
+            f"Contexts with questions and answers of up to {longest} tokens exceed the {limit} positions of {name}. Choose "
+            "shorter ones with --tasks."
+        )
+
+
+def settings_of(model: "PreTrainedModel") -> dict[str, Any]:
+    """What figures depend on beside the options."""
+    return {
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device),
+        "attn_implementation": model.config._attn_implementation,
+        "baseline": BASELINE,
+    }
+
+
+def command_of(options: argparse.Namespace) -> str:
+    """The command that measures the same, with nothing left to defaults but where to run."""
+    words = ["pyramid-cache", "evaluate"]
+    if options.model is not None:
+        words += ["--model", options.model]
+    words += ["--caches", ",".join(options.caches), "--budgets", ",".join(map(str, options.budgets))]
+    words += ["--tasks", ",".join(task.name for task in options.tasks), "--protocols", ",".join(options.protocols)]
+    for name in ("limit", "seed", "dtype", "threads"):
+        if (value := getattr(options, name)) is not None:
+            words += [f"--{name}", str(value)]
+    return shlex.join(words)

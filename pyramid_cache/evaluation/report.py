@@ -1,0 +1,93 @@
+"""What the caches lost: a record for JSON, and a table for the terminal."""
+
+import itertools
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from pyramid_cache.evaluation.caches import BASELINE, BASELINE_LABEL, CACHES
+from pyramid_cache.evaluation.measure import Result
+from pyramid_cache.terminal import report_console
+
+
+DECIMALS = 4
+
+
+def as_row(result: Result) -> dict[str, Any]:
+    """
+    One cache on one task.
+
+    Returns:
+        `dict`: Means over the cases, and under "cases" what they are of: lists, in the order of contexts and their questions.
+        A case is an exact match if its token accuracy is 1.
+    """
+    scores = result.scores
+    return {
+        "task": result.task,
+        "protocol": result.protocol,
+        "cache": result.cache,
+        "label": BASELINE_LABEL if result.cache == BASELINE else CACHES[result.cache].label,
+        "budget": result.budget,
+        "num_cases": len(scores),
+        "exact_match": statistics.mean(score.is_exact for score in scores),
+        "token_accuracy": statistics.mean(score.token_accuracy for score in scores),
+        "log_likelihood": statistics.mean(score.log_likelihood for score in scores),
+        "held_share": statistics.mean(result.held_shares) if result.held_shares else 1.0,
+        "cases": {
+            "token_accuracy": [round(score.token_accuracy, DECIMALS) for score in scores],
+            "log_likelihood": [round(score.log_likelihood, DECIMALS) for score in scores],
+        },
+    }
+
+
+def show(record: dict[str, Any]) -> None:
+    """Prints the table."""
+    console = report_console()
+    settings = record["settings"]
+    models = " and ".join(settings[key] for key in ("model", "recall_model") if key in settings)
+    console.print(f"{models} · {settings['dtype']} on {settings['device']}", style="bold", markup=False)
+    console.print(table(record["rows"]))
+    console.print(Text(footnote(record), style="dim"))
+
+
+def table(rows: Sequence[dict[str, Any]]) -> Table:
+    """One row per budget and cache, one column per task and protocol."""
+    columns = list(dict.fromkeys((row["task"], row["protocol"]) for row in rows))
+    by_place = {(row["task"], row["protocol"], row["budget"], row["cache"]): row for row in rows}
+    result = Table(header_style="bold")
+    result.add_column("cache", no_wrap=True)
+    result.add_column("budget", justify="right", no_wrap=True)
+    for task, protocol in columns:
+        result.add_column(f"{task}\n{protocol} first\nexact token loglik", justify="right", no_wrap=True)
+    places = dict.fromkeys((row["budget"], row["cache"]) for row in rows)
+    ordered = sorted(places, key=lambda place: -place[0])
+    for budget, group in itertools.groupby(ordered, key=lambda place: place[0]):
+        result.add_section()
+        for _, cache in group:
+            found = [by_place.get((*column, budget, cache)) for column in columns]
+            label = next(row["label"] for row in found if row is not None)
+            budget_cell = "" if cache == BASELINE else f"{budget:g}"
+            result.add_row(label, budget_cell, *(measures(row) for row in found))
+    return result
+
+
+def measures(row: dict[str, Any] | None) -> str:
+    """Exact match, token accuracy and log-likelihood; empty for what was not measured."""
+    if row is None:
+        return ""
+    return f"{row['exact_match']:.2f}  {row['token_accuracy']:.2f}  {row['log_likelihood']:6.2f}"
+
+
+def footnote(record: dict[str, Any]) -> str:
+    """What the columns mean."""
+    counts = {row["task"]: row["num_cases"] for row in record["rows"]}
+    cases = ", ".join(f"{count} of {task}" for task, count in counts.items())
+    return (
+        "Exact match, token accuracy and log-likelihood per token of the right answer; means over the same cases for each "
+        f"cache ({cases}). Context first: the context is compressed before a question is known. Question first: context and "
+        "question are compressed together; the first token of an answer follows from a full reading then, so that answers of "
+        "one token are not measured. The budget is a fraction of what is read."
+    )

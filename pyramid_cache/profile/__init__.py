@@ -1,0 +1,1 @@
+"""What a model does with its attention: massive activations, and how widely each layer looks."""

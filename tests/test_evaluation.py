@@ -1,0 +1,336 @@
+"""The evaluation: its cases, one reading for many caches, scores against slow loops, and what is certain about results."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from caches import CACHE_CASES, CacheCase, parametrize_cases
+from models import build_model, random_tokens, tiny_model
+from test_demo import byte_tokenizer
+from transformers import Cache, DynamicCache, LlamaForCausalLM, PreTrainedModel
+
+from pyramid_cache import H2OCache, SnapKVCache, StreamingLLMCache
+from pyramid_cache.cli import main
+from pyramid_cache.demo.prompt import PromptError, read_text
+from pyramid_cache.evaluation import tasks
+from pyramid_cache.evaluation.caches import BASELINE, CACHES, EvaluatedCache, from_config
+from pyramid_cache.evaluation.measure import Evaluation, Result, groups_of_equal_length, score_answers
+from pyramid_cache.evaluation.reading import Reader, fill, full_cache
+from pyramid_cache.evaluation.recall import load_recall_model
+from pyramid_cache.evaluation.tasks import (
+    PERSONS,
+    Context,
+    Question,
+    build_needle_contexts,
+    build_recall_contexts,
+    load_contexts,
+    parse_task,
+    save_contexts,
+)
+from pyramid_cache.weights import no_progress
+
+
+# Those that read a prompt with full attention.
+DENSE_CASES = [
+    case
+    for case in CACHE_CASES
+    if not case.from_model and (case.cache_class is not StreamingLLMCache or case.tight.get("prefill") == "dense")
+]
+
+
+@pytest.fixture(scope="module")
+def recall_model() -> LlamaForCausalLM:
+    return load_recall_model()
+
+
+# One reading.
+
+
+@parametrize_cases(DENSE_CASES)
+@torch.no_grad()
+def test_a_reading_gives_what_the_cache_would_have_read(case: CacheCase) -> None:
+    """A context alone, and a context with a question behind it; the reading serves a second cache as well as a first."""
+    model, tokens = tiny_model("llama"), random_tokens(1, 60, seed=3)
+    reader = Reader(model, tokens[:, :33])
+    for reading, length in ((reader.context, 33), (reader.with_question(tokens[:, 33:40]), 40)):
+        assert reading.num_tokens == length
+        own = case.build(model)
+        first_logits = model(tokens[:, :length], past_key_values=own).logits[:, -1]
+        torch.testing.assert_close(reading.logits, first_logits, atol=1e-4, rtol=0)
+        wanted = model(tokens[:, length:], past_key_values=copy.deepcopy(own)).logits
+        for _ in range(2):
+            filled = case.build(model)
+            fill(filled, reading)
+            assert filled.get_seq_length() == length
+            assert filled.num_kept_tokens() == own.num_kept_tokens() < [length] * len(own.layers)
+            for layer in range(len(own.layers)):
+                held, wanted_held = (cache.positions(layer).sort(dim=-1).values for cache in (filled, own))
+                assert torch.equal(held, wanted_held)
+            logits = model(tokens[:, length:], past_key_values=filled).logits
+            torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_a_reading_gives_the_full_cache() -> None:
+    model, tokens = tiny_model("llama"), random_tokens(1, 40, seed=3)
+    reader = Reader(model, tokens[:, :25])
+    reader.with_question(tokens[:, 30:])  # leaves nothing behind
+    cache = full_cache(model, reader.with_question(tokens[:, 25:30]))
+    logits = model(tokens[:, 30:], past_key_values=cache).logits
+    torch.testing.assert_close(logits, model(tokens).logits[:, 30:], atol=1e-4, rtol=0)
+
+
+def test_models_whose_reading_cannot_be_shared_are_refused() -> None:
+    with pytest.raises(NotImplementedError, match="other kinds than full attention"):
+        Reader(tiny_model("gemma3"), random_tokens(1, 10))
+    with pytest.raises(NotImplementedError, match="'dynamic' scaling"):
+        rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+        Reader(build_model("llama", rope_parameters=rope), random_tokens(1, 10))
+
+
+# Scores.
+
+
+def test_scores_are_those_of_the_right_tokens() -> None:
+    probabilities = torch.tensor([[[0.5, 0.25, 0.25], [0.1, 0.2, 0.7]], [[0.2, 0.4, 0.4], [0.25, 0.5, 0.25]]])
+    first, second = score_answers(probabilities.log(), torch.tensor([[0, 2], [0, 1]]))
+    assert first.is_exact and first.token_accuracy == 1
+    assert not second.is_exact and second.token_accuracy == 0.5
+    assert first.log_likelihood == pytest.approx(torch.tensor([0.5, 0.7]).log().mean().item())
+    assert second.log_likelihood == pytest.approx(torch.tensor([0.2, 0.5]).log().mean().item())
+
+
+def test_questions_of_equal_length_are_asked_side_by_side() -> None:
+    questions = [Question([0] * length, [0] * 2) for length in (3, 4, 3, 3, 4, 3)]
+    assert list(groups_of_equal_length(questions, 3)) == [[0, 2, 3], [5], [1, 4]]
+
+
+@torch.no_grad()
+def slow_log_likelihood(model: PreTrainedModel, cache: Cache, new: list[int], answer: list[int]) -> float:
+    """The mean log-probability of an answer's tokens, each on a copy of the cache that reads all before it anew."""
+    total = 0.0
+    for index, token_id in enumerate(answer):
+        tokens = torch.tensor([new + answer[:index]])
+        logits = model(tokens, past_key_values=copy.deepcopy(cache)).logits[0, -1]
+        total += logits.log_softmax(dim=-1)[token_id].item()
+    return total / len(answer)
+
+
+def said(model: PreTrainedModel, cache: Cache, prompt: list[int], num_tokens: int) -> list[int]:
+    """What greedy decoding says behind a prompt of which the cache has read none or some."""
+    output = model.generate(
+        torch.tensor([prompt]), past_key_values=cache, max_new_tokens=num_tokens, do_sample=False, eos_token_id=None
+    )
+    return output[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("name", [BASELINE, "snapkv", "pyramid", "streaming"])
+def test_scores_are_those_of_generate(name: str) -> None:
+    """Both protocols, on what the cache itself says, on what the full cache says, and on answers with a wrong token."""
+    model = tiny_model("llama")
+
+    def build(num_tokens: int) -> Cache:
+        return DynamicCache(config=model.config) if name == BASELINE else CACHES[name].build(model, 0.5, num_tokens)
+
+    context = random_tokens(1, 48, seed=5)[0].tolist()
+    questions = []
+    for index, length in enumerate((6, 6, 9, 6, 6)):
+        ids = random_tokens(1, length, seed=10 + index)[0].tolist()
+        # The window of a stream is the same share of the context in both protocols.
+        num_tokens = 48 if name == "streaming" else 48 + length
+        cache = DynamicCache(config=model.config) if index == 1 else build(num_tokens)
+        answer = said(model, cache, context + ids, 4)
+        if index >= 3:
+            answer[index - 1] = (answer[index - 1] + 1) % model.config.vocab_size
+        questions.append(Question(ids, answer))
+    caches = {} if name == BASELINE else {name: CACHES[name]}
+    results = Evaluation(model, caches, [0.5]).run([Context("made-up", context, questions)], no_progress)
+    found = {result.protocol: result.scores for result in results if result.cache == name}
+    for index, question in enumerate(questions):
+        after_context, nothing_read = build(48), build(48 if name == "streaming" else 48 + len(question.ids))
+        with torch.no_grad():
+            model(torch.tensor([context]), past_key_values=after_context)
+        wanted = slow_log_likelihood(model, after_context, question.ids, question.answer)
+        assert found["context"][index].log_likelihood == pytest.approx(wanted, abs=1e-4)
+        is_said = said(model, nothing_read, context + question.ids, 4) == question.answer
+        assert found["question"][index].is_exact == is_said
+        assert is_said or index not in (0, 2)
+        assert not is_said or index < 3
+    shares = [share for result in results if result.cache == name for share in result.held_shares]
+    assert len(shares) == {BASELINE: 0, "streaming": 2}.get(name, 6)
+
+
+# Cases.
+
+
+@pytest.fixture
+def short_novel(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The beginning of the novel in place of all of it, which takes seconds to tokenize into bytes."""
+    novel = read_text()[:20_000]
+    monkeypatch.setattr(tasks, "read_text", lambda: novel)
+    return novel
+
+
+def test_needles_are_in_their_context_and_asked_for(short_novel: str) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}[user]{{ message['content'] }}{% endfor %}[model]"
+    task = parse_task("needles-8-4000")
+    contexts = build_needle_contexts(tokenizer, task, limit=3)
+    assert len(contexts) == 3 and task.num_contexts == 10 and parse_task("needles-1-4096").num_contexts == 20
+    for context in contexts:
+        text = tokenizer.decode(context.ids)
+        assert len(context.ids) == 4000 and text.startswith("[user]") and "[model]" not in text
+        numbers, places = [], []
+        for question in context.questions:
+            asked, number = tokenizer.decode(question.ids), tokenizer.decode(question.answer)
+            person = asked.split("number of the ")[1].split(" mentioned")[0]
+            assert person in PERSONS
+            assert asked.endswith(f"mentioned in the text?[model]The secret pass number of the {person} is ")
+            needle = f"\n\nThe secret pass number of the {person} is {number}. Remember it.\n\n"
+            assert text.count(needle) == 1 and text.count(number) == 1
+            places.append(text.index(needle))
+            numbers.append(number)
+            text = text.replace(needle, "")
+        assert len(set(numbers)) == len({number[0] for number in numbers}) == 8
+        # Scattered over the whole text, which is left as it was.
+        assert min(places) < 700 and max(places) > 3000 - 8 * len(needle)
+        assert tokenizer.decode(tokenizer(text.removeprefix("[user]"))["input_ids"]) in short_novel
+
+
+def test_cases_depend_on_the_seed_and_not_on_their_number(short_novel: str, tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    for build in (
+        lambda seed, limit: build_needle_contexts(tokenizer, parse_task("needles-2-1500"), seed, limit),
+        lambda seed, limit: build_recall_contexts(parse_task("recall-64"), seed, limit),
+    ):
+        many, few, other = build(1, 3), build(1, 2), build(2, 3)
+        assert many[:2] == few
+        assert len({tuple(context.ids) for context in many + other}) == 6
+        save_contexts(many, "some model", tmp_path / "cases.json")
+        assert load_contexts(tmp_path / "cases.json") == many
+        assert json.loads((tmp_path / "cases.json").read_text())["model"] == "some model"
+
+
+def test_recall_asks_for_values_of_the_context() -> None:
+    (context,) = build_recall_contexts(parse_task("recall-200"), limit=1)
+    values = dict(zip(context.ids[::2], context.ids[1::2], strict=True))
+    assert len(values) == 100 and len(context.questions) == 64
+    assert len({question.ids[0] for question in context.questions}) == 64
+    assert all([values[question.ids[0]]] == question.answer for question in context.questions)
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("needles-10-4096", "at most 9 differ"),
+        ("needles-0-4096", "There is no task"),
+        ("recall-63", "even number"),
+        ("recall-512", "positions for 510"),
+        ("ruler-4096", "needles-N-L"),
+    ],
+)
+def test_tasks_that_cannot_be_are_refused(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_task(name)
+
+
+def test_contexts_too_short_for_their_needles_are_refused(short_novel: str) -> None:
+    with pytest.raises(PromptError, match="8 numbers and the frame take"):
+        build_needle_contexts(byte_tokenizer(), parse_task("needles-8-300"))
+
+
+# What is certain.
+
+
+def evaluate(model: PreTrainedModel, caches: dict[str, EvaluatedCache], budgets: list[float]) -> dict[tuple, Result]:
+    contexts = build_recall_contexts(parse_task("recall-448"), limit=2)
+    results = Evaluation(model, caches, budgets).run(contexts, no_progress)
+    assert {result.protocol for result in results} == {"context"}  # answers of one token follow from a full reading
+    return {(result.cache, result.budget): result for result in results}
+
+
+def accuracy(result: Result) -> float:
+    return sum(score.is_exact for score in result.scores) / len(result.scores)
+
+
+def test_the_recall_model_recalls(recall_model: LlamaForCausalLM) -> None:
+    (full,) = evaluate(recall_model, {}, [0.5]).values()
+    assert len(full.scores) == 128
+    assert accuracy(full) > 0.95
+
+
+def test_a_window_forgets_what_is_out_of_it(recall_model: LlamaForCausalLM) -> None:
+    """All that a window of 44 tokens can answer are questions about the last 22 pairs."""
+    results = evaluate(recall_model, {name: CACHES[name] for name in ("streaming", "streaming-dense")}, [0.5, 0.1])
+    contexts = build_recall_contexts(parse_task("recall-448"), limit=2)
+    asked = [(context.ids.index(question.ids[0]), question) for context in contexts for question in context.questions]
+    for name in ("streaming", "streaming-dense"):
+        small, large, full = results[name, 0.1], results[name, 0.5], results[BASELINE, 1.0]
+        assert accuracy(small) < accuracy(large) < accuracy(full)
+        forgotten = [score.is_exact for (place, _), score in zip(asked, small.scores, strict=True) if 4 <= place < 404]
+        assert len(forgotten) > 80 and sum(forgotten) / len(forgotten) < 0.1
+        assert sum(small.held_shares) / 2 < 0.12
+
+
+def test_a_cache_that_holds_everything_loses_nothing(recall_model: LlamaForCausalLM) -> None:
+    caches = {"h2o": EvaluatedCache("", from_config(H2OCache)), "snapkv": EvaluatedCache("", from_config(SnapKVCache))}
+    results = evaluate(recall_model, caches, [1.0])
+    full = [score.log_likelihood for score in results[BASELINE, 1.0].scores]
+    for name in caches:
+        assert [score.log_likelihood for score in results[name, 1.0].scores] == pytest.approx(full, abs=1e-4)
+
+
+# The command.
+
+
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "results.json"
+    arguments = ["evaluate", "--tasks", "recall-128", "--caches", "snapkv,streaming", "--budgets", "0.25,0.5"]
+    assert main([*arguments, "--limit", "1", "--seed", "3", "--json", str(path)]) == 0
+    printed = capsys.readouterr().out
+    record = json.loads(path.read_text())
+    assert {(row["cache"], row["budget"]) for row in record["rows"]} == {
+        *((name, budget) for name in ("snapkv", "streaming") for budget in (0.5, 0.25)),
+        (BASELINE, 1.0),
+    }
+    for row in record["rows"]:
+        cases = row["cases"]
+        assert row["num_cases"] == len(cases["token_accuracy"]) == len(cases["log_likelihood"]) == 64
+        assert row["exact_match"] == pytest.approx(sum(share == 1 for share in cases["token_accuracy"]) / 64)
+        assert row["label"] in printed and f"{row['exact_match']:.2f}" in printed
+    assert record["settings"]["recall_model"] == "recall model" and record["settings"]["seed"] == 3
+    assert {"processor", "torch_threads", "load_average_after"} <= set(record["machine"])
+    assert {"torch", "transformers", "python"} <= set(record["versions"])
+    # The command that is noted measures the same.
+    again = tmp_path / "again.json"
+    assert main([*record["command"].split()[1:], "--json", str(again)]) == 0
+    assert json.loads(again.read_text())["rows"] == record["rows"]
+
+
+def test_command_saves_cases(tmp_path: Path) -> None:
+    path = tmp_path / "cases.json"
+    assert main(["evaluate", "--tasks", "recall-64,recall-128", "--limit", "2", "--save-cases", str(path)]) == 0
+    assert [len(context.ids) for context in load_contexts(path)] == [64, 64, 128, 128]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--caches", "lru"], "h2o"),
+        (["--budgets", "1.5"], "fractions between 0 and 1"),
+        (["--budgets", "many"], "fractions between 0 and 1"),
+        (["--protocols", "later"], "context, question"),
+        (["--tasks", "sorting"], "There is no task 'sorting'"),
+        (["--save-cases", "cases.json"], "token ids of one model"),
+        (["--json", "no/such/folder.json"], "cannot be written"),
+    ],
+)
+def test_bad_options_are_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        status = main(["evaluate", *arguments])
+    except SystemExit as error:  # of the parser
+        status = error.code
+    assert status == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]

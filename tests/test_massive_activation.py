@@ -1,0 +1,711 @@
+"""Massive tokens, the spread of attention and MassiveActivationCache, against loops, hand-computed numbers and a model."""
+
+import copy
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from massive_models import MASSIVE_TOKEN, massive_model
+from models import generate, random_rows, tiny_model
+from synthetic import SyntheticModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
+
+from pyramid_cache import H2OCache
+from pyramid_cache.caches.massive_activation import (
+    MassiveActivationCache,
+    MassiveActivationLayer,
+    first_positions,
+    online_budget,
+    probed_layers,
+    profile_schedule,
+)
+from pyramid_cache.demo.prompt import read_text
+from pyramid_cache.engine.budget import bounded_shares
+from pyramid_cache.engine.massive import (
+    massive_in_hidden_states,
+    massive_in_keys_and_values,
+    median_magnitude,
+    unrotated,
+)
+from pyramid_cache.engine.rope import RotaryFrequencies
+from pyramid_cache.engine.spread import attention_spread, layer_class
+from pyramid_cache.profile.measure import decoder_layers, measure_text
+from pyramid_cache.weights import fetch_default_model
+
+
+def positions_of(is_token: torch.Tensor) -> torch.Tensor:
+    """`(batch, 1, columns)` int32: the rank of each token in its row, -1 for padding."""
+    return (is_token.cumsum(dim=1) - 1).masked_fill(~is_token, -1).int()[:, None]
+
+
+# Detectors.
+
+
+class TestHiddenStates:
+    def test_definition(self) -> None:
+        """Row 0 has median 1: 1000 is massive, 999 is not. Row 1 has median 0.05: beyond 100 counts, 1000 times 0.05 not."""
+        states = torch.ones(2, 4, 5)
+        states[1] = 0.05
+        states[0, 1, 3], states[0, 2, 0] = -1000, 999
+        states[1, 0, 2], states[1, 3, 4] = 100, -100.5
+        median = median_magnitude(states)
+        assert median.tolist() == pytest.approx([1, 0.05])
+        found = massive_in_hidden_states(states, median)
+        assert found.tolist() == [[False, True, False, False], [False, False, False, True]]
+
+    def test_padding_does_not_count(self) -> None:
+        states = torch.full((1, 7, 3), 1e6)
+        states[0, 4:] = torch.tensor([[1.0, 1, 1], [2, 2, 2], [3000, 3, 3]])
+        is_token = torch.tensor([[False] * 4 + [True] * 3])
+        median = median_magnitude(states, is_token)
+        assert median.item() == 2
+        assert massive_in_hidden_states(states, median, is_token).nonzero().tolist() == [[0, 6]]
+        assert massive_in_hidden_states(states, median_magnitude(states)).sum() == 0
+
+    @pytest.mark.parametrize("is_padded", [False, True])
+    def test_the_median_of_a_long_text_is_near_the_exact_one(self, is_padded: bool) -> None:
+        """Of 5,000 tokens whose magnitudes rise from 0 to 1, the median is 0.5; of the last 3,000 alone, 0.7."""
+        states = torch.linspace(0, 1, 5000)[None, :, None].expand(2, -1, 4)
+        is_token = torch.ones(2, 5000, dtype=torch.bool)
+        if is_padded:
+            is_token[1, :2000] = False
+        expected = [0.5, 0.7 if is_padded else 0.5]
+        assert median_magnitude(states, is_token if is_padded else None).tolist() == pytest.approx(expected, abs=1e-3)
+
+
+def slow_massive(
+    key: torch.Tensor, value: torch.Tensor, is_token: torch.Tensor, inv_freq: torch.Tensor | None
+) -> list[list[tuple[int, float, float]]]:
+    """The detector on keys and values, one row and token at a time: (column, value ratio, cosine) of each row."""
+    rows = []
+    for row in range(key.shape[0]):
+        columns = [column for column in range(key.shape[2]) if is_token[row, column]]
+        ratios = dict.fromkeys(columns, 0.0)
+        for head in range(key.shape[1]):
+            norms = {column: math.sqrt(sum(x * x for x in value[row, head, column].tolist())) for column in columns}
+            median = sorted(norms.values())[(len(columns) - 1) // 2]
+            for column in columns:
+                ratios[column] += norms[column] / median / key.shape[1]
+        unturned = {}
+        for position, column in enumerate(columns):
+            for head in range(key.shape[1]):
+                numbers = key[row, head, column].tolist()
+                half = 0 if inv_freq is None else len(inv_freq)
+                for pair in range(half):
+                    angle = -position * inv_freq[pair].item()
+                    x, y = numbers[pair], numbers[pair + half]
+                    numbers[pair] = x * math.cos(angle) - y * math.sin(angle)
+                    numbers[pair + half] = y * math.cos(angle) + x * math.sin(angle)
+                unturned[column, head] = torch.tensor(numbers)
+        template = min(columns, key=lambda column: ratios[column])
+        template = columns[0] if ratios[columns[0]] < 0.5 else template
+        found = []
+        for column in columns:
+            cosine = sum(
+                torch.cosine_similarity(unturned[column, head], unturned[template, head], dim=0).item()
+                for head in range(key.shape[1])
+            )
+            if ratios[column] < 0.5 and cosine / key.shape[1] > 0.9:
+                found.append((column, ratios[column], cosine / key.shape[1]))
+        rows.append(sorted(found, key=lambda token: token[1])[:8])
+    return rows
+
+
+class TestKeysAndValues:
+    @pytest.mark.parametrize("has_rope", [True, False])
+    @pytest.mark.parametrize("num_sinks", [0, 3, 11])
+    def test_against_loops(self, has_rope: bool, num_sinks: int) -> None:
+        """Planted: short values with equal keys (found), short values with other keys, and equal keys with long values."""
+        torch.manual_seed(num_sinks)
+        batch_size, kv_heads, num_columns, head_dim = 3, 2, 47, 8
+        key, value = torch.randn(2, batch_size, kv_heads, num_columns, head_dim).unbind()
+        is_token = torch.ones(batch_size, num_columns, dtype=torch.bool)
+        is_token[1, :9] = False
+        is_token[2, :5] = is_token[2, 20:23] = False
+        positions = positions_of(is_token)
+        rotary = RotaryFrequencies(torch.tensor([1.0, 0.3, 0.01])) if has_rope else None
+        sinks = [column for column in (12, 17, 24, 25, 30, 31, 33, 36, 38, 40, 46)[:num_sinks]]
+        for row in range(batch_size):
+            direction = torch.randn(kv_heads, head_dim) * 3
+            for rank, column in enumerate(sinks):
+                key[row, :, column] = direction + 0.1 * torch.randn(kv_heads, head_dim)
+                value[row, :, column] *= 0.05 + 0.005 * rank
+            key[row, :, 44] = direction
+            value[row, :, 14] *= 0.2
+        # Padding looks like the perfect sink.
+        value[~is_token[:, None].expand(-1, kv_heads, -1)] = 1e-3
+        if has_rope:
+            key = rotary.rotate(key, rotary.model_angles(positions.clamp(min=0), num_columns))
+        expected = slow_massive(key, value, is_token, None if rotary is None else rotary.inv_freq)
+        if num_sinks:
+            assert [len(row) for row in expected] == [min(num_sinks, 8)] * 3
+        found, template = massive_in_keys_and_values(key, value, positions, rotary, num_columns)
+        for row in range(batch_size):
+            columns = [column for column in found.columns[row].tolist() if column >= 0]
+            assert columns == [column for column, _, _ in expected[row]]
+            numbers = torch.stack([found.value_ratios[row], found.cosines[row]], dim=1)[: len(columns)]
+            assert numbers.flatten().tolist() == pytest.approx(
+                [x for token in expected[row] for x in token[1:]], abs=1e-5
+            )
+        assert found.mask(num_columns).sum(dim=1).tolist() == [len(row) for row in expected]
+
+    def test_a_first_token_with_a_short_value_is_the_template(self) -> None:
+        """Tokens 2 and 3 have shorter values and equal keys, but the first one leads elsewhere."""
+        key = torch.tensor([[1.0, 0], [0, 1], [0.6, 0.8], [0.6, 0.8], [1, 0], [1, 0], [1, 0]]).view(1, 1, 7, 2)
+        value = torch.tensor([0.4, 1, 0.1, 0.1, 1, 1, 1]).view(1, 1, 7, 1)
+        positions = torch.arange(7, dtype=torch.int32).view(1, 1, 7)
+        found, template = massive_in_keys_and_values(key, value, positions, None, 7)
+        assert found.columns[0].tolist()[:2] == [0, -1]
+        value[0, 0, 0] = 0.6  # 0.6 of the median is not short: the shortest one leads
+        found, _ = massive_in_keys_and_values(key, value, positions, None, 7)
+        assert found.columns[0].tolist()[:3] == [2, 3, -1]
+        # Later tokens are compared with the prompt's template and median.
+        new_key = torch.tensor([[1.0, 0.1], [0, 1.0]]).view(1, 1, 2, 2)
+        new_value = torch.tensor([0.45, 0.45]).view(1, 1, 2, 1)
+        found, same = massive_in_keys_and_values(new_key, new_value, positions[..., :2] + 7, None, 9, template)
+        assert found.columns[0].tolist() == [0, -1]
+        assert torch.equal(same.key, template.key)
+        found, _ = massive_in_keys_and_values(new_key, new_value * 1.2, positions[..., :2] + 7, None, 9, template)
+        assert found.columns[0].tolist() == [-1, -1]
+
+    def test_positions_counted_from_elsewhere_change_nothing(self) -> None:
+        rotary = RotaryFrequencies(torch.tensor([1.0, 0.1, 0.01, 0.001]))
+        key = torch.randn(1, 2, 12, 8)
+        key[:, :, [4, 9]] = torch.randn(1, 2, 1, 8)
+        value = torch.randn(1, 2, 12, 8)
+        value[:, :, [4, 9]] *= 0.01
+        positions = torch.arange(12, dtype=torch.int32).view(1, 1, 12)
+        moved = rotary.rotate(key, rotary.model_angles(positions + 100, 112))
+        found, _ = massive_in_keys_and_values(moved, value, positions, rotary, 12)
+        assert set(found.columns[0].tolist()[:3]) == {4, 9, -1}
+        torch.testing.assert_close(unrotated(moved, positions + 100, rotary, 112), key, atol=1e-4, rtol=0)
+
+    @pytest.mark.parametrize("without_rope", ["gpt2", "opt"])
+    def test_models_without_rope_are_served(self, without_rope: str) -> None:
+        model = tiny_model(without_rope)
+        cache = MassiveActivationCache(model.config, budget=16)
+        generate(model, cache, random_rows((40,), seed=1), new_tokens=4)
+        assert {token.reason for row in cache.massive_tokens()[0] for token in row} <= {
+            "first tokens",
+            "keys and values",
+        }
+
+
+# Where attention goes.
+
+
+def slow_spread(attention: list[float], massive: set[int], num_local: int) -> tuple[float, float, int]:
+    """Sink share, local share and support of one head."""
+    total = sum(attention)
+    shares = [x / total for x in attention]
+    local = set(range(len(shares) - num_local, len(shares))) - massive
+    covered, support = sum(shares[i] for i in massive | local), len(massive | local)
+    for share in sorted((shares[i] for i in range(len(shares)) if i not in massive | local), reverse=True):
+        if covered >= 0.95:
+            break
+        covered, support = covered + share, support + 1
+    return sum(shares[i] for i in massive), sum(shares[i] for i in local), support
+
+
+class TestSpread:
+    def test_against_loops(self) -> None:
+        attention = torch.rand(2, 3, 40).pow(6)
+        padded = 11
+        attention[1, :, :padded] = 0
+        is_token = torch.ones(2, 40, dtype=torch.bool)
+        is_token[1, :padded] = False
+        is_massive = torch.zeros(2, 1, 40, dtype=torch.bool)
+        is_massive[0, 0, [0, 5, 38]] = is_massive[1, 0, [11, 39]] = True
+        spread = attention_spread(attention, positions_of(is_token), is_massive, 6)
+        for row, first in enumerate((0, padded)):
+            massive = {column - first for column in is_massive[row, 0].nonzero().flatten().tolist()}
+            heads = [slow_spread(attention[row, head, first:].tolist(), massive, 6) for head in range(3)]
+            means = [sum(numbers) / 3 for numbers in zip(*heads, strict=True)]
+            found = [spread.sink_share[row], spread.local_share[row], spread.support[row]]
+            assert [number.item() for number in found] == pytest.approx(means, rel=1e-5)
+
+    @pytest.mark.parametrize(
+        "support, local_share, expected",
+        [(0.51, 0.9, "uniform"), (0.5, 0.7, "local"), (0.5, 0.69, "concentrated"), (0.1, 0.0, "concentrated")],
+    )
+    def test_classes(self, support: float, local_share: float, expected: str) -> None:
+        assert layer_class(support, local_share) == expected
+
+
+class TestBudgets:
+    def test_shares_are_in_proportion_within_bounds(self) -> None:
+        # 60 to share: the last is held at 30, the first at 5; 25 remain for 2 and 3, in proportion 10 and 15.
+        assert bounded_shares(60, (1, 20, 30, 90), 5, 30) == (5, 10, 15, 30)
+        assert bounded_shares(10, (1.0, 1.0, 1.0), 1, 9) == (4, 3, 3)
+
+    def test_profile_schedule(self) -> None:
+        support, is_uniform = (0.6, 0.1, 0.2, 0.3), (True, False, False, False)
+        # 200 in all: 100 for the uniform layer leave 100, more than 3 times half of the mean of 50.
+        assert profile_schedule(100, 200, support, is_uniform, 1) == (100, 17, 33, 50)
+        # 120 in all: 20 would be left, less than 3 times 15, so that no layer is exempt: 120 in proportion 6:1:2:3.
+        assert profile_schedule(100, 120, support, is_uniform, 1) == (60, 10, 20, 30)
+        assert profile_schedule(100, 120, support, is_uniform, 999) == (30, 30, 30, 30)
+
+    def test_online_budgets_by_hand(self) -> None:
+        # Two layers alike get half each; a second one that needs a third of the first's, of what is left.
+        assert online_budget(100, 80, 2, [0.3], False, 1) == 40
+        assert online_budget(100, 40, 1, [0.3, 0.1], False, 1) == 40
+        # 90 left for three layers; this one needs 0.4, on average 0.3: 90 * 0.4 / (0.4 + 2 * 0.3) = 36.
+        assert online_budget(100, 90, 3, [0.2, 0.4], False, 1) == 36
+        # Uniform: all of it, as long as 2 layers have half of their mean of 60 left; else its share.
+        assert online_budget(100, 180, 3, [0.6], True, 1) == 100
+        assert online_budget(130, 180, 3, [0.6], True, 1) == 60
+        # The minimum is kept free for the layers above.
+        assert online_budget(100, 40, 2, [0.01, 0.9], False, 15) == 25
+
+    def test_online_budgets_never_exceed_the_total(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(300):
+            length, mean, num_layers, minimum = (
+                int(torch.randint(low, high, (), generator=generator))
+                for low, high in ((2, 500), (1, 300), (1, 9), (1, 200))
+            )
+            supports = (torch.rand(num_layers, generator=generator) + 1e-3).tolist()
+            mean = min(mean, length - 1)
+            kept: list[int] = []
+            for depth in range(num_layers):
+                rest = mean * num_layers - sum(kept)
+                share = supports[: depth + 1]
+                kept.append(online_budget(length, rest, num_layers - depth, share, share[-1] > 0.5, minimum))
+            assert sum(kept) <= mean * num_layers
+            assert min(kept) >= min(minimum, mean)
+            assert max(kept) <= length
+
+    def test_first_positions(self) -> None:
+        parts = [torch.tensor([[5, -1, 9]]), torch.tensor([[3, 5, 1, 0, 11, 12, 13, 14]])]
+        found = first_positions([part.int() for part in parts], torch.tensor([[1, -1]]).int())
+        assert found.tolist() == [[0, 3, 5, 9, 11, 12, 13, 14]]
+        assert first_positions([parts[0].int()]).tolist() == [[5, 9, -1, -1, -1, -1, -1, -1]]
+
+
+# The cache, against a loop that knows what each layer must hold.
+
+
+def slow_attention(query: torch.Tensor, key: torch.Tensor, window: int) -> list[list[float]]:
+    """What the last queries of a row give to each token, for each KV head; tensors are `(heads, tokens, head_dim)`."""
+    num_tokens, group = key.shape[1], query.shape[0] // key.shape[0]
+    scores = []
+    for head in range(key.shape[0]):
+        mean = torch.zeros(num_tokens)
+        for query_head in range(head * group, (head + 1) * group):
+            for row in range(max(num_tokens - window, 0), num_tokens):
+                logits = key[head, : row + 1] @ query[query_head, row] / math.sqrt(key.shape[-1])
+                mean[: row + 1] += logits.softmax(dim=0) / (group * window)
+        scores.append(mean.tolist())
+    return scores
+
+
+def slow_kept(
+    attention: list[float], value: torch.Tensor, massive: set[int], kept: int, window: int, kernel: int
+) -> set[int]:
+    """What a head keeps: massive tokens, then recent ones, then the best by pooled attention times value norm."""
+    num_tokens = len(attention)
+    recent = min(window, kept // 2)
+    shown = [attention[i] if i < num_tokens - recent else 0.0 for i in range(num_tokens)]
+    score = []
+    for i in range(num_tokens):
+        near = [shown[j] for j in range(max(i - kernel // 2, 0), min(i + kernel // 2 + 1, num_tokens))]
+        score.append(max(near) * value[i].abs().sum().item())
+    order = sorted(range(num_tokens), key=lambda i: (i in massive, i >= num_tokens - recent, score[i]), reverse=True)
+    return set(order[:kept])
+
+
+@pytest.mark.parametrize("lengths", [(260,), (260, 143)], ids=["one", "padded"])
+def test_the_prompt_against_loops(lengths: tuple[int, ...]) -> None:
+    """Three layers without RoPE, the budgets shared online, sinks planted at positions 9 and 20 of layers 1 and 2."""
+    num_layers, kv_heads, group, head_dim, budget, window, kernel = 3, 2, 2, 8, 110, 6, 3
+    model = SyntheticModel(num_layers, kv_heads, group, head_dim)
+    cache = MassiveActivationCache(model.config, budget, window_size=window, kernel_size=kernel)
+    batch_size, num_columns = len(lengths), max(lengths)
+    is_token = torch.arange(num_columns) >= num_columns - torch.tensor(lengths)[:, None]
+    mask = model.mask(is_token, num_columns, is_explicit=False)
+    layers = []
+    for layer_idx in range(num_layers):
+        query = 2 * torch.randn(batch_size, kv_heads * group, num_columns, head_dim)
+        key, value = torch.randn(2, batch_size, kv_heads, num_columns, head_dim).unbind()
+        for row, length in enumerate(lengths if layer_idx else ()):
+            for position in (9, 20):
+                key[row, :, num_columns - length + position] = torch.arange(1.0, head_dim + 1)
+                value[row, :, num_columns - length + position] *= 1e-3
+        layers.append((query, key, value))
+        model.run_layer(cache, layer_idx, query, key, value, mask)
+    num_followed = 0
+    for row, length in enumerate(lengths):
+        supports: list[float] = []
+        rest = budget * num_layers
+        for layer_idx, (query, key, value) in enumerate(layers):
+            query, key, value = (tensor[row, :, num_columns - length :] for tensor in (query, key, value))
+            massive = {9, 20} if layer_idx else {0, 1, 2, 3}
+            told = cache.massive_tokens()[layer_idx][row]
+            assert {token.position for token in told} == massive
+            assert {token.reason for token in told} == {"keys and values" if layer_idx else "first tokens"}
+            attention = slow_attention(query, key, window)
+            spreads = [slow_spread(shares, massive, window) for shares in attention]
+            supports.append(sum(spread[2] for spread in spreads) / kv_heads / length)
+            local_share = sum(spread[1] for spread in spreads) / kv_heads
+            is_uniform = layer_class(supports[-1], local_share) == "uniform"
+            minimum = window + 8 + 64
+            kept = online_budget(length, rest, num_layers - layer_idx, supports, is_uniform, minimum)
+            rest -= kept
+            num_followed += kept != budget
+            held = cache.positions(layer_idx)[row]
+            for head in range(kv_heads):
+                expected = slow_kept(attention[head], value[head], massive, kept, window, kernel)
+                assert {position for position in held[head].tolist() if position >= 0} == expected
+        assert rest >= 0
+    assert num_followed
+
+
+def test_decode_steps_against_loops() -> None:
+    """One layer keeps 12 tokens and evicts every 3 steps by attention that fades; a sink comes at step 4."""
+    kv_heads, group, head_dim, budget, window, kernel, interval = 2, 2, 8, 12, 4, 3, 3
+    model = SyntheticModel(1, kv_heads, group, head_dim)
+    cache = MassiveActivationCache(
+        model.config, budget, window_size=window, kernel_size=kernel, eviction_interval=interval
+    )
+    query = 2 * torch.randn(1, kv_heads * group, 60, head_dim)
+    key, value = torch.randn(2, 1, kv_heads, 60, head_dim).unbind()
+    for position in (6, 34):
+        key[0, :, position] = torch.arange(1.0, head_dim + 1)
+        value[0, :, position] *= 1e-3
+    model.run_layer(cache, 0, query[:, :, :30], key[:, :, :30], value[:, :, :30], None)
+    attention = [dict(enumerate(shares)) for shares in slow_attention(query[0, :, :30], key[0, :, :30], window)]
+    massive, expected = {6}, []
+    for head in range(kv_heads):
+        shares = list(attention[head].values())
+        expected.append(slow_kept(shares, value[0, head, :30], massive, budget, window, kernel))
+    assert held(cache, 0) == expected
+    for position in range(30, 60):
+        new = slice(position, position + 1)
+        model.run_layer(cache, 0, query[:, :, new], key[:, :, new], value[:, :, new], None)
+        for head in range(kv_heads):
+            expected[head].add(position)
+            tokens = sorted(expected[head])
+            given = torch.zeros(len(tokens))
+            for query_head in range(head * group, (head + 1) * group):
+                logits = key[0, head, tokens] @ query[0, query_head, position] / math.sqrt(head_dim)
+                given += logits.softmax(dim=0) / group
+            faded = {token: attention[head].get(token, 0.0) * (1 - 1 / window) for token in tokens}
+            attention[head] = {token: faded[token] + given[i].item() / window for i, token in enumerate(tokens)}
+            if len(tokens) == budget + interval:
+                massive = massive | ({34} if position >= 34 else set())
+                ranks = {rank for rank, token in enumerate(tokens) if token in massive}
+                shares = [attention[head][token] for token in tokens]
+                kept = slow_kept(shares, value[0, head, tokens], ranks, budget, window, kernel)
+                expected[head] = {tokens[rank] for rank in kept}
+        assert held(cache, 0) == expected, f"after the token at {position}"
+    assert {token.position for token in cache.massive_tokens()[0][0]} == {6, 34}
+
+
+def held(cache: MassiveActivationCache, layer_idx: int, row: int = 0) -> list[set[int]]:
+    """The positions that each head of a layer holds of a row."""
+    return [{p for p in head.tolist() if p >= 0} for head in cache.positions(layer_idx)[row]]
+
+
+def prompts_with(places: list[set[int]], lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Left-padded random rows with the massive token at some positions of each, and their mask."""
+    width = max(lengths)
+    ids, mask = torch.zeros(len(lengths), width, dtype=torch.long), torch.zeros(len(lengths), width, dtype=torch.long)
+    for row, (places_of_row, length) in enumerate(zip(places, lengths, strict=True)):
+        tokens = torch.randint(8, 101, (length,))
+        tokens[sorted(places_of_row)] = MASSIVE_TOKEN
+        ids[row, width - length :], mask[row, width - length :] = tokens, 1
+    return ids, mask
+
+
+@torch.no_grad()
+def read(model: PreTrainedModel, cache: MassiveActivationCache, ids: torch.Tensor, mask: torch.Tensor) -> None:
+    model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), past_key_values=cache)
+
+
+@pytest.mark.parametrize("from_model", [False, True])
+def test_sinks_anywhere_are_found_and_kept_in_all_rows(from_model: bool) -> None:
+    """None of them at the start; the second row is padded; the third has none."""
+    places, lengths = [{5, 50}, {17, 30, 31}, set()], [90, 61, 90]
+    model = massive_model(magnitude=1e4)
+    cache = MassiveActivationCache(model if from_model else model.config, budget=14, window_size=4)
+    ids, mask = prompts_with(places, lengths)
+    read(model, cache, ids, mask)
+    for layer_idx, rows in cache.massive_tokens().items():
+        for row, told in enumerate(rows):
+            wanted, reason = places[row] or {0, 1, 2, 3}, "keys and values" if places[row] else "first tokens"
+            assert {token.position for token in told} == wanted
+            assert {token.reason for token in told} == {reason}
+            assert all(wanted <= head for head in held(cache, layer_idx, row))
+            assert all(len(head) <= 14 for head in held(cache, layer_idx, row))
+
+
+def test_hidden_states_tell_where_keys_and_values_do_not() -> None:
+    """With values as long as any, only the exact detector sees the tokens: from the probes at the outputs of 1 and 2 of 4 on."""
+    model = massive_model(magnitude=1e4)
+    for layer in model.model.layers:
+        layer.self_attn.v_proj.weight.data[:, 0] *= 100
+    ids, mask = prompts_with([{33, 40}, {21}], [70, 55])
+    cache = MassiveActivationCache(model, budget=14, window_size=4)
+    read(model, cache, ids, mask)
+    assert probed_layers(4, None) == [1, 2]
+    for layer_idx, rows in cache.massive_tokens().items():
+        for row, wanted in enumerate(({33, 40}, {21})):
+            exact = {token.position for token in rows[row] if token.reason == "hidden states"}
+            assert exact == (wanted if layer_idx >= 2 else set())
+            assert all(exact <= head for head in held(cache, layer_idx, row))
+    other = MassiveActivationCache(model.config, budget=14, window_size=4)
+    read(model, other, ids, mask)
+    assert not any(token.reason == "hidden states" for rows in other.massive_tokens().values() for token in rows[0])
+
+
+@pytest.mark.parametrize("from_model", [False, True])
+def test_generated_tokens_are_looked_at(from_model: bool) -> None:
+    """The massive token is generated at position 50, and outlives 40 more in a budget of 14."""
+    model = massive_model(magnitude=1e4)
+    if from_model:  # so that hidden states must tell
+        for layer in model.model.layers:
+            layer.self_attn.v_proj.weight.data[:, 0] *= 100
+    cache = MassiveActivationCache(
+        model if from_model else model.config, budget=14, window_size=4, eviction_interval=5
+    )
+    ids, mask = prompts_with([{3}, {4}], [50, 50])
+    read(model, cache, ids, mask)
+    with torch.no_grad():
+        for step in range(40):
+            token = torch.full((2, 1), 9 + step % 80)
+            token[0] = MASSIVE_TOKEN if step == 0 else token[0]
+            model(token, past_key_values=cache)
+    cache.compress()
+    assert cache.num_kept_tokens() == [14] * 4
+    for layer_idx in range(2 if from_model else 0, 4):
+        told = [{token.position for token in row} for row in cache.massive_tokens()[layer_idx]]
+        assert told[0] >= {3, 50}
+        assert 50 not in told[1]
+        assert all(head >= {3, 50} for head in held(cache, layer_idx, 0))
+        assert all(head >= {4} for head in held(cache, layer_idx, 1))
+
+
+def test_no_more_than_eight_and_they_win_over_recent_tokens() -> None:
+    model = massive_model(magnitude=1e4)
+    places = {3, 4, 10, 11, 12, 20, 21, 22, 30, 31, 32}
+    ids, mask = prompts_with([places], [60])
+    cache = MassiveActivationCache(model.config, budget=8)
+    read(model, cache, ids, mask)
+    for layer_idx in range(4):
+        told = {token.position for token in cache.massive_tokens()[layer_idx][0]}
+        assert len(told) == 8
+        assert told <= places
+        assert held(cache, layer_idx) == [told, told]
+
+
+def test_budgets_follow_attention_and_meet_the_mean() -> None:
+    model = tiny_model("llama_multi_query")
+    with torch.no_grad():  # the second layer looks everywhere, the third at few tokens
+        model.model.layers[1].self_attn.q_proj.weight.zero_()
+        model.model.layers[2].self_attn.q_proj.weight.mul_(8)
+    model = copy.deepcopy(model)
+    rows = random_rows((700, 700), seed=2)
+    for budget in (0.3, 200):
+        cache = MassiveActivationCache(model.config, budget=budget, window_size=8)
+        with torch.no_grad():
+            model(torch.stack(rows), past_key_values=cache)
+        kept = [[len(held(cache, layer, row)[0]) for layer in range(4)] for row in range(2)]
+        mean = 210 if budget == 0.3 else 200
+        assert all(4 * mean - 4 <= sum(numbers) <= 4 * mean for numbers in kept)
+        assert all(numbers[1] > numbers[2] + 50 for numbers in kept)
+        with torch.no_grad():
+            for _ in range(5):
+                model(rows[0][:2, None], past_key_values=cache)
+        cache.compress()
+        assert [[len(held(cache, layer, row)[0]) for layer in range(4)] for row in range(2)] == kept
+
+
+def test_compress_cuts_what_was_never_cut() -> None:
+    """A prompt of 10 in a budget of 16, and 9 tokens more, of which none had to go yet."""
+    model = tiny_model("llama")
+    cache = MassiveActivationCache(model.config, budget=16, window_size=4)
+    generate(model, cache, random_rows((10, 7), seed=3), new_tokens=10)
+    assert cache.num_kept_tokens() == [19] * 3
+    cache.compress()
+    assert cache.num_kept_tokens() == [16] * 3
+
+
+def test_a_preset_keeps_the_lowest_layers_whole() -> None:
+    """10 of 32 layers are 1.25 of 4: one layer. Its window has 1,536 tokens, here cut down."""
+    model = tiny_model("llama_multi_query")
+    ids = torch.randint(8, 101, (1, 1600))
+    cache = MassiveActivationCache(model.config, preset="22-sparse-layers-1536")
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        for _ in range(3):
+            model(ids[:, :1], past_key_values=cache)
+    cache.compress()
+    assert cache.num_kept_tokens() == [1603, 1536, 1536, 1536]
+    cache = MassiveActivationCache(model.config, preset="31-sparse-layers-1024")
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+    assert cache.num_kept_tokens() == [1024] * 4  # 1 of 32 layers is none of 4
+
+
+def test_a_profile_sets_the_budgets(tmp_path: Path) -> None:
+    model = massive_model(magnitude=1e4)
+    record = profile_record(model.config, support=[0.6, 0.1, 0.2, 0.3])
+    path = tmp_path / "profile.json"
+    path.write_text(json.dumps(record))
+    cache = MassiveActivationCache(model, budget=0.5, profile=path, window_size=2)
+    ids, mask = prompts_with([{7}], [300])
+    read(model, cache, ids, mask)
+    # 600 in all; 300 are left beside the uniform layer, in proportion 1:2:3, but at least 74.
+    assert cache.num_kept_tokens() == [300, 74, 90, 136]
+    assert cache.output_probes.index_of(decoder_layers(model)[1]) == 1
+    saved = tmp_path / "cache.safetensors"
+    cache.save(saved)
+    loaded = MassiveActivationCache.load(saved, model)
+    assert loaded.massive_tokens() == cache.massive_tokens()
+
+
+def profile_record(config: object, support: list[float]) -> dict:
+    """A profile as the command writes it, as far as caches read it."""
+    from pyramid_cache.engine.fingerprint import architecture_of
+
+    layers = [
+        {
+            "layer": index,
+            "sink_share": 0.2,
+            "local_share": 0.2,
+            "support": share,
+            "kind": "uniform" if share > 0.5 else "concentrated",
+        }
+        for index, share in enumerate(support)
+    ]
+    return {
+        "format": "pyramid_cache profile",
+        "version": 1,
+        "architecture": architecture_of(config),
+        "settings": {"num_tokens": 100},
+        "massive": {"layers": [1, 3]},
+        "layers": layers,
+    }
+
+
+def test_a_saved_cache_goes_on_as_it_would_have(tmp_path: Path) -> None:
+    model = massive_model(magnitude=1e4)
+    ids, mask = prompts_with([{5}, {6, 22}], [60, 44])
+    cache = MassiveActivationCache(model, budget=16, window_size=4, eviction_interval=3)
+    generated = model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=7, do_sample=False)
+    cache.save(tmp_path / "cache.safetensors")
+    loaded = MassiveActivationCache.load(tmp_path / "cache.safetensors", model)
+    mask = torch.nn.functional.pad(mask, (0, 7), value=1)
+    answers = [
+        model.generate(generated, attention_mask=mask, past_key_values=one, max_new_tokens=9, do_sample=False)
+        for one in (cache, loaded)
+    ]
+    assert torch.equal(*answers)
+    for layer_idx in range(4):
+        assert torch.equal(cache.positions(layer_idx), loaded.positions(layer_idx))
+    assert cache.massive_tokens() == loaded.massive_tokens()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"preset": "all"}, "22-sparse-layers-1536"),
+        ({"preset": "22-sparse-layers-1536", "budget": 0.5}, "Leave out `budget`"),
+        ({"kernel_size": 4}, "3 or 5"),
+        ({"window_size": 0}, "window_size"),
+        ({"budget": 0}, "keeps no token"),
+    ],
+)
+def test_bad_arguments(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MassiveActivationCache(tiny_model("llama").config, **arguments)
+
+
+# The real model.
+
+
+@pytest.fixture(scope="module")
+def default_model() -> tuple[PreTrainedModel, list[torch.Tensor]]:
+    """The default model, and eight stretches of 640 tokens of the novel."""
+    folder = fetch_default_model()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = AutoTokenizer.from_pretrained(folder)(read_text(), verbose=False)["input_ids"]
+    return model, [torch.tensor([ids[start : start + 640]]) for start in range(2000, 162_000, 20_000)]
+
+
+@pytest.mark.slow
+def test_both_detectors_agree_on_a_real_model(default_model: tuple[PreTrainedModel, list[torch.Tensor]]) -> None:
+    """SmolLM2's first token is massive in the outputs of layers 11 to 27, and looks so to the layers above."""
+    model, texts = default_model
+    tokenizer = AutoTokenizer.from_pretrained(fetch_default_model())
+    for text in texts[:2]:
+        findings = measure_text(model, tokenizer, text, 64)
+        exact = [output.positions for output in findings.outputs]
+        assert exact == [set()] * 11 + [{0}] * 17 + [set()] * 2
+        assert {dimension for output in findings.outputs for _, dimension, _ in output.entries} <= {247, 507}
+        assert [findings.layers[index].found for index in range(12, 30)] == [{0}] * 18
+
+
+class WithoutMassiveLayer(MassiveActivationLayer):
+    """Evicts first what it would keep whatever happens."""
+
+    def _priority(
+        self, key: torch.Tensor, value: torch.Tensor, attention: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor:
+        priority = super()._priority(key, value, attention, positions)
+        return priority.masked_fill(self._is_massive(positions), torch.finfo(torch.float32).min)
+
+
+class WithoutOthersLayer(MassiveActivationLayer):
+    """Evicts as many of the tokens that it would keep, neither massive nor recent, chosen at random."""
+
+    def _priority(
+        self, key: torch.Tensor, value: torch.Tensor, attention: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor:
+        priority = super()._priority(key, value, attention, positions)
+        threshold = priority.topk(self.row_kept[0], dim=-1).values[..., -1:]
+        is_other = (priority >= threshold) & (priority < torch.finfo(torch.float32).max)
+        num_massive = int(self._is_massive(positions)[0, 0].sum())
+        generator = torch.Generator().manual_seed(self.place.layer_idx)
+        order = torch.rand(priority.shape, generator=generator).masked_fill(~is_other, -1).argsort(descending=True)
+        return priority.scatter(-1, order[..., :num_massive], torch.finfo(torch.float32).min)
+
+
+@pytest.mark.slow
+def test_without_massive_tokens_a_real_model_fails(
+    default_model: tuple[PreTrainedModel, list[torch.Tensor]],
+) -> None:
+    """
+    Of 511 tokens each layer keeps 32 on average. With massive tokens forced out of them, and others in, perplexity explodes;
+    with as many others forced out nothing happens. docs/massive-activations.md has the numbers (`-s` prints them).
+    """
+    model, texts = default_model
+    losses: dict[str, list[float]] = {}
+    for text in texts[:4]:
+        for kind in (MassiveActivationLayer, WithoutMassiveLayer, WithoutOthersLayer):
+            cache_class = type("Cache", (MassiveActivationCache,), {"layer_class": kind})
+            cache = cache_class(model.config, budget=32)
+            with torch.no_grad():
+                model(text[:, :-129], past_key_values=cache, logits_to_keep=1)
+                logits = model(text[:, -129:], past_key_values=cache).logits[0, :-1].log_softmax(dim=-1)
+            loss = -logits.gather(1, text[0, -128:, None]).mean().item()
+            losses.setdefault(kind.__name__, []).append(loss)
+    perplexity = {name: math.exp(sum(values) / len(values)) for name, values in losses.items()}
+    print(perplexity)
+    assert perplexity["WithoutOthersLayer"] < 1.05 * perplexity["MassiveActivationLayer"]
+    assert perplexity["WithoutMassiveLayer"] > 3 * perplexity["MassiveActivationLayer"]
+
+
+def test_a_model_keeps_serving_other_caches() -> None:
+    """The hook of one cache changes nothing for another, nor for none."""
+    model, plain = massive_model(magnitude=1e4), massive_model(magnitude=1e4)
+    MassiveActivationCache(model, budget=14)
+    ids, _ = prompts_with([{5}], [40])
+    for cache_of in (lambda m: DynamicCache(config=m.config), lambda m: H2OCache(m.config, budget=14)):
+        outputs = [
+            m.generate(ids, past_key_values=cache_of(m), max_new_tokens=5, do_sample=False) for m in (model, plain)
+        ]
+        assert torch.equal(*outputs)
