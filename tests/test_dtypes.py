@@ -90,7 +90,9 @@ def test_a_spoiled_row_stays_alone(case: CacheCase, budget: str, value: float, c
         seen.append((torch.stack(output.logits), output.sequences[others], positions))
     (clean, clean_tokens, clean_positions), (spoiled, spoiled_tokens, spoiled_positions) = seen
     assert not spoiled[:, SPOILED].isfinite().all()
-    assert torch.equal(spoiled[:, others], clean[:, others])
+    # Sums over heads of different lengths are made in another order if the longest is another one.
+    is_ragged = not cache.compressed_layers[0].heads_keep_equal_numbers
+    torch.testing.assert_close(spoiled[:, others], clean[:, others], atol=2e-5 if is_ragged else 0, rtol=0)
     assert torch.equal(spoiled_tokens, clean_tokens)
     assert spoiled_positions == clean_positions
 
