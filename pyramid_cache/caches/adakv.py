@@ -53,9 +53,9 @@ class AdaKVCache(PolicyCache):
             such as "256MiB". 1.0 never evicts.
         floor_ratio (`float`, defaults to 0.2): The share of the average that every head keeps of its own best tokens.
             Smaller values let heads differ more; 1 is SnapKV.
-        window_size (`int`, defaults to 32): How many of the last queries choose, and how many of the last tokens are kept
+        window_size (`int`, defaults to 64): How many of the last queries choose, and how many of the last tokens are kept
             for certain in all heads (but no more than half of the budget).
-        kernel_size (`int`, defaults to 5): Odd: over how many neighbouring tokens scores are averaged.
+        kernel_size (`int`, defaults to 7): Odd: over how many neighbouring tokens scores are averaged.
         eviction_interval (`int`, defaults to 32): Generated tokens that come in before as many go. Larger values take more
             memory and less time.
 
@@ -89,8 +89,8 @@ class AdaKVCache(PolicyCache):
         budget: float | int | str = 0.2,
         *,
         floor_ratio: float = 0.2,
-        window_size: int = 32,
-        kernel_size: int = 5,
+        window_size: int = 64,
+        kernel_size: int = 7,
         eviction_interval: int = DEFAULT_EVICTION_INTERVAL,
     ) -> None:
         policy = AdaKVPolicy(window_size=window_size, kernel_size=kernel_size, floor_ratio=floor_ratio)

@@ -25,7 +25,7 @@ class KnormPolicy(Policy):
     def score(self, view: ScoringView) -> torch.Tensor:
         # Steps of 0.02 %: in the first layer a token has the same norm wherever it stands, but for rounding, and which of
         # these equals goes must not hang on that.
-        return -(view.key.float().norm(dim=-1).log2() * 4096).round()
+        return -(torch.linalg.vector_norm(view.key.float(), dim=-1).log2() * 4096).round()
 
 
 class KnormCache(PolicyCache):

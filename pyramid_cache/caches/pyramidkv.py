@@ -57,10 +57,10 @@ class PyramidKVCache(PolicyCache):
         budget (`float`, `int` or `str`): What the layers keep on average: a fraction of the prompt (of everything seen, when
             a later turn brings several tokens at once), a number of tokens, or bytes for the layers that evict such as
             "256MiB". 1.0 never evicts.
-        window_size (`int`, defaults to 32): How many of the last queries choose, and how many of the last tokens are kept
+        window_size (`int`, defaults to 64): How many of the last queries choose, and how many of the last tokens are kept
             for certain (but no more than half of what a layer keeps). Larger values see more of a long question, and leave
             less room for the rest.
-        kernel_size (`int`, defaults to 5): Odd: over how many neighbouring tokens scores are averaged. Larger values keep
+        kernel_size (`int`, defaults to 7): Odd: over how many neighbouring tokens scores are averaged. Larger values keep
             longer passages, and fewer of them; 1 scores each token alone.
         beta (`float`, defaults to 20.0): The last layer keeps the window and this fraction of what the layers keep beside it
             on average. Larger values make the pyramid steeper; with 1 all layers keep the same.
@@ -93,8 +93,8 @@ class PyramidKVCache(PolicyCache):
         config: PreTrainedConfig | PreTrainedModel,
         budget: float | int | str = 0.2,
         *,
-        window_size: int = 32,
-        kernel_size: int = 5,
+        window_size: int = 64,
+        kernel_size: int = 7,
         beta: float = 20.0,
         eviction_interval: int = DEFAULT_EVICTION_INTERVAL,
     ) -> None:

