@@ -34,10 +34,10 @@ def device(text: str) -> torch.device:
     return found
 
 
-def check_json(path: Path | None) -> None:
-    """Raises ValueError before minutes of work where `--json` could not be written."""
+def check_output(option: str, path: Path | None) -> None:
+    """Raises ValueError before minutes of work where an option names a file that could not be written."""
     if path is not None and (path.is_dir() or not path.parent.is_dir()):
-        raise ValueError(f"--json {path} cannot be written: it must be a file in a folder that exists.")
+        raise ValueError(f"{option} {path} cannot be written: it must be a file in a folder that exists.")
 
 
 def write_json(record: dict[str, Any], path: Path) -> None:

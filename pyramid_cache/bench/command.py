@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from pyramid_cache.machine import describe_machine, describe_versions, load_average
-from pyramid_cache.terminal import ProgressBar, check_json, device, positive_int, write_json
+from pyramid_cache.terminal import ProgressBar, check_output, device, positive_int, write_json
 from pyramid_cache.weights import ProgressCallback
 
 
@@ -109,7 +109,7 @@ def run_ops(options: argparse.Namespace) -> None:
 
     if options.suite is not None:
         raise ValueError("`bench --suite gpu` measures the ops as well: give --suite or ops, not both.")
-    check_json(options.json)
+    check_output("--json", options.json)
     settings = settings_of(options)
     with ProgressBar(Console(stderr=True)) as progress:
         record = measure(settings, progress, options.json)
@@ -122,7 +122,7 @@ def run_suite(options: argparse.Namespace) -> int:
 
     if options.suite is None:
         raise ValueError("Nothing to measure: give `ops` or `--suite gpu`. See `pyramid-cache bench --help`.")
-    check_json(options.json)
+    check_output("--json", options.json)
     record = suite.run(options.json)
     return 1 if any(part["failures"] for part in record["parts"].values()) else 0
 

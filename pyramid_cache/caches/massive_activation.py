@@ -285,20 +285,10 @@ class MassiveActivationLayer(PolicyLayer):
                 self.minimum,
             )
 
-    def compress(self) -> None:
+    def _renew_budget(self) -> None:
         """Where the attention of the prompt has divided the budget, it stays divided like that."""
-        if not any(self.row_is_divided):
-            super().compress()
-            return
-        rows = zip(self.row_is_divided, self.row_kept, self.row_lengths, strict=True)
+        rows = zip(self.row_is_divided or [0] * self.batch_size, self.row_kept, self.row_lengths, strict=True)
         self.row_kept = [kept if divided else self.num_tokens_to_keep(length) for divided, kept, length in rows]
-        if self.must_evict and self.positions is None:
-            slots = slice(self.length)
-            self._keep_best(
-                self.keys[:, :, slots], self.values[:, :, slots], self.attention[..., slots], self.column_tokens
-            )
-        elif self.must_evict:
-            self._evict([True] * self.batch_size)
 
     # Which tokens never go.
 

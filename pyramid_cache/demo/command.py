@@ -11,7 +11,7 @@ from pyramid_cache.demo.model import LoadedModel, load_model
 from pyramid_cache.demo.prompt import Prompts, build_prompts, read_text
 from pyramid_cache.engine.budget import parse_budget
 from pyramid_cache.machine import describe_machine
-from pyramid_cache.terminal import ProgressBar, check_json, device, positive_int, write_json
+from pyramid_cache.terminal import ProgressBar, check_output, device, positive_int, write_json
 
 
 DEFAULT_PROMPT_TOKENS = 3072
@@ -156,7 +156,7 @@ def run(options: argparse.Namespace) -> None:
 
 def check_outputs(options: argparse.Namespace) -> None:
     """Raises before minutes of work where their results could not be written."""
-    check_json(options.json)
+    check_output("--json", options.json)
     if options.out.exists() and not options.out.is_dir():
         raise ValueError(f"--out {options.out} is no folder.")
     if options.prompt_file is not None and not options.prompt_file.is_file():

@@ -275,10 +275,14 @@ class PolicyLayer(CompressedLayer):
                 tensor.scatter_(2, target, moved)
         self.length = num_left
 
+    def _renew_budget(self) -> None:
+        """Sets what each row keeps by all that it has seen."""
+        self.row_kept = [self.num_tokens_to_keep(length) for length in self.row_lengths]
+
     def compress(self) -> None:
         if not self.is_initialized or self.budget.is_unlimited:
             return
-        self.row_kept = [self.num_tokens_to_keep(length) for length in self.row_lengths]
+        self._renew_budget()
         if not self.must_evict:
             return
         if self.positions is not None:

@@ -24,7 +24,7 @@ from pyramid_cache.evaluation.tasks import (
     save_contexts,
 )
 from pyramid_cache.machine import describe_machine, describe_versions, load_average
-from pyramid_cache.terminal import ProgressBar, check_json, device, positive_int, write_json
+from pyramid_cache.terminal import ProgressBar, check_output, device, positive_int, write_json
 
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def run(options: argparse.Namespace) -> None:
 
     from pyramid_cache.evaluation import report
 
-    check_json(options.json)
+    check_output("--json", options.json)
     check_cases(options)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -185,10 +185,7 @@ def check_cases(options: argparse.Namespace) -> None:
     """Raises where `--save-cases` could not be written, or would hold token ids of two models."""
     if options.save_cases is None:
         return
-    if options.save_cases.is_dir() or not options.save_cases.parent.is_dir():
-        raise ValueError(
-            f"--save-cases {options.save_cases} cannot be written: it must be a file in a folder that exists."
-        )
+    check_output("--save-cases", options.save_cases)
     if len({task.kind for task in options.tasks}) > 1:
         names = ",".join(task.name for task in options.tasks if task.kind == "needles")
         raise ValueError(

@@ -14,7 +14,7 @@ from pyramid_cache.engine.fingerprint import architecture_of
 from pyramid_cache.engine.profile import FORMAT, VERSION
 from pyramid_cache.machine import describe_machine, describe_versions, load_average
 from pyramid_cache.profile import measure
-from pyramid_cache.terminal import ProgressBar, device, positive_int, write_json
+from pyramid_cache.terminal import ProgressBar, check_output, device, positive_int, write_json
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -101,8 +101,7 @@ def run(options: argparse.Namespace) -> None:
 def check_outputs(options: argparse.Namespace) -> None:
     """Raises before minutes of work where their results could not be written, or there is nothing to watch."""
     for option, path in (("--out", options.out), ("--plot", options.plot)):
-        if path is not None and (path.is_dir() or not path.parent.is_dir()):
-            raise ValueError(f"{option} {path} cannot be written: it must be a file in a folder that exists.")
+        check_output(option, path)
     if options.plot is not None:
         check_picture(options.plot)
     if options.text is not None and not options.text.is_file():
