@@ -8,6 +8,10 @@ therefore share the budget unevenly: their numbers of tokens beside the observat
 Departures from the authors' code: the window counts as part of the budget, and the layers together keep exactly `budget`
 times their number. What a layer cannot take, for the prompt is no longer, goes to the others in proportion; theirs makes
 the line flatter. The departures of `SnapKVCache` are these too.
+
+Their `beta` is 20, for models of 7 billion parameters and more. In SmolLM2-135M-Instruct the last layers need more than
+that: of eight numbers hidden in 1,024 tokens, a budget of 0.25 finds a log-likelihood per token of -0.8 with 20 and -0.7
+with 2, which is the default, the question in view, and of -1.9 and -1.8 if it is asked later (24 questions).
 """
 
 from dataclasses import dataclass
@@ -23,7 +27,7 @@ from pyramid_cache.engine.policy_cache import DEFAULT_EVICTION_INTERVAL, PolicyC
 class PyramidKVPolicy(SnapKVPolicy):
     """SnapKV's scores, and fewer tokens the deeper the layer. See `PyramidKVCache` for the fields."""
 
-    beta: float = 20.0
+    beta: float = 2.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,8 +66,8 @@ class PyramidKVCache(PolicyCache):
             less room for the rest.
         kernel_size (`int`, defaults to 7): Odd: over how many neighbouring tokens scores are averaged. Larger values keep
             longer passages, and fewer of them; 1 scores each token alone.
-        beta (`float`, defaults to 20.0): The last layer keeps the window and this fraction of what the layers keep beside it
-            on average. Larger values make the pyramid steeper; with 1 all layers keep the same.
+        beta (`float`, defaults to 2.0): Beside the window, the last layer keeps what layers keep on average divided by this.
+            Larger values make the pyramid steeper (20.0 in the authors' code); with 1 all layers keep the same.
         eviction_interval (`int`, defaults to 32): Generated tokens that come in before as many go. Larger values take more
             memory and less time.
 
@@ -83,7 +87,7 @@ class PyramidKVCache(PolicyCache):
     >>> tokens = model.generate(torch.arange(70)[None], past_key_values=cache, max_new_tokens=8, eos_token_id=None)
     >>> cache.compress()
     >>> cache.num_kept_tokens()
-    [43, 24, 5]
+    [34, 24, 14]
 
     ```
     """
@@ -95,7 +99,7 @@ class PyramidKVCache(PolicyCache):
         *,
         window_size: int = 64,
         kernel_size: int = 7,
-        beta: float = 20.0,
+        beta: float = 2.0,
         eviction_interval: int = DEFAULT_EVICTION_INTERVAL,
     ) -> None:
         policy = PyramidKVPolicy(window_size=window_size, kernel_size=kernel_size, beta=beta)
