@@ -1356,8 +1356,11 @@ def test_random_sequences(cache_class: type[CompressedCache]) -> None:
     check()
 
 
+# Caches of the slow tier differ from that of the quick one in their scores alone.
 @pytest.mark.slow
-@every_class
+@pytest.mark.parametrize(
+    "cache_class", [cache_class for cache_class, tier in CACHE_CLASSES.items() if tier == "quick"]
+)
 def test_many_long_random_sequences(cache_class: type[CompressedCache]) -> None:
     @settings(max_examples=SLOW_EXAMPLES, derandomize=True, database=None, deadline=None)
     @given(sequences(cache_class, longest=12))
