@@ -17,12 +17,10 @@ from pyramid_cache.caches.massive_activation import (
     MassiveActivationCache,
     MassiveActivationLayer,
     first_positions,
-    online_budget,
     probed_layers,
-    profile_schedule,
 )
 from pyramid_cache.demo.prompt import read_text
-from pyramid_cache.engine.budget import bounded_shares
+from pyramid_cache.engine.budget import bounded_shares, fair_shares, online_budget, support_schedule
 from pyramid_cache.engine.massive import (
     massive_in_hidden_states,
     massive_in_keys_and_values,
@@ -240,25 +238,44 @@ class TestBudgets:
         assert bounded_shares(60, (1, 20, 30, 90), 5, 30) == (5, 10, 15, 30)
         assert bounded_shares(10, (1.0, 1.0, 1.0), 1, 9) == (4, 3, 3)
 
-    def test_profile_schedule(self) -> None:
-        support, is_uniform = (0.6, 0.1, 0.2, 0.3), (True, False, False, False)
-        # 200 in all: 100 for the uniform layer leave 100, more than 3 times half of the mean of 50.
-        assert profile_schedule(100, 200, support, is_uniform, 1) == (100, 17, 33, 50)
-        # 120 in all: 20 would be left, less than 3 times 15, so that no layer is exempt: 120 in proportion 6:1:2:3.
-        assert profile_schedule(100, 120, support, is_uniform, 1) == (60, 10, 20, 30)
-        assert profile_schedule(100, 120, support, is_uniform, 999) == (30, 30, 30, 30)
+    def test_what_is_scarce_is_shared_fairly(self) -> None:
+        # Who wants 5 and 10 gets it; 45 remain for two who want more, and the one who asked later gets the odd one.
+        assert fair_shares(60, (30, 5, 90, 10)) == (22, 5, 23, 10)
+        assert fair_shares(3, (9, 9)) == (1, 2)
+        assert fair_shares(99, (9, 0, 9)) == (9, 0, 9)
 
-    def test_online_budgets_by_hand(self) -> None:
-        # Two layers alike get half each; a second one that needs a third of the first's, of what is left.
-        assert online_budget(100, 80, 2, [0.3], False, 1) == 40
-        assert online_budget(100, 40, 1, [0.3, 0.1], False, 1) == 40
-        # 90 left for three layers; this one needs 0.4, on average 0.3: 90 * 0.4 / (0.4 + 2 * 0.3) = 36.
-        assert online_budget(100, 90, 3, [0.2, 0.4], False, 1) == 36
-        # Uniform: all of it, as long as 2 layers have half of their mean of 60 left; else its share.
-        assert online_budget(100, 180, 3, [0.6], True, 1) == 100
-        assert online_budget(130, 180, 3, [0.6], True, 1) == 60
-        # The minimum is kept free for the layers above.
-        assert online_budget(100, 40, 2, [0.01, 0.9], False, 15) == 25
+    @pytest.mark.parametrize(
+        "total, minimum, expected",
+        [
+            # Assured are 100, 30, 60 and 90 of 100 tokens, 280 in all. Of 240 the second gets its 30, the third its 60, and
+            # the others half of what is left each.
+            (240, 1, (75, 30, 60, 75)),
+            (240, 999, (60, 60, 60, 60)),
+            (120, 1, (30, 30, 30, 30)),
+            # Of 300 there are 20 to spare: beside 100 for the first, 200 are shared in proportion 1:2:3.
+            (300, 1, (100, 33, 67, 100)),
+            (300, 40, (100, 40, 64, 96)),
+        ],
+    )
+    def test_shares_by_support_of_all_layers(self, total: int, minimum: int, expected: tuple[int, ...]) -> None:
+        assert support_schedule(100, total, (0.6, 0.1, 0.2, 0.3), minimum) == expected
+
+    def test_shares_by_support_of_layers_so_far(self) -> None:
+        # Two layers alike: half of what is left each, whether it is much or little. The last one gets all that is left.
+        assert online_budget(100, 190, 2, [0.3], 1) == 95
+        assert online_budget(100, 40, 2, [0.3], 1) == 20
+        assert online_budget(100, 40, 1, [0.3, 0.1], 1) == 40
+        assert online_budget(100, 140, 1, [0.3, 0.1], 1) == 100
+        # Assured are 60, and 45 to each of two to come: of 120 an equal share of 40 is all that can be had.
+        assert online_budget(100, 120, 3, [0.1, 0.2], 1) == 40
+        # Of 160 it is 160 * 0.2 / (0.2 + 2 * 0.15) = 64.
+        assert online_budget(100, 160, 3, [0.1, 0.2], 1) == 64
+        # A layer that needs less than an equal share leaves the rest to others, which need 0.2 on average: 200 * 0.1 / 0.5.
+        assert online_budget(100, 200, 3, [0.3, 0.1], 1) == 40
+        assert online_budget(100, 120, 3, [0.3, 0.1], 1) == 30  # it is assured of three times its support
+        # The minimum is kept for the layers above, and for itself.
+        assert online_budget(100, 40, 2, [0.01, 0.9], 15) == 20
+        assert online_budget(100, 40, 2, [0.9, 0.01], 15) == 15
 
     def test_online_budgets_never_exceed_the_total(self) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -273,7 +290,7 @@ class TestBudgets:
             for depth in range(num_layers):
                 rest = mean * num_layers - sum(kept)
                 share = supports[: depth + 1]
-                kept.append(online_budget(length, rest, num_layers - depth, share, share[-1] > 0.5, minimum))
+                kept.append(online_budget(length, rest, num_layers - depth, share, minimum))
             assert sum(kept) <= mean * num_layers
             assert min(kept) >= min(minimum, mean)
             assert max(kept) <= length
@@ -312,7 +329,7 @@ def slow_kept(
     score = []
     for i in range(num_tokens):
         near = [shown[j] for j in range(max(i - kernel // 2, 0), min(i + kernel // 2 + 1, num_tokens))]
-        score.append(max(near) * value[i].abs().sum().item())
+        score.append(sum(near) / kernel * value[i].abs().sum().item())
     order = sorted(range(num_tokens), key=lambda i: (i in massive, i >= num_tokens - recent, score[i]), reverse=True)
     return set(order[:kept])
 
@@ -328,7 +345,8 @@ def test_the_prompt_against_loops(lengths: tuple[int, ...]) -> None:
     mask = model.mask(is_token, num_columns, is_explicit=False)
     layers = []
     for layer_idx in range(num_layers):
-        query = 2 * torch.randn(batch_size, kv_heads * group, num_columns, head_dim)
+        # The second layer looks at fewer tokens than the others.
+        query = (2, 8, 2)[layer_idx] * torch.randn(batch_size, kv_heads * group, num_columns, head_dim)
         key, value = torch.randn(2, batch_size, kv_heads, num_columns, head_dim).unbind()
         for row, length in enumerate(lengths if layer_idx else ()):
             for position in (9, 20):
@@ -349,10 +367,8 @@ def test_the_prompt_against_loops(lengths: tuple[int, ...]) -> None:
             attention = slow_attention(query, key, window)
             spreads = [slow_spread(shares, massive, window) for shares in attention]
             supports.append(sum(spread[2] for spread in spreads) / kv_heads / length)
-            local_share = sum(spread[1] for spread in spreads) / kv_heads
-            is_uniform = layer_class(supports[-1], local_share) == "uniform"
             minimum = window + 8 + 64
-            kept = online_budget(length, rest, num_layers - layer_idx, supports, is_uniform, minimum)
+            kept = online_budget(length, rest, num_layers - layer_idx, supports, minimum)
             rest -= kept
             num_followed += kept != budget
             held = cache.positions(layer_idx)[row]
@@ -555,11 +571,11 @@ def test_a_profile_sets_the_budgets(tmp_path: Path) -> None:
     record = profile_record(model.config, support=[0.6, 0.1, 0.2, 0.3])
     path = tmp_path / "profile.json"
     path.write_text(json.dumps(record))
-    cache = MassiveActivationCache(model, budget=0.5, profile=path, window_size=2)
+    cache = MassiveActivationCache(model, budget=0.65, profile=path, window_size=2)
     ids, mask = prompts_with([{7}], [300])
     read(model, cache, ids, mask)
-    # 600 in all; 300 are left beside the uniform layer, in proportion 1:2:3, but at least 74.
-    assert cache.num_kept_tokens() == [300, 74, 90, 136]
+    # 780 in all: three times their support for the second and the third layer, and half of what is left for the others.
+    assert cache.num_kept_tokens() == [255, 90, 180, 255]
     assert cache.output_probes.index_of(decoder_layers(model)[1]) == 1
     saved = tmp_path / "cache.safetensors"
     cache.save(saved)

@@ -4,6 +4,7 @@ import functools
 import math
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from numbers import Integral, Real
@@ -12,6 +13,11 @@ from typing import Literal
 
 # Positions are int32.
 MAX_TOKENS = 2**31 - 1
+# The tokens that get 0.95 of a layer's attention are not all that an answer needs of it: layers that keep no more than that
+# lose facts. Eight numbers in 1,024 tokens, SmolLM2, exact answers of 32 and log-likelihood per token with the question in view
+# at budgets of 0.25 and 0.5: shares in proportion to support .16 (-1.08) and .44 (-.44); this rule with a margin of 1.5 .25 (-.73)
+# and .44 (-.46), of 2 .31 (-.72) and .44 (-.56), of 3 .38 (-.68) and .53 (-.53); equal shares .38 (-.68) and .59 (-.47).
+SUPPORT_MARGIN = 3
 BUDGET_FORMS = "a fraction of the prompt (0 < budget <= 1.0), a number of tokens (a positive int) or bytes ('256MiB')"
 BYTE_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -202,3 +208,70 @@ def bounded_shares(total: int, shape: tuple[float, ...], minimum: int, maximum: 
     for index in by_remainder[: total - sum(numbers)]:
         numbers[index] += 1
     return tuple(numbers)
+
+
+def fair_shares(total: int, wanted: Sequence[int]) -> tuple[int, ...]:
+    """
+    Whole numbers that are as large as what is wanted, or as equal as that allows: nobody gets more than is wanted, and who
+    gets less gets as much as anybody.
+
+    Args:
+        total (`int`): Met exactly if as much is wanted.
+        wanted (`Sequence[int]`): Not negative.
+
+    Returns:
+        `tuple[int, ...]`: In the order of `wanted`.
+    """
+    numbers = [0] * len(wanted)
+    # Whoever wants least is served first, and leaves the rest to the others.
+    for num_served, index in enumerate(sorted(range(len(wanted)), key=lambda index: wanted[index])):
+        numbers[index] = min(wanted[index], total // (len(wanted) - num_served))
+        total -= numbers[index]
+    return tuple(numbers)
+
+
+# Shares by support: what a layer's attention is spread over decides how much of the budget it gets.
+
+
+def assured_tokens(prompt_length: int, support: float, minimum: int) -> int:
+    """What a layer gets before any other gets more than that: three times its support, at least `minimum`."""
+    return min(max(round(SUPPORT_MARGIN * support * prompt_length), minimum), prompt_length)
+
+
+@functools.lru_cache(maxsize=1024)
+def support_schedule(prompt_length: int, total: int, supports: tuple[float, ...], minimum: int) -> tuple[int, ...]:
+    """
+    Tokens per layer. A budget too small to give each layer three times its support is shared equally, but no layer gets
+    more than that. What a larger one has to spare is shared in proportion to support, up to the whole prompt: what layers
+    that look at a third of it or more have then.
+
+    Args:
+        prompt_length (`int`): More than the mean.
+        total (`int`): Tokens kept over all layers; met exactly.
+        supports (`tuple[float, ...]`): The tokens that get nearly all attention of each layer, as fractions of the prompt.
+        minimum (`int`): No layer keeps fewer, unless the mean is less.
+    """
+    minimum = min(minimum, total // len(supports))
+    assured = [assured_tokens(prompt_length, support, minimum) for support in supports]
+    if sum(assured) >= total:
+        return fair_shares(total, assured)
+    return bounded_shares(total, supports, minimum, prompt_length)
+
+
+def online_budget(prompt_length: int, rest: int, num_layers_left: int, supports: Sequence[float], minimum: int) -> int:
+    """
+    `support_schedule` for one layer before those above it are known: they are taken to need what those so far do on average.
+    Whatever comes, all layers together keep no more than the budget.
+
+    Args:
+        rest (`int`): What the layers below have left of the budget.
+        num_layers_left (`int`): With this one.
+        supports (`Sequence[float]`): Of the layers so far, this one last.
+    """
+    equal_share, num_later = rest // num_layers_left, num_layers_left - 1
+    minimum = min(minimum, equal_share)
+    mean_support = sum(supports) / len(supports)
+    assured = min(assured_tokens(prompt_length, supports[-1], minimum), equal_share)
+    assured_later = num_later * assured_tokens(prompt_length, mean_support, minimum)
+    in_proportion = int(rest * supports[-1] / (supports[-1] + num_later * mean_support))
+    return max(min(in_proportion, prompt_length, rest - assured_later), assured)
