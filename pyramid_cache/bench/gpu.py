@@ -67,7 +67,7 @@ def block_rows() -> Iterator[dict[str, Any]]:
             table, grid, kind = triton_scores.DECODE_BLOCKS, DECODE_BLOCKS, triton_scores.DecodeBlocks
             score = functools.partial(triton_scores.decode_attention, query, key, value, None, None, scaling, None)
         else:
-            table, grid, kind = triton_scores.SCORE_BLOCKS, SCORE_BLOCKS, triton_scores.ScoreBlocks
+            table, grid, kind = triton_scores.score_blocks(key.device), SCORE_BLOCKS, triton_scores.ScoreBlocks
             given = attention_with_lse("sdpa", query, key, value, scaling=scaling)
             if given is None:
                 raise RuntimeError("torch's attention gives no log-sum-exps for bfloat16 on this device.")

@@ -75,13 +75,16 @@ class DecodeBlocks(NamedTuple):
 # By bytes of an element and head_dim rounded up to a power of two. float32 has no tensor cores here (they would round to
 # ten bits), so its operands live in registers: larger tiles spill them.
 SCORE_BLOCKS = {
-    (2, 64): ScoreBlocks(keys=128, rows=64, num_warps=4, num_stages=3),
+    (2, 64): ScoreBlocks(keys=128, rows=128, num_warps=4, num_stages=3),
     (2, 128): ScoreBlocks(keys=128, rows=64, num_warps=4, num_stages=3),
     (2, 256): ScoreBlocks(keys=128, rows=64, num_warps=8, num_stages=2),
     (4, 64): ScoreBlocks(keys=32, rows=32, num_warps=4, num_stages=2),
     (4, 128): ScoreBlocks(keys=32, rows=32, num_warps=8, num_stages=2),
     (4, 256): ScoreBlocks(keys=32, rows=32, num_warps=8, num_stages=2),
 }
+# On an H100 or H200, 128 rows at once leave room for two programs of a multiprocessor, and take a fifth less time. Compiled
+# for capability 8.0 they spill.
+HOPPER_SCORE_BLOCKS = SCORE_BLOCKS | {(2, 128): ScoreBlocks(keys=128, rows=128, num_warps=4, num_stages=2)}
 # 48 to 64 KiB of keys and values under way in each of two programs of a multiprocessor, where 26 KiB would keep an H200 busy.
 # Left to decide, the assembler makes room for a third program (168 registers) and spills two registers for it.
 DECODE_BLOCKS = {
@@ -150,22 +153,24 @@ def _add_rows(
         if weights_ptr is not None:
             weights = tl.load(weights_ptr + rows.to(tl.int64) * stride_wm, mask=is_row, other=0.0)
             counts = counts & (weights != 0.0)
+        # Infinite where a row does not count: what a vector of its own would say passes through shared memory again.
+        lse = tl.where(counts, lse * LOG2E, float("inf"))
         query = tl.load(
             query_ptr + (head.to(tl.int64) * stride_qh + row.to(tl.int64) * stride_qm) + query_offsets,
             mask=is_row[:, None] & is_dim[None, :],
             other=0.0,
         )
-        logits = tl.dot(key, tl.trans(query), input_precision="ieee")  # (keys, rows)
+        logits = tl.dot(key, tl.trans(query), input_precision="ieee") * factor  # (keys, rows)
         if softcap is not None:
-            probabilities = tl.exp2(_capped(logits * factor, softcap) * LOG2E - lse[None, :] * LOG2E)
-        else:
-            probabilities = tl.exp2(logits * factor - lse[None, :] * LOG2E)
+            logits = _capped(logits, softcap) * LOG2E
+        probabilities = tl.exp2(logits - lse[None, :])
         if weights_ptr is not None:
             probabilities = probabilities * weights[None, :]
         # Chosen, not multiplied: a row that does not count may hold infinities.
-        is_visible = counts[None, :]
+        is_visible = lse[None, :] != float("inf")
         if IS_DIAGONAL:
-            is_visible = is_visible & (hidden[:, None] <= rows[None, :])
+            # Against numbers that do not change with the step, which take no registers.
+            is_visible = is_visible & ((hidden - row)[:, None] <= block[None, :])
         sums += tl.sum(tl.where(is_visible, probabilities, 0.0), axis=1)
     return sums
 
@@ -254,10 +259,13 @@ def scores_kernel(
     offset = num_keys - num_rows
     first_key = tile * BLOCK_N
     first_row = tl.maximum(tl.maximum(first_key, start) - offset, 0)
+    last_row = tl.where(first_key + BLOCK_N <= start, first_row, tl.maximum(num_rows, first_row))
+    # Rows from `all_visible` on see the whole tile. Those before are masked, which takes registers: in smaller blocks.
     all_visible = tl.maximum(first_key + BLOCK_N - 1 - offset, first_row)
-    num_blocks = (tl.maximum(num_rows - first_row, 0) + BLOCK_M - 1) // BLOCK_M
-    num_blocks = tl.where(first_key + BLOCK_N <= start, 0, num_blocks)
-    num_diagonal = tl.minimum((all_visible - first_row + BLOCK_M - 1) // BLOCK_M, num_blocks)
+    DIAGONAL_M: tl.constexpr = min(BLOCK_M, 64)
+    num_diagonal = (tl.minimum(all_visible, last_row) - first_row + DIAGONAL_M - 1) // DIAGONAL_M
+    first_visible = first_row + num_diagonal * DIAGONAL_M
+    num_visible = (tl.maximum(last_row - first_visible, 0) + BLOCK_M - 1) // BLOCK_M
 
     query_ptr += batch * stride_qb + first_head * stride_qh
     lse_ptr += batch * stride_lb + first_head * stride_lh
@@ -267,11 +275,11 @@ def scores_kernel(
     sums = _add_rows(
         sums, key, query_ptr, lse_ptr, weights_ptr, stride_qh, stride_qm, stride_qd, stride_lh, stride_lm, stride_wm,
         first_row, num_diagonal, num_rows, keys - offset, factor, softcap,
-        HEADS, HEAD_DIM, BLOCK_D, BLOCK_M, True,
+        HEADS, HEAD_DIM, BLOCK_D, DIAGONAL_M, True,
     )  # fmt: skip
     sums = _add_rows(
         sums, key, query_ptr, lse_ptr, weights_ptr, stride_qh, stride_qm, stride_qd, stride_lh, stride_lm, stride_wm,
-        first_row + num_diagonal * BLOCK_M, num_blocks - num_diagonal, num_rows, keys - offset, factor, softcap,
+        first_visible, num_visible, num_rows, keys - offset, factor, softcap,
         HEADS, HEAD_DIM, BLOCK_D, BLOCK_M, False,
     )  # fmt: skip
     tl.store(out_ptr + pair * num_keys + keys, tl.where(keys >= start, sums, 0.0), mask=is_key)
@@ -754,6 +762,13 @@ def num_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
 
+@functools.cache
+def score_blocks(device: torch.device) -> dict[tuple[int, int], ScoreBlocks]:
+    """How `attention_scores` is cut on a device."""
+    is_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+    return HOPPER_SCORE_BLOCKS if is_hopper else SCORE_BLOCKS
+
+
 def is_supported(*tensors: torch.Tensor) -> bool:
     """Whether the kernels take such queries, keys and values; the reference takes what they do not."""
     dtype = tensors[0].dtype
@@ -782,7 +797,7 @@ def attention_scores(
     See `pyramid_cache.ops.scores.attention_scores`.
 
     Args:
-        blocks (`ScoreBlocks`, *optional*): Overrides `SCORE_BLOCKS`, for benchmarks.
+        blocks (`ScoreBlocks`, *optional*): Overrides `score_blocks`, for benchmarks.
     """
     if not is_supported(query, key):
         return reference.attention_scores(query, key, lse, row_weights, key_start, scaling, softcap, group_sum)
@@ -794,9 +809,9 @@ def attention_scores(
     scores = torch.empty(batch, num_outputs, num_keys, dtype=torch.float32, device=key.device)
     block_dim = padded(head_dim)
     if blocks is None:
-        blocks = SCORE_BLOCKS[key.element_size(), max(block_dim, 64)]
-        # A window of fewer rows than a block would be padded up to it.
-        blocks = blocks._replace(rows=min(blocks.rows, padded(num_rows)))
+        blocks = score_blocks(key.device)[key.element_size(), max(block_dim, 64)]
+        # A window of fewer rows than a block would be padded up to it, and soft caps take registers.
+        blocks = blocks._replace(rows=min(blocks.rows, padded(num_rows), 64 if softcap else blocks.rows))
         if blocks.keys > 64 and num_programs * ceil_div(num_keys, blocks.keys) < num_multiprocessors(key.device):
             blocks = blocks._replace(keys=64, num_warps=4)
     with on_device(key.device):

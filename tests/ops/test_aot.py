@@ -242,7 +242,10 @@ CALLS_BY_LENGTH: dict[str, Callable[[int], object]] = {
 def check(call: Callable[[torch.dtype, int], object], dtype: torch.dtype, head_dim: int, capability: int) -> None:
     """Compiles what a call launches, prints what it needs, and fails where that is too much."""
     failures = []
-    launches = {launch.key: launch for launch in caught_launches(lambda: call(dtype, head_dim))}
+    table = triton_scores.HOPPER_SCORE_BLOCKS if capability == 90 else triton_scores.SCORE_BLOCKS
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_scores, "score_blocks", lambda device: table)
+        launches = {launch.key: launch for launch in caught_launches(lambda: call(dtype, head_dim))}
     assert launches, "nothing was launched"
     for launch in launches.values():
         _, used = launch.compile(capability)
