@@ -21,6 +21,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend
 
 from pyramid_cache.ops.reference import causal_mask
 from pyramid_cache.ops.registration import check_dtype, check_query, check_shape, needs_gradients
@@ -189,7 +190,7 @@ def can_give_lse(
     key_mask: torch.Tensor | None = None,
     softcap: float | None = None,
 ) -> bool:
-    """Whether `attention_with_lse` has a provider for this call. Looks at shapes, dtypes and devices only."""
+    """Whether `attention_with_lse` has a provider for this call. Looks at shapes, strides, dtypes and devices only."""
     return _choose(implementation, query, key, value, mask, key_mask, softcap) is not None
 
 
@@ -213,6 +214,8 @@ def _choose(
             return _attend_on_cpu if _is_flash_on_cpu(query, key, value) else None
         if query.device.type == "cuda" and query.dtype == torch.float32:
             return efficient_attention if _is_efficient_enabled() else None
+        if mask is None and key_mask is None and _is_cudnn_chosen(query, key, value):
+            return cudnn_attention
         kernel = TORCH_FLASH if _is_flash_enabled() else None
     else:
         kernel = flash_kernel(implementation)
@@ -259,6 +262,19 @@ def _is_flash_enabled() -> bool:
 def _is_efficient_enabled() -> bool:
     """Whether the user lets sdpa take the memory-efficient kernel, in the version for NVIDIA's devices."""
     return torch.version.hip is None and torch.backends.cuda.mem_efficient_sdp_enabled()
+
+
+def _is_cudnn_chosen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """
+    Whether `scaled_dot_product_attention` runs causal attention of as many queries as keys by cuDNN, as it does on an H100,
+    where that takes half the time of torch's flash kernel. Torch is asked: its answer depends on the device, the version of
+    cuDNN, shapes and strides, and what the user turned off or prefers.
+    """
+    # Compilers cannot trace into the question, and elsewhere torch has no answer to it for tensors without contents.
+    if query.shape[2] != key.shape[2] or torch.compiler.is_compiling() or not torch.backends.cudnn.is_available():
+        return False
+    choice = torch._fused_sdp_choice(query, key, value, is_causal=True, enable_gqa=query.shape[1] != key.shape[1])
+    return choice == SDPBackend.CUDNN_ATTENTION.value
 
 
 @torch.compiler.assume_constant_result
@@ -326,7 +342,18 @@ def _without_padding(lse: torch.Tensor, key_mask: torch.Tensor) -> torch.Tensor:
     return lse.masked_fill(~key_mask[:, None, key_mask.shape[1] - lse.shape[2] :], float("-inf"))
 
 
-# "sdpa" on CUDA in float32.
+# "sdpa" on CUDA.
+
+
+def cudnn_attention(attention: Attention) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    CuDNN's attention, of as many queries as keys, since its causality is aligned top-left. It takes shared KV heads, and its
+    log-sum-exps, in natural logarithms with the scaling inside, have a last dimension of 1 and any strides.
+    """
+    output, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        attention.query, attention.key, attention.value, None, True, 0.0, True, False, scale=attention.scaling
+    )
+    return output.transpose(1, 2).contiguous(), lse.reshape(attention.query.shape[:3]).contiguous()
 
 
 def efficient_attention(attention: Attention) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -20,6 +21,7 @@ from pyramid_cache.ops.lse import (
     attention_with_lse,
     can_give_lse,
     cpu_attention_with_lse,
+    cudnn_attention,
     efficient_attention,
     flash_attention,
     flash_kernel,
@@ -441,6 +443,8 @@ class PlayedOps(TorchDispatchMode):
             return self.flash(*args, **kwargs)
         if func is torch.ops.aten._scaled_dot_product_efficient_attention.default:
             return self.efficient(*args, **kwargs)
+        if func is torch.ops.aten._scaled_dot_product_cudnn_attention.default:
+            return self.cudnn(*args, **kwargs)
         return func(*args, **kwargs)
 
     def flash(
@@ -473,6 +477,18 @@ class PlayedOps(TorchDispatchMode):
         lse[:, :, : q.shape[2]] = logits.logsumexp(dim=-1)
         return output.transpose(1, 2).contiguous().transpose(1, 2), lse, torch.empty(()), torch.empty(())
 
+    def cudnn(
+        self, q, k, v, bias, compute_log_sumexp, dropout_p=0.0, is_causal=False, return_debug_mask=False, *, scale
+    ) -> tuple[torch.Tensor, ...]:
+        """BHSD, laid out as the query; log-sum-exps with a last dimension of 1, as cuDNN leaves some of them."""
+        assert bias is None and compute_log_sumexp and dropout_p == 0.0 and is_causal and not return_debug_mask
+        assert q.shape[2] == k.shape[2], "cuDNN aligns causality top-left"
+        self.package.num_runs += 1
+        pairs = zip(*(tensor.transpose(1, 2) for tensor in (q, k, v)), strict=True)
+        outputs, lses = zip(*(self.package.attend(*tensors, scale, 0.0) for tensors in pairs), strict=True)
+        lse = torch.stack([lse.T.contiguous().T for lse in lses])[..., None]
+        return torch.stack(outputs).transpose(1, 2), lse, None, None, q.shape[2], k.shape[2], None, None, None
+
 
 @pytest.mark.parametrize("value_dim", [16, 8])
 @pytest.mark.parametrize("rows", ROWS)
@@ -486,6 +502,16 @@ def test_torch_on_cuda(kind: str, passes_mask: bool, padding: str, rows: int, va
         found = flash_attention(TORCH_FLASH, attention) if kind == "flash" else efficient_attention(attention)
     check(found, call)
     assert ops.package.num_runs == 1
+
+
+@pytest.mark.parametrize("value_dim", [16, 8])
+@pytest.mark.parametrize("kv_heads", [6, 2])
+def test_cudnn(kv_heads: int, value_dim: int) -> None:
+    call = make_call(torch.float32, "none", KEYS, kv_heads=kv_heads, value_dim=value_dim)
+    with PlayedOps() as ops:
+        output, lse = cudnn_attention(Attention(**call))
+    check((output, lse), call)
+    assert lse.is_contiguous() and ops.package.num_runs == 1
 
 
 @pytest.mark.parametrize(
@@ -551,8 +577,23 @@ def test_backends_that_the_user_turned_off_are_not_used() -> None:
 def fake_device(without_packages: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """Tensors without storage on a CUDA device that is thought to run torch's flash kernels."""
     without_packages.setattr(lse_module, "_has_torch_flash", lambda device: True)
+    without_packages.setattr(torch.backends.cudnn, "is_available", lambda: False)
     with FakeTensorMode():
         yield without_packages
+
+
+@pytest.fixture
+def fake_cudnn(fake_device: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """A device for which torch chooses cuDNN; what it was asked about."""
+    asked: list[dict[str, Any]] = []
+
+    def choose(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **settings: Any) -> int:
+        asked.append(settings)
+        return SDPBackend.CUDNN_ATTENTION.value
+
+    fake_device.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    fake_device.setattr(torch, "_fused_sdp_choice", choose)
+    return asked
 
 
 def as_fake(call: dict[str, Any], device: str) -> dict[str, Any]:
@@ -652,6 +693,61 @@ def test_torch_on_cuda_asks_nothing_of_the_device(
             attend()
 
 
+def provider_of(call: dict[str, Any], implementation: str = "sdpa") -> Callable | None:
+    """The function that computes a call."""
+    tensors = (call[name] for name in ("query", "key", "value"))
+    return lse_module._choose(implementation, *tensors, call.get("mask"), call.get("key_mask"), None)
+
+
+@pytest.mark.parametrize("kv_heads", [6, 2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_cudnn_where_torch_chooses_it(fake_cudnn: list[dict[str, Any]], dtype: torch.dtype, kv_heads: int) -> None:
+    assert provider_of(as_fake(make_call(dtype, "none", KEYS, kv_heads=kv_heads), "cuda")) is cudnn_attention
+    assert fake_cudnn == [{"is_causal": True, "enable_gqa": kv_heads != 6}]
+
+
+@pytest.mark.parametrize("device", FAKE_DEVICES)
+def test_cudnn_gives_log_sum_exps_of_the_usual_shape(fake_cudnn: list[dict[str, Any]], device: str) -> None:
+    call = as_fake(make_call(torch.bfloat16, "none", KEYS), device)
+    with CountedOps() as ops:
+        output, lse = cudnn_attention(Attention(**call))
+    assert ops.attentions() == {"_scaled_dot_product_cudnn_attention": 1}
+    assert output.shape == (3, KEYS, 6, 16) and output.dtype == torch.bfloat16 and output.is_contiguous()
+    assert lse.shape == (3, 6, KEYS) and lse.dtype == torch.float32 and lse.is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("implementation", "dtype", "rows", "changes"),
+    [
+        ("sdpa", torch.bfloat16, 9, {}),  # causal from the bottom right
+        ("sdpa", torch.bfloat16, KEYS, {"key_mask": (3, KEYS)}),
+        ("sdpa", torch.bfloat16, KEYS, {"mask": (1, 1, KEYS, KEYS)}),
+        ("sdpa", torch.float32, KEYS, {}),
+        ("flash_attention_2", torch.bfloat16, KEYS, {}),
+    ],
+)
+def test_cudnn_is_not_asked_for_what_it_cannot_do(
+    fake_cudnn: list[dict[str, Any]],
+    implementation: str,
+    dtype: torch.dtype,
+    rows: int,
+    changes: dict[str, tuple[int, ...]],
+) -> None:
+    call = as_fake(make_call(dtype, "none", rows), "cuda")
+    masks = {name: torch.empty(shape, dtype=torch.bool, device="cuda") for name, shape in changes.items()}
+    assert provider_of(call | masks, implementation) not in (None, cudnn_attention)
+    assert fake_cudnn == []
+
+
+@pytest.mark.parametrize("choice", [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH])
+def test_other_choices_than_cudnn(
+    fake_cudnn: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, choice: SDPBackend
+) -> None:
+    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *tensors, **settings: choice.value)
+    provider = provider_of(as_fake(make_call(torch.bfloat16, "none", KEYS), "cuda"))
+    assert provider.func is flash_attention and provider.args == (TORCH_FLASH,)
+
+
 @pytest.mark.parametrize("keys", [KEYS, 48])
 def test_bias_of_the_efficient_kernel_is_aligned(keys: int) -> None:
     allowed = torch.ones(9, keys, dtype=torch.bool).tril(keys - 9).expand(3, 1, 9, keys)
@@ -674,6 +770,11 @@ def test_bias_of_the_efficient_kernel_is_aligned(keys: int) -> None:
             "_scaled_dot_product_efficient_attention",
             "query key value attn_bias compute_log_sumexp dropout_p is_causal scale",
         ),
+        (
+            "_scaled_dot_product_cudnn_attention",
+            "query key value attn_bias compute_log_sumexp dropout_p is_causal return_debug_mask scale",
+        ),
+        ("_fused_sdp_choice", "query key value attn_mask dropout_p is_causal scale enable_gqa"),
     ],
 )
 def test_schemas_of_torch(name: str, arguments: str) -> None:
@@ -751,6 +852,33 @@ def test_long_prompts_on_cuda(rows: int, head_dim: int) -> None:
     wanted = (logits.softmax(dim=-1) @ call["value"].double().repeat_interleave(4, dim=1)).transpose(1, 2)
     torch.testing.assert_close(lse.double(), logits.logsumexp(dim=-1), atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(output.double(), wanted.nan_to_num(0.0), atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("length", [1500, 1536, 129])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("kv_heads", [8, 2, 1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_cudnn_on_cuda(dtype: torch.dtype, kv_heads: int, head_dim: int, length: int) -> None:
+    """What torch itself runs on an H100, and the same output as without the log-sum-exps."""
+    query = torch.randn(2, length, 8, head_dim, device="cuda", dtype=dtype).transpose(1, 2)
+    key, value = (torch.randn(2, kv_heads, length, head_dim, device="cuda", dtype=dtype) for _ in range(2))
+    if not lse_module._is_cudnn_chosen(query, key, value):
+        pytest.skip("torch does not choose cuDNN on this machine")
+    with CountedOps() as ops:
+        output, lse = attention_with_lse("sdpa", query, key, value, scaling=head_dim**-0.5)
+    assert ops.attentions() == {"_scaled_dot_product_cudnn_attention": 1}
+    module = SimpleNamespace(num_key_value_groups=8 // kv_heads, is_causal=True)
+    own, _ = sdpa_attention_forward(module, query, key, value, None, scaling=head_dim**-0.5)
+    group = 8 // kv_heads
+    logits = query.double() @ key.double().repeat_interleave(group, dim=1).transpose(2, 3) * head_dim**-0.5
+    future = torch.ones(length, length, dtype=torch.bool, device="cuda").triu(1)
+    logits = logits.masked_fill(future, -math.inf)
+    wanted = (logits.softmax(dim=-1) @ value.double().repeat_interleave(group, dim=1)).transpose(1, 2)
+    tolerance = TOLERANCES[dtype][0]
+    torch.testing.assert_close(lse.double(), logits.logsumexp(dim=-1), atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(output.double(), wanted, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(output, own, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.cuda
