@@ -256,6 +256,8 @@ def test_bad_option_is_refused(arguments: list[str], message: str, capsys: pytes
     [
         (["bench"], "give `ops` or `--suite gpu`"),
         (["bench", "--suite", "gpu", "ops"], "not both"),
+        (["bench", "--parts", "ops"], "give `ops` or `--suite gpu`"),
+        (["bench", "--parts", "ops", "ops"], "--parts are of `bench --suite gpu`"),
         (
             ["bench", "ops", "--device", "cpu", "--heads", "5", "--kv-heads", "3"],
             "5 query heads cannot share 3 KV heads",
@@ -357,6 +359,7 @@ def test_parts_go_on_after_a_failure_and_all_is_written_after_each(
     assert main(["bench", "--suite", "gpu", "--json", str(path)]) == 1
     record = json.loads(path.read_text())
     assert record["is_complete"]
+    assert record["command"] == "pyramid-cache bench --suite gpu"
     assert record["device"] == "Imaginary GPU"
     assert list(record["parts"]) == ["tests", "ops", "blocks", "oracle", "gather"]
     failures = {name: part["failures"] for name, part in record["parts"].items() if part["failures"]}
@@ -369,6 +372,29 @@ def test_parts_go_on_after_a_failure_and_all_is_written_after_each(
         assert f"== {name}\n{seen}\n" in printed
     for text in ("Imaginary GPU", "1 passed, 0 failed", "exit status 1: no such kernel", "1.50×"):
         assert text in printed
+
+
+def test_chosen_parts_run_in_the_order_of_the_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "record.json"
+    done = {"wall_seconds": 1.0, "failures": [], "result": {}}
+    seen = []
+    monkeypatch.setattr(suite, "run_part", lambda name, *rest: seen.append((name, rest[-1])) or done)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Imaginary GPU")
+    assert main(["bench", "--suite", "gpu", "--parts", "gather, ops", "--json", str(path)]) == 0
+    record = json.loads(path.read_text())
+    assert seen == [(name, suite.PART_LIMITS[name]) for name in ("ops", "gather")]
+    assert record["chosen_parts"] == list(record["parts"]) == ["ops", "gather"]
+    assert record["is_complete"]
+    assert record["command"] == "pyramid-cache bench --suite gpu --parts ops,gather"
+
+
+def test_part_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["bench", "--suite", "gpu", "--parts", "ops,speed"])
+    assert caught.value.code == 2
+    assert "'speed' is none of tests, ops, blocks, oracle, gather" in capsys.readouterr().err
 
 
 def test_limits_leave_room_in_ten_minutes() -> None:

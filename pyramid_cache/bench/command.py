@@ -33,6 +33,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 LEAST_ROUNDS = 5
+# Of the suite, in the order in which they run.
+PARTS = ("tests", "ops", "blocks", "oracle", "gather")
 VERSIONS = ("pyramid_cache", "torch", "transformers", "triton")
 
 
@@ -46,6 +48,12 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "sizes, scores of long prompts against an independent computation, and reading values from the host.",
     )
     parser.add_argument("--suite", choices=("gpu",), help="run everything that needs a GPU")
+    parser.add_argument(
+        "--parts",
+        type=parts,
+        metavar="PART,PART,...",
+        help=f"of the suite, run these only: {', '.join(PARTS)} (default: all)",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, also after each part")
     parser.set_defaults(run=run_suite)
     ops = parser.add_subparsers(title="measurements", metavar="ops").add_parser(
@@ -96,6 +104,15 @@ def lengths(text: str) -> list[int]:
     return [positive_int(part.strip()) for part in text.split(",")]
 
 
+def parts(text: str) -> list[str]:
+    """Reads `--parts`."""
+    names = [part.strip() for part in text.split(",")]
+    for name in names:
+        if name not in PARTS:
+            raise argparse.ArgumentTypeError(f"'{name}' is none of {', '.join(PARTS)}")
+    return names
+
+
 def at_least_five(text: str) -> int:
     """Reads `--rounds`: fewer give no median to rely on."""
     return positive_int(text, least=LEAST_ROUNDS)
@@ -109,6 +126,8 @@ def run_ops(options: argparse.Namespace) -> None:
 
     if options.suite is not None:
         raise ValueError("`bench --suite gpu` measures the ops as well: give --suite or ops, not both.")
+    if options.parts is not None:
+        raise ValueError("--parts are of `bench --suite gpu`, not of `bench ops`.")
     check_output("--json", options.json)
     settings = settings_of(options)
     with ProgressBar(Console(stderr=True)) as progress:
@@ -123,7 +142,7 @@ def run_suite(options: argparse.Namespace) -> int:
     if options.suite is None:
         raise ValueError("Nothing to measure: give `ops` or `--suite gpu`. See `pyramid-cache bench --help`.")
     check_output("--json", options.json)
-    record = suite.run(options.json)
+    record = suite.run(options.json, options.parts)
     return 1 if any(part["failures"] for part in record["parts"].values()) else 0
 
 

@@ -21,13 +21,13 @@ from typing import Any
 import torch
 
 import pyramid_cache
-from pyramid_cache.bench.command import VERSIONS
+from pyramid_cache.bench.command import PARTS, VERSIONS
 from pyramid_cache.machine import describe_machine, describe_versions, load_average
 from pyramid_cache.terminal import write_json
 
 
 # Seconds, under eight minutes together.
-PART_LIMITS = {"tests": 245, "ops": 90, "blocks": 70, "oracle": 40, "gather": 30}
+PART_LIMITS = dict(zip(PARTS, (245, 90, 70, 40, 30), strict=True))
 TAIL_LINES = 60
 LAST_LINES_SECONDS = 5
 # Kernels are compiled by the processor: most of the time of the tests, and shared out.
@@ -38,16 +38,17 @@ TEST_LINE = re.compile(r"^\[gw\d+\] \[ *\d+%\] (PASSED|FAILED|SKIPPED|ERROR|XFAI
 ERROR_LINE = re.compile(r"^(ERROR) (\S+\.py)(?= - |$)")
 
 
-def run(path: Path | None) -> dict[str, Any]:
+def run(path: Path | None, chosen: list[str] | None = None) -> dict[str, Any]:
     """
-    Runs all parts and prints what came of them.
+    Runs parts of the suite, in its order, and prints what came of them.
 
     Args:
         path (`Path`, *optional*): Where the record is written after every part.
+        chosen (`list[str]`, *optional*): Names of parts; all by default.
 
     Returns:
-        `dict`: "parts", each with "wall_seconds", "failures" (empty where it passed) and "result"; "is_complete"; and what
-        they ran on.
+        `dict`: "chosen_parts"; "parts", each with "wall_seconds", "failures" (empty where it passed) and "result";
+        "is_complete", whether all that were chosen have run; and what they ran on.
 
     Raises:
         ValueError: There is no CUDA device.
@@ -59,22 +60,24 @@ def run(path: Path | None) -> dict[str, Any]:
         )
     device = torch.device("cuda", torch.cuda.current_device())
     machine = describe_machine(device)
+    names = [name for name in PART_LIMITS if chosen is None or name in chosen]
     record = {
-        "command": "pyramid-cache bench --suite gpu",
+        "command": "pyramid-cache bench --suite gpu" + ("" if chosen is None else f" --parts {','.join(names)}"),
         "device": machine["accelerator"],
         "driver": driver_version(),
         "cuda": torch.version.cuda,
         "machine": machine,
         "versions": describe_versions(*VERSIONS),
+        "chosen_parts": names,
         "is_complete": False,
         "parts": {},
     }
     root = Path(pyramid_cache.__file__).resolve().parents[1]
     with tempfile.TemporaryDirectory() as folder:
-        for name, limit in PART_LIMITS.items():
+        for name in names:
             result_path = Path(folder) / f"{name}.json"
-            record["parts"][name] = run_part(name, root, result_path, limit)
-            record["is_complete"] = name == list(PART_LIMITS)[-1]
+            record["parts"][name] = run_part(name, root, result_path, PART_LIMITS[name])
+            record["is_complete"] = name == names[-1]
             machine["load_average_after"] = load_average()
             if path is not None:
                 write_json(record, path)
