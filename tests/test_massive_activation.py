@@ -322,14 +322,14 @@ def slow_attention(query: torch.Tensor, key: torch.Tensor, window: int) -> list[
 def slow_kept(
     attention: list[float], value: torch.Tensor, massive: set[int], kept: int, window: int, kernel: int
 ) -> set[int]:
-    """What a head keeps: massive tokens, then recent ones, then the best by pooled attention times value norm."""
+    """What a head keeps: massive tokens, then recent ones, then the best by pooled attention times pooled value norms."""
     num_tokens = len(attention)
     recent = min(window, kept // 2)
     shown = [attention[i] if i < num_tokens - recent else 0.0 for i in range(num_tokens)]
     score = []
     for i in range(num_tokens):
-        near = [shown[j] for j in range(max(i - kernel // 2, 0), min(i + kernel // 2 + 1, num_tokens))]
-        score.append(sum(near) / kernel * value[i].abs().sum().item())
+        near = range(max(i - kernel // 2, 0), min(i + kernel // 2 + 1, num_tokens))
+        score.append(sum(shown[j] for j in near) * sum(value[j].abs().sum().item() for j in near))
     order = sorted(range(num_tokens), key=lambda i: (i in massive, i >= num_tokens - recent, score[i]), reverse=True)
     return set(order[:kept])
 
@@ -339,7 +339,7 @@ def test_the_prompt_against_loops(lengths: tuple[int, ...]) -> None:
     """Three layers without RoPE, the budgets shared online, sinks planted at positions 9 and 20 of layers 1 and 2."""
     num_layers, kv_heads, group, head_dim, budget, window, kernel = 3, 2, 2, 8, 110, 6, 3
     model = SyntheticModel(num_layers, kv_heads, group, head_dim)
-    cache = MassiveActivationCache(model.config, budget, window_size=window, kernel_size=kernel)
+    cache = MassiveActivationCache(model.config, budget, follow_attention=True, window_size=window, kernel_size=kernel)
     batch_size, num_columns = len(lengths), max(lengths)
     is_token = torch.arange(num_columns) >= num_columns - torch.tensor(lengths)[:, None]
     mask = model.mask(is_token, num_columns, is_explicit=False)
@@ -525,7 +525,7 @@ def test_budgets_follow_attention_and_meet_the_mean() -> None:
     model = copy.deepcopy(model)
     rows = random_rows((700, 700), seed=2)
     for budget in (0.3, 200):
-        cache = MassiveActivationCache(model.config, budget=budget, window_size=8)
+        cache = MassiveActivationCache(model.config, budget=budget, follow_attention=True, window_size=8)
         with torch.no_grad():
             model(torch.stack(rows), past_key_values=cache)
         kept = [[len(held(cache, layer, row)[0]) for layer in range(4)] for row in range(2)]
@@ -537,6 +537,10 @@ def test_budgets_follow_attention_and_meet_the_mean() -> None:
                 model(rows[0][:2, None], past_key_values=cache)
         cache.compress()
         assert [[len(held(cache, layer, row)[0]) for layer in range(4)] for row in range(2)] == kept
+        cache = MassiveActivationCache(model.config, budget=budget, window_size=8)
+        with torch.no_grad():
+            model(torch.stack(rows), past_key_values=cache)
+        assert cache.num_kept_tokens() == [mean] * 4
 
 
 def test_compress_cuts_what_was_never_cut() -> None:
@@ -633,6 +637,9 @@ def test_a_saved_cache_goes_on_as_it_would_have(tmp_path: Path) -> None:
         ({"kernel_size": 4}, "3 or 5"),
         ({"window_size": 0}, "window_size"),
         ({"budget": 0}, "keeps no token"),
+        ({"follow_attention": 1}, "True or False"),
+        ({"follow_attention": True, "preset": "22-sparse-layers-1536"}, "a profile or a preset"),
+        ({"follow_attention": True, "profile": "profile.json"}, "a profile or a preset"),
     ],
 )
 def test_bad_arguments(arguments: dict, message: str) -> None:

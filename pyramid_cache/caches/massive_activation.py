@@ -9,11 +9,13 @@ https://blogs.novita.ai/how-kv-sparsity-achieves-1-5x-acceleration-for-vllm and 
 Beside massive tokens and the latest ones each KV head keeps those with the most attention, weighed by the norm of their value
 (VATP, https://arxiv.org/abs/2406.12335).
 
-Departures from these sources: budgets follow measured attention, of the prompt or from a profile, and only `preset` the fixed
-split into dense and sparse layers; sparse layers keep their massive tokens within their window; and attention is averaged over
-neighbours instead of taking its maximum, with which SmolLM2-135M-Instruct found less of eight numbers in 1,024 tokens that
-were asked for later (48 questions, log-likelihood per token at budgets of 0.5, 0.25 and 0.1: -1.07, -1.54 and -2.44 with the
-average, -1.07, -1.68 and -2.48 with the maximum; -1.21, -1.62 and -2.50 without value norms).
+Departures from these sources: budgets are equal, or follow measured attention, of the prompt or from a profile, and only
+`preset` the fixed split into dense and sparse layers (docs/massive-activations.md has what each of them loses); sparse layers
+keep their massive tokens within their window; and attention and norms are averaged over neighbours instead of taking the
+largest attention and a token's own norm. Of eight numbers in 1,024 tokens, asked for later, SmolLM2-135M-Instruct gives (48
+questions, log-likelihood per token at budgets of 0.5, 0.25, 0.1) -1.14, -1.57 and -2.49 so, -1.07, -1.68 and -2.48 with the
+largest attention, -1.08, -1.54 and -2.44 with average attention and own norms; but the latter two tear keys from their values:
+the recall model finds 0.47, 0.22 and 0.09 of its pairs so, 0.44, 0.16 and 0.07, and 0.34, 0.14 and 0.06 with them.
 """
 
 import os
@@ -94,12 +96,13 @@ class MassiveToken:
 @dataclass(frozen=True)
 class MassiveActivationPolicy(Policy):
     """
-    A token is worth the attention of the last queries around it, times the norm of its value. See `MassiveActivationCache`
+    A token is worth the attention of the last queries around it, times the norm of the values around it. See `MassiveActivationCache`
     for the fields.
     """
 
     profile: str | None = None
     preset: str | None = None
+    follow_attention: bool = False
     window_size: int = 64
     kernel_size: int = 7
 
@@ -107,6 +110,13 @@ class MassiveActivationPolicy(Policy):
         if self.preset is not None and (not isinstance(self.preset, str) or self.preset not in PRESETS):
             raise ValueError(
                 f"`preset={self.preset!r}` is unknown. Choose one of {sorted(PRESETS)}, or give a `budget`."
+            )
+        if not isinstance(self.follow_attention, bool):
+            raise ValueError(f"`follow_attention={self.follow_attention!r}` must be True or False.")
+        if self.follow_attention and (self.preset is not None or self.profile is not None):
+            raise ValueError(
+                "`follow_attention=True` shares the budget by the attention of each prompt, but a profile or a preset says "
+                "what each layer keeps. Leave out one of them."
             )
         for name in ("window_size", "kernel_size"):
             object.__setattr__(self, name, read_count(name, getattr(self, name), least=1))
@@ -123,6 +133,8 @@ class MassiveActivationPolicy(Policy):
         # Not infinity: where the budget does not hold both, massive tokens come before recent ones.
         highest = torch.finfo(torch.float32).max
         norms = torch.linalg.vector_norm(view.value, ord=1, dim=-1, dtype=torch.float32)
+        # A passage stays together: each token's own norm would tear it apart again.
+        norms = view.pool(norms, self.kernel_size)
         return (attention * norms).masked_fill(is_recent, highest)
 
 
@@ -132,19 +144,21 @@ class MassiveActivationPolicy(Policy):
 @dataclass(frozen=True)
 class LayerBudgets:
     """
-    How many tokens the layers of a cache keep: by a preset, by a profile, or by the attention of each prompt.
+    How many tokens the layers of a cache keep: all the same, by a preset, by a profile, or by the attention of each prompt.
 
     Attributes:
         preset (`str`, *optional*): A name in `PRESETS`.
         profile (`Profile`, *optional*): Of the model.
+        by_attention (`bool`): Of each prompt.
     """
 
     preset: str | None
     profile: Profile | None
+    by_attention: bool
 
     def follow_attention(self, prompt_length: int, budget: Budget) -> bool:
         """Whether the attention of the prompt decides, instead of its length alone."""
-        return self.preset is None and self.profile is None and budget.num_tokens(prompt_length) < prompt_length
+        return self.by_attention and budget.num_tokens(prompt_length) < prompt_length
 
     def num_tokens(self, depth: int, num_layers: int, prompt_length: int, budget: Budget, minimum: int) -> int:
         """What the layer at that depth keeps; of budgets that follow attention the mean."""
@@ -174,7 +188,7 @@ class MassiveActivationLayer(PolicyLayer):
 
     # Set by the cache: the layers below this one, from the first on, and how all of them share the budget.
     below: tuple["MassiveActivationLayer", ...] = ()
-    budgets = LayerBudgets(None, None)
+    budgets = LayerBudgets(None, None, False)
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -401,17 +415,19 @@ class MassiveActivationLayer(PolicyLayer):
 class MassiveActivationCache(PolicyCache):
     """
     Keeps the tokens with massive activations whatever happens, the most recent ones, and per KV head those with the most
-    attention; layers that look everywhere keep more than others (massive activations: https://arxiv.org/abs/2402.17762).
+    attention; if asked to, layers whose attention is spread keep more than others (massive activations:
+    https://arxiv.org/abs/2402.17762).
 
     The layers hold `budget` tokens on average and up to `eviction_interval` more each, however much is generated:
     `layers * batch * kv_heads * (budget + eviction_interval) * (2 * head_dim * itemsize + 8)` bytes. The prompt is read with
     full attention, so the first new token is exact.
 
-    How layers share the budget follows the attention of each prompt. A layer's support is how few tokens its last queries find
-    0.95 of what they look at in. A budget too small to give each layer three times its support is shared equally, but no
-    layer gets more than that; what a larger one has to spare is shared in proportion, and a layer that looks at a third of
-    the prompt or more keeps all of it. Without a profile, which knows all layers beforehand, this goes from the first layer
-    to the last, as if those above needed what those so far did on average. The budget is never exceeded.
+    All layers keep the same by default, which lost least in measured texts. They can share the budget by a profile or by the
+    attention of each prompt: a layer's support is how few tokens its last queries find 0.95 of what they look at in. A
+    budget too small to give each layer three times its support is shared equally then, but no layer gets more than that;
+    what a larger one has to spare is shared in proportion, and a layer that looks at a third of the prompt or more keeps
+    all of it. A profile knows all layers beforehand; the attention of a prompt is followed from the first layer to the last,
+    as if those above needed what those so far did on average. The budget is never exceeded.
 
     Massive tokens are told by keys and values, in the prompt and among generated tokens. Given a model instead of its
     config, hidden states tell them too: at the outputs of layer 2 and of those at a quarter and half of the depth, or, with a
@@ -427,6 +443,7 @@ class MassiveActivationCache(PolicyCache):
         preset (`str`, *optional*): A published setting instead of a budget, such as "22-sparse-layers-1536": of 32 layers
             the lowest 10 keep everything, however much that gets, and the others 1,536 tokens each. Models of another depth
             have as large a share of such layers.
+        follow_attention (`bool`, defaults to False): Whether layers share the budget by the attention of each prompt.
         window_size (`int`, defaults to 64): How many of the last queries choose, and how many of the last tokens are kept
             for certain (but no more than half of what a layer keeps). While an answer is generated, each token takes over
             `1 / window_size` of that attention.
@@ -469,6 +486,7 @@ class MassiveActivationCache(PolicyCache):
         *,
         profile: str | os.PathLike[str] | None = None,
         preset: str | None = None,
+        follow_attention: bool = False,
         window_size: int = 64,
         kernel_size: int = 7,
         eviction_interval: int = DEFAULT_EVICTION_INTERVAL,
@@ -478,7 +496,7 @@ class MassiveActivationCache(PolicyCache):
         check_decoder_config(config)
         refuse_unsupported_rope(config)
         path = None if profile is None else os.fspath(profile)
-        policy = MassiveActivationPolicy(path, preset, window_size, kernel_size)
+        policy = MassiveActivationPolicy(path, preset, follow_attention, window_size, kernel_size)
         if preset is not None:
             window = PRESETS[preset][1]
             if profile is not None or budget not in (None, window):
@@ -500,7 +518,7 @@ class MassiveActivationCache(PolicyCache):
                 f"{path} is of the layers {[layer.layer_idx for layer in read.layers]}, but those that evict are "
                 f"{[layer.place.layer_idx for layer in layers]}. Make it again with `pyramid-cache profile`."
             )
-        budgets = LayerBudgets(preset, read)
+        budgets = LayerBudgets(preset, read, follow_attention)
         for depth, layer in enumerate(layers):
             layer.below, layer.budgets, layer.frequencies = tuple(layers[:depth]), budgets, self.frequencies
         self.output_probes = None

@@ -75,6 +75,9 @@ CACHES: dict[str, EvaluatedCache] = {
     "expected-attention": EvaluatedCache("ExpectedAttentionCache", from_config(ExpectedAttentionCache)),
     "rkv": EvaluatedCache("RKVCache", from_config(RKVCache)),
     "massive": EvaluatedCache("MassiveActivationCache", from_config(MassiveActivationCache)),
+    "massive-follow": EvaluatedCache(
+        "MassiveActivationCache, follow_attention", from_config(MassiveActivationCache, follow_attention=True)
+    ),
     "pyramid-config": EvaluatedCache("PyramidCache(config)", from_config(PyramidCache)),
     "pyramid": EvaluatedCache(
         "PyramidCache(model)", lambda model, budget, num_tokens: PyramidCache(model, budget), reading="own"
