@@ -17,7 +17,7 @@ from pyramid_cache.demo.prompt import PromptError, read_text
 from pyramid_cache.evaluation import tasks
 from pyramid_cache.evaluation.caches import BASELINE, CACHES, EvaluatedCache, from_config
 from pyramid_cache.evaluation.measure import Evaluation, Result, groups_of_equal_length, score_answers
-from pyramid_cache.evaluation.reading import Reader, fill, full_cache
+from pyramid_cache.evaluation.reading import Reader, full_cache
 from pyramid_cache.evaluation.recall import load_recall_model
 from pyramid_cache.evaluation.tasks import (
     PERSONS,
@@ -62,7 +62,7 @@ def test_a_reading_gives_what_the_cache_would_have_read(case: CacheCase) -> None
         wanted = model(tokens[:, length:], past_key_values=copy.deepcopy(own)).logits
         for _ in range(2):
             filled = case.build(model)
-            fill(filled, reading)
+            filled.replay(reading.layers)
             assert filled.get_seq_length() == length
             assert filled.num_kept_tokens() == own.num_kept_tokens() < [length] * len(own.layers)
             for layer in range(len(own.layers)):

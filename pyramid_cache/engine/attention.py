@@ -48,6 +48,8 @@ class AttentionCall:
         key, value (`torch.Tensor`): `(batch, kv_heads, num_keys, head_dim)`.
         mask (`torch.Tensor`, *optional*): In the form that `function` takes.
         kwargs (`dict`): Whatever else the model passes.
+        lse (`torch.Tensor`, *optional*): `(batch, heads, num_queries)` float32, the log-sum-exps of the queries over these
+            keys, if they are known.
     """
 
     function: Callable
@@ -57,6 +59,7 @@ class AttentionCall:
     value: torch.Tensor
     mask: torch.Tensor | None
     kwargs: dict[str, Any]
+    lse: torch.Tensor | None = None
 
     def run(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The output `(batch, num_queries, heads, value_dim)`, and attention weights where the function gives them."""

@@ -2,7 +2,7 @@
 
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from pyramid_cache.engine.architectures import reason_against
 from pyramid_cache.engine.arguments import as_repeats, as_row_indices, as_tokens_to_remove
 from pyramid_cache.engine.fingerprint import architecture_of
 from pyramid_cache.engine.layer import CompressedLayer, LayerPlace
+from pyramid_cache.engine.recording import RecordedChunk
 from pyramid_cache.engine.storage import CacheType, load_cache, save_cache
 from pyramid_cache.engine.tokens import MaskReader
 
@@ -181,6 +182,20 @@ class CompressedCache(Cache):
                 "DynamicCache only. Use `EncoderDecoderCache(DynamicCache(), DynamicCache())` with them."
             )
         super().activate_past_recording()
+
+    def replay(self, prompt: Sequence[tuple[torch.nn.Module, RecordedChunk]]) -> None:
+        """
+        Makes a new cache hold what it would hold had it read a prompt itself, with full attention.
+
+        Args:
+            prompt (`Sequence`): `CompressedLayer.last_recorded` of each layer that evicts, from another cache that the same
+                model filled. Its tensors are read, and never written to.
+        """
+        for layer, (module, chunk) in zip(self.compressed_layers, prompt, strict=True):
+            layer.put_aside(module, chunk)
+        self.crop(0)
+        for layer in self.compressed_layers:
+            layer.record_past = False
 
     def reset(self) -> None:
         """Forgets everything, so that the cache can be used for another sequence, batch or model."""

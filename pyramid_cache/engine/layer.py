@@ -451,6 +451,18 @@ class CompressedLayer(CacheLayerMixin):
             self.turn_begins = True
         self._records_past = True
 
+    @property
+    def last_recorded(self) -> tuple[torch.nn.Module, RecordedChunk]:
+        """The tokens that were put aside last, and the attention module that brought them."""
+        return self._module(), self.recorded[-1]
+
+    def put_aside(self, module: torch.nn.Module, chunk: RecordedChunk) -> None:
+        """Records tokens that another layer has recorded, as if the attention module had brought them here."""
+        self.lazy_initialization(chunk.key, chunk.value)
+        self._check_module(module)
+        self.activate_past_recording()
+        self.recorded.append(chunk)
+
     def _with_recorded(
         self, key_states: torch.Tensor, value_states: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -651,7 +663,7 @@ class CompressedLayer(CacheLayerMixin):
             call.query.dtype,
             call.query.device,
         )
-        return replace(call, mask=mask)
+        return replace(call, mask=mask, lse=None)
 
     # What `generate` asks of any layer.
 

@@ -27,6 +27,8 @@ class RecordedChunk:
         seen (`Tokens`): All that the rows had seen by then, padding included; the columns of the chunk are the last.
         longest (`int`): The length of the longest row in that forward pass, which some rotary embeddings depend on.
         logit_kwargs (`dict`): What the attention function was told about logits, and heeded.
+        lse (`torch.Tensor`, *optional*): `(batch, heads, columns)` float32, the log-sum-exps that attention normalised the
+            columns by, if they are known: for a chunk that begins a conversation.
     """
 
     query: torch.Tensor
@@ -35,6 +37,7 @@ class RecordedChunk:
     seen: Tokens
     longest: int
     logit_kwargs: dict[str, Any]
+    lse: torch.Tensor | None = None
 
     @staticmethod
     def of(call: AttentionCall, key: torch.Tensor, value: torch.Tensor, seen: Tokens) -> "RecordedChunk":
@@ -61,21 +64,36 @@ class RecordedChunk:
             key=self.key[:, :, :left],
             value=self.value[:, :, :left],
             seen=self.seen.without_last(num_columns),
+            lse=None if self.lse is None else self.lse[:, :, :left],
+        )
+
+    def followed_by(self, later: "RecordedChunk") -> "RecordedChunk":
+        """Both, as if they had come in one forward pass; log-sum-exps as far as the first has them."""
+        return replace(
+            later,
+            query=torch.cat([self.query, later.query], dim=2),
+            key=torch.cat([self.key, later.key], dim=2),
+            value=torch.cat([self.value, later.value], dim=2),
+            lse=self.lse,
         )
 
     def steps(self) -> Iterator["RecordedChunk"]:
         """The chunk cut into single columns, none of which is padding."""
         for column in range(self.num_columns):
             only = slice(column, column + 1)
-            yield replace(self, query=self.query[:, :, only], key=self.key[:, :, only], value=self.value[:, :, only])
+            yield replace(
+                self, query=self.query[:, :, only], key=self.key[:, :, only], value=self.value[:, :, only], lse=None
+            )
 
     def call(self, module: torch.nn.Module, key: torch.Tensor, value: torch.Tensor) -> AttentionCall:
         """The call over what the layer holds by now, of which nobody needs the output."""
-        return AttentionCall(no_attention, module, self.query, key, value, None, self.logit_kwargs)
+        return AttentionCall(no_attention, module, self.query, key, value, None, self.logit_kwargs, self.lse)
 
     def map_tensors(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "RecordedChunk":
         """Applies a function to all tensors, whose first dimension is the batch."""
         tensors = {name: function(getattr(self, name)) for name in ("query", "key", "value")}
+        if self.lse is not None:
+            tensors["lse"] = function(self.lse)
         return replace(self, seen=replace(self.seen, positions=function(self.seen.positions)), **tensors)
 
     def map_rows(self, rows: list[int]) -> "RecordedChunk":
@@ -84,7 +102,8 @@ class RecordedChunk:
 
     def held_tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor that the chunk refers to, by role."""
-        return {"keys": self.key, "values": self.value, "queries": self.query, "positions": self.seen.positions}
+        held = {"keys": self.key, "values": self.value, "queries": self.query, "positions": self.seen.positions}
+        return held if self.lse is None else held | {"log_sum_exps": self.lse}
 
 
 def no_attention(*args, **kwargs) -> tuple[None, None]:

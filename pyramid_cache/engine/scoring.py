@@ -32,14 +32,14 @@ def attend_and_score(
     if is_token is not None:
         is_query = is_token[:, -num_rows:].to(torch.float32)
         row_weights = is_query if row_weights is None else row_weights * is_query
-    found = run_with_lse(call, is_token, tokens.row_present)
+    found = None if call.lse is not None else run_with_lse(call, is_token, tokens.row_present)
     if found is not None:
         output, lse = (found[0], None), found[1][:, :, -num_rows:]
     else:
         output = call.run()
         if output[1] is not None and not call.kwargs.get("dropout"):
             return output, sum_of_probabilities(output[1].detach()[:, :, -num_rows:], call.key.shape[1], row_weights)
-        lse = None
+        lse = None if call.lse is None else call.lse[:, :, -num_rows:]
     # Autocast would round the logits that the log-sum-exps are computed from.
     with torch.no_grad(), torch.autocast(call.key.device.type, enabled=False):
         arguments = call.logit_arguments

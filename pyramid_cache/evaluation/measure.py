@@ -16,7 +16,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from pyramid_cache.engine.cache import CompressedCache
 from pyramid_cache.evaluation.caches import BASELINE, EvaluatedCache
-from pyramid_cache.evaluation.reading import Reader, Reading, fill, full_cache
+from pyramid_cache.evaluation.reading import Reader, Reading, full_cache
 from pyramid_cache.evaluation.tasks import Context, Question
 from pyramid_cache.weights import ProgressCallback
 
@@ -178,7 +178,8 @@ class Evaluation:
     def _fill(self, name: str, budget: float, reading: Reading) -> CompressedCache:
         """A new cache that holds what it keeps of a prompt that was read with full attention."""
         cache = self.caches[name].build(self.model, budget, reading.num_tokens)
-        fill(cache, reading)
+        with torch.no_grad():
+            cache.replay(reading.layers)
         return cache
 
     @torch.no_grad()

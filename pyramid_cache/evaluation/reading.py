@@ -5,15 +5,15 @@ A cache that reads its prompt with full attention sees the same queries, keys an
 what each layer got is handed to every cache, which evicts from it what it would have evicted from its own.
 """
 
-import weakref
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from pyramid_cache.caches.h2o import H2OCache
-from pyramid_cache.engine.cache import CompressedCache
 from pyramid_cache.engine.recording import RecordedChunk
+from pyramid_cache.ops import attention_with_lse, row_lse
 
 
 @dataclass(frozen=True)
@@ -22,32 +22,25 @@ class Reading:
     A prompt as the layers of a model got it.
 
     Attributes:
-        modules (`list[weakref.ref]`): The attention module of each layer.
-        chunks (`list[RecordedChunk]`): Queries, keys and values of each layer. Caches share these tensors: none writes to
-            them.
+        layers (`list[tuple[torch.nn.Module, RecordedChunk]]`): The attention module of each layer, and the queries, keys,
+            values and log-sum-exps that it had. Caches share these tensors: none writes to them.
         logits (`torch.Tensor`): `(batch, vocabulary)` of the last token.
     """
 
-    modules: list[weakref.ref]
-    chunks: list[RecordedChunk]
+    layers: list[tuple[nn.Module, RecordedChunk]]
     logits: torch.Tensor
 
     @property
     def num_tokens(self) -> int:
-        return self.chunks[0].num_columns
+        return self.layers[0][1].num_columns
 
     def followed_by(self, later: "Reading") -> "Reading":
         """Both, as if they had been read in one forward pass."""
-        chunks = [
-            replace(
-                last,
-                query=torch.cat([first.query, last.query], dim=2),
-                key=torch.cat([first.key, last.key], dim=2),
-                value=torch.cat([first.value, last.value], dim=2),
-            )
-            for first, last in zip(self.chunks, later.chunks, strict=True)
+        layers = [
+            (module, first.followed_by(last))
+            for (_, first), (module, last) in zip(self.layers, later.layers, strict=True)
         ]
-        return Reading(self.modules, chunks, later.logits)
+        return Reading(layers, later.logits)
 
 
 class Reader:
@@ -78,44 +71,42 @@ class Reader:
                 f"The rotary frequencies of this model depend on the length of the prompt ({rope_type!r} scaling), so that a "
                 "context and its questions cannot be read one after the other. Evaluate a model with others."
             )
-        self.context = self._record(ids)
+        self.context = with_lse(self._record(ids))
         self.cache.crop(0)
 
     @torch.no_grad()
     def _record(self, ids: torch.Tensor) -> Reading:
         self.cache.activate_past_recording()
         logits = self.model(ids, past_key_values=self.cache, logits_to_keep=1).logits[:, -1]
-        layers = self.cache.compressed_layers
-        return Reading([layer._module for layer in layers], [layer.recorded[-1] for layer in layers], logits)
+        return Reading([layer.last_recorded for layer in self.cache.compressed_layers], logits)
 
     def with_question(self, ids: torch.Tensor) -> Reading:
         """The context and a question `(batch, tokens)` behind it."""
         question = self._record(ids)
         self.cache.crop(-ids.shape[1])
-        return self.context.followed_by(question)
+        return with_lse(self.context.followed_by(question))
 
 
 @torch.no_grad()
-def fill(cache: CompressedCache, reading: Reading) -> None:
-    """
-    Makes a new cache hold what it would hold had it read the prompt itself, with full attention.
-
-    Args:
-        cache (`CompressedCache`): Empty, and of the same model.
-    """
-    for layer, module, chunk in zip(cache.compressed_layers, reading.modules, reading.chunks, strict=True):
-        layer.lazy_initialization(chunk.key, chunk.value)
-        layer._check_module(module())
-        layer.activate_past_recording()
-        layer.recorded.append(chunk)
-    cache.crop(0)
-    for layer in cache.compressed_layers:
-        layer.record_past = False
+def with_lse(reading: Reading) -> Reading:
+    """Works out the log-sum-exps of those queries that have none yet, the last ones: caches would each do so."""
+    layers = []
+    for module, chunk in reading.layers:
+        num_known = 0 if chunk.lse is None else chunk.lse.shape[2]
+        query, sink_logits = chunk.query[:, :, num_known:], chunk.logit_kwargs["s_aux"]
+        arguments = {name: chunk.logit_kwargs[name] for name in ("scaling", "softcap")}
+        found = None
+        if sink_logits is None:
+            found = attention_with_lse("sdpa", query, chunk.key, chunk.value, **arguments)
+        lse = row_lse(query, chunk.key, sink_logits=sink_logits, **arguments) if found is None else found[1]
+        known = [] if chunk.lse is None else [chunk.lse]
+        layers.append((module, replace(chunk, lse=torch.cat([*known, lse], dim=2))))
+    return replace(reading, layers=layers)
 
 
 def full_cache(model: PreTrainedModel, reading: Reading) -> DynamicCache:
     """A DynamicCache that holds a whole prompt."""
     cache = DynamicCache(config=model.config)
-    for layer_idx, chunk in enumerate(reading.chunks):
+    for layer_idx, (_, chunk) in enumerate(reading.layers):
         cache.update(chunk.key, chunk.value, layer_idx)
     return cache
