@@ -582,6 +582,10 @@ class CompressedLayer(CacheLayerMixin):
             growth = max(MIN_GROWTH, self.length // 64)
             limit = self.max_slots
             num_slots = self.length + growth if limit < num_slots else min(self.length + growth, limit)
+        self._resize(num_slots)
+
+    def _resize(self, num_slots: int) -> None:
+        """Moves what is in use into tensors of that many slots."""
         for name in self.slot_tensors:
             tensor = getattr(self, name)
             if tensor is not None:

@@ -287,6 +287,8 @@ class PolicyLayer(CompressedLayer):
             return
         if self.positions is not None:
             self._evict([True] * self.batch_size)
+            if self.keys.shape[2] > self.max_slots:  # the layer's share of the budget has become smaller
+                self._resize(self.length)
             return
         attention = None if self.attention is None else self.attention[..., : self.length]
         key, value = self.keys[:, :, : self.length], self.values[:, :, : self.length]
