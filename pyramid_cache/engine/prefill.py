@@ -22,7 +22,7 @@ from pyramid_cache.engine.tokens import Tokens, causal_mask
 
 
 # What decoder layers are called with that has a token dimension, or none.
-CACHE_ARGUMENTS = ("past_key_values", "layer_past")
+CACHE_ARGUMENTS = ("cache", "past_key_values", "layer_past")
 KNOWN_ARGUMENTS = {"hidden_states", "attention_mask", "position_ids", "position_embeddings", *CACHE_ARGUMENTS}
 
 

@@ -494,6 +494,7 @@ def _record_update(
     known = {
         "position_embeddings": embeddings,
         "position_ids": positions,
+        "cache": recorder,  # from transformers 5.24 on
         "past_key_values": recorder,
         "past_key_value": recorder,
         "layer_past": recorder,
