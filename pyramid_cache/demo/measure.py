@@ -12,6 +12,7 @@ from transformers.cache_utils import CacheLayerMixin
 from pyramid_cache import H2OCache, PyramidCache, StreamingLLMCache
 from pyramid_cache.demo.model import LoadedModel
 from pyramid_cache.demo.prompt import Prompts
+from pyramid_cache.engine.architectures import CACHE_ARGUMENT
 from pyramid_cache.engine.budget import bytes_to_tokens, parse_budget
 from pyramid_cache.engine.cache import CompressedCache
 from pyramid_cache.engine.layer import CompressedLayer
@@ -194,7 +195,7 @@ def generate(
     sequences = model.generate(
         input_ids,
         attention_mask=torch.ones_like(input_ids),
-        past_key_values=cache,
+        **{CACHE_ARGUMENT: cache},
         max_new_tokens=max_new_tokens,
         logits_processor=LogitsProcessorList([stopwatch]),
     )

@@ -10,11 +10,18 @@ from elsewhere, installations without source) is left to the checks of that firs
 
 import ast
 import functools
+import inspect
 from importlib import resources
 
-from transformers import PreTrainedConfig
+from transformers import MODEL_MAPPING, GenerationMixin, PreTrainedConfig
 
 
+# What models and `generate` call the cache: `cache` from transformers 5.24 on, which warns of the name that it had before.
+CACHE_ARGUMENT = (
+    "cache"
+    if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    else "past_key_values"
+)
 # What attention functions are called with that can be reproduced, or does not change what a query sees.
 KNOWN_ARGUMENTS = {
     "attention_mask",
@@ -39,6 +46,7 @@ KNOWN_ARGUMENTS = {
 NAMED_REASONS = {
     "bigbird_pegasus": "its decoder's attention is not marked as causal",
     "doge": "its attention hides keys by what their values are",
+    "dory": "it repeats layers, for which it adds others to the cache or reads what the cache holds",
     "mllama_text_model": "some of its layers keep an image in the place of the text",
     "nllb-moe": "its decoder's attention is not marked as causal",
     "t5gemma2_decoder": "its attention mixes the keys of the encoder with those of the decoder",
@@ -61,7 +69,7 @@ def reason_against(config: PreTrainedConfig) -> str | None:
         return "its last layers attend to keys that earlier layers have stored"
     if getattr(config, "reorder_and_upcast_attn", False) and config._attn_implementation == "eager":
         return "eager attention with `reorder_and_upcast_attn` does not go through the attention interface"
-    reasons = _reasons_by_class(type(config).__module__.rpartition(".")[0])
+    reasons = _reasons_by_class(_package_of(type(config)))
     if reasons is None:
         return None
     if not reasons:
@@ -73,6 +81,22 @@ def reason_against(config: PreTrainedConfig) -> str | None:
     return found[0] if len(found) == len(reasons) else None
 
 
+def _package_of(config_class: type[PreTrainedConfig]) -> str:
+    """Where the source of a model is: beside its config, but some configs are of models of another architecture."""
+    package = config_class.__module__.rpartition(".")[0]
+    if not package.startswith("transformers.models.") or _sources(package):
+        return package
+    model_class = MODEL_MAPPING.get(config_class, None)
+    return model_class.__module__.rpartition(".")[0] if isinstance(model_class, type) else package
+
+
+@functools.cache
+def _sources(package: str) -> list[str]:
+    """What the files of a package say that define models; none where installations come without source."""
+    files = [file for file in resources.files(package).iterdir() if file.name.startswith("modeling_")]
+    return [file.read_text(encoding="utf-8") for file in files if file.name.endswith(".py")]
+
+
 @functools.cache
 def _reasons_by_class(package: str) -> dict[str, str | None] | None:
     """
@@ -81,8 +105,7 @@ def _reasons_by_class(package: str) -> dict[str, str | None] | None:
     """
     if not package.startswith("transformers.models."):
         return None
-    files = [file for file in resources.files(package).iterdir() if file.name.startswith("modeling_")]
-    sources = [file.read_text(encoding="utf-8") for file in files if file.name.endswith(".py")]
+    sources = _sources(package)
     if not sources:
         return None
     reasons: dict[str, str | None] = {}
@@ -95,7 +118,7 @@ def _reasons_by_class(package: str) -> dict[str, str | None] | None:
 
 
 def _update_of(function: ast.FunctionDef) -> ast.Assign | None:
-    """`key, value = past_key_values.update(key, value, layer_idx)`, the last of them."""
+    """`key, value = cache.update(key, value, layer_idx)`, the last of them."""
     updates = [
         node
         for node in ast.walk(function)

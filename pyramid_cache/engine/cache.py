@@ -11,7 +11,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from pyramid_cache.engine import attention
-from pyramid_cache.engine.architectures import reason_against
+from pyramid_cache.engine.architectures import CACHE_ARGUMENT, reason_against
 from pyramid_cache.engine.arguments import as_repeats, as_row_indices, as_tokens_to_remove
 from pyramid_cache.engine.fingerprint import architecture_of
 from pyramid_cache.engine.layer import CompressedLayer, LayerPlace
@@ -82,7 +82,7 @@ class CompressedCache(Cache):
         if self._is_beside_encoder and self.get_seq_length(layer_idx) > self.get_seq_length(len(self.layers) - 1):
             raise ValueError(
                 f"Layer {layer_idx} was handed keys of the encoder: an encoder-decoder needs a second cache for them. Pass "
-                f"`past_key_values=EncoderDecoderCache(cache, DynamicCache())` instead of the {type(self).__name__} alone."
+                f"`{CACHE_ARGUMENT}=EncoderDecoderCache(cache, DynamicCache())` instead of the {type(self).__name__} alone."
             )
         if layer_idx == self._first_attention:
             self.require_whole()

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
 
+from pyramid_cache.engine.architectures import CACHE_ARGUMENT
 from pyramid_cache.engine.cache import CompressedCache
 from pyramid_cache.evaluation.caches import BASELINE, EvaluatedCache
 from pyramid_cache.evaluation.reading import Reader, Reading, full_cache
@@ -186,7 +187,7 @@ class Evaluation:
     def _read(self, name: str, budget: float, ids: list[int]) -> tuple[CompressedCache, torch.Tensor]:
         """A new cache that has read a prompt itself, and the logits `(1, vocabulary)` of its last token."""
         cache = self.caches[name].build(self.model, budget, len(ids))
-        return cache, self.model(self._batch([ids]), past_key_values=cache, logits_to_keep=1).logits[:, -1]
+        return cache, self.model(self._batch([ids]), **{CACHE_ARGUMENT: cache}, logits_to_keep=1).logits[:, -1]
 
     # Answers.
 
@@ -201,7 +202,7 @@ class Evaluation:
                 asked.batch_repeat_interleave(len(group))
             rows = self._batch([questions[index].ids + questions[index].answer[:-1] for index in group])
             answers = self._batch([questions[index].answer for index in group])
-            logits = self.model(rows, past_key_values=asked, logits_to_keep=answers.shape[1]).logits
+            logits = self.model(rows, **{CACHE_ARGUMENT: asked}, logits_to_keep=answers.shape[1]).logits
             scores |= zip(group, score_answers(logits, answers), strict=True)
         return [scores[index] for index in range(len(questions))]
 
@@ -209,7 +210,7 @@ class Evaluation:
     def _finish(self, cache: Cache, first_logits: torch.Tensor, question: Question) -> Score:
         """Scores the answer to a question that a cache has read, which ends with `first_logits` `(1, vocabulary)`."""
         answer = self._batch([question.answer])
-        logits = self.model(answer[:, :-1], past_key_values=cache).logits
+        logits = self.model(answer[:, :-1], **{CACHE_ARGUMENT: cache}).logits
         return score_answers(torch.cat([first_logits[:, None], logits], dim=1), answer)[0]
 
     def _note(self, context: Context, protocol: str, cache: str, budget: float, scores: Iterable[Score]) -> Result:

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from pyramid_cache.caches.h2o import H2OCache
+from pyramid_cache.engine.architectures import CACHE_ARGUMENT
 from pyramid_cache.engine.recording import RecordedChunk
 from pyramid_cache.ops import attention_with_lse, row_lse
 
@@ -77,7 +78,7 @@ class Reader:
     @torch.no_grad()
     def _record(self, ids: torch.Tensor) -> Reading:
         self.cache.activate_past_recording()
-        logits = self.model(ids, past_key_values=self.cache, logits_to_keep=1).logits[:, -1]
+        logits = self.model(ids, **{CACHE_ARGUMENT: self.cache}, logits_to_keep=1).logits[:, -1]
         return Reading([layer.last_recorded for layer in self.cache.compressed_layers], logits)
 
     def with_question(self, ids: torch.Tensor) -> Reading:

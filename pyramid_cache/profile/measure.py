@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pyramid_cache.engine.architectures import CACHE_ARGUMENT
 from pyramid_cache.engine.attention import AttentionCall
 from pyramid_cache.engine.cache import CompressedCache
 from pyramid_cache.engine.layer import CompressedLayer, LayerPlace
@@ -166,7 +167,7 @@ def measure_text(
     """
     cache = ProfilingCache(model, window_size)
     with watched_outputs(model) as outputs:
-        model(input_ids=token_ids.to(model.device), past_key_values=cache, logits_to_keep=1)
+        model(input_ids=token_ids.to(model.device), **{CACHE_ARGUMENT: cache}, logits_to_keep=1)
     num_tokens = token_ids.shape[1]
     exact = set().union(*(output.positions for output in outputs))
     layers = {}
