@@ -70,6 +70,15 @@ class CacheCase:
         """Whether `torch.compile` makes one graph of a decode step, because no size changes with it."""
         return self.is_bounded and not issubclass(self.cache_class, PolicyCache)
 
+    def most_waits(self, num_layers: int, num_steps: int) -> int:
+        """
+        How often the host may ask the device for numbers in decode steps: never, but for heads that share a budget. How many
+        tokens each of them keeps is asked once by each layer at each eviction.
+        """
+        if self.cache_class is not AdaKVCache:
+            return 0
+        return num_layers * (num_steps // self.tight["eviction_interval"] + 1)
+
     def build(self, model: PreTrainedModel, budget: str = "tight") -> CompressedCache:
         """A new cache for a model, `budget` being "large" or "tight"."""
         return self.build_from(model if self.from_model else model.config, budget)

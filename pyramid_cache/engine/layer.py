@@ -28,6 +28,7 @@ from pyramid_cache.engine.recording import RecordedChunk
 from pyramid_cache.engine.selection import gather_tokens
 from pyramid_cache.engine.tokens import MaskReader, Tokens, causal_mask
 from pyramid_cache.ops.registration import needs_gradients
+from pyramid_cache.ops.transfer import numbers_on
 
 
 # A layer that must grow by one token grows by this many, or by a 64th of its length if that is more.
@@ -648,7 +649,7 @@ class CompressedLayer(CacheLayerMixin):
 
     def per_row(self, numbers: list[int]) -> torch.Tensor:
         """Numbers known on the host as a `(batch, 1, 1)` int32 tensor on the layer's device."""
-        return torch.tensor(numbers, dtype=torch.int32, device=self.device).view(-1, 1, 1)
+        return numbers_on(self.device, numbers, torch.int32).view(-1, 1, 1)
 
     # Attention over slots.
 

@@ -22,6 +22,7 @@ from pyramid_cache.engine.selection import best_tokens
 from pyramid_cache.engine.tokens import Tokens, causal_mask
 from pyramid_cache.ops import decode_packed_attention
 from pyramid_cache.ops.packed import segment_starts
+from pyramid_cache.ops.transfer import numbers_on
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,13 @@ class PackedTokens:
         """
         Copies out of slots `(batch, kv_heads, slots, ...)` those that are kept `(batch, kv_heads, slots)`.
         """
-        tensors = {name: tensor[is_kept] for name, tensor in slots.items()}
-        head_lengths = is_kept.sum(dim=-1).tolist()
+        _, kv_heads, num_slots = is_kept.shape
+        head_lengths = is_kept.sum(
+            dim=-1
+        ).tolist()  # the only wait for the device: how much it keeps is known there alone
+        index = torch.nonzero_static(is_kept.flatten(), size=sum(flat(head_lengths))).squeeze(1)
+        places = (index // (kv_heads * num_slots), index // num_slots % kv_heads, index % num_slots)
+        tensors = {name: tensor[places] for name, tensor in slots.items()}
         return PackedTokens(tensors, head_lengths, segment_starts(flat(head_lengths), is_kept.device))
 
     @property
@@ -57,7 +63,7 @@ class PackedTokens:
     def in_slots(self) -> dict[str, torch.Tensor]:
         """The tensors with as many slots as the longest segment; those in front of a shorter one are empty."""
         positions = self.tensors["positions"]
-        lengths = torch.tensor(self.head_lengths, device=positions.device)  # (batch, kv_heads)
+        lengths = numbers_on(positions.device, self.head_lengths, torch.int64)  # (batch, kv_heads)
         ends = lengths.flatten().cumsum(dim=0).view_as(lengths)[..., None]
         longest = max(self.lengths)
         offsets = torch.arange(-longest, 0, device=positions.device)
@@ -291,9 +297,9 @@ def best_of_all_heads(priority: torch.Tensor, row_kept: list[int], floor_ratio: 
     kv_heads, num_tokens = priority.shape[1:]
     device = priority.device
     num_safe = [floor_of_product(floor_ratio, kept) for kept in row_kept]
-    safe = best_tokens(priority, torch.tensor(num_safe, device=device), max(num_safe))
+    safe = best_tokens(priority, numbers_on(device, num_safe, torch.int64), max(num_safe))
     priority = priority.masked_fill(is_index(safe, num_tokens), float("inf"))
-    totals = torch.tensor([kv_heads * kept for kept in row_kept], device=device)
+    totals = numbers_on(device, [kv_heads * kept for kept in row_kept], torch.int64)
     best = best_tokens(priority.flatten(1)[:, None], totals, kv_heads * max(row_kept))
     return is_index(best, kv_heads * num_tokens).view_as(priority)
 

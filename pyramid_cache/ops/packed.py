@@ -11,6 +11,7 @@ import torch
 
 from pyramid_cache.ops.reference import grouped_logits
 from pyramid_cache.ops.registration import check_dtype, check_heads, check_shape, needs_gradients, register
+from pyramid_cache.ops.transfer import numbers_on
 
 
 def decode_packed_attention(
@@ -66,7 +67,7 @@ def decode_packed_attention(
 
 def segment_starts(lengths: list[int], device: torch.device) -> torch.Tensor:
     """`(segments + 1,)` int64 on the device: where each segment begins, and where the last one ends."""
-    return torch.tensor([*itertools.accumulate(lengths, initial=0)], dtype=torch.int64, device=device)
+    return numbers_on(device, [*itertools.accumulate(lengths, initial=0)], torch.int64)
 
 
 def decode_as_one(

@@ -1,0 +1,93 @@
+"""Decode steps do not wait for the device: they ask tensors for no numbers, and bring it none by plain copies."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from caches import CacheCase, every_cache
+from models import build_model, random_tokens
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Cache, DynamicCache, PreTrainedModel
+
+from pyramid_cache.engine.layer import CompressedLayer
+
+
+NUM_STEPS = 40
+aten = torch.ops.aten
+# What makes the host wait for numbers of a CUDA device; indexing with a mask is looked for beside them.
+ASKING = (aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten.equal.default)
+INDEXING = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._unsafe_index.Tensor)
+
+
+class AskedNumbers(TorchDispatchMode):
+    """Counts the operations whose result, or its size, is known to the device alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        has_mask = function in INDEXING and any(
+            index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
+        )
+        self.count += has_mask or function in ASKING
+        return function(*args, **(kwargs or {}))
+
+
+class PlainCopies(TorchFunctionMode):
+    """Refuses tensors that are made of numbers of the host and put on a device at once; counts lists of the device's numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        is_copy = function in (torch.tensor, torch.as_tensor) and not isinstance(args[0], torch.Tensor)
+        self.count += function is torch.Tensor.tolist
+        assert not (is_copy and (kwargs or {}).get("device")), "use pyramid_cache.ops.transfer.numbers_on"
+        return function(*args, **(kwargs or {}))
+
+
+def count_asked(model: PreTrainedModel, cache: Cache) -> int:
+    """What a model asks for in 40 steps behind a prompt of 20."""
+    tokens = random_tokens(3, 60)
+    with torch.no_grad():
+        model(tokens[:, :20], past_key_values=cache)
+        with AskedNumbers() as asked, PlainCopies() as copies:
+            for step in range(20, 20 + NUM_STEPS):
+                position_ids = torch.arange(step, step + 1).expand(3, 1)
+                model(tokens[:, step : step + 1], position_ids=position_ids, past_key_values=cache)
+    return asked.count + copies.count
+
+
+@pytest.fixture(autouse=True)
+def without_the_check_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Position ids are looked at on the CPU alone, where it costs nothing."""
+    monkeypatch.setattr(CompressedLayer, "_check_position_ids", lambda *arguments: None)
+
+
+@every_cache
+def test_steps_ask_for_no_more_than_with_a_dynamic_cache(case: CacheCase) -> None:
+    model = build_model("llama")
+    wanted = count_asked(model, DynamicCache(config=model.config))
+    assert count_asked(model, case.build(model)) <= wanted + case.most_waits(3, NUM_STEPS)
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda tensor: tensor.tolist(),
+        lambda tensor: bool(tensor.any()),
+        lambda tensor: tensor[tensor > 0],
+        lambda tensor: tensor.nonzero(),
+        lambda tensor: torch.equal(tensor, tensor),
+    ],
+)
+def test_what_is_looked_for_is_seen(ask: Callable[[torch.Tensor], object]) -> None:
+    with AskedNumbers() as asked, PlainCopies() as copies:
+        ask(torch.arange(3))
+    assert asked.count + copies.count
+    with PlainCopies(), pytest.raises(AssertionError, match="numbers_on"):
+        torch.tensor([1, 2], device="cpu")
