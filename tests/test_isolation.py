@@ -213,7 +213,7 @@ OTHERS: dict[str, Callable[[PreTrainedModel], Cache | None]] = {
     "DynamicCache": lambda model: DynamicCache(config=model.config),
     "StaticCache": lambda model: StaticCache(config=model.config, max_cache_len=64),
     "QuantizedCache": coarse_cache,
-    # Its streams need an accelerator, wherever the model is.
+    # Its streams need an accelerator, and the model on it.
     "offloaded": lambda model: DynamicCache(config=model.config, offloading=True),
 }
 every_other = pytest.mark.parametrize(
@@ -223,7 +223,7 @@ every_other = pytest.mark.parametrize(
 
 def outcome(model: PreTrainedModel, cache: Cache | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens and logits of greedy search over a padded batch; without a cache if it is None."""
-    input_ids, attention_mask = left_pad(random_rows(ROW_LENGTHS))
+    input_ids, attention_mask = (tensor.to(model.device) for tensor in left_pad(random_rows(ROW_LENGTHS)))
     output = model.generate(
         input_ids=input_ids,
         attention_mask=attention_mask,
@@ -255,7 +255,7 @@ def untouched() -> Iterator[None]:
 @every_budget
 @every_cache
 def test_other_caches_are_as_before(case: CacheCase, budget: str, other: str, untouched: None) -> None:
-    model = build_model("llama")
+    model = build_model("llama").to("cuda" if other == "offloaded" else "cpu")
     before = outcome(model, OTHERS[other](model))
     waiting = OTHERS[other](model)  # built before ours, used after
     outcome(model, cache := case.build(model, budget))

@@ -30,8 +30,9 @@ from pyramid_cache.terminal import write_json
 PART_LIMITS = dict(zip(PARTS, (245, 90, 70, 40, 30), strict=True))
 TAIL_LINES = 60
 LAST_LINES_SECONDS = 5
-# Kernels are compiled by the processor: most of the time of the tests, and shared out.
-TEST_PROCESSES = 4
+# Kernels are compiled by the processor: most of the time of the tests, and shared out. Each process takes a GiB or so of the
+# device.
+TEST_PROCESSES = min(os.cpu_count() or 1, 12)
 # As `pytest -v` prints them from several processes: one line per test, and in its summary one per file that could not be
 # imported.
 TEST_LINE = re.compile(r"^\[gw\d+\] \[ *\d+%\] (PASSED|FAILED|SKIPPED|ERROR|XFAIL|XPASS) (\S+\.py::.*?) *$")

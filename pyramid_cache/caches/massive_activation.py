@@ -186,9 +186,11 @@ class MassiveActivationLayer(PolicyLayer):
 
     row_counts = (*PolicyLayer.row_counts, "row_looked", "row_is_divided")
 
-    # Set by the cache: the layers below this one, from the first on, and how all of them share the budget.
+    # Set by the cache: the layers below this one, from the first on, how all of them share the budget, and whether the output
+    # of this layer is looked at.
     below: tuple["MassiveActivationLayer", ...] = ()
     budgets = LayerBudgets(None, None, False)
+    is_probed = False
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -333,7 +335,8 @@ class MassiveActivationLayer(PolicyLayer):
     # Hidden states.
 
     def _take_in(self, seen: Tokens, num_new: int) -> Tokens:
-        self._new_positions = seen.positions[:, 0, -num_new:]
+        if self.is_probed:
+            self._new_positions = seen.positions[:, 0, -num_new:]
         return super()._take_in(seen, num_new)
 
     @torch.no_grad()
@@ -529,6 +532,8 @@ class MassiveActivationCache(PolicyCache):
                 for wanted in probed_layers(len(self.layers), read)
             }
             self.output_probes = OutputProbes(model, sorted(probed - {None}))
+            for index in probed - {None}:
+                self.layers[index].is_probed = True
 
     def observe_output(self, layer_idx: int, hidden_states: torch.Tensor) -> None:
         """Shows a layer its decoder layer's output; called by the hook of `OutputProbes`."""

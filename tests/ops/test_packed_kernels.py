@@ -285,4 +285,6 @@ def test_answers_of_a_cache_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert num_calls == 6
     assert torch.equal(found.cpu(), wanted)
-    assert torch.equal(caches[1].positions(0).cpu(), caches[0].positions(0))
+    # Whatever the rounding, which decides in what order the beams of a prompt end.
+    ours, theirs = (sorted(cache.positions(0).tolist()) for cache in (caches[1], caches[0]))
+    assert ours == theirs
