@@ -145,13 +145,16 @@ REFUSED_ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon": ("falcon", {"new_decoder_architecture": True}),
     "falcon_alibi": ("falcon", {"alibi": True}),
     "mpt": ("mpt", {}),
-    "gptj": ("gptj", {"rotary_dim": 8}),
     "diffllama": ("diffllama", {}),
     "doge": ("doge", {}),
     "jetmoe": ("jetmoe", {**EXPERTS, "kv_channels": 16}),
     "rwkv": ("rwkv", {}),
     "mistral_sliding": ("mistral", {"sliding_window": 8}),
 }
+
+# Those whose attention goes through transformers' interface from 5.24 on: refused before.
+LATER_ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {"gptj": ("gptj", {"rotary_dim": 8})}
+ALL_ARCHITECTURES = ARCHITECTURES | REFUSED_ARCHITECTURES | LATER_ARCHITECTURES
 
 # Llama with every kind of rotary embedding that stretches positions and can be un-rotated.
 ROPE_VARIANTS: dict[str, dict[str, Any]] = {
@@ -170,8 +173,8 @@ ROPE_VARIANTS: dict[str, dict[str, Any]] = {
 
 def build_config(name: str, **overrides: Any) -> PreTrainedConfig:
     """The config of a family or architecture above, or of `llama_<variant>` for a variant in `ROPE_VARIANTS`."""
-    if name not in FAMILIES and name in ARCHITECTURES | REFUSED_ARCHITECTURES:
-        model_type, differences = (ARCHITECTURES | REFUSED_ARCHITECTURES)[name]
+    if name not in FAMILIES and name in ALL_ARCHITECTURES:
+        model_type, differences = ALL_ARCHITECTURES[name]
         known = vars(AutoConfig.for_model(model_type)).keys() | {"num_key_value_heads", "initializer_range"}
         known |= type(AutoConfig.for_model(model_type)).attribute_map.keys()
         settings = {key: value for key, value in COMMON.items() if key in known}

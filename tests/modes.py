@@ -8,7 +8,7 @@ back, and `Run.verify` does the comparison. What a mode promises beyond that, it
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache as remember
 from typing import Any
@@ -40,6 +40,8 @@ PROMPT_LENGTHS = (40, 29)
 # After 24 generated tokens PyramidCache has judged a zone of them.
 PAST_A_ZONE = 26
 PROBE_TOKEN = 7
+# What transformers calls a cache, in arguments and outputs: from 5.24 on, and before.
+CACHE_NAMES = ("cache", "past_key_values")
 
 
 @dataclass
@@ -171,7 +173,7 @@ class Run:
         with self.recording():
             output = self.model.generate(past_key_values=cache, **{**defaults, **settings})
         if not isinstance(output, torch.Tensor):
-            assert output.past_key_values is cache
+            assert cache_among(output) is cache
             self.numbers += float_tensors(output)
             output = output.sequences
         self.sequences.append(output)
@@ -193,7 +195,7 @@ class Run:
             yield
 
     def _before_forward(self, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> None:
-        history = self.history_of(kwargs.get("past_key_values"))
+        history = self.history_of(cache_among(kwargs))
         if history is None:
             return
         tokens = kwargs.get("input_ids")
@@ -205,7 +207,7 @@ class Run:
         history.pieces.append(Piece(tokens.clone(), is_token.clone()))
 
     def _after_forward(self, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        history = self.history_of(kwargs.get("past_key_values"))
+        history = self.history_of(cache_among(kwargs))
         if history is not None:
             history.pieces[-1].logits = output.logits.detach().clone()
 
@@ -255,6 +257,11 @@ class Run:
                 assert held_positions(cache, layer)[row] == expected, (row, layer)
 
 
+def cache_among(named: Mapping[str, Any]) -> Cache | None:
+    """The cache among the arguments or the outputs of a model or of `generate`, by whatever name."""
+    return next((named[name] for name in CACHE_NAMES if name in named.keys()), None)
+
+
 def held_positions(cache: Cache, layer: int) -> list[list[list[int]]]:
     """The positions that each head of each row holds, in rising order."""
     return [
@@ -276,7 +283,7 @@ FOLLOWED_METHODS: dict[str, Callable[[History, Any], None]] = {
 
 def float_tensors(output: Any) -> list[torch.Tensor]:
     """The float tensors in the dictionary that `generate` returned, the cache left out."""
-    found, pending = [], [value for name, value in output.items() if name != "past_key_values"]
+    found, pending = [], [value for name, value in output.items() if name not in CACHE_NAMES]
     while pending:
         item = pending.pop(0)
         if isinstance(item, torch.Tensor):
@@ -769,8 +776,9 @@ _verdicts: dict[tuple[str, str], str] = {}
 
 
 def first_sentence(message: str) -> str:
-    """A message up to its first full stop, on one line."""
-    return " ".join(message.split()).split(". ")[0].rstrip(".")
+    """A message up to its first full stop, on one line; the cache has the name in it that all versions know."""
+    sentence = " ".join(message.split()).split(". ")[0].rstrip(".")
+    return sentence.replace("`cache` (a Cache object)", "`past_key_values` (a Cache object)")
 
 
 def mode_id(mode: Mode) -> str:

@@ -1101,7 +1101,8 @@ def test_the_class_in_place_of_a_cache(case: CacheCase) -> None:
     model, cache_class = tiny_model("llama"), case.cache_class
     before = {name: value for name, value in vars(cache_class).items() if name == "_is_user_defined"}
     try:
-        with pytest.raises(TypeError, match="get_seq_length"):
+        # What stumbles over it first differs between versions of transformers.
+        with pytest.raises(TypeError, match="get_seq_length|'property' object"):
             model.generate(PROMPT, past_key_values=cache_class, max_new_tokens=2)
         cache = case.build(model)
         cache.activate_past_recording()
@@ -1139,14 +1140,19 @@ def test_a_cache_of_the_twin_of_a_model() -> None:
 
 @every_cache
 def test_gradient_checkpointing_leaves_the_cache_alone(case: CacheCase) -> None:
-    """transformers takes the cache away, and says so."""
+    """transformers takes the cache away, and says so; without gradients it does not from 5.24 on."""
     model = build_model("llama")
     model.gradient_checkpointing_enable()
     model.train()
-    cache = case.build(model)
-    logits = Scene(model, cache).forward(PROMPT)
-    assert cache.get_seq_length() == 0
-    assert torch.equal(logits, Scene(model, DynamicCache(config=model.config)).forward(PROMPT))
+    cache, other = case.build(model), DynamicCache(config=model.config)
+    logits, wanted = (model(PROMPT, past_key_values=each).logits for each in (cache, other))
+    assert cache.get_seq_length() == other.get_seq_length() == 0
+    assert torch.equal(logits, wanted)
+    logits, plain = (Scene(model, each).read_prompt() for each in (cache, other))
+    assert cache.get_seq_length() == other.get_seq_length()
+    if cache.get_seq_length():
+        plain = Scene(model.eval(), case.build(model)).read_prompt()
+    assert_same(logits, plain)
 
 
 @every_cache

@@ -40,7 +40,8 @@ MODELS = """\
 
 What happens when a cache is built for a model. "Hybrid" models have layers with a sliding window or linear attention, which
 keep transformers' own cache layers; the others are compressed. Models from outside transformers are tried: what does
-not go through the attention interface is refused in the first forward pass.
+not go through the attention interface is refused in the first forward pass. GPT-J and CodeGen are refused with
+transformers before 5.24, whose classes for them go around it.
 """
 
 CHUNKS = """\

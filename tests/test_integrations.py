@@ -327,10 +327,10 @@ def split_model() -> Iterator[PreTrainedModel]:
     layers = model.model.layers
     for block in (model.model.embed_tokens, model.model.rotary_emb, *layers[:2], model.model.norm, model.lm_head):
         move_weights(block, FIRST)
-        add_hook_to_module(block, AlignDevicesHook(FIRST, skip_keys=["past_key_values"]))
+        add_hook_to_module(block, AlignDevicesHook(FIRST, skip_keys=model._skip_keys_device_placement))
     for block in layers[2:]:
         move_weights(block, SECOND)
-        add_hook_to_module(block, AlignDevicesHook(SECOND, skip_keys=["past_key_values"]))
+        add_hook_to_module(block, AlignDevicesHook(SECOND, skip_keys=model._skip_keys_device_placement))
     with PlacedConstants(), PlacedDispatch():
         yield model
 

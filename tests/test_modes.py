@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from functools import cache as remember
+from typing import Any
 
 import pytest
 import torch
@@ -107,8 +108,8 @@ def attended(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     lengths: list[int] = []
     update = CompressedLayer.update
 
-    def spy(layer: CompressedLayer, *args: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        keys, values = update(layer, *args)
+    def spy(layer: CompressedLayer, *args: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = update(layer, *args, **kwargs)
         lengths.append(keys.shape[2])
         return keys, values
 

@@ -458,17 +458,19 @@ def test_positions_with_several_axes_are_refused() -> None:
 
 
 def test_rotations_that_cannot_be_reproduced_are_refused() -> None:
-    gptj = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model("gptj", n_embd=64, n_layer=1, n_head=4, rotary_dim=8, vocab_size=97)
-    )
-    modules = [module for module in gptj.modules() if type(module).__name__.endswith("Attention")]
-    with pytest.raises(NotImplementedError, match="could not be probed"):
-        rotary_frequencies(modules[0], gptj.config)
-
     model = Family("llama").model()
     module = attention_modules(model)[0]
+    plain_class = type(module)
 
-    class AttentionWithSwappedPairs(type(module)):
+    class AttentionThatNeedsMore(plain_class):
+        def forward(self, hidden_states, position_embeddings, segments, **kwargs):
+            return super().forward(hidden_states + segments.sum(), position_embeddings, **kwargs)
+
+    module.__class__ = AttentionThatNeedsMore
+    with pytest.raises(NotImplementedError, match="could not be probed"):
+        rotary_frequencies(module, model.config, model=model)
+
+    class AttentionWithSwappedPairs(plain_class):
         def forward(self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None):
             order = [1, 0, *range(2, 8), 9, 8, *range(10, 16)]
             swapped = tuple(part[..., order] for part in position_embeddings)
