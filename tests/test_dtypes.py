@@ -5,7 +5,7 @@ from functools import cache as remember
 import pytest
 import torch
 from caches import CacheCase, every_budget, every_cache
-from models import build_model, generate, left_pad, random_rows
+from models import build_model, generate, left_pad, random_rows, random_tokens
 from transformers import DynamicCache, PreTrainedModel
 
 from pyramid_cache.engine.layer import CompressedLayer
@@ -155,3 +155,19 @@ def test_the_default_dtype_of_torch_changes_nothing(case: CacheCase, dtype: torc
         torch.set_default_dtype(torch.float32)
     assert torch.equal(output.sequences, wanted.sequences)
     torch.testing.assert_close(torch.stack(output.logits), torch.stack(wanted.logits))
+
+
+@every_budget
+@every_cache
+def test_one_token_at_a_time_after_inference_mode(case: CacheCase, budget: str) -> None:
+    """What was made there is copied once, before the first step outside writes to it."""
+    model, tokens = build_model("llama"), random_tokens(1, 31)
+    outputs = []
+    for mode in (torch.inference_mode, torch.no_grad):
+        cache = case.build(model, budget)
+        with mode():
+            model(tokens[:, :30], past_key_values=cache)
+        outputs.append(
+            model.generate(tokens, past_key_values=cache, max_new_tokens=12, do_sample=False, eos_token_id=None)
+        )
+    assert torch.equal(*outputs)

@@ -73,6 +73,20 @@ def test_a_reading_gives_what_the_cache_would_have_read(case: CacheCase) -> None
 
 
 @torch.no_grad()
+def test_a_prompt_is_replayed_to_new_caches_alone() -> None:
+    model, tokens = tiny_model("llama"), random_tokens(1, 30, seed=3)
+    layers = Reader(model, tokens).context.layers
+    cache = SnapKVCache(model.config, budget=8)
+    with pytest.raises(ValueError, match="of 2 layers, but 3 of this cache evict"):
+        cache.replay(layers[:2])
+    cache.replay(layers)
+    held = cache.positions(0)
+    with pytest.raises(ValueError, match="seen 30 tokens"):
+        cache.replay(layers)
+    assert torch.equal(cache.positions(0), held)
+
+
+@torch.no_grad()
 def test_a_reading_gives_the_full_cache() -> None:
     model, tokens = tiny_model("llama"), random_tokens(1, 40, seed=3)
     reader = Reader(model, tokens[:, :25])

@@ -637,6 +637,8 @@ def test_a_saved_cache_goes_on_as_it_would_have(tmp_path: Path) -> None:
         ({"window_size": 0}, "window_size"),
         ({"budget": 0}, "keeps no token"),
         ({"follow_attention": 1}, "True or False"),
+        ({"profile": 3}, "must be the path"),
+        ({"profile": "."}, "is a folder"),
         ({"follow_attention": True, "preset": "22-sparse-layers-1536"}, "a profile or a preset"),
         ({"follow_attention": True, "profile": "profile.json"}, "a profile or a preset"),
     ],
@@ -644,6 +646,24 @@ def test_a_saved_cache_goes_on_as_it_would_have(tmp_path: Path) -> None:
 def test_bad_arguments(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MassiveActivationCache(tiny_model("llama").config, **arguments)
+
+
+@torch.no_grad()
+def test_hidden_states_are_those_of_the_step_after_recorded_tokens() -> None:
+    """A turn that was recorded and then settled has no hidden states left to look at: the next step's are its own."""
+    model = massive_model(magnitude=3e3)
+    prompt, turn = torch.randint(8, 101, (1, 30)), torch.randint(8, 101, (1, 6))
+    cache = MassiveActivationCache(model, budget=12, window_size=4)
+    model(prompt, past_key_values=cache)
+    cache.activate_past_recording()
+    model(turn, past_key_values=cache)
+    cache.crop(0)
+    for layer in cache.layers:
+        layer.record_past = False
+    model(torch.tensor([[MASSIVE_TOKEN]]), past_key_values=cache)
+    for layer in cache.layers[2:]:  # above the layer in whose output it is massive
+        assert [token.position for token in layer.massive_tokens()[0] if token.reason == "hidden states"] in ([36], [])
+    assert cache.layers[1].exact_positions.tolist() == [[36] + [-1] * 7]
 
 
 # The real model.

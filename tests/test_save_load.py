@@ -32,7 +32,7 @@ from models import (
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
-from pyramid_cache import H2OCache, StreamingLLMCache
+from pyramid_cache import H2OCache, SnapKVCache, StreamingLLMCache
 from pyramid_cache.caches import streaming_llm
 from pyramid_cache.engine import cache as cache_module
 from pyramid_cache.engine import storage
@@ -770,3 +770,14 @@ def test_fuzzed_headers_and_tensors_with_fitting_digests(
             with contextlib.suppress(ValueError):
                 go_on(model, loaded, mask, later_pieces(3, 2)[4:])
     assert num_refused > 0.6 * num_mutations
+
+
+def test_a_cache_of_two_dtypes_is_not_saved(tmp_path: Path) -> None:
+    """Under autocast keys are rotated in float32. A file that could not be loaded would be noticed too late."""
+    model = build_model("llama")
+    cache = SnapKVCache(model.config, budget=8)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        model(random_tokens(1, 30), past_key_values=cache)
+    with pytest.raises(NotImplementedError, match="filled under autocast.*Cast the model"):
+        cache.save(tmp_path / "cache.safetensors")
+    assert not list(tmp_path.iterdir())

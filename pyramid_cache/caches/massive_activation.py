@@ -335,7 +335,7 @@ class MassiveActivationLayer(PolicyLayer):
     # Hidden states.
 
     def _take_in(self, seen: Tokens, num_new: int) -> Tokens:
-        if self.is_probed:
+        if self.is_probed and self.replayed is None:  # what was recorded has no hidden states to come
             self._new_positions = seen.positions[:, 0, -num_new:]
         return super()._take_in(seen, num_new)
 
@@ -498,6 +498,8 @@ class MassiveActivationCache(PolicyCache):
         config = config if model is None else model.config
         check_decoder_config(config)
         refuse_unsupported_rope(config)
+        if profile is not None and not isinstance(profile, (str, os.PathLike)):
+            raise ValueError(f"`profile={profile!r}` must be the path of a file that `pyramid-cache profile` wrote.")
         path = None if profile is None else os.fspath(profile)
         policy = MassiveActivationPolicy(path, preset, follow_attention, window_size, kernel_size)
         if preset is not None:

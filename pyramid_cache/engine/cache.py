@@ -190,7 +190,20 @@ class CompressedCache(Cache):
         Args:
             prompt (`Sequence`): `CompressedLayer.last_recorded` of each layer that evicts, from another cache that the same
                 model filled. Its tensors are read, and never written to.
+
+        Raises:
+            ValueError: The cache has seen tokens, or the prompt is of another number of layers.
         """
+        if self.get_seq_length():
+            raise ValueError(
+                f"A prompt can be replayed to a new cache only: this one has seen {self.get_seq_length()} tokens. Take a new one, "
+                "or call `cache.reset()`."
+            )
+        if len(prompt) != len(self.compressed_layers):
+            raise ValueError(
+                f"The prompt is of {len(prompt)} layers, but {len(self.compressed_layers)} of this cache evict. Give what each of "
+                "them needs."
+            )
         for layer, (module, chunk) in zip(self.compressed_layers, prompt, strict=True):
             layer.put_aside(module, chunk)
         self.crop(0)

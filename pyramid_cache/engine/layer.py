@@ -177,6 +177,7 @@ class CompressedLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._check_states(key_states, value_states)
+        self._leave_inference_mode()
         self.num_pending = key_states.shape[2]
         if self.record_past:
             keys, values = self._with_recorded(key_states, value_states)
@@ -592,6 +593,13 @@ class CompressedLayer(CacheLayerMixin):
             if tensor is not None:
                 setattr(self, name, grown(tensor, self.length, num_slots, fill=-1 if name == "positions" else 0))
 
+    def _leave_inference_mode(self) -> None:
+        """Copies what was made in inference mode before it is written to outside, which torch does not allow."""
+        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+            return
+        if self.keys is not None and self.keys.is_inference():
+            self._map_rows(torch.clone)
+
     def _spare_autograd(self) -> None:
         """Copies keys and values that autograd may have saved, before they are written to."""
         for name in ("keys", "values"):
@@ -827,6 +835,11 @@ class CompressedLayer(CacheLayerMixin):
 
     def export_state(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """All that the layer's future depends on: numbers as JSON has them, and tensors without their unused slots."""
+        if self.is_initialized and self.dtype != self._value_dtype:
+            raise NotImplementedError(
+                f"The cache was filled under autocast: keys are {self.dtype}, values {self._value_dtype}, and a file holds one "
+                "dtype. Cast the model instead (`model.to(torch.bfloat16)`) to save its caches."
+            )
         numbers = {name: getattr(self, name) for name in (*self.state_numbers, *self.row_counts)}
         is_paid_in_bytes = self.budget is not None and self.budget.kind == "bytes"
         numbers["num_budget_tokens"] = self.token_budget.amount if is_paid_in_bytes else None

@@ -68,6 +68,10 @@ def read_profile(path: str | os.PathLike[str], config: PreTrainedConfig) -> Prof
     """
     try:
         record = json.loads(Path(path).read_text(encoding="utf-8"))
+    except IsADirectoryError as error:
+        raise ValueError(
+            f"{str(path)!r} is a folder, not a profile. Give the file that `pyramid-cache profile` wrote."
+        ) from error
     except ValueError as error:  # no JSON, or no text
         raise ValueError(f"{path} is no profile: it is not JSON ({error}).") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:

@@ -259,6 +259,13 @@ class RaggedLayer(PolicyLayer):
         if self.packed is not None:
             self.packed = self.packed.map_rows(function)
 
+    def _leave_inference_mode(self) -> None:
+        super()._leave_inference_mode()
+        if self.packed is None or torch.is_inference_mode_enabled() or not self.packed.starts.is_inference():
+            return
+        tensors = {name: tensor.clone() for name, tensor in self.packed.tensors.items()}
+        self.packed = PackedTokens(tensors, self.packed.head_lengths, self.packed.starts.clone())
+
     def _unpacked(self) -> "RaggedLayer":
         """The same layer with everything in slots, for a while: it shares what is no slot tensor."""
         layer = copy.copy(self)
