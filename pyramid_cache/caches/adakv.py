@@ -57,7 +57,7 @@ class AdaKVCache(PolicyCache):
             for certain in all heads (but no more than half of the budget).
         kernel_size (`int`, defaults to 7): Odd: over how many neighbouring tokens scores are averaged.
         eviction_interval (`int`, defaults to 32): Generated tokens that come in before as many go. Larger values take more
-            memory and less time.
+            memory and less time: on a GPU, the host waits at each eviction to learn how much each head keeps.
 
     Raises:
         ValueError: For an argument outside these ranges, or a model that cannot be compressed.
