@@ -1,6 +1,8 @@
 """Decode steps do not wait for the device: they ask tensors for no numbers, and bring it none by plain copies."""
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,13 +13,24 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Cache, DynamicCache, PreTrainedModel
 
+import pyramid_cache
 from pyramid_cache.engine.layer import CompressedLayer
+from pyramid_cache.ops import transfer
+from pyramid_cache.ops.transfer import numbers_on
 
 
 NUM_STEPS = 40
 aten = torch.ops.aten
 # What makes the host wait for numbers of a CUDA device; indexing with a mask is looked for beside them.
-ASKING = (aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten.equal.default)
+ASKING = (
+    aten._local_scalar_dense.default,
+    aten.nonzero.default,
+    aten.masked_select.default,
+    aten.equal.default,
+    aten._unique2.default,
+    aten.unique_dim.default,
+    aten.unique_consecutive.default,
+)
 INDEXING = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._unsafe_index.Tensor)
 
 
@@ -32,22 +45,38 @@ class AskedNumbers(TorchDispatchMode):
         has_mask = function in INDEXING and any(
             index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
         )
-        self.count += has_mask or function in ASKING
-        return function(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        has_unknown_size = function is aten.repeat_interleave.Tensor and kwargs.get("output_size") is None
+        self.count += has_mask or has_unknown_size or function in ASKING
+        return function(*args, **kwargs)
+
+
+def is_from_the_package(frame: Any) -> bool:
+    """Whether a function was called by the package, not by the model or by `numbers_on`."""
+    caller = Path(frame.f_code.co_filename)
+    return caller.is_relative_to(Path(pyramid_cache.__file__).parent) and caller != Path(transfer.__file__)
 
 
 class PlainCopies(TorchFunctionMode):
-    """Refuses tensors that are made of numbers of the host and put on a device at once; counts lists of the device's numbers."""
+    """
+    Refuses tensors that are made of numbers of the host, in the package wherever they are put, and lists as indices; counts
+    lists of the device's numbers.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.count = 0
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
         is_copy = function in (torch.tensor, torch.as_tensor) and not isinstance(args[0], torch.Tensor)
+        is_copy = is_copy and (kwargs.get("device") is not None or is_from_the_package(sys._getframe(1)))
+        if function in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            is_copy = any(isinstance(part, list) for part in index)
+        assert not is_copy, "use pyramid_cache.ops.transfer.numbers_on"
         self.count += function is torch.Tensor.tolist
-        assert not (is_copy and (kwargs or {}).get("device")), "use pyramid_cache.ops.transfer.numbers_on"
-        return function(*args, **(kwargs or {}))
+        return function(*args, **kwargs)
 
 
 def count_asked(model: PreTrainedModel, cache: Cache) -> int:
@@ -83,11 +112,27 @@ def test_steps_ask_for_no_more_than_with_a_dynamic_cache(case: CacheCase) -> Non
         lambda tensor: tensor[tensor > 0],
         lambda tensor: tensor.nonzero(),
         lambda tensor: torch.equal(tensor, tensor),
+        lambda tensor: tensor.unique(),
+        lambda tensor: tensor.repeat_interleave(tensor),
     ],
 )
-def test_what_is_looked_for_is_seen(ask: Callable[[torch.Tensor], object]) -> None:
+def test_questions_are_seen(ask: Callable[[torch.Tensor], object]) -> None:
     with AskedNumbers() as asked, PlainCopies() as copies:
         ask(torch.arange(3))
     assert asked.count + copies.count
-    with PlainCopies(), pytest.raises(AssertionError, match="numbers_on"):
-        torch.tensor([1, 2], device="cpu")
+
+
+def test_copies_are_seen() -> None:
+    in_the_package = compile("torch.tensor([1, 2]).to('cpu')", str(Path(pyramid_cache.__file__)), "eval")
+    tensor = torch.arange(3)
+    for copy in (
+        lambda: torch.tensor([1, 2], device="cpu"),
+        lambda: eval(in_the_package, {"torch": torch}),
+        lambda: tensor[[0, 2]],
+        lambda: tensor.__setitem__([0, 2], 1),
+    ):
+        with PlainCopies(), pytest.raises(AssertionError, match="numbers_on"):
+            copy()
+    with PlainCopies() as copies:
+        assert numbers_on(tensor.device, [1, 2], torch.int32).tolist() == [1, 2]
+    assert copies.count == 1
