@@ -47,9 +47,8 @@ class PackedTokens:
         Copies out of slots `(batch, kv_heads, slots, ...)` those that are kept `(batch, kv_heads, slots)`.
         """
         _, kv_heads, num_slots = is_kept.shape
-        head_lengths = is_kept.sum(
-            dim=-1
-        ).tolist()  # the only wait for the device: how much it keeps is known there alone
+        # The only wait for the device: how many tokens each head keeps is known there alone.
+        head_lengths = is_kept.sum(dim=-1).tolist()
         index = torch.nonzero_static(is_kept.flatten(), size=sum(flat(head_lengths))).squeeze(1)
         places = (index // (kv_heads * num_slots), index // num_slots % kv_heads, index % num_slots)
         tensors = {name: tensor[places] for name, tensor in slots.items()}
