@@ -1,18 +1,11 @@
 """`torch.compile` of a model's forward: decoding in one graph, without a new one at each step."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from caches import CACHE_CASES, CacheCase, every_budget, every_cache, parametrize_cases
-from functorch.compile import make_boxed_func
 from models import build_model, left_pad, random_rows, random_tokens
-from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
-from torch._guards import TracingContext
 from transformers import Cache, PreTrainedModel
-
-from pyramid_cache.caches import streaming_llm
 
 
 cache_of_one_graph = parametrize_cases(case for case in CACHE_CASES if case.has_one_graph)
@@ -98,40 +91,6 @@ def test_a_cache_that_grows_decodes_too(case: CacheCase, budget: str) -> None:
 def test_generated_code(case: CacheCase, lengths: tuple[int, ...]) -> None:
     graphs = compare(case, "tight", lengths, "inductor", 30)
     assert graphs[15] == graphs[-1]
-
-
-@cache_of_one_graph
-@pytest.mark.parametrize(
-    "lengths",
-    [(40, 40), pytest.param((23, 40), marks=pytest.mark.slow), pytest.param((2, 40), marks=pytest.mark.slow)],
-    ids=["equal", "padded", "filling"],
-)
-def test_compiled_steps_write_where_the_tensors_are(
-    case: CacheCase, lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What CUDA graphs need: all that is written to stays where it was when the prompt had been read, and is marked so."""
-    monkeypatch.setattr(streaming_llm, "REBASE_INTERVAL", 48)  # angles are counted anew in between
-    written: list[set[int]] = []
-
-    def look(graph: torch.fx.GraphModule, inputs: list) -> Callable:
-        metadata = TracingContext.get().fw_metadata
-        written.append(set(metadata.mutated_inp_runtime_indices))
-        assert written[-1] <= set(metadata.static_input_indices)
-        return make_boxed_func(graph.forward)
-
-    model = build_model("llama", num_hidden_layers=2)
-    compiled = torch.compile(model, backend=aot_autograd(fw_compiler=look), fullgraph=True)
-    decoding = Decoding(model, case.build(model), lengths)
-
-    def addresses() -> list[dict[str, int]]:
-        tensors = [layer.held_tensors() for layer in decoding.cache.layers]
-        return [{name: tensor.data_ptr() for name, tensor in layer.items()} for layer in tensors]
-
-    before = addresses()
-    for tokens in random_tokens(20, len(lengths), 1, seed=2):
-        decoding.step(compiled, tokens)
-    assert addresses() == before
-    assert len(written) > 1 and all(written)
 
 
 @every_cache

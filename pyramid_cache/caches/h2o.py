@@ -35,7 +35,6 @@ class H2OLayer(CompressedLayer):
     row_tensors = ("next_position", "column_positions", "num_recent", "free_slots")
     num_spare_slots = 1
     heads_share_positions = False
-    steps_stay_in_place = True
 
     def __init__(self, place: LayerPlace, budget: Budget, masks: MaskReader, heavy_ratio: float) -> None:
         super().__init__(place, budget, masks)
@@ -91,12 +90,7 @@ class H2OLayer(CompressedLayer):
             has_empty_slots=self.has_empty_slots,
             **call.logit_arguments,
         )
-        if evicts is not None:
-            self.free_slots = None
-        elif self.free_slots is not None:
-            self._replace("free_slots", victims)
-        elif not torch.compiler.is_compiling():  # compiled steps look for them: they must not leave tensors behind
-            self.free_slots = victims
+        self.free_slots = victims if evicts is None else None
         self.row_held = [min(held, kept) for held, kept in zip(self.row_held, self.row_kept, strict=True)]
         return output, None
 
@@ -122,10 +116,6 @@ class H2OLayer(CompressedLayer):
         # What is held may be less than a fraction of all that was seen: there is room for it to grow.
         indices = torch.nn.functional.pad(indices, (0, max_kept - indices.shape[-1]), value=-1)
         self.free_slots = None
-        if min(self.row_kept) == max_kept <= min(self.row_held):  # the spare slots are the last ones
-            self.free_slots = torch.full(
-                (self.batch_size, self._key_shape[0], 1), max_kept, dtype=torch.int64, device=self.device
-            )
         self.scores = grown(gather_tokens(scores, indices).masked_fill(indices < 0, 0), max_kept, max_kept + 1, fill=0)
         self.keep(key, value, tokens, indices, num_free=self.num_spare_slots)
 

@@ -72,7 +72,6 @@ class StreamingLLMLayer(CompressedLayer):
     state_numbers = (*CompressedLayer.state_numbers, "base")
     extra_numbers = ("rotary",)
     extra_tensors = ("inv_freq", "long_inv_freq")
-    steps_stay_in_place = True
 
     def __init__(
         self,
@@ -285,7 +284,7 @@ class StreamingLLMLayer(CompressedLayer):
             self._overwrite(slots.long(), key_states, value_states)
         if min(self.row_lengths) < num_sinks:
             is_sink = torch.arange(num_sinks, device=self.device)[None, None, :, None] == position[..., None]
-            self._replace("sink_keys", torch.where(is_sink, key_states, self.sink_keys))
+            self.sink_keys = torch.where(is_sink, key_states, self.sink_keys)
         self._shift_sinks()
         self.row_held = [min(held, self.window_length - 1) for held in self.row_held]
 
@@ -361,7 +360,7 @@ class StreamingLLMLayer(CompressedLayer):
             angles = self.rotary.angles(torch.full_like(self.next_position, self.base - base))
         else:
             angles = self.rotary.angles(self.positions - base) - self.rotary.model_angles(self.positions, 0)
-        self._replace("keys", self.rotary.rotate(self.keys, angles))
+        self.keys = self.rotary.rotate(self.keys, angles)
         self.base = base
 
     # Files.

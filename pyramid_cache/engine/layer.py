@@ -83,8 +83,6 @@ class CompressedLayer(CacheLayerMixin):
     heads_share_positions = True
     # Whether all heads of a layer hold as many tokens of a row.
     heads_keep_equal_numbers = True
-    # Whether decode steps of a layer of slots write into its tensors and replace none.
-    steps_stay_in_place = False
 
     def __init__(self, place: LayerPlace, budget: Budget | None, masks: MaskReader) -> None:
         super().__init__()
@@ -648,27 +646,6 @@ class CompressedLayer(CacheLayerMixin):
         self.column_positions = None
         self.length = num_slots
         self.row_held = [min(held, kept) for held, kept in zip(self.row_held, self.row_kept, strict=True)]
-        self._fix_addresses()
-
-    def _fix_addresses(self) -> None:
-        """
-        Tells compilers that the tensors of a layer of slots stay where they are: without that, they make no CUDA graph of steps
-        that write into them. Steps must not replace them then, for the results of a graph lie where its next run writes.
-        """
-        if not self.steps_stay_in_place or self.positions is None or torch.compiler.is_compiling():
-            return
-        for name in (*self.slot_tensors, *self.row_tensors):
-            tensor = getattr(self, name)
-            if tensor is not None:
-                torch._dynamo.mark_static_address(tensor, guard=False)  # a new cache needs no new compilation
-
-    def _replace(self, name: str, tensor: torch.Tensor) -> None:
-        """Sets a tensor of the layer to another one of its shape; in compiled code by writing into it."""
-        held = getattr(self, name)
-        if torch.compiler.is_compiling() and not held.requires_grad and not tensor.requires_grad:
-            held.copy_(tensor)
-        else:
-            setattr(self, name, tensor)
 
     def require_left_padding(self, tokens: Tokens) -> None:
         """Raises where an eviction would take padding behind tokens for a gap."""
@@ -844,7 +821,6 @@ class CompressedLayer(CacheLayerMixin):
             if tensor is not None:
                 setattr(self, name, function(tensor))
         self.recorded = [chunk.map_tensors(function) for chunk in self.recorded]
-        self._fix_addresses()
 
     def offload(self) -> None:
         """Moves the layer's tensors to the CPU."""
@@ -888,7 +864,6 @@ class CompressedLayer(CacheLayerMixin):
             setattr(self, name, numbers[name])
         for name in (*self.slot_tensors, *self.row_tensors):
             setattr(self, name, tensors.get(name))
-        self._fix_addresses()
 
     def check_state(self) -> None:
         """Raises ValueError where state of the method's own contradicts itself; for what was read from a file."""
