@@ -23,8 +23,7 @@ from pyramid_cache.engine.policy import Policy, ScoringView
 from pyramid_cache.engine.policy_cache import PolicyCache
 
 
-# Similarities held at once, which take 36 MiB with what is found in them: all of a prompt of 16,384 tokens and 8 KV heads
-# would take 18 GiB.
+# Similarities held at once, which take 16 MiB: all of a prompt of 16,384 tokens and 8 KV heads would take 8 GiB.
 SIMILARITIES_PER_CHUNK = 1 << 22
 
 
@@ -66,18 +65,23 @@ class RKVPolicy(Policy):
     def _redundancy(self, view: ScoringView) -> torch.Tensor:
         """`(batch, kv_heads, tokens)`, a distribution over each head's tokens."""
         key = torch.nn.functional.normalize(view.key.float(), dim=-1).masked_fill(~view.is_token[..., None], 0)
+        # From the oldest to the latest: the latest of those that are alike is then the one of the highest rank.
+        order = view.positions.argsort(dim=-1, stable=True).expand(key.shape[:3])
+        key = key.gather(2, order[..., None].expand_as(key))
+        ranks = torch.arange(1, key.shape[2] + 1, dtype=torch.float32, device=key.device)
         # The sum of a key's cosines with all others; what each of them does not blame it for comes off below.
         similarity = (key * (key.sum(dim=2, keepdim=True) - key)).sum(dim=-1)
-        positions = view.positions.expand(similarity.shape)
         num_rows = max(SIMILARITIES_PER_CHUNK // similarity.numel(), 1)
         for start in range(0, key.shape[2], num_rows):
-            rows = slice(start, start + num_rows)
-            cosines = key[:, :, rows] @ key.mT  # (batch, kv_heads, rows, tokens)
+            rows = key[:, :, start : start + num_rows]
+            cosines = rows @ key.mT  # (batch, kv_heads, rows, tokens)
             cosines.diagonal(offset=start, dim1=-2, dim2=-1).zero_()
-            is_alike = cosines > self.similarity_threshold
-            latest = torch.where(is_alike, positions[:, :, None], -1).max(dim=-1, keepdim=True)
-            spared = cosines.gather(-1, latest.indices).masked_fill(latest.values < 0, 0)
-            similarity.scatter_add_(-1, latest.indices[..., 0], -spared[..., 0])
+            # The rank of the latest key that is alike, 0 for none; in place, for memory is what this waits for.
+            latest = cosines.gt_(self.similarity_threshold).mul_(ranks).amax(dim=-1).long()
+            index = (latest - 1).clamp(min=0)
+            spared = (rows * key.gather(2, index[..., None].expand_as(rows))).sum(dim=-1).masked_fill(latest == 0, 0)
+            similarity.scatter_add_(-1, index, -spared)
+        similarity = torch.empty_like(similarity).scatter_(-1, order, similarity)
         mean = similarity / view.is_token.sum(dim=-1, keepdim=True).clamp(min=1)
         return mean.masked_fill(~view.is_token, float("-inf")).softmax(dim=-1)
 
@@ -90,7 +94,7 @@ class RKVCache(PolicyCache):
     A layer holds `budget` tokens and up to `eviction_interval` more, however much is generated:
     `batch * kv_heads * (budget + eviction_interval) * (2 * head_dim * itemsize + 8)` bytes. The prompt is read with full
     attention, so the first new token is exact; to compare all its keys with each other takes time that grows with the
-    square of its length, and 36 MiB beside a copy of the keys in float32.
+    square of its length, and 16 MiB beside a few copies of the keys in float32.
 
     Args:
         config (`PreTrainedConfig` or `PreTrainedModel`): Of the model, or the model, whose config is taken.
