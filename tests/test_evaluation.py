@@ -2,7 +2,10 @@
 
 import copy
 import json
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from pyramid_cache.cli import main
 from pyramid_cache.demo.prompt import PromptError, read_text
 from pyramid_cache.evaluation import tasks
 from pyramid_cache.evaluation.caches import BASELINE, CACHES, EvaluatedCache, from_config
+from pyramid_cache.evaluation.cells import Cell, CellStore
 from pyramid_cache.evaluation.measure import Evaluation, Result, groups_of_equal_length, score_answers
 from pyramid_cache.evaluation.reading import Reader, full_cache
 from pyramid_cache.evaluation.recall import load_recall_model
@@ -173,7 +177,7 @@ def test_scores_are_those_of_generate(name: str) -> None:
         assert is_said or index not in (0, 2)
         assert not is_said or index < 3
     shares = [share for result in results if result.cache == name for share in result.held_shares]
-    assert len(shares) == {BASELINE: 0, "streaming": 2}.get(name, 6)
+    assert len(shares) == (2 if name == "streaming" else 6)
 
 
 # Cases.
@@ -321,6 +325,88 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     again = tmp_path / "again.json"
     assert main([*record["command"].split()[1:], "--json", str(again)]) == 0
     assert json.loads(again.read_text())["rows"] == record["rows"]
+
+
+# Folders of answers.
+
+
+INTERRUPTED = 130
+RESUMED = ["evaluate", "--tasks", "recall-64", "--caches", "knorm,streaming", "--budgets", "0.5", "--limit", "2"]
+
+
+def rows_of(arguments: list[str], path: Path) -> list[dict[str, Any]]:
+    assert main([*arguments, "--json", str(path)]) == 0
+    return json.loads(path.read_text())["rows"]
+
+
+def test_a_stopped_evaluation_loses_nothing_and_repeats_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Stopped behind each cell in turn, and in the middle of a line, it ends with the very figures of a run without a folder."""
+    wanted = rows_of(RESUMED, tmp_path / "wanted.json")
+    folder, cells = tmp_path / "answers", tmp_path / "answers" / "cells.0.jsonl"
+    add, num_added = CellStore.add, 0
+
+    def add_and_stop(store: CellStore, cell: Cell) -> None:
+        nonlocal num_added
+        add(store, cell)
+        num_added += 1
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(CellStore, "add", add_and_stop)
+    for stop in range(1, 7):  # the full cache and two others on two contexts
+        assert main([*RESUMED, "--out", str(folder)]) == INTERRUPTED
+        assert num_added == stop == len(cells.read_text().splitlines())
+    whole = cells.read_text()
+    cells.write_text(whole[:-20])
+    assert main([*RESUMED, "--out", str(folder)]) == INTERRUPTED
+    assert f"Dropped the last line of {cells}" in capsys.readouterr().err.replace("\n", "")
+    assert cells.read_text() == whole
+    monkeypatch.setattr(Reader, "__init__", None)  # nothing is left to read
+    assert rows_of([*RESUMED, "--out", str(folder)], tmp_path / "found.json") == wanted
+
+
+def test_a_folder_grows_by_caches_and_tasks(tmp_path: Path) -> None:
+    """Results are those of what is asked for; what else the folder has waits until it is asked for again."""
+    folder = ["--out", str(tmp_path / "answers")]
+    few = ["evaluate", "--tasks", "recall-64", "--caches", "knorm", "--budgets", "0.5", "--limit", "1"]
+    first = rows_of([*few, *folder], tmp_path / "first.json")
+    assert rows_of([*RESUMED, *folder], tmp_path / "all.json") == rows_of(RESUMED, tmp_path / "wanted.json")
+    assert rows_of([*few, *folder], tmp_path / "again.json") == first
+
+
+def test_processes_share_an_evaluation(tmp_path: Path) -> None:
+    arguments = ["evaluate", "--tasks", "recall-64,recall-66", "--caches", "knorm,streaming", "--limit", "3"]
+    wanted = rows_of(arguments, tmp_path / "wanted.json")
+    found, folder = tmp_path / "found.json", tmp_path / "answers"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["-m", "pyramid_cache.cli", *arguments, "--device", "cpu", "--threads", "1"]
+    command += ["--out", str(folder), "--json", str(found)]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert output.count("Exact match") == 1  # one of them reports
+    assert [len((folder / f"cells.{process}.jsonl").read_text().splitlines()) for process in (0, 1)] == [21, 21]
+    record = json.loads(found.read_text())
+    assert record["machine"]["processes"] == 2
+    for row, wanted_row in zip(record["rows"], wanted, strict=True):  # threads add up in another order
+        cases, wanted_cases = row.pop("cases"), wanted_row.pop("cases")
+        assert cases["log_likelihood"] == pytest.approx(wanted_cases["log_likelihood"], abs=1e-3)
+        assert {name: row[name] for name in ("task", "cache", "budget")}.items() <= wanted_row.items()
+
+
+@pytest.mark.parametrize("name, value", [("--seed", "1"), ("--dtype", "bfloat16")])
+def test_a_folder_of_other_settings_is_refused(
+    name: str, value: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*RESUMED, "--out", str(tmp_path / "answers")]) == 0
+    assert main([*RESUMED, "--out", str(tmp_path / "answers"), name, value]) == 2
+    assert f"other settings: {name[2:]} " in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_broken_lines_are_refused(tmp_path: Path) -> None:
+    CellStore(tmp_path, {})
+    (tmp_path / "cells.1.jsonl").write_text('{"key": {"task": "recall-64"}}\n')
+    with pytest.raises(ValueError, match=r"Line 1 of .*cells.1.jsonl is no result"):
+        CellStore(tmp_path, {})
 
 
 def test_command_saves_cases(tmp_path: Path) -> None:

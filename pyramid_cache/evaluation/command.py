@@ -2,7 +2,7 @@
 
 import argparse
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from pyramid_cache import weights
 from pyramid_cache.demo.model import load_model
 from pyramid_cache.evaluation import recall
 from pyramid_cache.evaluation.caches import BASELINE, CACHES
+from pyramid_cache.evaluation.cells import CellStore
 from pyramid_cache.evaluation.measure import PROTOCOLS, Evaluation, Result
 from pyramid_cache.evaluation.tasks import (
     DEFAULT_TASKS,
@@ -23,6 +24,7 @@ from pyramid_cache.evaluation.tasks import (
     parse_task,
     save_contexts,
 )
+from pyramid_cache.evaluation.team import Team
 from pyramid_cache.machine import describe_machine, describe_versions, load_average
 from pyramid_cache.terminal import ProgressBar, check_output, device, positive_int, write_json
 
@@ -89,6 +91,13 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well, with every case")
     parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="write each answer there at once; the same command goes on from what is there, and `accelerate launch` or "
+        "`torchrun` share the contexts between processes",
+    )
+    parser.add_argument(
         "--save-cases",
         type=Path,
         metavar="FILE",
@@ -152,26 +161,32 @@ def run(options: argparse.Namespace) -> None:
     check_cases(options)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    messages = Console(stderr=True)
-    target = options.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    machine = describe_machine(target)
+    team = Team(options.device)
+    messages = Console(stderr=True, quiet=team.process > 0)
+    machine = describe_machine(team.device)
+    store = open_store(options, team, lambda text: messages.print(text, highlight=False, markup=False, soft_wrap=True))
     results: list[Result] = []
     settings: dict[str, Any] = {}
     for kind in dict.fromkeys(task.kind for task in options.tasks):
-        name, model, contexts = prepare(kind, options, target, messages)
+        name, model, contexts = prepare(kind, options, team.device, messages)
         if options.save_cases is not None:
             save_contexts(contexts, name, options.save_cases)
             messages.print(f"Wrote {options.save_cases}", highlight=False, soft_wrap=True)
             return
         settings |= {"model" if kind == "needles" else "recall_model": name} | settings_of(model)
         caches = {name: CACHES[name] for name in options.caches}
+        evaluation = Evaluation(model, caches, options.budgets, options.protocols, store)
         with ProgressBar(messages) as progress:
-            results += Evaluation(model, caches, options.budgets, options.protocols).run(contexts, progress)
+            evaluation.measure(contexts, progress, team.process, team.num_processes)
+        team.share(store)
+        results += evaluation.results(contexts)
+    if team.process > 0:
+        return
     record = {
         "rows": [report.as_row(result) for result in results],
         "settings": settings | {"seed": options.seed, "limit": options.limit},
         "command": command_of(options),
-        "machine": machine | {"load_average_after": load_average()},
+        "machine": machine | {"processes": team.num_processes, "load_average_after": load_average()},
         "versions": describe_versions("pyramid_cache", "torch", "transformers"),
     }
     if options.json is not None:
@@ -179,6 +194,18 @@ def run(options: argparse.Namespace) -> None:
     report.show(record)
     if options.json is not None:
         messages.print(f"Wrote {options.json}", highlight=False, soft_wrap=True)
+
+
+def open_store(options: argparse.Namespace, team: Team, announce: Callable[[str], None]) -> CellStore:
+    """Where answers go: to the folder of `--out`, if it has none of another model, type, seed, or version."""
+    settings = {
+        "model": options.model or weights.MODEL_NAME,
+        "dtype": options.dtype or default_dtype(team.device),
+        "device": team.device.type,
+        "seed": options.seed,
+        "versions": describe_versions("pyramid_cache", "torch", "transformers"),
+    }
+    return CellStore(options.out, settings, team.process, announce)
 
 
 def check_cases(options: argparse.Namespace) -> None:

@@ -7,8 +7,9 @@ measured.
 """
 
 import copy
+import functools
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,6 +18,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from pyramid_cache.engine.architectures import CACHE_ARGUMENT
 from pyramid_cache.engine.cache import CompressedCache
 from pyramid_cache.evaluation.caches import BASELINE, EvaluatedCache
+from pyramid_cache.evaluation.cells import ALL_QUESTIONS, Cell, CellKey, CellStore
 from pyramid_cache.evaluation.reading import Reader, Reading, full_cache
 from pyramid_cache.evaluation.tasks import Context, Question
 from pyramid_cache.weights import ProgressCallback
@@ -77,6 +79,7 @@ class Evaluation:
         caches (`dict[str, EvaluatedCache]`): By name.
         budgets (`Sequence[float]`): Fractions of the prompt; each cache gets each of them.
         protocols (`Sequence[str]`): Of `PROTOCOLS`.
+        store (`CellStore`, *optional*): Takes what is measured. What it holds already is not measured again.
     """
 
     def __init__(
@@ -85,12 +88,13 @@ class Evaluation:
         caches: dict[str, EvaluatedCache],
         budgets: Sequence[float],
         protocols: Sequence[str] = PROTOCOLS,
+        store: CellStore | None = None,
     ) -> None:
         self.model = model
         self.caches = caches
         self.budgets = budgets
         self.protocols = protocols
-        self.results: dict[tuple[str, str, str, float], Result] = {}
+        self.store = CellStore() if store is None else store
 
     def run(self, contexts: Sequence[Context], progress: ProgressCallback) -> list[Result]:
         """
@@ -103,90 +107,128 @@ class Evaluation:
         Returns:
             `list[Result]`: One per task, protocol, cache and budget, the full cache first.
         """
-        total = len(self.protocols) * sum(len(context.questions) for context in contexts)
+        self.measure(contexts, progress)
+        return self.results(contexts)
+
+    def measure(
+        self, contexts: Sequence[Context], progress: ProgressCallback, process: int = 0, num_processes: int = 1
+    ) -> None:
+        """
+        Asks the questions of each `num_processes`-th context from the `process`-th on, as far as the store has no answers.
+        """
+        own = list(enumerate_by_task(contexts))[process::num_processes]
+        total = len(self.protocols) * sum(len(context.questions) for _, context in own)
         counter = itertools.count(1)
-        for context in contexts:
-            for num_questions in self._ask(context):
+        for index, context in own:
+            for num_questions in self._ask(index, context):
                 for _ in range(num_questions):
                     progress(context.task, next(counter), total)
-        return list(self.results.values())
 
-    def _ask(self, context: Context) -> Iterator[int]:
+    def results(self, contexts: Sequence[Context]) -> list[Result]:
+        """What the store holds of all questions of these contexts, in an order that does not depend on who asked them when."""
+        known = {(context.task, index) for index, context in enumerate_by_task(contexts)}
+        settings = [(BASELINE, 1.0), *itertools.product(self.caches, self.budgets)]
+        tasks = dict.fromkeys(context.task for context in contexts)
+        order = itertools.product(tasks, self.protocols, settings)
+        results = {(*place, *setting): Result(*place, *setting) for *place, setting in order}
+        for key, cell in sorted(self.store.cells.items()):
+            result = results.get((key.task, key.protocol, key.cache, key.budget))
+            if result is not None and (key.task, key.context) in known:
+                result.scores += itertools.starmap(Score, zip(cell.token_accuracy, cell.log_likelihood, strict=True))
+                result.held_shares.append(cell.held_share)
+        return [result for result in results.values() if result.scores]
+
+    def _ask(self, index: int, context: Context) -> Iterator[int]:
         """Asks the questions of one context; yields how many are done."""
-        reader = Reader(self.model, self._batch([context.ids]))
+        # Where all is known already, there is nothing to read.
+        find_reader = functools.cache(lambda: Reader(self.model, self._batch([context.ids])))
         if "context" in self.protocols:
-            self._ask_after_context(context, reader.context)
+            self._ask_after_context(index, context, find_reader)
             yield len(context.questions)
         # Answers of one token follow from a full reading of the prompt: there is nothing to ask a cache.
-        in_view = [question for question in context.questions if len(question.answer) > 1]
+        in_view = [number for number, question in enumerate(context.questions) if len(question.answer) > 1]
         if "question" in self.protocols:
-            for question in in_view:
-                self._ask_in_view(context, question, reader)
+            for number in in_view:
+                self._ask_in_view(index, context, number, find_reader)
                 yield 1
             yield len(context.questions) - len(in_view)
-        self._ask_streams(context, in_view, reader.context)
+        self._ask_streams(index, context, in_view, find_reader)
 
-    def _ask_after_context(self, context: Context, reading: Reading) -> None:
+    def _ask_after_context(self, index: int, context: Context, find_reader: Callable[[], Reader]) -> None:
+        missing = self._missing(context.task, index, ALL_QUESTIONS, "context", "dense", "own")
+        if not missing:
+            return
+        reading = find_reader().context
         full = full_cache(self.model, reading)
-        self._note(context, "context", BASELINE, 1.0, self._answer_all(full, context.questions))
-        for name, budget in self._settings_of("dense", "own"):
-            if self.caches[name].reading == "dense":
-                cache = self._fill(name, budget, reading)
+        for key in missing:
+            if key.cache == BASELINE:
+                cache = full
+            elif self.caches[key.cache].reading == "dense":
+                cache = self._fill(key, reading)
             else:
-                cache, _ = self._read(name, budget, context.ids)
-            result = self._note(context, "context", name, budget, self._answer_all(cache, context.questions))
-            result.held_shares.append(cache.nbytes / num_bytes(full))
+                cache, _ = self._read(key, context.ids)
+            self._note(key, self._answer_all(cache, context.questions), num_bytes(cache) / num_bytes(full))
 
-    def _ask_in_view(self, context: Context, question: Question, reader: Reader) -> None:
-        reading = reader.with_question(self._batch([question.ids]))
-        full = full_cache(self.model, reading)
-        full_bytes = num_bytes(full)
-        score = self._finish(full, reading.logits, question)
-        self._note(context, "question", BASELINE, 1.0, [score])
-        for name, budget in self._settings_of("dense", "own"):
-            if self.caches[name].reading == "dense":
-                cache, logits = self._fill(name, budget, reading), reading.logits
-            else:
-                cache, logits = self._read(name, budget, context.ids + question.ids)
-            held_share = cache.nbytes / full_bytes
-            result = self._note(context, "question", name, budget, [self._finish(cache, logits, question)])
-            result.held_shares.append(held_share)
-
-    def _ask_streams(self, context: Context, in_view: Sequence[Question], reading: Reading) -> None:
-        """Both protocols at once: they are the same to these caches, but for a budget that counts the question as well."""
+    def _ask_in_view(self, index: int, context: Context, number: int, find_reader: Callable[[], Reader]) -> None:
+        missing = self._missing(context.task, index, number, "question", "dense", "own")
+        if not missing:
+            return
+        question = context.questions[number]
+        reading = find_reader().with_question(self._batch([question.ids]))
         full_bytes = num_bytes(full_cache(self.model, reading))
-        for name, budget in self._settings_of("stream"):
-            cache, _ = self._read(name, budget, context.ids)
-            scores = self._answer_all(cache, context.questions)
-            for protocol in self.protocols:
-                asked = context.questions if protocol == "context" else in_view
-                if asked:
-                    pairs = zip(scores, context.questions, strict=True)
-                    found = [score for score, question in pairs if protocol == "context" or len(question.answer) > 1]
-                    result = self._note(context, protocol, name, budget, found)
-                    result.held_shares.append(cache.nbytes / full_bytes)
+        for key in missing:
+            logits = reading.logits
+            if key.cache == BASELINE:
+                cache = full_cache(self.model, reading)
+            elif self.caches[key.cache].reading == "dense":
+                cache = self._fill(key, reading)
+            else:
+                cache, logits = self._read(key, context.ids + question.ids)
+            held_share = num_bytes(cache) / full_bytes
+            self._note(key, [self._finish(cache, logits, question)], held_share)
 
-    def _settings_of(self, *readings: str) -> list[tuple[str, float]]:
-        """The caches that read prompts in one of these ways, with each budget."""
+    def _ask_streams(
+        self, index: int, context: Context, in_view: Sequence[int], find_reader: Callable[[], Reader]
+    ) -> None:
+        """Both protocols at once: they are the same to these caches, but for a budget that counts the question as well."""
+        asked = {"context": list(range(len(context.questions))), "question": in_view}
+        by_setting: dict[tuple[str, float], list[CellKey]] = {}
+        for protocol in self.protocols:
+            for key in self._missing(context.task, index, ALL_QUESTIONS, protocol, "stream"):
+                if asked[protocol]:
+                    by_setting.setdefault((key.cache, key.budget), []).append(key)
+        for keys in by_setting.values():
+            cache, _ = self._read(keys[0], context.ids)
+            held_share = num_bytes(cache) / num_bytes(full_cache(self.model, find_reader().context))
+            scores = self._answer_all(cache, context.questions)
+            for key in keys:
+                self._note(key, [scores[number] for number in asked[key.protocol]], held_share)
+
+    def _missing(self, task: str, index: int, question: int, protocol: str, *readings: str) -> list[CellKey]:
+        """What has not been measured of the caches that read prompts in one of these ways; of the full one too if "dense"."""
         names = [name for name, cache in self.caches.items() if cache.reading in readings]
-        return list(itertools.product(names, self.budgets))
+        settings = list(itertools.product(names, self.budgets))
+        if "dense" in readings:
+            settings.insert(0, (BASELINE, 1.0))
+        keys = [CellKey(task, index, question, protocol, *setting) for setting in settings]
+        return [key for key in keys if key not in self.store]
 
     # Reading.
 
     def _batch(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
         return torch.tensor(rows, device=self.model.device)
 
-    def _fill(self, name: str, budget: float, reading: Reading) -> CompressedCache:
+    def _fill(self, key: CellKey, reading: Reading) -> CompressedCache:
         """A new cache that holds what it keeps of a prompt that was read with full attention."""
-        cache = self.caches[name].build(self.model, budget, reading.num_tokens)
+        cache = self.caches[key.cache].build(self.model, key.budget, reading.num_tokens)
         with torch.no_grad():
             cache.replay(reading.layers)
         return cache
 
     @torch.no_grad()
-    def _read(self, name: str, budget: float, ids: list[int]) -> tuple[CompressedCache, torch.Tensor]:
+    def _read(self, key: CellKey, ids: list[int]) -> tuple[CompressedCache, torch.Tensor]:
         """A new cache that has read a prompt itself, and the logits `(1, vocabulary)` of its last token."""
-        cache = self.caches[name].build(self.model, budget, len(ids))
+        cache = self.caches[key.cache].build(self.model, key.budget, len(ids))
         return cache, self.model(self._batch([ids]), **{CACHE_ARGUMENT: cache}, logits_to_keep=1).logits[:, -1]
 
     # Answers.
@@ -213,11 +255,16 @@ class Evaluation:
         logits = self.model(answer[:, :-1], **{CACHE_ARGUMENT: cache}).logits
         return score_answers(torch.cat([first_logits[:, None], logits], dim=1), answer)[0]
 
-    def _note(self, context: Context, protocol: str, cache: str, budget: float, scores: Iterable[Score]) -> Result:
-        key = (context.task, protocol, cache, budget)
-        result = self.results.setdefault(key, Result(*key))
-        result.scores.extend(scores)
-        return result
+    def _note(self, key: CellKey, scores: Sequence[Score], held_share: float) -> None:
+        accuracies, likelihoods = zip(*((score.token_accuracy, score.log_likelihood) for score in scores), strict=True)
+        self.store.add(Cell(key, list(accuracies), list(likelihoods), held_share))
+
+
+def enumerate_by_task(contexts: Sequence[Context]) -> Iterator[tuple[int, Context]]:
+    """Each context with its rank among those of its task."""
+    counters: dict[str, Iterator[int]] = {}
+    for context in contexts:
+        yield next(counters.setdefault(context.task, itertools.count())), context
 
 
 def score_answers(logits: torch.Tensor, answers: torch.Tensor) -> list[Score]:
@@ -243,6 +290,8 @@ def groups_of_equal_length(questions: Sequence[Question], largest: int) -> Itera
         yield from (indices[start : start + largest] for start in range(0, len(indices), largest))
 
 
-def num_bytes(cache: DynamicCache) -> int:
-    """What the keys and values of a full cache take."""
+def num_bytes(cache: Cache) -> int:
+    """What a cache takes: a full one its keys and values."""
+    if isinstance(cache, CompressedCache):
+        return cache.nbytes
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)

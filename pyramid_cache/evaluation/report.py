@@ -35,7 +35,7 @@ def as_row(result: Result) -> dict[str, Any]:
         "exact_match": statistics.mean(score.is_exact for score in scores),
         "token_accuracy": statistics.mean(score.token_accuracy for score in scores),
         "log_likelihood": statistics.mean(score.log_likelihood for score in scores),
-        "held_share": statistics.mean(result.held_shares) if result.held_shares else 1.0,
+        "held_share": statistics.mean(result.held_shares),
         "cases": {
             "token_accuracy": [round(score.token_accuracy, DECIMALS) for score in scores],
             "log_likelihood": [round(score.log_likelihood, DECIMALS) for score in scores],
