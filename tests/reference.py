@@ -350,7 +350,7 @@ class ReferenceScore:
 class SnapKVScore(ReferenceScore):
     """The attention of the last queries, averaged over neighbours; the last tokens stay."""
 
-    def __init__(self, window_size: int = 64, kernel_size: int = 7) -> None:
+    def __init__(self, window_size: int = 64, kernel_size: int = 5) -> None:
         self.window_size = window_size
         self.kernel_size = kernel_size
 

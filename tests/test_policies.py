@@ -214,17 +214,17 @@ def test_by_hand(name: str) -> None:
 # The schedule of PyramidKV.
 
 
-def filled(total: int, line: list[Fraction], most: int) -> list[Fraction]:
-    """Water poured into glasses as wide as a line says, none holding less than 1 or more than `most`: exact levels."""
-    for scale in sorted({bound / width for width in line for bound in (1, most)}):
+def filled(total: int, line: list[Fraction], least: int, most: int) -> list[Fraction]:
+    """Water poured into glasses as wide as a line says, none holding less than `least` or more than `most`: exact levels."""
+    for scale in sorted({bound / width for width in line for bound in (least, most)}):
         # Between two such scales the sum rises linearly: the next one that reaches the total bounds it.
-        if sum(min(max(scale * width, 1), most) for width in line) >= total:
-            free = [width for width in line if 1 < scale * width and (scale - Fraction(1, 10**12)) * width < most]
+        if sum(min(max(scale * width, least), most) for width in line) >= total:
+            free = [width for width in line if least < scale * width and (scale - Fraction(1, 10**12)) * width < most]
             bound = sum(
-                min(max((scale - Fraction(1, 10**12)) * width, 1), most) for width in line if width not in free
+                min(max((scale - Fraction(1, 10**12)) * width, least), most) for width in line if width not in free
             )
             level = (total - bound) / sum(free) if free else scale
-            return [min(max(level * width, Fraction(1)), Fraction(most)) for width in line]
+            return [min(max(level * width, Fraction(least)), Fraction(most)) for width in line]
     return [Fraction(most)] * len(line)
 
 
@@ -247,7 +247,8 @@ def test_layers_share_what_uniform_ones_would_keep(num_layers: int, beta: float)
             highest = 2 * (mean - window) - lowest
             steps = max(num_layers - 1, 1)
             line = [highest - (highest - lowest) * depth / steps for depth in range(num_layers)]
-            wanted = filled((mean - window) * num_layers, line, prompt_length - window)
+            least = max(min(8, mean - window), 1)
+            wanted = filled((mean - window) * num_layers, line, least, prompt_length - window)
             for number, exact in zip(kept, wanted, strict=True):
                 assert abs(number - window - exact) < 1, (prompt_length, mean, kept, wanted)
 
@@ -259,8 +260,10 @@ def test_layers_share_what_uniform_ones_would_keep(num_layers: int, beta: float)
         (100, 10, 2, 4.0, (16, 10, 4)),
         # The first layer can take 10 of its 14 only; 8 : 2 of the rest would give the second more than there is, too.
         (12, 10, 2, 4.0, (12, 12, 6)),
-        # The window is half of what is kept at most.
-        (100, 10, 32, 2.0, (13, 10, 7)),
+        # No layer keeps less beside the window than in it: of 9 : 6 : 3, as beta has it, the last one takes 4.
+        (100, 10, 4, 2.0, (12, 10, 8)),
+        # The window is half of what is kept at most, and nothing is left to share out.
+        (100, 10, 32, 2.0, (10, 10, 10)),
         (100, 10, 2, 1.0, (10, 10, 10)),
         (9, 10, 2, 4.0, (10, 10, 10)),
     ],

@@ -55,7 +55,7 @@ class AdaKVCache(PolicyCache):
             Smaller values let heads differ more; 1 is SnapKV.
         window_size (`int`, defaults to 64): How many of the last queries choose, and how many of the last tokens are kept
             for certain in all heads (but no more than half of the budget).
-        kernel_size (`int`, defaults to 7): Odd: over how many neighbouring tokens scores are averaged.
+        kernel_size (`int`, defaults to 5): Odd: over how many neighbouring tokens scores are averaged.
         eviction_interval (`int`, defaults to 32): Generated tokens that come in before as many go. Larger values take more
             memory and less time: on a GPU, the host waits at each eviction to learn how much each head keeps.
 
@@ -90,7 +90,7 @@ class AdaKVCache(PolicyCache):
         *,
         floor_ratio: float = 0.2,
         window_size: int = 64,
-        kernel_size: int = 7,
+        kernel_size: int = 5,
         eviction_interval: int = DEFAULT_EVICTION_INTERVAL,
     ) -> None:
         policy = AdaKVPolicy(window_size=window_size, kernel_size=kernel_size, floor_ratio=floor_ratio)

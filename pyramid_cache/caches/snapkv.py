@@ -9,10 +9,10 @@ Departures from the authors' code: scores are averaged over the query heads of a
 (theirs selects for each query head); the tokens of the window count as part of the budget; and generated tokens, which
 theirs keeps for ever, are scored too, each query taking over its share of the window, so that memory is bounded.
 
-Their settings vary: windows of 16 to 64 queries, kernels of 5 to 13 tokens. The defaults are those that find most of eight
-numbers hidden in 1,024 tokens with SmolLM2-135M-Instruct: at a budget of 0.25, a window of 64 queries instead of 32 raises
-the log-likelihood per token of numbers that are asked for later from -2.2 to -1.9, and a kernel of 7 tokens instead of 5
-to -1.7 (24 questions).
+Their settings vary: windows of 16 to 64 queries, kernels of 5 to 13 tokens. A kernel of 5 is the default of their code. With
+SmolLM2-135M-Instruct, and eight numbers hidden in 1,024 tokens of prose that are asked for later, wider ones find more: at a
+budget of 0.25 a kernel of 7 raises the token accuracy from 0.36 to 0.41 (80 questions). Where facts are two tokens long, as
+those of the recall model of `pyramid-cache evaluate`, they find less: 0.20 of 256 values instead of 0.32.
 """
 
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ class SnapKVPolicy(Policy):
     """A token is worth the attention of the last queries to it and to its neighbours. See `SnapKVCache` for the fields."""
 
     window_size: int = 64
-    kernel_size: int = 7
+    kernel_size: int = 5
 
     def __post_init__(self) -> None:
         for name in ("window_size", "kernel_size"):
@@ -65,7 +65,7 @@ class SnapKVCache(PolicyCache):
         window_size (`int`, defaults to 64): How many of the last queries choose, and how many of the last tokens are kept
             for certain (but no more than half of the budget). Larger values see more of a long question, and leave less room
             for the rest.
-        kernel_size (`int`, defaults to 7): Odd: over how many neighbouring tokens scores are averaged. Larger values keep
+        kernel_size (`int`, defaults to 5): Odd: over how many neighbouring tokens scores are averaged. Larger values keep
             longer passages, and fewer of them; 1 scores each token alone.
         eviction_interval (`int`, defaults to 32): Generated tokens that come in before as many go. Larger values take more
             memory and less time.
@@ -99,7 +99,7 @@ class SnapKVCache(PolicyCache):
         budget: float | int | str = 0.2,
         *,
         window_size: int = 64,
-        kernel_size: int = 7,
+        kernel_size: int = 5,
         eviction_interval: int = DEFAULT_EVICTION_INTERVAL,
     ) -> None:
         policy = SnapKVPolicy(window_size=window_size, kernel_size=kernel_size)
