@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,10 @@ def check_output(option: str, path: Path | None) -> None:
 def write_json(record: dict[str, Any], path: Path) -> None:
     """Writes a record in one step: whoever reads the file meanwhile finds the old one or the new one."""
     text = json.dumps(record, indent=2) + "\n"
+    # Lists of numbers in one line each.
+    text = re.sub(
+        r"\[\n[\s\d.,eE+-]+\]", lambda found: " ".join(found[0].split()).replace("[ ", "[").replace(" ]", "]"), text
+    )
     target = path.resolve()
     if path.exists() and not target.is_file():  # a pipe or a terminal, such as /dev/stdout
         path.write_text(text, encoding="utf-8")

@@ -364,6 +364,11 @@ def test_a_stopped_evaluation_loses_nothing_and_repeats_nothing(
     assert cells.read_text() == whole
     monkeypatch.setattr(Reader, "__init__", None)  # nothing is left to read
     assert rows_of([*RESUMED, "--out", str(folder)], tmp_path / "found.json") == wanted
+    assert json.loads((folder / "results.json").read_text())["rows"] == wanted
+    exact = {(row["label"], row["budget"]): f"{row['exact_match']:.2f}" for row in wanted}
+    report = (folder / "report.md").read_text()
+    assert f"DynamicCache: {exact['DynamicCache', 1.0]} / " in report
+    assert f"| KnormCache | {exact['KnormCache', 0.5]} / " in report
 
 
 def test_a_folder_grows_by_caches_and_tasks(tmp_path: Path) -> None:

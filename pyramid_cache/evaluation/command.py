@@ -94,7 +94,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "--out",
         type=Path,
         metavar="FOLDER",
-        help="write each answer there at once; the same command goes on from what is there, and `accelerate launch` or "
+        help="write each answer there at once, and tables at the end; the same command goes on from what is there, and `accelerate launch` or "
         "`torchrun` share the contexts between processes",
     )
     parser.add_argument(
@@ -189,11 +189,15 @@ def run(options: argparse.Namespace) -> None:
         "machine": machine | {"processes": team.num_processes, "load_average_after": load_average()},
         "versions": describe_versions("pyramid_cache", "torch", "transformers"),
     }
-    if options.json is not None:
-        write_json(record, options.json)
+    written = [] if options.json is None else [options.json]
+    if options.out is not None:
+        written.append(options.out / "results.json")
+        (options.out / "report.md").write_text(report.markdown(record), encoding="utf-8")
+    for path in written:
+        write_json(record, path)
     report.show(record)
-    if options.json is not None:
-        messages.print(f"Wrote {options.json}", highlight=False, soft_wrap=True)
+    for path in written:
+        messages.print(f"Wrote {path}", highlight=False, soft_wrap=True)
 
 
 def open_store(options: argparse.Namespace, team: Team, announce: Callable[[str], None]) -> CellStore:

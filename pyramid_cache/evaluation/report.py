@@ -74,11 +74,41 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
     return result
 
 
-def measures(row: dict[str, Any] | None) -> str:
+def markdown(record: dict[str, Any]) -> str:
+    """The tables for a text file: one per task and protocol, a row per cache, a column per budget."""
+    rows = record["rows"]
+    settings, machine = record["settings"], record["machine"]
+    models = " and ".join(settings[key] for key in ("model", "recall_model") if key in settings)
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    lines = [f"# {models}, {settings['dtype']} on {settings['device']}", "", footnote(record), ""]
+    lines += [f"`{record['command']}`", "", f"{machine['processor']}; {versions}.", ""]
+    budgets = sorted({row["budget"] for row in rows if row["cache"] != BASELINE}, reverse=True)
+    for task, protocol in dict.fromkeys((row["task"], row["protocol"]) for row in rows):
+        here = [row for row in rows if (row["task"], row["protocol"]) == (task, protocol)]
+        full = next(row for row in here if row["cache"] == BASELINE)
+        lines += [f"## {task}, {protocol} first", "", f"{full['label']}: {measures(full, ' / ')}", ""]
+        lines += [
+            "| cache | " + " | ".join(f"{budget:g}" for budget in budgets) + " |",
+            "|---" * (len(budgets) + 1) + "|",
+        ]
+        by_cache: dict[str, dict[float, dict[str, Any]]] = {}
+        for row in here:
+            by_cache.setdefault(row["label"], {})[row["budget"]] = row
+        lines += [
+            f"| {label} | " + " | ".join(measures(found.get(budget), " / ") for budget in budgets) + " |"
+            for label, found in by_cache.items()
+            if label != full["label"]
+        ]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def measures(row: dict[str, Any] | None, separator: str = "  ") -> str:
     """Exact match, token accuracy and log-likelihood; empty for what was not measured."""
     if row is None:
         return ""
-    return f"{row['exact_match']:.2f}  {row['token_accuracy']:.2f}  {row['log_likelihood']:6.2f}"
+    figures = (f"{row['exact_match']:.2f}", f"{row['token_accuracy']:.2f}", f"{row['log_likelihood']:.2f}".rjust(6))
+    return separator.join(figures if separator.isspace() else (figure.strip() for figure in figures))
 
 
 def footnote(record: dict[str, Any]) -> str:
