@@ -322,14 +322,14 @@ def slow_attention(query: torch.Tensor, key: torch.Tensor, window: int) -> list[
 def slow_kept(
     attention: list[float], value: torch.Tensor, massive: set[int], kept: int, window: int, kernel: int
 ) -> set[int]:
-    """What a head keeps: massive tokens, then recent ones, then the best by pooled attention times pooled value norms."""
+    """What a head keeps: massive tokens, then recent ones, then the best by attention, its own and the passage's, times value norm."""
     num_tokens = len(attention)
     recent = min(window, kept // 2)
     shown = [attention[i] if i < num_tokens - recent else 0.0 for i in range(num_tokens)]
     score = []
     for i in range(num_tokens):
         near = range(max(i - kernel // 2, 0), min(i + kernel // 2 + 1, num_tokens))
-        score.append(sum(shown[j] for j in near) * sum(value[j].abs().sum().item() for j in near))
+        score.append((shown[i] + sum(shown[j] for j in near) / kernel) * value[i].abs().sum().item())
     order = sorted(range(num_tokens), key=lambda i: (i in massive, i >= num_tokens - recent, score[i]), reverse=True)
     return set(order[:kept])
 

@@ -11,11 +11,11 @@ Beside massive tokens and the latest ones each KV head keeps those with the most
 
 Departures from these sources: budgets are equal, or follow measured attention, of the prompt or from a profile, and only
 `preset` the fixed split into dense and sparse layers (docs/massive-activations.md has what each of them loses); sparse layers
-keep their massive tokens within their window; and attention and norms are averaged over neighbours instead of taking the
-largest attention and a token's own norm. Of eight numbers in 1,024 tokens, asked for later, SmolLM2-135M-Instruct gives (48
-questions, log-likelihood per token at budgets of 0.5, 0.25, 0.1) -1.14, -1.57 and -2.49 so, -1.07, -1.68 and -2.48 with the
-largest attention, -1.08, -1.54 and -2.44 with average attention and own norms; but the latter two tear keys from their values:
-the recall model finds 0.47, 0.22 and 0.09 of its pairs so, 0.44, 0.16 and 0.07, and 0.34, 0.14 and 0.06 with them.
+keep their massive tokens within their window; and to the attention of a token that of the passage around it is added, the
+average over its neighbours, so that facts are neither lost in their neighbourhood nor torn apart. Of eight numbers in 1,024
+tokens SmolLM2-135M-Instruct gives with the question in view (24 questions, exact answers at budgets of 0.5, 0.25 and 0.1)
+0.96, 0.92 and 0.04 so, and 0.58, 0.42 and 0.00 with SnapKV's scores; the recall model finds 0.77, 0.45 and 0.17 of its
+pairs so, and 0.68, 0.32 and 0.13 with those.
 """
 
 import os
@@ -96,15 +96,15 @@ class MassiveToken:
 @dataclass(frozen=True)
 class MassiveActivationPolicy(Policy):
     """
-    A token is worth the attention of the last queries around it, times the norm of the values around it. See `MassiveActivationCache`
-    for the fields.
+    A token is worth the attention of the last queries to it and to the passage around it, times the norm of its value. See
+    `MassiveActivationCache` for the fields.
     """
 
     profile: str | None = None
     preset: str | None = None
     follow_attention: bool = False
     window_size: int = 64
-    kernel_size: int = 7
+    kernel_size: int = 13
 
     def __post_init__(self) -> None:
         if self.preset is not None and (not isinstance(self.preset, str) or self.preset not in PRESETS):
@@ -129,12 +129,11 @@ class MassiveActivationPolicy(Policy):
     def score(self, view: ScoringView) -> torch.Tensor:
         is_recent = view.is_recent(self.window_size)
         # The window looks at itself most: its neighbours would be kept for that alone.
-        attention = view.pool(view.attention.masked_fill(is_recent, 0), self.kernel_size)
+        attention = view.attention.masked_fill(is_recent, 0)
+        attention = attention + view.pool(attention, self.kernel_size)
         # Not infinity: where the budget does not hold both, massive tokens come before recent ones.
         highest = torch.finfo(torch.float32).max
         norms = torch.linalg.vector_norm(view.value, ord=1, dim=-1, dtype=torch.float32)
-        # A passage stays together: each token's own norm would tear it apart again.
-        norms = view.pool(norms, self.kernel_size)
         return (attention * norms).masked_fill(is_recent, highest)
 
 
@@ -450,7 +449,7 @@ class MassiveActivationCache(PolicyCache):
         window_size (`int`, defaults to 64): How many of the last queries choose, and how many of the last tokens are kept
             for certain (but no more than half of what a layer keeps). While an answer is generated, each token takes over
             `1 / window_size` of that attention.
-        kernel_size (`int`, defaults to 7): Odd: over how many neighbouring tokens attention is averaged. Larger values keep
+        kernel_size (`int`, defaults to 13): Odd: over how many tokens the attention to a passage is averaged. Larger values keep
             longer passages, and fewer of them; 1 scores each token alone.
         eviction_interval (`int`, defaults to 32): Generated tokens that come in before as many go. Larger values take more
             memory and less time.
@@ -491,7 +490,7 @@ class MassiveActivationCache(PolicyCache):
         preset: str | None = None,
         follow_attention: bool = False,
         window_size: int = 64,
-        kernel_size: int = 7,
+        kernel_size: int = 13,
         eviction_interval: int = DEFAULT_EVICTION_INTERVAL,
     ) -> None:
         model = model_inside(config)
