@@ -470,6 +470,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of torch")
+    parser.add_argument("--every-case", action="store_true", help="write every case as well, some megabytes")
     parser.add_argument(
         "--check", action="store_true", help="compare with kvpress's own hooks on two contexts, and stop"
     )
@@ -489,7 +490,7 @@ def chosen_contexts(path: Path, tasks: Sequence[str] | None, limit: int | None) 
 
 
 def main() -> None:
-    """Run the presses over the cases, print a table and write it with every case to a file."""
+    """Run the presses over the cases, print a table and write it to a file."""
     arguments = parse_arguments()
     torch.set_num_threads(arguments.threads)
     disable_progress_bar()
@@ -520,7 +521,9 @@ def main() -> None:
         rows: list[dict[str, Any]] = []
         for more in measure(model, contexts, arguments.protocols, settings):
             rows += more
-            report |= {"seconds": time.perf_counter() - start, "summary": summarise(rows), "cases": rows}
+            report |= {"seconds": time.perf_counter() - start, "summary": summarise(rows)}
+            if arguments.every_case:
+                report["cases"] = rows
             arguments.out.write_text(json.dumps(report, indent=1))  # a run of an hour may be stopped half-way
         print_table(report["summary"])
     report["seconds"] = time.perf_counter() - start
