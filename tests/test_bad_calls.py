@@ -1230,3 +1230,15 @@ def test_position_ids_with_gaps_are_refused_by_streaming_llm() -> None:
         torch.testing.assert_close(shifted.logits, plain.logits, atol=1e-4, rtol=0)
         with pytest.raises(ValueError, match="position_ids"):
             model(tokens, position_ids=2 * torch.arange(40)[None], past_key_values=StreamingLLMCache(model, 12))
+
+
+@pytest.mark.parametrize("cache_class", [SnapKVCache, H2OCache])
+def test_generate_without_new_tokens_is_refused_with_what_it_takes(
+    cache_class: type[SnapKVCache] | type[H2OCache],
+) -> None:
+    """A question alone, behind a context that the cache has read: `generate` takes it for the whole history."""
+    model = tiny_model("llama")
+    cache = cache_class(model.config, budget=12)
+    model.generate(random_tokens(1, 40), past_key_values=cache, max_new_tokens=2)
+    with pytest.raises(ValueError, match="seen 41 tokens.*Give it the history with new tokens behind it"):
+        model.generate(random_tokens(1, 4), past_key_values=cache, max_new_tokens=2)

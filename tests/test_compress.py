@@ -6,6 +6,7 @@ import pytest
 import torch
 from caches import CACHE_CASES, CacheCase, every_cache
 from models import build_model, random_tokens, tiny_model
+from transformers import PreTrainedModel
 
 from pyramid_cache import AdaKVCache, SnapKVCache
 from pyramid_cache.engine.cache import CompressedCache
@@ -17,6 +18,12 @@ def held_sets(cache: CompressedCache) -> list[list[list[list[int]]]]:
         [[sorted(token for token in head.tolist() if token >= 0) for head in row] for row in cache.positions(index)]
         for index in range(len(cache.layers))
     ]
+
+
+def nbytes_of_a_prompt(model: PreTrainedModel, cache: CompressedCache) -> int:
+    """The bytes of a cache that has read 40 tokens in each of two rows, and generated none."""
+    model(random_tokens(2, 40), past_key_values=cache)
+    return cache.nbytes
 
 
 @torch.no_grad()
@@ -43,6 +50,8 @@ def test_generated_tokens_are_evicted_down_to_the_budget(cache_class: type[SnapK
     before = held_sets(cache)
     cache.compress()
     assert cache.num_kept_tokens() == [12] * 3
+    # No slot is left that holds nothing.
+    assert cache.nbytes == nbytes_of_a_prompt(model, cache_class(model.config, **settings))
     for layer, after in zip(before, held_sets(cache), strict=True):
         for rows, kept_rows in zip(layer, after, strict=True):
             for tokens, kept in zip(rows, kept_rows, strict=True):

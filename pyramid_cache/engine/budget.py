@@ -125,8 +125,8 @@ def bytes_to_tokens(
     if num_tokens < 1:
         least = num_layers * batch_size * bytes_per_token * (1 + num_spare_slots)
         raise ValueError(
-            f"A budget of {num_bytes:,} bytes cannot hold one token per layer for {batch_size} rows in {num_layers} "
-            f"layers: that takes {least:,} bytes. Raise the budget."
+            f"A budget of {num_bytes:,} bytes cannot hold one token, and the {num_spare_slots} that may come in before others go, for "
+            f"{batch_size} rows in {num_layers} layers: that takes {least:,} bytes. Raise the budget."
         )
     return min(num_tokens, MAX_TOKENS)
 

@@ -686,7 +686,14 @@ class CompressedLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """The mask is asked for in coordinates of everything seen; `attend` takes from it what it needs."""
-        return self.get_seq_length() + query_length, 0
+        num_seen = self.get_seq_length()
+        if query_length == 0:
+            raise ValueError(
+                f"The cache has seen {num_seen} tokens, and what `generate` was given is no longer: it takes its input for the whole "
+                "history and finds nothing new at the end. Give it the history with new tokens behind it, or new tokens and an "
+                "attention mask over everything seen; for another prompt a new cache."
+            )
+        return num_seen + query_length, 0
 
     def get_max_length(self) -> int:
         """No limit to what may be seen."""

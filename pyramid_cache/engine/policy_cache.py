@@ -287,7 +287,7 @@ class PolicyLayer(CompressedLayer):
             return
         if self.positions is not None:
             self._evict([True] * self.batch_size)
-            if self.keys.shape[2] > self.max_slots:  # the layer's share of the budget has become smaller
+            if self.keys.shape[2] > self.length:  # slots for tokens that would have come in before as many go
                 self._resize(self.length)
             return
         attention = None if self.attention is None else self.attention[..., : self.length]

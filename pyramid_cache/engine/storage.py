@@ -105,8 +105,8 @@ def settings_of(cache: "CompressedCache") -> dict[str, Any]:
     """The settings of a cache, as JSON has them."""
     if cache.settings is None:
         raise ValueError(
-            f"{type(cache).__name__} does not tell its settings, so it could not be loaded again. Pass them on to "
-            "`CompressedCache.__init__(..., settings=...)`."
+            f"{type(cache).__name__} does not tell its settings, so it could not be loaded again. Derive a class "
+            "whose constructor takes them by name (of a `PolicyCache`: the fields of its policy; docs/write-a-policy.md has one)."
         )
     settings = {}
     for name, value in cache.settings.items():

@@ -92,5 +92,6 @@ def summary(record: dict[str, Any]) -> str:
     return (
         f"{found} Sinks, local: the share of attention that massive tokens and the last {record['settings']['window']} tokens get "
         "from the last queries. Support: the share of all tokens that gets 0.95 of it. Keys and values, hidden states, both: "
-        "massive tokens over all texts as each tells them."
+        "massive tokens over all texts as each tells them of what comes into the layer, where the largest values are of what "
+        "comes out."
     )
