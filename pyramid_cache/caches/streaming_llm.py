@@ -21,7 +21,14 @@ from pyramid_cache.engine.attention import AttentionCall
 from pyramid_cache.engine.budget import read_count
 from pyramid_cache.engine.cache import CompressedCache, check_decoder_config, model_inside
 from pyramid_cache.engine.layer import CompressedLayer, LayerPlace
-from pyramid_cache.engine.rope import RotaryFrequencies, SharedFrequencies, refuse_unsupported_rope
+from pyramid_cache.engine.rope import (
+    FREQUENCY_TENSORS,
+    RotaryFrequencies,
+    SharedFrequencies,
+    export_frequencies,
+    import_frequencies,
+    refuse_unsupported_rope,
+)
 from pyramid_cache.engine.selection import gather_tokens
 from pyramid_cache.engine.tokens import MaskReader, Tokens
 from pyramid_cache.ops import decode_attention
@@ -71,7 +78,7 @@ class StreamingLLMLayer(CompressedLayer):
     row_tensors = ("next_position", "column_positions", "sink_keys")
     state_numbers = (*CompressedLayer.state_numbers, "base")
     extra_numbers = ("rotary",)
-    extra_tensors = ("inv_freq", "long_inv_freq")
+    extra_tensors = FREQUENCY_TENSORS
 
     def __init__(
         self,
@@ -368,32 +375,13 @@ class StreamingLLMLayer(CompressedLayer):
     def export_state(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """The frequencies too: the sinks are moved before the attention module, which tells them, is seen again."""
         numbers, tensors = super().export_state()
-        numbers["rotary"] = None
-        if self.rotary is not None:
-            longest = self.rotary.original_max_position_embeddings
-            numbers["rotary"] = {"layout": self.rotary.layout, "original_max_position_embeddings": longest}
-            frequencies = {"inv_freq": self.rotary.inv_freq, "long_inv_freq": self.rotary.long_inv_freq}
-            tensors |= {name: tensor for name, tensor in frequencies.items() if tensor is not None}
-        return numbers, tensors
+        numbers["rotary"], frequencies = export_frequencies(self.rotary)
+        return numbers, tensors | frequencies
 
     def import_state(self, numbers: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         super().import_state(numbers, tensors)
-        inv_freq, long_inv_freq = tensors.get("inv_freq"), tensors.get("long_inv_freq")
-        match numbers["rotary"]:
-            case None if inv_freq is None and long_inv_freq is None:
-                return
-            case {"layout": "half" | "interleaved" as layout, "original_max_position_embeddings": longest}:
-                is_long = type(longest) is int and longest > 0
-                if inv_freq is None or is_long != (long_inv_freq is not None) or not (is_long or longest is None):
-                    raise ValueError("the rotary frequencies are incomplete")
-            case other:
-                raise ValueError(f"`rotary` is {other!r}")
-        for tensor in (inv_freq, inv_freq if long_inv_freq is None else long_inv_freq):
-            if tensor.dtype != torch.float32 or tensor.shape != inv_freq.shape or tensor.dim() != 1:
-                raise ValueError(f"rotary frequencies are {tensor.dtype} {tuple(tensor.shape)}")
-        if not 0 < 2 * len(inv_freq) <= self._key_shape[1]:
-            raise ValueError(f"{len(inv_freq)} rotary frequencies do not fit heads of width {self._key_shape[1]}")
-        self.rotary = self.rotations.shared(RotaryFrequencies(inv_freq, layout, long_inv_freq, longest))
+        rotary = import_frequencies(numbers["rotary"], tensors, self._key_shape[1])
+        self.rotary = None if rotary is None else self.rotations.shared(rotary)
 
     def check_state(self) -> None:
         longest = max(self.row_lengths)

@@ -200,10 +200,9 @@ class CompressedLayer(CacheLayerMixin):
             self._write(key_states, value_states)
             keys, values = self.keys[:, :, : self.length], self.values[:, :, : self.length]
         else:
-            for name, tensor in self._sorted_slots().items():
-                setattr(self, name, tensor)
-            keys = torch.cat([self.keys[:, :, : self.length], key_states], dim=2)
-            values = torch.cat([self.values[:, :, : self.length], value_states], dim=2)
+            self._slots_in_order = held = self._take_slots()
+            keys = torch.cat([held["keys"], key_states], dim=2)
+            values = torch.cat([held["values"], value_states], dim=2)
         self.num_seen = self.num_seen + num_new if self.incoming is None else self.incoming.num_seen
         return keys, values
 
@@ -409,7 +408,8 @@ class CompressedLayer(CacheLayerMixin):
             self.column_positions = seen.positions if seen.has_gaps else None
             self.columns_ascend = seen.is_ascending
         else:
-            tokens = self._behind_slots(seen, self.positions, num_new)
+            tokens = self._behind_slots(seen, self._slots_in_order["positions"], num_new)
+            self._slots_in_order = None
         self.row_lengths, self.row_held = list(tokens.row_lengths), list(tokens.row_present)
         self.next_position = self.per_row(self.row_lengths)
         self.row_kept = [self.num_tokens_to_keep(length) for length in self.row_lengths]
@@ -471,8 +471,11 @@ class CompressedLayer(CacheLayerMixin):
         """All that attention must see: what is held, what is recorded, and the new tokens, which wait for `attend`."""
         self._arriving = own_storage(key_states), own_storage(value_states)
         self._slots_in_order = None if self.positions is None else self._sorted_slots()
-        held = self._slots_in_order or {"keys": self.keys, "values": self.values}
-        parts = [] if self.keys is None else [(held["keys"][:, :, : self.length], held["values"][:, :, : self.length])]
+        parts = []
+        if self._slots_in_order is not None:
+            parts = [(self._slots_in_order["keys"], self._slots_in_order["values"])]
+        elif self.keys is not None:
+            parts = [(self.keys[:, :, : self.length], self.values[:, :, : self.length])]
         parts += [(chunk.key, chunk.value) for chunk in self.recorded]
         if not parts:
             return self._arriving
@@ -489,8 +492,8 @@ class CompressedLayer(CacheLayerMixin):
             )
         tokens = seen
         if self.positions is not None:
-            num_columns = call.num_keys - self.length
-            tokens = self._behind_slots(seen, self._slots_in_order["positions"], num_columns)
+            slot_positions = self._slots_in_order["positions"]
+            tokens = self._behind_slots(seen, slot_positions, call.num_keys - slot_positions.shape[-1])
         output = self.attend_recorded(call, tokens)
         (key, value), self._arriving, self._slots_in_order = self._arriving, None, None
         self.recorded.append(RecordedChunk.of(call, key, value, seen))
@@ -623,6 +626,13 @@ class CompressedLayer(CacheLayerMixin):
         """Copies of the slots in order of their positions, empty ones first, for when more than one token is added."""
         order = self.positions[..., : self.length].argsort(dim=-1)
         return {name: gather_tokens(getattr(self, name), order) for name in self.slot_tensors}
+
+    def _take_slots(self) -> dict[str, torch.Tensor]:
+        """The slots in order, which the layer goes on with."""
+        held = self._sorted_slots()
+        for name, tensor in held.items():
+            setattr(self, name, tensor)
+        return held
 
     def keep(
         self, key: torch.Tensor, value: torch.Tensor, tokens: Tokens, indices: torch.Tensor, num_free: int = 0

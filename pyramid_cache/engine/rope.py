@@ -35,6 +35,9 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 # Primes near the powers of eight: all exact in float32, and far enough apart that slow pairs turn too.
 PROBE_POSITIONS = (1, 7, 61, 509, 4093, 32749, 262139, 2097143)
 
+# What `export_frequencies` calls its tensors.
+FREQUENCY_TENSORS = ("inv_freq", "long_inv_freq")
+
 WAY_OUT = "Use a cache that leaves keys at the positions the model gave them."
 
 
@@ -269,6 +272,45 @@ def refuse_unsupported_rope(config: PreTrainedConfig) -> None:
     config = config.get_text_config(decoder=True)
     for layer_type in dict.fromkeys([None, *(getattr(config, "layer_types", None) or [])]):
         _refuse_by_name(type(config).__name__, _rope_parameters(config, layer_type) or {})
+
+
+def export_frequencies(rotary: RotaryFrequencies | None) -> tuple[dict[str, Any] | None, dict[str, torch.Tensor]]:
+    """Frequencies for a file: what JSON takes, and tensors by the names in `FREQUENCY_TENSORS`."""
+    if rotary is None:
+        return None, {}
+    numbers = {
+        "layout": rotary.layout,
+        "original_max_position_embeddings": rotary.original_max_position_embeddings,
+    }
+    tensors = {name: getattr(rotary, name) for name in FREQUENCY_TENSORS}
+    return numbers, {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+def import_frequencies(
+    numbers: dict[str, Any] | None, tensors: dict[str, torch.Tensor], head_dim: int
+) -> RotaryFrequencies | None:
+    """
+    The frequencies that `export_frequencies` gave, as a file has them.
+
+    Raises:
+        ValueError: They contradict themselves, or do not fit heads of that width.
+    """
+    inv_freq, long_inv_freq = tensors.get("inv_freq"), tensors.get("long_inv_freq")
+    match numbers:
+        case None if inv_freq is None and long_inv_freq is None:
+            return None
+        case {"layout": "half" | "interleaved" as layout, "original_max_position_embeddings": longest}:
+            is_long = type(longest) is int and longest > 0
+            if inv_freq is None or is_long != (long_inv_freq is not None) or not (is_long or longest is None):
+                raise ValueError("the rotary frequencies are incomplete")
+        case other:
+            raise ValueError(f"`rotary` is {other!r}")
+    for tensor in (inv_freq, inv_freq if long_inv_freq is None else long_inv_freq):
+        if tensor.dtype != torch.float32 or tensor.shape != inv_freq.shape or tensor.dim() != 1:
+            raise ValueError(f"rotary frequencies are {tensor.dtype} {tuple(tensor.shape)}")
+    if not 0 < 2 * len(inv_freq) <= head_dim:
+        raise ValueError(f"{len(inv_freq)} rotary frequencies do not fit heads of width {head_dim}")
+    return RotaryFrequencies(inv_freq, layout, long_inv_freq, longest)
 
 
 class SharedFrequencies:
