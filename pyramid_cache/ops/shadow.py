@@ -16,9 +16,14 @@ from types import ModuleType
 
 import torch
 
-from pyramid_cache.ops import shadow_reference
+from pyramid_cache.ops import shadow_cpu, shadow_reference
 from pyramid_cache.ops.launching import has_kernels
 from pyramid_cache.ops.registration import check_dtype, check_query, check_shape, register
+
+
+# Factors and landmarks may be stored in one byte a number; whoever quantises them puts their scale into the other factor of
+# the product.
+QUANTIZED_DTYPES = (torch.int8, torch.float8_e4m3fn)
 
 
 def select_chunks(
@@ -37,7 +42,7 @@ def select_chunks(
         query (`torch.Tensor`): `(batch, heads, rows, head_dim)`, rotated. Without left padding where there are several
             rows: each of them counts.
         landmarks (`torch.Tensor`): `(batch, kv_heads, chunks, head_dim)`, one vector for each chunk: the mean of its
-            keys.
+            keys. In the query's dtype or one of `QUANTIZED_DTYPES`.
         num_chunks (`int`): How many chunks each KV head takes.
         scaling (`float`): Factor on the logits.
         mask (`torch.Tensor`, *optional*): bool `(batch, kv_heads or 1, chunks)`, False for a chunk that must not be
@@ -52,7 +57,7 @@ def select_chunks(
     """
     check_query(query, landmarks, name="landmarks")
     batch, kv_heads, chunks, _ = landmarks.shape
-    check_dtype("landmarks", landmarks, query.dtype)
+    check_dtype("landmarks", landmarks, query.dtype, *QUANTIZED_DTYPES)
     if num_chunks < 1:
         raise ValueError(f"`num_chunks` must be at least 1, but is {num_chunks}.")
     if mask is not None:
@@ -108,8 +113,8 @@ def reconstruct_keys(
     Args:
         buffer (`torch.Tensor`): `(batch, kv_heads, places * chunk_size, head_dim)`, may be a slice of a larger one.
             Only the slots of tokens that are loaded change.
-        low_rank (`torch.Tensor`): `(batch, tokens, rank)`, the factor that all heads share. The last chunk may have
-            fewer tokens than others.
+        low_rank (`torch.Tensor`): `(batch, tokens, rank)`, the factor that all heads share, of floats or in one of
+            `QUANTIZED_DTYPES`. The last chunk may have fewer tokens than others.
         basis (`torch.Tensor`): `(batch, kv_heads, rank, head_dim)`, the factor of each head.
         incoming (`torch.Tensor`): `(batch, kv_heads, places)` int64 from `plan_chunks`. Chunks that do not exist are left
             out, as -1 is.
@@ -138,8 +143,10 @@ def reconstruct_keys(
         )
     check_dtype("positions", positions, torch.int32)
     check_dtype("inverse_frequencies", inverse_frequencies, torch.float32)
-    for name, tensor in (("buffer", buffer), ("low_rank", low_rank), ("basis", basis)):
-        check_dtype(name, tensor, torch.float32, torch.float16, torch.bfloat16)
+    floats = (torch.float32, torch.float16, torch.bfloat16)
+    check_dtype("buffer", buffer, *floats)
+    check_dtype("low_rank", low_rank, *floats, *QUANTIZED_DTYPES)
+    check_dtype("basis", basis, *floats)
     for name, tensor in (
         ("low_rank", low_rank),
         ("basis", basis),
@@ -262,13 +269,13 @@ _plan_chunks = register(
 _reconstruct_keys = register(
     "reconstruct_keys(Tensor(a!) buffer, Tensor low_rank, Tensor basis, Tensor incoming, Tensor positions, "
     "Tensor inverse_frequencies, float attention_scaling, bool interleaved, SymInt chunk_size) -> ()",
-    cpu=shadow_reference.reconstruct_keys,
+    cpu=shadow_cpu.reconstruct_keys,
     cuda=_reconstruct_keys_cuda,
     fake=_fake_load,
 )
 _gather_values = register(
     "gather_values(Tensor(a!) buffer, Tensor values, Tensor incoming, SymInt chunk_size) -> ()",
-    cpu=shadow_reference.gather_values,
+    cpu=shadow_cpu.gather_values,
     cuda=_gather_values_cuda,
     fake=_fake_load,
 )

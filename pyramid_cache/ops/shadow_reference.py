@@ -1,6 +1,5 @@
 """
-The specification of the ops of `pyramid_cache.ops.shadow`, in plain PyTorch on any device. On the CPU it is also what
-computes them.
+The specification of the ops of `pyramid_cache.ops.shadow`, in plain PyTorch on any device.
 
 A chunk that need not be loaded costs nothing here, as it would not in a kernel: chunks to load are found with
 `nonzero`, which on CUDA waits for the device. Arithmetic is done in float32, and rounded once to what is written.
@@ -17,6 +16,7 @@ def select_chunks(
     """The specification of `pyramid_cache.ops.shadow.select_chunks`."""
     batch, heads, rows, _ = query.shape
     kv_heads, chunks = landmarks.shape[1], landmarks.shape[2]
+    landmarks = landmarks.to(query.dtype)
     scores = torch.zeros(batch, kv_heads, heads // kv_heads, chunks, dtype=torch.float32, device=query.device)
     rows_at_once = max(CHUNK_ELEMENTS // max(batch * heads * chunks, 1), 1)
     for start in range(0, rows, rows_at_once):

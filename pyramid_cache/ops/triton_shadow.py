@@ -146,8 +146,8 @@ def reconstruct_kernel(
         is_rank = ranks < rank
         columns = ranks.to(tl.int64)[None, :] * low_rank_rank
         factor = tl.load(token_rows + columns, mask=is_loaded[:, None] & is_rank[None, :], other=0.0)
-        if IN_FLOAT32:
-            factor = factor.to(tl.float32)
+        # A byte is a number that float16 and bfloat16 have, too.
+        factor = factor.to(tl.float32 if IN_FLOAT32 else basis.dtype.element_ty)
         basis_rows = basis + ranks.to(tl.int64)[:, None] * basis_rank
         if NUM_PAIRS > 0 and INTERLEAVED:
             both = add_product(
@@ -292,7 +292,7 @@ def reconstruct_settings(
     need more registers: with twice the slots some of them lie on the stack.
     """
     # A product takes one dtype.
-    in_float32 = low_rank_dtype != basis_dtype
+    in_float32 = low_rank_dtype != basis_dtype and (low_rank_dtype.itemsize > 1 or basis_dtype == torch.float32)
     is_wide = in_float32 or low_rank_dtype == torch.float32
     num_rest = head_dim - 2 * num_pairs
     rank_step = 16 if is_wide else 32

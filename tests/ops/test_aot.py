@@ -175,7 +175,8 @@ def run_shadow(dtype: torch.dtype, head_dim: int, tokens: int) -> None:
     incoming = triton_shadow.plan_chunks(*(empty(2, 2, 128, dtype=torch.int64) for _ in range(2)))
     low_rank, basis = empty(2, tokens, 160, dtype=dtype), empty(2, 2, 160, head_dim, dtype=dtype)
     positions, frequencies = empty(2, tokens, dtype=torch.int32), empty(head_dim // 2)
-    triton_shadow.reconstruct_keys(buffer, low_rank, basis, incoming, positions, frequencies, 1.0, False, 8)
+    for factors in (low_rank, low_rank.to(torch.int8)):
+        triton_shadow.reconstruct_keys(buffer, factors, basis, incoming, positions, frequencies, 1.0, False, 8)
     triton_shadow.gather_values(buffer, empty(2, 2, tokens, head_dim, dtype=dtype), incoming, 8)
 
 

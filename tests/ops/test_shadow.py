@@ -189,6 +189,23 @@ def test_reconstruction_rounds_once(dtype: torch.dtype, stored: torch.dtype) -> 
     assert torch.equal(buffers[0], buffers[1].to(dtype))
 
 
+@pytest.mark.parametrize("stored", shadow.QUANTIZED_DTYPES)
+def test_factors_and_landmarks_of_one_byte_are_the_numbers_that_they_stand_for(stored: torch.dtype) -> None:
+    low_rank, landmarks = (100 * torch.randn(shape) for shape in ((2, 24, 20), (2, 3, 9, 64)))
+    low_rank, landmarks = low_rank.clamp(-127, 127).to(stored), landmarks.clamp(-127, 127).to(stored)
+    basis, query = torch.randn(2, 3, 20, 64) / 100, torch.randn(2, 6, 1, 64) / 100
+    incoming, positions = random_incoming(2, 3, 3, 3), torch.arange(24, dtype=torch.int32).expand(2, -1)
+    buffers = []
+    for factors in (low_rank, low_rank.float()):
+        buffers.append(torch.zeros(2, 3, 24, 64))
+        shadow.reconstruct_keys(
+            buffers[-1], factors, basis, incoming, positions, inverse_frequencies(64), chunk_size=8
+        )
+    assert torch.equal(*buffers)
+    chosen = [shadow.select_chunks(query, each, num_chunks=4, scaling=1.0) for each in (landmarks, landmarks.float())]
+    assert torch.equal(*chosen)
+
+
 @pytest.mark.parametrize("family", ["llama", "llama with yarn", "glm"])
 def test_keys_of_low_rank_come_back_as_the_model_rotated_them(family: str) -> None:
     kv_heads, head_dim, tokens, rank = 3, 64, 45, 24

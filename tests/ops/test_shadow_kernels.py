@@ -27,6 +27,8 @@ DTYPES = [
     (torch.float32, torch.float16, torch.float32),
     (torch.bfloat16, torch.bfloat16, torch.bfloat16),
     (torch.bfloat16, torch.bfloat16, torch.float32),
+    (torch.float16, torch.int8, torch.float16),
+    (torch.float32, torch.int8, torch.float32),
 ]
 
 
@@ -96,9 +98,12 @@ def test_reconstructed_keys_are_those_of_the_specification(
     if torch.bfloat16 in (buffer_dtype, low_rank_dtype, basis_dtype) and not HAS_GPU:
         pytest.skip("needs a GPU: the interpreter computes wrong products of bfloat16")
     places, tokens = 11, 13 * chunk_size - 2
-    low_rank = (torch.randn(batch, tokens, rank) / rank**0.5).to(low_rank_dtype)
+    # Products are of numbers about one; what is stored in a byte is larger, and the basis smaller.
+    size = 40 * rank**0.5 if low_rank_dtype == torch.int8 else 1
+    low_rank = (size * torch.randn(batch, tokens, rank) / rank**0.5).to(low_rank_dtype)
     # As in the paper's code: the rank is the last dimension in memory.
-    basis = torch.randn(batch, kv_heads, head_dim, rank).to(basis_dtype).transpose(-1, -2)
+    basis = torch.randn(batch, kv_heads, head_dim, rank) / size
+    basis = basis.to(basis_dtype).transpose(-1, -2)
     incoming = random_incoming(batch, kv_heads, places, 13)
     # Long prompts: float32 has no digits left for the fraction of a turn at 1,000,000 radians.
     positions = torch.randint(0, 1_200_000, (batch, tokens), dtype=torch.int32)
