@@ -327,7 +327,8 @@ class CompressedCache(Cache):
         The bytes that the cache holds: the sum of the storages of its tensors.
 
         Returns:
-            `dict[str, dict[str, int]]`: By device, then by role: "keys", "values" and "bookkeeping" (positions, scores).
+            `dict[str, dict[str, int]]`: By device, then by role: "keys", "values" and "bookkeeping" (positions, scores). What a
+                cache has moved from its device to the host is under "host", on the CPU too.
         """
         held: dict[str, dict[str, int]] = {}
         storages: set[int] = set()
@@ -336,8 +337,9 @@ class CompressedCache(Cache):
             if storage.data_ptr() in storages or storage.nbytes() == 0:
                 continue
             storages.add(storage.data_ptr())
-            roles = held.setdefault(str(tensor.device), {"keys": 0, "values": 0, "bookkeeping": 0})
-            role = name.split()[0]
+            is_moved, role = name.startswith("host "), name.removeprefix("host ").split()[0]
+            device = "host" if is_moved else str(tensor.device)
+            roles = held.setdefault(device, {"keys": 0, "values": 0, "bookkeeping": 0})
             roles[role if role in roles else "bookkeeping"] += storage.nbytes()
         return held
 

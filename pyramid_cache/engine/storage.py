@@ -46,6 +46,8 @@ DTYPE_NAMES = {
     torch.int32: "I32",
     torch.int64: "I64",
     torch.bool: "BOOL",
+    torch.int8: "I8",
+    torch.float8_e4m3fn: "F8_E4M3",
 }
 ANEW = "Make the cache again from its prompt, and save it."
 

@@ -1,0 +1,83 @@
+"""
+Keys of low rank: one factor per token that all heads share, and a basis per head (ShadowKV, arXiv 2410.21465, section 3.1).
+
+Before RoPE the keys of a layer lie near a subspace of few dimensions. Its basis comes from an eigendecomposition of the Gram
+matrix of the keys of all heads together, which gives the projection of the singular value decomposition, takes one matrix
+product over the tokens, and can be taken up again when more tokens come: the Gram matrix of the tokens that are held
+already follows from their factors.
+"""
+
+import torch
+
+
+# Float32 copies of keys are made of so many tokens at once.
+TOKENS_PER_BLOCK = 8192
+# No axis is shorter than this share of the longest one: an eigenvalue as small is a rounding error of float32, and what lies
+# along its axis would be divided by it.
+SHORTEST_SHARE = 1e-4
+
+
+def gram_matrix(keys: torch.Tensor) -> torch.Tensor:
+    """
+    Sums of products of keys with themselves.
+
+    Args:
+        keys (`torch.Tensor`): `(batch, tokens, kv_heads * head_dim)`, zero where there is no token.
+
+    Returns:
+        `torch.Tensor`: `(batch, kv_heads * head_dim, kv_heads * head_dim)` float32.
+    """
+    gram = keys.new_zeros(keys.shape[0], keys.shape[2], keys.shape[2], dtype=torch.float32)
+    for block in keys.split(TOKENS_PER_BLOCK, dim=1):
+        block = block.float()
+        gram.baddbmm_(block.mT, block)
+    return gram
+
+
+def fit_basis(gram: torch.Tensor, rank: int | float) -> torch.Tensor:
+    """
+    The subspace that holds most of the keys.
+
+    Args:
+        gram (`torch.Tensor`): From `gram_matrix`.
+        rank (`int` or `float`): Dimensions, or the share of the sum of squares that they hold at least, in every row.
+
+    Returns:
+        `torch.Tensor`: `(batch, rank, kv_heads * head_dim)` float32, the main axes, each as long as the root of the sum of
+        squares along it, so that factors are of one size; zeros where all keys are.
+    """
+    eigenvalues, vectors = torch.linalg.eigh(gram)  # ascending
+    eigenvalues, vectors = eigenvalues.flip(-1).clamp(min=0), vectors.flip(-1)
+    if isinstance(rank, float):
+        held = eigenvalues.cumsum(dim=-1) / eigenvalues.sum(dim=-1, keepdim=True).clamp(
+            min=torch.finfo(gram.dtype).tiny
+        )
+        rank = int((held < rank).sum(dim=-1).max()) + 1
+    eigenvalues, vectors = eigenvalues[:, :rank], vectors[..., :rank]
+    lengths = eigenvalues.sqrt()
+    lengths = lengths.maximum(SHORTEST_SHARE * lengths[:, :1])
+    return (vectors * lengths[:, None]).mT.contiguous()
+
+
+def project(keys: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+    """
+    The factors of keys: what `factors @ basis` makes of them again is their projection onto the basis.
+
+    Args:
+        keys (`torch.Tensor`): `(batch, tokens, kv_heads * head_dim)`.
+        basis (`torch.Tensor`): `(batch, rank, kv_heads * head_dim)`, orthogonal.
+
+    Returns:
+        `torch.Tensor`: `(batch, tokens, rank)` float32.
+    """
+    basis = basis.float()
+    squares = basis.square().sum(dim=-1, keepdim=True)
+    directions = torch.where(squares > 0, basis / squares, 0).mT
+    return torch.cat([block.float() @ directions for block in keys.split(TOKENS_PER_BLOCK, dim=1)], dim=1)
+
+
+def extended_gram(gram: torch.Tensor, factors: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+    """The Gram matrix of new keys and of those that factors `(batch, tokens, rank)` and a basis stand for."""
+    inner = gram_matrix(factors)
+    basis = basis.float()
+    return gram + basis.mT @ inner @ basis

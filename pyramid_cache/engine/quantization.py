@@ -1,0 +1,44 @@
+"""Numbers in one byte each, with a scale per column: what a column is multiplied by goes into the other factor of a product."""
+
+import torch
+
+
+QUANTIZE = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+
+
+def largest_number(dtype: torch.dtype) -> float:
+    """That of a dtype of one byte."""
+    return torch.iinfo(dtype).max if dtype == torch.int8 else torch.finfo(dtype).max
+
+
+def scale_of(largest: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What to divide numbers by, of which these are the largest, so that a dtype of one byte holds them best."""
+    return torch.where(largest > 0, largest / largest_number(dtype), 1)
+
+
+def stored(numbers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Numbers in the dtype in which they are kept."""
+    if dtype == torch.int8:
+        numbers = numbers.round()
+    if dtype.itemsize == 1:
+        limit = largest_number(dtype)
+        numbers = numbers.clamp(-limit, limit)  # rounding may have left them above
+    return numbers.to(dtype)
+
+
+def widened(held: torch.Tensor, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Makes room for larger numbers.
+
+    Args:
+        held (`torch.Tensor`): `(..., tokens, width)` in a dtype of one byte.
+        new (`torch.Tensor`): `(..., more tokens, width)`, in the same unit.
+
+    Returns:
+        `tuple`: The held numbers in new units, and how much larger these are, `(..., 1, width)` float32: powers of two, which
+        other dtypes are multiplied by without rounding. 1 where the new numbers fit.
+    """
+    # What rounding has left above by less than a hundredth is cut off: twice as coarse a unit would cost more.
+    excess = new.abs().amax(dim=-2, keepdim=True) / (1.01 * largest_number(held.dtype))
+    ratio = excess.clamp(min=1).log2().ceil().exp2()
+    return stored(held.float() / ratio, held.dtype), ratio

@@ -1,0 +1,482 @@
+"""ShadowKVCache: against the full cache, a reference in loops, the truncated SVD, and what it must refuse."""
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from models import build_model, random_tokens, tiny_model
+from synthetic import SyntheticModel
+from transformers import DynamicCache, PreTrainedModel
+
+from pyramid_cache.caches.shadow_kv import ShadowKVCache, ShadowKVLayer
+from pyramid_cache.engine.low_rank import gram_matrix
+
+
+SMALL = {"chunk_size": 4, "num_outlier_chunks": 2, "num_local_tokens": 4, "offload_interval": 6}
+
+
+@pytest.fixture
+def _always_in_shadow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the slots would hold."""
+    monkeypatch.setattr(ShadowKVLayer, "num_tokens_to_keep", lambda layer, row_length: 20)
+
+
+# Everything within reach.
+
+
+@torch.no_grad()
+def conversation(model: torch.nn.Module, cache: object, paddings: list[int], lengths: list[int]) -> torch.Tensor:
+    """The logits of turns of tokens, each but every second read at once, of rows that begin with so much padding."""
+    tokens = random_tokens(len(paddings), sum(lengths), seed=1)
+    mask = (torch.arange(tokens.shape[1]) >= torch.tensor(paddings)[:, None]).long()
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    logits, start = [], 0
+    for index, length in enumerate(lengths):
+        for width in [length] if index % 2 == 0 else [1] * length:
+            stop = start + width
+            output = model(
+                tokens[:, start:stop],
+                attention_mask=mask[:, :stop],
+                position_ids=positions[:, start:stop],
+                past_key_values=cache,
+            )
+            logits.append(output.logits)
+            start = stop
+    return torch.cat(logits, dim=1) * mask[..., None]
+
+
+@pytest.mark.usefixtures("_always_in_shadow")
+@pytest.mark.parametrize("paddings", [[0], [0, 5], [0, 60, 31]], ids=["one", "padded", "short"])
+@pytest.mark.parametrize("name", ["llama", "glm4", "phi3", "gpt2"])
+def test_full_rank_and_a_whole_budget_are_the_full_cache(name: str, paddings: list[int]) -> None:
+    """Prompts, steps and a second turn, models with full, partial, interleaved and no RoPE."""
+    model, lengths = tiny_model(name), [70, 60, 9, 30]
+    cache = ShadowKVCache(model.config, sparse_budget=400, rank=10_000, **SMALL)
+    found = conversation(model, cache, paddings, lengths)
+    assert all(min(layer.row_shadow) > 0 for layer in cache.compressed_layers)
+    expected = conversation(model, DynamicCache(config=model.config), paddings, lengths)
+    torch.testing.assert_close(found, expected, atol=2e-4, rtol=0)
+
+
+def test_what_the_slots_would_hold_stays_as_it_is() -> None:
+    model = tiny_model("llama")
+    cache = ShadowKVCache(model.config, sparse_budget=40, **SMALL)
+    found = conversation(model, cache, [0, 5], [30, 20])
+    assert torch.equal(found, conversation(model, DynamicCache(config=model.config), [0, 5], [30, 20]))
+    assert all(layer.positions is None for layer in cache.compressed_layers)
+
+
+# A reference in loops.
+
+
+@dataclass
+class ReferenceHead:
+    """What one head of one row knows: all tokens, the basis of its layer, and which chunks it holds as they were."""
+
+    keys: list[list[float]] = field(default_factory=list)
+    values: list[list[float]] = field(default_factory=list)
+    rebuilt: list[list[float]] = field(default_factory=list)  # of the shadow
+    outliers: list[tuple[float, int]] = field(default_factory=list)  # lowest cosine, chunk
+
+
+class ReferenceShadow:
+    """
+    One layer of ShadowKV on models without RoPE, in loops.
+
+    Args:
+        kv_heads: KV heads.
+        num_sparse: Chunks that a step attends to.
+        rank: Dimensions of the basis.
+        small: Settings of `ShadowKVCache`.
+    """
+
+    def __init__(self, kv_heads: int, num_sparse: int, rank: int, **small: int) -> None:
+        self.num_sparse, self.rank = num_sparse, rank
+        self.chunk_size, self.num_outliers = small["chunk_size"], small["num_outlier_chunks"]
+        self.num_local = small["num_local_tokens"]
+        self.heads = [ReferenceHead() for _ in range(kv_heads)]
+        self.num_shadow = 0
+        self.axes: torch.Tensor | None = None  # (rank, kv_heads * head_dim)
+
+    @property
+    def num_tail(self) -> int:
+        return len(self.heads[0].keys) - self.num_shadow
+
+    def append(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """New tokens `(kv_heads, tokens, head_dim)`."""
+        for head, keys, values in zip(self.heads, key.tolist(), value.tolist(), strict=True):
+            head.keys += keys
+            head.values += values
+
+    def move(self) -> None:
+        """Full chunks but the local tokens go to the shadow; the first ones make the basis."""
+        count = max((self.num_tail - self.num_local) // self.chunk_size, 0) * self.chunk_size
+        if not count:
+            return
+        start, stop = self.num_shadow, self.num_shadow + count
+        joint = torch.tensor([sum((head.keys[token] for head in self.heads), []) for token in range(start, stop)])
+        if self.axes is None:
+            self.axes = torch.linalg.svd(joint.double(), full_matrices=False).Vh[: self.rank]
+        projected = (joint.double() @ self.axes.T @ self.axes).unflatten(1, (len(self.heads), -1))
+        for index, head in enumerate(self.heads):
+            head.rebuilt += projected[:, index].tolist()
+            for chunk in range(start // self.chunk_size, stop // self.chunk_size):
+                mean = self.landmark(head, chunk)
+                keys = head.keys[chunk * self.chunk_size : (chunk + 1) * self.chunk_size]
+                head.outliers.append((min(cosine(key, mean) for key in keys), chunk))
+            head.outliers = sorted(head.outliers)[: self.num_outliers]
+        self.num_shadow = stop
+
+    def landmark(self, head: ReferenceHead, chunk: int) -> list[float]:
+        keys = head.keys[chunk * self.chunk_size : (chunk + 1) * self.chunk_size]
+        return [sum(column) / self.chunk_size for column in zip(*keys, strict=True)]
+
+    def attend(self, query: torch.Tensor, scaling: float) -> tuple[torch.Tensor, list[set[int]]]:
+        """The output `(heads, head_dim)` of one query `(heads, head_dim)`, and the tokens that each KV head attended to."""
+        group = query.shape[0] // len(self.heads)
+        outputs, attended = [], []
+        for index, head in enumerate(self.heads):
+            queries = query[index * group : (index + 1) * group].tolist()
+            outliers = {chunk for _, chunk in head.outliers}
+            others = [chunk for chunk in range(self.num_shadow // self.chunk_size) if chunk not in outliers]
+            best = dict.fromkeys(others, 0.0)
+            for one in queries:
+                landmarks = [self.landmark(head, chunk) for chunk in others]
+                shares = softmax([scaling * dot(one, landmark) for landmark in landmarks])
+                for chunk, share in zip(others, shares, strict=True):
+                    best[chunk] = max(best[chunk], share)
+            chosen = sorted(others, key=lambda chunk: -best[chunk])[: self.num_sparse]
+            keys = {}
+            for chunk in (*outliers, *chosen):
+                source = head.keys if chunk in outliers else head.rebuilt
+                for token in range(chunk * self.chunk_size, (chunk + 1) * self.chunk_size):
+                    keys[token] = source[token]
+            keys |= {token: head.keys[token] for token in range(self.num_shadow, len(head.keys))}
+            for one in queries:
+                shares = softmax([scaling * dot(one, key) for key in keys.values()])
+                rows = [head.values[token] for token in keys]
+                outputs.append([dot(shares, column) for column in zip(*rows, strict=True)])
+            attended.append(set(keys))
+        return torch.tensor(outputs), attended
+
+
+def dot(left: list[float], right: list[float]) -> float:
+    return sum(a * b for a, b in zip(left, right, strict=True))
+
+
+def cosine(left: list[float], right: list[float]) -> float:
+    return dot(left, right) / math.sqrt(dot(left, left) * dot(right, right))
+
+
+def softmax(logits: list[float]) -> list[float]:
+    largest = max(logits, default=0.0)
+    parts = [math.exp(logit - largest) for logit in logits]
+    return [part / sum(parts) for part in parts]
+
+
+@pytest.mark.parametrize("num_steps", [60, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kv_heads, group, rank", [(2, 2, 7), (1, 4, 3), (3, 1, 18)])
+@torch.no_grad()
+def test_steps_are_those_of_the_reference(kv_heads: int, group: int, rank: int, num_steps: int) -> None:
+    """What is attended to and what comes of it, of rows that begin and move at different times."""
+    paddings, num_prompt, head_dim = [0, 7], 90, 6
+    model = SyntheticModel(1, kv_heads, group, head_dim)
+    cache = ShadowKVCache(model.config, sparse_budget=12, rank=rank, **SMALL)
+    (layer,) = cache.compressed_layers
+    generator = torch.Generator().manual_seed(kv_heads)
+    references = [ReferenceShadow(kv_heads, 3, rank, **SMALL) for _ in paddings]
+    is_token = torch.arange(num_prompt) >= torch.tensor(paddings)[:, None]
+    is_hit, is_miss, last_query = False, False, None
+    for step in range(num_steps + 1):
+        width = num_prompt if step == 0 else 1
+        query = torch.randn(2, kv_heads * group, width, head_dim, generator=generator)
+        # Neighbouring queries and keys are alike, as in text: chunks stay for some steps.
+        query = query if last_query is None else 0.3 * query + 0.7 * last_query
+        key, value = (torch.randn(2, kv_heads, width, head_dim, generator=generator) for _ in range(2))
+        key[:, :, 1:] += key[:, :, :-1].clone()
+        last_query = query[:, :, -1:]
+        if step:
+            is_token = torch.nn.functional.pad(is_token, (0, 1), value=True)
+        held = None if layer.held_chunks is None else layer.held_chunks.clone()
+        output = model.run_layer(cache, 0, query, key, value, model.mask(is_token, width, False))
+        for row, (padding, reference) in enumerate(zip(paddings, references, strict=True)):
+            first = padding if step == 0 else 0
+            reference.append(key[row, :, first:], value[row, :, first:])
+        if step == 0:
+            for reference in references:
+                reference.move()
+            columns = max(reference.num_tail for reference in references)
+            continue
+        columns += 1
+        for row, reference in enumerate(references):
+            expected, attended = reference.attend(query[row, :, 0], model.scaling)
+            torch.testing.assert_close(output[row, 0], expected, atol=1e-4, rtol=0)
+            if columns < 4 + 6 + 4:  # else the tail has moved since
+                found = [set(head.tolist()) - {-1} for head in cache.positions(0)[row]]
+                assert found == attended
+        assert cache.num_kept_tokens() == [
+            max(len(set(head.tolist()) - {-1}) for row in cache.positions(0) for head in row)
+        ]
+        is_hit |= bool((held == layer.held_chunks).any())
+        is_miss |= bool((held != layer.held_chunks).any())
+        if columns == 4 + 6 + 4:
+            for reference in references:
+                reference.move()
+            columns = max(reference.num_tail for reference in references)
+        assert layer.row_shadow == [reference.num_shadow for reference in references]
+    assert is_hit and is_miss
+
+
+# Keys of low rank.
+
+ROPE_TYPES = {
+    "default": {"rope_type": "default", "rope_theta": 1e4},
+    "linear": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
+    "yarn": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64},
+    "llama3": {
+        "rope_type": "llama3",
+        "rope_theta": 1e4,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+}
+
+
+def low_rank_models() -> dict[str, Callable[[], PreTrainedModel]]:
+    """Models by how they turn keys: every kind of frequencies, part of a head, in other pairs, and not at all."""
+    models = {name: functools.partial(build_model, "llama", rope_parameters=rope) for name, rope in ROPE_TYPES.items()}
+    return models | {name: functools.partial(tiny_model, name) for name in ("phi3", "glm4", "cohere", "gpt2")}
+
+
+@pytest.mark.parametrize("name", low_rank_models())
+@pytest.mark.usefixtures("_always_in_shadow")
+@torch.no_grad()
+def test_rebuilt_keys_are_the_truncated_svd(name: str) -> None:
+    """Of the keys before they are turned, turned again: all that depends on how a model turns them cancels out."""
+    model, tokens, rank = low_rank_models()[name](), random_tokens(1, 100, seed=2), 9
+    cache, full = ShadowKVCache(model.config, sparse_budget=8, rank=rank, **SMALL), DynamicCache(config=model.config)
+    for each in (cache, full):
+        model(tokens, past_key_values=each)
+    for layer, full_layer in zip(cache.compressed_layers, full.layers, strict=True):
+        (num_shadow,) = layer.row_shadow
+        exact = full_layer.keys[:, :, :num_shadow].double()
+        positions = torch.arange(num_shadow)[None, None]
+        rotary = layer.rotary
+        turns = 0 if rotary is None else rotary.model_angles(positions, 100)
+        plain = exact if rotary is None else rotary.rotate(exact, -turns)
+        joint = plain.transpose(1, 2).flatten(2)[0]
+        left, singular, right = torch.linalg.svd(joint, full_matrices=False)
+        truncated = (left[:, :rank] * singular[:rank]) @ right[:rank]
+        expected = truncated[None].unflatten(2, (exact.shape[1], -1)).transpose(1, 2)
+        expected = expected if rotary is None else rotary.rotate(expected, turns)
+        layer.num_outlier_chunks = 0  # which are exact
+        found = layer._sorted_slots()["keys"][:, :, :num_shadow].double()
+        assert ((found - expected).norm() / expected.norm()).item() < 1e-5
+
+
+@pytest.mark.usefixtures("_always_in_shadow")
+@torch.no_grad()
+def test_a_rank_by_energy_differs_between_layers() -> None:
+    model, tokens = tiny_model("llama"), random_tokens(1, 100, seed=2)
+    cache = ShadowKVCache(model.config, sparse_budget=8, rank=0.9, **SMALL)
+    model(tokens, past_key_values=cache)
+    full = DynamicCache(config=model.config)
+    model(tokens, past_key_values=full)
+    for layer, full_layer in zip(cache.compressed_layers, full.layers, strict=True):
+        (num_shadow,) = layer.row_shadow
+        keys = full_layer.keys[:, :, :num_shadow]
+        plain = layer.rotary.rotate(keys, -layer.rotary.model_angles(torch.arange(num_shadow)[None, None], 100))
+        squares = torch.linalg.svdvals(plain.transpose(1, 2).flatten(2)[0].double()).square()
+        held = squares.cumsum(dim=0) / squares.sum()
+        rank = layer.factors.shape[-1]
+        assert held[rank - 1] >= 0.9 > held[rank - 2]
+
+
+@pytest.mark.usefixtures("_always_in_shadow")
+@torch.no_grad()
+def test_a_prompt_in_chunks_has_the_basis_of_all_of_it() -> None:
+    """At full rank nothing is lost on the way: the axes are those of one reading."""
+    model, tokens = tiny_model("llama"), random_tokens(1, 100, seed=2)
+    layers = []
+    for widths in ([100], [40, 25, 35]):
+        cache, start = ShadowKVCache(model.config, sparse_budget=8, rank=10_000, **SMALL), 0
+        for width in widths:
+            model(tokens[:, start : start + width], past_key_values=cache)
+            start += width
+        layers.append(cache.compressed_layers)
+    for whole, pieces in zip(*layers, strict=True):
+        assert torch.equal(whole.outlier_chunks, pieces.outlier_chunks)
+        torch.testing.assert_close(whole.landmarks, pieces.landmarks, atol=1e-4, rtol=0)
+        for layer in (whole, pieces):
+            layer.num_outlier_chunks = 0
+        keys = [layer._sorted_slots()["keys"] for layer in (whole, pieces)]
+        torch.testing.assert_close(*keys, atol=1e-3, rtol=0)
+        grams = [gram_matrix(layer.basis.transpose(1, 2).flatten(2)) for layer in (whole, pieces)]
+        torch.testing.assert_close(*grams, rtol=1e-3, atol=1e-2)
+
+
+# One byte a number.
+
+
+@pytest.mark.parametrize("quantize, tolerance", [("int8", 0.02), ("fp8", 0.05)])
+@pytest.mark.usefixtures("_always_in_shadow")
+@torch.no_grad()
+def test_quantised_keys_are_near(quantize: str, tolerance: float) -> None:
+    """Of a prompt, and of generated tokens whose factors exceed all that the prompt had."""
+    model = tiny_model("llama")
+    found, expected = (
+        ShadowKVCache(model.config, sparse_budget=8, rank=10_000, quantize=name, **SMALL) for name in (quantize, None)
+    )
+    for cache in (found, expected):
+        conversation(model, cache, [0, 5], [60])
+        for layer in cache.compressed_layers:  # as if the following tokens had larger keys
+            layer._check_states = lambda *states: None
+    generator = torch.Generator().manual_seed(0)
+    for layer, other in zip(found.compressed_layers, expected.compressed_layers, strict=True):
+        assert layer.factors.dtype.itemsize == layer.landmarks.dtype.itemsize == 1
+        kv_heads, head_dim = layer._key_shape
+        key, value = (3 * torch.randn(2, kv_heads, 24, head_dim, generator=generator) for _ in range(2))
+        for each in (layer, other):
+            each.row_lengths = [length + 24 for length in each.row_lengths]
+            positions = torch.tensor(each.row_lengths)[:, None, None] - 24 + torch.arange(24)
+            tail = slice(each.num_chunk_slots, each.length)
+            each._absorb(
+                torch.cat([each.keys[:, :, tail], key], dim=2),
+                torch.cat([each.values[:, :, tail], value], dim=2),
+                torch.cat([each.positions[:, :1, tail], positions.int()], dim=2),
+                is_prompt=False,
+            )
+        keys = [each._sorted_slots()["keys"] for each in (layer, other)]
+        assert ((keys[0] - keys[1]).norm() / keys[1].norm()).item() < tolerance
+        landmarks = layer.landmarks.float() * layer.landmark_scales
+        assert ((landmarks - other.landmarks).norm() / other.landmarks.norm()).item() < tolerance
+
+
+# Where values are.
+
+
+@pytest.mark.usefixtures("_always_in_shadow")
+def test_values_in_a_file_are_the_same(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    settings = {"sparse_budget": 16, "rank": 12, **SMALL}
+    in_file = ShadowKVCache(model.config, host=f"disk:{tmp_path}", **settings)
+    in_memory = ShadowKVCache(model.config, **settings)
+    found, expected = (conversation(model, cache, [0, 5], [70, 30, 9, 5]) for cache in (in_file, in_memory))
+    assert torch.equal(found, expected)
+    assert in_file.memory()["host"] == in_memory.memory()["host"]
+    assert not list(tmp_path.iterdir())  # files without a name
+
+
+@pytest.mark.usefixtures("_always_in_shadow")
+def test_values_beyond_the_host_budget_are_refused_with_what_they_take() -> None:
+    model, tokens = tiny_model("llama"), random_tokens(2, 76, seed=1)
+    num_shadow = (76 - 4) // 4 * 4
+    layer = DynamicCache(config=model.config)
+    model(tokens, past_key_values=layer)
+    needed = layer.layers[0].values[:, :, :num_shadow].nbytes * len(layer.layers)
+    cache = ShadowKVCache(model.config, sparse_budget=8, host_budget=needed - 1, **SMALL)
+    with pytest.raises(ValueError, match=f"{needed:,} bytes on the host"), torch.no_grad():
+        model(tokens, past_key_values=cache)
+    cache = ShadowKVCache(model.config, sparse_budget=8, host_budget=needed, **SMALL)
+    with torch.no_grad():
+        model(tokens, past_key_values=cache)
+    assert cache.memory()["host"]["values"] == needed
+
+
+# What `generate` does with a cache.
+
+
+@pytest.mark.usefixtures("_always_in_shadow")
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"num_beams": 3}, {"prefill_chunk_size": 16}, {"prompt_lookup_num_tokens": 3}],
+    ids=["greedy", "beams", "chunks", "lookup"],
+)
+def test_generate_is_that_of_the_full_cache(arguments: dict[str, int]) -> None:
+    model = tiny_model("llama")
+    tokens = random_tokens(1 if "prompt_lookup_num_tokens" in arguments else 2, 60, seed=5)
+    outputs = [
+        model.generate(
+            tokens, past_key_values=cache, max_new_tokens=40, eos_token_id=None, do_sample=False, **arguments
+        )
+        for cache in (
+            DynamicCache(config=model.config),
+            ShadowKVCache(model.config, sparse_budget=400, rank=10_000, **SMALL),
+        )
+    ]
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.usefixtures("_always_in_shadow")
+@pytest.mark.parametrize("num_back", [1, 3, 20, 50, 66])
+@torch.no_grad()
+def test_tokens_are_taken_back_out_of_the_shadow(num_back: int) -> None:
+    model, tokens = tiny_model("llama"), random_tokens(2, 100, seed=5)
+    cache, full = (
+        ShadowKVCache(model.config, sparse_budget=400, rank=10_000, **SMALL),
+        DynamicCache(config=model.config),
+    )
+    model(tokens[:, :60], past_key_values=cache)
+    for column in range(60, 75):
+        model(tokens[:, column : column + 1], past_key_values=cache)
+    cache.crop(-num_back)
+    model(tokens[:, : 75 - num_back], past_key_values=full)
+    for column in range(80, 100):
+        step = tokens[:, column : column + 1]
+        found, expected = (model(step, past_key_values=each).logits for each in (cache, full))
+        torch.testing.assert_close(found, expected, atol=2e-4, rtol=0)
+
+
+@pytest.mark.usefixtures("_always_in_shadow")
+@pytest.mark.parametrize("quantize", [None, "int8", "fp8"])
+@torch.no_grad()
+def test_a_file_goes_on_as_the_cache_would(quantize: str | None, tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    cache = ShadowKVCache(model.config, sparse_budget=16, rank=12, quantize=quantize, **SMALL)
+    conversation(model, cache, [0, 5], [70, 33])
+    cache.save(tmp_path / "cache.safetensors")
+    loaded = ShadowKVCache.load(tmp_path / "cache.safetensors", model)
+    assert loaded.memory()["host"] == {"keys": 0, "values": loaded.memory()["host"]["values"], "bookkeeping": 0}
+    tokens, mask = random_tokens(2, 40, seed=8), torch.ones(2, 143, dtype=torch.long)
+    mask[1, :5] = 0
+    for column in range(40):
+        step = {"input_ids": tokens[:, column : column + 1], "attention_mask": mask[:, : 104 + column]}
+        found, expected = (model(**step, past_key_values=each).logits for each in (loaded, cache))
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.usefixtures("_always_in_shadow")
+def test_gradients_are_refused_once_values_are_on_the_host() -> None:
+    model, tokens = tiny_model("llama"), random_tokens(1, 60, seed=5)
+    cache = ShadowKVCache(model.config, sparse_budget=8, **SMALL)
+    with torch.no_grad():
+        model(tokens, past_key_values=cache)
+    with pytest.raises(NotImplementedError, match=r"Call the model under `torch.no_grad\(\)`"):
+        model(tokens[:, :1], past_key_values=cache)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"sparse_budget": 0}, "at least 1"),
+        ({"sparse_budget": 1.5}, "positive integer, or a share"),
+        ({"rank": True}, "positive integer, or a share"),
+        ({"chunk_size": 0}, "at least 1"),
+        ({"num_outlier_chunks": -1}, "at least 0"),
+        ({"offload_interval": 0}, "at least 1"),
+        ({"quantize": "int4"}, r"\['fp8', 'int8'\]"),
+        ({"host": "cloud"}, "'memory', or 'disk:'"),
+        ({"host": "disk:/no/such/folder"}, "a folder that exists"),
+        ({"host_budget": "much"}, "no number of bytes"),
+        ({"host_budget": 0.5}, "a number of bytes"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ShadowKVCache(tiny_model("llama").config, **arguments)
