@@ -14,9 +14,10 @@ from typing import Literal
 # Positions are int32.
 MAX_TOKENS = 2**31 - 1
 # The tokens that get 0.95 of a layer's attention are not all that an answer needs of it: layers that keep no more than that
-# lose facts. Eight numbers in 1,024 tokens, SmolLM2, exact answers of 32 and log-likelihood per token with the question in view
-# at budgets of 0.25 and 0.5: shares in proportion to support .16 (-1.08) and .44 (-.44); this rule with a margin of 1.5 .25 (-.73)
-# and .44 (-.46), of 2 .31 (-.72) and .44 (-.56), of 3 .38 (-.68) and .53 (-.53); equal shares .38 (-.68) and .59 (-.47).
+# lose facts. Eight numbers in 1,024 tokens, SmolLM2, attention averaged over 7 tokens and none of their own, exact answers of
+# 32 and log-likelihood per token with the question in view at budgets of 0.25 and 0.5: shares in proportion to support .16
+# (-1.08) and .44 (-.44); this rule with a margin of 1.5 .25 (-.73) and .44 (-.46), of 2 .31 (-.72) and .44 (-.56), of 3 .38
+# (-.68) and .53 (-.53); equal shares .38 (-.68) and .59 (-.47).
 SUPPORT_MARGIN = 3
 BUDGET_FORMS = "a fraction of the prompt (0 < budget <= 1.0), a number of tokens (a positive int) or bytes ('256MiB')"
 BYTE_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
