@@ -1,16 +1,14 @@
 """ShadowKVCache: against the full cache, a reference in loops, the truncated SVD, and what it must refuse."""
 
-import functools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import torch
-from models import build_model, random_tokens, tiny_model
+from models import ROPE_VARIANTS, random_tokens, tiny_model
 from synthetic import SyntheticModel
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache
 
 from pyramid_cache.caches.shadow_kv import ShadowKVCache, ShadowKVLayer
 from pyramid_cache.engine.low_rank import gram_matrix
@@ -233,33 +231,16 @@ def test_steps_are_those_of_the_reference(kv_heads: int, group: int, rank: int, 
 
 # Keys of low rank.
 
-ROPE_TYPES = {
-    "default": {"rope_type": "default", "rope_theta": 1e4},
-    "linear": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
-    "yarn": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64},
-    "llama3": {
-        "rope_type": "llama3",
-        "rope_theta": 1e4,
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 64,
-    },
-}
+# By how they turn keys: every kind of frequencies, part of a head, in other pairs, and not at all.
+LOW_RANK_MODELS = ["llama", *(f"llama_{variant}" for variant in ROPE_VARIANTS), "phi3", "glm4", "cohere", "gpt2"]
 
 
-def low_rank_models() -> dict[str, Callable[[], PreTrainedModel]]:
-    """Models by how they turn keys: every kind of frequencies, part of a head, in other pairs, and not at all."""
-    models = {name: functools.partial(build_model, "llama", rope_parameters=rope) for name, rope in ROPE_TYPES.items()}
-    return models | {name: functools.partial(tiny_model, name) for name in ("phi3", "glm4", "cohere", "gpt2")}
-
-
-@pytest.mark.parametrize("name", low_rank_models())
+@pytest.mark.parametrize("name", LOW_RANK_MODELS)
 @pytest.mark.usefixtures("_always_in_shadow")
 @torch.no_grad()
 def test_rebuilt_keys_are_the_truncated_svd(name: str) -> None:
     """Of the keys before they are turned, turned again: all that depends on how a model turns them cancels out."""
-    model, tokens, rank = low_rank_models()[name](), random_tokens(1, 100, seed=2), 9
+    model, tokens, rank = tiny_model(name), random_tokens(1, 100, seed=2), 9
     cache, full = ShadowKVCache(model.config, sparse_budget=8, rank=rank, **SMALL), DynamicCache(config=model.config)
     for each in (cache, full):
         model(tokens, past_key_values=each)
