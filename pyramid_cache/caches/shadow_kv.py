@@ -68,7 +68,6 @@ class ShadowKVLayer(CompressedLayer):
       cosine of a key of the chunk and its landmark.
     """
 
-    slot_tensors = ("keys", "values", "positions")
     row_tensors = (
         *("next_position", "column_positions", "factors", "basis", "landmarks", "is_selectable"),
         *("held_chunks", "outlier_chunks", "outlier_cosines", "landmark_scales"),
@@ -258,7 +257,7 @@ class ShadowKVLayer(CompressedLayer):
         num_rest = [length - before for length, before in zip(self.row_lengths, self.row_shadow, strict=True)]
         num_moved = [max((rest - self.num_local_tokens) // self.chunk_size, 0) * self.chunk_size for rest in num_rest]
         num_left = [rest - moved for rest, moved in zip(num_rest, num_moved, strict=True)]
-        order = positions.masked_fill(positions < 0, torch.iinfo(torch.int32).max).argsort(dim=-1)
+        order = order_of(positions)
         left = self._part_of(order, num_moved, num_left)
         left_key, left_value = gather_tokens(key, left), gather_tokens(value, left)
         left_positions = gather_tokens(positions, left).masked_fill(left < 0, -1)
@@ -291,7 +290,7 @@ class ShadowKVLayer(CompressedLayer):
         self.factors = torch.zeros(batch_size, 0, 0, dtype=self.stored_dtype, device=self.device)
         self.basis = key.new_zeros(batch_size, kv_heads, 0, head_dim)
         self.landmarks = torch.zeros(batch_size, kv_heads, 0, head_dim, dtype=self.stored_dtype, device=self.device)
-        self.host_values = self.host.zeros((batch_size, kv_heads, 0, value.shape[-1]), value.dtype, self.device)
+        self.host_values = self._host_zeros((batch_size, kv_heads, 0, value.shape[-1]))
 
     def _add(
         self, key: torch.Tensor, value: torch.Tensor, is_token: torch.Tensor, counts: list[int], is_prompt: bool
@@ -306,7 +305,7 @@ class ShadowKVLayer(CompressedLayer):
         starts = self.row_shadow
         self._add_factors(key, is_token, counts, is_prompt)
         num_tokens = max(start + count for start, count in zip(starts, counts, strict=True))
-        self._make_host_room(num_tokens)
+        self.host_values = with_room(self.host_values, 2, num_tokens, self._host_zeros)
         chunks = key.unflatten(2, (-1, self.chunk_size)).float()  # (batch, kv_heads, chunks, chunk_size, head_dim)
         means = chunks.mean(dim=3)
         cosines = torch.cosine_similarity(chunks, means[..., None, :], dim=-1).amin(dim=-1)
@@ -326,16 +325,9 @@ class ShadowKVLayer(CompressedLayer):
         is_outlier = (self.outlier_chunks[..., None] == index).any(dim=2)
         self.is_selectable = exists & ~is_outlier
 
-    def _make_host_room(self, num_tokens: int) -> None:
-        """Room for the values of that many tokens, and for some more if it grows by little."""
-        held = self.host_values
-        if num_tokens <= held.shape[2]:
-            return
-        if held.shape[2]:
-            num_tokens = max(num_tokens, held.shape[2] + held.shape[2] // GROWTH)
-        shape = (*held.shape[:2], num_tokens, held.shape[3])
-        self.host_values = self.host.zeros(shape, held.dtype, self.device)
-        self.host_values[:, :, : held.shape[2]] = held
+    def _host_zeros(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """Room for values on the host."""
+        return self.host.zeros(shape, self._value_dtype, self.device)
 
     def _scaled(self, means: torch.Tensor, is_prompt: bool) -> torch.Tensor:
         """Landmarks over the scale of each dimension, which grows if they exceed it; those of a prompt make it anew."""
@@ -492,7 +484,7 @@ class ShadowKVLayer(CompressedLayer):
         ]
         num_left = [length - shadow for length, shadow in zip(self.row_lengths, num_shadow, strict=True)]
         positions = everything["positions"]
-        order = positions.masked_fill(positions < 0, torch.iinfo(torch.int32).max).argsort(dim=-1)
+        order = order_of(positions)
         left = self._part_of(order, num_shadow, num_left)
         self.row_shadow = num_shadow
         num_chunks = self.per_row(num_shadow) // self.chunk_size
@@ -546,7 +538,7 @@ class ShadowKVLayer(CompressedLayer):
         self.rotary = None if rotary is None else self.frequencies.shared(rotary)
         values = tensors.get("host_values")
         if values is not None:
-            self.host_values = self.host.zeros(tuple(values.shape), values.dtype, self.device)
+            self.host_values = self._host_zeros(tuple(values.shape))
             self.host_values.copy_(values)
 
     def check_state(self) -> None:
@@ -591,16 +583,28 @@ class ShadowKVLayer(CompressedLayer):
         return held | {f"frequencies_{index}": tensor for index, tensor in enumerate(self.frequencies.held_tensors())}
 
 
-def with_room(tensor: torch.Tensor, dim: int, size: int) -> torch.Tensor:
-    """The tensor with at least that many places in a dimension, and some more if it grows by little; new ones are zero."""
+def order_of(positions: torch.Tensor) -> torch.Tensor:
+    """The indices of tokens in order of their positions, those of none last."""
+    return positions.masked_fill(positions < 0, torch.iinfo(positions.dtype).max).argsort(dim=-1)
+
+
+def with_room(
+    tensor: torch.Tensor,
+    dim: int,
+    size: int,
+    zeros: Callable[[tuple[int, ...]], torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """
+    The tensor with at least `size` places in a dimension, and some more if it grows by little; new ones are zero. `zeros` makes
+    what it moves into.
+    """
     held = tensor.shape[dim]
     if size <= held:
         return tensor
     if held:
         size = max(size, held + held // GROWTH)
-    shape = list(tensor.shape)
-    shape[dim] = size
-    result = tensor.new_zeros(shape)
+    shape = (*tensor.shape[:dim], size, *tensor.shape[dim + 1 :])
+    result = tensor.new_zeros(shape) if zeros is None else zeros(shape)
     result.narrow(dim, 0, held).copy_(tensor)
     return result
 

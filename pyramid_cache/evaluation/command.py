@@ -94,8 +94,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "--out",
         type=Path,
         metavar="FOLDER",
-        help="write each answer there at once, and tables at the end; the same command goes on from what is there, and `accelerate launch` or "
-        "`torchrun` share the contexts between processes",
+        help="write each answer there at once, and tables at the end; the same command goes on from what is there, and "
+        "`accelerate launch` or `torchrun` share the contexts between processes",
     )
     parser.add_argument(
         "--save-cases",
