@@ -180,6 +180,7 @@ def run(options: argparse.Namespace) -> None:
             evaluation.measure(contexts, progress, team.process, team.num_processes)
         team.share(store)
         results += evaluation.results(contexts)
+    team.leave()
     if team.process > 0:
         return
     record = {

@@ -43,3 +43,10 @@ class Team:
 
         for cell in gather_object(list(store.cells.values())):
             store.cells[cell.key] = cell
+
+    def leave(self) -> None:
+        """Ends what connects the processes, which some backends do not survive at exit."""
+        if self.num_processes > 1:
+            from accelerate import PartialState
+
+            PartialState().destroy_process_group()
