@@ -153,7 +153,9 @@ def test_scores_are_those_of_generate(name: str) -> None:
     model = tiny_model("llama")
 
     def build(num_tokens: int) -> Cache:
-        return DynamicCache(config=model.config) if name == BASELINE else CACHES[name].build(model, 0.5, num_tokens)
+        if name == BASELINE:
+            return DynamicCache(config=model.config)
+        return CACHES[name].build(model, 0.5, num_tokens, 9 + 4 - 1)  # behind the longest question
 
     context = random_tokens(1, 48, seed=5)[0].tolist()
     questions = []
@@ -181,6 +183,16 @@ def test_scores_are_those_of_generate(name: str) -> None:
         assert not is_said or index < 3
     shares = [share for result in results if result.cache == name for share in result.held_shares]
     assert len(shares) == (2 if name == "streaming" else 6)
+
+
+@pytest.mark.parametrize("name", ["streaming", "streaming-dense"])
+def test_streams_hold_the_budget_of_the_context_to_the_last_token(name: str) -> None:
+    model = tiny_model("llama")
+    cache = CACHES[name].build(model, 0.5, 48, 12)
+    with torch.no_grad():
+        model(random_tokens(1, 48), past_key_values=cache)
+        model(random_tokens(1, 12), past_key_values=cache)
+    assert sorted(cache.positions(0)[0, 0].tolist()) == [*range(4), *range(48 - 20, 60)]
 
 
 # Cases.

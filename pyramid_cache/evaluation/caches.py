@@ -24,8 +24,9 @@ from pyramid_cache.engine.budget import floor_of_product
 from pyramid_cache.engine.cache import CompressedCache
 
 
-# Called with the model, the budget as a fraction, and the tokens of the prompt that it is a fraction of.
-CacheBuilder = Callable[[PreTrainedModel, float, int], CompressedCache]
+# Called with the model, the budget as a fraction, the tokens of the prompt that it is a fraction of, and how many tokens at
+# most come behind them.
+CacheBuilder = Callable[[PreTrainedModel, float, int, int], CompressedCache]
 
 BASELINE = "dynamic"
 BASELINE_LABEL = "DynamicCache"
@@ -51,14 +52,17 @@ class EvaluatedCache:
 
 def from_config(cache_class: Callable[..., CompressedCache], **settings: object) -> CacheBuilder:
     """Builds a cache that takes the model's config and a budget."""
-    return lambda model, budget, num_tokens: cache_class(model.config, budget, **settings)
+    return lambda model, budget, num_tokens, num_later: cache_class(model.config, budget, **settings)
 
 
 def streaming(prefill: str) -> CacheBuilder:
-    """Builds a StreamingLLMCache whose window is the budget, but leaves one token beside the sinks."""
+    """
+    Builds a StreamingLLMCache that still holds the budget when the last token of an answer has come: other caches evict
+    nothing meanwhile. Its window has one token beside the sinks at least.
+    """
 
-    def build(model: PreTrainedModel, budget: float, num_tokens: int) -> StreamingLLMCache:
-        window_length = max(floor_of_product(budget, num_tokens), 5)
+    def build(model: PreTrainedModel, budget: float, num_tokens: int, num_later: int) -> StreamingLLMCache:
+        window_length = max(floor_of_product(budget, num_tokens), 5) + num_later
         return StreamingLLMCache(model.config, window_length=window_length, prefill=prefill)
 
     return build
@@ -80,7 +84,9 @@ CACHES: dict[str, EvaluatedCache] = {
     ),
     "pyramid-config": EvaluatedCache("PyramidCache(config)", from_config(PyramidCache)),
     "pyramid": EvaluatedCache(
-        "PyramidCache(model)", lambda model, budget, num_tokens: PyramidCache(model, budget), reading="own"
+        "PyramidCache(model)",
+        lambda model, budget, num_tokens, num_later: PyramidCache(model, budget),
+        reading="own",
     ),
     "streaming-dense": EvaluatedCache("StreamingLLMCache, dense", streaming("dense")),
     "streaming": EvaluatedCache("StreamingLLMCache", streaming("streaming"), reading="stream"),

@@ -160,13 +160,14 @@ class Evaluation:
             return
         reading = find_reader().context
         full = full_cache(self.model, reading)
+        num_later = max(map(len_behind, context.questions))
         for key in missing:
             if key.cache == BASELINE:
                 cache = full
             elif self.caches[key.cache].reading == "dense":
-                cache = self._fill(key, reading)
+                cache = self._fill(key, reading, num_later)
             else:
-                cache, _ = self._read(key, context.ids)
+                cache, _ = self._read(key, context.ids, num_later)
             self._note(key, self._answer_all(cache, context.questions), num_bytes(cache) / num_bytes(full))
 
     def _ask_in_view(self, index: int, context: Context, number: int, find_reader: Callable[[], Reader]) -> None:
@@ -181,9 +182,9 @@ class Evaluation:
             if key.cache == BASELINE:
                 cache = full_cache(self.model, reading)
             elif self.caches[key.cache].reading == "dense":
-                cache = self._fill(key, reading)
+                cache = self._fill(key, reading, len(question.answer) - 1)
             else:
-                cache, logits = self._read(key, context.ids + question.ids)
+                cache, logits = self._read(key, context.ids + question.ids, len(question.answer) - 1)
             held_share = num_bytes(cache) / full_bytes
             self._note(key, [self._finish(cache, logits, question)], held_share)
 
@@ -197,8 +198,9 @@ class Evaluation:
             for key in self._missing(context.task, index, ALL_QUESTIONS, protocol, "stream"):
                 if asked[protocol]:
                     by_setting.setdefault((key.cache, key.budget), []).append(key)
+        num_later = max(map(len_behind, context.questions))
         for keys in by_setting.values():
-            cache, _ = self._read(keys[0], context.ids)
+            cache, _ = self._read(keys[0], context.ids, num_later)
             held_share = num_bytes(cache) / num_bytes(full_cache(self.model, find_reader().context))
             scores = self._answer_all(cache, context.questions)
             for key in keys:
@@ -218,17 +220,17 @@ class Evaluation:
     def _batch(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
         return torch.tensor(rows, device=self.model.device)
 
-    def _fill(self, key: CellKey, reading: Reading) -> CompressedCache:
+    def _fill(self, key: CellKey, reading: Reading, num_later: int) -> CompressedCache:
         """A new cache that holds what it keeps of a prompt that was read with full attention."""
-        cache = self.caches[key.cache].build(self.model, key.budget, reading.num_tokens)
+        cache = self.caches[key.cache].build(self.model, key.budget, reading.num_tokens, num_later)
         with torch.no_grad():
             cache.replay(reading.layers)
         return cache
 
     @torch.no_grad()
-    def _read(self, key: CellKey, ids: list[int]) -> tuple[CompressedCache, torch.Tensor]:
+    def _read(self, key: CellKey, ids: list[int], num_later: int) -> tuple[CompressedCache, torch.Tensor]:
         """A new cache that has read a prompt itself, and the logits `(1, vocabulary)` of its last token."""
-        cache = self.caches[key.cache].build(self.model, key.budget, len(ids))
+        cache = self.caches[key.cache].build(self.model, key.budget, len(ids), num_later)
         return cache, self.model(self._batch([ids]), **{CACHE_ARGUMENT: cache}, logits_to_keep=1).logits[:, -1]
 
     # Answers.
@@ -265,6 +267,11 @@ def enumerate_by_task(contexts: Sequence[Context]) -> Iterator[tuple[int, Contex
     counters: dict[str, Iterator[int]] = {}
     for context in contexts:
         yield next(counters.setdefault(context.task, itertools.count())), context
+
+
+def len_behind(question: Question) -> int:
+    """How many tokens a model reads behind a context to be asked a question and scored on all of its answer."""
+    return len(question.ids) + len(question.answer) - 1
 
 
 def score_answers(logits: torch.Tensor, answers: torch.Tensor) -> list[Score]:
