@@ -12,6 +12,7 @@ and loses what comes then without a word); later turns attend to everything, wit
 layer at a time (theirs treats up to 4,096 tokens as one decode step); rows of a batch may have different lengths.
 """
 
+import copy
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,7 +25,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from pyramid_cache.engine.attention import AttentionCall
 from pyramid_cache.engine.budget import floor_of_product, is_number, read_count
 from pyramid_cache.engine.cache import CompressedCache, check_decoder_config, model_inside
-from pyramid_cache.engine.host import read_host
+from pyramid_cache.engine.host import beside, fetch_values, join, read_host, wait_for_host
 from pyramid_cache.engine.layer import CompressedLayer, LayerPlace, grown
 from pyramid_cache.engine.low_rank import (
     TOKENS_PER_BLOCK,
@@ -46,7 +47,7 @@ from pyramid_cache.engine.selection import gather_tokens
 from pyramid_cache.engine.tokens import MaskReader, Tokens
 from pyramid_cache.ops import decode_attention
 from pyramid_cache.ops.registration import needs_gradients
-from pyramid_cache.ops.shadow import gather_values, plan_chunks, reconstruct_keys, select_chunks
+from pyramid_cache.ops.shadow import plan_chunks, reconstruct_keys, select_chunks
 
 
 # What grows while an answer is generated grows by this part of its size.
@@ -55,9 +56,10 @@ GROWTH = 16
 
 class ShadowKVLayer(CompressedLayer):
     """
-    One layer of `ShadowKVCache`. Chunk `c` of a row is its tokens `c * chunk_size` to `(c + 1) * chunk_size - 1`; the first
-    `row_shadow` tokens of a row are in the shadow, the others in the tail. The slots are `num_outlier_chunks` chunks, then
-    `num_sparse_chunks` chunks that steps exchange, then the tail. In the shadow:
+    One layer of `ShadowKVCache`. The slots are `num_outlier_chunks` chunks, then `num_sparse_chunks` chunks that steps
+    exchange, then the tail. A row whose tokens all fit is exact: they are in the slots as they came, whatever other rows do.
+    Of a longer one the first `row_shadow` tokens are in the shadow, the others in the tail, and the slots before it hold some of
+    the shadow's chunks; chunk `c` is its tokens `c * chunk_size` to `(c + 1) * chunk_size - 1`. In the shadow:
 
     - `factors` `(batch, tokens, rank)` and `basis` `(batch, kv_heads, rank, head_dim)`, whose product is the keys before RoPE;
     - `host_values` `(batch, kv_heads, tokens, value_dim)`, on the host;
@@ -72,8 +74,7 @@ class ShadowKVLayer(CompressedLayer):
         *("next_position", "column_positions", "factors", "basis", "landmarks", "is_selectable"),
         *("held_chunks", "outlier_chunks", "outlier_cosines", "landmark_scales"),
     )
-    row_counts = (*CompressedLayer.row_counts, "row_shadow")
-    state_numbers = (*CompressedLayer.state_numbers, "num_sparse_chunks")
+    row_counts = (*CompressedLayer.row_counts, "row_shadow", "row_sparse")
     extra_numbers = ("rotary",)
     extra_tensors = ("host_values", *FREQUENCY_TENSORS)
     heads_share_positions = False
@@ -99,8 +100,9 @@ class ShadowKVLayer(CompressedLayer):
     def _clear(self) -> None:
         super()._clear()
         self.row_shadow: list[int] = []
+        self.row_sparse: list[int] = []  # chunks of the shadow that a step of the row attends to
+        self._row_grew: list[bool] = []  # in the last forward pass
         self.host_values: torch.Tensor | None = None
-        self.num_sparse_chunks = 0
         self.rotary: RotaryFrequencies | None = None
 
     @property
@@ -122,9 +124,14 @@ class ShadowKVLayer(CompressedLayer):
         return self.num_local_tokens + self.offload_interval + self.chunk_size
 
     def num_tokens_to_keep(self, row_length: int) -> int:
-        """Up to how many tokens a row is kept as it is: what the slots would hold."""
+        """Up to how many tokens a row is exact: with one more, which is attended to as well, the slots are full."""
         num_chunks = self.num_outlier_chunks + self.num_sparse_chunks_of(row_length)
-        return num_chunks * self.chunk_size + self.tail_capacity
+        return num_chunks * self.chunk_size + self.tail_capacity - 1
+
+    @property
+    def num_sparse_chunks(self) -> int:
+        """Of the row that attends to most."""
+        return max(self.row_sparse)
 
     @property
     def num_chunk_slots(self) -> int:
@@ -133,14 +140,33 @@ class ShadowKVLayer(CompressedLayer):
 
     @property
     def max_slots(self) -> int:
-        return max(self.row_kept) if self.positions is None else self.num_chunk_slots + self.tail_capacity
+        return max(self.row_kept) + 1 if self.positions is None else self.num_chunk_slots + self.tail_capacity
+
+    @property
+    def outlier_slots(self) -> slice:
+        """The slots of what no landmark stands for well."""
+        return slice(0, self.num_outlier_chunks * self.chunk_size)
 
     @property
     def sparse_slots(self) -> slice:
         """The slots that steps exchange."""
-        return slice(self.num_outlier_chunks * self.chunk_size, self.num_chunk_slots)
+        return slice(self.outlier_slots.stop, self.num_chunk_slots)
+
+    def num_movable(self, num_outside: int) -> int:
+        """Of so many tokens outside of the shadow those that can move there: full chunks, but for the local tokens."""
+        return max((num_outside - self.num_local_tokens) // self.chunk_size, 0) * self.chunk_size
 
     # Attention.
+
+    def _take_in(self, seen: Tokens, num_new: int) -> Tokens:
+        before = self.row_lengths
+        tokens = super()._take_in(seen, num_new)
+        self._row_grew = [length > earlier for length, earlier in zip(self.row_lengths, before, strict=True)]
+        sparse = [self.num_sparse_chunks_of(length) for length in self.row_lengths]
+        if self.positions is not None and max(sparse) != self.num_sparse_chunks:
+            self._resize_sparse(max(sparse))
+        self.row_sparse = sparse
+        return tokens
 
     def _check_call(self, call: AttentionCall) -> None:
         super()._check_call(call)
@@ -154,27 +180,22 @@ class ShadowKVLayer(CompressedLayer):
         if self.positions is not None:
             call = self.with_slot_mask(call, tokens.positions >= 0 if tokens.has_gaps else None)
         output = call.run()
-        if self.positions is None and not self.must_evict:
-            return output
-        self.require_left_padding(tokens)
-        if self.rotary is None:
-            self.rotary = self.frequencies.frequencies_of(call.module, self.device)
-        num_shadow = max(self.row_shadow, default=0)
-        key, value = call.key[:, :, num_shadow:], call.value[:, :, num_shadow:]
-        self._absorb(key, value, tokens.positions[..., num_shadow:], is_prompt=True)
-        self._fetch(call.query[:, :, -1:], call.logit_arguments["scaling"])
+        if self.positions is not None or self.must_evict:
+            self.require_left_padding(tokens)
+            self._absorb_turn(call, tokens)
         return output
 
     def attend_step(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
         if self.positions is None:
-            if not self.must_evict:
-                return call.run()
-            return self.attend_prompt(call, self.column_tokens)
+            output = call.run()
+            if self.must_evict:
+                self._row_grew = [True] * self.batch_size
+                self._absorb_turn(call, self.column_tokens)
+            return output
         arguments = call.logit_arguments
         self._fetch(call.query, arguments["scaling"])
         output = decode_attention(call.query, call.key, call.value, mask=self.slot_mask(), **arguments)[0], None
-        if self.length == self.max_slots:
-            self._move_tail()
+        self._move_tail()
         return output
 
     @torch.no_grad()
@@ -194,9 +215,14 @@ class ShadowKVLayer(CompressedLayer):
             scaling=scaling,
             mask=self.is_selectable[..., :num_chunks],
         )
+        if len(set(self.row_sparse)) > 1:
+            ranks = torch.arange(wanted.shape[-1], device=self.device)
+            wanted = wanted.masked_fill(ranks >= self.per_row(self.row_sparse), -1)
         incoming = plan_chunks(self.held_chunks, wanted)
-        values = self.host_values[:, :, :num_tokens]
-        gather_values(self.values[:, :, sparse], values, incoming, chunk_size=self.chunk_size)
+        with beside(self.device):
+            fetch_values(
+                self.values[:, :, sparse], self.host_values[:, :, :num_tokens], incoming, chunk_size=self.chunk_size
+            )
         reconstruct_keys(
             self.keys[:, :, sparse],
             self.factors[:, :num_tokens],
@@ -207,7 +233,13 @@ class ShadowKVLayer(CompressedLayer):
             chunk_size=self.chunk_size,
             interleaved=self.rotary is not None and self.rotary.layout == "interleaved",
         )
-        self.positions[..., sparse] = self._tokens_of(self.held_chunks)
+        join(self.device)
+        held = self._tokens_of(self.held_chunks)
+        self.positions[..., sparse] = held if all(self.row_shadow) else self._where_shadow(held, sparse)
+
+    def _where_shadow(self, positions: torch.Tensor, slots: slice) -> torch.Tensor:
+        """These positions in rows that have a shadow, what the slots hold in those that are exact."""
+        return torch.where(self.per_row(self.row_shadow) > 0, positions, self.positions[..., slots])
 
     def _ranks(self, num_tokens: int) -> torch.Tensor:
         """`(batch, num_tokens)` int32: the rank of each token in the shadow."""
@@ -228,46 +260,104 @@ class ShadowKVLayer(CompressedLayer):
         tokens = chunks[..., None] * self.chunk_size + offsets
         return tokens.masked_fill(chunks[..., None] < 0, -1).flatten(2).int()
 
-    # The shadow.
-
-    def _move_tail(self) -> None:
-        """Moves full chunks of generated tokens to the shadow."""
-        tail = slice(self.num_chunk_slots, self.length)
-        positions = self.positions[:, :1, tail].clone()
-        self._absorb(self.keys[:, :, tail].clone(), self.values[:, :, tail].clone(), positions, is_prompt=False)
+    # From the slots to the shadow.
 
     @torch.no_grad()
-    def _absorb(self, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor, is_prompt: bool) -> None:
+    def _absorb_turn(self, call: AttentionCall, tokens: Tokens) -> None:
+        """What follows several tokens: rows that have a shadow, or are too long now to be exact, take them into it."""
+        if self.rotary is None:
+            self.rotary = self.frequencies.frequencies_of(call.module, self.device)
+        if self.positions is None:
+            self._make_shadow(call.key, call.value)
+        num_shadow = max(self.row_shadow)
+        moved = []
+        for length, shadow, held, kept, grew in zip(
+            self.row_lengths, self.row_shadow, self.row_held, self.row_kept, self._row_grew, strict=True
+        ):
+            moves = grew and (shadow or held > kept)
+            moved.append(self.num_movable(length - shadow) if moves else 0)
+        columns = tokens.positions[..., num_shadow:]
+        refits = [count > 0 for count in moved]
+        self._arrange(call.key[:, :, num_shadow:], call.value[:, :, num_shadow:], columns, moved, refits)
+        self._fetch(call.query[:, :, -1:], call.logit_arguments["scaling"])
+
+    @torch.no_grad()
+    def _move_tail(self, at_once: bool = False) -> None:
+        """What follows a step: rows whose tail is full move it, and those whose slots are all full begin their shadow."""
+        if self.length < self.max_slots and all(self.row_shadow) and not at_once:
+            return
+        moved, refits = [], []
+        for length, shadow, held, kept in zip(
+            self.row_lengths, self.row_shadow, self.row_held, self.row_kept, strict=True
+        ):
+            num_outside = length - shadow
+            moves = (at_once or num_outside >= self.tail_capacity) if shadow else held > kept
+            moved.append(self.num_movable(num_outside) if moves else 0)
+            refits.append(moves and not shadow)
+        if any(moved) or self.length == self.max_slots:
+            self._arrange(*self._outside(), moved, refits)
+
+    def _outside(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Copies of keys, values and positions `(batch, 1, columns)` of what is not in the shadow."""
+        slots = slice(self.num_chunk_slots if all(self.row_shadow) else 0, self.length)
+        positions = self.positions[:, :1, slots].clone()
+        if slots.start == 0:
+            in_shadow = self.per_row(self.row_shadow) > 0
+            positions[..., : self.num_chunk_slots].masked_fill_(in_shadow, -1)
+        return self.keys[:, :, slots].clone(), self.values[:, :, slots].clone(), positions
+
+    def _arrange(
+        self, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor, moved: list[int], refits: list[bool]
+    ) -> None:
         """
-        Moves all full chunks but the local tokens to the shadow, and the rest to the tail.
+        Moves tokens to the shadow and puts the others into the slots.
 
         Args:
-            key, value (`torch.Tensor`): `(batch, kv_heads, tokens, head_dim)`, of all tokens that are not in the shadow.
-            positions (`torch.Tensor`): `(batch, 1, tokens)` int32, theirs, -1 for none.
-            is_prompt (`bool`): Whether the basis is fitted anew, and slots are made for the budget anew.
+            key, value (`torch.Tensor`): `(batch, kv_heads, columns, head_dim)`, of all tokens that are not in the shadow.
+            positions (`torch.Tensor`): `(batch, 1, columns)` int32, theirs, -1 for none.
+            moved (`list[int]`): How many of each row move, its first ones.
+            refits (`list[bool]`): Whether the basis of a row is fitted anew.
         """
-        with torch.autocast(self.device.type, enabled=False):
-            self._absorb_exactly(key, value, positions, is_prompt)
-
-    def _absorb_exactly(
-        self, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor, is_prompt: bool
-    ) -> None:
-        if self.positions is None:
-            self._make_shadow(key, value)
-        num_rest = [length - before for length, before in zip(self.row_lengths, self.row_shadow, strict=True)]
-        num_moved = [max((rest - self.num_local_tokens) // self.chunk_size, 0) * self.chunk_size for rest in num_rest]
-        num_left = [rest - moved for rest, moved in zip(num_rest, num_moved, strict=True)]
         order = order_of(positions)
-        left = self._part_of(order, num_moved, num_left)
-        left_key, left_value = gather_tokens(key, left), gather_tokens(value, left)
-        left_positions = gather_tokens(positions, left).masked_fill(left < 0, -1)
-        if max(num_moved):
-            moved = self._part_of(order, [0] * self.batch_size, num_moved)
+        if any(moved):
+            indices = self._part_of(order, [0] * self.batch_size, moved)
             with torch.autocast(self.device.type, enabled=False):
-                self._add(gather_tokens(key, moved), gather_tokens(value, moved), moved >= 0, num_moved, is_prompt)
-        if is_prompt:
-            self._make_slots(self.num_sparse_chunks_of(max(self.row_lengths)))
-        self._set_tail(left_key, left_value, left_positions, num_left)
+                self._add(gather_tokens(key, indices), gather_tokens(value, indices), indices >= 0, moved, refits)
+        self._fill_slots(key, value, positions, order, moved)
+
+    def _fill_slots(
+        self, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor, order: torch.Tensor, starts: list[int]
+    ) -> None:
+        """Puts what is not in the shadow into the slots, of each row from its `starts`-th column in order on."""
+        counts = [length - shadow for length, shadow in zip(self.row_lengths, self.row_shadow, strict=True)]
+        fronts = [0] * self.batch_size
+        if not all(self.row_shadow):
+            is_exact = self.per_row(self.row_shadow) == 0
+            self.positions[..., : self.num_chunk_slots].masked_fill_(is_exact, -1)
+            fronts = [
+                0 if shadow else min(count, self.num_chunk_slots)
+                for shadow, count in zip(self.row_shadow, counts, strict=True)
+            ]
+            indices = self._part_of(order, starts, fronts)
+            front = slice(0, indices.shape[-1])
+            for tensor, source in ((self.keys, key), (self.values, value)):
+                tensor[:, :, front] = torch.where(
+                    is_exact[..., None], gather_tokens(source, indices), tensor[:, :, front]
+                )
+            front_positions = gather_tokens(positions, indices).masked_fill(indices < 0, -1)
+            self.positions[..., front] = torch.where(is_exact, front_positions, self.positions[..., front])
+            starts = [start + count for start, count in zip(starts, fronts, strict=True)]
+        tails = [count - front for count, front in zip(counts, fronts, strict=True)]
+        indices = self._part_of(order, starts, tails)
+        tail = slice(self.num_chunk_slots, self.num_chunk_slots + indices.shape[-1])
+        self.keys[:, :, tail], self.values[:, :, tail] = gather_tokens(key, indices), gather_tokens(value, indices)
+        self.positions[..., tail.start :] = -1
+        self.positions[..., tail] = gather_tokens(positions, indices).masked_fill(indices < 0, -1)
+        self.length = tail.stop
+        self.row_held = [
+            min(shadow // self.chunk_size, self.num_outlier_chunks + sparse) * self.chunk_size + front + rest
+            for shadow, sparse, front, rest in zip(self.row_shadow, self.row_sparse, fronts, tails, strict=True)
+        ]
 
     def _part_of(self, order: torch.Tensor, starts: list[int], counts: list[int]) -> torch.Tensor:
         """Of indices `(batch, 1, tokens)` those of `counts` tokens from `starts` on; -1 behind the last of a shorter row."""
@@ -275,25 +365,41 @@ class ShadowKVLayer(CompressedLayer):
         indices = (self.per_row(starts) + offsets).clamp(max=order.shape[-1] - 1)
         return order.gather(-1, indices.long()).masked_fill(offsets >= self.per_row(counts), -1)
 
+    # The shadow.
+
     def _make_shadow(self, key: torch.Tensor, value: torch.Tensor) -> None:
-        """A shadow that holds nothing."""
+        """A shadow that holds nothing, and slots that hold nothing."""
         batch_size, kv_heads, _, head_dim = key.shape
-        num_outliers = self.num_outlier_chunks
+        num_outliers, places = self.num_outlier_chunks, (batch_size, kv_heads)
         self.row_shadow = [0] * batch_size
-        self.num_sparse_chunks = 0
         self.column_positions = None
-        self.keys = key.new_zeros(batch_size, kv_heads, num_outliers * self.chunk_size, head_dim)
-        self.values = value.new_zeros(batch_size, kv_heads, num_outliers * self.chunk_size, value.shape[-1])
-        self.outlier_chunks = torch.full((batch_size, kv_heads, num_outliers), -1, device=self.device)
-        self.outlier_cosines = torch.full((batch_size, kv_heads, num_outliers), float("inf"), device=self.device)
-        self.positions = self._tokens_of(self.outlier_chunks)
+        self.positions = torch.empty(*places, 0, dtype=torch.int32, device=self.device)
+        self.keys, self.values = (
+            tensor.new_zeros(*places, self.max_slots, tensor.shape[-1]) for tensor in (key, value)
+        )
+        self.positions = self.positions.new_full((*places, self.max_slots), -1)
+        self.held_chunks = torch.full((*places, self.num_sparse_chunks), -1, device=self.device)
+        self.outlier_chunks = torch.full((*places, num_outliers), -1, device=self.device)
+        self.outlier_cosines = torch.full((*places, num_outliers), float("inf"), device=self.device)
         self.factors = torch.zeros(batch_size, 0, 0, dtype=self.stored_dtype, device=self.device)
-        self.basis = key.new_zeros(batch_size, kv_heads, 0, head_dim)
-        self.landmarks = torch.zeros(batch_size, kv_heads, 0, head_dim, dtype=self.stored_dtype, device=self.device)
-        self.host_values = self._host_zeros((batch_size, kv_heads, 0, value.shape[-1]))
+        self.basis = key.new_zeros(*places, 0, head_dim)
+        self.landmarks = torch.zeros(*places, 0, head_dim, dtype=self.stored_dtype, device=self.device)
+        if self.quantize is not None:
+            self.landmark_scales = torch.ones(*places, 1, head_dim, device=self.device)
+        self.is_selectable = torch.zeros(*places, 0, dtype=torch.bool, device=self.device)
+        self.host_values = self._host_zeros((*places, 0, value.shape[-1]))
+
+    def _resize_sparse(self, num_sparse_chunks: int) -> None:
+        """Slots for that many chunks that steps exchange, which hold none yet; outliers stay, the tail does not."""
+        num_outlier_slots = self.outlier_slots.stop
+        self.held_chunks = self.outlier_chunks.new_full((*self.outlier_chunks.shape[:2], num_sparse_chunks), -1)
+        num_slots = num_outlier_slots + num_sparse_chunks * self.chunk_size + self.tail_capacity
+        for name in self.slot_tensors:
+            kept = getattr(self, name)[:, :, :num_outlier_slots]
+            setattr(self, name, grown(kept, num_outlier_slots, num_slots, -1 if name == "positions" else 0))
 
     def _add(
-        self, key: torch.Tensor, value: torch.Tensor, is_token: torch.Tensor, counts: list[int], is_prompt: bool
+        self, key: torch.Tensor, value: torch.Tensor, is_token: torch.Tensor, counts: list[int], refits: list[bool]
     ) -> None:
         """
         Takes full chunks into the shadow, and chooses the outliers anew.
@@ -301,50 +407,61 @@ class ShadowKVLayer(CompressedLayer):
         Args:
             key, value (`torch.Tensor`): `(batch, kv_heads, tokens, head_dim)`.
             is_token (`torch.Tensor`): `(batch, 1, tokens)`, False behind the `counts` tokens of a shorter row.
+            refits (`list[bool]`): Whether the basis of a row is fitted anew.
         """
         starts = self.row_shadow
-        self._add_factors(key, is_token, counts, is_prompt)
-        num_tokens = max(start + count for start, count in zip(starts, counts, strict=True))
-        self.host_values = with_room(self.host_values, 2, num_tokens, self._host_zeros)
+        stops = [start + count for start, count in zip(starts, counts, strict=True)]
+        self._add_factors(key, is_token, counts, refits)
+        self._add_values(value, counts)
         chunks = key.unflatten(2, (-1, self.chunk_size)).float()  # (batch, kv_heads, chunks, chunk_size, head_dim)
         means = chunks.mean(dim=3)
         cosines = torch.cosine_similarity(chunks, means[..., None, :], dim=-1).amin(dim=-1)
         cosines = cosines.masked_fill(~is_token[..., :: self.chunk_size], float("inf"))
-        if self.stored_dtype != self.dtype:
-            means = self._scaled(means, is_prompt)
+        if self.quantize is not None:
+            means = self._scaled(means, refits)
         landmarks = stored(means, self.stored_dtype)
-        self.landmarks = with_room(self.landmarks, 2, num_tokens // self.chunk_size)
+        self.landmarks = with_room(self.landmarks, 2, max(stops) // self.chunk_size)
         for row, (start, count) in enumerate(zip(starts, counts, strict=True)):
-            self.host_values[row, :, start : start + count].copy_(value[row, :, :count])
             first, num_chunks = start // self.chunk_size, count // self.chunk_size
             self.landmarks[row, :, first : first + num_chunks] = landmarks[row, :, :num_chunks]
         self._choose_outliers(key, value, cosines)
-        self.row_shadow = [start + count for start, count in zip(starts, counts, strict=True)]
+        self.row_shadow = stops
         index = torch.arange(self.landmarks.shape[2], device=self.device)
         exists = index < self.per_row(self.row_shadow) // self.chunk_size
         is_outlier = (self.outlier_chunks[..., None] == index).any(dim=2)
         self.is_selectable = exists & ~is_outlier
 
+    def _add_values(self, value: torch.Tensor, counts: list[int]) -> None:
+        """Copies values to the host, behind those that are there, while the device goes on."""
+        num_tokens = max(start + count for start, count in zip(self.row_shadow, counts, strict=True))
+        if num_tokens > self.host_values.shape[2]:
+            wait_for_host(self.device)
+            self.host_values = with_room(self.host_values, 2, num_tokens, self._host_zeros)
+        with beside(self.device, value):
+            for row, (start, count) in enumerate(zip(self.row_shadow, counts, strict=True)):
+                target = self.host_values[row, :, start : start + count]
+                target.copy_(value[row, :, :count], non_blocking=True)
+
     def _host_zeros(self, shape: tuple[int, ...]) -> torch.Tensor:
         """Room for values on the host."""
         return self.host.zeros(shape, self._value_dtype, self.device)
 
-    def _scaled(self, means: torch.Tensor, is_prompt: bool) -> torch.Tensor:
-        """Landmarks over the scale of each dimension, which grows if they exceed it; those of a prompt make it anew."""
-        if is_prompt or self.landmark_scales is None:
-            old, largest = self.landmarks.float(), means.abs().amax(dim=2, keepdim=True)
-            if self.landmark_scales is not None:
-                old = old * self.landmark_scales
-                largest = largest.maximum(old.abs().amax(dim=2, keepdim=True))
-            self.landmark_scales = scale_of(largest, self.stored_dtype)
-            self.landmarks = stored(old / self.landmark_scales, self.stored_dtype)
+    def _scaled(self, means: torch.Tensor, refits: list[bool]) -> torch.Tensor:
+        """Landmarks over the scale of each dimension, which grows if they exceed it; rows that are refitted get a new one."""
+        if any(refits):
+            old = self.landmarks.float() * self.landmark_scales
+            largest = torch.cat([old, means], dim=2).abs().amax(dim=2, keepdim=True)
+            is_refitted = self.per_row(refits)[..., None] > 0
+            scales = torch.where(is_refitted, scale_of(largest, self.stored_dtype), self.landmark_scales)
+            self.landmarks = torch.where(is_refitted, stored(old / scales, self.stored_dtype), self.landmarks)
+            self.landmark_scales = scales
         self.landmarks, ratio = widened(self.landmarks, means / self.landmark_scales)
         self.landmark_scales = self.landmark_scales * ratio
         return means / self.landmark_scales
 
-    def _add_factors(self, key: torch.Tensor, is_token: torch.Tensor, counts: list[int], is_prompt: bool) -> None:
-        """Projects keys onto the basis, which is fitted to them and to the tokens held so far if they are of a prompt."""
-        batch_size, kv_heads, _, head_dim = key.shape
+    def _add_factors(self, key: torch.Tensor, is_token: torch.Tensor, counts: list[int], refits: list[bool]) -> None:
+        """Projects keys onto the basis, which is first fitted to them and to the tokens held so far in rows that ask for it."""
+        kv_heads, head_dim = self._key_shape
         starts = self.row_shadow
         positions = self.per_row(starts) + torch.arange(key.shape[2], device=self.device)
         blocks = [slice(start, start + TOKENS_PER_BLOCK) for start in range(0, key.shape[2], TOKENS_PER_BLOCK)]
@@ -355,29 +472,35 @@ class ShadowKVLayer(CompressedLayer):
                 keys = self.rotary.rotate(keys, -self._angles(positions[..., block]))
             return keys.masked_fill(~is_token[..., block, None], 0).transpose(1, 2).flatten(2)
 
-        basis = self.basis.float().transpose(1, 2).flatten(2)  # (batch, rank, kv_heads * head_dim)
-        if is_prompt or not self.factors.shape[1]:
+        old = self.basis.transpose(1, 2).flatten(2)  # (batch, rank, kv_heads * head_dim)
+        if any(refits):
             gram = sum(gram_matrix(unrotated(block)) for block in blocks)
             if self.factors.shape[1]:
-                gram = extended_gram(gram, self.factors, basis)
-            old, basis = basis, fit_basis(gram, self.rank)
-            if self.stored_dtype != self.dtype:
+                gram = extended_gram(gram, self.factors, old)
+            basis = fit_basis(gram, self.rank)
+            if self.quantize is not None:
                 # An axis is as long as to make the largest factor along it the largest number that is stored.
                 factors = self.factors.float() @ project(old, basis)
                 largest = [factors.abs().amax(dim=1)] if factors.shape[1] else []
                 largest += [project(unrotated(block), basis).abs().amax(dim=1) for block in blocks]
                 basis = basis * scale_of(torch.stack(largest).amax(dim=0), self.stored_dtype)[..., None]
-            self.basis = basis.unflatten(2, (kv_heads, head_dim)).transpose(1, 2).to(key.dtype).contiguous()
-            basis = self.basis.float().transpose(1, 2).flatten(2)
-            self.factors = stored(self.factors.float() @ project(old, basis), self.stored_dtype)
-        factors = torch.cat([project(unrotated(block), basis) for block in blocks], dim=1)
-        if self.stored_dtype != self.dtype:
+            basis = basis.to(key.dtype)
+            factors = stored(self.factors.float() @ project(old, basis), self.stored_dtype)
+            if not all(refits):
+                is_refitted, rank = self.per_row(refits) > 0, max(basis.shape[1], old.shape[1])
+                basis = torch.where(is_refitted, with_size(basis, 1, rank), with_size(old, 1, rank))
+                factors = torch.where(is_refitted, with_size(factors, 2, rank), with_size(self.factors, 2, rank))
+            old, self.factors = basis, factors
+        factors = torch.cat([project(unrotated(block), old) for block in blocks], dim=1)
+        if self.quantize is not None:
             self.factors, ratio = widened(self.factors, factors)
-            self.basis = (self.basis * ratio.mT[:, None]).to(key.dtype)
+            old = (old * ratio.mT).to(key.dtype)
             factors = factors / ratio
+        self.basis = old.unflatten(2, (kv_heads, head_dim)).transpose(1, 2).contiguous()
         factors = stored(factors, self.stored_dtype)
-        num_tokens = max(start + count for start, count in zip(starts, counts, strict=True))
-        self.factors = with_room(self.factors, 1, num_tokens)
+        self.factors = with_room(
+            self.factors, 1, max(start + count for start, count in zip(starts, counts, strict=True))
+        )
         for row, (start, count) in enumerate(zip(starts, counts, strict=True)):
             self.factors[row, start : start + count] = factors[row, :count]
 
@@ -387,74 +510,47 @@ class ShadowKVLayer(CompressedLayer):
 
     def _choose_outliers(self, key: torch.Tensor, value: torch.Tensor, cosines: torch.Tensor) -> None:
         """Of the outliers so far and of new chunks those that their landmarks stand for worst stay exact."""
-        num_outliers, outlier_slots = self.num_outlier_chunks, slice(0, self.num_outlier_chunks * self.chunk_size)
+        slots = self.outlier_slots
         first = self.per_row(self.row_shadow) // self.chunk_size
         chunks = (first + torch.arange(cosines.shape[-1], device=self.device)).expand_as(cosines)
         cosines = torch.cat([self.outlier_cosines, cosines], dim=-1)
         chunks = torch.cat([self.outlier_chunks, chunks], dim=-1)
         # Of equal cosines the older chunk.
-        chosen = cosines.sort(dim=-1, stable=True).indices[..., :num_outliers]
+        chosen = cosines.sort(dim=-1, stable=True).indices[..., : self.num_outlier_chunks]
         self.outlier_cosines = cosines.gather(-1, chosen)
         self.outlier_chunks = chunks.gather(-1, chosen).masked_fill(self.outlier_cosines.isinf(), -1)
         index = chosen[..., None] * self.chunk_size + torch.arange(self.chunk_size, device=self.device)
         for tensor, new in ((self.keys, key), (self.values, value)):
-            candidates = torch.cat([tensor[:, :, outlier_slots], new], dim=2)
-            tensor[:, :, outlier_slots] = gather_tokens(candidates, index.flatten(2))
-        self.positions[..., outlier_slots] = self._tokens_of(self.outlier_chunks)
-        if self.held_chunks is not None:  # a chunk is not attended to twice
-            is_outlier = (self.held_chunks[..., None] == self.outlier_chunks[..., None, :]).any(dim=-1)
-            self.held_chunks.masked_fill_(is_outlier, -1)
-            self.positions[..., self.sparse_slots] = self._tokens_of(self.held_chunks)
-
-    def _make_slots(self, num_sparse_chunks: int) -> None:
-        """Slots for that many chunks, which hold none yet, behind those of the outliers."""
-        num_outlier_slots = self.num_outlier_chunks * self.chunk_size
-        self.num_sparse_chunks = num_sparse_chunks
-        self.held_chunks = self.outlier_chunks.new_full((*self.outlier_chunks.shape[:2], num_sparse_chunks), -1)
-        for name in self.slot_tensors:
-            fill = -1 if name == "positions" else 0
-            setattr(
-                self,
-                name,
-                grown(getattr(self, name)[:, :, :num_outlier_slots], num_outlier_slots, self.max_slots, fill),
-            )
-
-    def _set_tail(self, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor, counts: list[int]) -> None:
-        """Fills the tail with the tokens `(batch, kv_heads, tokens, head_dim)`, `counts` of them in each row."""
-        tail = slice(self.num_chunk_slots, self.num_chunk_slots + key.shape[2])
-        self.keys[:, :, tail], self.values[:, :, tail] = key, value
-        self.positions[..., tail.start :] = -1
-        self.positions[..., tail] = positions
-        self.length = tail.stop
-        num_chunks = [count // self.chunk_size for count in self.row_shadow]
-        self.row_held = [
-            min(number, self.num_outlier_chunks + self.num_sparse_chunks) * self.chunk_size + count
-            for number, count in zip(num_chunks, counts, strict=True)
-        ]
+            candidates = torch.cat([tensor[:, :, slots], new], dim=2)
+            tensor[:, :, slots] = gather_tokens(candidates, index.flatten(2))
+        self.positions[..., slots] = self._tokens_of(self.outlier_chunks)
+        # A chunk is not attended to twice.
+        is_outlier = (self.held_chunks[..., None] == self.outlier_chunks[..., None, :]).any(dim=-1)
+        self.held_chunks.masked_fill_(is_outlier, -1)
+        self.positions[..., self.sparse_slots] = self._tokens_of(self.held_chunks)
 
     # Several tokens: all that was seen, for one layer at a time.
 
     def _sorted_slots(self) -> dict[str, torch.Tensor]:
-        """All tokens: keys that are rebuilt, or exact where those are held, and values from the host; then the tail."""
-        num_tokens, tail = max(self.row_shadow), slice(self.num_chunk_slots, self.length)
+        """All tokens: keys that are rebuilt, or exact where those are held, and values from the host; then the others."""
+        num_tokens = max(self.row_shadow)
         with torch.autocast(self.device.type, enabled=False):
             keys = self.factors[:, None, :num_tokens].float() @ self.basis.float()
         ranks = self._ranks(num_tokens)[:, None]
         if self.rotary is not None:
             keys = self.rotary.rotate(keys, self._angles(ranks))
-        keys = keys.to(self.dtype)
-        num_outlier_slots = self.num_outlier_chunks * self.chunk_size
-        places = self.positions[..., :num_outlier_slots].long()
         # One place more, for slots of no outlier.
-        index = torch.where(places < 0, num_tokens, places)[..., None]
-        keys = torch.cat([keys, keys[:, :, :1]], dim=2)
-        keys.scatter_(2, index.expand(-1, -1, -1, keys.shape[3]), self.keys[:, :, :num_outlier_slots])
+        keys = with_size(keys.to(self.dtype), 2, num_tokens + 1)
+        places = self._tokens_of(self.outlier_chunks).long()
+        index = torch.where(places < 0, num_tokens, places)[..., None].expand(-1, -1, -1, keys.shape[3])
+        keys.scatter_(2, index, self.keys[:, :, self.outlier_slots])
+        join(self.device)
         values = self.host_values[:, :, :num_tokens].to(self.device)
         positions = ranks.masked_fill(ranks >= self.per_row(self.row_shadow), -1)
+        shadow = (keys[:, :, :num_tokens], values, positions)
         return {
-            "keys": torch.cat([keys[:, :, :num_tokens], self.keys[:, :, tail]], dim=2),
-            "values": torch.cat([values, self.values[:, :, tail]], dim=2),
-            "positions": torch.cat([positions, self.positions[:, :1, tail]], dim=2),
+            name: torch.cat(parts, dim=2)
+            for name, *parts in zip(self.slot_tensors, shadow, self._outside(), strict=True)
         }
 
     def _take_slots(self) -> dict[str, torch.Tensor]:
@@ -474,49 +570,51 @@ class ShadowKVLayer(CompressedLayer):
         if self.positions is None:
             super()._crop_held(num_columns)
             return
-        everything = self._sorted_slots()
+        key, value, positions = self._sorted_slots().values()
         self.num_seen -= num_columns
         self.row_lengths = [max(length - num_columns, 0) for length in self.row_lengths]
         self.next_position = self.per_row(self.row_lengths)
-        num_shadow = [
-            min(shadow, max(length - self.num_local_tokens, 0) // self.chunk_size * self.chunk_size)
+        self.row_shadow = [
+            min(shadow, self.num_movable(length))
             for shadow, length in zip(self.row_shadow, self.row_lengths, strict=True)
         ]
-        num_left = [length - shadow for length, shadow in zip(self.row_lengths, num_shadow, strict=True)]
-        positions = everything["positions"]
-        order = order_of(positions)
-        left = self._part_of(order, num_shadow, num_left)
-        self.row_shadow = num_shadow
-        num_chunks = self.per_row(num_shadow) // self.chunk_size
+        num_chunks = self.per_row(self.row_shadow) // self.chunk_size
         for chunks in (self.outlier_chunks, self.held_chunks):
             chunks.masked_fill_(chunks >= num_chunks, -1)
         self.outlier_cosines.masked_fill_(self.outlier_chunks < 0, float("inf"))
         index = torch.arange(self.landmarks.shape[2], device=self.device)
         self.is_selectable = self.is_selectable & (index < num_chunks)
-        sparse = self.sparse_slots
-        self.positions[..., : sparse.start] = self._tokens_of(self.outlier_chunks)
-        self.positions[..., sparse] = self._tokens_of(self.held_chunks)
-        left_positions = gather_tokens(positions, left).masked_fill(left < 0, -1)
-        self._set_tail(
-            gather_tokens(everything["keys"], left),
-            gather_tokens(everything["values"], left),
-            left_positions,
-            num_left,
-        )
+        self.positions[..., self.outlier_slots] = self._tokens_of(self.outlier_chunks)
+        self.positions[..., self.sparse_slots] = self._tokens_of(self.held_chunks)
+        self._fill_slots(key, value, positions, order_of(positions), self.row_shadow)
 
     def compress(self) -> None:
         if self.positions is not None:
-            self._move_tail()
+            self._move_tail(at_once=True)
 
     def _map_rows(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         if self.host_values is not None:
             # Which rows it takes, and from where: values stay on the host.
-            rows = function(torch.arange(self.host_values.shape[0], device=self.device)).tolist()
-            is_other = rows != list(range(self.host_values.shape[0]))
-            self.host_values = (
-                self.host_values[rows] if is_other or self.host_values.is_inference() else self.host_values
-            )
+            rows = function(torch.arange(self.host_values.shape[0], device=self.device)).to("cpu")
+            if self.host_values.is_inference() or rows.tolist() != list(range(self.host_values.shape[0])):
+                self.host_values = self._host_copy(rows)
         super()._map_rows(function)
+
+    def _host_copy(self, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """The values on the host, of rows `(rows,)` if they are given, in memory of the same kind."""
+        wait_for_host(self.device)
+        num_rows = self.host_values.shape[0] if rows is None else rows.shape[0]
+        result = self._host_zeros((num_rows, *self.host_values.shape[1:]))
+        if rows is None:
+            return result.copy_(self.host_values)
+        return torch.index_select(self.host_values, 0, rows, out=result)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ShadowKVLayer":
+        if self.host_values is not None:  # a plain copy would be neither pinned nor in a file
+            memo[id(self.host_values)] = self._host_copy()
+        memo[id(self)] = twin = type(self).__new__(type(self))
+        twin.__dict__.update(copy.deepcopy(vars(self), memo))
+        return twin
 
     # Files.
 
@@ -530,6 +628,7 @@ class ShadowKVLayer(CompressedLayer):
         tensors["factors"] = self.factors[:, :num_tokens]
         tensors["landmarks"] = self.landmarks[:, :, :num_chunks]
         tensors["is_selectable"] = self.is_selectable[..., :num_chunks]
+        wait_for_host(self.device)
         return numbers, tensors | frequencies | {"host_values": self.host_values[:, :, :num_tokens]}
 
     def import_state(self, numbers: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
@@ -551,7 +650,9 @@ class ShadowKVLayer(CompressedLayer):
         num_chunks = num_tokens // self.chunk_size
         if len(self.row_shadow) != batch_size or any(count % self.chunk_size for count in self.row_shadow):
             raise ValueError(f"`row_shadow` is {self.row_shadow}")
-        if self.num_sparse_chunks < 1 or not self.num_chunk_slots < self.length <= self.max_slots:
+        if len(self.row_sparse) != batch_size or min(self.row_sparse) < 1:
+            raise ValueError(f"`row_sparse` is {self.row_sparse}")
+        if not self.num_chunk_slots <= self.length < self.max_slots:
             raise ValueError(f"{self.length} slots are not {self.num_sparse_chunks} chunks and a tail")
         rank = self.factors.shape[-1] if self.factors is not None else 0
         self.require_tensor("factors", self.stored_dtype, batch_size, num_tokens, rank)
@@ -572,7 +673,8 @@ class ShadowKVLayer(CompressedLayer):
         if not torch.equal(self.is_selectable, exists & ~is_outlier):
             raise ValueError("`is_selectable` are not the chunks without the outliers")
         expected = torch.cat([self._tokens_of(self.outlier_chunks), self._tokens_of(self.held_chunks)], dim=-1)
-        if not torch.equal(self.positions[..., : self.num_chunk_slots], expected):
+        chunk_slots = slice(0, self.num_chunk_slots)
+        if not torch.equal(self.positions[..., chunk_slots], self._where_shadow(expected, chunk_slots)):
             raise ValueError("the slots do not hold the chunks that they should")
 
     def held_tensors(self) -> dict[str, torch.Tensor]:
@@ -586,6 +688,14 @@ class ShadowKVLayer(CompressedLayer):
 def order_of(positions: torch.Tensor) -> torch.Tensor:
     """The indices of tokens in order of their positions, those of none last."""
     return positions.masked_fill(positions < 0, torch.iinfo(positions.dtype).max).argsort(dim=-1)
+
+
+def with_size(tensor: torch.Tensor, dim: int, size: int) -> torch.Tensor:
+    """The tensor with `size` places in a dimension, new ones zero."""
+    missing = size - tensor.shape[dim]
+    if not missing:
+        return tensor
+    return torch.cat([tensor, tensor.new_zeros(*tensor.shape[:dim], missing, *tensor.shape[dim + 1 :])], dim=dim)
 
 
 def with_room(

@@ -1,13 +1,22 @@
-"""Where values are that the device has no room for: in memory of the host that the device can read, or in a mapped file."""
+"""
+Where values are that the device has no room for: in memory of the host that the device can read, or in a mapped file.
 
+What goes to the host and comes from there does so on a second stream of a CUDA device, beside what it works out. Elsewhere
+there is one order of things, and nothing to wait for.
+"""
+
+import contextlib
+import functools
 import math
 import os
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 from pyramid_cache.engine.budget import parse_budget
+from pyramid_cache.ops.shadow import gather_values
 
 
 DISK = "disk:"
@@ -68,3 +77,62 @@ def read_host(host: str, host_budget: int | str | None, num_layers: int) -> Host
     if isinstance(amount, bool) or not isinstance(amount, int) or amount < 1:
         raise ValueError(f"`host_budget={host_budget!r}` must be a number of bytes, such as 2**34 or '16GiB'.")
     return HostPlace(folder, amount, num_layers)
+
+
+# The second stream.
+
+
+@functools.cache
+def second_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for each CUDA device."""
+    return torch.cuda.Stream(device)
+
+
+@contextlib.contextmanager
+def beside(device: torch.device, *read: torch.Tensor) -> Iterator[None]:
+    """
+    What is launched inside runs beside what is launched behind it, up to `join`, and after all before. `read` are tensors that
+    may be let go before.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    stream = second_stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        yield
+    for tensor in read:
+        tensor.record_stream(stream)
+
+
+def join(device: torch.device) -> None:
+    """What is launched from here on runs after what was launched `beside`. The host does not wait."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).wait_stream(second_stream(device))
+
+
+def wait_for_host(device: torch.device) -> None:
+    """Waits until values have come to the host and been read from there, so that they can be read and moved on the host."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+        second_stream(device).synchronize()
+
+
+def fetch_values(buffer: torch.Tensor, values: torch.Tensor, incoming: torch.Tensor, *, chunk_size: int) -> None:
+    """
+    `gather_values`, of values in pageable memory too: mapped files are read by the host, which waits for the device to say
+    what it wants.
+    """
+    if buffer.device.type == "cpu" or values.is_pinned():
+        gather_values(buffer, values, incoming, chunk_size=chunk_size)
+    else:
+        gather_through_host(buffer, values, incoming, chunk_size)
+
+
+def gather_through_host(buffer: torch.Tensor, values: torch.Tensor, incoming: torch.Tensor, chunk_size: int) -> None:
+    """`gather_values`, the host reading what the device has no access to."""
+    staging = torch.zeros(buffer.shape, dtype=buffer.dtype)
+    gather_values(staging, values, incoming.cpu(), chunk_size=chunk_size)
+    # The last chunk is a full one here.
+    arrives = (incoming >= 0).repeat_interleave(chunk_size, dim=-1)[..., None]
+    buffer.copy_(torch.where(arrives, staging.to(buffer.device), buffer))

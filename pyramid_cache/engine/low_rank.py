@@ -40,11 +40,12 @@ def fit_basis(gram: torch.Tensor, rank: int | float) -> torch.Tensor:
 
     Args:
         gram (`torch.Tensor`): From `gram_matrix`.
-        rank (`int` or `float`): Dimensions, or the share of the sum of squares that they hold at least, in every row.
+        rank (`int` or `float`): Dimensions, or the share of the sum of squares that they hold at least.
 
     Returns:
         `torch.Tensor`: `(batch, rank, kv_heads * head_dim)` float32, the main axes, each as long as the root of the sum of
-        squares along it, so that factors are of one size; zeros where all keys are.
+        squares along it, so that factors are of one size; zeros where all keys are, and behind the last axis of a row that
+        needs fewer than others for its share.
     """
     eigenvalues, vectors = torch.linalg.eigh(gram)  # ascending
     eigenvalues, vectors = eigenvalues.flip(-1).clamp(min=0), vectors.flip(-1)
@@ -52,7 +53,10 @@ def fit_basis(gram: torch.Tensor, rank: int | float) -> torch.Tensor:
         held = eigenvalues.cumsum(dim=-1) / eigenvalues.sum(dim=-1, keepdim=True).clamp(
             min=torch.finfo(gram.dtype).tiny
         )
-        rank = int((held < rank).sum(dim=-1).max()) + 1
+        needed = (held < rank).sum(dim=-1, keepdim=True) + 1
+        rank = int(needed.max())
+        is_needed = torch.arange(gram.shape[-1], device=gram.device) < needed
+        vectors = vectors * is_needed[:, None]
     eigenvalues, vectors = eigenvalues[:, :rank], vectors[..., :rank]
     lengths = eigenvalues.sqrt()
     lengths = lengths.maximum(SHORTEST_SHARE * lengths[:, :1])

@@ -49,7 +49,7 @@ def select_chunks(
             taken: there is none, or it is held elsewhere.
 
     Returns:
-        `torch.Tensor`: `(batch, kv_heads, num_chunks)` int64, distinct chunks in no particular order, then -1 where a
+        `torch.Tensor`: `(batch, kv_heads, num_chunks)` int64, distinct chunks, those attended to most first, then -1 where a
         head has fewer than `num_chunks`. Which of equal chunks are taken is not defined.
 
     Raises:
