@@ -4,9 +4,11 @@ A new cache is covered by one row here and, where it keeps tokens by a rule of i
 `Policy` of the package a `ReferenceScore` there, which serves every test that needs a reference).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -22,10 +24,12 @@ from pyramid_cache import (
     PyramidCache,
     PyramidKVCache,
     RKVCache,
+    ShadowKVCache,
     SnapKVCache,
     StreamingLLMCache,
     TOVACache,
 )
+from pyramid_cache.caches.shadow_kv import ShadowKVLayer
 from pyramid_cache.engine.cache import CompressedCache
 
 
@@ -40,6 +44,7 @@ class CacheCase:
         tight: Settings under which a prompt of 40 tokens loses tokens in every layer but possibly the first.
         from_model: Whether it is built from the model itself instead of its config.
         is_bounded: Whether it holds no more however much is generated.
+        evicts: Whether tokens that are not held are lost, instead of being brought back when they are attended to.
         tier: "quick" if the tests of every cache run with it always, "slow" if only with `-m slow`: what caches of one
             layer class have in common is tested on one of them.
         has_own_reference: Whether what it keeps is worked out in a test file of its own alone, because it depends on more
@@ -52,6 +57,7 @@ class CacheCase:
     tight: dict[str, Any] = field(default_factory=dict)
     from_model: bool = False
     is_bounded: bool = True
+    evicts: bool = True
     tier: str = "quick"
     has_own_reference: bool = False
 
@@ -159,8 +165,33 @@ CACHE_CASES = (
         {"budget": 12, "window_size": 4, "kernel_size": 3, "eviction_interval": 4},
         tier="slow",
     ),
+    CacheCase(
+        "ShadowKVCache(config)",
+        ShadowKVCache,
+        {"sparse_budget": 4096},
+        {
+            "sparse_budget": 4,
+            "rank": 6,
+            "chunk_size": 2,
+            "num_outlier_chunks": 1,
+            "num_local_tokens": 2,
+            "offload_interval": 2,
+        },
+        is_bounded=False,
+        evicts=False,
+        tier="slow",
+        has_own_reference=True,
+    ),
 )
 BUDGETS = ("large", "tight")
+
+
+@contextmanager
+def shadow_within_reach(config: PreTrainedConfig) -> Iterator[ShadowKVCache]:
+    """A cache of full rank each of whose steps attends to everything, most of it from the shadow: as what was never taken apart."""
+    settings = {"chunk_size": 2, "num_outlier_chunks": 1, "num_local_tokens": 2, "offload_interval": 2}
+    with patch.object(ShadowKVLayer, "num_tokens_to_keep", lambda layer, row_length: 11):
+        yield ShadowKVCache(config, sparse_budget=400, rank=10_000, **settings)
 
 
 def parametrize_cases(cases: Iterable[CacheCase]) -> pytest.MarkDecorator:

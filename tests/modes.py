@@ -745,6 +745,7 @@ CLOSENESS = {
     "KnormCache(config)": (0.97, 0.84),
     "ExpectedAttentionCache(config)": (0.98, 0.9),
     "RKVCache(config)": (0.99, 0.69),
+    "ShadowKVCache(config)": (0.99, 0.9),
 }
 
 

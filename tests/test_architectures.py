@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from caches import CacheCase, every_cache
+from caches import CacheCase, every_cache, shadow_within_reach
 from models import (
     ARCHITECTURES,
     FAMILIES,
@@ -38,6 +38,7 @@ from pyramid_cache import (
     H2OCache,
     MassiveActivationCache,
     PolicyCache,
+    ShadowKVCache,
     StreamingLLMCache,
 )
 from pyramid_cache.engine.architectures import CACHE_ARGUMENT, reason_against
@@ -123,7 +124,8 @@ def skip_learned_sinks(case: CacheCase, model: PreTrainedModel) -> None:
 
 def skip_unmovable_keys(case: CacheCase, model: PreTrainedModel) -> None:
     """Skips if keys would be moved that a table of sines has turned, having seen the refusal."""
-    if issubclass(case.cache_class, (StreamingLLMCache, ExpectedAttentionCache, MassiveActivationCache)):
+    moving = (StreamingLLMCache, ExpectedAttentionCache, MassiveActivationCache, ShadowKVCache)
+    if issubclass(case.cache_class, moving):
         if model.config.model_type == "gptj":
             with torch.no_grad(), pytest.raises(NotImplementedError, match="reproduced.*leaves keys at"):
                 model(random_tokens(1, 20), past_key_values=case.build(model))
@@ -306,6 +308,15 @@ def has_keys(module: torch.nn.Module) -> bool:
     return any(hasattr(module, name) for name in ("k_proj", "qkv_proj", "c_attn", "query_key_value"))
 
 
+def check_all_in_reach(model: PreTrainedModel, rows: list[torch.Tensor], continuation: torch.Tensor) -> None:
+    """Where nothing is evicted, it is left to low ranks and choices what a step sees: with all of both it sees everything."""
+    with shadow_within_reach(model.config) as cache:
+        trace = drive(model, cache, rows, continuation)
+    assert all(min(layer.row_shadow) > 0 for layer in cache.compressed_layers)
+    wanted = drive(model, H2OCache(model.config, budget=400), rows, continuation)
+    torch.testing.assert_close(trace.logits, wanted.logits, atol=TOLERANCE, rtol=0)
+
+
 @every_cache
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @every_architecture
@@ -315,8 +326,11 @@ def test_tight_budgets(name: str, attention: str, case: CacheCase) -> None:
         pytest.skip("transformers' sdpa leaves out the soft cap")
     skip_learned_sinks(case, model)
     skip_unmovable_keys(case, model)
-    cache = build_or_skip(case, model, "tight")
     rows, continuation = random_rows(LENGTHS, seed=7), random_tokens(len(LENGTHS), NUM_STEPS, seed=8)
+    if not case.evicts:
+        check_all_in_reach(model, rows, continuation)
+        return
+    cache = build_or_skip(case, model, "tight")
     trace = drive(model, cache, rows, continuation)
     assert max(cache.num_kept_tokens()) < max(LENGTHS)
     if not isinstance(cache, StreamingLLMCache):

@@ -979,6 +979,8 @@ CASES_AND_CALLS = [
 
 @pytest.mark.parametrize("case, bad", CASES_AND_CALLS)
 def test_bad_calls(case: CacheCase, bad: BadCall) -> None:
+    if not case.evicts and bad.name.endswith("of evicted"):
+        pytest.skip("nothing is evicted, so that all can be taken back")
     model = tiny_model("llama")
     scene = Scene(model, case.build(model, bad.budget), is_padded=bad.on == "padded")
     prompt_logits, later = undisturbed(case, bad.budget, scene.is_padded)

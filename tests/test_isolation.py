@@ -20,7 +20,7 @@ from transformers import AttentionInterface, Cache, DynamicCache, PreTrainedConf
 from transformers.cache_utils import QuantizedLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from pyramid_cache import PyramidCache
+from pyramid_cache import PyramidCache, ShadowKVCache
 from pyramid_cache.engine import attention
 
 
@@ -90,7 +90,8 @@ def by_interrupted_forward(model: PreTrainedModel, cache: Cache) -> None:
 
     handle = model.model.layers[1].mlp.register_forward_pre_hook(fail)
     # A traceback would hold the frames of the forward, and those the cache.
-    with contextlib.suppress(InterruptedError):
+    has_gradients = not isinstance(cache, ShadowKVCache)
+    with contextlib.suppress(InterruptedError), torch.set_grad_enabled(has_gradients):
         model(random_tokens(len(ROW_LENGTHS), 1), attention_mask=mask_of(cache), past_key_values=cache)
     handle.remove()
 

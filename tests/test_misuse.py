@@ -119,7 +119,8 @@ def test_gradients_over_several_steps(case: CacheCase, trained: str) -> None:
 
     wanted = gradient(DynamicCache(config=model.config))
     torch.testing.assert_close(gradient(case.build(model, "large")), wanted, atol=1e-3, rtol=1e-4)
-    if not case.from_model:  # whose gradients of dropped tokens are not numbers
+    # Those of dropped tokens are not numbers; values from the host have none, which is refused.
+    if not case.from_model and case.evicts:
         assert gradient(case.build(model)).isfinite().all()
 
 

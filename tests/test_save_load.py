@@ -689,7 +689,10 @@ def mutate_tensors(tensors: dict[str, torch.Tensor], random_state: random.Random
                 [-(2**31), -1, 0, 1, 60, 2**31 - 1]
             )
         case "shift":
-            tensor += random_state.choice([-1, 1])
+            if tensor.dtype == torch.bool:
+                tensor.logical_not_()
+            else:
+                tensor += random_state.choice([-1, 1])
         case "shape":
             tensors[name] = random_state.choice(
                 [tensor[..., :1], tensor[:1], tensor.flatten(), tensor[..., None]]

@@ -10,7 +10,8 @@ from models import ROPE_VARIANTS, random_tokens, tiny_model
 from synthetic import SyntheticModel
 from transformers import DynamicCache
 
-from pyramid_cache.caches.shadow_kv import ShadowKVCache, ShadowKVLayer
+from pyramid_cache import ShadowKVCache
+from pyramid_cache.caches.shadow_kv import ShadowKVLayer
 from pyramid_cache.engine.low_rank import gram_matrix
 
 

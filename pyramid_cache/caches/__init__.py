@@ -9,6 +9,7 @@ from pyramid_cache.caches.massive_activation import MassiveActivationCache
 from pyramid_cache.caches.pyramid import PyramidCache
 from pyramid_cache.caches.pyramidkv import PyramidKVCache
 from pyramid_cache.caches.rkv import RKVCache
+from pyramid_cache.caches.shadow_kv import ShadowKVCache
 from pyramid_cache.caches.snapkv import SnapKVCache
 from pyramid_cache.caches.streaming_llm import StreamingLLMCache
 from pyramid_cache.caches.tova import TOVACache
@@ -24,6 +25,7 @@ __all__ = [
     "PyramidCache",
     "PyramidKVCache",
     "RKVCache",
+    "ShadowKVCache",
     "SnapKVCache",
     "StreamingLLMCache",
     "TOVACache",

@@ -415,7 +415,7 @@ class ShadowKVLayer(CompressedLayer):
         self._add_values(value, counts)
         chunks = key.unflatten(2, (-1, self.chunk_size)).float()  # (batch, kv_heads, chunks, chunk_size, head_dim)
         means = chunks.mean(dim=3)
-        cosines = torch.cosine_similarity(chunks, means[..., None, :], dim=-1).amin(dim=-1)
+        cosines = torch.cosine_similarity(chunks, means[..., None, :], dim=-1).amin(dim=-1).nan_to_num(nan=-1.0)
         cosines = cosines.masked_fill(~is_token[..., :: self.chunk_size], float("inf"))
         if self.quantize is not None:
             means = self._scaled(means, refits)
@@ -764,7 +764,7 @@ class ShadowKVCache(CompressedCache):
 
     ```python
     >>> from transformers import LlamaConfig, LlamaForCausalLM
-    >>> from pyramid_cache.caches.shadow_kv import ShadowKVCache
+    >>> from pyramid_cache import ShadowKVCache
     >>> import torch
 
     >>> config = LlamaConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=2999)

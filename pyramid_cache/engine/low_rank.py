@@ -47,6 +47,7 @@ def fit_basis(gram: torch.Tensor, rank: int | float) -> torch.Tensor:
         squares along it, so that factors are of one size; zeros where all keys are, and behind the last axis of a row that
         needs fewer than others for its share.
     """
+    gram = gram.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)  # one spoiled row must not make it fail for all
     eigenvalues, vectors = torch.linalg.eigh(gram)  # ascending
     eigenvalues, vectors = eigenvalues.flip(-1).clamp(min=0), vectors.flip(-1)
     if isinstance(rank, float):
