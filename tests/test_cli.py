@@ -55,7 +55,7 @@ def test_budget_is_read_as_it_is_written(text: str, expected: float | int | str)
 
 def test_defaults() -> None:
     options = parse()
-    assert options.caches == ["dynamic", "pyramid", "pyramid-config", "h2o", "streaming"]
+    assert options.caches == ["dynamic", "pyramid", "pyramid-config", "h2o", "streaming", "shadow"]
     assert (options.budget, options.batch_size, options.repeats, options.seed) == (0.4, 1, 1, 0)
     assert command.DEFAULT_PROMPT_TOKENS >= 3000
     assert parse("--caches", "h2o, dynamic,h2o").caches == ["h2o", "dynamic"]

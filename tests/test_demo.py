@@ -300,7 +300,8 @@ def test_demo_compares_all_caches(model_folder: Path, tmp_path: Path, capsys: py
         assert row["decode_tokens_per_second"] > 0
         assert len(row["answers"]) == len(record["settings"]["numbers"]) == 2
         assert len(row["prefill_seconds_by_repeat"]) == 2
-        assert row["share_of_full"] == (1.0 if name == "dynamic" else pytest.approx(0.4, abs=0.06))
+        if name != "shadow":  # which keeps all, in two places, and has more slots than these
+            assert row["share_of_full"] == (1.0 if name == "dynamic" else pytest.approx(0.4, abs=0.06))
         assert (row["prefill_ratio"] == row["decode_ratio"] == 1.0) == (name == "dynamic")
     assert rows["pyramid"]["kept_tokens"][0] > rows["pyramid"]["kept_tokens"][-1]
     assert rows["streaming"]["kept_tokens"] == [240] * 4

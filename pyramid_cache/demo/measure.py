@@ -9,7 +9,7 @@ import torch
 from transformers import Cache, DynamicCache, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
-from pyramid_cache import H2OCache, PyramidCache, StreamingLLMCache
+from pyramid_cache import H2OCache, PyramidCache, ShadowKVCache, StreamingLLMCache
 from pyramid_cache.demo.model import LoadedModel
 from pyramid_cache.demo.prompt import Prompts
 from pyramid_cache.engine.architectures import CACHE_ARGUMENT
@@ -28,6 +28,7 @@ CACHES = {
     "pyramid-config": "PyramidCache(config)",
     "h2o": "H2OCache",
     "streaming": "StreamingLLMCache",
+    "shadow": "ShadowKVCache",
 }
 BASELINE = "dynamic"
 WARM_UP_NEW_TOKENS = 4
@@ -149,7 +150,8 @@ def build_cache(name: str, model: PreTrainedModel, budget: BudgetLike, batch_siz
 
     Args:
         budget: A fraction of the prompt, tokens per layer, or bytes such as "256MiB". StreamingLLMCache, whose window
-            is given in tokens, gets as many as that comes to for prompts of this shape.
+            is given in tokens, gets as many as that comes to for prompts of this shape; ShadowKVCache attends to as many,
+            its outliers and latest tokens included, and keeps all.
     """
     if name == "dynamic":
         return DynamicCache(config=model.config)
@@ -159,8 +161,12 @@ def build_cache(name: str, model: PreTrainedModel, budget: BudgetLike, batch_siz
         return PyramidCache(model.config, budget=budget)
     if name == "h2o":
         return H2OCache(model.config, budget=budget)
-    window_length = tokens_of_budget(budget, model, batch_size, prompt_tokens)
-    return StreamingLLMCache(model.config, window_length=window_length)
+    num_tokens = tokens_of_budget(budget, model, batch_size, prompt_tokens)
+    if name == "streaming":
+        return StreamingLLMCache(model.config, window_length=num_tokens)
+    cache = ShadowKVCache(model.config, sparse_budget=1)
+    num_others = cache.compressed_layers[0].num_tokens_to_keep(prompt_tokens)
+    return ShadowKVCache(model.config, sparse_budget=max(num_tokens - num_others, 1))
 
 
 def tokens_of_budget(budget: BudgetLike, model: PreTrainedModel, batch_size: int, prompt_tokens: int) -> int:

@@ -16,6 +16,7 @@ STYLES = {
     "pyramid-config": ("#8cc5ea", "--"),
     "h2o": ("#d1652a", "-"),
     "streaming": ("#3b8f5a", "--"),
+    "shadow": ("#7b3fa0", "-"),
 }
 FACT_COLOR = "#c2185b"
 MAX_COLUMNS = 512

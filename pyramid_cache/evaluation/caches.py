@@ -16,6 +16,7 @@ from pyramid_cache import (
     PyramidCache,
     PyramidKVCache,
     RKVCache,
+    ShadowKVCache,
     SnapKVCache,
     StreamingLLMCache,
     TOVACache,
@@ -68,6 +69,17 @@ def streaming(prefill: str) -> CacheBuilder:
     return build
 
 
+def shadow(model: PreTrainedModel, budget: float, num_tokens: int, num_later: int) -> ShadowKVCache:
+    """
+    Builds a ShadowKVCache whose steps attend to the budget: outliers take a quarter of it, the latest tokens another, as far as
+    the defaults go, and chunks of the shadow the rest.
+    """
+    num_attended = floor_of_product(budget, num_tokens)
+    settings = {"num_outlier_chunks": min(num_attended // 32, 48), "num_local_tokens": min(num_attended // 4, 32)}
+    num_others = 8 * settings["num_outlier_chunks"] + settings["num_local_tokens"] + 8
+    return ShadowKVCache(model.config, max(num_attended - num_others, 1), offload_interval=8, **settings)
+
+
 CACHES: dict[str, EvaluatedCache] = {
     "h2o": EvaluatedCache("H2OCache", from_config(H2OCache)),
     "snapkv": EvaluatedCache("SnapKVCache", from_config(SnapKVCache)),
@@ -88,6 +100,7 @@ CACHES: dict[str, EvaluatedCache] = {
         lambda model, budget, num_tokens, num_later: PyramidCache(model, budget),
         reading="own",
     ),
+    "shadow": EvaluatedCache("ShadowKVCache", shadow),
     "streaming-dense": EvaluatedCache("StreamingLLMCache, dense", streaming("dense")),
     "streaming": EvaluatedCache("StreamingLLMCache", streaming("streaming"), reading="stream"),
 }
