@@ -8,6 +8,7 @@ import pytest
 import torch
 from models import ROPE_VARIANTS, random_tokens, tiny_model
 from synthetic import SyntheticModel
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import DynamicCache
 
 from pyramid_cache import ShadowKVCache
@@ -453,3 +454,32 @@ def test_gradients_are_refused_once_values_are_on_the_host() -> None:
 def test_bad_arguments_are_refused(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ShadowKVCache(tiny_model("llama").config, **arguments)
+
+
+# Memory.
+
+
+@pytest.mark.parametrize("num_tokens, sparse_budget", [(60 * 1024, 1024), (122 * 1024, 2048), (244 * 1024, 4096)])
+@pytest.mark.parametrize("quantize, least_ratio", [(None, 6.0), ("int8", 10.0)])
+def test_a_layer_of_llama_8b_takes_the_bytes_of_the_formula(
+    quantize: str | None, least_ratio: float, num_tokens: int, sparse_budget: int
+) -> None:
+    """Tensors without numbers: a prompt, and steps until chunks have moved. Section 3.2 of the paper, with its third term mended."""
+    rank, chunk_size, num_outlier_chunks, num_tail = 160, 8, 48, 32 + 32 + 8
+    with FakeTensorMode():
+        model = SyntheticModel(1, 8, 4, 128)
+        cache = ShadowKVCache(model.config, sparse_budget, quantize=quantize)
+        (layer,) = cache.compressed_layers
+        for width in (num_tokens, *[1] * 80):
+            query = torch.randn(1, 32, width, 128, dtype=torch.bfloat16)
+            key, value = (torch.randn(1, 8, width, 128, dtype=torch.bfloat16) for _ in range(2))
+            model.run_layer(cache, 0, query, key, value, None)
+            if width > 1:
+                held = sum(tensor.nbytes for name, tensor in layer.held_tensors().items() if name != "host values")
+                num_shadow = layer.row_shadow[0]
+    assert layer.row_shadow[0] > num_shadow > num_tokens - 40
+    width, stored_bytes = 8 * 128, 1 if quantize else 2
+    shadow = stored_bytes * (num_shadow * rank + num_shadow // chunk_size * width) + 2 * rank * width
+    slots = num_outlier_chunks * chunk_size + sparse_budget + num_tail
+    assert held == pytest.approx(shadow + 2 * 2 * slots * width, rel=0.01)
+    assert 2 * 2 * num_tokens * width / held >= least_ratio

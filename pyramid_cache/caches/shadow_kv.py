@@ -746,7 +746,7 @@ class ShadowKVCache(CompressedCache):
         num_outlier_chunks (`int`, defaults to 48): Chunks of each KV head that stay exact, those whose landmark stands for them
             worst.
         num_local_tokens (`int`, defaults to 32): How many of the latest tokens stay exact at least.
-        offload_interval (`int`, defaults to 64): Generated tokens that come in before full chunks of them go to the host.
+        offload_interval (`int`, defaults to 32): Generated tokens that come in before full chunks of them go to the host.
             Larger values take more memory and less time.
         quantize (`str`, *optional*): "int8" or "fp8" holds factors and landmarks in one byte a number.
         host (`str`, defaults to `"memory"`): Where values go; `"disk:PATH"` maps files in that folder, for contexts that
@@ -789,7 +789,7 @@ class ShadowKVCache(CompressedCache):
         chunk_size: int = 8,
         num_outlier_chunks: int = 48,
         num_local_tokens: int = 32,
-        offload_interval: int = 64,
+        offload_interval: int = 32,
         quantize: str | None = None,
         host: str = "memory",
         host_budget: int | str | None = None,
