@@ -129,12 +129,16 @@ def test_questions_of_equal_length_are_asked_side_by_side() -> None:
 
 
 @torch.no_grad()
-def slow_log_likelihood(model: PreTrainedModel, cache: Cache, new: list[int], answer: list[int]) -> float:
+def slow_log_likelihood(
+    model: PreTrainedModel, cache: Cache, new: list[int], answer: list[int], by_step: bool = False
+) -> float:
     """The mean log-probability of an answer's tokens, each on a copy of the cache that reads all before it anew."""
     total = 0.0
     for index, token_id in enumerate(answer):
-        tokens = torch.tensor([new + answer[:index]])
-        logits = model(tokens, past_key_values=copy.deepcopy(cache)).logits[0, -1]
+        pieces = [new, *([token] for token in answer[:index])] if by_step else [new + answer[:index]]
+        asked = copy.deepcopy(cache)
+        for piece in pieces:
+            logits = model(torch.tensor([piece]), past_key_values=asked).logits[0, -1]
         total += logits.log_softmax(dim=-1)[token_id].item()
     return total / len(answer)
 
@@ -147,7 +151,7 @@ def said(model: PreTrainedModel, cache: Cache, prompt: list[int], num_tokens: in
     return output[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("name", [BASELINE, "snapkv", "pyramid", "streaming"])
+@pytest.mark.parametrize("name", [BASELINE, "snapkv", "pyramid", "shadow", "streaming"])
 def test_scores_are_those_of_generate(name: str) -> None:
     """Both protocols, on what the cache itself says, on what the full cache says, and on answers with a wrong token."""
     model = tiny_model("llama")
@@ -175,7 +179,7 @@ def test_scores_are_those_of_generate(name: str) -> None:
         after_context, nothing_read = build(48), build(48 if name == "streaming" else 48 + len(question.ids))
         with torch.no_grad():
             model(torch.tensor([context]), past_key_values=after_context)
-        wanted = slow_log_likelihood(model, after_context, question.ids, question.answer)
+        wanted = slow_log_likelihood(model, after_context, question.ids, question.answer, by_step=name == "shadow")
         assert found["context"][index].log_likelihood == pytest.approx(wanted, abs=1e-4)
         is_said = said(model, nothing_read, context + question.ids, 4) == question.answer
         assert found["question"][index].is_exact == is_said

@@ -44,11 +44,14 @@ class EvaluatedCache:
         reading (`str`): How it reads a prompt. "dense": with full attention, after which it evicts; one reading then serves
             all such caches. "stream": each token sees what it would see had the tokens come one by one; it makes no
             difference then whether a question is read with its context or after it. "own": in another way.
+        reads_answers_by_step (`bool`): Whether a decode step sees something else than several tokens that come at once, so
+            that answers are read as they would be generated, token by token.
     """
 
     label: str
     build: CacheBuilder
     reading: Literal["dense", "stream", "own"] = "dense"
+    reads_answers_by_step: bool = False
 
 
 def from_config(cache_class: Callable[..., CompressedCache], **settings: object) -> CacheBuilder:
@@ -100,7 +103,7 @@ CACHES: dict[str, EvaluatedCache] = {
         lambda model, budget, num_tokens, num_later: PyramidCache(model, budget),
         reading="own",
     ),
-    "shadow": EvaluatedCache("ShadowKVCache", shadow),
+    "shadow": EvaluatedCache("ShadowKVCache", shadow, reads_answers_by_step=True),
     "streaming-dense": EvaluatedCache("StreamingLLMCache, dense", streaming("dense")),
     "streaming": EvaluatedCache("StreamingLLMCache", streaming("streaming"), reading="stream"),
 }

@@ -168,7 +168,7 @@ class Evaluation:
                 cache = self._fill(key, reading, num_later)
             else:
                 cache, _ = self._read(key, context.ids, num_later)
-            self._note(key, self._answer_all(cache, context.questions), num_bytes(cache) / num_bytes(full))
+            self._note(key, self._answer_all(key, cache, context.questions), num_bytes(cache) / num_bytes(full))
 
     def _ask_in_view(self, index: int, context: Context, number: int, find_reader: Callable[[], Reader]) -> None:
         missing = self._missing(context.task, index, number, "question", "dense", "own")
@@ -186,7 +186,7 @@ class Evaluation:
             else:
                 cache, logits = self._read(key, context.ids + question.ids, len(question.answer) - 1)
             held_share = num_bytes(cache) / full_bytes
-            self._note(key, [self._finish(cache, logits, question)], held_share)
+            self._note(key, [self._finish(key, cache, logits, question)], held_share)
 
     def _ask_streams(
         self, index: int, context: Context, in_view: Sequence[int], find_reader: Callable[[], Reader]
@@ -202,7 +202,7 @@ class Evaluation:
         for keys in by_setting.values():
             cache, _ = self._read(keys[0], context.ids, num_later)
             held_share = num_bytes(cache) / num_bytes(full_cache(self.model, find_reader().context))
-            scores = self._answer_all(cache, context.questions)
+            scores = self._answer_all(keys[0], cache, context.questions)
             for key in keys:
                 self._note(key, [scores[number] for number in asked[key.protocol]], held_share)
 
@@ -236,7 +236,9 @@ class Evaluation:
     # Answers.
 
     @torch.no_grad()
-    def _answer_all(self, cache: CompressedCache | DynamicCache, questions: Sequence[Question]) -> list[Score]:
+    def _answer_all(
+        self, key: CellKey, cache: CompressedCache | DynamicCache, questions: Sequence[Question]
+    ) -> list[Score]:
         """Scores the answers to questions that are asked on copies of a cache."""
         scores: dict[int, Score] = {}
         largest = max(MAX_COPIED_TOKENS // max(cache.get_seq_length(), 1), 1)
@@ -246,15 +248,27 @@ class Evaluation:
                 asked.batch_repeat_interleave(len(group))
             rows = self._batch([questions[index].ids + questions[index].answer[:-1] for index in group])
             answers = self._batch([questions[index].answer for index in group])
-            logits = self.model(rows, **{CACHE_ARGUMENT: asked}, logits_to_keep=answers.shape[1]).logits
+            logits = self._read_answers(key, asked, rows, answers.shape[1])
             scores |= zip(group, score_answers(logits, answers), strict=True)
         return [scores[index] for index in range(len(questions))]
 
+    def _read_answers(self, key: CellKey, cache: Cache, rows: torch.Tensor, num_logits: int) -> torch.Tensor:
+        """The last `num_logits` logits `(rows, num_logits, vocabulary)` of rows of tokens `(rows, tokens)`."""
+        pieces = [rows]
+        if key.cache != BASELINE and self.caches[key.cache].reads_answers_by_step:
+            num_first = rows.shape[1] - num_logits + 1
+            pieces = [piece for piece in (rows[:, :num_first], *rows[:, num_first:].split(1, dim=1)) if piece.shape[1]]
+        logits = [
+            self.model(piece, **{CACHE_ARGUMENT: cache}, logits_to_keep=min(num_logits, piece.shape[1])).logits
+            for piece in pieces
+        ]
+        return torch.cat(logits, dim=1)[:, -num_logits:]
+
     @torch.no_grad()
-    def _finish(self, cache: Cache, first_logits: torch.Tensor, question: Question) -> Score:
+    def _finish(self, key: CellKey, cache: Cache, first_logits: torch.Tensor, question: Question) -> Score:
         """Scores the answer to a question that a cache has read, which ends with `first_logits` `(1, vocabulary)`."""
         answer = self._batch([question.answer])
-        logits = self.model(answer[:, :-1], **{CACHE_ARGUMENT: cache}).logits
+        logits = self._read_answers(key, cache, answer[:, :-1], answer.shape[1] - 1)
         return score_answers(torch.cat([first_logits[:, None], logits], dim=1), answer)[0]
 
     def _note(self, key: CellKey, scores: Sequence[Score], held_share: float) -> None:
