@@ -1,0 +1,155 @@
+"""Measure what ShadowKVCache loses, at several sparse budgets and lengths, against the full cache.
+
+    python examples/evaluate_shadow_kv.py --out shadow.json
+
+Numbers hidden in a novel are asked for behind it, each answer read token by token; the novel goes on for as many tokens as
+`--new-tokens`, read likewise; and in one conversation, five of the numbers are asked for one after the other.
+"""
+
+import argparse
+import json
+import math
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache, PreTrainedModel
+
+from pyramid_cache import ShadowKVCache
+from pyramid_cache.demo.prompt import read_text
+from pyramid_cache.engine.architectures import CACHE_ARGUMENT
+from pyramid_cache.evaluation.caches import BASELINE, EvaluatedCache
+from pyramid_cache.evaluation.measure import Evaluation, Result, score_answers
+from pyramid_cache.evaluation.tasks import Context, Question, build_needle_contexts, parse_task
+from pyramid_cache.machine import describe_machine, describe_versions
+from pyramid_cache.terminal import ProgressBar
+from pyramid_cache.weights import fetch_default_model
+
+
+NUM_TURNS = 5
+
+
+def shadow_cache(sparse_budget: int, rank: int) -> EvaluatedCache:
+    """A cache of that budget; without the fraction that others are built by."""
+    return EvaluatedCache(
+        f"ShadowKVCache, {sparse_budget}",
+        lambda model, budget, num_tokens, num_later: ShadowKVCache(model.config, sparse_budget, rank=rank),
+        reads_answers_by_step=True,
+    )
+
+
+def continuations(novel: list[int], num_tokens: int, num_new: int, limit: int) -> Iterator[Context]:
+    """Stretches of the novel, and how they go on."""
+    for index in range(limit):
+        start = index * (len(novel) - num_tokens - num_new - 1) // limit
+        ids = novel[start : start + num_tokens + num_new + 1]
+        yield Context(f"novel-{num_tokens}", ids[:num_tokens], [Question([ids[num_tokens]], ids[num_tokens + 1 :])])
+
+
+@torch.no_grad()
+def turns(model: PreTrainedModel, cache: Cache, context: Context) -> list[float]:
+    """The token accuracy of each answer of a conversation, whose questions follow one another behind the context."""
+    read = torch.tensor([context.ids])
+    model(read, **{CACHE_ARGUMENT: cache}, logits_to_keep=1)
+    accuracies = []
+    for question in context.questions[:NUM_TURNS]:
+        logits = []
+        for piece in (question.ids, *([token] for token in question.answer)):
+            logits.append(model(torch.tensor([piece]), **{CACHE_ARGUMENT: cache}, logits_to_keep=1).logits)
+        scores = score_answers(torch.cat(logits[:-1], dim=1), torch.tensor([question.answer]))
+        accuracies.append(scores[0].token_accuracy)
+    return accuracies
+
+
+def means(results: list[Result], label: str) -> dict[str, float]:
+    """Exact match, token accuracy and log-likelihood of one cache."""
+    scores = [score for result in results if result.cache == label for score in result.scores]
+    return {
+        "questions": len(scores),
+        "exact_match": statistics.mean(score.is_exact for score in scores),
+        "token_accuracy": statistics.mean(score.token_accuracy for score in scores),
+        "log_likelihood": statistics.mean(score.log_likelihood for score in scores),
+    }
+
+
+def measure(
+    model: PreTrainedModel, tokenizer: Any, options: argparse.Namespace, progress: Any
+) -> list[dict[str, Any]]:
+    """One row per length and cache."""
+    novel = tokenizer(read_text(), add_special_tokens=False, verbose=False)["input_ids"]
+    rows = []
+    for num_tokens, limit in zip(options.lengths, options.contexts, strict=True):
+        caches = {str(budget): shadow_cache(budget, options.rank) for budget in options.sparse_budgets}
+        evaluation = Evaluation(model, caches, [0.5], ["context"])
+        needles = build_needle_contexts(tokenizer, parse_task(f"needles-8-{num_tokens}"), options.seed, limit)
+        found = evaluation.run(needles, progress)
+        text = evaluation.run(list(continuations(novel, num_tokens, options.new_tokens, limit)), progress)
+        for label in (BASELINE, *caches):
+            progress(f"{NUM_TURNS} turns behind {num_tokens} tokens, {label}", 0, None)
+            answers = [
+                turns(
+                    model,
+                    DynamicCache(config=model.config)
+                    if label == BASELINE
+                    else caches[label].build(model, 0.5, num_tokens, 0),
+                    context,
+                )
+                for context in needles
+            ]
+            rows.append(
+                {
+                    "num_tokens": num_tokens,
+                    "cache": label,
+                    **means(found, label),
+                    "perplexity": math.exp(-means(text, label)["log_likelihood"]),
+                    "token_accuracy_by_turn": [statistics.mean(turn) for turn in zip(*answers, strict=True)],
+                }
+            )
+            print(as_line(rows[-1]), flush=True)
+    return rows
+
+
+def as_line(row: dict[str, Any]) -> str:
+    """A row of the table."""
+    turn_cells = " ".join(f"{accuracy:.2f}" for accuracy in row["token_accuracy_by_turn"])
+    label = "DynamicCache" if row["cache"] == BASELINE else f"ShadowKVCache, {row['cache']}"
+    return (
+        f"| {row['num_tokens']:,} | {label} | {row['exact_match']:.2f} / {row['token_accuracy']:.3f} / "
+        f"{row['log_likelihood']:.2f} | {row['perplexity']:.2f} | {turn_cells} |"
+    )
+
+
+def main() -> None:
+    """Measure, print the table and write the record."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="folder or hub id (default: SmolLM2-135M-Instruct)")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 8000], help="tokens of a context")
+    parser.add_argument("--contexts", type=int, nargs="+", default=[5, 3, 2], help="how many of each length")
+    parser.add_argument("--sparse-budgets", type=int, nargs="+", default=[128, 256, 512, 1024])
+    parser.add_argument("--rank", type=int, default=160)
+    parser.add_argument("--new-tokens", type=int, default=64, help="of the novel, behind each context")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True, help="JSON file of the record")
+    options = parser.parse_args()
+    messages = Console(stderr=True)
+    folder = options.model or fetch_default_model()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    machine = describe_machine(torch.device("cpu"))
+    print(
+        "| tokens | cache | numbers: exact / token accuracy / log-likelihood | perplexity | token accuracy by turn |"
+    )
+    print("|---|---|---|---|---|")
+    with ProgressBar(messages) as progress:
+        rows = measure(model, tokenizer, options, progress)
+    settings = {name: value for name, value in vars(options).items() if name != "out"}
+    versions = describe_versions("pyramid_cache", "torch", "transformers")
+    record = {"rows": rows, "settings": settings, "machine": machine, "versions": versions}
+    options.out.write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
