@@ -1,8 +1,11 @@
 """ShadowKVCache: against the full cache, a reference in loops, the truncated SVD, and what it must refuse."""
 
+import copy
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +16,9 @@ from transformers import DynamicCache
 
 from pyramid_cache import ShadowKVCache
 from pyramid_cache.caches.shadow_kv import ShadowKVLayer
+from pyramid_cache.engine.host import gather_through_host
 from pyramid_cache.engine.low_rank import gram_matrix
+from pyramid_cache.ops.shadow import gather_values
 
 
 SMALL = {"chunk_size": 4, "num_outlier_chunks": 2, "num_local_tokens": 4, "offload_interval": 6}
@@ -227,6 +232,50 @@ def test_steps_are_those_of_the_reference(kv_heads: int, group: int, rank: int, 
     assert is_hit and is_miss
 
 
+# Rows of a batch.
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"sparse_budget": 0.2, "rank": 7}, {"sparse_budget": 8, "rank": 0.8}, {"sparse_budget": 8, "quantize": "int8"}],
+    ids=["share", "energy", "int8"],
+)
+@torch.no_grad()
+def test_rows_do_what_they_do_alone(settings: dict[str, Any]) -> None:
+    """Those that are exact for long, begin their shadow among steps, or have less to read in a turn, too."""
+    model = tiny_model("llama")
+    paddings, lengths = [0, 20, 50, 66], [70, 30, 9, 25]
+    tokens = random_tokens(4, sum(lengths), seed=3)
+    is_token = torch.arange(sum(lengths)) >= torch.tensor(paddings)[:, None]
+    is_token[1, 100:104] = False  # of the second turn
+    pieces = [(0, 70), *((start, start + 1) for start in range(70, 100)), (100, 109)]
+    pieces += [(start, start + 1) for start in range(109, 134)]
+
+    def read(row_tokens: torch.Tensor, row_mask: torch.Tensor, cache: ShadowKVCache) -> Iterator[torch.Tensor]:
+        positions = (row_mask.cumsum(dim=1) - 1).clamp(min=0)
+        for start, stop in pieces:
+            if row_mask[:, start:stop].any():
+                output = model(
+                    row_tokens[:, start:stop],
+                    attention_mask=row_mask[:, :stop].long(),
+                    position_ids=positions[:, start:stop],
+                    past_key_values=cache,
+                )
+                yield start, output.logits[:, -1]
+
+    together = ShadowKVCache(model.config, **settings, **SMALL)
+    logits = dict(read(tokens, is_token, together))
+    assert len({*together.compressed_layers[0].row_shadow}) > 2
+    for row in range(4):
+        alone = ShadowKVCache(model.config, **settings, **SMALL)
+        for start, expected in read(tokens[row : row + 1], is_token[row : row + 1], alone):
+            torch.testing.assert_close(logits[start][row], expected[0], atol=1e-3, rtol=0)
+        for layer in range(3):
+            held = [sorted(head) for head in together.positions(layer)[row].tolist()]
+            expected = [sorted(head) for head in alone.positions(layer)[0].tolist()]
+            assert [[p for p in head if p >= 0] for head in held] == [[p for p in head if p >= 0] for head in expected]
+
+
 # Keys of low rank.
 
 # By how they turn keys: every kind of frequencies, part of a head, in other pairs, and not at all.
@@ -345,6 +394,33 @@ def test_values_in_a_file_are_the_same(tmp_path: Path) -> None:
     assert torch.equal(found, expected)
     assert in_file.memory()["host"] == in_memory.memory()["host"]
     assert not list(tmp_path.iterdir())  # files without a name
+
+
+def test_the_host_reads_for_a_device_what_it_has_no_access_to() -> None:
+    """As the op does where it has."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(2, 3, 40, 5, generator=generator)
+    incoming = torch.tensor([[[3, -1, 9], [-1, -1, -1], [0, 1, 2]], [[5, 4, -1], [7, -1, 8], [-1, 6, -1]]])
+    buffers = [torch.full((2, 3, 12, 5), 7.0) for _ in range(2)]
+    gather_values(buffers[0], values, incoming, chunk_size=4)
+    gather_through_host(buffers[1], values, incoming, chunk_size=4)
+    assert torch.equal(*buffers)
+
+
+@pytest.mark.usefixtures("_always_in_shadow")
+@torch.no_grad()
+def test_copies_are_of_the_same_kind_and_go_their_own_way(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    cache = ShadowKVCache(model.config, sparse_budget=8, rank=9, host=f"disk:{tmp_path}", **SMALL)
+    conversation(model, cache, [0, 5], [70, 20])
+    twin, before = copy.deepcopy(cache), copy.deepcopy(cache)
+    for layer, other in zip(cache.compressed_layers, twin.compressed_layers, strict=True):
+        assert other.host_values.untyped_storage().filename is not None
+        assert torch.equal(layer.host_values, other.host_values)
+    step, mask = random_tokens(2, 1, seed=9), torch.arange(91) >= torch.tensor([[0], [5]])
+    found = [model(step, attention_mask=mask.long(), past_key_values=each).logits for each in (twin, before)]
+    assert torch.equal(*found)
+    assert cache.get_seq_length() == 90 and twin.get_seq_length() == 91
 
 
 @pytest.mark.usefixtures("_always_in_shadow")

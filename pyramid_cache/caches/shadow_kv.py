@@ -101,7 +101,6 @@ class ShadowKVLayer(CompressedLayer):
         super()._clear()
         self.row_shadow: list[int] = []
         self.row_sparse: list[int] = []  # chunks of the shadow that a step of the row attends to
-        self._row_grew: list[bool] = []  # in the last forward pass
         self.host_values: torch.Tensor | None = None
         self.rotary: RotaryFrequencies | None = None
 
@@ -159,9 +158,7 @@ class ShadowKVLayer(CompressedLayer):
     # Attention.
 
     def _take_in(self, seen: Tokens, num_new: int) -> Tokens:
-        before = self.row_lengths
         tokens = super()._take_in(seen, num_new)
-        self._row_grew = [length > earlier for length, earlier in zip(self.row_lengths, before, strict=True)]
         sparse = [self.num_sparse_chunks_of(length) for length in self.row_lengths]
         if self.positions is not None and max(sparse) != self.num_sparse_chunks:
             self._resize_sparse(max(sparse))
@@ -189,7 +186,6 @@ class ShadowKVLayer(CompressedLayer):
         if self.positions is None:
             output = call.run()
             if self.must_evict:
-                self._row_grew = [True] * self.batch_size
                 self._absorb_turn(call, self.column_tokens)
             return output
         arguments = call.logit_arguments
@@ -271,11 +267,10 @@ class ShadowKVLayer(CompressedLayer):
             self._make_shadow(call.key, call.value)
         num_shadow = max(self.row_shadow)
         moved = []
-        for length, shadow, held, kept, grew in zip(
-            self.row_lengths, self.row_shadow, self.row_held, self.row_kept, self._row_grew, strict=True
+        for length, shadow, held, kept in zip(
+            self.row_lengths, self.row_shadow, self.row_held, self.row_kept, strict=True
         ):
-            moves = grew and (shadow or held > kept)
-            moved.append(self.num_movable(length - shadow) if moves else 0)
+            moved.append(self.num_movable(length - shadow) if shadow or held > kept else 0)
         columns = tokens.positions[..., num_shadow:]
         refits = [count > 0 for count in moved]
         self._arrange(call.key[:, :, num_shadow:], call.value[:, :, num_shadow:], columns, moved, refits)
@@ -373,11 +368,9 @@ class ShadowKVLayer(CompressedLayer):
         num_outliers, places = self.num_outlier_chunks, (batch_size, kv_heads)
         self.row_shadow = [0] * batch_size
         self.column_positions = None
-        self.positions = torch.empty(*places, 0, dtype=torch.int32, device=self.device)
-        self.keys, self.values = (
-            tensor.new_zeros(*places, self.max_slots, tensor.shape[-1]) for tensor in (key, value)
-        )
-        self.positions = self.positions.new_full((*places, self.max_slots), -1)
+        num_slots = self.num_chunk_slots + self.tail_capacity
+        self.keys, self.values = (tensor.new_zeros(*places, num_slots, tensor.shape[-1]) for tensor in (key, value))
+        self.positions = torch.full((*places, num_slots), -1, dtype=torch.int32, device=self.device)
         self.held_chunks = torch.full((*places, self.num_sparse_chunks), -1, device=self.device)
         self.outlier_chunks = torch.full((*places, num_outliers), -1, device=self.device)
         self.outlier_cosines = torch.full((*places, num_outliers), float("inf"), device=self.device)
@@ -416,7 +409,8 @@ class ShadowKVLayer(CompressedLayer):
         chunks = key.unflatten(2, (-1, self.chunk_size)).float()  # (batch, kv_heads, chunks, chunk_size, head_dim)
         means = chunks.mean(dim=3)
         cosines = torch.cosine_similarity(chunks, means[..., None, :], dim=-1).amin(dim=-1).nan_to_num(nan=-1.0)
-        cosines = cosines.masked_fill(~is_token[..., :: self.chunk_size], float("inf"))
+        is_chunk = is_token[..., :: self.chunk_size]
+        means, cosines = means.masked_fill(~is_chunk[..., None], 0), cosines.masked_fill(~is_chunk, float("inf"))
         if self.quantize is not None:
             means = self._scaled(means, refits)
         landmarks = stored(means, self.stored_dtype)
