@@ -269,7 +269,7 @@ def test_rows_do_what_they_do_alone(settings: dict[str, Any]) -> None:
     for row in range(4):
         alone = ShadowKVCache(model.config, **settings, **SMALL)
         for start, expected in read(tokens[row : row + 1], is_token[row : row + 1], alone):
-            torch.testing.assert_close(logits[start][row], expected[0], atol=1e-3, rtol=0)
+            torch.testing.assert_close(logits[start][row], expected[0], atol=5e-3, rtol=0)  # int8 rounds to steps
         for layer in range(3):
             held = [sorted(head) for head in together.positions(layer)[row].tolist()]
             expected = [sorted(head) for head in alone.positions(layer)[0].tolist()]
