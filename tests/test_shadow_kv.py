@@ -490,6 +490,71 @@ def test_tokens_are_taken_back_out_of_the_shadow(num_back: int) -> None:
         torch.testing.assert_close(found, expected, atol=2e-4, rtol=0)
 
 
+@torch.no_grad()
+def test_no_step_sees_what_was_taken_back() -> None:
+    """Rows of which chunks that were outliers go, rows that are exact again, and rows of which only the tail gets shorter."""
+    model, tokens = tiny_model("llama"), random_tokens(1, 200, seed=1)
+    for num_back, is_exact in ((60, False), (110, True), (3, False)):
+        cache = ShadowKVCache(model.config, sparse_budget=16, rank=10_000, **{**SMALL, "num_outlier_chunks": 5})
+        model(tokens[:, :150], past_key_values=cache)
+        cache.crop(-num_back)
+        assert (cache.compressed_layers[0].row_shadow == [0]) == is_exact
+        for layer in cache.compressed_layers:
+            is_free = layer.positions[..., None] < 0
+            layer.keys.masked_fill_(is_free, 1e4)
+            layer.values.masked_fill_(is_free, 1e4)
+            assert layer.held_positions().max() == 149 - num_back
+        logits = model(tokens[:, 150:151], past_key_values=cache).logits
+        assert logits.abs().max() < 100
+        assert all((layer.held_positions() >= 0).sum() == 2 * layer.row_held[0] for layer in cache.compressed_layers)
+
+
+@torch.no_grad()
+def test_padding_of_a_later_turn_is_not_taken_back_as_tokens() -> None:
+    model, mask = tiny_model("llama"), torch.ones(2, 90, dtype=torch.bool)
+    mask[0, 80:87] = False
+    cache = ShadowKVCache(model.config, sparse_budget=8, **SMALL)
+    tokens, positions = random_tokens(2, 90, seed=1), (mask.cumsum(dim=1) - 1).clamp(min=0)
+    for part in (slice(0, 80), slice(80, 90)):
+        inputs = {"attention_mask": mask[:, : part.stop].long(), "position_ids": positions[:, part]}
+        model(tokens[:, part], **inputs, past_key_values=cache)
+    with pytest.raises(NotImplementedError, match="padding in a later turn.*Take back at most 3"):
+        cache.crop(-4)
+    cache.crop(-3)
+    assert cache.compressed_layers[0].row_lengths == [80, 87]
+
+
+@torch.no_grad()
+def test_a_row_that_is_left_goes_on_with_a_share_of_its_own() -> None:
+    model, tokens = tiny_model("llama"), random_tokens(2, 330, seed=1)
+    mask = torch.arange(330) >= torch.tensor([[0], [180]])
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    caches = [ShadowKVCache(model.config, sparse_budget=0.3, rank=10_000, **SMALL) for _ in range(2)]
+    inputs = {"attention_mask": mask[:, :300].long(), "position_ids": positions[:, :300]}
+    model(tokens[:, :300], **inputs, past_key_values=caches[0])
+    model(tokens[1:, 180:300], past_key_values=caches[1])
+    caches[0].batch_select_indices(torch.tensor([1]))
+    for column in range(300, 330):
+        inputs = {"attention_mask": mask[1:, : column + 1].long(), "position_ids": positions[1:, column : column + 1]}
+        found = model(tokens[1:, column : column + 1], **inputs, past_key_values=caches[0]).logits
+        expected = model(tokens[1:, column : column + 1], past_key_values=caches[1]).logits
+        torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
+
+
+@pytest.mark.usefixtures("_always_in_shadow")
+@pytest.mark.parametrize("num_tokens", [2, 5, 9])
+@torch.no_grad()
+def test_a_loaded_cache_takes_turns(num_tokens: int, tmp_path: Path) -> None:
+    model, tokens = tiny_model("llama"), random_tokens(1, 120, seed=1)
+    cache = ShadowKVCache(model.config, sparse_budget=16, rank=12, **{**SMALL, "num_local_tokens": 0})
+    model(tokens[:, :100], past_key_values=cache)
+    cache.save(tmp_path / "cache.safetensors")
+    loaded = ShadowKVCache.load(tmp_path / "cache.safetensors", model)
+    for part in (slice(100, 100 + num_tokens), slice(100 + num_tokens, 101 + num_tokens)):
+        found, expected = (model(tokens[:, part], past_key_values=each).logits for each in (loaded, cache))
+        assert torch.equal(found, expected)
+
+
 @pytest.mark.usefixtures("_always_in_shadow")
 @pytest.mark.parametrize("quantize", [None, "int8", "fp8"])
 @torch.no_grad()

@@ -75,6 +75,7 @@ class ShadowKVLayer(CompressedLayer):
         *("held_chunks", "outlier_chunks", "outlier_cosines", "landmark_scales"),
     )
     row_counts = (*CompressedLayer.row_counts, "row_shadow", "row_sparse")
+    state_numbers = (*CompressedLayer.state_numbers, "num_croppable")
     extra_numbers = ("rotary",)
     extra_tensors = ("host_values", *FREQUENCY_TENSORS)
     heads_share_positions = False
@@ -101,6 +102,7 @@ class ShadowKVLayer(CompressedLayer):
         super()._clear()
         self.row_shadow: list[int] = []
         self.row_sparse: list[int] = []  # chunks of the shadow that a step of the row attends to
+        self.num_croppable = 0  # columns of which it is known which rows have a token there
         self.host_values: torch.Tensor | None = None
         self.rotary: RotaryFrequencies | None = None
 
@@ -129,8 +131,8 @@ class ShadowKVLayer(CompressedLayer):
 
     @property
     def num_sparse_chunks(self) -> int:
-        """Of the row that attends to most."""
-        return max(self.row_sparse)
+        """Of the row that attends to most; of rows that are gone, too, until a turn ends."""
+        return max(self.row_sparse) if self.held_chunks is None else self.held_chunks.shape[-1]
 
     @property
     def num_chunk_slots(self) -> int:
@@ -158,7 +160,13 @@ class ShadowKVLayer(CompressedLayer):
     # Attention.
 
     def _take_in(self, seen: Tokens, num_new: int) -> Tokens:
+        before = self.row_lengths
         tokens = super()._take_in(seen, num_new)
+        begun = [
+            length - earlier for length, earlier in zip(self.row_lengths, before, strict=True) if earlier
+        ]  # padding in front of all else is where a row begins
+        num_full = min(begun, default=num_new)
+        self.num_croppable = self.num_croppable + num_new if num_full == num_new else num_full
         sparse = [self.num_sparse_chunks_of(length) for length in self.row_lengths]
         if self.positions is not None and max(sparse) != self.num_sparse_chunks:
             self._resize_sparse(max(sparse))
@@ -183,6 +191,7 @@ class ShadowKVLayer(CompressedLayer):
         return output
 
     def attend_step(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self.num_croppable += 1
         if self.positions is None:
             output = call.run()
             if self.must_evict:
@@ -191,7 +200,8 @@ class ShadowKVLayer(CompressedLayer):
         arguments = call.logit_arguments
         self._fetch(call.query, arguments["scaling"])
         output = decode_attention(call.query, call.key, call.value, mask=self.slot_mask(), **arguments)[0], None
-        self._move_tail()
+        if self._move_tail():
+            self._fetch(call.query, arguments["scaling"])
         return output
 
     @torch.no_grad()
@@ -211,7 +221,7 @@ class ShadowKVLayer(CompressedLayer):
             scaling=scaling,
             mask=self.is_selectable[..., :num_chunks],
         )
-        if len(set(self.row_sparse)) > 1:
+        if min(self.row_sparse) < self.num_sparse_chunks:
             ranks = torch.arange(wanted.shape[-1], device=self.device)
             wanted = wanted.masked_fill(ranks >= self.per_row(self.row_sparse), -1)
         incoming = plan_chunks(self.held_chunks, wanted)
@@ -277,10 +287,13 @@ class ShadowKVLayer(CompressedLayer):
         self._fetch(call.query[:, :, -1:], call.logit_arguments["scaling"])
 
     @torch.no_grad()
-    def _move_tail(self, at_once: bool = False) -> None:
-        """What follows a step: rows whose tail is full move it, and those whose slots are all full begin their shadow."""
+    def _move_tail(self, at_once: bool = False) -> bool:
+        """
+        What follows a step: rows whose tail is full move it, and those whose slots are all full begin their shadow, of which
+        they hold nothing yet. Returns whether there are such rows.
+        """
         if self.length < self.max_slots and all(self.row_shadow) and not at_once:
-            return
+            return False
         moved, refits = [], []
         for length, shadow, held, kept in zip(
             self.row_lengths, self.row_shadow, self.row_held, self.row_kept, strict=True
@@ -291,6 +304,7 @@ class ShadowKVLayer(CompressedLayer):
             refits.append(moves and not shadow)
         if any(moved) or self.length == self.max_slots:
             self._arrange(*self._outside(), moved, refits)
+        return any(refits)
 
     def _outside(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Copies of keys, values and positions `(batch, 1, columns)` of what is not in the shadow."""
@@ -324,6 +338,8 @@ class ShadowKVLayer(CompressedLayer):
         self, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor, order: torch.Tensor, starts: list[int]
     ) -> None:
         """Puts what is not in the shadow into the slots, of each row from its `starts`-th column in order on."""
+        if self.keys.shape[2] < self.max_slots:  # as files have them
+            self._resize(self.max_slots)
         counts = [length - shadow for length, shadow in zip(self.row_lengths, self.row_shadow, strict=True)]
         fronts = [0] * self.batch_size
         if not all(self.row_shadow):
@@ -566,21 +582,39 @@ class ShadowKVLayer(CompressedLayer):
             return
         key, value, positions = self._sorted_slots().values()
         self.num_seen -= num_columns
+        self.num_croppable -= num_columns
         self.row_lengths = [max(length - num_columns, 0) for length in self.row_lengths]
         self.next_position = self.per_row(self.row_lengths)
-        self.row_shadow = [
-            min(shadow, self.num_movable(length))
-            for shadow, length in zip(self.row_shadow, self.row_lengths, strict=True)
+        # Rows of which tokens in the shadow go begin it anew with those that stay, or are exact if these fit.
+        cut = [length < shadow for length, shadow in zip(self.row_lengths, self.row_shadow, strict=True)]
+        moved = [
+            self.num_movable(length) if is_cut and length > kept else 0
+            for length, kept, is_cut in zip(self.row_lengths, self.row_kept, cut, strict=True)
         ]
-        num_chunks = self.per_row(self.row_shadow) // self.chunk_size
-        for chunks in (self.outlier_chunks, self.held_chunks):
-            chunks.masked_fill_(chunks >= num_chunks, -1)
-        self.outlier_cosines.masked_fill_(self.outlier_chunks < 0, float("inf"))
-        index = torch.arange(self.landmarks.shape[2], device=self.device)
-        self.is_selectable = self.is_selectable & (index < num_chunks)
-        self.positions[..., self.outlier_slots] = self._tokens_of(self.outlier_chunks)
-        self.positions[..., self.sparse_slots] = self._tokens_of(self.held_chunks)
-        self._fill_slots(key, value, positions, order_of(positions), self.row_shadow)
+        self.row_shadow = [0 if is_cut else shadow for shadow, is_cut in zip(self.row_shadow, cut, strict=True)]
+        goes = (positions >= self.next_position) | (positions < self.per_row(self.row_shadow))
+        self._forget_shadow(self.per_row(cut) > 0)
+        self._arrange(key, value, positions.masked_fill(goes, -1), moved, [count > 0 for count in moved])
+
+    def _forget_shadow(self, is_cut: torch.Tensor) -> None:
+        """Empties the shadow of some rows, `(batch, 1, 1)` bool."""
+        for name in ("factors", "landmarks"):  # which would count for the next basis and scales
+            numbers = getattr(self, name)
+            mask = is_cut.view(-1, *[1] * (numbers.dim() - 1))
+            setattr(self, name, torch.where(mask, torch.zeros_like(numbers), numbers))
+        self.is_selectable = self.is_selectable & ~is_cut
+        self.held_chunks.masked_fill_(is_cut, -1)
+        self.outlier_chunks.masked_fill_(is_cut, -1)
+        self.outlier_cosines.masked_fill_(is_cut, float("inf"))
+
+    def require_croppable(self, tokens_to_remove: int) -> None:
+        super().require_croppable(tokens_to_remove)
+        num_columns = -tokens_to_remove - (self.get_seq_length() - self.num_seen)
+        if self.positions is not None and num_columns > self.num_croppable:
+            raise NotImplementedError(
+                f"`crop({tokens_to_remove})`: {num_columns} columns back some rows have padding in a later turn, and which it is "
+                f"is no longer known. Take back at most {-tokens_to_remove - num_columns + self.num_croppable}."
+            )
 
     def compress(self) -> None:
         if self.positions is not None:
@@ -644,8 +678,13 @@ class ShadowKVLayer(CompressedLayer):
         num_chunks = num_tokens // self.chunk_size
         if len(self.row_shadow) != batch_size or any(count % self.chunk_size for count in self.row_shadow):
             raise ValueError(f"`row_shadow` is {self.row_shadow}")
-        if len(self.row_sparse) != batch_size or min(self.row_sparse) < 1:
-            raise ValueError(f"`row_sparse` is {self.row_sparse}")
+        if (
+            len(self.row_sparse) != batch_size
+            or not 1 <= min(self.row_sparse) <= max(self.row_sparse) <= self.num_sparse_chunks
+        ):
+            raise ValueError(f"`row_sparse` is {self.row_sparse}, of {self.num_sparse_chunks}")
+        if not 0 <= self.num_croppable <= self.num_seen:
+            raise ValueError(f"`num_croppable` is {self.num_croppable}, of {self.num_seen}")
         if not self.num_chunk_slots <= self.length < self.max_slots:
             raise ValueError(f"{self.length} slots are not {self.num_sparse_chunks} chunks and a tail")
         rank = self.factors.shape[-1] if self.factors is not None else 0
