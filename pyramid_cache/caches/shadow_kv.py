@@ -201,16 +201,15 @@ class ShadowKVLayer(CompressedLayer):
         self._fetch(call.query, arguments["scaling"])
         output = decode_attention(call.query, call.key, call.value, mask=self.slot_mask(), **arguments)[0], None
         if self._move_tail():
-            self._fetch(call.query, arguments["scaling"])
+            self._fetch(call.query, arguments["scaling"])  # which may be attended to again
         return output
 
     @torch.no_grad()
     def _fetch(self, query: torch.Tensor, scaling: float) -> None:
         """Brings the chunks that a query `(batch, heads, 1, head_dim)` attends to most into the slots."""
-        num_tokens, sparse = max(self.row_shadow), self.sparse_slots
-        if not num_tokens:
+        num_chunks = max(self.row_shadow) // self.chunk_size
+        if not num_chunks:
             return
-        num_chunks = num_tokens // self.chunk_size
         if self.landmark_scales is not None:
             group = query.shape[1] // self.landmarks.shape[1]
             query = (query * self.landmark_scales.repeat_interleave(group, dim=1)).to(query.dtype)
@@ -221,6 +220,21 @@ class ShadowKVLayer(CompressedLayer):
             scaling=scaling,
             mask=self.is_selectable[..., :num_chunks],
         )
+        self._bring(wanted)
+
+    def _fetch_latest(self) -> None:
+        """Brings the latest chunks into the slots, which a query is free to exchange."""
+        num_chunks = max(self.row_shadow) // self.chunk_size
+        if not num_chunks:
+            return
+        index = torch.arange(num_chunks, device=self.device)
+        chunks = torch.where(self.is_selectable[..., :num_chunks], index, -1).sort(dim=-1, descending=True).values
+        missing = max(self.num_sparse_chunks - num_chunks, 0)
+        self._bring(torch.nn.functional.pad(chunks[..., : self.num_sparse_chunks], (0, missing), value=-1))
+
+    def _bring(self, wanted: torch.Tensor) -> None:
+        """Brings chunks `(batch, kv_heads, num_sparse_chunks)` int64 into the slots, -1 for none, of each row its first ones."""
+        num_tokens, sparse = max(self.row_shadow), self.sparse_slots
         if min(self.row_sparse) < self.num_sparse_chunks:
             ranks = torch.arange(wanted.shape[-1], device=self.device)
             wanted = wanted.masked_fill(ranks >= self.per_row(self.row_sparse), -1)
@@ -289,8 +303,8 @@ class ShadowKVLayer(CompressedLayer):
     @torch.no_grad()
     def _move_tail(self, at_once: bool = False) -> bool:
         """
-        What follows a step: rows whose tail is full move it, and those whose slots are all full begin their shadow, of which
-        they hold nothing yet. Returns whether there are such rows.
+        What follows a step: rows whose tail is full move it, and those whose slots are all full begin their shadow. Returns
+        whether there are such rows; they do not hold yet what has moved.
         """
         if self.length < self.max_slots and all(self.row_shadow) and not at_once:
             return False
@@ -304,7 +318,7 @@ class ShadowKVLayer(CompressedLayer):
             refits.append(moves and not shadow)
         if any(moved) or self.length == self.max_slots:
             self._arrange(*self._outside(), moved, refits)
-        return any(refits)
+        return any(moved)
 
     def _outside(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Copies of keys, values and positions `(batch, 1, columns)` of what is not in the shadow."""
@@ -425,6 +439,8 @@ class ShadowKVLayer(CompressedLayer):
         chunks = key.unflatten(2, (-1, self.chunk_size)).float()  # (batch, kv_heads, chunks, chunk_size, head_dim)
         means = chunks.mean(dim=3)
         cosines = torch.cosine_similarity(chunks, means[..., None, :], dim=-1).amin(dim=-1).nan_to_num(nan=-1.0)
+        if self.chunk_size == 1:  # each stands for itself, but for rounding
+            cosines = torch.ones_like(cosines)
         is_chunk = is_token[..., :: self.chunk_size]
         means, cosines = means.masked_fill(~is_chunk[..., None], 0), cosines.masked_fill(~is_chunk, float("inf"))
         if self.quantize is not None:
@@ -595,6 +611,7 @@ class ShadowKVLayer(CompressedLayer):
         goes = (positions >= self.next_position) | (positions < self.per_row(self.row_shadow))
         self._forget_shadow(self.per_row(cut) > 0)
         self._arrange(key, value, positions.masked_fill(goes, -1), moved, [count > 0 for count in moved])
+        self._fetch_latest()
 
     def _forget_shadow(self, is_cut: torch.Tensor) -> None:
         """Empties the shadow of some rows, `(batch, 1, 1)` bool."""
@@ -617,8 +634,8 @@ class ShadowKVLayer(CompressedLayer):
             )
 
     def compress(self) -> None:
-        if self.positions is not None:
-            self._move_tail(at_once=True)
+        if self.positions is not None and self._move_tail(at_once=True):
+            self._fetch_latest()
 
     def _map_rows(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         if self.host_values is not None:
