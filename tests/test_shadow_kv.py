@@ -247,7 +247,7 @@ def test_rows_do_what_they_do_alone(settings: dict[str, Any]) -> None:
     paddings, lengths = [0, 20, 50, 66], [70, 30, 9, 25]
     tokens = random_tokens(4, sum(lengths), seed=3)
     is_token = torch.arange(sum(lengths)) >= torch.tensor(paddings)[:, None]
-    is_token[1, 100:104] = False  # of the second turn
+    is_token[1, 100:104] = is_token[2, 100] = False  # of the second turn
     pieces = [(0, 70), *((start, start + 1) for start in range(70, 100)), (100, 109)]
     pieces += [(start, start + 1) for start in range(109, 134)]
 

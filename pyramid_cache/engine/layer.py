@@ -385,7 +385,7 @@ class CompressedLayer(CacheLayerMixin):
         num_new = call.num_queries
         num_seen = self.get_seq_length() + (num_new if self.record_past else 0)
         expected = self.recorded[-1].seen.row_lengths if self.recorded else self.row_lengths
-        if any(expected):
+        if any(expected) and (call.mask is None or call.mask.shape[-1] < num_seen):
             self._check_position_ids(call, expected)
         tokens = self.masks.read(call.mask, self.batch_size, num_new, num_seen, self.device)
         num_earlier = num_seen - num_new
