@@ -314,7 +314,7 @@ def check_all_in_reach(model: PreTrainedModel, rows: list[torch.Tensor], continu
         trace = drive(model, cache, rows, continuation)
     assert all(min(layer.row_shadow) > 0 for layer in cache.compressed_layers)
     wanted = drive(model, H2OCache(model.config, budget=400), rows, continuation)
-    torch.testing.assert_close(trace.logits, wanted.logits, atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(trace.logits, wanted.logits, atol=1e-4, rtol=0)
 
 
 @every_cache
