@@ -27,14 +27,8 @@ from pyramid_cache.engine.budget import floor_of_product, is_number, read_count
 from pyramid_cache.engine.cache import CompressedCache, check_decoder_config, model_inside
 from pyramid_cache.engine.host import beside, fetch_values, join, read_host, wait_for_host
 from pyramid_cache.engine.layer import CompressedLayer, LayerPlace, grown
-from pyramid_cache.engine.low_rank import (
-    TOKENS_PER_BLOCK,
-    extended_gram,
-    fit_basis,
-    gram_matrix,
-    project,
-)
-from pyramid_cache.engine.quantization import QUANTIZE, scale_of, stored, widened
+from pyramid_cache.engine.low_rank import TOKENS_PER_BLOCK, add_keys
+from pyramid_cache.engine.quantization import QUANTIZE, add_scaled, stored
 from pyramid_cache.engine.rope import (
     FREQUENCY_TENSORS,
     RotaryFrequencies,
@@ -44,14 +38,11 @@ from pyramid_cache.engine.rope import (
     refuse_unsupported_rope,
 )
 from pyramid_cache.engine.selection import gather_tokens
+from pyramid_cache.engine.sizes import with_room, with_size, write_rows
 from pyramid_cache.engine.tokens import MaskReader, Tokens
 from pyramid_cache.ops import decode_attention
 from pyramid_cache.ops.registration import needs_gradients
 from pyramid_cache.ops.shadow import plan_chunks, reconstruct_keys, select_chunks
-
-
-# What grows while an answer is generated grows by this part of its size.
-GROWTH = 16
 
 
 class ShadowKVLayer(CompressedLayer):
@@ -162,9 +153,8 @@ class ShadowKVLayer(CompressedLayer):
     def _take_in(self, seen: Tokens, num_new: int) -> Tokens:
         before = self.row_lengths
         tokens = super()._take_in(seen, num_new)
-        begun = [
-            length - earlier for length, earlier in zip(self.row_lengths, before, strict=True) if earlier
-        ]  # padding in front of all else is where a row begins
+        # Padding in front of all else is where a row begins.
+        begun = [length - earlier for length, earlier in zip(self.row_lengths, before, strict=True) if earlier]
         num_full = min(begun, default=num_new)
         self.num_croppable = self.num_croppable + num_new if num_full == num_new else num_full
         sparse = [self.num_sparse_chunks_of(length) for length in self.row_lengths]
@@ -432,8 +422,6 @@ class ShadowKVLayer(CompressedLayer):
             is_token (`torch.Tensor`): `(batch, 1, tokens)`, False behind the `counts` tokens of a shorter row.
             refits (`list[bool]`): Whether the basis of a row is fitted anew.
         """
-        starts = self.row_shadow
-        stops = [start + count for start, count in zip(starts, counts, strict=True)]
         self._add_factors(key, is_token, counts, refits)
         self._add_values(value, counts)
         chunks = key.unflatten(2, (-1, self.chunk_size)).float()  # (batch, kv_heads, chunks, chunk_size, head_dim)
@@ -444,46 +432,41 @@ class ShadowKVLayer(CompressedLayer):
         is_chunk = is_token[..., :: self.chunk_size]
         means, cosines = means.masked_fill(~is_chunk[..., None], 0), cosines.masked_fill(~is_chunk, float("inf"))
         if self.quantize is not None:
-            means = self._scaled(means, refits)
-        landmarks = stored(means, self.stored_dtype)
+            self.landmarks, self.landmark_scales, means = add_scaled(
+                self.landmarks, self.landmark_scales, means, refits
+            )
+        first, num_chunks = (
+            [number // self.chunk_size for number in numbers] for numbers in (self.row_shadow, counts)
+        )
+        stops = self._stops(counts)
         self.landmarks = with_room(self.landmarks, 2, max(stops) // self.chunk_size)
-        for row, (start, count) in enumerate(zip(starts, counts, strict=True)):
-            first, num_chunks = start // self.chunk_size, count // self.chunk_size
-            self.landmarks[row, :, first : first + num_chunks] = landmarks[row, :, :num_chunks]
+        write_rows(self.landmarks, stored(means, self.stored_dtype), first, num_chunks)
         self._choose_outliers(key, value, cosines)
         self.row_shadow = stops
-        index = torch.arange(self.landmarks.shape[2], device=self.device)
+        self.is_selectable = self._selectable(self.landmarks.shape[2])
+
+    def _stops(self, counts: list[int]) -> list[int]:
+        """Where the shadow of each row ends with so many tokens more."""
+        return [start + count for start, count in zip(self.row_shadow, counts, strict=True)]
+
+    def _selectable(self, num_chunks: int) -> torch.Tensor:
+        """`(batch, kv_heads, num_chunks)` bool: which of these chunks there are, without the outliers."""
+        index = torch.arange(num_chunks, device=self.device)
         exists = index < self.per_row(self.row_shadow) // self.chunk_size
-        is_outlier = (self.outlier_chunks[..., None] == index).any(dim=2)
-        self.is_selectable = exists & ~is_outlier
+        return exists & ~(self.outlier_chunks[..., None] == index).any(dim=2)
 
     def _add_values(self, value: torch.Tensor, counts: list[int]) -> None:
         """Copies values to the host, behind those that are there, while the device goes on."""
-        num_tokens = max(start + count for start, count in zip(self.row_shadow, counts, strict=True))
+        num_tokens = max(self._stops(counts))
         if num_tokens > self.host_values.shape[2]:
             wait_for_host(self.device)
             self.host_values = with_room(self.host_values, 2, num_tokens, self._host_zeros)
         with beside(self.device, value):
-            for row, (start, count) in enumerate(zip(self.row_shadow, counts, strict=True)):
-                target = self.host_values[row, :, start : start + count]
-                target.copy_(value[row, :, :count], non_blocking=True)
+            write_rows(self.host_values, value, self.row_shadow, counts)
 
     def _host_zeros(self, shape: tuple[int, ...]) -> torch.Tensor:
         """Room for values on the host."""
         return self.host.zeros(shape, self._value_dtype, self.device)
-
-    def _scaled(self, means: torch.Tensor, refits: list[bool]) -> torch.Tensor:
-        """Landmarks over the scale of each dimension, which grows if they exceed it; rows that are refitted get a new one."""
-        if any(refits):
-            old = self.landmarks.float() * self.landmark_scales
-            largest = torch.cat([old, means], dim=2).abs().amax(dim=2, keepdim=True)
-            is_refitted = self.per_row(refits)[..., None] > 0
-            scales = torch.where(is_refitted, scale_of(largest, self.stored_dtype), self.landmark_scales)
-            self.landmarks = torch.where(is_refitted, stored(old / scales, self.stored_dtype), self.landmarks)
-            self.landmark_scales = scales
-        self.landmarks, ratio = widened(self.landmarks, means / self.landmark_scales)
-        self.landmark_scales = self.landmark_scales * ratio
-        return means / self.landmark_scales
 
     def _add_factors(self, key: torch.Tensor, is_token: torch.Tensor, counts: list[int], refits: list[bool]) -> None:
         """Projects keys onto the basis, which is first fitted to them and to the tokens held so far in rows that ask for it."""
@@ -498,37 +481,16 @@ class ShadowKVLayer(CompressedLayer):
                 keys = self.rotary.rotate(keys, -self._angles(positions[..., block]))
             return keys.masked_fill(~is_token[..., block, None], 0).transpose(1, 2).flatten(2)
 
-        old = self.basis.transpose(1, 2).flatten(2)  # (batch, rank, kv_heads * head_dim)
-        if any(refits):
-            gram = sum(gram_matrix(unrotated(block)) for block in blocks)
-            if self.factors.shape[1]:
-                gram = extended_gram(gram, self.factors, old)
-            basis = fit_basis(gram, self.rank)
-            if self.quantize is not None:
-                # An axis is as long as to make the largest factor along it the largest number that is stored.
-                factors = self.factors.float() @ project(old, basis)
-                largest = [factors.abs().amax(dim=1)] if factors.shape[1] else []
-                largest += [project(unrotated(block), basis).abs().amax(dim=1) for block in blocks]
-                basis = basis * scale_of(torch.stack(largest).amax(dim=0), self.stored_dtype)[..., None]
-            basis = basis.to(key.dtype)
-            factors = stored(self.factors.float() @ project(old, basis), self.stored_dtype)
-            if not all(refits):
-                is_refitted, rank = self.per_row(refits) > 0, max(basis.shape[1], old.shape[1])
-                basis = torch.where(is_refitted, with_size(basis, 1, rank), with_size(old, 1, rank))
-                factors = torch.where(is_refitted, with_size(factors, 2, rank), with_size(self.factors, 2, rank))
-            old, self.factors = basis, factors
-        factors = torch.cat([project(unrotated(block), old) for block in blocks], dim=1)
-        if self.quantize is not None:
-            self.factors, ratio = widened(self.factors, factors)
-            old = (old * ratio.mT).to(key.dtype)
-            factors = factors / ratio
-        self.basis = old.unflatten(2, (kv_heads, head_dim)).transpose(1, 2).contiguous()
-        factors = stored(factors, self.stored_dtype)
-        self.factors = with_room(
-            self.factors, 1, max(start + count for start, count in zip(starts, counts, strict=True))
+        self.factors, basis, factors = add_keys(
+            lambda: map(unrotated, blocks),
+            self.factors,
+            self.basis.transpose(1, 2).flatten(2),
+            self.rank,
+            refits,
         )
-        for row, (start, count) in enumerate(zip(starts, counts, strict=True)):
-            self.factors[row, start : start + count] = factors[row, :count]
+        self.basis = basis.unflatten(2, (kv_heads, head_dim)).transpose(1, 2).contiguous()
+        self.factors = with_room(self.factors, 1, max(self._stops(counts)))
+        write_rows(self.factors, factors, starts, counts)
 
     def _angles(self, positions: torch.Tensor) -> torch.Tensor:
         """By how much keys at these positions are turned, as `reconstruct_keys` turns them."""
@@ -718,9 +680,7 @@ class ShadowKVLayer(CompressedLayer):
             chunks = getattr(self, name)
             if (chunks < -1).any() or (chunks >= limit).any():
                 raise ValueError(f"`{name}` are not chunks of {self.row_shadow} tokens")
-        exists = torch.arange(num_chunks, device=self.device) < limit
-        is_outlier = (self.outlier_chunks[..., None] == torch.arange(num_chunks, device=self.device)).any(dim=2)
-        if not torch.equal(self.is_selectable, exists & ~is_outlier):
+        if not torch.equal(self.is_selectable, self._selectable(num_chunks)):
             raise ValueError("`is_selectable` are not the chunks without the outliers")
         expected = torch.cat([self._tokens_of(self.outlier_chunks), self._tokens_of(self.held_chunks)], dim=-1)
         chunk_slots = slice(0, self.num_chunk_slots)
@@ -738,35 +698,6 @@ class ShadowKVLayer(CompressedLayer):
 def order_of(positions: torch.Tensor) -> torch.Tensor:
     """The indices of tokens in order of their positions, those of none last."""
     return positions.masked_fill(positions < 0, torch.iinfo(positions.dtype).max).argsort(dim=-1)
-
-
-def with_size(tensor: torch.Tensor, dim: int, size: int) -> torch.Tensor:
-    """The tensor with `size` places in a dimension, new ones zero."""
-    missing = size - tensor.shape[dim]
-    if not missing:
-        return tensor
-    return torch.cat([tensor, tensor.new_zeros(*tensor.shape[:dim], missing, *tensor.shape[dim + 1 :])], dim=dim)
-
-
-def with_room(
-    tensor: torch.Tensor,
-    dim: int,
-    size: int,
-    zeros: Callable[[tuple[int, ...]], torch.Tensor] | None = None,
-) -> torch.Tensor:
-    """
-    The tensor with at least `size` places in a dimension, and some more if it grows by little; new ones are zero. `zeros` makes
-    what it moves into.
-    """
-    held = tensor.shape[dim]
-    if size <= held:
-        return tensor
-    if held:
-        size = max(size, held + held // GROWTH)
-    shape = (*tensor.shape[:dim], size, *tensor.shape[dim + 1 :])
-    result = tensor.new_zeros(shape) if zeros is None else zeros(shape)
-    result.narrow(dim, 0, held).copy_(tensor)
-    return result
 
 
 class ShadowKVCache(CompressedCache):

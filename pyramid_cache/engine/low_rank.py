@@ -7,7 +7,13 @@ product over the tokens, and can be taken up again when more tokens come: the Gr
 already follows from their factors.
 """
 
+from collections.abc import Callable, Iterable
+
 import torch
+
+from pyramid_cache.engine.quantization import scale_of, stored, widened
+from pyramid_cache.engine.sizes import with_size
+from pyramid_cache.ops.transfer import numbers_on
 
 
 # Float32 copies of keys are made of so many tokens at once.
@@ -86,3 +92,52 @@ def extended_gram(gram: torch.Tensor, factors: torch.Tensor, basis: torch.Tensor
     inner = gram_matrix(factors)
     basis = basis.float()
     return gram + basis.mT @ inner @ basis
+
+
+def add_keys(
+    blocks: Callable[[], Iterable[torch.Tensor]],
+    factors: torch.Tensor,
+    basis: torch.Tensor,
+    rank: int | float,
+    refits: list[bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    Factors of new keys, on a basis that is first fitted to them and to the tokens held so far in rows that ask for it.
+
+    Args:
+        blocks (`Callable`): Gives the new keys, `(batch, tokens, kv_heads * head_dim)` float32 in blocks, whenever it is called;
+            zero where there is no token.
+        factors (`torch.Tensor`): `(batch, tokens, rank)`, of the tokens held, in a float dtype or one of one byte.
+        basis (`torch.Tensor`): `(batch, rank, kv_heads * head_dim)`, theirs.
+        rank (`int` or `float`): See `fit_basis`.
+        refits (`list[bool]`): Whether the basis of a row is fitted anew.
+
+    Returns:
+        `tuple`: Factors of the tokens held and the basis, and the factors of the new ones in the same dtype.
+    """
+    is_quantized = factors.dtype.itemsize == 1
+    if any(refits):
+        gram = sum(gram_matrix(block) for block in blocks())
+        if factors.shape[1]:
+            gram = extended_gram(gram, factors, basis)
+        fitted = fit_basis(gram, rank)
+        if is_quantized:
+            # An axis is as long as to make the largest factor along it the largest number that is stored.
+            held = factors.float() @ project(basis, fitted)
+            largest = [held.abs().amax(dim=1)] if held.shape[1] else []
+            largest += [project(block, fitted).abs().amax(dim=1) for block in blocks()]
+            fitted = fitted * scale_of(torch.stack(largest).amax(dim=0), factors.dtype)[..., None]
+        fitted = fitted.to(basis.dtype)
+        moved = stored(factors.float() @ project(basis, fitted), factors.dtype)
+        if not all(refits):
+            is_refitted = numbers_on(basis.device, refits, torch.bool).view(-1, 1, 1)
+            size = max(fitted.shape[1], basis.shape[1])
+            fitted = torch.where(is_refitted, with_size(fitted, 1, size), with_size(basis, 1, size))
+            moved = torch.where(is_refitted, with_size(moved, 2, size), with_size(factors, 2, size))
+        basis, factors = fitted, moved
+    new = torch.cat([project(block, basis) for block in blocks()], dim=1)
+    if is_quantized:
+        factors, ratio = widened(factors, new)
+        basis = (basis * ratio.mT).to(basis.dtype)
+        new = new / ratio
+    return factors, basis, stored(new, factors.dtype)

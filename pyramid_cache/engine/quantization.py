@@ -2,6 +2,8 @@
 
 import torch
 
+from pyramid_cache.ops.transfer import numbers_on
+
 
 QUANTIZE = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
@@ -42,3 +44,29 @@ def widened(held: torch.Tensor, new: torch.Tensor) -> tuple[torch.Tensor, torch.
     excess = new.abs().amax(dim=-2, keepdim=True) / (1.01 * largest_number(held.dtype))
     ratio = excess.clamp(min=1).log2().ceil().exp2()
     return stored(held.float() / ratio, held.dtype), ratio
+
+
+def add_scaled(
+    held: torch.Tensor, scales: torch.Tensor, new: torch.Tensor, rescales: list[bool]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    New numbers over the scale of each column, which grows if they exceed it.
+
+    Args:
+        held (`torch.Tensor`): `(batch, kv_heads, tokens, width)` in a dtype of one byte.
+        scales (`torch.Tensor`): `(batch, kv_heads, 1, width)` float32, what they are multiplied by.
+        new (`torch.Tensor`): `(batch, kv_heads, more tokens, width)` float32, zero where there is no token.
+        rescales (`list[bool]`): Whether a row gets scales anew.
+
+    Returns:
+        `tuple`: The held numbers, their scales, and the new ones over these.
+    """
+    if any(rescales):
+        is_rescaled = numbers_on(held.device, rescales, torch.bool).view(-1, 1, 1, 1)
+        numbers = held.float() * scales
+        largest = torch.cat([numbers, new], dim=2).abs().amax(dim=2, keepdim=True)
+        scales = torch.where(is_rescaled, scale_of(largest, held.dtype), scales)
+        held = torch.where(is_rescaled, stored(numbers / scales, held.dtype), held)
+    held, ratio = widened(held, new / scales)
+    scales = scales * ratio
+    return held, scales, new / scales
