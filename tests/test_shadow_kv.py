@@ -525,6 +525,20 @@ def test_padding_of_a_later_turn_is_not_taken_back_as_tokens() -> None:
 
 
 @torch.no_grad()
+def test_what_is_taken_back_before_there_is_a_shadow_counts_no_more(tmp_path: Path) -> None:
+    model, tokens = tiny_model("llama"), random_tokens(1, 80, seed=1)
+    cache = ShadowKVCache(model.config, sparse_budget=8, rank=9, **SMALL)
+    model(tokens[:, :20], past_key_values=cache)
+    cache.crop(-10)
+    model(tokens[:, 10:70], past_key_values=cache)
+    assert [layer.num_croppable for layer in cache.compressed_layers] == [70] * 3
+    cache.save(tmp_path / "cache.safetensors")
+    loaded = ShadowKVCache.load(tmp_path / "cache.safetensors", model)
+    logits = [model(tokens[:, 70:71], past_key_values=each).logits for each in (cache, loaded)]
+    assert torch.equal(*logits)
+
+
+@torch.no_grad()
 def test_a_row_that_is_left_goes_on_with_a_share_of_its_own() -> None:
     model, tokens = tiny_model("llama"), random_tokens(2, 330, seed=1)
     mask = torch.arange(330) >= torch.tensor([[0], [180]])

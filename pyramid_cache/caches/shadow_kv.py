@@ -555,12 +555,12 @@ class ShadowKVLayer(CompressedLayer):
         return True
 
     def _crop_held(self, num_columns: int) -> None:
+        self.num_croppable = max(self.num_croppable - num_columns, 0)
         if self.positions is None:
             super()._crop_held(num_columns)
             return
         key, value, positions = self._sorted_slots().values()
         self.num_seen -= num_columns
-        self.num_croppable -= num_columns
         self.row_lengths = [max(length - num_columns, 0) for length in self.row_lengths]
         self.next_position = self.per_row(self.row_lengths)
         # Rows of which tokens in the shadow go begin it anew with those that stay, or are exact if these fit.
