@@ -385,9 +385,14 @@ class CompressedLayer(CacheLayerMixin):
         num_new = call.num_queries
         num_seen = self.get_seq_length() + (num_new if self.record_past else 0)
         expected = self.recorded[-1].seen.row_lengths if self.recorded else self.row_lengths
-        if any(expected) and (call.mask is None or call.mask.shape[-1] < num_seen):
+        if call.mask is None and any(expected):
             self._check_position_ids(call, expected)
-        tokens = self.masks.read(call.mask, self.batch_size, num_new, num_seen, self.device)
+        try:
+            tokens = self.masks.read(call.mask, self.batch_size, num_new, num_seen, self.device)
+        except ValueError:
+            if any(expected):  # a sequence from its start brings a mask that ends too early, which is not what is wrong with it
+                self._check_position_ids(call, expected)
+            raise
         num_earlier = num_seen - num_new
         earlier = [num_earlier] * self.batch_size
         if tokens.has_gaps:

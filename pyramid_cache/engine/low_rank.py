@@ -34,8 +34,8 @@ def gram_matrix(keys: torch.Tensor) -> torch.Tensor:
         `torch.Tensor`: `(batch, kv_heads * head_dim, kv_heads * head_dim)` float32.
     """
     gram = keys.new_zeros(keys.shape[0], keys.shape[2], keys.shape[2], dtype=torch.float32)
-    for block in keys.split(TOKENS_PER_BLOCK, dim=1):
-        block = block.float()
+    for start in range(0, keys.shape[1], TOKENS_PER_BLOCK):
+        block = keys[:, start : start + TOKENS_PER_BLOCK].float()
         gram.baddbmm_(block.mT, block)
     return gram
 
@@ -84,7 +84,11 @@ def project(keys: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
     basis = basis.float()
     squares = basis.square().sum(dim=-1, keepdim=True)
     directions = torch.where(squares > 0, basis / squares, 0).mT
-    return torch.cat([block.float() @ directions for block in keys.split(TOKENS_PER_BLOCK, dim=1)], dim=1)
+    factors = keys.new_empty(*keys.shape[:2], basis.shape[1], dtype=torch.float32)
+    for start in range(0, keys.shape[1], TOKENS_PER_BLOCK):
+        block = slice(start, start + TOKENS_PER_BLOCK)
+        factors[:, block] = keys[:, block].float() @ directions
+    return factors
 
 
 def extended_gram(gram: torch.Tensor, factors: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
