@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from pyramid_cache.bench.command import complete_settings, measure
+from pyramid_cache.bench.command import SUITES, complete_settings, measure, measure_caches
 from pyramid_cache.bench.timing import CudaTimer, measure_pairs, record_graph
 from pyramid_cache.ops import attention_scores
 from pyramid_cache.ops.lse import attention_with_lse
@@ -40,6 +40,9 @@ HOST_TOKENS = 131072
 CHUNK_SIZE = 8
 GATHER_PLACES = (256, 4096)
 
+
+# Of the published settings those of long prompts.
+CACHE_RUNS = [run for run in SUITES["paper"] if run.get("largest_batch")]
 
 # No block size is tried after this many seconds; most of them go to compiling.
 SWEEP_SECONDS = 55
@@ -193,12 +196,22 @@ PARTS: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
 }
 
 
+def announce(description: str, *progress: int | None) -> None:
+    """Prints what is going on."""
+    print(description, flush=True)
+
+
 @torch.no_grad()
 def main(name: str, path: Path) -> int:
     """Runs a part, and writes its rows so far after each; returns 1 where a row is not what it must be."""
     if name == "ops":
-        measure(complete_settings(torch.device(DEVICE)), lambda description, *_: print(description, flush=True), path)
+        measure(complete_settings(torch.device(DEVICE)), announce, path)
         return 0
+    if name == "caches":
+        rows = [row for record in measure_caches(CACHE_RUNS, announce, path) for row in record["rows"]]
+        failures = [f"{row['label']}, {row['length']:,} tokens: {row['failure']}" for row in rows if row["failure"]]
+        print(*failures, sep="\n")
+        return 1 if failures else 0
     rows = []
     for row in PARTS[name]():
         print(row, flush=True)

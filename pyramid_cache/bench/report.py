@@ -1,5 +1,6 @@
 """What was measured as tables for the terminal."""
 
+import statistics
 from typing import Any
 
 from rich.console import Console
@@ -120,6 +121,91 @@ def footnote(record: dict[str, Any]) -> str:
     return note + busy_note(record["machine"])
 
 
+def show_caches(record: dict[str, Any]) -> None:
+    """Prints the rows of `bench caches`."""
+    console = report_console()
+    versions = record["versions"]
+    console.print(
+        f"{record['model']} · {record['device']} · {record['threads']} threads · torch {versions['torch']} · transformers "
+        f"{versions['transformers']}",
+        style="bold",
+        markup=False,
+    )
+    print_caches(console, record["rows"])
+    note = (
+        "Medians over rounds, in which all caches take their turn; ratios are to DynamicCache in the same run, with those of "
+        "single rounds in brackets. Prefill is of the rows that were read; bytes are what a row holds at the end."
+    )
+    console.print(Text(note + busy_note(record["machine"]), style="dim"))
+
+
+def print_caches(console: Console, rows: list[dict[str, Any]]) -> None:
+    """Prints rows, and stages where there are any."""
+    console.print(caches_table(rows))
+    if any(row["stages"] for row in rows):
+        console.print(stages_table(rows))
+
+
+def caches_table(rows: list[dict[str, Any]]) -> Table:
+    """One row per cache, length and batch; what failed says why."""
+    headers = [
+        *("length", "rows", "prefill\ns", "ratio", "step\nms", "ratio", "tokens/s", "ratio"),
+        *("device\nMiB a row", "ratio", "host\nMiB a row", "peak\nMiB"),
+    ]
+    has_peaks = any(row["decode_peak_bytes"] is not None for row in rows)
+    result = Table(header_style="bold")
+    result.add_column("cache")
+    for header in headers if has_peaks else headers[:-1]:
+        result.add_column(header, justify="right", no_wrap=True)
+    for row in rows:
+        cells = [
+            row["label"],
+            f"{row['length']:,}",
+            f"{row['batch_size']}{' (largest)' if row['is_largest_batch'] else ''}",
+        ]
+        if row["failure"] is not None:
+            result.add_row(*cells, "failed:", row["failure"])
+            continue
+        cells += [
+            f"{statistics.median(row['prefill_seconds']):.2f}",
+            ratio_cell(row["prefill_ratio"], row["prefill_ratio_range"]),
+            milliseconds(statistics.median(row["step_seconds"])),
+            ratio_cell(row["step_ratio"], row["step_ratio_range"]),
+            f"{row['tokens_per_second']:.1f}",
+            ratio_cell(row["tokens_ratio"]),
+            f"{row['device_bytes'] / row['batch_size'] / 2**20:,.1f}",
+            ratio_cell(row["bytes_ratio"]),
+            f"{row['host_bytes'] / row['batch_size'] / 2**20:,.1f}" if row["host_bytes"] else "",
+        ]
+        if has_peaks:
+            cells.append(f"{max(row['prefill_peak_bytes'], row['decode_peak_bytes']) / 2**20:,.0f}")
+        result.add_row(*cells)
+    return result
+
+
+def ratio_cell(ratio: float | None, extremes: list[float] | None = None) -> str:
+    """A ratio, and its least and greatest value where they differ; empty where there is none."""
+    if ratio is None:
+        return ""
+    text = f"{ratio:.2f}×"
+    if extremes is None or f"{extremes[0]:.2f}" == f"{extremes[1]:.2f}":
+        return text
+    return f"{text} ({extremes[0]:.2f}-{extremes[1]:.2f})"
+
+
+def stages_table(rows: list[dict[str, Any]]) -> Table:
+    """The share of each op in the time of steps, the greatest first, and what they read from the host."""
+    headers = ("cache", "length", "rows", "what steps take their time for", "from the host\nMiB a step")
+    result = Table(*headers, header_style="bold")
+    for row in rows:
+        if row["stages"]:
+            shares = sorted(row["stages"].items(), key=lambda item: (item[0] == "other", -item[1]))
+            fetched = "" if row["fetched_bytes"] is None else f"{row['fetched_bytes'] / 2**20:,.2f}"
+            text = ", ".join(f"{stage} {share:.0%}" for stage, share in shares)
+            result.add_row(row["label"], f"{row['length']:,}", str(row["batch_size"]), text, fetched)
+    return result
+
+
 def show_suite(record: dict[str, Any]) -> None:
     """Prints the figures of the suite: its parts, and of each what it measured."""
     console = report_console()
@@ -142,6 +228,8 @@ def show_suite(record: dict[str, Any]) -> None:
         console.print("tests marked `cuda`: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
     if rows := results.get("ops", {}).get("rows"):
         print_ops(console, rows)
+    for run in results.get("caches", {}).get("runs", []):
+        print_caches(console, run["rows"])
     for name in ("blocks", "oracle", "gather"):
         if rows := results.get(name, {}).get("rows"):
             console.print(plain_table(name, rows))

@@ -390,7 +390,9 @@ class CompressedLayer(CacheLayerMixin):
         try:
             tokens = self.masks.read(call.mask, self.batch_size, num_new, num_seen, self.device)
         except ValueError:
-            if any(expected):  # a sequence from its start brings a mask that ends too early, which is not what is wrong with it
+            if any(
+                expected
+            ):  # a sequence from its start brings a mask that ends too early, which is not what is wrong with it
                 self._check_position_ids(call, expected)
             raise
         num_earlier = num_seen - num_new
