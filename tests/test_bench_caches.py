@@ -332,6 +332,12 @@ def test_what_cannot_be_measured_is_refused(
     assert message in " ".join(capsys.readouterr().err.split())
 
 
+def test_tokens_are_written_for_other_programs(tmp_path: Path) -> None:
+    path = tmp_path / "tokens.json"
+    assert main(["bench", "caches", "--model", "tiny", "--lengths", "30,50", "--save-tokens", str(path)]) == 0
+    assert json.loads(path.read_text()) == tiny_model()[1][:50].tolist()
+
+
 def test_part_of_the_gpu_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the suite runs, with a model for the CPU."""
     for run in gpu.CACHE_RUNS:

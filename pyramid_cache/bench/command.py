@@ -1,6 +1,7 @@
 """`pyramid-cache bench`: its options, and what it runs."""
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +213,12 @@ def add_caches_parser(measurements: "argparse._SubParsersAction[argparse.Argumen
     caches.add_argument(
         "--plot", type=Path, metavar="FILE", help="draw prefill, decode and bytes by length and batch into a PNG"
     )
+    caches.add_argument(
+        "--save-tokens",
+        type=Path,
+        metavar="FILE",
+        help="write the tokens of the longest prompt there, for other programs, and measure nothing",
+    )
     caches.set_defaults(run=run_caches)
 
 
@@ -274,7 +281,23 @@ def run_caches(options: argparse.Namespace) -> None:
     chosen = {name: getattr(options, name) for name in (*CACHE_DEFAULTS, "device", "dtype")}
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    show_caches([chosen], options.json, options.plot)
+    if options.save_tokens is not None:
+        save_tokens(chosen, options.save_tokens)
+    else:
+        show_caches([chosen], options.json, options.plot)
+
+
+def save_tokens(chosen: dict[str, Any], path: Path) -> None:
+    """Writes what `bench caches` would read with these options."""
+    from rich.console import Console
+
+    from pyramid_cache.bench.models import build_model
+
+    check_output("--save-tokens", path)
+    options = CACHE_DEFAULTS | {name: value for name, value in chosen.items() if value is not None}
+    with ProgressBar(Console(stderr=True)) as progress:
+        _, tokens = build_model(options["model"], torch.device("cpu"), "float32", options["seed"], progress)
+    path.write_text(json.dumps(tokens[: max(options["lengths"])].tolist()), encoding="utf-8")
 
 
 def show_caches(runs: list[dict[str, Any]], json_path: Path | None, plot_path: Path | None) -> None:
