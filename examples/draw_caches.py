@@ -100,7 +100,9 @@ def draw(cache_name: str, shares: torch.Tensor, held: list[int], prompts: Prompt
     axes.plot(prompts.fact_spans[0], [-1, -1], color=FACT_COLOR, linewidth=4, clip_on=False, solid_capstyle="butt")
     axes.axvline(prompts.num_tokens, color="black", linewidth=0.8, linestyle=":")
     axes.set_title(call_of(cache_name), fontsize="medium", pad=10)
-    axes.set_xlabel("position (red bar: the fact that is asked for; dotted line: where the answer begins)", fontsize="small")
+    axes.set_xlabel(
+        "position (red bar: the fact that is asked for; dotted line: where the answer begins)", fontsize="small"
+    )
     axes.set_ylabel("layer", fontsize="small")
     axes.tick_params(labelsize="small")
     bar = figure.colorbar(image, ax=axes, ticks=[0, 1])
