@@ -1,6 +1,7 @@
 """The site in docs/: every cache has its page, and what the pages say is what the code does."""
 
 import argparse
+import ast
 import importlib.util
 import inspect
 import json
@@ -539,6 +540,78 @@ def test_every_recorded_run_has_its_command_and_machine() -> None:
             assert re.sub(r"\(R\)| Processor", "", processor).strip() in machine
             assert record["versions"]["torch"].partition("+")[0] in machine
             assert record["versions"]["transformers"] in machine
+
+
+# What the page of the design says.
+
+
+def imports_of(path: Path) -> set[str]:
+    """The parts of the package, folders or modules, that a module imports."""
+    nodes = ast.walk(ast.parse(path.read_text()))
+    names = [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+    nodes = ast.walk(ast.parse(path.read_text()))
+    names += [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    parts = [name.split(".") for name in names if name.split(".")[0] == "pyramid_cache"]
+    return {part[1] if len(part) > 1 else "caches" for part in parts}  # the package itself gives the caches
+
+
+def test_imports_point_down() -> None:
+    allowed = {"ops": {"ops"}, "engine": {"ops", "engine"}, "caches": {"ops", "engine", "caches"}}
+    for part, below in allowed.items():
+        modules = list((ROOT / "pyramid_cache" / part).rglob("*.py"))
+        assert modules
+        for module in modules:
+            assert imports_of(module) <= below, module
+    block = re.findall(r"```text\n(.*?)```", (DOCS / "design.md").read_text(), re.DOTALL)[0]
+    folders = re.findall(r"(\w+)/ ", block)
+    assert {*folders, "data"} == {
+        path.name for path in (ROOT / "pyramid_cache").iterdir() if (path / "__init__.py").exists()
+    } | {"data"}
+
+
+def test_the_design_counts_methods_right() -> None:
+    words = [
+        "no",
+        "one",
+        "two",
+        "three",
+        "four",
+        "five",
+        "six",
+        "seven",
+        "eight",
+        "nine",
+        "ten",
+        "eleven",
+        "twelve",
+        "thirteen",
+    ]
+    scored = [name for name in CACHE_NAMES if issubclass(getattr(pyramid_cache, name), pyramid_cache.PolicyCache)]
+    text = section_of((DOCS / "design.md").read_text(), "Policies")
+    assert f"{words[len(scored)].capitalize()} of the {words[len(CACHE_NAMES)]} caches are a `Policy`" in text
+    assert f"{words[len(CACHE_NAMES) - len(scored)].capitalize()} methods have layers of their own" in text
+    own = re.findall(r"^- `(\w+)`", text, re.MULTILINE)
+    assert sorted(own) == sorted(set(CACHE_NAMES) - set(scored))
+
+
+def test_errors_are_as_the_design_has_them() -> None:
+    """Each says what the table has, in an error of that class."""
+    raised: dict[str, str] = {}
+    for path in (ROOT / "pyramid_cache").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and isinstance(node.exc.func, ast.Name):
+                constants = [part.value for part in ast.walk(node.exc) if isinstance(part, ast.Constant)]
+                text = "".join(part if isinstance(part, str) else "?" for part in constants)
+                raised[node.exc.func.id] = raised.get(node.exc.func.id, "") + text + "\n"
+    title, *rows = table_rows(section_of((DOCS / "design.md").read_text(), "What is refused"))
+    assert title == ["what", "error", "of which it says"] and len(rows) >= 10
+    for _, error, words in rows:
+        assert words.strip("`") in raised[re.match(r"`(\w+)`", error)[1]], words
+
+
+def test_files_that_the_design_names_are_there() -> None:
+    for name in re.findall(r"`((?:engine|ops|tests)/[\w/]+\.py)`", (DOCS / "design.md").read_text()):
+        assert (ROOT / name).exists() or (ROOT / "pyramid_cache" / name).exists(), name
 
 
 # Pictures.

@@ -1,9 +1,23 @@
-"""docs/write-a-policy.md and docs/index.md: their code runs, and prints what they say."""
+"""The code of README.md and of pages in docs/ runs, and prints what they say."""
 
+import re
 from pathlib import Path
 
 import pytest
-from pages import DOCS, run_page
+from pages import DOCS, ROOT, run_page
+
+
+# Where the code of each page is run; those of caches are in test_docs.py.
+PAGES = {"index.md", "ops.md", "write-a-policy.md"}
+
+
+def test_every_page_with_code_is_run() -> None:
+    with_code = {path.name for path in DOCS.glob("*.md") if re.search(r"^```python$", path.read_text(), re.MULTILINE)}
+    assert with_code == PAGES
+
+
+def test_the_page_of_the_ops_runs() -> None:
+    assert "received" in run_page(DOCS / "ops.md", shows_output=False)
 
 
 @pytest.mark.slow
@@ -24,3 +38,12 @@ def test_the_first_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert max(cache.num_kept_tokens()) == cache.get_seq_length() // 4
     loaded = type(cache).load("novel.safetensors", names["model"])
     assert loaded.num_kept_tokens() == cache.num_kept_tokens()
+
+
+@pytest.mark.slow
+def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the root of the repository, or a folder that looks like it."""
+    (tmp_path / "pyramid_cache").symlink_to(ROOT / "pyramid_cache")
+    monkeypatch.chdir(tmp_path)
+    names = run_page(ROOT / "README.md", shows_output=False)
+    assert names["output"].shape[1] > names["prompt"].shape[1]
