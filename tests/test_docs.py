@@ -542,6 +542,57 @@ def test_every_recorded_run_has_its_command_and_machine() -> None:
             assert record["versions"]["transformers"] in machine
 
 
+def recorded(file: str) -> Any:
+    """A record of docs/results."""
+    return json.loads((DOCS / "results" / file).read_text())
+
+
+def one_line(page: Path) -> str:
+    """A page without its line breaks."""
+    return " ".join(page.read_text().split())
+
+
+def test_figures_are_those_of_recorded_runs() -> None:
+    run = recorded("2026-11-22-amd-epyc-2-cores-budget-0.25.json")
+    rows = {row["cache"]: row for row in run["rows"]}
+    assert (run["settings"]["budget"], run["settings"]["batch_size"]) == (0.25, 8)
+    for name, label in (("H2OCache", "h2o"), ("StreamingLLMCache", "streaming")):
+        text = one_line(PAGES[name])
+        assert f"decoding was {rows[label]['decode_ratio']:.2f} times as fast as" in text
+        assert f"the prefill took {rows[label]['prefill_ratio']:.2f} of the time" in text
+    run = recorded("2026-11-22-amd-epyc-2-cores-pyramid-0.4.json")
+    [ratio] = [row["prefill_ratio"] for row in run["rows"] if row["label"] == "PyramidCache(model)"]
+    sizes = run["settings"]
+    assert (
+        f"at a budget of {sizes['budget']} took {ratio:.2f} of the time of `DynamicCache` for {sizes['batch_size']} prompts of "
+        f"{sizes['prompt_tokens']:,} tokens" in one_line(PAGES["PyramidCache"])
+    )
+    rows = recorded("2026-11-26-nvidia-h100-80gb-hbm3-gpu.json")["parts"]["ops"]["result"]["rows"]
+    ratios = {row["op"]: row["ratio_to_attention"] for row in rows if row["length"] == 32_768}
+    assert (
+        f"{ratios['all_row_scores']:.2f} times attention alone at 32,768 tokens on an H100 ([ops](../ops.md)); those of a window cost "
+        f"{ratios['window_scores']:.2f}" in one_line(PAGES["H2OCache"])
+    )
+
+
+def test_what_a_model_says_without_massive_tokens() -> None:
+    rows = table_rows(section_of((DOCS / "massive-activations.md").read_text(), "What happens without them"))
+    kept, forced_out, _ = (float(row[1]) for row in rows[1:])
+    assert f"a perplexity of {forced_out:.0f} instead of {kept:.0f}" in one_line(PAGES["MassiveActivationCache"])
+
+
+def test_the_first_page_asks_for_the_versions_that_are_needed() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    versions = [
+        re.search(pattern, text)[1]
+        for pattern in (r'python = ">=([\d.]+)"', r"torch>=([\d.]+)", r"transformers>=([\d.]+)")
+    ]
+    python, torch_version, transformers_version = versions
+    assert f"Python {python}, torch {torch_version} and transformers {transformers_version} or newer" in one_line(
+        DOCS / "index.md"
+    )
+
+
 # What the page of the design says.
 
 
