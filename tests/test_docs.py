@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -335,6 +336,85 @@ def test_what_shadow_kv_says_of_models() -> None:
     assert f"take {device} of the full cache on the device, and {host} on the host" in " ".join(text.split())
     device, _ = shares(4_096, 30, 3, 64, 4)
     assert f"holds {device} times what the full cache takes" in " ".join(text.split())
+
+
+# What larger and smaller values do, as far as sizes tell.
+
+
+def nbytes(cache: CompressedCache) -> int:
+    return cache.nbytes
+
+
+def fall_with_depth(cache: CompressedCache) -> int:
+    """How many tokens more the first layer holds than the last."""
+    kept = cache.num_kept_tokens()
+    return kept[0] - kept[-1]
+
+
+def fall_behind_dense_layers(cache: CompressedCache) -> int:
+    """How many tokens less than before the last layer holds, the first ones holding more."""
+    return -cache.num_kept_tokens()[-1]
+
+
+def spread_of_heads(cache: CompressedCache) -> int:
+    """By how much the numbers of tokens that the heads of a layer hold differ."""
+    held = (cache.positions(0) >= 0).sum(dim=-1)
+    return int(held.max() - held.min())
+
+
+# Class, what else it is given, the argument, a smaller and a larger value, what is measured, and whether that is more.
+EFFECTS = [
+    ("SnapKVCache", {}, "budget", 60, 90, nbytes, True),
+    ("SnapKVCache", {"budget": 60}, "eviction_interval", 8, 40, nbytes, True),
+    ("TOVACache", {"budget": 60}, "eviction_interval", 1, 40, nbytes, True),
+    ("PyramidCache", {"budget": 0.4}, "decay_ratio", 0.2, 0.9, fall_with_depth, False),
+    ("PyramidCache", {"budget": 0.4, "decay_ratio": 0.2}, "min_context_length", 0, 64, fall_with_depth, False),
+    ("PyramidCache", {"budget": 0.5}, "first_pruned_layer", 0, 1, fall_behind_dense_layers, True),
+    ("PyramidKVCache", {"budget": 100, "window_size": 8}, "beta", 2, 10, fall_with_depth, True),
+    ("AdaKVCache", {"budget": 60, "window_size": 8}, "floor_ratio", 0.1, 1.0, spread_of_heads, False),
+    ("ExpectedAttentionCache", {"budget": 60}, "use_covariance", False, True, nbytes, True),
+    ("StreamingLLMCache", {}, "window_length", 60, 90, nbytes, True),
+    ("ShadowKVCache", {}, "sparse_budget", 16, 32, nbytes, True),
+    ("ShadowKVCache", {}, "rank", 4, 8, nbytes, True),
+    ("ShadowKVCache", {}, "chunk_size", 2, 4, nbytes, False),
+    ("ShadowKVCache", {}, "num_outlier_chunks", 2, 6, nbytes, True),
+    ("ShadowKVCache", {}, "num_local_tokens", 4, 12, nbytes, True),
+    ("ShadowKVCache", {}, "offload_interval", 4, 12, nbytes, True),
+]
+SMALL_SHADOW = {
+    "sparse_budget": 16,
+    "rank": 6,
+    "chunk_size": 4,
+    "num_outlier_chunks": 2,
+    "num_local_tokens": 4,
+    "offload_interval": 8,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "others", "argument", "smaller", "larger", "measure", "is_more"),
+    EFFECTS,
+    ids=lambda value: str(value)[:24],
+)
+def test_what_larger_values_do(
+    name: str,
+    others: dict[str, Any],
+    argument: str,
+    smaller: Any,
+    larger: Any,
+    measure: Callable[[CompressedCache], int],
+    is_more: bool,
+) -> None:
+    model = build_model("llama", num_hidden_layers=4)
+    settings = {**(SMALL_SHADOW if name == "ShadowKVCache" else {}), **others}
+    measured = []
+    for value in (smaller, larger):
+        torch.manual_seed(1)
+        cache = getattr(pyramid_cache, name)(model.config, **{**settings, argument: value})
+        steps = 30 if argument == "eviction_interval" else 0
+        read(model, cache, steps)
+        measured.append(measure(cache))
+    assert (measured[0] < measured[1]) if is_more else (measured[0] > measured[1]), measured
 
 
 # What the pages say of quality comes from one table.
