@@ -51,6 +51,11 @@ def paths_in(nav: Any) -> list[str]:
     return [path for value in values for path in paths_in(value)]
 
 
+def one_line(page: Path) -> str:
+    """A page without its line breaks."""
+    return " ".join(page.read_text().split())
+
+
 # Where pages are and lead.
 
 
@@ -233,7 +238,7 @@ def test_memory_of_statistics_in_tokens() -> None:
         memory_formula("ExpectedAttentionCache", **numbers, slots=slots, use_covariance=True)["nbytes"]
         for slots in (0, 1)
     ]
-    assert "as 260 tokens" in PAGES["ExpectedAttentionCache"].read_text()
+    assert "as 260 tokens" in one_line(PAGES["ExpectedAttentionCache"])
     assert round(sizes[0] / (sizes[1] - sizes[0]), -1) == 260
 
 
@@ -243,7 +248,7 @@ def test_memory_of_massive_activations_from_the_model() -> None:
     read(model, cache)
     numbers = memory_formula("MassiveActivationCache", **numbers_of(model), slots=BUDGET)
     layers = [layer for layer in cache.layers if isinstance(layer, MassiveActivationLayer) and layer.is_probed]
-    assert "36 bytes\nmore per row" in PAGES["MassiveActivationCache"].read_text()
+    assert "36 bytes more per row" in one_line(PAGES["MassiveActivationCache"])
     assert_holds(cache, int(numbers["nbytes"]) + 36 * BATCH * len(layers), shares_tensors=True)
 
 
@@ -286,7 +291,7 @@ def test_memory_of_pyramid(from_model: bool, budget: float | int) -> None:
 
 
 def test_what_pyramid_keeps_of_generated_tokens() -> None:
-    text = " ".join(section_of(PAGES["PyramidCache"].read_text(), "Memory").split())
+    text = one_line(PAGES["PyramidCache"])
     [(zone, first, depth, last)] = re.findall(
         r"zones of (\d+), .* first layer keeps (\d+) and the last of (\d+) keeps (\d+)", text
     )
@@ -324,7 +329,7 @@ def test_what_shadow_kv_says_of_models() -> None:
         for parameter in inspect.signature(pyramid_cache.ShadowKVCache.__init__).parameters.values()
         if parameter.default is not inspect.Parameter.empty
     }
-    text = PAGES["ShadowKVCache"].read_text()
+    text = one_line(PAGES["ShadowKVCache"])
 
     def shares(tokens: int, layers: int, kv_heads: int, head_dim: int, itemsize: int) -> tuple[str, str]:
         sizes = {"layers": layers, "kv_heads": kv_heads, "head_dim": head_dim, "itemsize": itemsize, "batch": 1}
@@ -333,9 +338,9 @@ def test_what_shadow_kv_says_of_models() -> None:
         return f"{numbers['device_nbytes'] / full:.2f}", f"{numbers['host_nbytes'] / full:.2f}"
 
     device, host = shares(131_072, 32, 8, 128, 2)
-    assert f"take {device} of the full cache on the device, and {host} on the host" in " ".join(text.split())
+    assert f"take {device} of the full cache on the device, and {host} on the host" in text
     device, _ = shares(4_096, 30, 3, 64, 4)
-    assert f"holds {device} times what the full cache takes" in " ".join(text.split())
+    assert f"holds {device} times what the full cache takes" in text
 
 
 # What larger and smaller values do, as far as sizes tell.
@@ -625,11 +630,6 @@ def test_every_recorded_run_has_its_command_and_machine() -> None:
 def recorded(file: str) -> Any:
     """A record of docs/results."""
     return json.loads((DOCS / "results" / file).read_text())
-
-
-def one_line(page: Path) -> str:
-    """A page without its line breaks."""
-    return " ".join(page.read_text().split())
 
 
 def test_figures_are_those_of_recorded_runs() -> None:
