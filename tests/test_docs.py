@@ -806,6 +806,7 @@ def test_pictures_show_what_caches_hold(name: str, tmp_path: Path) -> None:
 # The site itself.
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("mkdocs") is None or importlib.util.find_spec("mkdocstrings") is None,
     reason="needs pip install -e '.[docs]'",
