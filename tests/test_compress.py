@@ -60,6 +60,25 @@ def test_generated_tokens_are_evicted_down_to_the_budget(cache_class: type[SnapK
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("cache_class", [SnapKVCache, AdaKVCache])
+def test_slots_are_let_go_of_where_nothing_waits(cache_class: type[SnapKVCache] | type[AdaKVCache]) -> None:
+    """The last token was the one at which as many as may wait have gone."""
+    model = tiny_model("llama")
+    settings = {"budget": 12, "window_size": 8, "kernel_size": 1, "eviction_interval": 16}
+    cache = cache_class(model.config, **settings)
+    model(random_tokens(2, 40), past_key_values=cache)
+    for token in random_tokens(16, 2):
+        model(token[:, None], past_key_values=cache)
+    assert cache.num_kept_tokens() == [12] * 3
+    held = held_sets(cache)
+    cache.compress()
+    assert held_sets(cache) == held
+    assert cache.nbytes == nbytes_of_a_prompt(model, cache_class(model.config, **settings))
+    model(random_tokens(2, 1), past_key_values=cache)
+    assert cache.num_kept_tokens() == [13] * 3
+
+
+@torch.no_grad()
 def test_compressed_between_two_intervals_is_as_if_it_had_been_the_interval() -> None:
     model = tiny_model("llama")
     tokens = random_tokens(1, 48)

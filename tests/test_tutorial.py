@@ -1,44 +1,49 @@
-"""docs/write-a-policy.md: its code runs, and prints what it says."""
+"""The code of README.md and of pages in docs/ runs, and prints what they say."""
 
-import contextlib
-import io
 import re
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+from pages import DOCS, ROOT, run_page
 
 
-TUTORIAL = Path(__file__).parents[1] / "docs" / "write-a-policy.md"
-NUMBER = r"-?\d+\.\d+"
-# Shares of right answers may differ where torch rounds otherwise; 8 contexts have 1,792 questions.
-TOLERANCE = 0.02
+# Where the code of each page is run; those of caches are in test_docs.py.
+PAGES = {"index.md", "ops.md", "write-a-policy.md"}
 
 
-def same_output(printed: str, shown: str) -> bool:
-    """Whether two texts are the same but for fractions that are close to each other."""
-    numbers = [[float(number) for number in re.findall(NUMBER, text)] for text in (printed, shown)]
-    return re.sub(NUMBER, "?", printed) == re.sub(NUMBER, "?", shown) and numbers[0] == pytest.approx(
-        numbers[1], abs=TOLERANCE
-    )
+def test_every_page_with_code_is_run() -> None:
+    with_code = {path.name for path in DOCS.glob("*.md") if re.search(r"^```python$", path.read_text(), re.MULTILINE)}
+    assert with_code == PAGES
+
+
+def test_the_page_of_the_ops_runs() -> None:
+    assert "received" in run_page(DOCS / "ops.md", shows_output=False)
 
 
 @pytest.mark.slow
 def test_the_tutorial_runs_and_prints_what_it_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "Agg")
-    tutorial = ModuleType("tutorial")
-    monkeypatch.setitem(sys.modules, "tutorial", tutorial)
-    blocks = re.findall(r"```(python|text)\n(.*?)```", TUTORIAL.read_text(encoding="utf-8"), re.DOTALL)
-    printed = ""
-    for kind, text in blocks:
-        if kind == "text":
-            assert same_output(printed, text), f"printed:\n{printed}\nshown:\n{text}"
-            printed = ""
-            continue
-        assert not printed, f"the tutorial does not show that its code prints:\n{printed}"
-        with contextlib.redirect_stdout(io.StringIO()) as output:
-            exec(compile(text, str(TUTORIAL), "exec"), tutorial.__dict__)
-        printed = output.getvalue()
-    assert not printed
+    run_page(DOCS / "write-a-policy.md")
+
+
+@pytest.mark.slow
+def test_the_first_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the real model, whose words it does not show."""
+    monkeypatch.chdir(tmp_path)
+    names = run_page(DOCS / "index.md", shows_output=False)
+    cache, inputs = names["cache"], names["inputs"]
+    assert cache.get_seq_length() == inputs.input_ids.shape[1] + 31
+    # All of a quarter of everything seen, since `compress`.
+    assert max(cache.num_kept_tokens()) == cache.get_seq_length() // 4
+    loaded = type(cache).load("novel.safetensors", names["model"])
+    assert loaded.num_kept_tokens() == cache.num_kept_tokens()
+
+
+@pytest.mark.slow
+def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the root of the repository, or a folder that looks like it."""
+    (tmp_path / "pyramid_cache").symlink_to(ROOT / "pyramid_cache")
+    monkeypatch.chdir(tmp_path)
+    names = run_page(ROOT / "README.md", shows_output=False)
+    assert names["output"].shape[1] > names["prompt"].shape[1]

@@ -283,16 +283,16 @@ class PolicyLayer(CompressedLayer):
         if not self.is_initialized or self.budget.is_unlimited:
             return
         self._renew_budget()
-        if not self.must_evict:
+        if self.positions is None:
+            if self.must_evict:
+                attention = None if self.attention is None else self.attention[..., : self.length]
+                key, value = self.keys[:, :, : self.length], self.values[:, :, : self.length]
+                self._keep_best(key, value, attention, self.column_tokens)
             return
-        if self.positions is not None:
+        if self.must_evict:
             self._evict([True] * self.batch_size)
-            if self.keys.shape[2] > self.length:  # slots for tokens that would have come in before as many go
-                self._resize(self.length)
-            return
-        attention = None if self.attention is None else self.attention[..., : self.length]
-        key, value = self.keys[:, :, : self.length], self.values[:, :, : self.length]
-        self._keep_best(key, value, attention, self.column_tokens)
+        if self.keys.shape[2] > self.length:  # slots for tokens that would have come in before as many go
+            self._resize(self.length)
 
     def check_state(self) -> None:
         if self.budget.is_unlimited:

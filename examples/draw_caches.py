@@ -1,0 +1,143 @@
+"""Draw which positions each cache holds, for its page in docs/caches.
+
+    python examples/draw_caches.py --out docs/caches
+
+SmolLM2-135M-Instruct reads 1,024 tokens of a novel, a fact in their middle and a question about it at their end, with
+each cache in turn, and answers with 48 tokens. Takes five minutes on one core. Each picture carries what it shows in its
+metadata, as JSON: the call that built the cache and the tokens that each layer holds.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from transformers import PreTrainedModel
+
+import pyramid_cache
+from pyramid_cache.demo.measure import kept_positions, kept_tokens
+from pyramid_cache.demo.model import LoadedModel, load_model
+from pyramid_cache.demo.plot import FACT_COLOR, shrink
+from pyramid_cache.demo.prompt import Prompts, build_prompts, read_text
+from pyramid_cache.engine.architectures import CACHE_ARGUMENT
+from pyramid_cache.engine.cache import CompressedCache
+from pyramid_cache.weights import MODEL_NAME, fetch_default_model
+
+
+PROMPT_TOKENS = 1024
+NEW_TOKENS = 48
+# By class: what the constructor is given, a quarter of the prompt; the model itself where that is named.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "PyramidCache": {"budget": 0.25},
+    "H2OCache": {"budget": 0.25},
+    "StreamingLLMCache": {"window_length": 256},
+    "SnapKVCache": {"budget": 0.25},
+    "PyramidKVCache": {"budget": 0.25},
+    "AdaKVCache": {"budget": 0.25},
+    "TOVACache": {"budget": 0.25},
+    "KeyDiffCache": {"budget": 0.25},
+    "KnormCache": {"budget": 0.25},
+    "ExpectedAttentionCache": {"budget": 0.25},
+    "RKVCache": {"budget": 0.25},
+    "MassiveActivationCache": {"budget": 0.25},
+    "ShadowKVCache": {"sparse_budget": 128, "rank": 96, "num_outlier_chunks": 8},
+}
+BUILT_FROM_MODEL = ("PyramidCache",)
+
+
+def file_name(cache_name: str) -> str:
+    """The picture of a class, and, but for the ending, its page: `PyramidKVCache` has `pyramidkv.png`."""
+    words = {"StreamingLLM": "streaming-llm", "ExpectedAttention": "expected-attention", "ShadowKV": "shadow-kv"}
+    words["MassiveActivation"] = "massive-activation"
+    stem = cache_name.removesuffix("Cache")
+    return f"{words.get(stem, stem.lower())}.png"
+
+
+def call_of(cache_name: str) -> str:
+    """The call that builds the cache of a picture, as the pages show it."""
+    source = "model" if cache_name in BUILT_FROM_MODEL else "model.config"
+    settings = ", ".join(f"{name}={value!r}" for name, value in SETTINGS[cache_name].items())
+    return f"{cache_name}({source}, {settings})"
+
+
+def build(cache_name: str, model: PreTrainedModel) -> CompressedCache:
+    """A new cache of a class of the library."""
+    source = model if cache_name in BUILT_FROM_MODEL else model.config
+    return getattr(pyramid_cache, cache_name)(source, **SETTINGS[cache_name])
+
+
+@torch.no_grad()
+def fill(cache: CompressedCache, loaded: LoadedModel, prompts: Prompts) -> None:
+    """Reads the prompt and answers."""
+    loaded.model.generate(prompts.input_ids, **{CACHE_ARGUMENT: cache}, max_new_tokens=NEW_TOKENS)
+
+
+def draw(cache_name: str, shares: torch.Tensor, held: list[int], prompts: Prompts, path: Path) -> None:
+    """
+    Writes a picture.
+
+    Args:
+        shares (`torch.Tensor`): `(layers, positions)`, the share of the KV heads that hold each position.
+        held (`list[int]`): The tokens that each layer holds.
+        path (`Path`): Where the PNG goes.
+    """
+    num_layers, num_positions = shares.shape
+    figure = Figure(figsize=(7.2, 2.5), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(
+        shrink(shares).numpy(),
+        aspect="auto",
+        interpolation="nearest",
+        cmap="Blues",
+        vmin=0,
+        vmax=1,
+        extent=(0, num_positions, num_layers - 0.5, -0.5),
+    )
+    # Above the map, so that it hides nothing of what is kept there.
+    axes.plot(prompts.fact_spans[0], [-1, -1], color=FACT_COLOR, linewidth=4, clip_on=False, solid_capstyle="butt")
+    axes.axvline(prompts.num_tokens, color="black", linewidth=0.8, linestyle=":")
+    axes.set_title(call_of(cache_name), fontsize="medium", pad=10)
+    axes.set_xlabel(
+        "position (red bar: the fact that is asked for; dotted line: where the answer begins)", fontsize="small"
+    )
+    axes.set_ylabel("layer", fontsize="small")
+    axes.tick_params(labelsize="small")
+    bar = figure.colorbar(image, ax=axes, ticks=[0, 1])
+    bar.set_label("share of heads", fontsize="small")
+    bar.ax.tick_params(labelsize="small")
+    description = {
+        "model": MODEL_NAME,
+        "call": call_of(cache_name),
+        "prompt_tokens": prompts.num_tokens,
+        "new_tokens": NEW_TOKENS,
+        "held": held,
+    }
+    figure.savefig(path, dpi=110, metadata={"Description": json.dumps(description), "Software": None})
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Draws the pictures that are asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the pictures")
+    parser.add_argument("--caches", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="default: all")
+    parser.add_argument("--threads", type=int, default=1, help="of torch; default: 1")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    options.out.mkdir(parents=True, exist_ok=True)
+    loaded = load_model(fetch_default_model(), MODEL_NAME, torch.device("cpu"))
+    prompts = build_prompts(loaded.tokenizer, read_text(), PROMPT_TOKENS)
+    for cache_name in options.caches:
+        cache = build(cache_name, loaded.model)
+        fill(cache, loaded, prompts)
+        path = options.out / file_name(cache_name)
+        # The last token that was generated has not been fed.
+        shares = kept_positions(cache, cache.get_seq_length())
+        draw(cache_name, shares, kept_tokens(cache), prompts, path)
+        print(f"{path}: {path.stat().st_size:,} bytes")
+
+
+if __name__ == "__main__":
+    main()
