@@ -7,7 +7,6 @@ Numbers hidden in a novel are asked for behind it, each answer read token by tok
 """
 
 import argparse
-import json
 import math
 import statistics
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ from pyramid_cache.evaluation.caches import BASELINE, EvaluatedCache
 from pyramid_cache.evaluation.measure import Evaluation, Result, score_answers
 from pyramid_cache.evaluation.tasks import Context, Question, build_needle_contexts, parse_task
 from pyramid_cache.machine import describe_machine, describe_versions
-from pyramid_cache.terminal import ProgressBar
+from pyramid_cache.terminal import ProgressBar, check_output, write_json
 from pyramid_cache.weights import fetch_default_model
 
 
@@ -77,10 +76,9 @@ def means(results: list[Result], label: str) -> dict[str, float]:
 
 def measure(
     model: PreTrainedModel, tokenizer: Any, options: argparse.Namespace, progress: Any
-) -> list[dict[str, Any]]:
-    """One row per length and cache."""
+) -> Iterator[dict[str, Any]]:
+    """One row per length and cache, as soon as it is there."""
     novel = tokenizer(read_text(), add_special_tokens=False, verbose=False)["input_ids"]
-    rows = []
     for num_tokens, limit in zip(options.lengths, options.contexts, strict=True):
         caches = {str(budget): shadow_cache(budget, options.rank) for budget in options.sparse_budgets}
         evaluation = Evaluation(model, caches, [0.5], ["context"])
@@ -99,17 +97,13 @@ def measure(
                 )
                 for context in needles
             ]
-            rows.append(
-                {
-                    "num_tokens": num_tokens,
-                    "cache": label,
-                    **means(found, label),
-                    "perplexity": math.exp(-means(text, label)["log_likelihood"]),
-                    "token_accuracy_by_turn": [statistics.mean(turn) for turn in zip(*answers, strict=True)],
-                }
-            )
-            print(as_line(rows[-1]), flush=True)
-    return rows
+            yield {
+                "num_tokens": num_tokens,
+                "cache": label,
+                **means(found, label),
+                "perplexity": math.exp(-means(text, label)["log_likelihood"]),
+                "token_accuracy_by_turn": [statistics.mean(turn) for turn in zip(*answers, strict=True)],
+            }
 
 
 def as_line(row: dict[str, Any]) -> str:
@@ -124,16 +118,19 @@ def as_line(row: dict[str, Any]) -> str:
 
 def main() -> None:
     """Measure, print the table and write the record."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="folder or hub id (default: SmolLM2-135M-Instruct)")
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--model", help="folder or hub id; without, SmolLM2-135M-Instruct")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 8000], help="tokens of a context")
     parser.add_argument("--contexts", type=int, nargs="+", default=[5, 3, 2], help="how many of each length")
-    parser.add_argument("--sparse-budgets", type=int, nargs="+", default=[128, 256, 512, 1024])
-    parser.add_argument("--rank", type=int, default=160)
+    parser.add_argument("--sparse-budgets", type=int, nargs="+", default=[128, 256, 512, 1024], help="in tokens")
+    parser.add_argument("--rank", type=int, default=160, help="of the keys, over all heads of a layer")
     parser.add_argument("--new-tokens", type=int, default=64, help="of the novel, behind each context")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True, help="JSON file of the record")
     options = parser.parse_args()
+    check_output("--out", options.out)
     messages = Console(stderr=True)
     folder = options.model or fetch_default_model()
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -143,12 +140,14 @@ def main() -> None:
         "| tokens | cache | numbers: exact / token accuracy / log-likelihood | perplexity | token accuracy by turn |"
     )
     print("|---|---|---|---|---|")
-    with ProgressBar(messages) as progress:
-        rows = measure(model, tokenizer, options, progress)
     settings = {name: value for name, value in vars(options).items() if name != "out"}
     versions = describe_versions("pyramid_cache", "torch", "transformers")
-    record = {"rows": rows, "settings": settings, "machine": machine, "versions": versions}
-    options.out.write_text(json.dumps(record, indent=2) + "\n")
+    record: dict[str, Any] = {"rows": [], "settings": settings, "machine": machine, "versions": versions}
+    with ProgressBar(messages) as progress:
+        for row in measure(model, tokenizer, options, progress):
+            print(as_line(row), flush=True)
+            record["rows"].append(row)
+            write_json(record, options.out)
 
 
 if __name__ == "__main__":

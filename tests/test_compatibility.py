@@ -47,8 +47,8 @@ transformers before 5.24, whose classes for them go around it.
 CHUNKS = """\
 ## Prompts in chunks
 
-With `prefill_chunk_size` each chunk attends to what the cache holds, and the cache evicts after each: it never holds more
-than its budget and one chunk. This is what makes a prompt fit that would not fit whole, and it is not the same as
+With `prefill_chunk_size` each chunk attends to what the cache holds, and a cache that evicts does so after each: it never holds
+more than its budget and one chunk. This is what makes a prompt fit that would not fit whole, and it is not the same as
 reading the prompt at once:
 
 - `StreamingLLMCache`: the same, wherever the prompt is cut. With `prefill='dense'` only the first chunk is read with full
@@ -60,6 +60,7 @@ reading the prompt at once:
   far, so that early chunks are cut to less than the whole prompt will be allowed.
 - Caches that are a score for each token: those that look at attention (`SnapKVCache`, `PyramidKVCache`, `TOVACache`, `RKVCache`)
   choose by the last queries of each chunk; the others by the keys, or the queries, that have come so far.
+- `ShadowKVCache` evicts nothing: a chunk attends to all before it, whose keys are rebuilt from their factors.
 
 How much it differs, for 1,024 tokens of a novel in chunks of 128, SmolLM2-135M-Instruct, and a budget of two fifths
 (`pytest -m slow tests/test_modes.py -k text`):

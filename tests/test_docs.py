@@ -341,6 +341,10 @@ def test_what_shadow_kv_says_of_models() -> None:
     assert f"take {device} of the full cache on the device, and {host} on the host" in text
     device, _ = shares(4_096, 30, 3, 64, 4)
     assert f"holds {device} times what the full cache takes" in text
+    # From where on it saves memory, to a hundred tokens.
+    for about, shape in ((3000, (32, 8, 128, 2)), (5000, (30, 3, 64, 4))):
+        assert f"about {about:,}" in text
+        assert float(shares(about - 150, *shape)[0]) > 1 > float(shares(about + 150, *shape)[0])
 
 
 # What larger and smaller values do, as far as sizes tell.

@@ -438,12 +438,35 @@ def test_values_beyond_the_host_budget_are_refused_with_what_they_take() -> None
     model(tokens, past_key_values=layer)
     needed = layer.layers[0].values[:, :, :num_shadow].nbytes * len(layer.layers)
     cache = ShadowKVCache(model.config, sparse_budget=8, host_budget=needed - 1, **SMALL)
-    with pytest.raises(ValueError, match=f"{needed:,} bytes on the host"), torch.no_grad():
+    with pytest.raises(ValueError, match=f"2 rows of 72 tokens take {needed:,} bytes on the host"), torch.no_grad():
         model(tokens, past_key_values=cache)
     cache = ShadowKVCache(model.config, sparse_budget=8, host_budget=needed, **SMALL)
     with torch.no_grad():
         model(tokens, past_key_values=cache)
     assert cache.memory()["host"]["values"] == needed
+    assert f"{cache.nbytes:,} bytes held, {needed:,} of them on the host" in cache.summary()
+
+
+@pytest.mark.usefixtures("_always_in_shadow")
+def test_saved_values_can_go_elsewhere(tmp_path: Path) -> None:
+    """Where the folder of their files is gone, say."""
+    model, folder, file = tiny_model("llama"), tmp_path / "values", tmp_path / "cache.safetensors"
+    folder.mkdir()
+    cache = ShadowKVCache(model.config, sparse_budget=8, rank=9, host=f"disk:{folder}", host_budget="1MiB", **SMALL)
+    conversation(model, cache, [0, 5], [70, 20])
+    cache.save(file)
+    folder.rmdir()
+    with pytest.raises(ValueError, match="a folder that exists"):
+        ShadowKVCache.load(file, model)
+    loaded = [ShadowKVCache.load(file, model, host=host) for host in ("memory", f"disk:{tmp_path}")]
+    step, mask = random_tokens(2, 1, seed=9), torch.arange(91) >= torch.tensor([[0], [5]])
+    with torch.no_grad():
+        logits = [model(step, attention_mask=mask.long(), past_key_values=each).logits for each in (cache, *loaded)]
+    for each, found in zip(loaded, logits[1:], strict=True):
+        assert torch.equal(found, logits[0])
+        assert each.settings["host_budget"] is None
+    with pytest.raises(ValueError, match="more than `host_budget=8`"):
+        ShadowKVCache.load(file, model, host="memory", host_budget=8)
 
 
 # What `generate` does with a cache.
@@ -609,8 +632,9 @@ def test_gradients_are_refused_once_values_are_on_the_host() -> None:
         ({"quantize": "int4"}, r"\['fp8', 'int8'\]"),
         ({"host": "cloud"}, "'memory', or 'disk:'"),
         ({"host": "disk:/no/such/folder"}, "a folder that exists"),
-        ({"host_budget": "much"}, "no number of bytes"),
-        ({"host_budget": 0.5}, "a number of bytes"),
+        ({"host": "disk:/proc"}, "no file can be made there"),
+        ({"host_budget": "much"}, "`host_budget='much'` must be a number of bytes"),
+        ({"host_budget": 0.5}, "`host_budget=0.5` must be a number of bytes"),
     ],
 )
 def test_bad_arguments_are_refused(arguments: dict[str, object], message: str) -> None:

@@ -13,6 +13,7 @@ layer at a time (theirs treats up to 4,096 tokens as one decode step); rows of a
 """
 
 import copy
+import os
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -39,6 +40,7 @@ from pyramid_cache.engine.rope import (
 )
 from pyramid_cache.engine.selection import gather_tokens
 from pyramid_cache.engine.sizes import with_room, with_size, write_rows
+from pyramid_cache.engine.storage import load_cache
 from pyramid_cache.engine.tokens import MaskReader, Tokens
 from pyramid_cache.ops import decode_attention
 from pyramid_cache.ops.registration import needs_gradients
@@ -711,7 +713,8 @@ class ShadowKVCache(CompressedCache):
     `slots * kv_heads * (2 * head_dim * itemsize + 4)` for what a step attends to, with `slots = num_outlier_chunks * chunk_size
     + sparse_budget + num_local_tokens + offload_interval + chunk_size`; on the host `tokens * kv_heads * head_dim * itemsize`.
     `cache.memory()` has the host apart. Later turns attend to everything: keys are rebuilt and values fetched for one layer
-    at a time, which takes as much memory as that layer would have taken.
+    at a time, which takes as much memory as that layer would have taken. `num_kept_tokens` and `positions` are of what a step
+    attends to.
 
     Args:
         config (`PreTrainedConfig` or `PreTrainedModel`): Of the model, or the model itself. The model is needed only if
@@ -720,8 +723,8 @@ class ShadowKVCache(CompressedCache):
             their share of the prompt. Larger values miss less and take more time. A prompt that is no longer than the slots
             is kept as it is, and the cache is `DynamicCache` bit for bit.
         rank (`int` or `float`, defaults to 160): Dimensions that keys have before RoPE, over all heads of a layer; or the share
-            of their sum of squares that is kept, by which each layer has a rank of its own. Larger values rebuild keys more
-            exactly and take more memory.
+            of their sum of squares that is kept, by which each layer has a rank of its own; a few directions hold most of it, so
+            that 0.99 is coarse and 0.999 fine. Larger values rebuild keys more exactly and take more memory.
         chunk_size (`int`, defaults to 8): Tokens that one landmark stands for. Larger values save memory and choose more
             coarsely.
         num_outlier_chunks (`int`, defaults to 48): Chunks of each KV head that stay exact, those whose landmark stands for them
@@ -729,9 +732,9 @@ class ShadowKVCache(CompressedCache):
         num_local_tokens (`int`, defaults to 32): How many of the latest tokens stay exact at least.
         offload_interval (`int`, defaults to 32): Generated tokens that come in before full chunks of them go to the host.
             Larger values take more memory and less time.
-        quantize (`str`, *optional*): "int8" or "fp8" holds factors and landmarks in one byte a number.
-        host (`str`, defaults to `"memory"`): Where values go; `"disk:PATH"` maps files in that folder, for contexts that
-            exceed the memory of the host.
+        quantize (`str`, *optional*): "int8" or "fp8" holds factors and landmarks in one byte a number, as many bytes either way.
+        host (`str`, defaults to `"memory"`): Where values go; `"disk:PATH"` maps files in that folder, which must exist, for
+            contexts that exceed the memory of the host. The files have no names, and are gone with the cache.
         host_budget (`int` or `str`, *optional*): Bytes that values of all layers may take there, such as "16GiB". What
             exceeds it is refused before it is allocated.
 
@@ -798,6 +801,30 @@ class ShadowKVCache(CompressedCache):
             return ShadowKVLayer(place, masks, settings, self.frequencies)
 
         super().__init__(config, build_layer, settings)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        config: PreTrainedConfig | PreTrainedModel,
+        *,
+        device: torch.device | str | int | None = None,
+        host: str | None = None,
+        host_budget: int | str | None = None,
+    ) -> "ShadowKVCache":
+        """
+        Reads a cache that `save` wrote; see `CompressedCache.load`. Values go where the saved cache had them.
+
+        Args:
+            host, host_budget (*optional*): Where they go instead, as the constructor takes it. A `host` that is given comes with
+                its own budget, or none.
+        """
+        check_decoder_config(config.config if isinstance(config, PreTrainedModel) else config)
+        if host is None and host_budget is None:
+            changed = {}
+        else:
+            changed = {"host_budget": host_budget} | ({} if host is None else {"host": host})
+        return load_cache(cls, path, config, device, changed)
 
     def reset(self) -> None:
         self.frequencies.forget()

@@ -360,6 +360,8 @@ class CompressedCache(Cache):
     def summary(self) -> str:
         """A table of what each layer holds."""
         lines = [f"{type(self).__name__}: {self.get_seq_length()} tokens seen, {self.nbytes:,} bytes held"]
+        if on_host := sum(self.memory().get("host", {}).values()):
+            lines[0] += f", {on_host:,} of them on the host"
         lines.append(f"{'layer':>5}  {'kind':<24}{'kept per row':>16}{'bytes':>16}")
         for index, layer in enumerate(self.layers):
             kept = "-"

@@ -46,9 +46,11 @@ class HostPlace:
         numel = math.prod(shape)
         needed = numel * dtype.itemsize * self.num_layers
         if self.budget is not None and needed > self.budget:
+            rows, _, tokens, _ = shape
+            other = "" if self.folder is not None else f", or `host='{DISK}PATH'` with a budget for the disk"
             raise ValueError(
-                f"Values of {tuple(shape)} take {needed:,} bytes on the host in {self.num_layers} layers, more than "
-                f"`host_budget={self.budget:,}`. Raise it, give fewer or shorter rows, or `host='{DISK}PATH'`."
+                f"Values of {rows} rows of {tokens:,} tokens take {needed:,} bytes on the host in {self.num_layers} layers, more "
+                f"than `host_budget={self.budget:,}`. Raise it, give fewer or shorter rows{other}."
             )
         if self.folder is None or not numel:
             return torch.zeros(shape, dtype=dtype, pin_memory=device.type == "cuda" and numel > 0)
@@ -63,20 +65,38 @@ def read_host(host: str, host_budget: int | str | None, num_layers: int) -> Host
     Where values go, as users write it.
 
     Raises:
-        ValueError: It is neither "memory" nor a folder that exists behind "disk:", or the budget is no number of bytes.
+        ValueError: It is neither "memory" nor a folder that exists behind "disk:" and takes files, or the budget is no number
+            of bytes.
     """
     folder = None
     if host != "memory":
-        folder = host.removeprefix(DISK) if isinstance(host, str) and host.startswith(DISK) else None
+        folder = (
+            os.path.expanduser(host.removeprefix(DISK)) if isinstance(host, str) and host.startswith(DISK) else None
+        )
         if folder is None or not os.path.isdir(folder):
             raise ValueError(f"`host={host!r}` must be 'memory', or '{DISK}' and a folder that exists.")
-    if host_budget is None:
-        return HostPlace(folder, None, num_layers)
-    budget = parse_budget(host_budget) if isinstance(host_budget, str) else None
-    amount = host_budget if budget is None else budget.amount
-    if isinstance(amount, bool) or not isinstance(amount, int) or amount < 1:
+        require_writable(folder)
+    amount = host_budget
+    if isinstance(host_budget, str):
+        try:
+            amount = parse_budget(host_budget).amount
+        except ValueError:
+            amount = None  # refused below, by its own name
+    if host_budget is not None and (isinstance(amount, bool) or not isinstance(amount, int) or amount < 1):
         raise ValueError(f"`host_budget={host_budget!r}` must be a number of bytes, such as 2**34 or '16GiB'.")
     return HostPlace(folder, amount, num_layers)
+
+
+@functools.lru_cache(maxsize=1)  # each layer asks for the same folder
+def require_writable(folder: str) -> None:
+    """Raises ValueError for a folder that takes no files."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"`host='{DISK}{folder}'`: no file can be made there ({error.strerror}). Give another folder."
+        ) from error
 
 
 # The second stream.
