@@ -172,7 +172,9 @@ class ScoreRecorder(LogitsProcessor):
         self.scores: dict[int, list[torch.Tensor]] = {layer_idx: [] for layer_idx in layer_indices}
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        self.record()
+        # Those who guess ask for the next tokens of their guesses before anything has been read.
+        if self.cache.get_seq_length():
+            self.record()
         return scores
 
     @torch.no_grad()
