@@ -14,7 +14,9 @@ from pyramid_cache import caches
 MODULES = [f"pyramid_cache.caches.{module.name}" for module in pkgutil.iter_modules(caches.__path__)]
 
 
-@pytest.mark.parametrize("name", [*MODULES, "pyramid_cache.engine.cache", "pyramid_cache.engine.policy_cache"])
+@pytest.mark.parametrize(
+    "name", [*MODULES, "pyramid_cache.engine.cache", "pyramid_cache.engine.policy_cache", "pyramid_cache.plot.scores"]
+)
 def test_examples(name: str) -> None:
     failed, attempted = doctest.testmod(importlib.import_module(name))
     assert attempted > 0

@@ -166,7 +166,7 @@ class TestKeptTokens:
         assert axes.get_title() == "ShadowKVCache: 40 tokens seen, none of them lost"
         assert "in the buffer, mean over KV heads and rows" in legend_texts(axes)
         axes, color_axes = plot_kept_positions(cache).axes
-        assert color_axes.get_ylabel() == "share of KV heads that have it in the buffer"
+        assert color_axes.get_ylabel() == "share of KV heads\nthat have it in the buffer"
 
 
 class TestKeptPositions:

@@ -1,6 +1,9 @@
 """`cache.show`: the text of a prompt with what layers keep of it, compared with texts written out by hand."""
 
+import contextlib
+import io
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +15,9 @@ from text_tokenizers import byte_tokenizer, sentence_tokenizer
 
 from pyramid_cache import H2OCache
 from pyramid_cache.plot.text import contrast, group_tokens, ranges, style_of
+
+
+PAGE = Path(__file__).parents[1] / "docs" / "plots.md"
 
 
 def encode(text: str) -> torch.Tensor:
@@ -240,3 +246,23 @@ class TestRefusals:
         cache.reset()
         with pytest.raises(ValueError, match="The H2OCache holds nothing yet"):
             cache.show(byte_tokenizer(), torch.ones(2, 7, dtype=torch.long))
+
+
+@pytest.mark.slow
+def test_the_page_runs_and_prints_what_it_shows() -> None:
+    blocks = re.findall(r"```(python|text)\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    names: dict[str, Any] = {}
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        for kind, text in blocks:
+            if kind == "python":
+                exec(compile(text, str(PAGE), "exec"), names)
+    [shown] = [text for kind, text in blocks if kind == "text"]
+    printed = output.getvalue()
+    # What is kept may differ where torch rounds otherwise.
+    counts, expected_counts = (
+        [int(n) for n in re.findall(r"\d+", text.partition(". 39")[0])] for text in (printed, shown)
+    )
+    assert counts == pytest.approx(expected_counts, abs=20)
+    texts = [re.sub("[⟦⟧]", "", text).partition("\n")[2] for text in (printed, shown)]
+    assert texts[0] == texts[1]
+    assert len(names["recorder"].num_seen) == 40

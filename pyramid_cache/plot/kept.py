@@ -225,5 +225,5 @@ def draw_kept_positions(axes: "Axes", cache: Cache, row: int) -> None:
     image = draw_map(axes, kept_positions(cache, num_positions, row), vmin=0, vmax=1)
     of_row = f" in row {row}" if cache.batch_size > 1 else ""
     axes.set(xlabel=position_label(num_positions) + of_row, ylabel="layer")
-    hold = "keep it" if loses_tokens(cache) else "have it in the buffer"
-    axes.figure.colorbar(image, ax=axes, label=f"share of KV heads that {hold}")
+    hold = " that keep it" if loses_tokens(cache) else "\nthat have it in the buffer"
+    axes.figure.colorbar(image, ax=axes, label=f"share of KV heads{hold}")
