@@ -5,27 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import DynamicCache, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from text_tokenizers import byte_tokenizer
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from pyramid_cache import StreamingLLMCache
 from pyramid_cache.cli import main
-from pyramid_cache.demo import command, measure, plot, report
+from pyramid_cache.demo import command, measure, report
 from pyramid_cache.demo.model import LoadedModel, load_model
 from pyramid_cache.demo.prompt import PromptError, Prompts, build_prompts, read_text
 
 
 TEXT = "It was a dull day. Nobody came to see them, and nobody wrote. " * 60
 CHAT_TEMPLATE = "{% for message in messages %}[user]{{ message['content'] }}{% endfor %}[model]"
-
-
-def byte_tokenizer(**special_tokens: str) -> PreTrainedTokenizerFast:
-    """A tokenizer with one token per byte, and one special token."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({token: index for index, token in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", **special_tokens)
 
 
 @pytest.fixture(scope="module")
@@ -181,20 +172,6 @@ class TestMeasure:
         cache.layers[0].keys, cache.layers[0].values = everything[:, :, :10], everything[:, :, 10:20]
         assert measure.held_bytes(cache) == (2 * 3 * 100 * 8) * 4
 
-    def test_positions_become_shares_of_heads(self) -> None:
-        positions = torch.tensor([[4, 0, -1], [0, 2, 1]])
-        assert measure.share_of_heads(positions, 6).tolist() == [1.0, 0.5, 0.5, 0.0, 0.5, 0.0]
-
-    def test_layers_of_transformers_hold_the_latest_tokens(self) -> None:
-        config = Gemma3TextConfig(
-            num_hidden_layers=2, sliding_window=4, layer_types=["sliding_attention", "full_attention"]
-        )
-        cache = DynamicCache(config=config)
-        for layer_idx in range(2):
-            cache.update(torch.zeros(1, 2, 6, 8), torch.zeros(1, 2, 6, 8), layer_idx)
-        assert measure.kept_tokens(cache) == [3, 6]
-        assert measure.kept_positions(cache, 6).tolist() == [[0, 0, 0, 1, 1, 1], [1, 1, 1, 1, 1, 1]]
-
     def test_layers_that_evict_are_counted_by_what_they_hold(self, loaded: LoadedModel) -> None:
         input_ids = build_prompts(loaded.tokenizer, TEXT, 200, batch_size=2).input_ids
         cache = StreamingLLMCache(loaded.model.config, window_length=20, num_sink_tokens=4)
@@ -272,13 +249,6 @@ class TestReport:
         note = report.footnote({"settings": {"repeats": 3}, "machine": machine, "rows": [row]})
         assert "Medians of 3 rounds, which spread by at most 50%." in note
         assert ("load 4.0 on 2 cores" in note) == is_busy
-
-
-def test_map_is_shrunk_by_means() -> None:
-    shares = torch.zeros(1, 2 * plot.MAX_COLUMNS)
-    shares[0, 0] = 1
-    assert plot.shrink(shares)[0, :2].tolist() == [0.5, 0.0]
-    assert plot.shrink(shares[:, :10]).shape == (1, 10)
 
 
 def test_demo_compares_all_caches(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -45,6 +45,13 @@ class H2OLayer(CompressedLayer):
         # The new token of a decode step and its slots `(batch, kv_heads, 1)`, between `update` and `attend`.
         self.unwritten: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
+    @property
+    def score_label(self) -> str:
+        return "attention so far (sum of probabilities over queries)"
+
+    def _slot_scores(self) -> torch.Tensor | None:
+        return None if self.scores is None else self.scores[..., : self.length]
+
     def num_tokens_to_keep(self, row_length: int) -> int:
         return self.token_budget.num_tokens(row_length)
 

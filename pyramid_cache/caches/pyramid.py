@@ -399,6 +399,20 @@ class PyramidLayer(CompressedLayer):
         self.scores[..., :num_kept] = kept_scores
         self.length = start + num_kept
 
+    @property
+    def score_label(self) -> str:
+        return "attention of the recent window (weighted sum of probabilities)"
+
+    def _slot_scores(self) -> torch.Tensor | None:
+        """Of generated tokens, until they are judged: the scores of a prompt are gone when it has been read."""
+        if self.scores is None:
+            return None
+        positions = self.positions[..., : self.length]
+        result = torch.full(positions.shape, torch.nan, dtype=torch.float32, device=self.device)
+        result[..., self.num_settled :] = self.scores[..., : self.length - self.num_settled]
+        first_unjudged = self.prompt_length + ZONE_LENGTH * self.per_row(self.row_zones)
+        return result.masked_fill(positions < first_unjudged, torch.nan)
+
     def check_state(self) -> None:
         batch_size, is_dense = self.batch_size, self.positions is None
         has_begun = bool(self.row_prompt_lengths) or not is_dense

@@ -72,6 +72,7 @@ class ShadowKVLayer(CompressedLayer):
     extra_numbers = ("rotary",)
     extra_tensors = ("host_values", *FREQUENCY_TENSORS)
     heads_share_positions = False
+    evicts = False
 
     def __init__(
         self,

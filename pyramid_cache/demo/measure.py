@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import torch
 from transformers import Cache, DynamicCache, LogitsProcessor, LogitsProcessorList, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin
 
 from pyramid_cache import H2OCache, PyramidCache, ShadowKVCache, StreamingLLMCache
 from pyramid_cache.demo.model import LoadedModel
@@ -15,7 +14,7 @@ from pyramid_cache.demo.prompt import Prompts
 from pyramid_cache.engine.architectures import CACHE_ARGUMENT
 from pyramid_cache.engine.budget import bytes_to_tokens, parse_budget
 from pyramid_cache.engine.cache import CompressedCache
-from pyramid_cache.engine.layer import CompressedLayer
+from pyramid_cache.engine.kept import kept_positions, kept_tokens
 from pyramid_cache.weights import ProgressCallback
 
 
@@ -214,44 +213,3 @@ def held_bytes(cache: Cache) -> int:
         return cache.nbytes
     tensors = [value for layer in cache.layers for value in vars(layer).values() if isinstance(value, torch.Tensor)]
     return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
-
-
-def kept_tokens(cache: Cache) -> list[int]:
-    """The tokens that each layer holds: of the row and KV head that hold the most, where they differ."""
-    return [
-        int((cache.positions(layer_idx) >= 0).sum(-1).max())
-        if isinstance(layer, CompressedLayer)
-        else latest_tokens(layer)
-        for layer_idx, layer in enumerate(cache.layers)
-    ]
-
-
-def kept_positions(cache: Cache, num_positions: int) -> torch.Tensor:
-    """The share of the KV heads that hold each position of the first row: `(layers, num_positions)`, float32."""
-    shares = torch.zeros(len(cache.layers), num_positions)
-    for layer_idx, layer in enumerate(cache.layers):
-        if isinstance(layer, CompressedLayer):
-            shares[layer_idx] = share_of_heads(cache.positions(layer_idx)[0], num_positions)
-        else:
-            shares[layer_idx, num_positions - latest_tokens(layer) :] = 1
-    return shares
-
-
-def latest_tokens(layer: CacheLayerMixin) -> int:
-    """How many tokens a layer of transformers holds, which are always the latest; none if it is no attention layer."""
-    keys = getattr(layer, "keys", None)
-    return 0 if keys is None else keys.shape[-2]
-
-
-def share_of_heads(positions: torch.Tensor, num_positions: int) -> torch.Tensor:
-    """
-    The share of the KV heads that hold each position.
-
-    Args:
-        positions (`torch.Tensor`): `(kv_heads, slots)`, the position held in each slot, or -1.
-
-    Returns:
-        `torch.Tensor`: `(num_positions,)` float32, on the CPU.
-    """
-    counts = torch.bincount(positions[positions >= 0].cpu(), minlength=num_positions)
-    return counts / positions.shape[0]

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-import torch
 from matplotlib.figure import Figure
 
 from pyramid_cache.demo.measure import BASELINE, CACHES, Result
 from pyramid_cache.demo.prompt import Prompts
+from pyramid_cache.plot.figure import DPI, draw_map
 
 
 # Colour and line style; where two lines coincide, the dashes of the upper one show the lower one.
@@ -19,7 +19,6 @@ STYLES = {
     "shadow": ("#7b3fa0", "-"),
 }
 FACT_COLOR = "#c2185b"
-MAX_COLUMNS = 512
 
 
 def draw(results: list[Result], prompts: Prompts, path: Path) -> None:
@@ -43,17 +42,7 @@ def draw(results: list[Result], prompts: Prompts, path: Path) -> None:
     fact_start, fact_end = prompts.fact_spans[0]
     image = None
     for axis, result in zip(axes[1:], maps, strict=True):
-        shares = shrink(result.kept_positions)
-        num_layers, num_positions = result.kept_positions.shape
-        image = axis.imshow(
-            shares.numpy(),
-            aspect="auto",
-            interpolation="nearest",
-            cmap="Blues",
-            vmin=0,
-            vmax=1,
-            extent=(0, num_positions, num_layers - 0.5, -0.5),
-        )
+        image = draw_map(axis, result.kept_positions, vmin=0, vmax=1)
         # Above the map, so that it hides nothing of what is kept there.
         axis.plot(
             [fact_start, fact_end], [-1, -1], color=FACT_COLOR, linewidth=4, clip_on=False, solid_capstyle="butt"
@@ -63,11 +52,4 @@ def draw(results: list[Result], prompts: Prompts, path: Path) -> None:
     if image is not None:
         axes[-1].set_xlabel("position in the sequence (red bar: the planted fact; dotted line: the end of the prompt)")
         figure.colorbar(image, ax=axes[1:].tolist(), label="share of the KV heads that hold it", shrink=0.6)
-    figure.savefig(path, dpi=120)
-
-
-def shrink(shares: torch.Tensor) -> torch.Tensor:
-    """`(layers, positions)` to at most `MAX_COLUMNS` columns, each the mean of the positions that it stands for."""
-    if shares.shape[1] <= MAX_COLUMNS:
-        return shares
-    return torch.nn.functional.adaptive_avg_pool1d(shares, MAX_COLUMNS)
+    figure.savefig(path, dpi=DPI)

@@ -3,10 +3,10 @@
 import copy
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
@@ -18,6 +18,12 @@ from pyramid_cache.engine.layer import CompressedLayer, LayerPlace
 from pyramid_cache.engine.recording import RecordedChunk
 from pyramid_cache.engine.storage import CacheType, load_cache, save_cache
 from pyramid_cache.engine.tokens import MaskReader
+from pyramid_cache.plot.kept import plot_cache
+from pyramid_cache.plot.text import KeptText, read_kept_text
+
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class CompressedCache(Cache):
@@ -373,6 +379,56 @@ class CompressedCache(Cache):
             num_bytes = sum(t.untyped_storage().nbytes() for t in tensors if isinstance(t, torch.Tensor))
             lines.append(f"{index:>5}  {type(layer).__name__:<24}{kept:>16}{num_bytes:>16,}")
         return "\n".join(lines)
+
+    def plot(self, row: int = 0) -> "Figure":
+        """
+        Draws how many tokens each layer holds, and which positions of a row they are. `pyramid_cache.plot` has both apart,
+        and more.
+
+        What a `ShadowKVCache` shows is its buffer, which is what a step attends to: the chosen chunks, the outliers and the
+        latest tokens. The others are not lost.
+
+        Args:
+            row (`int`, defaults to 0): Of the batch.
+
+        Returns:
+            `matplotlib.figure.Figure`: A notebook shows it; `figure.savefig("kept.png")` writes it to a file.
+
+        Raises:
+            ImportError: matplotlib is missing.
+            ValueError: The cache holds nothing yet, or has no such row.
+            RuntimeError: The last forward pass broke off.
+        """
+        return plot_cache(self, row)
+
+    def show(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        input_ids: torch.Tensor,
+        row: int = 0,
+        attention_mask: torch.Tensor | None = None,
+    ) -> KeptText:
+        """
+        The text of a row, each token coloured by how many of the layers that evict hold it in at least one KV head. A
+        notebook shows it as HTML with tooltips; `print` gives plain text.
+
+        Of a `ShadowKVCache`, what counts is whether a token is in the buffer, which is what a step attends to: the chosen
+        chunks, the outliers and the latest tokens. The others are not lost.
+
+        Args:
+            tokenizer (`PreTrainedTokenizerBase`): Of the model.
+            input_ids (`torch.Tensor`): `(batch, tokens)`, or `(tokens,)` of a single row: all that the cache has seen, or its
+                beginning, such as the prompt, or the sequences that `generate` returned, whose last token no layer has seen.
+            row (`int`, defaults to 0): Of the batch.
+            attention_mask (`torch.Tensor`, *optional*): `(batch, tokens)`, as the model was given it; columns behind its last
+                one are tokens. Without it padding is taken to be in front of the row, as many columns as the row has seen
+                fewer tokens than columns.
+
+        Raises:
+            ValueError: The cache holds nothing yet or has no such row, or `input_ids` or the mask do not fit what it has seen.
+            RuntimeError: The last forward pass broke off.
+        """
+        return read_kept_text(self, tokenizer, input_ids, row, attention_mask)
 
 
 def model_inside(source: object) -> PreTrainedModel | None:

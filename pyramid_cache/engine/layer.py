@@ -83,6 +83,8 @@ class CompressedLayer(CacheLayerMixin):
     heads_share_positions = True
     # Whether all heads of a layer hold as many tokens of a row.
     heads_keep_equal_numbers = True
+    # Whether what is not held is lost, instead of being brought back when it is attended to.
+    evicts = True
 
     def __init__(self, place: LayerPlace, budget: Budget | None, masks: MaskReader) -> None:
         super().__init__()
@@ -95,6 +97,9 @@ class CompressedLayer(CacheLayerMixin):
         for name in (*self.slot_tensors, *self.row_tensors):
             setattr(self, name, None)
         self.is_initialized = False
+        # How many tokens a budget in bytes comes to is known with the first of them.
+        in_bytes = self.budget is not None and self.budget.kind == "bytes"
+        self.token_budget = None if in_bytes else self.budget
         self.length = 0
         self.num_seen = 0
         # Per row, known without asking the device: tokens seen, tokens held, tokens that may be held.
@@ -150,8 +155,6 @@ class CompressedLayer(CacheLayerMixin):
                 self.budget.amount, self.place.num_layers, batch_size, self.bytes_per_token, self.num_spare_slots
             )
             self.token_budget = Budget("tokens", num_tokens)
-        else:
-            self.token_budget = self.budget
         self.is_initialized = True
 
     @property
@@ -384,7 +387,7 @@ class CompressedLayer(CacheLayerMixin):
         """All that the rows have seen by now, in columns."""
         num_new = call.num_queries
         num_seen = self.get_seq_length() + (num_new if self.record_past else 0)
-        expected = self.recorded[-1].seen.row_lengths if self.recorded else self.row_lengths
+        expected = self.num_seen_per_row
         if call.mask is None and any(expected):
             self._check_position_ids(call, expected)
         try:
@@ -906,6 +909,33 @@ class CompressedLayer(CacheLayerMixin):
         positions = self.column_tokens.positions if self.positions is None else self.positions[..., : self.length]
         parts = [positions, *(chunk.seen.positions[..., -chunk.num_columns :] for chunk in self.recorded)]
         return torch.cat([part.expand(-1, self._key_shape[0], -1) for part in parts], dim=-1).long()
+
+    @property
+    def score_label(self) -> str | None:
+        """What the scores are that the layer adds up while it runs, with their unit; None if it holds none."""
+        return None
+
+    def held_scores(self) -> torch.Tensor | None:
+        """
+        `(batch, kv_heads, slots)` float32: the scores of the tokens of `held_positions`, NaN where there is no token and for
+        tokens that the method does not score. None if nothing has been scored yet.
+        """
+        scores = self._slot_scores()
+        if scores is None:
+            return None
+        positions = self.held_positions()
+        result = torch.full(positions.shape, torch.nan, dtype=torch.float32, device=positions.device)
+        result[..., : scores.shape[-1]] = scores
+        return result.masked_fill(positions < 0, torch.nan)
+
+    def _slot_scores(self) -> torch.Tensor | None:
+        """`(batch, kv_heads or 1, slots)` float32: `held_scores` of the slots, without what is recorded."""
+        return None
+
+    @property
+    def num_seen_per_row(self) -> list[int]:
+        """How many tokens each row has seen, without padding, those that may be taken back included."""
+        return self.recorded[-1].seen.row_lengths if self.recorded else self.row_lengths
 
     @property
     def num_held_per_row(self) -> list[int]:

@@ -64,6 +64,14 @@ class PolicyLayer(CompressedLayer):
         return max(kept, 1)
 
     @property
+    def score_label(self) -> str | None:
+        window_size = self.policy.window_size
+        return f"mean attention of the last {window_size} queries (probability)" if window_size else None
+
+    def _slot_scores(self) -> torch.Tensor | None:
+        return None if self.attention is None else self.attention[..., : self.length]
+
+    @property
     def is_croppable(self) -> bool:
         return super().is_croppable and not self.state
 

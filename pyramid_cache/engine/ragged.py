@@ -274,6 +274,9 @@ class RaggedLayer(PolicyLayer):
     def held_positions(self) -> torch.Tensor:
         return super().held_positions() if self.packed is None else self._unpacked().held_positions()
 
+    def held_scores(self) -> torch.Tensor | None:
+        return super().held_scores() if self.packed is None else self._unpacked().held_scores()
+
     def held_tensors(self) -> dict[str, torch.Tensor]:
         packed = {} if self.packed is None else self.packed.tensors | {"starts": self.packed.starts}
         return super().held_tensors() | {f"{name} packed": tensor for name, tensor in packed.items()}
