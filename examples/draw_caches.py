@@ -18,12 +18,13 @@ from matplotlib.figure import Figure
 from transformers import PreTrainedModel
 
 import pyramid_cache
-from pyramid_cache.demo.measure import kept_positions, kept_tokens
 from pyramid_cache.demo.model import LoadedModel, load_model
-from pyramid_cache.demo.plot import FACT_COLOR, shrink
+from pyramid_cache.demo.plot import FACT_COLOR
 from pyramid_cache.demo.prompt import Prompts, build_prompts, read_text
 from pyramid_cache.engine.architectures import CACHE_ARGUMENT
 from pyramid_cache.engine.cache import CompressedCache
+from pyramid_cache.engine.kept import kept_positions, kept_tokens
+from pyramid_cache.plot.figure import draw_map
 from pyramid_cache.weights import MODEL_NAME, fetch_default_model
 
 
@@ -84,18 +85,9 @@ def draw(cache_name: str, shares: torch.Tensor, held: list[int], prompts: Prompt
         held (`list[int]`): The tokens that each layer holds.
         path (`Path`): Where the PNG goes.
     """
-    num_layers, num_positions = shares.shape
     figure = Figure(figsize=(7.2, 2.5), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(
-        shrink(shares).numpy(),
-        aspect="auto",
-        interpolation="nearest",
-        cmap="Blues",
-        vmin=0,
-        vmax=1,
-        extent=(0, num_positions, num_layers - 0.5, -0.5),
-    )
+    image = draw_map(axes, shares, vmin=0, vmax=1)
     # Above the map, so that it hides nothing of what is kept there.
     axes.plot(prompts.fact_spans[0], [-1, -1], color=FACT_COLOR, linewidth=4, clip_on=False, solid_capstyle="butt")
     axes.axvline(prompts.num_tokens, color="black", linewidth=0.8, linestyle=":")

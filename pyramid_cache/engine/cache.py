@@ -18,12 +18,12 @@ from pyramid_cache.engine.layer import CompressedLayer, LayerPlace
 from pyramid_cache.engine.recording import RecordedChunk
 from pyramid_cache.engine.storage import CacheType, load_cache, save_cache
 from pyramid_cache.engine.tokens import MaskReader
-from pyramid_cache.plot.kept import plot_cache
-from pyramid_cache.plot.text import KeptText, read_kept_text
 
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from pyramid_cache.plot.text import KeptText
 
 
 class CompressedCache(Cache):
@@ -399,6 +399,8 @@ class CompressedCache(Cache):
             ValueError: The cache holds nothing yet, or has no such row.
             RuntimeError: The last forward pass broke off.
         """
+        from pyramid_cache.plot.kept import plot_cache
+
         return plot_cache(self, row)
 
     def show(
@@ -407,7 +409,7 @@ class CompressedCache(Cache):
         input_ids: torch.Tensor,
         row: int = 0,
         attention_mask: torch.Tensor | None = None,
-    ) -> KeptText:
+    ) -> "KeptText":
         """
         The text of a row, each token coloured by how many of the layers that evict hold it in at least one KV head. A
         notebook shows it as HTML with tooltips; `print` gives plain text.
@@ -428,6 +430,8 @@ class CompressedCache(Cache):
             ValueError: The cache holds nothing yet or has no such row, or `input_ids` or the mask do not fit what it has seen.
             RuntimeError: The last forward pass broke off.
         """
+        from pyramid_cache.plot.text import read_kept_text
+
         return read_kept_text(self, tokenizer, input_ids, row, attention_mask)
 
 
