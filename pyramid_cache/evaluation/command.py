@@ -1,4 +1,4 @@
-"""`pyramid-cache evaluate`: its options, and its steps from making the cases to writing the results."""
+"""`pyramid-cache eval`: its options, and its steps from making the cases to writing the results."""
 
 import argparse
 import shlex
@@ -18,10 +18,9 @@ from pyramid_cache.evaluation.tasks import (
     DEFAULT_TASKS,
     TASK_FORMS,
     Context,
-    Task,
-    build_needle_contexts,
-    build_recall_contexts,
-    parse_task,
+    Haystack,
+    build_contexts,
+    parse_tasks,
     save_contexts,
 )
 from pyramid_cache.evaluation.team import Team
@@ -40,11 +39,12 @@ DEFAULT_BUDGETS = (0.5, 0.25, 0.1)
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Adds the subcommand and its options."""
     parser = subparsers.add_parser(
-        "evaluate",
+        "eval",
+        aliases=["evaluate"],
         help="ask questions about long contexts with each cache, and see what it has lost",
         description="Asks questions about long contexts with each cache and with the full one: numbers that are hidden in a "
-        "novel, with a language model, and values of keys, with a small model that has learned to recall them. Shows exact "
-        "match, token accuracy and log-likelihood of the right answers.",
+        "novel and other tasks, with a language model, and values of keys, with a small model that has learned to recall them. "
+        "Shows exact match, token accuracy and log-likelihood of the right answers.",
     )
     parser.add_argument("--model", help=f"folder or hub id of a causal language model (default: {weights.MODEL_NAME})")
     parser.add_argument(
@@ -63,10 +63,18 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     parser.add_argument(
         "--tasks",
-        type=tasks,
-        default=[parse_task(name) for name in DEFAULT_TASKS],
+        type=split,
+        default=list(DEFAULT_TASKS),
         metavar="NAMES",
-        help=f"comma-separated list of {TASK_FORMS}; default: {','.join(DEFAULT_TASKS)}",
+        help=f"comma-separated list of {TASK_FORMS}; -L, or -N-L, is left out of a name to have it for each of --lengths; "
+        f"default: {','.join(DEFAULT_TASKS)}",
+    )
+    parser.add_argument(
+        "--lengths",
+        type=lengths,
+        default=[],
+        metavar="NUMBERS",
+        help="comma-separated tokens of the contexts of tasks that are named without a length",
     )
     parser.add_argument(
         "--protocols",
@@ -77,7 +85,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "with a comma (default: both)",
     )
     parser.add_argument(
-        "--limit", type=positive_int, metavar="N", help="contexts of each task at most (default: all that it has)"
+        "--samples",
+        type=positive_int,
+        metavar="N",
+        help="contexts of each task (default: as many as make 80 questions, and 20 at most)",
     )
     parser.add_argument("--seed", type=int, default=0, help="chooses the cases (default: 0)")
     parser.add_argument("--device", type=device, help="where to run (default: cuda if there is one, else cpu)")
@@ -140,15 +151,9 @@ def budgets(text: str) -> list[float]:
     return sorted(fractions, reverse=True)
 
 
-def tasks(text: str) -> list[Task]:
-    """Reads `--tasks`."""
-    try:
-        found = [parse_task(name) for name in split(text)]
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-    if not found:
-        raise argparse.ArgumentTypeError(f"{text!r} names no task. Tasks are {TASK_FORMS}")
-    return found
+def lengths(text: str) -> list[int]:
+    """Reads `--lengths`."""
+    return [positive_int(part) for part in split(text)]
 
 
 def run(options: argparse.Namespace) -> None:
@@ -158,6 +163,7 @@ def run(options: argparse.Namespace) -> None:
     from pyramid_cache.evaluation import report
 
     check_output("--json", options.json)
+    options.tasks = parse_tasks(options.tasks, options.lengths)
     check_cases(options)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -167,13 +173,13 @@ def run(options: argparse.Namespace) -> None:
     store = open_store(options, team, lambda text: messages.print(text, highlight=False, markup=False, soft_wrap=True))
     results: list[Result] = []
     settings: dict[str, Any] = {}
-    for kind in dict.fromkeys(task.kind for task in options.tasks):
-        name, model, contexts = prepare(kind, options, team.device, messages)
+    for is_recall in dict.fromkeys(task.is_for_recall_model for task in options.tasks):
+        name, model, contexts = prepare(is_recall, options, team.device, messages)
         if options.save_cases is not None:
             save_contexts(contexts, name, options.save_cases)
             messages.print(f"Wrote {options.save_cases}", highlight=False, soft_wrap=True)
             return
-        settings |= {"model" if kind == "needles" else "recall_model": name} | settings_of(model)
+        settings |= {"recall_model" if is_recall else "model": name} | settings_of(model)
         caches = {name: CACHES[name] for name in options.caches}
         evaluation = Evaluation(model, caches, options.budgets, options.protocols, store)
         with ProgressBar(messages) as progress:
@@ -185,7 +191,7 @@ def run(options: argparse.Namespace) -> None:
         return
     record = {
         "rows": [report.as_row(result) for result in results],
-        "settings": settings | {"seed": options.seed, "limit": options.limit},
+        "settings": settings | {"seed": options.seed, "samples": options.samples},
         "command": command_of(options),
         "machine": machine | {"processes": team.num_processes, "load_average_after": load_average()},
         "versions": describe_versions("pyramid_cache", "torch", "transformers"),
@@ -218,31 +224,30 @@ def check_cases(options: argparse.Namespace) -> None:
     if options.save_cases is None:
         return
     check_output("--save-cases", options.save_cases)
-    if len({task.kind for task in options.tasks}) > 1:
-        names = ",".join(task.name for task in options.tasks if task.kind == "needles")
+    if len({task.is_for_recall_model for task in options.tasks}) > 1:
+        names = ",".join(task.name for task in options.tasks if not task.is_for_recall_model)
         raise ValueError(
-            f"--save-cases writes token ids of one model. Give tasks of one kind, such as --tasks {names}."
+            f"--save-cases writes token ids of one model. Leave out the tasks for the recall model: --tasks {names}."
         )
 
 
 def prepare(
-    kind: str, options: argparse.Namespace, target: torch.device, messages: "Console"
+    is_recall: bool, options: argparse.Namespace, target: torch.device, messages: "Console"
 ) -> tuple[str, "PreTrainedModel", list[Context]]:
-    """The name of the model for a kind of task, the model, and the contexts of all tasks of that kind."""
-    chosen = [task for task in options.tasks if task.kind == kind]
-    if kind == "recall":
+    """The name of a model, the model, and the contexts of all tasks that are for it: those of the recall model or the others."""
+    chosen = [task for task in options.tasks if task.is_for_recall_model == is_recall]
+    if is_recall:
         model = recall.load_recall_model(getattr(torch, options.dtype or default_dtype(target))).to(target)
-        contexts = [build_recall_contexts(task, options.seed, options.limit) for task in chosen]
+        contexts = [build_contexts(task, None, options.seed, options.samples) for task in chosen]
         return recall.NAME, model, [context for group in contexts for context in group]
     name = options.model or weights.MODEL_NAME
     messages.print(f"Loading {name}", highlight=False, markup=False, soft_wrap=True)
     with ProgressBar(messages) as progress:
         folder = options.model or weights.fetch_default_model(progress)
     loaded = load_model(folder, name=name, device=target, dtype=options.dtype)
+    haystack = Haystack(loaded.tokenizer)
     contexts = [
-        context
-        for task in chosen
-        for context in build_needle_contexts(loaded.tokenizer, task, options.seed, options.limit)
+        context for task in chosen for context in build_contexts(task, haystack, options.seed, options.samples)
     ]
     check_positions(loaded.model, name, contexts)
     return name, loaded.model, contexts
@@ -280,12 +285,12 @@ def settings_of(model: "PreTrainedModel") -> dict[str, Any]:
 
 def command_of(options: argparse.Namespace) -> str:
     """The command that measures the same, with nothing left to defaults but where to run."""
-    words = ["pyramid-cache", "evaluate"]
+    words = ["pyramid-cache", "eval"]
     if options.model is not None:
         words += ["--model", options.model]
     words += ["--caches", ",".join(options.caches), "--budgets", ",".join(map(str, options.budgets))]
     words += ["--tasks", ",".join(task.name for task in options.tasks), "--protocols", ",".join(options.protocols)]
-    for name in ("limit", "seed", "dtype", "threads"):
+    for name in ("samples", "seed", "dtype", "threads"):
         if (value := getattr(options, name)) is not None:
             words += [f"--{name}", str(value)]
     return shlex.join(words)

@@ -3,7 +3,7 @@ Answers to the questions of contexts, from each cache and from the full one.
 
 An answer is scored in one forward pass over its right tokens. If each of them is what the model finds most likely, then it is
 what greedy decoding says as long as the cache evicts nothing more: what question and answer themselves drive out is not
-measured.
+measured. Of a conversation the right answers are read, and each later turn makes a cache evict as it does.
 """
 
 import copy
@@ -13,13 +13,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from pyramid_cache.engine.architectures import CACHE_ARGUMENT
 from pyramid_cache.engine.cache import CompressedCache
+from pyramid_cache.evaluation.asking import Asker
 from pyramid_cache.evaluation.caches import BASELINE, EvaluatedCache
 from pyramid_cache.evaluation.cells import ALL_QUESTIONS, Cell, CellKey, CellStore
 from pyramid_cache.evaluation.reading import Reader, Reading, full_cache
+from pyramid_cache.evaluation.scores import Score
 from pyramid_cache.evaluation.tasks import Context, Question
 from pyramid_cache.weights import ProgressCallback
 
@@ -27,27 +29,6 @@ from pyramid_cache.weights import ProgressCallback
 # "context": the context is read and compressed, then come question and answer, each question on a copy of the cache.
 # "question": context and question are read together and compressed, then comes the answer.
 PROTOCOLS = ("context", "question")
-# Questions on copies of a cache are asked side by side, as far as copies of so many tokens are.
-MAX_COPIED_TOKENS = 16384
-
-
-@dataclass(frozen=True)
-class Score:
-    """
-    How right an answer is.
-
-    Attributes:
-        token_accuracy (`float`): The share of its tokens that the model finds most likely, each behind the right ones.
-        log_likelihood (`float`): The mean of their log-probabilities.
-    """
-
-    token_accuracy: float
-    log_likelihood: float
-
-    @property
-    def is_exact(self) -> bool:
-        """Whether all of it is what the model finds most likely."""
-        return self.token_accuracy == 1
 
 
 @dataclass
@@ -91,6 +72,7 @@ class Evaluation:
         store: CellStore | None = None,
     ) -> None:
         self.model = model
+        self.asker = Asker(model)
         self.caches = caches
         self.budgets = budgets
         self.protocols = protocols
@@ -147,9 +129,14 @@ class Evaluation:
             yield len(context.questions)
         # Answers of one token follow from a full reading of the prompt: there is nothing to ask a cache.
         in_view = [number for number, question in enumerate(context.questions) if len(question.answer) > 1]
-        if "question" in self.protocols:
+        if context.is_conversation:  # its first question alone is read with the context
+            in_view = list(range(len(context.questions)))
+        if "question" in self.protocols and context.is_conversation:
+            self._ask_in_view(index, context, ALL_QUESTIONS, context.questions, find_reader)
+            yield len(context.questions)
+        elif "question" in self.protocols:
             for number in in_view:
-                self._ask_in_view(index, context, number, find_reader)
+                self._ask_in_view(index, context, number, [context.questions[number]], find_reader)
                 yield 1
             yield len(context.questions) - len(in_view)
         self._ask_streams(index, context, in_view, find_reader)
@@ -160,7 +147,7 @@ class Evaluation:
             return
         reading = find_reader().context
         full = full_cache(self.model, reading)
-        num_later = max(map(len_behind, context.questions))
+        num_later = len_behind(context)
         for key in missing:
             if key.cache == BASELINE:
                 cache = full
@@ -168,25 +155,34 @@ class Evaluation:
                 cache = self._fill(key, reading, num_later)
             else:
                 cache, _ = self._read(key, context.ids, num_later)
-            self._note(key, self._answer_all(key, cache, context.questions), num_bytes(cache) / num_bytes(full))
+            self._note(key, self._answer_all(key, cache, context), num_bytes(cache) / num_bytes(full))
 
-    def _ask_in_view(self, index: int, context: Context, number: int, find_reader: Callable[[], Reader]) -> None:
+    def _ask_in_view(
+        self,
+        index: int,
+        context: Context,
+        number: int,
+        turns: Sequence[Question],
+        find_reader: Callable[[], Reader],
+    ) -> None:
+        """Asks a question that is read with its context, and the later ones of a conversation behind it."""
         missing = self._missing(context.task, index, number, "question", "dense", "own")
         if not missing:
             return
-        question = context.questions[number]
-        reading = find_reader().with_question(self._batch([question.ids]))
+        first = turns[0].ids
+        reading = find_reader().with_question(self._batch([first]))
+        num_later = sum(len(turn.ids) + len(turn.answer) for turn in turns) - len(first) - 1
         full_bytes = num_bytes(full_cache(self.model, reading))
         for key in missing:
             logits = reading.logits
             if key.cache == BASELINE:
                 cache = full_cache(self.model, reading)
             elif self.caches[key.cache].reading == "dense":
-                cache = self._fill(key, reading, len(question.answer) - 1)
+                cache = self._fill(key, reading, num_later)
             else:
-                cache, logits = self._read(key, context.ids + question.ids, len(question.answer) - 1)
+                cache, logits = self._read(key, context.ids + first, num_later)
             held_share = num_bytes(cache) / full_bytes
-            self._note(key, [self._finish(key, cache, logits, question)], held_share)
+            self._note(key, self.asker.ask_in_turn(cache, turns, self._is_by_step(key), logits), held_share)
 
     def _ask_streams(
         self, index: int, context: Context, in_view: Sequence[int], find_reader: Callable[[], Reader]
@@ -198,11 +194,11 @@ class Evaluation:
             for key in self._missing(context.task, index, ALL_QUESTIONS, protocol, "stream"):
                 if asked[protocol]:
                     by_setting.setdefault((key.cache, key.budget), []).append(key)
-        num_later = max(map(len_behind, context.questions))
+        num_later = len_behind(context)
         for keys in by_setting.values():
             cache, _ = self._read(keys[0], context.ids, num_later)
             held_share = num_bytes(cache) / num_bytes(full_cache(self.model, find_reader().context))
-            scores = self._answer_all(keys[0], cache, context.questions)
+            scores = self._answer_all(keys[0], cache, context)
             for key in keys:
                 self._note(key, [scores[number] for number in asked[key.protocol]], held_share)
 
@@ -235,41 +231,14 @@ class Evaluation:
 
     # Answers.
 
-    @torch.no_grad()
-    def _answer_all(
-        self, key: CellKey, cache: CompressedCache | DynamicCache, questions: Sequence[Question]
-    ) -> list[Score]:
-        """Scores the answers to questions that are asked on copies of a cache."""
-        scores: dict[int, Score] = {}
-        largest = max(MAX_COPIED_TOKENS // max(cache.get_seq_length(), 1), 1)
-        for group in groups_of_equal_length(questions, largest):
-            asked = copy.deepcopy(cache)
-            if len(group) > 1:
-                asked.batch_repeat_interleave(len(group))
-            rows = self._batch([questions[index].ids + questions[index].answer[:-1] for index in group])
-            answers = self._batch([questions[index].answer for index in group])
-            logits = self._read_answers(key, asked, rows, answers.shape[1])
-            scores |= zip(group, score_answers(logits, answers), strict=True)
-        return [scores[index] for index in range(len(questions))]
+    def _answer_all(self, key: CellKey, cache: Cache, context: Context) -> list[Score]:
+        """Scores of the answers to all questions behind a context that a cache has read."""
+        if context.is_conversation:
+            return self.asker.ask_in_turn(copy.deepcopy(cache), context.questions, self._is_by_step(key))
+        return self.asker.ask_each(cache, context.questions, self._is_by_step(key))
 
-    def _read_answers(self, key: CellKey, cache: Cache, rows: torch.Tensor, num_logits: int) -> torch.Tensor:
-        """The last `num_logits` logits `(rows, num_logits, vocabulary)` of rows of tokens `(rows, tokens)`."""
-        pieces = [rows]
-        if key.cache != BASELINE and self.caches[key.cache].reads_answers_by_step:
-            num_first = rows.shape[1] - num_logits + 1
-            pieces = [piece for piece in (rows[:, :num_first], *rows[:, num_first:].split(1, dim=1)) if piece.shape[1]]
-        logits = [
-            self.model(piece, **{CACHE_ARGUMENT: cache}, logits_to_keep=min(num_logits, piece.shape[1])).logits
-            for piece in pieces
-        ]
-        return torch.cat(logits, dim=1)[:, -num_logits:]
-
-    @torch.no_grad()
-    def _finish(self, key: CellKey, cache: Cache, first_logits: torch.Tensor, question: Question) -> Score:
-        """Scores the answer to a question that a cache has read, which ends with `first_logits` `(1, vocabulary)`."""
-        answer = self._batch([question.answer])
-        logits = self._read_answers(key, cache, answer[:, :-1], answer.shape[1] - 1)
-        return score_answers(torch.cat([first_logits[:, None], logits], dim=1), answer)[0]
+    def _is_by_step(self, key: CellKey) -> bool:
+        return key.cache != BASELINE and self.caches[key.cache].reads_answers_by_step
 
     def _note(self, key: CellKey, scores: Sequence[Score], held_share: float) -> None:
         accuracies, likelihoods = zip(*((score.token_accuracy, score.log_likelihood) for score in scores), strict=True)
@@ -283,32 +252,10 @@ def enumerate_by_task(contexts: Sequence[Context]) -> Iterator[tuple[int, Contex
         yield next(counters.setdefault(context.task, itertools.count())), context
 
 
-def len_behind(question: Question) -> int:
-    """How many tokens a model reads behind a context to be asked a question and scored on all of its answer."""
-    return len(question.ids) + len(question.answer) - 1
-
-
-def score_answers(logits: torch.Tensor, answers: torch.Tensor) -> list[Score]:
-    """
-    Compares what a model predicts with right answers.
-
-    Args:
-        logits (`torch.Tensor`): `(rows, tokens, vocabulary)`, each for the token of the answer at its place.
-        answers (`torch.Tensor`): `(rows, tokens)` token ids.
-    """
-    is_right = logits.argmax(dim=-1) == answers
-    chosen = logits.float().log_softmax(dim=-1).gather(-1, answers[..., None]).squeeze(-1)
-    rows = zip(is_right.float().mean(dim=-1).tolist(), chosen.mean(dim=-1).tolist(), strict=True)
-    return [Score(token_accuracy, log_likelihood) for token_accuracy, log_likelihood in rows]
-
-
-def groups_of_equal_length(questions: Sequence[Question], largest: int) -> Iterator[list[int]]:
-    """The indices of questions in groups of at most `largest`, whose questions and answers have the same lengths."""
-    by_length: dict[tuple[int, int], list[int]] = {}
-    for index, question in enumerate(questions):
-        by_length.setdefault((len(question.ids), len(question.answer)), []).append(index)
-    for indices in by_length.values():
-        yield from (indices[start : start + largest] for start in range(0, len(indices), largest))
+def len_behind(context: Context) -> int:
+    """How many tokens a model reads behind a context at most to be asked and scored on all of an answer."""
+    lengths = [len(question.ids) + len(question.answer) for question in context.questions]
+    return (sum(lengths) if context.is_conversation else max(lengths)) - 1
 
 
 def num_bytes(cache: Cache) -> int:
