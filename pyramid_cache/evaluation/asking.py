@@ -1,12 +1,14 @@
 """Questions put to a cache that has read their context."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from transformers import Cache, PreTrainedModel
 
 from pyramid_cache.engine.architectures import CACHE_ARGUMENT
+from pyramid_cache.evaluation.metrics import METRICS
 from pyramid_cache.evaluation.scores import Score, score_answers
 from pyramid_cache.evaluation.tasks.cases import Question
 
@@ -15,16 +17,33 @@ from pyramid_cache.evaluation.tasks.cases import Question
 MAX_COPIED_TOKENS = 16384
 
 
+@dataclass(frozen=True)
+class Writing:
+    """
+    How generated tokens become text.
+
+    Attributes:
+        decode (`Callable`): Gives the text of token ids.
+        end_token_ids (`set[int]`): Each ends an answer.
+    """
+
+    decode: Callable[[list[int]], str]
+    end_token_ids: set[int] = field(default_factory=set)
+
+
 class Asker:
     """
-    Asks, and scores right answers in one forward pass each.
+    Asks, and scores answers: right ones are read in one forward pass each; where a question has a metric, an answer is generated
+    greedily, and the metric takes the place of the token accuracy.
 
     Args:
         model (`PreTrainedModel`): Reads questions and answers.
+        writing (`Writing`, *optional*): Needed for questions with a metric.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, writing: Writing | None = None) -> None:
         self.model = model
+        self.writing = writing
 
     @torch.no_grad()
     def ask_each(self, cache: Cache, questions: Sequence[Question], by_step: bool = False) -> list[Score]:
@@ -42,10 +61,7 @@ class Asker:
             asked = copy.deepcopy(cache)
             if len(group) > 1:
                 asked.batch_repeat_interleave(len(group))
-            chosen = [questions[index] for index in group]
-            rows = [question.ids + question.answer[:-1] for question in chosen]
-            logits = self._read(asked, rows, len(chosen[0].answer), by_step)
-            scores |= zip(group, self._score(logits, chosen), strict=True)
+            scores |= zip(group, self._ask(asked, [questions[index] for index in group], by_step), strict=True)
         return [scores[index] for index in range(len(questions))]
 
     @torch.no_grad()
@@ -68,18 +84,62 @@ class Asker:
         scores = []
         carried: list[int] = []
         for question in questions:
-            num_logits = len(question.answer)
-            if first_logits is None:
-                logits = self._read(cache, [carried + question.ids + question.answer[:-1]], num_logits, by_step)
-            else:
-                logits = first_logits[:, None]
-                if num_logits > 1:
-                    rest = self._read(cache, [question.answer[:-1]], num_logits - 1, by_step)
-                    logits = torch.cat([logits, rest], dim=1)
-            scores += self._score(logits, [question])
+            scores += self._ask(cache, [question], by_step, carried, first_logits)
             # The last token of an answer is read with the next question: nothing of its own is said behind it.
             carried, first_logits = question.answer[-1:], None
         return scores
+
+    def _ask(
+        self,
+        cache: Cache,
+        questions: Sequence[Question],
+        by_step: bool,
+        carried: Sequence[int] = (),
+        first_logits: torch.Tensor | None = None,
+    ) -> list[Score]:
+        """Scores of one question a row, all as long as each other and with answers as long."""
+        generated = copy.deepcopy(cache) if questions[0].metric else None
+        asked = [[*carried, *question.ids] for question in questions]
+        answers = [question.answer for question in questions]
+        num_logits = len(answers[0])
+        if first_logits is None:
+            rows = [ids + answer[:-1] for ids, answer in zip(asked, answers, strict=True)]
+            logits = self._read(cache, rows, num_logits, by_step)
+        else:
+            logits = first_logits[:, None]
+            if num_logits > 1:
+                rest = self._read(cache, [answer[:-1] for answer in answers], num_logits - 1, by_step)
+                logits = torch.cat([logits, rest], dim=1)
+        scores = score_answers(logits, self._batch(answers), [question.values for question in questions])
+        if generated is None:
+            return scores
+        if first_logits is None:
+            first_logits = self._read(generated, asked, 1, by_step)[:, -1]
+        texts = self._generate(generated, first_logits, questions[0].max_new_tokens)
+        return [
+            Score(METRICS[question.metric](text, question.references, question.choices), score.log_likelihood)
+            for question, text, score in zip(questions, texts, scores, strict=True)
+        ]
+
+    def _generate(self, cache: Cache, logits: torch.Tensor, max_new_tokens: int) -> list[str]:
+        """What greedy decoding says, in each row up to a token that ends it, behind the logits `(rows, vocabulary)` of its prompt."""
+        if self.writing is None:
+            raise ValueError(
+                "Answers to these questions are generated: give the evaluation a Writing, which says how tokens become text."
+            )
+        ends = self.writing.end_token_ids
+        rows: list[list[int]] = [[] for _ in logits]
+        has_ended = [False] * len(rows)
+        for _ in range(max_new_tokens):
+            tokens = logits.argmax(dim=-1)
+            for index, token in enumerate(tokens.tolist()):
+                has_ended[index] = has_ended[index] or token in ends
+                if not has_ended[index]:
+                    rows[index].append(token)
+            if all(has_ended) or len(rows[0]) == max_new_tokens:
+                break
+            logits = self._forward(cache, tokens[:, None], 1)[:, -1]
+        return [self.writing.decode(row) for row in rows]
 
     def _read(self, cache: Cache, rows: Sequence[list[int]], num_logits: int, by_step: bool) -> torch.Tensor:
         """The last `num_logits` logits `(rows, num_logits, vocabulary)` of rows of as many tokens each."""
@@ -88,24 +148,21 @@ class Asker:
         if by_step:
             num_first = ids.shape[1] - num_logits + 1
             pieces = [piece for piece in (ids[:, :num_first], *ids[:, num_first:].split(1, dim=1)) if piece.shape[1]]
-        logits = [
-            self.model(piece, **{CACHE_ARGUMENT: cache}, logits_to_keep=min(num_logits, piece.shape[1])).logits
-            for piece in pieces
-        ]
+        logits = [self._forward(cache, piece, min(num_logits, piece.shape[1])) for piece in pieces]
         return torch.cat(logits, dim=1)[:, -num_logits:]
 
-    def _score(self, logits: torch.Tensor, questions: Sequence[Question]) -> list[Score]:
-        answers = self._batch([question.answer for question in questions])
-        return score_answers(logits, answers, [question.values for question in questions])
+    def _forward(self, cache: Cache, ids: torch.Tensor, num_logits: int) -> torch.Tensor:
+        return self.model(ids, **{CACHE_ARGUMENT: cache}, logits_to_keep=num_logits).logits
 
     def _batch(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
         return torch.tensor(rows, device=self.model.device)
 
 
 def groups_of_equal_length(questions: Sequence[Question], largest: int) -> Iterator[list[int]]:
-    """The indices of questions in groups of at most `largest`, whose questions and answers have the same lengths."""
-    by_length: dict[tuple[int, int], list[int]] = {}
+    """The indices of questions in groups of at most `largest`, which can be asked and answered side by side."""
+    by_length: dict[tuple[int, int, str, int], list[int]] = {}
     for index, question in enumerate(questions):
-        by_length.setdefault((len(question.ids), len(question.answer)), []).append(index)
+        kind = (len(question.ids), len(question.answer), question.metric, question.max_new_tokens)
+        by_length.setdefault(kind, []).append(index)
     for indices in by_length.values():
         yield from (indices[start : start + largest] for start in range(0, len(indices), largest))

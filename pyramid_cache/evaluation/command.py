@@ -11,18 +11,13 @@ import torch
 from pyramid_cache import weights
 from pyramid_cache.demo.model import load_model
 from pyramid_cache.evaluation import recall
+from pyramid_cache.evaluation.asking import Writing
 from pyramid_cache.evaluation.caches import BASELINE, CACHES
 from pyramid_cache.evaluation.cells import CellStore
-from pyramid_cache.evaluation.measure import PROTOCOLS, Evaluation, Result
-from pyramid_cache.evaluation.tasks import (
-    DEFAULT_TASKS,
-    TASK_FORMS,
-    Context,
-    Haystack,
-    build_contexts,
-    parse_tasks,
-    save_contexts,
-)
+from pyramid_cache.evaluation.measure import PROTOCOLS, Evaluation, Result, len_behind
+from pyramid_cache.evaluation.public.loading import PUBLIC_FORMS
+from pyramid_cache.evaluation.selection import find_contexts, find_tasks
+from pyramid_cache.evaluation.tasks import DEFAULT_TASKS, TASK_FORMS, Context, Haystack, save_contexts
 from pyramid_cache.evaluation.team import Team
 from pyramid_cache.machine import describe_machine, describe_versions, load_average
 from pyramid_cache.terminal import ProgressBar, check_output, device, positive_int, write_json
@@ -66,7 +61,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         type=split,
         default=list(DEFAULT_TASKS),
         metavar="NAMES",
-        help=f"comma-separated list of {TASK_FORMS}; -L, or -N-L, is left out of a name to have it for each of --lengths; "
+        help=f"comma-separated list of {TASK_FORMS}, {PUBLIC_FORMS}; -L, or -N-L, is left out of a name to have it for each of --lengths; "
         f"default: {','.join(DEFAULT_TASKS)}",
     )
     parser.add_argument(
@@ -113,6 +108,15 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         type=Path,
         metavar="FILE",
         help="write the cases there as token ids, for other programs, and measure nothing",
+    )
+    parser.add_argument(
+        "--save-data",
+        type=Path,
+        metavar="FOLDER",
+        help="write the cases there as data sets, one for each task, and measure nothing",
+    )
+    parser.add_argument(
+        "--data", type=Path, metavar="FOLDER", help="take the cases from there, where --save-data wrote them"
     )
     parser.set_defaults(run=run)
 
@@ -163,7 +167,7 @@ def run(options: argparse.Namespace) -> None:
     from pyramid_cache.evaluation import report
 
     check_output("--json", options.json)
-    options.tasks = parse_tasks(options.tasks, options.lengths)
+    options.tasks = find_tasks(options)
     check_cases(options)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -174,20 +178,27 @@ def run(options: argparse.Namespace) -> None:
     results: list[Result] = []
     settings: dict[str, Any] = {}
     for is_recall in dict.fromkeys(task.is_for_recall_model for task in options.tasks):
-        name, model, contexts = prepare(is_recall, options, team.device, messages)
+        if options.save_data is not None and team.process > 0:
+            continue
+        name, model, contexts, writing = prepare(is_recall, options, team.device, messages)
         if options.save_cases is not None:
             save_contexts(contexts, name, options.save_cases)
             messages.print(f"Wrote {options.save_cases}", highlight=False, soft_wrap=True)
             return
+        if options.save_data is not None:
+            continue
         settings |= {"recall_model" if is_recall else "model": name} | settings_of(model)
         caches = {name: CACHES[name] for name in options.caches}
-        evaluation = Evaluation(model, caches, options.budgets, options.protocols, store)
+        evaluation = Evaluation(model, caches, options.budgets, options.protocols, store, writing)
         with ProgressBar(messages) as progress:
             evaluation.measure(contexts, progress, team.process, team.num_processes)
         team.share(store)
         results += evaluation.results(contexts)
     team.leave()
     if team.process > 0:
+        return
+    if options.save_data is not None:
+        messages.print(f"Wrote {options.save_data}", highlight=False, soft_wrap=True)
         return
     record = {
         "rows": [report.as_row(result) for result in results],
@@ -233,24 +244,23 @@ def check_cases(options: argparse.Namespace) -> None:
 
 def prepare(
     is_recall: bool, options: argparse.Namespace, target: torch.device, messages: "Console"
-) -> tuple[str, "PreTrainedModel", list[Context]]:
-    """The name of a model, the model, and the contexts of all tasks that are for it: those of the recall model or the others."""
+) -> tuple[str, "PreTrainedModel", list[Context], Writing | None]:
+    """
+    The name of a model, the model, the contexts of all tasks that are for it (those of the recall model or the others), and how its
+    tokens become text.
+    """
     chosen = [task for task in options.tasks if task.is_for_recall_model == is_recall]
     if is_recall:
         model = recall.load_recall_model(getattr(torch, options.dtype or default_dtype(target))).to(target)
-        contexts = [build_contexts(task, None, options.seed, options.samples) for task in chosen]
-        return recall.NAME, model, [context for group in contexts for context in group]
+        return recall.NAME, model, find_contexts(chosen, options), None
     name = options.model or weights.MODEL_NAME
     messages.print(f"Loading {name}", highlight=False, markup=False, soft_wrap=True)
     with ProgressBar(messages) as progress:
         folder = options.model or weights.fetch_default_model(progress)
     loaded = load_model(folder, name=name, device=target, dtype=options.dtype)
-    haystack = Haystack(loaded.tokenizer)
-    contexts = [
-        context for task in chosen for context in build_contexts(task, haystack, options.seed, options.samples)
-    ]
+    contexts = find_contexts(chosen, options, Haystack(loaded.tokenizer))
     check_positions(loaded.model, name, contexts)
-    return name, loaded.model, contexts
+    return name, loaded.model, contexts, Writing(loaded.answer, loaded.end_token_ids)
 
 
 def default_dtype(target: torch.device) -> str:
@@ -261,11 +271,7 @@ def default_dtype(target: torch.device) -> str:
 def check_positions(model: "PreTrainedModel", name: str, contexts: Sequence[Context]) -> None:
     """Raises if the model was not made for sequences of that length: the full cache's answer would mean nothing."""
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    longest = max(
-        len(context.ids) + len(question.ids) + len(question.answer)
-        for context in contexts
-        for question in context.questions
-    )
+    longest = max(len(context.ids) + 1 + len_behind(context) for context in contexts)
     if limit is not None and longest > limit:
         raise ValueError(
             f"Contexts with questions and answers of up to {longest} tokens exceed the {limit} positions of {name}. Choose "
@@ -290,6 +296,8 @@ def command_of(options: argparse.Namespace) -> str:
         words += ["--model", options.model]
     words += ["--caches", ",".join(options.caches), "--budgets", ",".join(map(str, options.budgets))]
     words += ["--tasks", ",".join(task.name for task in options.tasks), "--protocols", ",".join(options.protocols)]
+    if options.data is not None:
+        words += ["--data", str(options.data)]
     for name in ("samples", "seed", "dtype", "threads"):
         if (value := getattr(options, name)) is not None:
             words += [f"--{name}", str(value)]

@@ -1,7 +1,7 @@
 """
 Answers to the questions of contexts, from each cache and from the full one.
 
-An answer is scored in one forward pass over its right tokens. If each of them is what the model finds most likely, then it is
+An answer is scored in one forward pass over its right tokens; where a question has a metric, one is generated as well. If each of them is what the model finds most likely, then it is
 what greedy decoding says as long as the cache evicts nothing more: what question and answer themselves drive out is not
 measured. Of a conversation the right answers are read, and each later turn makes a cache evict as it does.
 """
@@ -17,7 +17,7 @@ from transformers import Cache, PreTrainedModel
 
 from pyramid_cache.engine.architectures import CACHE_ARGUMENT
 from pyramid_cache.engine.cache import CompressedCache
-from pyramid_cache.evaluation.asking import Asker
+from pyramid_cache.evaluation.asking import Asker, Writing
 from pyramid_cache.evaluation.caches import BASELINE, EvaluatedCache
 from pyramid_cache.evaluation.cells import ALL_QUESTIONS, Cell, CellKey, CellStore
 from pyramid_cache.evaluation.reading import Reader, Reading, full_cache
@@ -61,6 +61,7 @@ class Evaluation:
         budgets (`Sequence[float]`): Fractions of the prompt; each cache gets each of them.
         protocols (`Sequence[str]`): Of `PROTOCOLS`.
         store (`CellStore`, *optional*): Takes what is measured. What it holds already is not measured again.
+        writing (`Writing`, *optional*): Needed where answers are generated.
     """
 
     def __init__(
@@ -70,9 +71,10 @@ class Evaluation:
         budgets: Sequence[float],
         protocols: Sequence[str] = PROTOCOLS,
         store: CellStore | None = None,
+        writing: Writing | None = None,
     ) -> None:
         self.model = model
-        self.asker = Asker(model)
+        self.asker = Asker(model, writing)
         self.caches = caches
         self.budgets = budgets
         self.protocols = protocols
@@ -127,8 +129,7 @@ class Evaluation:
         if "context" in self.protocols:
             self._ask_after_context(index, context, find_reader)
             yield len(context.questions)
-        # Answers of one token follow from a full reading of the prompt: there is nothing to ask a cache.
-        in_view = [number for number, question in enumerate(context.questions) if len(question.answer) > 1]
+        in_view = [number for number, question in enumerate(context.questions) if is_asked_in_view(question)]
         if context.is_conversation:  # its first question alone is read with the context
             in_view = list(range(len(context.questions)))
         if "question" in self.protocols and context.is_conversation:
@@ -171,7 +172,7 @@ class Evaluation:
             return
         first = turns[0].ids
         reading = find_reader().with_question(self._batch([first]))
-        num_later = sum(len(turn.ids) + len(turn.answer) for turn in turns) - len(first) - 1
+        num_later = sum(turn.num_tokens for turn in turns) - len(first) - 1
         full_bytes = num_bytes(full_cache(self.model, reading))
         for key in missing:
             logits = reading.logits
@@ -252,9 +253,17 @@ def enumerate_by_task(contexts: Sequence[Context]) -> Iterator[tuple[int, Contex
         yield next(counters.setdefault(context.task, itertools.count())), context
 
 
+def is_asked_in_view(question: Question) -> bool:
+    """
+    Whether a cache that has evicted with the question in view has anything to say: the first token of an answer follows from
+    a full reading of the prompt.
+    """
+    return len(question.answer) > 1 or bool(question.metric)
+
+
 def len_behind(context: Context) -> int:
     """How many tokens a model reads behind a context at most to be asked and scored on all of an answer."""
-    lengths = [len(question.ids) + len(question.answer) for question in context.questions]
+    lengths = [question.num_tokens for question in context.questions]
     return (sum(lengths) if context.is_conversation else max(lengths)) - 1
 
 

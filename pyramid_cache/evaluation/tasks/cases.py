@@ -20,12 +20,26 @@ class Question:
             share of them that is found. Empty for an answer that is one value.
         depths (`list[float]`): For each value, the share of the context's tokens that come before the words that tell it.
             Empty where no single place tells it.
+        metric (`str`): What scores a generated answer, in `METRICS`. Empty for a question of which the right answer is read
+            and no answer is generated.
+        references (`list[str]`): The right answers that the metric compares with.
+        choices (`list[str]`): What an answer may be, for metrics that have to know.
+        max_new_tokens (`int`): How many tokens are generated at most.
     """
 
     ids: list[int]
     answer: list[int]
     values: list[list[int]] = field(default_factory=list)
     depths: list[float] = field(default_factory=list)
+    metric: str = ""
+    references: list[str] = field(default_factory=list)
+    choices: list[str] = field(default_factory=list)
+    max_new_tokens: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the question and the longest answer to it."""
+        return len(self.ids) + max(len(self.answer), self.max_new_tokens)
 
 
 @dataclass(frozen=True)

@@ -140,8 +140,8 @@ def parse_tasks(names: Sequence[str], lengths: Sequence[int] = ()) -> list[Task]
         tasks += [checked(name, Task(kind, count, num)) for num in (lengths if length is None else [length])]
     if lengths and not num_without:
         raise ValueError(
-            f"Each of the tasks {', '.join(names)} has a length of its own: --lengths {','.join(map(str, lengths))} has no "
-            "effect. Leave it out, or name tasks without one."
+            f"None of the tasks {', '.join(names) or 'of --tasks'} is named without a length: --lengths "
+            f"{','.join(map(str, lengths))} has no effect. Leave it out, or name tasks without one."
         )
     return list(dict.fromkeys(tasks))
 
