@@ -85,6 +85,14 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         metavar="N",
         help="contexts of each task (default: as many as make 80 questions, and 20 at most)",
     )
+    parser.add_argument(
+        "--batch-size",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="contexts of a task to read at a time, padded on the left; streaming, streaming-dense and shadow, which are built for "
+        "one length, are asked about one after another (default: 1)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="chooses the cases (default: 0)")
     parser.add_argument("--device", type=device, help="where to run (default: cuda if there is one, else cpu)")
     parser.add_argument(
@@ -189,7 +197,7 @@ def run(options: argparse.Namespace) -> None:
             continue
         settings |= {"recall_model" if is_recall else "model": name} | settings_of(model)
         caches = {name: CACHES[name] for name in options.caches}
-        evaluation = Evaluation(model, caches, options.budgets, options.protocols, store, writing)
+        evaluation = Evaluation(model, caches, options.budgets, options.protocols, store, writing, options.batch_size)
         with ProgressBar(messages) as progress:
             evaluation.measure(contexts, progress, team.process, team.num_processes)
         team.share(store)
@@ -202,7 +210,7 @@ def run(options: argparse.Namespace) -> None:
         return
     record = {
         "rows": [report.as_row(result) for result in results],
-        "settings": settings | {"seed": options.seed, "samples": options.samples},
+        "settings": settings | {"seed": options.seed, "samples": options.samples, "batch_size": options.batch_size},
         "command": command_of(options),
         "machine": machine | {"processes": team.num_processes, "load_average_after": load_average()},
         "versions": describe_versions("pyramid_cache", "torch", "transformers"),
@@ -298,7 +306,7 @@ def command_of(options: argparse.Namespace) -> str:
     words += ["--tasks", ",".join(task.name for task in options.tasks), "--protocols", ",".join(options.protocols)]
     if options.data is not None:
         words += ["--data", str(options.data)]
-    for name in ("samples", "seed", "dtype", "threads"):
+    for name in ("samples", "batch_size", "seed", "dtype", "threads"):
         if (value := getattr(options, name)) is not None:
-            words += [f"--{name}", str(value)]
+            words += [f"--{name.replace('_', '-')}", str(value)]
     return shlex.join(words)

@@ -6,7 +6,6 @@ what greedy decoding says as long as the cache evicts nothing more: what questio
 measured. Of a conversation the right answers are read, and each later turn makes a cache evict as it does.
 """
 
-import copy
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -20,15 +19,22 @@ from pyramid_cache.engine.cache import CompressedCache
 from pyramid_cache.evaluation.asking import Asker, Writing
 from pyramid_cache.evaluation.caches import BASELINE, EvaluatedCache
 from pyramid_cache.evaluation.cells import ALL_QUESTIONS, Cell, CellKey, CellStore
+from pyramid_cache.evaluation.padding import pad_left, padding_arguments
 from pyramid_cache.evaluation.reading import Reader, Reading, full_cache
 from pyramid_cache.evaluation.scores import Score
-from pyramid_cache.evaluation.tasks import Context, Question
+from pyramid_cache.evaluation.tasks import Context
 from pyramid_cache.weights import ProgressCallback
 
 
 # "context": the context is read and compressed, then come question and answer, each question on a copy of the cache.
 # "question": context and question are read together and compressed, then comes the answer.
 PROTOCOLS = ("context", "question")
+
+
+# The name of a cache and its budget.
+Setting = tuple[str, float]
+# Contexts of one task, each with its rank.
+Batch = list[tuple[int, Context]]
 
 
 @dataclass
@@ -62,6 +68,7 @@ class Evaluation:
         protocols (`Sequence[str]`): Of `PROTOCOLS`.
         store (`CellStore`, *optional*): Takes what is measured. What it holds already is not measured again.
         writing (`Writing`, *optional*): Needed where answers are generated.
+        batch_size (`int`): How many contexts of a task are read at a time, padded on the left.
     """
 
     def __init__(
@@ -72,6 +79,7 @@ class Evaluation:
         protocols: Sequence[str] = PROTOCOLS,
         store: CellStore | None = None,
         writing: Writing | None = None,
+        batch_size: int = 1,
     ) -> None:
         self.model = model
         self.asker = Asker(model, writing)
@@ -79,6 +87,7 @@ class Evaluation:
         self.budgets = budgets
         self.protocols = protocols
         self.store = CellStore() if store is None else store
+        self.batch_size = batch_size
 
     def run(self, contexts: Sequence[Context], progress: ProgressCallback) -> list[Result]:
         """
@@ -103,10 +112,10 @@ class Evaluation:
         own = list(enumerate_by_task(contexts))[process::num_processes]
         total = len(self.protocols) * sum(len(context.questions) for _, context in own)
         counter = itertools.count(1)
-        for index, context in own:
-            for num_questions in self._ask(index, context):
+        for batch in batches_of(own, self.batch_size):
+            for num_questions in self._ask(batch):
                 for _ in range(num_questions):
-                    progress(context.task, next(counter), total)
+                    progress(batch[0][1].task, next(counter), total)
 
     def results(self, contexts: Sequence[Context]) -> list[Result]:
         """What the store holds of all questions of these contexts, in an order that does not depend on who asked them when."""
@@ -122,124 +131,188 @@ class Evaluation:
                 result.held_shares.append(cell.held_share)
         return [result for result in results.values() if result.scores]
 
-    def _ask(self, index: int, context: Context) -> Iterator[int]:
-        """Asks the questions of one context; yields how many are done."""
-        # Where all is known already, there is nothing to read.
-        find_reader = functools.cache(lambda: Reader(self.model, self._batch([context.ids])))
-        if "context" in self.protocols:
-            self._ask_after_context(index, context, find_reader)
-            yield len(context.questions)
-        in_view = [number for number, question in enumerate(context.questions) if is_asked_in_view(question)]
-        if context.is_conversation:  # its first question alone is read with the context
-            in_view = list(range(len(context.questions)))
-        if "question" in self.protocols and context.is_conversation:
-            self._ask_in_view(index, context, ALL_QUESTIONS, context.questions, find_reader)
-            yield len(context.questions)
-        elif "question" in self.protocols:
-            for number in in_view:
-                self._ask_in_view(index, context, number, [context.questions[number]], find_reader)
-                yield 1
-            yield len(context.questions) - len(in_view)
-        self._ask_streams(index, context, in_view, find_reader)
+    def _ask(self, batch: Batch) -> Iterator[int]:
+        """Asks the questions of some contexts; yields how many are done."""
+        if len(batch) == 1:
+            yield from self._ask_caches(batch, self.caches)
+            return
+        yield from self._ask_caches(batch, {name: row for name, row in self.caches.items() if row.takes_batches})
+        others = {name: row for name, row in self.caches.items() if not row.takes_batches}
+        for single in batch if others else ():
+            for _ in self._ask_caches([single], others):
+                pass
 
-    def _ask_after_context(self, index: int, context: Context, find_reader: Callable[[], Reader]) -> None:
-        missing = self._missing(context.task, index, ALL_QUESTIONS, "context", "dense", "own")
+    def _ask_caches(self, batch: Batch, caches: dict[str, EvaluatedCache]) -> Iterator[int]:
+        """Asks the questions of some contexts of some of the caches, and of the full one; yields how many are done."""
+        contexts = [context for _, context in batch]
+        # Where all is known already, there is nothing to read.
+        find_reader = functools.cache(lambda: Reader(self.model, *self._pad([context.ids for context in contexts])))
+        if "context" in self.protocols:
+            self._ask_after_context(batch, caches, find_reader)
+            yield sum(len(context.questions) for context in contexts)
+        if "question" in self.protocols:
+            num_asked = 0
+            for number in range(max(len(context.questions) for context in contexts)):
+                chosen = [place for place in batch if number in in_view(place[1])]
+                if chosen:
+                    self._ask_in_view(chosen, number, caches, find_reader if len(chosen) == len(batch) else None)
+                    num_asked += len(chosen)
+                    yield len(chosen)
+            # Those of one token, and later turns.
+            yield sum(len(context.questions) for context in contexts) - num_asked
+        self._ask_streams(batch, caches, find_reader)
+
+    def _ask_after_context(
+        self, batch: Batch, caches: dict[str, EvaluatedCache], find_reader: Callable[[], Reader]
+    ) -> None:
+        missing = self._missing(batch, ALL_QUESTIONS, "context", caches, "dense", "own")
         if not missing:
             return
-        reading = find_reader().context
-        full = full_cache(self.model, reading)
-        num_later = len_behind(context)
-        for key in missing:
-            if key.cache == BASELINE:
+        reader = find_reader()
+        full = full_cache(self.model, reader.context)
+        num_later = max(len_behind(context) for _, context in batch)
+        for setting, keys in missing.items():
+            if setting[0] == BASELINE:
                 cache = full
-            elif self.caches[key.cache].reading == "dense":
-                cache = self._fill(key, reading, num_later)
+            elif caches[setting[0]].reading == "dense":
+                cache = self._fill(setting, reader.context, num_later)
             else:
-                cache, _ = self._read(key, context.ids, num_later)
-            self._note(key, self._answer_all(key, cache, context), num_bytes(cache) / num_bytes(full))
+                cache, _ = self._read(setting, [context.ids for _, context in batch], num_later)
+            scores = self._answer_all(setting, cache, batch, reader.padding)
+            for row, key in keys.items():
+                self._note(key, scores[row], num_bytes(cache) / num_bytes(full))
 
     def _ask_in_view(
         self,
-        index: int,
-        context: Context,
+        batch: Batch,
         number: int,
-        turns: Sequence[Question],
-        find_reader: Callable[[], Reader],
+        caches: dict[str, EvaluatedCache],
+        find_reader: Callable[[], Reader] | None,
     ) -> None:
-        """Asks a question that is read with its context, and the later ones of a conversation behind it."""
-        missing = self._missing(context.task, index, number, "question", "dense", "own")
+        """
+        Asks a question that is read with its context, and the later ones of a conversation behind it. The reader has read the
+        contexts of the batch, if there is one.
+        """
+        in_turn = batch[0][1].is_conversation
+        missing = self._missing(batch, ALL_QUESTIONS if in_turn else number, "question", caches, "dense", "own")
         if not missing:
             return
-        first = turns[0].ids
-        reading = find_reader().with_question(self._batch([first]))
-        num_later = sum(turn.num_tokens for turn in turns) - len(first) - 1
+        turns = [context.questions if in_turn else [context.questions[number]] for _, context in batch]
+        firsts = [questions[0].ids for questions in turns]
+        prompts = [context.ids + first for (_, context), first in zip(batch, firsts, strict=True)]
+        if find_reader is not None and len(set(map(len, firsts))) == 1:
+            reading, padding = find_reader().with_question(self._batch(firsts)), find_reader().padding
+        else:
+            reader = Reader(self.model, *self._pad(prompts))
+            reading, padding = reader.context, reader.padding
+        num_later = max(sum(turn.num_tokens for turn in questions) - len(questions[0].ids) - 1 for questions in turns)
         full_bytes = num_bytes(full_cache(self.model, reading))
-        for key in missing:
+        for setting, keys in missing.items():
             logits = reading.logits
-            if key.cache == BASELINE:
+            if setting[0] == BASELINE:
                 cache = full_cache(self.model, reading)
-            elif self.caches[key.cache].reading == "dense":
-                cache = self._fill(key, reading, num_later)
+            elif caches[setting[0]].reading == "dense":
+                cache = self._fill(setting, reading, num_later)
             else:
-                cache, logits = self._read(key, context.ids + first, num_later)
+                cache, logits = self._read(setting, prompts, num_later)
             held_share = num_bytes(cache) / full_bytes
-            self._note(key, self.asker.ask_in_turn(cache, turns, self._is_by_step(key), logits), held_share)
+            scores = self.asker.ask_rows_in_turn(cache, turns, self._is_by_step(setting), logits, padding)
+            for row, key in keys.items():
+                self._note(key, scores[row], held_share)
 
-    def _ask_streams(
-        self, index: int, context: Context, in_view: Sequence[int], find_reader: Callable[[], Reader]
-    ) -> None:
+    def _ask_streams(self, batch: Batch, caches: dict[str, EvaluatedCache], find_reader: Callable[[], Reader]) -> None:
         """Both protocols at once: they are the same to these caches, but for a budget that counts the question as well."""
-        asked = {"context": list(range(len(context.questions))), "question": in_view}
-        by_setting: dict[tuple[str, float], list[CellKey]] = {}
+        asked = {
+            "context": [list(range(len(context.questions))) for _, context in batch],
+            "question": [in_view(context, with_turns=True) for _, context in batch],
+        }
+        by_setting: dict[Setting, list[tuple[int, CellKey]]] = {}
         for protocol in self.protocols:
-            for key in self._missing(context.task, index, ALL_QUESTIONS, protocol, "stream"):
-                if asked[protocol]:
-                    by_setting.setdefault((key.cache, key.budget), []).append(key)
-        num_later = len_behind(context)
-        for keys in by_setting.values():
-            cache, _ = self._read(keys[0], context.ids, num_later)
-            held_share = num_bytes(cache) / num_bytes(full_cache(self.model, find_reader().context))
-            scores = self._answer_all(keys[0], cache, context)
-            for key in keys:
-                self._note(key, [scores[number] for number in asked[key.protocol]], held_share)
+            for setting, keys in self._missing(batch, ALL_QUESTIONS, protocol, caches, "stream").items():
+                by_setting.setdefault(setting, []).extend(
+                    (row, key) for row, key in keys.items() if asked[protocol][row]
+                )
+        num_later = max(len_behind(context) for _, context in batch)
+        for setting, places in by_setting.items():
+            if not places:
+                continue
+            reader = find_reader()
+            cache, _ = self._read(setting, [context.ids for _, context in batch], num_later)
+            held_share = num_bytes(cache) / num_bytes(full_cache(self.model, reader.context))
+            scores = self._answer_all(setting, cache, batch, reader.padding)
+            for row, key in places:
+                self._note(key, [scores[row][number] for number in asked[key.protocol][row]], held_share)
 
-    def _missing(self, task: str, index: int, question: int, protocol: str, *readings: str) -> list[CellKey]:
-        """What has not been measured of the caches that read prompts in one of these ways; of the full one too if "dense"."""
-        names = [name for name, cache in self.caches.items() if cache.reading in readings]
+    def _missing(
+        self, batch: Batch, question: int, protocol: str, caches: dict[str, EvaluatedCache], *readings: str
+    ) -> dict[Setting, dict[int, CellKey]]:
+        """
+        What has not been measured of the caches that read prompts in one of these ways, of the full one too if "dense": for each
+        cache and budget the rows of the batch.
+        """
+        names = [name for name, cache in caches.items() if cache.reading in readings]
         settings = list(itertools.product(names, self.budgets))
         if "dense" in readings:
             settings.insert(0, (BASELINE, 1.0))
-        keys = [CellKey(task, index, question, protocol, *setting) for setting in settings]
-        return [key for key in keys if key not in self.store]
+        missing = {}
+        for setting in settings:
+            keys = {
+                row: CellKey(context.task, index, question, protocol, *setting)
+                for row, (index, context) in enumerate(batch)
+            }
+            keys = {row: key for row, key in keys.items() if key not in self.store}
+            if keys:
+                missing[setting] = keys
+        return missing
 
     # Reading.
 
     def _batch(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
         return torch.tensor(rows, device=self.model.device)
 
-    def _fill(self, key: CellKey, reading: Reading, num_later: int) -> CompressedCache:
-        """A new cache that holds what it keeps of a prompt that was read with full attention."""
-        cache = self.caches[key.cache].build(self.model, key.budget, reading.num_tokens, num_later)
+    def _pad(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return pad_left(rows, self.model.device)
+
+    def _fill(self, setting: Setting, reading: Reading, num_later: int) -> CompressedCache:
+        """A new cache that holds what it keeps of prompts that were read with full attention."""
+        name, budget = setting
+        cache = self.caches[name].build(self.model, budget, reading.num_tokens, num_later)
         with torch.no_grad():
             cache.replay(reading.layers)
         return cache
 
     @torch.no_grad()
-    def _read(self, key: CellKey, ids: list[int], num_later: int) -> tuple[CompressedCache, torch.Tensor]:
-        """A new cache that has read a prompt itself, and the logits `(1, vocabulary)` of its last token."""
-        cache = self.caches[key.cache].build(self.model, key.budget, len(ids), num_later)
-        return cache, self.model(self._batch([ids]), **{CACHE_ARGUMENT: cache}, logits_to_keep=1).logits[:, -1]
+    def _read(
+        self, setting: Setting, rows: Sequence[list[int]], num_later: int
+    ) -> tuple[CompressedCache, torch.Tensor]:
+        """A new cache that has read prompts itself, and the logits `(rows, vocabulary)` of the last token of each."""
+        name, budget = setting
+        ids, padding = self._pad(rows)
+        cache = self.caches[name].build(self.model, budget, ids.shape[1], num_later)
+        arguments = padding_arguments(padding, 0, ids.shape[1])
+        return cache, self.model(ids, **{CACHE_ARGUMENT: cache}, logits_to_keep=1, **arguments).logits[:, -1]
 
     # Answers.
 
-    def _answer_all(self, key: CellKey, cache: Cache, context: Context) -> list[Score]:
-        """Scores of the answers to all questions behind a context that a cache has read."""
-        if context.is_conversation:
-            return self.asker.ask_in_turn(copy.deepcopy(cache), context.questions, self._is_by_step(key))
-        return self.asker.ask_each(cache, context.questions, self._is_by_step(key))
+    def _answer_all(
+        self, setting: Setting, cache: Cache, batch: Batch, padding: torch.Tensor | None
+    ) -> list[list[Score]]:
+        """For each context that a cache has read, scores of the answers to all its questions."""
+        by_step = self._is_by_step(setting)
+        contexts = [context for _, context in batch]
+        if contexts[0].is_conversation:
+            return self.asker.ask_rows_in_turn(
+                cache, [context.questions for context in contexts], by_step, padding=padding
+            )
+        if len(batch) == 1:
+            return [self.asker.ask_each(cache, contexts[0].questions, by_step)]
+        questions = [question for context in contexts for question in context.questions]
+        rows = [row for row, context in enumerate(contexts) for _ in context.questions]
+        scores = iter(self.asker.ask_each(cache, questions, by_step, rows, padding))
+        return [list(itertools.islice(scores, len(context.questions))) for context in contexts]
 
-    def _is_by_step(self, key: CellKey) -> bool:
-        return key.cache != BASELINE and self.caches[key.cache].reads_answers_by_step
+    def _is_by_step(self, setting: Setting) -> bool:
+        return setting[0] != BASELINE and self.caches[setting[0]].reads_answers_by_step
 
     def _note(self, key: CellKey, scores: Sequence[Score], held_share: float) -> None:
         accuracies, likelihoods = zip(*((score.token_accuracy, score.log_likelihood) for score in scores), strict=True)
@@ -253,12 +326,22 @@ def enumerate_by_task(contexts: Sequence[Context]) -> Iterator[tuple[int, Contex
         yield next(counters.setdefault(context.task, itertools.count())), context
 
 
-def is_asked_in_view(question: Question) -> bool:
+def batches_of(contexts: Sequence[tuple[int, Context]], batch_size: int) -> Iterator[Batch]:
+    """Contexts that come one behind the other in batches, each of one task."""
+    for _, group in itertools.groupby(contexts, key=lambda place: (place[1].task, place[1].is_conversation)):
+        places = list(group)
+        yield from (places[start : start + batch_size] for start in range(0, len(places), batch_size))
+
+
+def in_view(context: Context, with_turns: bool = False) -> list[int]:
     """
-    Whether a cache that has evicted with the question in view has anything to say: the first token of an answer follows from
-    a full reading of the prompt.
+    Which questions are read with the context: those about which a cache that has evicted then has anything to say. The first
+    token of an answer follows from a full reading of the prompt. Of a conversation it is the first question; with its later
+    turns, all.
     """
-    return len(question.answer) > 1 or bool(question.metric)
+    if context.is_conversation:
+        return list(range(len(context.questions) if with_turns else 1))
+    return [number for number, question in enumerate(context.questions) if len(question.answer) > 1 or question.metric]
 
 
 def len_behind(context: Context) -> int:
