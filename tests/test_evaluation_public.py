@@ -37,6 +37,9 @@ SCORED: list[tuple[str, str, list[str], list[str], float]] = [
     ("rouge_l", " . ", ["a"], [], 0.0),
     ("classification", "It is about sport and food", ["sport"], ["sport", "food", "art"], 1 / 2),
     ("classification", "A manner of action", ["manner of action"], ["manner", "manner of action", "place"], 1.0),
+    ("classification", "\n\nsport\nType: food", ["sport"], ["sport", "food"], 1.0),
+    ("word_f1_of_first_line", "\nJane\nQuestion: Who?", ["jane"], [], 1.0),
+    ("rouge_l_of_first_line", "a b c d\na a a", ["a c d e f"], [], 2 * 0.75 * 0.6 / 1.35),
     ("classification", "food", ["sport"], ["sport", "food"], 0.0),
     ("right_numbers", "Paragraph 12, or 3, or 12", ["Paragraph 12"], [], 2 / 3),
     ("right_numbers", "none of them", ["4"], [], 0.0),
@@ -355,8 +358,8 @@ def test_the_command_measures_public_sets(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    path, results = write(tmp_path, "test.jsonl", [GSM8K_ROW, GSM8K_ROW]), tmp_path / "results.json"
-    task = f"gsm8k:{path}"
+    path, results = write(tmp_path, "validation.jsonl", RULER_ROWS[2:] * 2), tmp_path / "results.json"
+    task = f"ruler:{path}"
     arguments = ["eval", "--model", str(model_folder), "--tasks", task, "--caches", "knorm", "--budgets", "0.5"]
     assert main([*arguments, "--samples", "1", "--json", str(results)]) == 0
     rows = json.loads(results.read_text())["rows"]

@@ -15,8 +15,9 @@ from transformers import AutoTokenizer, DynamicCache, PreTrainedTokenizerBase
 from pyramid_cache.demo.prompt import PromptError, read_text
 from pyramid_cache.evaluation.caches import BASELINE, CACHES
 from pyramid_cache.evaluation.cells import ALL_QUESTIONS, CellStore
-from pyramid_cache.evaluation.measure import Evaluation
-from pyramid_cache.evaluation.scores import score_answers
+from pyramid_cache.evaluation.figures import figures_of_task
+from pyramid_cache.evaluation.measure import Evaluation, Result
+from pyramid_cache.evaluation.scores import Score, score_answers
 from pyramid_cache.evaluation.tasks import (
     TASK_KINDS,
     Context,
@@ -408,6 +409,16 @@ def test_turns_follow_each_other(name: str) -> None:
                         model(torch.tensor([piece]), past_key_values=cache)
             carried = question.answer[-1:]
     assert len(found["context"]) == len(found["question"]) == 3
+    assert {result.num_turns for result in results} == {3}
     if name == BASELINE:
         for protocol in ("context", "question"):
             assert [score.is_exact for score in found[protocol]] == [True, False, True]
+
+
+def test_figures_of_tasks_by_hand() -> None:
+    scores = [Score(share, likely) for share, likely in ((1, -1.0), (0.5, -2.0), (1, -3.0), (1, -6.0))]
+    turns = Result("turns-2-1024", "context", "h2o", 0.5, scores, [0.5], num_turns=2)
+    assert figures_of_task(turns) == {"exact_match_by_turn": [1, 0.5], "token_accuracy_by_turn": [1, 0.75]}
+    text = Result("perplexity-1024", "context", "h2o", 0.5, scores, [0.5])
+    assert figures_of_task(text) == {"perplexity": pytest.approx(2.718281828**3)}
+    assert figures_of_task(Result("needles-1-1024", "context", "h2o", 0.5, scores, [0.5])) == {}

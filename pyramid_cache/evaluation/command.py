@@ -1,6 +1,7 @@
 """`pyramid-cache eval`: its options, and its steps from making the cases to writing the results."""
 
 import argparse
+import functools
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from pyramid_cache.evaluation import recall
 from pyramid_cache.evaluation.asking import Writing
 from pyramid_cache.evaluation.caches import BASELINE, CACHES
 from pyramid_cache.evaluation.cells import CellStore
+from pyramid_cache.evaluation.figures import figures_of_task
 from pyramid_cache.evaluation.measure import PROTOCOLS, Evaluation, Result, len_behind
 from pyramid_cache.evaluation.public.loading import PUBLIC_FORMS
 from pyramid_cache.evaluation.selection import find_contexts, find_tasks
@@ -209,7 +211,7 @@ def run(options: argparse.Namespace) -> None:
         messages.print(f"Wrote {options.save_data}", highlight=False, soft_wrap=True)
         return
     record = {
-        "rows": [report.as_row(result) for result in results],
+        "rows": [report.as_row(result) | figures_of_task(result) for result in results],
         "settings": settings | {"seed": options.seed, "samples": options.samples, "batch_size": options.batch_size},
         "command": command_of(options),
         "machine": machine | {"processes": team.num_processes, "load_average_after": load_average()},
@@ -268,7 +270,8 @@ def prepare(
     loaded = load_model(folder, name=name, device=target, dtype=options.dtype)
     contexts = find_contexts(chosen, options, Haystack(loaded.tokenizer))
     check_positions(loaded.model, name, contexts)
-    return name, loaded.model, contexts, Writing(loaded.answer, loaded.end_token_ids)
+    decode = functools.partial(loaded.tokenizer.decode, skip_special_tokens=True)
+    return name, loaded.model, contexts, Writing(decode, loaded.end_token_ids)
 
 
 def default_dtype(target: torch.device) -> str:

@@ -47,6 +47,7 @@ class Result:
         budget (`float`): 1.0 for the full cache.
         scores (`list[Score]`): One per case, in the order of contexts and their questions.
         held_shares (`list[float]`): One per compression: the bytes that the cache held of those of the full one.
+        num_turns (`int`): How many scores one after the other are of the turns of one conversation; 1 for other tasks.
     """
 
     task: str
@@ -55,6 +56,7 @@ class Result:
     budget: float
     scores: list[Score] = field(default_factory=list)
     held_shares: list[float] = field(default_factory=list)
+    num_turns: int = 1
 
 
 class Evaluation:
@@ -124,6 +126,9 @@ class Evaluation:
         tasks = dict.fromkeys(context.task for context in contexts)
         order = itertools.product(tasks, self.protocols, settings)
         results = {(*place, *setting): Result(*place, *setting) for *place, setting in order}
+        num_turns = {context.task: len(context.questions) for context in contexts if context.is_conversation}
+        for result in results.values():
+            result.num_turns = num_turns.get(result.task, 1)
         for key, cell in sorted(self.store.cells.items()):
             result = results.get((key.task, key.protocol, key.cache, key.budget))
             if result is not None and (key.task, key.context) in known:

@@ -12,6 +12,8 @@ METRICS: dict[str, Callable[[str, Sequence[str], Sequence[str]], float]] = {
         texts.any_found,
         texts.word_f1,
         texts.rouge_l,
+        texts.word_f1_of_first_line,
+        texts.rouge_l_of_first_line,
         texts.classification,
         texts.right_numbers,
         texts.code_similarity,

@@ -52,14 +52,29 @@ def rouge_l(prediction: str, references: Sequence[str], choices: Sequence[str] =
     return max(rouge.get_scores(prediction, reference)[0]["rouge-l"]["f"] for reference in references)
 
 
+def word_f1_of_first_line(prediction: str, references: Sequence[str], choices: Sequence[str] = ()) -> float:
+    """`word_f1` of the first line: behind examples a model goes on with more of them (LongBench)."""
+    return word_f1(first_line(prediction), references)
+
+
+def rouge_l_of_first_line(prediction: str, references: Sequence[str], choices: Sequence[str] = ()) -> float:
+    """`rouge_l` of the first line (LongBench)."""
+    return rouge_l(first_line(prediction), references)
+
+
+def first_line(text: str) -> str:
+    """The first line that is not empty."""
+    return text.lstrip("\n").split("\n")[0]
+
+
 def classification(prediction: str, references: Sequence[str], choices: Sequence[str] = ()) -> float:
     """
-    One over the number of classes that the text names, if the right one is among them (LongBench). A class whose name is a part of
-    the right one's does not count as named.
+    One over the number of classes that the first line names, if the right one is among them (LongBench). A class whose name is a
+    part of the right one's does not count as named.
     """
-    best = 0.0
+    line, best = first_line(prediction), 0.0
     for reference in references:
-        named = [choice for choice in choices if choice in prediction]
+        named = [choice for choice in choices if choice in line]
         named = [choice for choice in named if choice == reference or choice not in reference]
         best = max(best, 1 / len(named) if reference in named else 0.0)
     return best

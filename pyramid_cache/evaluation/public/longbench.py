@@ -52,8 +52,12 @@ SETS = {
         "rouge_l", 512, "Here are several pieces of news.\n\n", "Summarize them on one page.\n\nSummary:"
     ),
     "trec": Set("classification", 64, "Find the type of a question, as in these examples.\n\n", "\n{input}", False),
-    "triviaqa": Set("word_f1", 32, "Answer from the passage, as in these examples.\n\n", "\n\n{input}", False),
-    "samsum": Set("rouge_l", 128, "Summarize the dialogue, as in these examples.\n\n", "\n\n{input}", False),
+    "triviaqa": Set(
+        "word_f1_of_first_line", 32, "Answer from the passage, as in these examples.\n\n", "\n\n{input}", False
+    ),
+    "samsum": Set(
+        "rouge_l_of_first_line", 128, "Summarize the dialogue, as in these examples.\n\n", "\n\n{input}", False
+    ),
     "lsht": Set("classification", 64, "请判断新闻的类别，例如：\n\n", "\n{input}", False),
     "passage_count": Set(
         "right_numbers",
