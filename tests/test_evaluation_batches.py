@@ -76,6 +76,23 @@ def test_batches_give_what_contexts_give_alone(name: str, kind: str) -> None:
     assert any(full) and (kind == "generated" or not all(full))
 
 
+@pytest.mark.parametrize("name", ["knorm", "streaming"])
+def test_contexts_are_read_together(name: str) -> None:
+    """Four, three at a time, are one batch of three and one of one; a cache that takes no batches reads each for itself."""
+    contexts = contexts_of("questions")
+    model, read = tiny_model("llama"), []
+    handle = model.register_forward_pre_hook(lambda module, arguments: read.append(tuple(arguments[0].shape)))
+    try:
+        Evaluation(model, {name: CACHES[name]}, [0.4], ["context"], batch_size=3).run(contexts, no_progress)
+    finally:
+        handle.remove()
+    prompts = [shape for shape in read if shape[1] >= min(LENGTHS)]
+    wanted = [(3, 57), (1, 57)]
+    if name == "streaming":  # its own readings, and three of the full cache, which its size is compared with
+        wanted += [(1, length) for length in (*LENGTHS, *LENGTHS[:3])]
+    assert sorted(prompts) == sorted(wanted)
+
+
 @torch.no_grad()
 def test_a_padded_reading_is_that_of_each_row() -> None:
     model = tiny_model("llama")
