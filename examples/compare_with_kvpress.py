@@ -1,7 +1,7 @@
 """Set the figures of caches beside those of kvpress's methods of the same name, on the same cases.
 
-    pyramid-cache evaluate --out answers
-    pyramid-cache evaluate --tasks needles-8-1024,needles-1-4096 --save-cases cases.json
+    pyramid-cache eval --out answers
+    pyramid-cache eval --tasks needles-8-1024,needles-1-4096 --save-cases cases.json
     kvpress-env/bin/python examples/evaluate_kvpress.py --cases cases.json --model SmolLM2-135M-Instruct --out kvpress.json
     python examples/compare_with_kvpress.py answers/results.json kvpress.json
 
@@ -59,7 +59,7 @@ def tables(rows: list[dict[str, Any]], presses: list[dict[str, Any]]) -> list[st
 def main() -> None:
     """Read both records and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, help="results.json of `pyramid-cache evaluate --out`")
+    parser.add_argument("results", type=Path, help="results.json of `pyramid-cache eval --out`")
     parser.add_argument("kvpress", type=Path, nargs="+", help="what evaluate_kvpress.py wrote")
     arguments = parser.parse_args()
     rows = json.loads(arguments.results.read_text())["rows"]

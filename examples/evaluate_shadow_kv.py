@@ -18,11 +18,11 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache, PreTrainedModel
 
 from pyramid_cache import ShadowKVCache
-from pyramid_cache.demo.prompt import read_text
 from pyramid_cache.engine.architectures import CACHE_ARGUMENT
 from pyramid_cache.evaluation.caches import BASELINE, EvaluatedCache
-from pyramid_cache.evaluation.measure import Evaluation, Result, score_answers
-from pyramid_cache.evaluation.tasks import Context, Question, build_needle_contexts, parse_task
+from pyramid_cache.evaluation.measure import Evaluation, Result
+from pyramid_cache.evaluation.scores import score_answers
+from pyramid_cache.evaluation.tasks import Context, Haystack, Question, build_contexts, parse_task
 from pyramid_cache.machine import describe_machine, describe_versions
 from pyramid_cache.terminal import ProgressBar, check_output, write_json
 from pyramid_cache.weights import fetch_default_model
@@ -78,13 +78,13 @@ def measure(
     model: PreTrainedModel, tokenizer: Any, options: argparse.Namespace, progress: Any
 ) -> Iterator[dict[str, Any]]:
     """One row per length and cache, as soon as it is there."""
-    novel = tokenizer(read_text(), add_special_tokens=False, verbose=False)["input_ids"]
+    haystack = Haystack(tokenizer)
     for num_tokens, limit in zip(options.lengths, options.contexts, strict=True):
         caches = {str(budget): shadow_cache(budget, options.rank) for budget in options.sparse_budgets}
         evaluation = Evaluation(model, caches, [0.5], ["context"])
-        needles = build_needle_contexts(tokenizer, parse_task(f"needles-8-{num_tokens}"), options.seed, limit)
+        needles = build_contexts(parse_task(f"needles-8-{num_tokens}"), haystack, options.seed, limit)
         found = evaluation.run(needles, progress)
-        text = evaluation.run(list(continuations(novel, num_tokens, options.new_tokens, limit)), progress)
+        text = evaluation.run(list(continuations(haystack.novel, num_tokens, options.new_tokens, limit)), progress)
         for label in (BASELINE, *caches):
             progress(f"{NUM_TURNS} turns behind {num_tokens} tokens, {label}", 0, None)
             answers = [

@@ -10,8 +10,10 @@ from pyramid_cache.evaluation import command as evaluate_command
 from pyramid_cache.profile import command as profile_command
 
 
-# What the subcommands import beyond the core dependencies; all of it comes with the extra `demo`.
-OPTIONAL_PACKAGES = ("accelerate", "filelock", "gguf", "matplotlib", "rich")
+# What the subcommands import beyond the core dependencies, and the extra that it comes with.
+OPTIONAL_PACKAGES = dict.fromkeys(("accelerate", "filelock", "gguf", "matplotlib", "rich"), "demo") | dict.fromkeys(
+    ("datasets", "rouge", "rouge_score"), "eval"
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -47,7 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name not in OPTIONAL_PACKAGES:
             raise
-        return fail(f"the package `{error.name}` is missing; run: pip install 'pyramid_cache[demo]'", 1)
+        extra = OPTIONAL_PACKAGES[error.name]
+        return fail(f"the package `{error.name}` is missing; run: pip install 'pyramid_cache[{extra}]'", 1)
     except (OSError, MemoryError) as error:
         return fail(error, 1)
     except RuntimeError as error:

@@ -20,22 +20,24 @@ from transformers import Cache, DynamicCache, LlamaForCausalLM, PreTrainedModel
 from pyramid_cache import H2OCache, SnapKVCache, StreamingLLMCache
 from pyramid_cache.cli import main
 from pyramid_cache.demo.prompt import PromptError, read_text
-from pyramid_cache.evaluation import tasks
+from pyramid_cache.evaluation.asking import groups_of_equal_length
 from pyramid_cache.evaluation.caches import BASELINE, CACHES, EvaluatedCache, from_config
 from pyramid_cache.evaluation.cells import Cell, CellStore
-from pyramid_cache.evaluation.measure import Evaluation, Result, groups_of_equal_length, score_answers
+from pyramid_cache.evaluation.measure import Evaluation, Result
 from pyramid_cache.evaluation.reading import Reader, full_cache
 from pyramid_cache.evaluation.recall import load_recall_model
+from pyramid_cache.evaluation.scores import score_answers
 from pyramid_cache.evaluation.tasks import (
-    PERSONS,
     Context,
+    Haystack,
     Question,
-    build_needle_contexts,
-    build_recall_contexts,
+    build_contexts,
+    haystack,
     load_contexts,
     parse_task,
     save_contexts,
 )
+from pyramid_cache.evaluation.tasks.needles import PERSONS
 from pyramid_cache.weights import no_progress
 
 
@@ -206,7 +208,7 @@ def test_streams_hold_the_budget_of_the_context_to_the_last_token(name: str) -> 
 def short_novel(monkeypatch: pytest.MonkeyPatch) -> str:
     """The beginning of the novel in place of all of it, which takes seconds to tokenize into bytes."""
     novel = read_text()[:20_000]
-    monkeypatch.setattr(tasks, "read_text", lambda: novel)
+    monkeypatch.setattr(haystack, "read_text", lambda: novel)
     return novel
 
 
@@ -214,7 +216,7 @@ def test_needles_are_in_their_context_and_asked_for(short_novel: str) -> None:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = "{% for message in messages %}[user]{{ message['content'] }}{% endfor %}[model]"
     task = parse_task("needles-8-4000")
-    contexts = build_needle_contexts(tokenizer, task, limit=3)
+    contexts = build_contexts(task, Haystack(tokenizer), samples=3)
     assert len(contexts) == 3 and task.num_contexts == 10 and parse_task("needles-1-4096").num_contexts == 20
     for context in contexts:
         text = tokenizer.decode(context.ids)
@@ -239,8 +241,8 @@ def test_needles_are_in_their_context_and_asked_for(short_novel: str) -> None:
 def test_cases_depend_on_the_seed_and_not_on_their_number(short_novel: str, tmp_path: Path) -> None:
     tokenizer = byte_tokenizer()
     for build in (
-        lambda seed, limit: build_needle_contexts(tokenizer, parse_task("needles-2-1500"), seed, limit),
-        lambda seed, limit: build_recall_contexts(parse_task("recall-64"), seed, limit),
+        lambda seed, samples: build_contexts(parse_task("needles-2-1500"), Haystack(tokenizer), seed, samples),
+        lambda seed, samples: build_contexts(parse_task("recall-64"), None, seed, samples),
     ):
         many, few, other = build(1, 3), build(1, 2), build(2, 3)
         assert many[:2] == few
@@ -251,7 +253,7 @@ def test_cases_depend_on_the_seed_and_not_on_their_number(short_novel: str, tmp_
 
 
 def test_recall_asks_for_values_of_the_context() -> None:
-    (context,) = build_recall_contexts(parse_task("recall-200"), limit=1)
+    (context,) = build_contexts(parse_task("recall-200"), samples=1)
     values = dict(zip(context.ids[::2], context.ids[1::2], strict=True))
     assert len(values) == 100 and len(context.questions) == 64
     assert len({question.ids[0] for question in context.questions}) == 64
@@ -274,15 +276,15 @@ def test_tasks_that_cannot_be_are_refused(name: str, message: str) -> None:
 
 
 def test_contexts_too_short_for_their_needles_are_refused(short_novel: str) -> None:
-    with pytest.raises(PromptError, match="8 numbers and the frame take"):
-        build_needle_contexts(byte_tokenizer(), parse_task("needles-8-300"))
+    with pytest.raises(PromptError, match="8 hidden texts and the frame take"):
+        build_contexts(parse_task("needles-8-300"), Haystack(byte_tokenizer()))
 
 
 # What is certain.
 
 
 def evaluate(model: PreTrainedModel, caches: dict[str, EvaluatedCache], budgets: list[float]) -> dict[tuple, Result]:
-    contexts = build_recall_contexts(parse_task("recall-448"), limit=2)
+    contexts = build_contexts(parse_task("recall-448"), samples=2)
     results = Evaluation(model, caches, budgets).run(contexts, no_progress)
     assert {result.protocol for result in results} == {"context"}  # answers of one token follow from a full reading
     return {(result.cache, result.budget): result for result in results}
@@ -301,7 +303,7 @@ def test_the_recall_model_recalls(recall_model: LlamaForCausalLM) -> None:
 def test_a_window_forgets_what_is_out_of_it(recall_model: LlamaForCausalLM) -> None:
     """All that a window of 44 tokens can answer are questions about the last 22 pairs."""
     results = evaluate(recall_model, {name: CACHES[name] for name in ("streaming", "streaming-dense")}, [0.5, 0.1])
-    contexts = build_recall_contexts(parse_task("recall-448"), limit=2)
+    contexts = build_contexts(parse_task("recall-448"), samples=2)
     asked = [(context.ids.index(question.ids[0]), question) for context in contexts for question in context.questions]
     for name in ("streaming", "streaming-dense"):
         small, large, full = results[name, 0.1], results[name, 0.5], results[BASELINE, 1.0]
@@ -324,8 +326,8 @@ def test_a_cache_that_holds_everything_loses_nothing(recall_model: LlamaForCausa
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "results.json"
-    arguments = ["evaluate", "--tasks", "recall-128", "--caches", "snapkv,streaming", "--budgets", "0.25,0.5"]
-    assert main([*arguments, "--limit", "1", "--seed", "3", "--json", str(path)]) == 0
+    arguments = ["eval", "--tasks", "recall-128", "--caches", "snapkv,streaming", "--budgets", "0.25,0.5"]
+    assert main([*arguments, "--samples", "1", "--seed", "3", "--json", str(path)]) == 0
     printed = capsys.readouterr().out
     record = json.loads(path.read_text())
     assert {(row["cache"], row["budget"]) for row in record["rows"]} == {
@@ -350,7 +352,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 INTERRUPTED = 130
-RESUMED = ["evaluate", "--tasks", "recall-64", "--caches", "knorm,streaming", "--budgets", "0.5", "--limit", "2"]
+RESUMED = ["eval", "--tasks", "recall-64", "--caches", "knorm,streaming", "--budgets", "0.5", "--samples", "2"]
 
 
 def rows_of(arguments: list[str], path: Path) -> list[dict[str, Any]]:
@@ -393,7 +395,7 @@ def test_a_stopped_evaluation_loses_nothing_and_repeats_nothing(
 def test_a_folder_grows_by_caches_and_tasks(tmp_path: Path) -> None:
     """Results are those of what is asked for; what else the folder has waits until it is asked for again."""
     folder = ["--out", str(tmp_path / "answers")]
-    few = ["evaluate", "--tasks", "recall-64", "--caches", "knorm", "--budgets", "0.5", "--limit", "1"]
+    few = ["eval", "--tasks", "recall-64", "--caches", "knorm", "--budgets", "0.5", "--samples", "1"]
     first = rows_of([*few, *folder], tmp_path / "first.json")
     assert rows_of([*RESUMED, *folder], tmp_path / "all.json") == rows_of(RESUMED, tmp_path / "wanted.json")
     assert rows_of([*few, *folder], tmp_path / "again.json") == first
@@ -434,7 +436,7 @@ def run_two_processes(*arguments: str) -> tuple[str, str]:
 
 
 def test_processes_share_an_evaluation(tmp_path: Path) -> None:
-    arguments = ["evaluate", "--tasks", "recall-64,recall-66", "--caches", "knorm,streaming", "--limit", "3"]
+    arguments = ["eval", "--tasks", "recall-64,recall-66", "--caches", "knorm,streaming", "--samples", "3"]
     wanted = rows_of(arguments, tmp_path / "wanted.json")
     found, folder = tmp_path / "found.json", tmp_path / "answers"
     places = ["--out", str(folder), "--json", str(found)]
@@ -472,7 +474,7 @@ def test_broken_lines_are_refused(tmp_path: Path) -> None:
 
 def test_command_saves_cases(tmp_path: Path) -> None:
     path = tmp_path / "cases.json"
-    assert main(["evaluate", "--tasks", "recall-64,recall-128", "--limit", "2", "--save-cases", str(path)]) == 0
+    assert main(["eval", "--tasks", "recall-64,recall-128", "--samples", "2", "--save-cases", str(path)]) == 0
     assert [len(context.ids) for context in load_contexts(path)] == [64, 64, 128, 128]
 
 
@@ -490,8 +492,19 @@ def test_command_saves_cases(tmp_path: Path) -> None:
 )
 def test_bad_options_are_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     try:
-        status = main(["evaluate", *arguments])
+        status = main(["eval", *arguments])
     except SystemExit as error:  # of the parser
         status = error.code
     assert status == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_command_takes_tasks_by_lengths_and_its_older_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "results.json"
+    arguments = ["--tasks", "recall,recall-32", "--lengths", "64,66", "--caches", "knorm", "--samples", "1"]
+    assert main(["evaluate", *arguments, "--budgets", "0.5", "--json", str(path)]) == 0
+    record = json.loads(path.read_text())
+    assert [row["task"] for row in record["rows"][::2]] == ["recall-64", "recall-66", "recall-32"]
+    assert record["command"].startswith("pyramid-cache eval ") and "--samples 1" in record["command"]
+    assert main(["eval", "--tasks", "recall-64", "--lengths", "64"]) == 2
+    assert "has no effect" in capsys.readouterr().err

@@ -46,12 +46,15 @@ class EvaluatedCache:
             difference then whether a question is read with its context or after it. "own": in another way.
         reads_answers_by_step (`bool`): Whether a decode step sees something else than several tokens that come at once, so
             that answers are read as they would be generated, token by token.
+        takes_batches (`bool`): Whether it is built for any length of prompt, so that one reads prompts of several lengths in a
+            batch. Others are asked about one context after another.
     """
 
     label: str
     build: CacheBuilder
     reading: Literal["dense", "stream", "own"] = "dense"
     reads_answers_by_step: bool = False
+    takes_batches: bool = False
 
 
 def from_config(cache_class: Callable[..., CompressedCache], **settings: object) -> CacheBuilder:
@@ -84,24 +87,29 @@ def shadow(model: PreTrainedModel, budget: float, num_tokens: int, num_later: in
 
 
 CACHES: dict[str, EvaluatedCache] = {
-    "h2o": EvaluatedCache("H2OCache", from_config(H2OCache)),
-    "snapkv": EvaluatedCache("SnapKVCache", from_config(SnapKVCache)),
-    "pyramidkv": EvaluatedCache("PyramidKVCache", from_config(PyramidKVCache)),
-    "adakv": EvaluatedCache("AdaKVCache", from_config(AdaKVCache)),
-    "tova": EvaluatedCache("TOVACache", from_config(TOVACache)),
-    "keydiff": EvaluatedCache("KeyDiffCache", from_config(KeyDiffCache)),
-    "knorm": EvaluatedCache("KnormCache", from_config(KnormCache)),
-    "expected-attention": EvaluatedCache("ExpectedAttentionCache", from_config(ExpectedAttentionCache)),
-    "rkv": EvaluatedCache("RKVCache", from_config(RKVCache)),
-    "massive": EvaluatedCache("MassiveActivationCache", from_config(MassiveActivationCache)),
-    "massive-follow": EvaluatedCache(
-        "MassiveActivationCache, follow_attention", from_config(MassiveActivationCache, follow_attention=True)
+    "h2o": EvaluatedCache("H2OCache", from_config(H2OCache), takes_batches=True),
+    "snapkv": EvaluatedCache("SnapKVCache", from_config(SnapKVCache), takes_batches=True),
+    "pyramidkv": EvaluatedCache("PyramidKVCache", from_config(PyramidKVCache), takes_batches=True),
+    "adakv": EvaluatedCache("AdaKVCache", from_config(AdaKVCache), takes_batches=True),
+    "tova": EvaluatedCache("TOVACache", from_config(TOVACache), takes_batches=True),
+    "keydiff": EvaluatedCache("KeyDiffCache", from_config(KeyDiffCache), takes_batches=True),
+    "knorm": EvaluatedCache("KnormCache", from_config(KnormCache), takes_batches=True),
+    "expected-attention": EvaluatedCache(
+        "ExpectedAttentionCache", from_config(ExpectedAttentionCache), takes_batches=True
     ),
-    "pyramid-config": EvaluatedCache("PyramidCache(config)", from_config(PyramidCache)),
+    "rkv": EvaluatedCache("RKVCache", from_config(RKVCache), takes_batches=True),
+    "massive": EvaluatedCache("MassiveActivationCache", from_config(MassiveActivationCache), takes_batches=True),
+    "massive-follow": EvaluatedCache(
+        "MassiveActivationCache, follow_attention",
+        from_config(MassiveActivationCache, follow_attention=True),
+        takes_batches=True,
+    ),
+    "pyramid-config": EvaluatedCache("PyramidCache(config)", from_config(PyramidCache), takes_batches=True),
     "pyramid": EvaluatedCache(
         "PyramidCache(model)",
         lambda model, budget, num_tokens, num_later: PyramidCache(model, budget),
         reading="own",
+        takes_batches=True,
     ),
     "shadow": EvaluatedCache("ShadowKVCache", shadow, reads_answers_by_step=True),
     "streaming-dense": EvaluatedCache("StreamingLLMCache, dense", streaming("dense")),

@@ -1,6 +1,7 @@
-"""`pyramid-cache evaluate`: its options, and its steps from making the cases to writing the results."""
+"""`pyramid-cache eval`: its options, and its steps from making the cases to writing the results."""
 
 import argparse
+import functools
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,19 +12,14 @@ import torch
 from pyramid_cache import weights
 from pyramid_cache.demo.model import load_model
 from pyramid_cache.evaluation import recall
+from pyramid_cache.evaluation.asking import Writing
 from pyramid_cache.evaluation.caches import BASELINE, CACHES
 from pyramid_cache.evaluation.cells import CellStore
-from pyramid_cache.evaluation.measure import PROTOCOLS, Evaluation, Result
-from pyramid_cache.evaluation.tasks import (
-    DEFAULT_TASKS,
-    TASK_FORMS,
-    Context,
-    Task,
-    build_needle_contexts,
-    build_recall_contexts,
-    parse_task,
-    save_contexts,
-)
+from pyramid_cache.evaluation.figures import figures_of_task
+from pyramid_cache.evaluation.measure import PROTOCOLS, Evaluation, Result, len_behind
+from pyramid_cache.evaluation.public.loading import PUBLIC_FORMS
+from pyramid_cache.evaluation.selection import find_contexts, find_tasks
+from pyramid_cache.evaluation.tasks import DEFAULT_TASKS, TASK_FORMS, Context, Haystack, save_contexts
 from pyramid_cache.evaluation.team import Team
 from pyramid_cache.machine import describe_machine, describe_versions, load_average
 from pyramid_cache.terminal import ProgressBar, check_output, device, positive_int, write_json
@@ -40,11 +36,12 @@ DEFAULT_BUDGETS = (0.5, 0.25, 0.1)
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Adds the subcommand and its options."""
     parser = subparsers.add_parser(
-        "evaluate",
+        "eval",
+        aliases=["evaluate"],
         help="ask questions about long contexts with each cache, and see what it has lost",
         description="Asks questions about long contexts with each cache and with the full one: numbers that are hidden in a "
-        "novel, with a language model, and values of keys, with a small model that has learned to recall them. Shows exact "
-        "match, token accuracy and log-likelihood of the right answers.",
+        "novel and other tasks, with a language model, and values of keys, with a small model that has learned to recall them. "
+        "Shows exact match, token accuracy and log-likelihood of the right answers.",
     )
     parser.add_argument("--model", help=f"folder or hub id of a causal language model (default: {weights.MODEL_NAME})")
     parser.add_argument(
@@ -63,10 +60,18 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     parser.add_argument(
         "--tasks",
-        type=tasks,
-        default=[parse_task(name) for name in DEFAULT_TASKS],
+        type=split,
+        default=list(DEFAULT_TASKS),
         metavar="NAMES",
-        help=f"comma-separated list of {TASK_FORMS}; default: {','.join(DEFAULT_TASKS)}",
+        help=f"comma-separated list of {TASK_FORMS}, {PUBLIC_FORMS}; -L, or -N-L, is left out of a name to have it for each of --lengths; "
+        f"default: {','.join(DEFAULT_TASKS)}",
+    )
+    parser.add_argument(
+        "--lengths",
+        type=lengths,
+        default=[],
+        metavar="NUMBERS",
+        help="comma-separated tokens of the contexts of tasks that are named without a length",
     )
     parser.add_argument(
         "--protocols",
@@ -77,7 +82,18 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "with a comma (default: both)",
     )
     parser.add_argument(
-        "--limit", type=positive_int, metavar="N", help="contexts of each task at most (default: all that it has)"
+        "--samples",
+        type=positive_int,
+        metavar="N",
+        help="contexts of each task (default: as many as make 80 questions, and 20 at most)",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="contexts of a task to read at a time, padded on the left; streaming, streaming-dense and shadow, which are built for "
+        "one length, are asked about one after another (default: 1)",
     )
     parser.add_argument("--seed", type=int, default=0, help="chooses the cases (default: 0)")
     parser.add_argument("--device", type=device, help="where to run (default: cuda if there is one, else cpu)")
@@ -102,6 +118,15 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         type=Path,
         metavar="FILE",
         help="write the cases there as token ids, for other programs, and measure nothing",
+    )
+    parser.add_argument(
+        "--save-data",
+        type=Path,
+        metavar="FOLDER",
+        help="write the cases there as data sets, one for each task, and measure nothing",
+    )
+    parser.add_argument(
+        "--data", type=Path, metavar="FOLDER", help="take the cases from there, where --save-data wrote them"
     )
     parser.set_defaults(run=run)
 
@@ -140,15 +165,9 @@ def budgets(text: str) -> list[float]:
     return sorted(fractions, reverse=True)
 
 
-def tasks(text: str) -> list[Task]:
-    """Reads `--tasks`."""
-    try:
-        found = [parse_task(name) for name in split(text)]
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-    if not found:
-        raise argparse.ArgumentTypeError(f"{text!r} names no task. Tasks are {TASK_FORMS}")
-    return found
+def lengths(text: str) -> list[int]:
+    """Reads `--lengths`."""
+    return [positive_int(part) for part in split(text)]
 
 
 def run(options: argparse.Namespace) -> None:
@@ -158,6 +177,7 @@ def run(options: argparse.Namespace) -> None:
     from pyramid_cache.evaluation import report
 
     check_output("--json", options.json)
+    options.tasks = find_tasks(options)
     check_cases(options)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -167,15 +187,19 @@ def run(options: argparse.Namespace) -> None:
     store = open_store(options, team, lambda text: messages.print(text, highlight=False, markup=False, soft_wrap=True))
     results: list[Result] = []
     settings: dict[str, Any] = {}
-    for kind in dict.fromkeys(task.kind for task in options.tasks):
-        name, model, contexts = prepare(kind, options, team.device, messages)
+    for is_recall in dict.fromkeys(task.is_for_recall_model for task in options.tasks):
+        if options.save_data is not None and team.process > 0:
+            continue
+        name, model, contexts, writing = prepare(is_recall, options, team.device, messages)
         if options.save_cases is not None:
             save_contexts(contexts, name, options.save_cases)
             messages.print(f"Wrote {options.save_cases}", highlight=False, soft_wrap=True)
             return
-        settings |= {"model" if kind == "needles" else "recall_model": name} | settings_of(model)
+        if options.save_data is not None:
+            continue
+        settings |= {"recall_model" if is_recall else "model": name} | settings_of(model)
         caches = {name: CACHES[name] for name in options.caches}
-        evaluation = Evaluation(model, caches, options.budgets, options.protocols, store)
+        evaluation = Evaluation(model, caches, options.budgets, options.protocols, store, writing, options.batch_size)
         with ProgressBar(messages) as progress:
             evaluation.measure(contexts, progress, team.process, team.num_processes)
         team.share(store)
@@ -183,9 +207,12 @@ def run(options: argparse.Namespace) -> None:
     team.leave()
     if team.process > 0:
         return
+    if options.save_data is not None:
+        messages.print(f"Wrote {options.save_data}", highlight=False, soft_wrap=True)
+        return
     record = {
-        "rows": [report.as_row(result) for result in results],
-        "settings": settings | {"seed": options.seed, "limit": options.limit},
+        "rows": [report.as_row(result) | figures_of_task(result) for result in results],
+        "settings": settings | {"seed": options.seed, "samples": options.samples, "batch_size": options.batch_size},
         "command": command_of(options),
         "machine": machine | {"processes": team.num_processes, "load_average_after": load_average()},
         "versions": describe_versions("pyramid_cache", "torch", "transformers"),
@@ -218,34 +245,33 @@ def check_cases(options: argparse.Namespace) -> None:
     if options.save_cases is None:
         return
     check_output("--save-cases", options.save_cases)
-    if len({task.kind for task in options.tasks}) > 1:
-        names = ",".join(task.name for task in options.tasks if task.kind == "needles")
+    if len({task.is_for_recall_model for task in options.tasks}) > 1:
+        names = ",".join(task.name for task in options.tasks if not task.is_for_recall_model)
         raise ValueError(
-            f"--save-cases writes token ids of one model. Give tasks of one kind, such as --tasks {names}."
+            f"--save-cases writes token ids of one model. Leave out the tasks for the recall model: --tasks {names}."
         )
 
 
 def prepare(
-    kind: str, options: argparse.Namespace, target: torch.device, messages: "Console"
-) -> tuple[str, "PreTrainedModel", list[Context]]:
-    """The name of the model for a kind of task, the model, and the contexts of all tasks of that kind."""
-    chosen = [task for task in options.tasks if task.kind == kind]
-    if kind == "recall":
+    is_recall: bool, options: argparse.Namespace, target: torch.device, messages: "Console"
+) -> tuple[str, "PreTrainedModel", list[Context], Writing | None]:
+    """
+    The name of a model, the model, the contexts of all tasks that are for it (those of the recall model or the others), and how its
+    tokens become text.
+    """
+    chosen = [task for task in options.tasks if task.is_for_recall_model == is_recall]
+    if is_recall:
         model = recall.load_recall_model(getattr(torch, options.dtype or default_dtype(target))).to(target)
-        contexts = [build_recall_contexts(task, options.seed, options.limit) for task in chosen]
-        return recall.NAME, model, [context for group in contexts for context in group]
+        return recall.NAME, model, find_contexts(chosen, options), None
     name = options.model or weights.MODEL_NAME
     messages.print(f"Loading {name}", highlight=False, markup=False, soft_wrap=True)
     with ProgressBar(messages) as progress:
         folder = options.model or weights.fetch_default_model(progress)
     loaded = load_model(folder, name=name, device=target, dtype=options.dtype)
-    contexts = [
-        context
-        for task in chosen
-        for context in build_needle_contexts(loaded.tokenizer, task, options.seed, options.limit)
-    ]
+    contexts = find_contexts(chosen, options, Haystack(loaded.tokenizer))
     check_positions(loaded.model, name, contexts)
-    return name, loaded.model, contexts
+    decode = functools.partial(loaded.tokenizer.decode, skip_special_tokens=True)
+    return name, loaded.model, contexts, Writing(decode, loaded.end_token_ids)
 
 
 def default_dtype(target: torch.device) -> str:
@@ -256,11 +282,7 @@ def default_dtype(target: torch.device) -> str:
 def check_positions(model: "PreTrainedModel", name: str, contexts: Sequence[Context]) -> None:
     """Raises if the model was not made for sequences of that length: the full cache's answer would mean nothing."""
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    longest = max(
-        len(context.ids) + len(question.ids) + len(question.answer)
-        for context in contexts
-        for question in context.questions
-    )
+    longest = max(len(context.ids) + 1 + len_behind(context) for context in contexts)
     if limit is not None and longest > limit:
         raise ValueError(
             f"Contexts with questions and answers of up to {longest} tokens exceed the {limit} positions of {name}. Choose "
@@ -280,12 +302,14 @@ def settings_of(model: "PreTrainedModel") -> dict[str, Any]:
 
 def command_of(options: argparse.Namespace) -> str:
     """The command that measures the same, with nothing left to defaults but where to run."""
-    words = ["pyramid-cache", "evaluate"]
+    words = ["pyramid-cache", "eval"]
     if options.model is not None:
         words += ["--model", options.model]
     words += ["--caches", ",".join(options.caches), "--budgets", ",".join(map(str, options.budgets))]
     words += ["--tasks", ",".join(task.name for task in options.tasks), "--protocols", ",".join(options.protocols)]
-    for name in ("limit", "seed", "dtype", "threads"):
+    if options.data is not None:
+        words += ["--data", str(options.data)]
+    for name in ("samples", "batch_size", "seed", "dtype", "threads"):
         if (value := getattr(options, name)) is not None:
-            words += [f"--{name}", str(value)]
+            words += [f"--{name.replace('_', '-')}", str(value)]
     return shlex.join(words)

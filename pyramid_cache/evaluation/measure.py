@@ -1,53 +1,40 @@
 """
 Answers to the questions of contexts, from each cache and from the full one.
 
-An answer is scored in one forward pass over its right tokens. If each of them is what the model finds most likely, then it is
+An answer is scored in one forward pass over its right tokens; where a question has a metric, one is generated as well. If each of them is what the model finds most likely, then it is
 what greedy decoding says as long as the cache evicts nothing more: what question and answer themselves drive out is not
-measured.
+measured. Of a conversation the right answers are read, and each later turn makes a cache evict as it does.
 """
 
-import copy
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from pyramid_cache.engine.architectures import CACHE_ARGUMENT
 from pyramid_cache.engine.cache import CompressedCache
+from pyramid_cache.evaluation.asking import Asker, Writing
 from pyramid_cache.evaluation.caches import BASELINE, EvaluatedCache
 from pyramid_cache.evaluation.cells import ALL_QUESTIONS, Cell, CellKey, CellStore
+from pyramid_cache.evaluation.padding import pad_left, padding_arguments
 from pyramid_cache.evaluation.reading import Reader, Reading, full_cache
-from pyramid_cache.evaluation.tasks import Context, Question
+from pyramid_cache.evaluation.scores import Score
+from pyramid_cache.evaluation.tasks import Context
 from pyramid_cache.weights import ProgressCallback
 
 
 # "context": the context is read and compressed, then come question and answer, each question on a copy of the cache.
 # "question": context and question are read together and compressed, then comes the answer.
 PROTOCOLS = ("context", "question")
-# Questions on copies of a cache are asked side by side, as far as copies of so many tokens are.
-MAX_COPIED_TOKENS = 16384
 
 
-@dataclass(frozen=True)
-class Score:
-    """
-    How right an answer is.
-
-    Attributes:
-        token_accuracy (`float`): The share of its tokens that the model finds most likely, each behind the right ones.
-        log_likelihood (`float`): The mean of their log-probabilities.
-    """
-
-    token_accuracy: float
-    log_likelihood: float
-
-    @property
-    def is_exact(self) -> bool:
-        """Whether all of it is what the model finds most likely."""
-        return self.token_accuracy == 1
+# The name of a cache and its budget.
+Setting = tuple[str, float]
+# Contexts of one task, each with its rank.
+Batch = list[tuple[int, Context]]
 
 
 @dataclass
@@ -60,6 +47,7 @@ class Result:
         budget (`float`): 1.0 for the full cache.
         scores (`list[Score]`): One per case, in the order of contexts and their questions.
         held_shares (`list[float]`): One per compression: the bytes that the cache held of those of the full one.
+        num_turns (`int`): How many scores one after the other are of the turns of one conversation; 1 for other tasks.
     """
 
     task: str
@@ -68,6 +56,7 @@ class Result:
     budget: float
     scores: list[Score] = field(default_factory=list)
     held_shares: list[float] = field(default_factory=list)
+    num_turns: int = 1
 
 
 class Evaluation:
@@ -80,6 +69,8 @@ class Evaluation:
         budgets (`Sequence[float]`): Fractions of the prompt; each cache gets each of them.
         protocols (`Sequence[str]`): Of `PROTOCOLS`.
         store (`CellStore`, *optional*): Takes what is measured. What it holds already is not measured again.
+        writing (`Writing`, *optional*): Needed where answers are generated.
+        batch_size (`int`): How many contexts of a task are read at a time, padded on the left.
     """
 
     def __init__(
@@ -89,12 +80,16 @@ class Evaluation:
         budgets: Sequence[float],
         protocols: Sequence[str] = PROTOCOLS,
         store: CellStore | None = None,
+        writing: Writing | None = None,
+        batch_size: int = 1,
     ) -> None:
         self.model = model
+        self.asker = Asker(model, writing)
         self.caches = caches
         self.budgets = budgets
         self.protocols = protocols
         self.store = CellStore() if store is None else store
+        self.batch_size = batch_size
 
     def run(self, contexts: Sequence[Context], progress: ProgressCallback) -> list[Result]:
         """
@@ -119,10 +114,10 @@ class Evaluation:
         own = list(enumerate_by_task(contexts))[process::num_processes]
         total = len(self.protocols) * sum(len(context.questions) for _, context in own)
         counter = itertools.count(1)
-        for index, context in own:
-            for num_questions in self._ask(index, context):
+        for batch in batches_of(own, self.batch_size):
+            for num_questions in self._ask(batch):
                 for _ in range(num_questions):
-                    progress(context.task, next(counter), total)
+                    progress(batch[0][1].task, next(counter), total)
 
     def results(self, contexts: Sequence[Context]) -> list[Result]:
         """What the store holds of all questions of these contexts, in an order that does not depend on who asked them when."""
@@ -131,6 +126,9 @@ class Evaluation:
         tasks = dict.fromkeys(context.task for context in contexts)
         order = itertools.product(tasks, self.protocols, settings)
         results = {(*place, *setting): Result(*place, *setting) for *place, setting in order}
+        num_turns = {context.task: len(context.questions) for context in contexts if context.is_conversation}
+        for result in results.values():
+            result.num_turns = num_turns.get(result.task, 1)
         for key, cell in sorted(self.store.cells.items()):
             result = results.get((key.task, key.protocol, key.cache, key.budget))
             if result is not None and (key.task, key.context) in known:
@@ -138,138 +136,188 @@ class Evaluation:
                 result.held_shares.append(cell.held_share)
         return [result for result in results.values() if result.scores]
 
-    def _ask(self, index: int, context: Context) -> Iterator[int]:
-        """Asks the questions of one context; yields how many are done."""
+    def _ask(self, batch: Batch) -> Iterator[int]:
+        """Asks the questions of some contexts; yields how many are done."""
+        if len(batch) == 1:
+            yield from self._ask_caches(batch, self.caches)
+            return
+        yield from self._ask_caches(batch, {name: row for name, row in self.caches.items() if row.takes_batches})
+        others = {name: row for name, row in self.caches.items() if not row.takes_batches}
+        for single in batch if others else ():
+            for _ in self._ask_caches([single], others):
+                pass
+
+    def _ask_caches(self, batch: Batch, caches: dict[str, EvaluatedCache]) -> Iterator[int]:
+        """Asks the questions of some contexts of some of the caches, and of the full one; yields how many are done."""
+        contexts = [context for _, context in batch]
         # Where all is known already, there is nothing to read.
-        find_reader = functools.cache(lambda: Reader(self.model, self._batch([context.ids])))
+        find_reader = functools.cache(lambda: Reader(self.model, *self._pad([context.ids for context in contexts])))
         if "context" in self.protocols:
-            self._ask_after_context(index, context, find_reader)
-            yield len(context.questions)
-        # Answers of one token follow from a full reading of the prompt: there is nothing to ask a cache.
-        in_view = [number for number, question in enumerate(context.questions) if len(question.answer) > 1]
+            self._ask_after_context(batch, caches, find_reader)
+            yield sum(len(context.questions) for context in contexts)
         if "question" in self.protocols:
-            for number in in_view:
-                self._ask_in_view(index, context, number, find_reader)
-                yield 1
-            yield len(context.questions) - len(in_view)
-        self._ask_streams(index, context, in_view, find_reader)
+            num_asked = 0
+            for number in range(max(len(context.questions) for context in contexts)):
+                chosen = [place for place in batch if number in in_view(place[1])]
+                if chosen:
+                    self._ask_in_view(chosen, number, caches, find_reader if len(chosen) == len(batch) else None)
+                    num_asked += len(chosen)
+                    yield len(chosen)
+            # Those of one token, and later turns.
+            yield sum(len(context.questions) for context in contexts) - num_asked
+        self._ask_streams(batch, caches, find_reader)
 
-    def _ask_after_context(self, index: int, context: Context, find_reader: Callable[[], Reader]) -> None:
-        missing = self._missing(context.task, index, ALL_QUESTIONS, "context", "dense", "own")
-        if not missing:
-            return
-        reading = find_reader().context
-        full = full_cache(self.model, reading)
-        num_later = max(map(len_behind, context.questions))
-        for key in missing:
-            if key.cache == BASELINE:
-                cache = full
-            elif self.caches[key.cache].reading == "dense":
-                cache = self._fill(key, reading, num_later)
-            else:
-                cache, _ = self._read(key, context.ids, num_later)
-            self._note(key, self._answer_all(key, cache, context.questions), num_bytes(cache) / num_bytes(full))
-
-    def _ask_in_view(self, index: int, context: Context, number: int, find_reader: Callable[[], Reader]) -> None:
-        missing = self._missing(context.task, index, number, "question", "dense", "own")
-        if not missing:
-            return
-        question = context.questions[number]
-        reading = find_reader().with_question(self._batch([question.ids]))
-        full_bytes = num_bytes(full_cache(self.model, reading))
-        for key in missing:
-            logits = reading.logits
-            if key.cache == BASELINE:
-                cache = full_cache(self.model, reading)
-            elif self.caches[key.cache].reading == "dense":
-                cache = self._fill(key, reading, len(question.answer) - 1)
-            else:
-                cache, logits = self._read(key, context.ids + question.ids, len(question.answer) - 1)
-            held_share = num_bytes(cache) / full_bytes
-            self._note(key, [self._finish(key, cache, logits, question)], held_share)
-
-    def _ask_streams(
-        self, index: int, context: Context, in_view: Sequence[int], find_reader: Callable[[], Reader]
+    def _ask_after_context(
+        self, batch: Batch, caches: dict[str, EvaluatedCache], find_reader: Callable[[], Reader]
     ) -> None:
-        """Both protocols at once: they are the same to these caches, but for a budget that counts the question as well."""
-        asked = {"context": list(range(len(context.questions))), "question": in_view}
-        by_setting: dict[tuple[str, float], list[CellKey]] = {}
-        for protocol in self.protocols:
-            for key in self._missing(context.task, index, ALL_QUESTIONS, protocol, "stream"):
-                if asked[protocol]:
-                    by_setting.setdefault((key.cache, key.budget), []).append(key)
-        num_later = max(map(len_behind, context.questions))
-        for keys in by_setting.values():
-            cache, _ = self._read(keys[0], context.ids, num_later)
-            held_share = num_bytes(cache) / num_bytes(full_cache(self.model, find_reader().context))
-            scores = self._answer_all(keys[0], cache, context.questions)
-            for key in keys:
-                self._note(key, [scores[number] for number in asked[key.protocol]], held_share)
+        missing = self._missing(batch, ALL_QUESTIONS, "context", caches, "dense", "own")
+        if not missing:
+            return
+        reader = find_reader()
+        full = full_cache(self.model, reader.context)
+        num_later = max(len_behind(context) for _, context in batch)
+        for setting, keys in missing.items():
+            if setting[0] == BASELINE:
+                cache = full
+            elif caches[setting[0]].reading == "dense":
+                cache = self._fill(setting, reader.context, num_later)
+            else:
+                cache, _ = self._read(setting, [context.ids for _, context in batch], num_later)
+            scores = self._answer_all(setting, cache, batch, reader.padding)
+            for row, key in keys.items():
+                self._note(key, scores[row], num_bytes(cache) / num_bytes(full))
 
-    def _missing(self, task: str, index: int, question: int, protocol: str, *readings: str) -> list[CellKey]:
-        """What has not been measured of the caches that read prompts in one of these ways; of the full one too if "dense"."""
-        names = [name for name, cache in self.caches.items() if cache.reading in readings]
+    def _ask_in_view(
+        self,
+        batch: Batch,
+        number: int,
+        caches: dict[str, EvaluatedCache],
+        find_reader: Callable[[], Reader] | None,
+    ) -> None:
+        """
+        Asks a question that is read with its context, and the later ones of a conversation behind it. The reader has read the
+        contexts of the batch, if there is one.
+        """
+        in_turn = batch[0][1].is_conversation
+        missing = self._missing(batch, ALL_QUESTIONS if in_turn else number, "question", caches, "dense", "own")
+        if not missing:
+            return
+        turns = [context.questions if in_turn else [context.questions[number]] for _, context in batch]
+        firsts = [questions[0].ids for questions in turns]
+        prompts = [context.ids + first for (_, context), first in zip(batch, firsts, strict=True)]
+        if find_reader is not None and len(set(map(len, firsts))) == 1:
+            reading, padding = find_reader().with_question(self._batch(firsts)), find_reader().padding
+        else:
+            reader = Reader(self.model, *self._pad(prompts))
+            reading, padding = reader.context, reader.padding
+        num_later = max(sum(turn.num_tokens for turn in questions) - len(questions[0].ids) - 1 for questions in turns)
+        full_bytes = num_bytes(full_cache(self.model, reading))
+        for setting, keys in missing.items():
+            logits = reading.logits
+            if setting[0] == BASELINE:
+                cache = full_cache(self.model, reading)
+            elif caches[setting[0]].reading == "dense":
+                cache = self._fill(setting, reading, num_later)
+            else:
+                cache, logits = self._read(setting, prompts, num_later)
+            held_share = num_bytes(cache) / full_bytes
+            scores = self.asker.ask_rows_in_turn(cache, turns, self._is_by_step(setting), logits, padding)
+            for row, key in keys.items():
+                self._note(key, scores[row], held_share)
+
+    def _ask_streams(self, batch: Batch, caches: dict[str, EvaluatedCache], find_reader: Callable[[], Reader]) -> None:
+        """Both protocols at once: they are the same to these caches, but for a budget that counts the question as well."""
+        asked = {
+            "context": [list(range(len(context.questions))) for _, context in batch],
+            "question": [in_view(context, with_turns=True) for _, context in batch],
+        }
+        by_setting: dict[Setting, list[tuple[int, CellKey]]] = {}
+        for protocol in self.protocols:
+            for setting, keys in self._missing(batch, ALL_QUESTIONS, protocol, caches, "stream").items():
+                by_setting.setdefault(setting, []).extend(
+                    (row, key) for row, key in keys.items() if asked[protocol][row]
+                )
+        num_later = max(len_behind(context) for _, context in batch)
+        for setting, places in by_setting.items():
+            if not places:
+                continue
+            reader = find_reader()
+            cache, _ = self._read(setting, [context.ids for _, context in batch], num_later)
+            held_share = num_bytes(cache) / num_bytes(full_cache(self.model, reader.context))
+            scores = self._answer_all(setting, cache, batch, reader.padding)
+            for row, key in places:
+                self._note(key, [scores[row][number] for number in asked[key.protocol][row]], held_share)
+
+    def _missing(
+        self, batch: Batch, question: int, protocol: str, caches: dict[str, EvaluatedCache], *readings: str
+    ) -> dict[Setting, dict[int, CellKey]]:
+        """
+        What has not been measured of the caches that read prompts in one of these ways, of the full one too if "dense": for each
+        cache and budget the rows of the batch.
+        """
+        names = [name for name, cache in caches.items() if cache.reading in readings]
         settings = list(itertools.product(names, self.budgets))
         if "dense" in readings:
             settings.insert(0, (BASELINE, 1.0))
-        keys = [CellKey(task, index, question, protocol, *setting) for setting in settings]
-        return [key for key in keys if key not in self.store]
+        missing = {}
+        for setting in settings:
+            keys = {
+                row: CellKey(context.task, index, question, protocol, *setting)
+                for row, (index, context) in enumerate(batch)
+            }
+            keys = {row: key for row, key in keys.items() if key not in self.store}
+            if keys:
+                missing[setting] = keys
+        return missing
 
     # Reading.
 
     def _batch(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
         return torch.tensor(rows, device=self.model.device)
 
-    def _fill(self, key: CellKey, reading: Reading, num_later: int) -> CompressedCache:
-        """A new cache that holds what it keeps of a prompt that was read with full attention."""
-        cache = self.caches[key.cache].build(self.model, key.budget, reading.num_tokens, num_later)
+    def _pad(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return pad_left(rows, self.model.device)
+
+    def _fill(self, setting: Setting, reading: Reading, num_later: int) -> CompressedCache:
+        """A new cache that holds what it keeps of prompts that were read with full attention."""
+        name, budget = setting
+        cache = self.caches[name].build(self.model, budget, reading.num_tokens, num_later)
         with torch.no_grad():
             cache.replay(reading.layers)
         return cache
 
     @torch.no_grad()
-    def _read(self, key: CellKey, ids: list[int], num_later: int) -> tuple[CompressedCache, torch.Tensor]:
-        """A new cache that has read a prompt itself, and the logits `(1, vocabulary)` of its last token."""
-        cache = self.caches[key.cache].build(self.model, key.budget, len(ids), num_later)
-        return cache, self.model(self._batch([ids]), **{CACHE_ARGUMENT: cache}, logits_to_keep=1).logits[:, -1]
+    def _read(
+        self, setting: Setting, rows: Sequence[list[int]], num_later: int
+    ) -> tuple[CompressedCache, torch.Tensor]:
+        """A new cache that has read prompts itself, and the logits `(rows, vocabulary)` of the last token of each."""
+        name, budget = setting
+        ids, padding = self._pad(rows)
+        cache = self.caches[name].build(self.model, budget, ids.shape[1], num_later)
+        arguments = padding_arguments(padding, 0, ids.shape[1])
+        return cache, self.model(ids, **{CACHE_ARGUMENT: cache}, logits_to_keep=1, **arguments).logits[:, -1]
 
     # Answers.
 
-    @torch.no_grad()
     def _answer_all(
-        self, key: CellKey, cache: CompressedCache | DynamicCache, questions: Sequence[Question]
-    ) -> list[Score]:
-        """Scores the answers to questions that are asked on copies of a cache."""
-        scores: dict[int, Score] = {}
-        largest = max(MAX_COPIED_TOKENS // max(cache.get_seq_length(), 1), 1)
-        for group in groups_of_equal_length(questions, largest):
-            asked = copy.deepcopy(cache)
-            if len(group) > 1:
-                asked.batch_repeat_interleave(len(group))
-            rows = self._batch([questions[index].ids + questions[index].answer[:-1] for index in group])
-            answers = self._batch([questions[index].answer for index in group])
-            logits = self._read_answers(key, asked, rows, answers.shape[1])
-            scores |= zip(group, score_answers(logits, answers), strict=True)
-        return [scores[index] for index in range(len(questions))]
+        self, setting: Setting, cache: Cache, batch: Batch, padding: torch.Tensor | None
+    ) -> list[list[Score]]:
+        """For each context that a cache has read, scores of the answers to all its questions."""
+        by_step = self._is_by_step(setting)
+        contexts = [context for _, context in batch]
+        if contexts[0].is_conversation:
+            return self.asker.ask_rows_in_turn(
+                cache, [context.questions for context in contexts], by_step, padding=padding
+            )
+        if len(batch) == 1:
+            return [self.asker.ask_each(cache, contexts[0].questions, by_step)]
+        questions = [question for context in contexts for question in context.questions]
+        rows = [row for row, context in enumerate(contexts) for _ in context.questions]
+        scores = iter(self.asker.ask_each(cache, questions, by_step, rows, padding))
+        return [list(itertools.islice(scores, len(context.questions))) for context in contexts]
 
-    def _read_answers(self, key: CellKey, cache: Cache, rows: torch.Tensor, num_logits: int) -> torch.Tensor:
-        """The last `num_logits` logits `(rows, num_logits, vocabulary)` of rows of tokens `(rows, tokens)`."""
-        pieces = [rows]
-        if key.cache != BASELINE and self.caches[key.cache].reads_answers_by_step:
-            num_first = rows.shape[1] - num_logits + 1
-            pieces = [piece for piece in (rows[:, :num_first], *rows[:, num_first:].split(1, dim=1)) if piece.shape[1]]
-        logits = [
-            self.model(piece, **{CACHE_ARGUMENT: cache}, logits_to_keep=min(num_logits, piece.shape[1])).logits
-            for piece in pieces
-        ]
-        return torch.cat(logits, dim=1)[:, -num_logits:]
-
-    @torch.no_grad()
-    def _finish(self, key: CellKey, cache: Cache, first_logits: torch.Tensor, question: Question) -> Score:
-        """Scores the answer to a question that a cache has read, which ends with `first_logits` `(1, vocabulary)`."""
-        answer = self._batch([question.answer])
-        logits = self._read_answers(key, cache, answer[:, :-1], answer.shape[1] - 1)
-        return score_answers(torch.cat([first_logits[:, None], logits], dim=1), answer)[0]
+    def _is_by_step(self, setting: Setting) -> bool:
+        return setting[0] != BASELINE and self.caches[setting[0]].reads_answers_by_step
 
     def _note(self, key: CellKey, scores: Sequence[Score], held_share: float) -> None:
         accuracies, likelihoods = zip(*((score.token_accuracy, score.log_likelihood) for score in scores), strict=True)
@@ -283,32 +331,28 @@ def enumerate_by_task(contexts: Sequence[Context]) -> Iterator[tuple[int, Contex
         yield next(counters.setdefault(context.task, itertools.count())), context
 
 
-def len_behind(question: Question) -> int:
-    """How many tokens a model reads behind a context to be asked a question and scored on all of its answer."""
-    return len(question.ids) + len(question.answer) - 1
+def batches_of(contexts: Sequence[tuple[int, Context]], batch_size: int) -> Iterator[Batch]:
+    """Contexts that come one behind the other in batches, each of one task."""
+    for _, group in itertools.groupby(contexts, key=lambda place: (place[1].task, place[1].is_conversation)):
+        places = list(group)
+        yield from (places[start : start + batch_size] for start in range(0, len(places), batch_size))
 
 
-def score_answers(logits: torch.Tensor, answers: torch.Tensor) -> list[Score]:
+def in_view(context: Context, with_turns: bool = False) -> list[int]:
     """
-    Compares what a model predicts with right answers.
-
-    Args:
-        logits (`torch.Tensor`): `(rows, tokens, vocabulary)`, each for the token of the answer at its place.
-        answers (`torch.Tensor`): `(rows, tokens)` token ids.
+    Which questions are read with the context: those about which a cache that has evicted then has anything to say. The first
+    token of an answer follows from a full reading of the prompt. Of a conversation it is the first question; with its later
+    turns, all.
     """
-    is_right = logits.argmax(dim=-1) == answers
-    chosen = logits.float().log_softmax(dim=-1).gather(-1, answers[..., None]).squeeze(-1)
-    rows = zip(is_right.float().mean(dim=-1).tolist(), chosen.mean(dim=-1).tolist(), strict=True)
-    return [Score(token_accuracy, log_likelihood) for token_accuracy, log_likelihood in rows]
+    if context.is_conversation:
+        return list(range(len(context.questions) if with_turns else 1))
+    return [number for number, question in enumerate(context.questions) if len(question.answer) > 1 or question.metric]
 
 
-def groups_of_equal_length(questions: Sequence[Question], largest: int) -> Iterator[list[int]]:
-    """The indices of questions in groups of at most `largest`, whose questions and answers have the same lengths."""
-    by_length: dict[tuple[int, int], list[int]] = {}
-    for index, question in enumerate(questions):
-        by_length.setdefault((len(question.ids), len(question.answer)), []).append(index)
-    for indices in by_length.values():
-        yield from (indices[start : start + largest] for start in range(0, len(indices), largest))
+def len_behind(context: Context) -> int:
+    """How many tokens a model reads behind a context at most to be asked and scored on all of an answer."""
+    lengths = [question.num_tokens for question in context.questions]
+    return (sum(lengths) if context.is_conversation else max(lengths)) - 1
 
 
 def num_bytes(cache: Cache) -> int:

@@ -14,6 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 from pyramid_cache.caches.h2o import H2OCache
 from pyramid_cache.engine.architectures import CACHE_ARGUMENT
 from pyramid_cache.engine.recording import RecordedChunk
+from pyramid_cache.evaluation.padding import padding_arguments
 from pyramid_cache.ops import attention_with_lse, row_lse
 
 
@@ -52,14 +53,16 @@ class Reader:
         model (`PreTrainedModel`): Each of its layers has full attention. Its rotary frequencies do not depend on the length
             of what it reads at a time (as with dynamic or longrope scaling): a question read behind the context is to
             be what it would be if both were read at once.
-        ids (`torch.Tensor`): `(batch, tokens)`, the context, without padding.
+        ids (`torch.Tensor`): `(batch, columns)`, the context.
+        padding (`torch.Tensor`, *optional*): `(batch,)`, how many columns of padding each row begins with.
 
     Raises:
         NotImplementedError: The model has layers of other kinds, or such frequencies.
     """
 
-    def __init__(self, model: PreTrainedModel, ids: torch.Tensor) -> None:
+    def __init__(self, model: PreTrainedModel, ids: torch.Tensor, padding: torch.Tensor | None = None) -> None:
         self.model = model
+        self.padding = padding
         self.cache = H2OCache(model.config, budget=1.0)  # never evicts, and never scores
         if len(self.cache.compressed_layers) < len(self.cache.layers):
             raise NotImplementedError(
@@ -78,7 +81,8 @@ class Reader:
     @torch.no_grad()
     def _record(self, ids: torch.Tensor) -> Reading:
         self.cache.activate_past_recording()
-        logits = self.model(ids, **{CACHE_ARGUMENT: self.cache}, logits_to_keep=1).logits[:, -1]
+        arguments = padding_arguments(self.padding, self.cache.get_seq_length(), ids.shape[1])
+        logits = self.model(ids, **{CACHE_ARGUMENT: self.cache}, logits_to_keep=1, **arguments).logits[:, -1]
         return Reading([layer.last_recorded for layer in self.cache.compressed_layers], logits)
 
     def with_question(self, ids: torch.Tensor) -> Reading:
@@ -90,7 +94,11 @@ class Reader:
 
 @torch.no_grad()
 def with_lse(reading: Reading) -> Reading:
-    """Works out the log-sum-exps of those queries that have none yet, the last ones: caches would each do so."""
+    """
+    Works out the log-sum-exps of those queries that have none yet, the last ones: caches would each do so. With padding they do.
+    """
+    if any(chunk.has_padding for _, chunk in reading.layers[:1]):
+        return replace(reading, layers=[(module, replace(chunk, lse=None)) for module, chunk in reading.layers])
     layers = []
     for module, chunk in reading.layers:
         num_known = 0 if chunk.lse is None else chunk.lse.shape[2]
