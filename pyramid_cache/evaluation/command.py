@@ -1,12 +1,14 @@
 """`pyramid-cache evaluate`: its options, and its steps from making the cases to writing the results."""
 
 import argparse
+import functools
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import AutoTokenizer
 
 from pyramid_cache import weights
 from pyramid_cache.demo.model import load_model
@@ -156,6 +158,7 @@ def run(options: argparse.Namespace) -> None:
     from rich.console import Console
 
     from pyramid_cache.evaluation import report
+    from pyramid_cache.evaluation.folder import ResultFolder
 
     check_output("--json", options.json)
     check_cases(options)
@@ -164,7 +167,9 @@ def run(options: argparse.Namespace) -> None:
     team = Team(options.device)
     messages = Console(stderr=True, quiet=team.process > 0)
     machine = describe_machine(team.device)
-    store = open_store(options, team, lambda text: messages.print(text, highlight=False, markup=False, soft_wrap=True))
+    announce = functools.partial(messages.print, highlight=False, markup=False, soft_wrap=True)
+    store = open_store(options, team, announce)
+    folder = None if options.out is None else ResultFolder(options.out, announce)
     results: list[Result] = []
     settings: dict[str, Any] = {}
     for kind in dict.fromkeys(task.kind for task in options.tasks):
@@ -180,6 +185,9 @@ def run(options: argparse.Namespace) -> None:
             evaluation.measure(contexts, progress, team.process, team.num_processes)
         team.share(store)
         results += evaluation.results(contexts)
+        if folder is not None and team.process == 0:
+            tokenizer = None if kind == "recall" else AutoTokenizer.from_pretrained(model.name_or_path)
+            folder.take(evaluation, contexts, tokenizer)
     team.leave()
     if team.process > 0:
         return
@@ -190,12 +198,12 @@ def run(options: argparse.Namespace) -> None:
         "machine": machine | {"processes": team.num_processes, "load_average_after": load_average()},
         "versions": describe_versions("pyramid_cache", "torch", "transformers"),
     }
-    written = [] if options.json is None else [options.json]
-    if options.out is not None:
-        written.append(options.out / "results.json")
-        (options.out / "report.md").write_text(report.markdown(record), encoding="utf-8")
-    for path in written:
-        write_json(record, path)
+    written = []
+    if options.json is not None:
+        write_json(record, options.json)
+        written.append(options.json)
+    if folder is not None:
+        written += folder.write(record)
     report.show(record)
     for path in written:
         messages.print(f"Wrote {path}", highlight=False, soft_wrap=True)
