@@ -2,6 +2,7 @@
 
 import base64
 import html
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -25,31 +26,41 @@ nav ul { padding-left: 1.2rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
 th, td { padding: .25rem .75rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
+tbody th { font-weight: normal; }
 th:first-child, td:first-child { text-align: left; }
+.sorts th:first-child { position: sticky; left: 0; background: var(--back); }
+.sorts thead th:first-child { background: var(--head); }
 thead th { background: var(--head); padding: 0; }
 thead button { all: unset; box-sizing: border-box; width: 100%; padding: .35rem .75rem; cursor: pointer; }
 thead button:focus-visible { outline: 2px solid var(--link); outline-offset: -2px; }
 th[aria-sort="ascending"] button::after { content: " \\2191"; }
 th[aria-sort="descending"] button::after { content: " \\2193"; }
-.notes th { font-weight: normal; color: var(--dim); text-align: left; vertical-align: top; }
+.notes th { color: var(--dim); text-align: left; vertical-align: top; }
 .notes td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 .full td, .full th { font-weight: 600; }
 figure { margin: 1.5rem 0; }
 figcaption { margin-bottom: .5rem; }
 img { display: block; min-width: 40rem; max-width: 100%; height: auto; background: #fff; }
 code { font-size: .85rem; overflow-wrap: anywhere; }
+@media (max-width: 40rem) {
+  table { font-size: .8rem; }
+  th, td, thead button { padding-left: .4rem; padding-right: .4rem; }
+  .sorts th:first-child { white-space: normal; min-width: 6.5rem; max-width: 8rem; }
+  .sorts thead th { white-space: normal; vertical-align: bottom; }
+}
 """
 
 SCRIPT = """
 for (const button of document.querySelectorAll("thead button")) {
   button.addEventListener("click", () => {
     const head = button.parentElement, body = head.closest("table").tBodies[0];
-    const rising = head.getAttribute("aria-sort") === "descending";
+    const value = row => row.cells[head.cellIndex].textContent;
+    const isText = isNaN(value(body.rows[0])), sorted = head.getAttribute("aria-sort");
+    const rising = sorted ? sorted === "descending" : isText;
     for (const other of head.parentElement.children) other.removeAttribute("aria-sort");
     head.setAttribute("aria-sort", rising ? "ascending" : "descending");
-    const value = row => row.cells[head.cellIndex].textContent;
-    const order = (a, b) => isNaN(value(a)) || isNaN(value(b)) ? value(b).localeCompare(value(a)) : value(b) - value(a);
-    body.append(...[...body.rows].sort((a, b) => rising ? order(b, a) : order(a, b)));
+    const order = (a, b) => isText ? value(a).localeCompare(value(b)) : value(a) - value(b);
+    body.append(...[...body.rows].sort((a, b) => rising ? order(a, b) : order(b, a)));
   });
 }
 """
@@ -71,19 +82,19 @@ def page(record: dict[str, Any], plots: Sequence[Plot]) -> str:
     """
     settings = record["settings"]
     title = f"{models_of(settings)}, {settings['dtype']} on {settings['device']}"
-    sections = [(f"{task}, {protocol} first", table(rows)) for (task, protocol), rows in groups(record["rows"])]
-    links = [title for title, _ in sections] + (["Pictures"] if plots else []) + ["Settings and versions"]
-    contents = "".join(f'<li><a href="#part-{number}">{escape(link)}</a></li>' for number, link in enumerate(links))
+    sections: dict[str, list[str]] = {}
+    for (task, protocol), rows in groups(record["rows"]):
+        sections[f"{task}, {protocol} first"] = [table(rows)]
+    for plot in plots:
+        sections.setdefault(plot.section, []).append(picture(plot))
+    sections["Settings and versions"] = [notes(facts(record))]
+    links = "".join(
+        f'<li><a href="#part-{number}">{escape(heading)}</a></li>' for number, heading in enumerate(sections)
+    )
     parts = [f"<h1>{escape(title)}</h1>", f'<p class="dim">{escape(footnote(record))}</p>']
-    parts += [
-        f"<p><code>{escape(record['command'])}</code></p>",
-        f'<nav aria-label="Contents"><ul>{contents}</ul></nav>',
-    ]
-    for number, (heading, content) in enumerate(sections):
-        parts += [section_heading(number, heading), content]
-    if plots:
-        parts += [section_heading(len(sections), "Pictures"), *map(picture, plots)]
-    parts += [section_heading(len(links) - 1, "Settings and versions"), notes(facts(record))]
+    parts += [f"<p><code>{escape(record['command'])}</code></p>", f'<nav aria-label="Contents"><ul>{links}</ul></nav>']
+    for number, (heading, content) in enumerate(sections.items()):
+        parts += [f'<h2 id="part-{number}">{escape(heading)}</h2>', *content]
     body = "\n".join(parts)
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -97,17 +108,17 @@ def escape(value: object) -> str:
     return html.escape(str(value), quote=True)
 
 
+def breakable(name: str) -> str:
+    """The name of a class, which may break before a capital where the page is narrow."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z(])", "<wbr>", escape(name))
+
+
 def groups(rows: Sequence[dict[str, Any]]) -> Iterable[tuple[tuple[str, str], list[dict[str, Any]]]]:
     """Rows by task and protocol, in the order in which they come."""
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
         found.setdefault((row["task"], row["protocol"]), []).append(row)
     return found.items()
-
-
-def section_heading(number: int, text: str) -> str:
-    """A heading that the contents link to."""
-    return f'<h2 id="part-{number}">{escape(text)}</h2>'
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -119,9 +130,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         cells = [f"{row['budget']:g}", *figures, str(row["num_cases"])]
         marked = ' class="full"' if row["cache"] == BASELINE else ""
         data = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
-        lines.append(f'<tr{marked}><th scope="row">{escape(row["label"])}</th>{data}</tr>')
+        lines.append(f'<tr{marked}><th scope="row">{breakable(row["label"])}</th>{data}</tr>')
     body = "\n".join(lines)
-    return f'<div class="wide"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>'
+    return f'<div class="wide"><table class="sorts">\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>'
 
 
 def picture(plot: Plot) -> str:

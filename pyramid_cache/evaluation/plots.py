@@ -4,8 +4,9 @@ import io
 import math
 import re
 import statistics
+import textwrap
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import matplotlib
@@ -20,9 +21,10 @@ from pyramid_cache.evaluation.kept import KeptPositions
 # Eight colours that differ for colour-blind eyes as well; caches beyond them get dashes and a marker of their own.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#7b3fa0", "#5c4033")
 LINE_STYLES = ("-", "--", ":", "-.")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "h", "p", "8", "d", "H", ".")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", "p", ">", "d", "h", "*", "8", "o", "s")
 BASELINE_COLOR = "#6e6e6e"
 FACT_COLOR = "#c2185b"
+SHARE_TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 NUM_DEPTHS = 5
 DPI = 110
 
@@ -34,11 +36,13 @@ class Plot:
 
     Attributes:
         name (`str`): Of its file, without a suffix.
+        section (`str`): Of a report, where it belongs.
         title (`str`): What it shows.
         png (`bytes`): The picture, the same whenever it is drawn.
     """
 
     name: str
+    section: str
     title: str
     png: bytes
 
@@ -57,19 +61,18 @@ def draw_all(rows: Sequence[dict[str, Any]], answers: Sequence[Answer], kept: Se
     with matplotlib.rc_context(matplotlib.rcParamsDefault | {"backend": matplotlib.rcParams["backend"]}):
         for task, protocol in dict.fromkeys((row["task"], row["protocol"]) for row in rows):
             here = [row for row in rows if (row["task"], row["protocol"]) == (task, protocol)]
-            title = f"{task}, {protocol} first: score against the budget and against the bytes kept"
-            plots.append(Plot(f"score-{task}-{protocol}", title, draw_scores(here)))
+            section = f"{task}, {protocol} first"
+            title = f"{section}: scores against the budget and against the bytes kept"
+            plots.append(Plot(f"score-{task}-{protocol}", section, title, draw_scores(here)))
         known = [answer for answer in answers if answer.depth is not None]
         for family, protocol in dict.fromkeys((family_of(answer), answer.protocol) for answer in known):
             shown = [answer for answer in known if (family_of(answer), answer.protocol) == (family, protocol)]
-            title = (
-                f"{family}, {protocol} first: token accuracy by the depth of the answer and the length of the context"
-            )
-            plots.append(Plot(f"depth-{family}-{protocol}", title, draw_depths(shown)))
+            title = f"{family}, {protocol} first: token accuracy by depth of the answer and length of the context"
+            plots.append(Plot(f"depth-{family}-{protocol}", "Where answers stand", title, draw_depths(shown)))
         if kept:
             title = f"{kept[0].task}: positions of its first context that each cache keeps"
-            plots.append(Plot(f"positions-{kept[0].task}", title, draw_positions(kept, answers)))
-    return [Plot(name, plot.title, plot.png) for name, plot in zip(file_names(plots), plots, strict=True)]
+            plots.append(Plot(f"positions-{kept[0].task}", "What is kept", title, draw_positions(kept, answers)))
+    return [replace(plot, name=name) for name, plot in zip(file_names(plots), plots, strict=True)]
 
 
 def file_names(plots: Sequence[Plot]) -> Iterator[str]:
@@ -126,9 +129,14 @@ def draw_scores(rows: Sequence[dict[str, Any]]) -> bytes:
     grid[0, 0].set_ylim(-0.03, 1.03)
     grid[1, 0].set_xlabel("budget, a fraction of the prompt")
     grid[1, 1].set_xlabel("bytes kept, a share of the full cache's")
-    grid[1, 1].set_xlim(0, None)
-    if budgets:
-        grid[1, 0].set_xticks(budgets, [f"{budget:g}" for budget in budgets])
+    # Budgets differ by factors. Each is a tick; bytes have those of the scale's own choice.
+    for axis in grid[1]:
+        axis.set_xscale("log")
+        axis.minorticks_off()
+    grid[1, 0].set_xticks(budgets, [f"{budget:g}" for budget in budgets])
+    shares = [row["held_share"] for row in rows]
+    ticks = [tick for tick in SHARE_TICKS if min(shares) / 1.3 <= tick <= max(shares) * 1.3]
+    grid[1, 1].set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize="small", handlelength=3.2)
     return as_png(figure)
@@ -148,9 +156,9 @@ def draw_lines(axis: Axes, rows: Sequence[dict[str, Any]], place: str, score: st
             values,
             **style,
             linewidth=1.4,
-            markersize=5,
+            markersize=5.5,
             markeredgecolor="white",
-            markeredgewidth=0.5,
+            markeredgewidth=0.4,
             label=label_of(cache),
         )
     axis.grid(color="#e4e4e4", linewidth=0.6)
@@ -184,35 +192,49 @@ def map_grid(
                 axis.set_axis_off()
                 continue
             title = label_of(cache) if cache == BASELINE else f"{label_of(cache)}, {budget:g}"
-            axis.set_title(title, fontsize="small", loc="left", pad=3)
+            axis.set_title(textwrap.fill(title, int(13 * width)), fontsize="small", loc="left", pad=3)
             axis.tick_params(labelsize="small", length=2)
             found[place] = axis
     return figure, found
 
 
-def draw_depths(answers: Sequence[Answer]) -> bytes:
-    """Mean token accuracy by the depth of the answer in its context and the length of the context, per cache and budget."""
+def depth_means(answers: Sequence[Answer]) -> tuple[list[int], dict[tuple[str, float], list[list[float]]]]:
+    """
+    Mean token accuracy by depth and length.
+
+    Returns:
+        The lengths of contexts that there are, and for each cache with its budget a row per fifth of the depth, in it a mean per
+        length; NaN where there was no question.
+    """
     lengths = sorted({answer.length for answer in answers})
-    cells: dict[tuple[str, float], dict[tuple[int, int], list[float]]] = {}
+    cells: dict[tuple[str, float], list[list[list[float]]]] = {}
     for answer in answers:
         depth = min(int(answer.depth * NUM_DEPTHS), NUM_DEPTHS - 1)
-        by_cell = cells.setdefault((answer.cache, answer.budget), {})
-        by_cell.setdefault((depth, lengths.index(answer.length)), []).append(answer.token_accuracy)
-    figure, axes = map_grid(list(cells), width=max(2.6, 0.5 * len(lengths)), height=1.05)
+        rows = cells.setdefault((answer.cache, answer.budget), [[[] for _ in lengths] for _ in range(NUM_DEPTHS)])
+        rows[depth][lengths.index(answer.length)].append(answer.token_accuracy)
+    means = {
+        place: [[statistics.fmean(cell) if cell else math.nan for cell in row] for row in rows]
+        for place, rows in cells.items()
+    }
+    return lengths, means
+
+
+def draw_depths(answers: Sequence[Answer]) -> bytes:
+    """Mean token accuracy by the depth of the answer in its context and the length of the context, per cache and budget."""
+    lengths, means = depth_means(answers)
+    figure, axes = map_grid(list(means), width=max(2.9, 0.5 * len(lengths)), height=1.05)
     image = None
     for place, axis in axes.items():
-        means = [
-            [statistics.fmean(cells[place].get((depth, length), [math.nan])) for length in range(len(lengths))]
-            for depth in range(NUM_DEPTHS)
-        ]
-        image = axis.imshow(means, aspect="auto", cmap=depth_colors(), vmin=0, vmax=1, interpolation="nearest")
+        image = axis.imshow(means[place], aspect="auto", cmap=depth_colors(), vmin=0, vmax=1, interpolation="nearest")
         axis.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
         axis.set_yticks([-0.5, NUM_DEPTHS / 2 - 0.5, NUM_DEPTHS - 0.5], ["0 %", "50 %", "100 %"])
         if len(lengths) <= 6:
-            write_values(axis, means)
+            write_values(axis, means[place])
     figure.supxlabel("tokens of the context", fontsize="small")
     figure.supylabel("depth of the answer in the context", fontsize="small")
-    figure.colorbar(image, ax=list(axes.values()), label="token accuracy", shrink=0.5, aspect=40, pad=0.02)
+    figure.colorbar(
+        image, ax=list(axes.values()), label="token accuracy", location="top", shrink=0.4, aspect=30, pad=0.01
+    )
     return as_png(figure)
 
 
@@ -262,5 +284,5 @@ def draw_positions(kept: Sequence[KeptPositions], answers: Sequence[Answer]) -> 
     figure.supxlabel("position in the context (red: answers to its questions)", fontsize="small")
     figure.supylabel("layer", fontsize="small")
     label = "share of the KV heads that keep it"
-    figure.colorbar(image, ax=list(axes.values()), label=label, shrink=0.5, aspect=40, pad=0.02)
+    figure.colorbar(image, ax=list(axes.values()), label=label, location="top", shrink=0.4, aspect=30, pad=0.01)
     return as_png(figure)
