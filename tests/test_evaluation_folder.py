@@ -20,8 +20,9 @@ from models import random_tokens
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pyramid_cache.cli import main
+from pyramid_cache.engine.architectures import CACHE_ARGUMENT
 from pyramid_cache.evaluation import plots
-from pyramid_cache.evaluation.answers import Answer, depth_of
+from pyramid_cache.evaluation.answers import Answer, depths_of
 from pyramid_cache.evaluation.caches import BASELINE, CACHES
 from pyramid_cache.evaluation.cells import Cell, CellKey, CellStore
 from pyramid_cache.evaluation.folder import ResultFolder
@@ -89,28 +90,39 @@ HAND_SCORES = [
 ]
 
 
-def hand_scored(folder: Path, names: Sequence[str], contexts: Sequence[Context]) -> dict[str, Any]:
-    """Evaluates the successor model, writes the folder, and returns the record that it was written from."""
+def hand_scored(folder: Path, names: Sequence[str], contexts: Sequence[Context]) -> None:
+    """Evaluates the successor model, and writes the folder."""
     store = CellStore(folder, {})
     evaluation = Evaluation(successor_model(), {name: CACHES[name] for name in names}, [0.5], store=store)
     results = evaluation.run(contexts, no_progress)
     written = ResultFolder(folder, ignore)
     written.take(evaluation, contexts)
-    record = {
-        "rows": [as_row(result) for result in results],
+    written.write(record_of([as_row(result) for result in results]))
+
+
+def record_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a command would have made of rows."""
+    return {
+        "rows": rows,
         "settings": {"model": "successors", "dtype": "float32", "device": "cpu"},
         "command": "none",
         "machine": {"processor": "some"},
         "versions": {"torch": "some"},
     }
-    written.write(record)
-    return record
 
 
-def test_answers_are_those_scored_by_hand(tmp_path: Path) -> None:
-    """Both protocols, a cache that evicts and a stream; answers of one token are not measured with the question in view."""
-    record = hand_scored(tmp_path, ["knorm", "streaming"], [HAND_CONTEXT])
-    with (tmp_path / "answers.csv").open(newline="") as file:
+@pytest.fixture(scope="module")
+def hand_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both protocols, a cache that evicts and a stream."""
+    folder = tmp_path_factory.mktemp("answers")
+    hand_scored(folder, ["knorm", "streaming"], [HAND_CONTEXT])
+    return folder
+
+
+def test_answers_are_those_scored_by_hand(hand_folder: Path) -> None:
+    """Answers of one token are not measured with the question in view."""
+    record = json.loads((hand_folder / "results.json").read_text())
+    with (hand_folder / "answers.csv").open(newline="") as file:
         found = list(csv.DictReader(file))
     expected = [
         (cache, protocol, number)
@@ -123,7 +135,7 @@ def test_answers_are_those_scored_by_hand(tmp_path: Path) -> None:
     for row in found:
         depth, answer, exact, token_accuracy, log_likelihood = HAND_SCORES[int(row["question"])]
         assert (row["task"], row["length"], row["context"]) == ("successors", "8", "0")
-        assert (row["depth"], row["answer"], row["exact"]) == (depth, answer, str(exact))
+        assert (row["depths"], row["answer"], row["exact"]) == (depth, answer, str(exact))
         assert float(row["token_accuracy"]) == token_accuracy
         assert float(row["log_likelihood"]) == pytest.approx(log_likelihood, abs=2e-6)
         assert row["budget"] == ("1.0" if row["cache"] == BASELINE else "0.5")
@@ -135,26 +147,26 @@ def test_answers_are_those_scored_by_hand(tmp_path: Path) -> None:
     # The other caches say themselves what they hold of the context.
     cache = CACHES["knorm"].build(successor_model(), 0.5, 8, 0)
     with torch.no_grad():
-        successor_model()(torch.tensor([HAND_CONTEXT.ids]), past_key_values=cache)
+        successor_model()(torch.tensor([HAND_CONTEXT.ids]), **{CACHE_ARGUMENT: cache})
     held = {int(row["held_bytes"]) for row in found if (row["cache"], row["protocol"]) == ("knorm", "context")}
     assert held == {cache.nbytes} and 4 * 64 <= cache.nbytes < 8 * 64
 
 
 @pytest.mark.parametrize(
-    "ids, question, answer, depth",
+    "ids, question, answer, depths",
     [
-        ([1, 2, 3, 4], [9, 2], [3], 0.5),
-        ([1, 2, 3, 4], [9], [3], None),  # stands behind something else than the question's last token
-        ([1, 2, 3, 4], [3], [4, 5], None),  # is not whole
-        ([1, 2, 3, 7, 8, 2, 3, 7], [8, 2], [3], 0.75),  # of two places the one with 8 before 2
-        ([8, 2, 3, 7, 8, 2, 3, 7], [8, 2], [3], None),  # two places that do not differ
-        ([3, 1], [2], [3], None),  # nothing before it
+        ([1, 2, 3, 4], [9, 2], [3], (0.5,)),
+        ([1, 2, 3, 4], [9], [3], ()),  # stands behind something else than the question's last token
+        ([1, 2, 3, 4], [3], [4, 5], ()),  # is not whole
+        ([1, 2, 3, 7, 8, 2, 3, 7], [8, 2], [3], (0.75,)),  # of two places the one with 8 before 2
+        ([8, 2, 3, 7, 8, 2, 3, 7], [8, 2], [3], ()),  # two places that do not differ
+        ([3, 1], [2], [3], ()),  # nothing before it
     ],
 )
 def test_depths_are_where_answers_stand_behind_the_question(
-    ids: list[int], question: list[int], answer: list[int], depth: float | None
+    ids: list[int], question: list[int], answer: list[int], depths: tuple[float, ...]
 ) -> None:
-    assert depth_of(Context("", ids, [Question(question, answer)]), 0) == depth
+    assert depths_of(Context("", ids, [Question(question, answer)]), 0) == depths
 
 
 def test_answers_are_texts_where_there_is_a_tokenizer(tmp_path: Path) -> None:
@@ -281,11 +293,9 @@ def test_long_contexts_have_means_of_neighbours(tmp_path: Path) -> None:
 # Pictures.
 
 
-def answer(
-    cache: str, budget: float, length: int, depth: float | None, token_accuracy: float, context: int = 0
-) -> Answer:
+def answer(cache: str, budget: float, length: int, depth: float, token_accuracy: float) -> Answer:
     return Answer(
-        *(f"made-up-{length}", length, cache, budget, "context", context, 0, depth, "1"),
+        *(f"made-up-{length}", length, cache, budget, "context", 0, 0, (depth,), "1"),
         *(token_accuracy == 1, token_accuracy, -1.0, 0.5, 100),
     )
 
@@ -419,9 +429,9 @@ class Page(HTMLParser):
             assert "url(" not in data and "@import" not in data
 
 
-def test_the_page_has_tables_and_pictures_in_it(tmp_path: Path) -> None:
-    record = hand_scored(tmp_path, ["knorm", "streaming"], [HAND_CONTEXT])
-    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+def test_the_page_has_tables_and_pictures_in_it(hand_folder: Path) -> None:
+    record = json.loads((hand_folder / "results.json").read_text())
+    text = (hand_folder / "report.html").read_text(encoding="utf-8")
     assert text.startswith("<!DOCTYPE html>\n")
     parsed = Page(text)
     assert (
@@ -429,7 +439,7 @@ def test_the_page_has_tables_and_pictures_in_it(tmp_path: Path) -> None:
     )
     assert "prefers-color-scheme: dark" in text and 'name="viewport"' in text
     assert parsed.links == parsed.ids and len(set(parsed.ids)) == len(parsed.ids) == 5
-    pictures = {path.name: path.read_bytes() for path in (tmp_path / "plots").iterdir()}
+    pictures = {path.name: path.read_bytes() for path in (hand_folder / "plots").iterdir()}
     assert sorted(pictures) == [
         "depth-successors-context.png",
         "positions-successors.png",
@@ -457,16 +467,22 @@ def test_names_in_the_page_are_text() -> None:
     assert Page(text).num_tags["script"] == 1 and "alert(" in text and 'alert("' not in text
 
 
-def test_pictures_of_what_is_not_asked_for_are_removed(tmp_path: Path) -> None:
-    hand_scored(tmp_path, ["knorm"], [HAND_CONTEXT])
-    (tmp_path / "plots" / "mine.png").write_bytes(b"")
-    (tmp_path / "plots" / "score-old-context.png").write_bytes(b"")
+def test_leftovers_are_removed(tmp_path: Path) -> None:
+    """Pictures that a report has no results for, and what was half written; not what others have put there."""
+    CellStore(tmp_path, {"model": "a"})
+    (tmp_path / "plots").mkdir()
+    own = ["score-old-context.png", "depth-old.png", "positions-old.png", "score-old.png.0123456789abcdef.tmp"]
+    other = ["mine.png", "notes.tmp", "score-notes.txt"]
+    for name in own + other:
+        (tmp_path / "plots" / name).write_bytes(b"")
     (tmp_path / "report.md.0123456789abcdef.tmp").write_bytes(b"")
-    (tmp_path / "notes.tmp").write_bytes(b"")
-    hand_scored(tmp_path, ["knorm"], [HAND_CONTEXT])
-    names = {path.name for path in tmp_path.rglob("*")}
-    assert {"mine.png", "notes.tmp", "score-successors-context.png"} <= names
-    assert not {"score-old-context.png", "report.md.0123456789abcdef.tmp"} & names
+    ResultFolder(tmp_path, ignore).write(record_of([]))
+    assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == sorted(other)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == sorted(
+        [*REPORTS, "results.json", "settings.json"]
+    )
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    assert settings["settings"] == {"model": "a"} and settings["run"]["command"] == "none"
 
 
 # Killed.
@@ -474,8 +490,7 @@ def test_pictures_of_what_is_not_asked_for_are_removed(tmp_path: Path) -> None:
 
 REPORTS = ("answers.csv", "report.html", "report.md")
 KILLED = ["evaluate", "--tasks", "recall-64,recall-66", "--caches", "knorm,streaming,shadow", "--budgets", "0.5,0.2"]
-KILLED += ["--limit", "3", "--threads", "1"]
-NUM_CELLS = 2 * 3 * (1 + 3 * 2)
+KILLED += ["--threads", "1"]
 
 
 def reports_in(folder: Path) -> dict[str, bytes]:
@@ -492,12 +507,12 @@ def wait_for(is_met: Any, process: Any) -> None:
         time.sleep(0.0005)
 
 
-def moments(generator: random.Random) -> Iterator[tuple[int, float]]:
+def moments(num_cells: int, generator: random.Random) -> Iterator[tuple[int, float]]:
     """Twenty moments to kill at: after how many cells, and how many seconds later."""
-    counts = sorted(generator.sample(range(1, NUM_CELLS), 12))
+    counts = sorted(generator.sample(range(1, num_cells), 12))
     yield from ((count, generator.uniform(0, 0.01)) for count in counts)
     # All is measured: what is left is to look at what is kept of an example, and to draw and write reports.
-    yield from ((NUM_CELLS, generator.uniform(0, 2.5)) for _ in range(8))
+    yield from ((num_cells, generator.uniform(0, 2.5)) for _ in range(8))
 
 
 @pytest.mark.slow
@@ -520,9 +535,9 @@ def test_an_evaluation_that_is_killed_loses_nothing_and_repeats_nothing(tmp_path
     uninterrupted = start(whole)
     uninterrupted.join()
     assert uninterrupted.exitcode == 0
-    assert len((whole / "cells.jsonl").read_text().splitlines()) == NUM_CELLS
+    num_cells = len((whole / "cells.jsonl").read_text().splitlines())
     num_killed, seen = 0, b""
-    for count, seconds in moments(random.Random(7)):
+    for count, seconds in moments(num_cells, random.Random(7)):
         process = start(killed)
         wait_for(lambda: num_lines() >= count, process)  # noqa: B023
         process.join(seconds)
@@ -537,7 +552,7 @@ def test_an_evaluation_that_is_killed_loses_nothing_and_repeats_nothing(tmp_path
     process.join()
     assert process.exitcode == 0
     keys = [json.dumps(json.loads(line)["key"]) for line in (killed / "cells.jsonl").read_text().splitlines()]
-    assert len(keys) == len(set(keys)) == NUM_CELLS  # nothing is repeated
+    assert len(keys) == len(set(keys)) == num_cells  # nothing is repeated
     kept = (killed / "positions.jsonl").read_text()
     assert kept == (whole / "positions.jsonl").read_text() and len(kept.splitlines()) == 3 * 2
     assert reports_in(killed) == reports_in(whole)

@@ -28,7 +28,8 @@ class Answer:
         length (`int`): Tokens of the context.
         budget (`float`): 1.0 for the full cache.
         context, question (`int`): Which context of the task, and which question of the context.
-        depth (`float`, *optional*): The share of the context that stands before the answer in it; None where it is not known.
+        depths (`tuple[float, ...]`): The share of the context that comes before what tells the answer, one for each value of
+            an answer of several; empty where it is not known.
         answer (`str`): The right one: its text, or its token ids where there is no tokenizer.
         exact (`bool`): Whether all of it is what the model finds most likely.
         token_accuracy, log_likelihood (`float`): See `Score`.
@@ -43,7 +44,7 @@ class Answer:
     protocol: str
     context: int
     question: int
-    depth: float | None
+    depths: tuple[float, ...]
     answer: str
     exact: bool
     token_accuracy: float
@@ -70,14 +71,16 @@ def collect_answers(
     for key, cell in evaluation.store.cells.items():
         if (key.protocol, (key.cache, key.budget)) in order:
             cells.setdefault((key.task, key.context), []).append(cell)
+    streams = {name for name, cache in evaluation.caches.items() if cache.reading == "stream"}
     token_bytes = bytes_per_token(evaluation.model)
     answers = []
     for index, context in enumerate_by_task(contexts):
-        depths = [depth_of(context, number) for number in range(len(context.questions))]
+        depths = [depths_of(context, number) for number in range(len(context.questions))]
         texts = [text_of(question.answer, tokenizer) for question in context.questions]
         for cell in cells.get((context.task, index), []):
+            is_stream = cell.key.cache in streams
             for number, score in scores_of(cell, context):
-                held_bytes = round(cell.held_share * token_bytes * num_read(cell.key, context))
+                held_bytes = round(cell.held_share * token_bytes * num_read(cell.key, context, is_stream))
                 answers.append(answer_to(cell, context, number, score, depths[number], texts[number], held_bytes))
     tasks = list(dict.fromkeys(context.task for context in contexts))
     return sorted(
@@ -92,7 +95,7 @@ def collect_answers(
 
 
 def answer_to(
-    cell: Cell, context: Context, number: int, score: Score, depth: float | None, text: str, held_bytes: int
+    cell: Cell, context: Context, number: int, score: Score, depths: tuple[float, ...], text: str, held_bytes: int
 ) -> Answer:
     """One of the answers of a cell."""
     key = cell.key
@@ -104,7 +107,7 @@ def answer_to(
         protocol=key.protocol,
         context=key.context,
         question=number,
-        depth=depth,
+        depths=depths,
         answer=text,
         exact=score.is_exact,
         token_accuracy=score.token_accuracy,
@@ -117,16 +120,19 @@ def answer_to(
 def scores_of(cell: Cell, context: Context) -> Iterator[tuple[int, Score]]:
     """The scores of a cell, each with the number of its question."""
     numbers = range(len(context.questions)) if cell.key.question == ALL_QUESTIONS else [cell.key.question]
-    if cell.key.question == ALL_QUESTIONS and cell.key.protocol == "question":
+    if len(cell.token_accuracy) < len(numbers):
         # Answers of one token are not measured with the question in view.
         numbers = [number for number in numbers if len(context.questions[number].answer) > 1]
     scores = itertools.starmap(Score, zip(cell.token_accuracy, cell.log_likelihood, strict=True))
     return zip(numbers, scores, strict=True)
 
 
-def num_read(key: CellKey, context: Context) -> int:
-    """How many tokens the cache had read when its bytes were counted."""
-    return len(context.ids) + (0 if key.question == ALL_QUESTIONS else len(context.questions[key.question].ids))
+def num_read(key: CellKey, context: Context, is_stream: bool) -> int:
+    """How many tokens the cache had read when its bytes were counted: a stream reads questions behind the context."""
+    if key.protocol == "context" or is_stream:
+        return len(context.ids)
+    question = context.questions[0 if key.question == ALL_QUESTIONS else key.question]
+    return len(context.ids) + len(question.ids)
 
 
 @torch.no_grad()
@@ -142,27 +148,27 @@ def text_of(ids: list[int], tokenizer: PreTrainedTokenizerBase | None) -> str:
     return " ".join(map(str, ids)) if tokenizer is None else tokenizer.decode(ids)
 
 
-def depth_of(context: Context, number: int) -> float | None:
+def depths_of(context: Context, number: int) -> tuple[float, ...]:
     """
-    How deep in a context the answer to a question stands.
+    How deep in a context what tells the answer to a question stands.
 
-    A question that knows says so in `depth`. Else it is where the answer stands behind the last token of the question, such as
+    A question may know and say so in `depths`. Else it is where the answer stands behind the last token of the question, such as
     a value behind its key; of several such places the one that has more of the question before it.
 
     Returns:
-        `float`: The share of the context's tokens that stand before it, or None if it stands nowhere or in several places.
+        `tuple[float, ...]`: The share of the context's tokens that come before it, for each value of the answer; empty if it
+        stands nowhere or in several places.
     """
     question = context.questions[number]
-    known = getattr(question, "depth", None)
-    if known is not None:
-        return known
+    if hasattr(question, "depths"):
+        return tuple(question.depths)
     size = len(question.answer)
     starts = [start for start in range(len(context.ids)) if context.ids[start : start + size] == question.answer]
     for back, token_id in enumerate(reversed(question.ids), start=1):
         starts = [start for start in starts if start >= back and context.ids[start - back] == token_id]
         if len(starts) <= 1:
             break
-    return starts[0] / len(context.ids) if len(starts) == 1 else None
+    return (starts[0] / len(context.ids),) if len(starts) == 1 else ()
 
 
 def csv_text(answers: Sequence[Answer]) -> str:
@@ -171,6 +177,14 @@ def csv_text(answers: Sequence[Answer]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(field.name for field in fields(Answer))
     for answer in answers:
-        row = asdict(answer) | {"exact": int(answer.exact)}
-        writer.writerow(round(value, DECIMALS) if isinstance(value, float) else value for value in row.values())
+        row = asdict(answer) | {
+            "exact": int(answer.exact),
+            "depths": " ".join(str(cell_text(depth)) for depth in answer.depths),
+        }
+        writer.writerow(map(cell_text, row.values()))
     return text.getvalue()
+
+
+def cell_text(value: object) -> object:
+    """A value as a CSV file has it."""
+    return round(value, DECIMALS) if isinstance(value, float) else value

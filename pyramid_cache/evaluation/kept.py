@@ -12,7 +12,7 @@ from pyramid_cache.demo.measure import kept_positions
 from pyramid_cache.engine.architectures import CACHE_ARGUMENT
 from pyramid_cache.engine.cache import CompressedCache
 from pyramid_cache.evaluation.lines import append_line, read_lines
-from pyramid_cache.evaluation.measure import Evaluation, len_behind
+from pyramid_cache.evaluation.measure import Evaluation
 from pyramid_cache.evaluation.reading import Reader, Reading
 from pyramid_cache.evaluation.tasks import Context
 
@@ -72,7 +72,7 @@ def measure_kept_positions(
         ids = torch.tensor([context.ids], device=evaluation.model.device)
         needs_reading = any(evaluation.caches[name].reading == "dense" for _, name, _ in missing)
         reading = Reader(evaluation.model, ids).context if needs_reading else None
-        num_later = max(map(len_behind, context.questions))
+        num_later = max(len(question.ids) + len(question.answer) for question in context.questions) - 1
         for place in missing:
             cache = read_context(evaluation, *place[1:], ids, reading, num_later)
             shares = kept_positions(cache, ids.shape[1])

@@ -64,7 +64,8 @@ def draw_all(rows: Sequence[dict[str, Any]], answers: Sequence[Answer], kept: Se
             section = f"{task}, {protocol} first"
             title = f"{section}: scores against the budget and against the bytes kept"
             plots.append(Plot(f"score-{task}-{protocol}", section, title, draw_scores(here)))
-        known = [answer for answer in answers if answer.depth is not None]
+        # Several values have one score, which is at none of their depths.
+        known = [answer for answer in answers if len(answer.depths) == 1]
         for family, protocol in dict.fromkeys((family_of(answer), answer.protocol) for answer in known):
             shown = [answer for answer in known if (family_of(answer), answer.protocol) == (family, protocol)]
             title = f"{family}, {protocol} first: token accuracy by depth of the answer and length of the context"
@@ -209,7 +210,7 @@ def depth_means(answers: Sequence[Answer]) -> tuple[list[int], dict[tuple[str, f
     lengths = sorted({answer.length for answer in answers})
     cells: dict[tuple[str, float], list[list[list[float]]]] = {}
     for answer in answers:
-        depth = min(int(answer.depth * NUM_DEPTHS), NUM_DEPTHS - 1)
+        depth = min(int(answer.depths[0] * NUM_DEPTHS), NUM_DEPTHS - 1)
         rows = cells.setdefault((answer.cache, answer.budget), [[[] for _ in lengths] for _ in range(NUM_DEPTHS)])
         rows[depth][lengths.index(answer.length)].append(answer.token_accuracy)
     means = {
@@ -256,9 +257,7 @@ def draw_positions(kept: Sequence[KeptPositions], answers: Sequence[Answer]) -> 
     """Layer × position, per cache and budget; marks where the answers to the questions about the context stand."""
     maps = {(one.cache, one.budget): one for one in kept}
     depths = {
-        answer.depth
-        for answer in answers
-        if (answer.task, answer.context) == (kept[0].task, 0) and answer.depth is not None
+        depth for answer in answers if (answer.task, answer.context) == (kept[0].task, 0) for depth in answer.depths
     }
     places = [depth * kept[0].num_tokens for depth in sorted(depths)]
     figure, axes = map_grid(list(maps), width=3.6, height=0.95)
