@@ -340,6 +340,7 @@ def test_no_two_caches_look_alike() -> None:
     assert len(set(styles)) == len(CACHES)
     # Neither without markers nor without dashes.
     assert len({(color, style) for color, style, _ in styles}) == len(CACHES)
+    assert len({(color, marker) for color, _, marker in styles}) == len(CACHES)
 
 
 def chunks_of(png: bytes) -> list[str]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import matplotlib
+from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -58,7 +59,7 @@ def draw_all(rows: Sequence[dict[str, Any]], answers: Sequence[Answer], kept: Se
     """
     plots: list[Plot] = []
     # Defaults, whatever the matplotlibrc of the user says: the same figures are the same picture.
-    with matplotlib.rc_context(matplotlib.rcParamsDefault | {"backend": matplotlib.rcParams["backend"]}):
+    with style.context("default"):
         for task, protocol in dict.fromkeys((row["task"], row["protocol"]) for row in rows):
             here = [row for row in rows if (row["task"], row["protocol"]) == (task, protocol)]
             section = f"{task}, {protocol} first"
@@ -102,8 +103,8 @@ def label_of(cache: str) -> str:
 def style_of(cache: str) -> dict[str, Any]:
     """Colour, line and marker, which a cache has in all pictures."""
     rank = list(CACHES).index(cache)
-    style = LINE_STYLES[rank // len(COLORS) % len(LINE_STYLES)]
-    return {"color": COLORS[rank % len(COLORS)], "linestyle": style, "marker": MARKERS[rank % len(MARKERS)]}
+    dashes = LINE_STYLES[rank // len(COLORS) % len(LINE_STYLES)]
+    return {"color": COLORS[rank % len(COLORS)], "linestyle": dashes, "marker": MARKERS[rank % len(MARKERS)]}
 
 
 def as_png(figure: Figure) -> bytes:
@@ -151,11 +152,10 @@ def draw_lines(axis: Axes, rows: Sequence[dict[str, Any]], place: str, score: st
         if cache == BASELINE:
             axis.axhline(values[0], color=BASELINE_COLOR, linewidth=1.2, linestyle=(0, (6, 3)), label=BASELINE_LABEL)
             continue
-        style = style_of(cache)
         axis.plot(
             [row[place] for row in own],
             values,
-            **style,
+            **style_of(cache),
             linewidth=1.4,
             markersize=5.5,
             markeredgecolor="white",
@@ -199,6 +199,13 @@ def map_grid(
     return figure, found
 
 
+def color_bar(figure: Figure, image: Any, axes: Sequence[Axes], label: str) -> None:
+    """What the colours of all maps mean, above them."""
+    bar = figure.colorbar(image, ax=axes, location="top", shrink=0.4, aspect=30, pad=0.01)
+    bar.ax.tick_params(labelsize="small")
+    bar.set_label(label, fontsize="small")
+
+
 def depth_means(answers: Sequence[Answer]) -> tuple[list[int], dict[tuple[str, float], list[list[float]]]]:
     """
     Mean token accuracy by depth and length.
@@ -233,9 +240,7 @@ def draw_depths(answers: Sequence[Answer]) -> bytes:
             write_values(axis, means[place])
     figure.supxlabel("tokens of the context", fontsize="small")
     figure.supylabel("depth of the answer in the context", fontsize="small")
-    figure.colorbar(
-        image, ax=list(axes.values()), label="token accuracy", location="top", shrink=0.4, aspect=30, pad=0.01
-    )
+    color_bar(figure, image, list(axes.values()), "token accuracy")
     return as_png(figure)
 
 
@@ -282,6 +287,5 @@ def draw_positions(kept: Sequence[KeptPositions], answers: Sequence[Answer]) -> 
         axis.set_yticks([0, num_layers - 1])
     figure.supxlabel("position in the context (red: answers to its questions)", fontsize="small")
     figure.supylabel("layer", fontsize="small")
-    label = "share of the KV heads that keep it"
-    figure.colorbar(image, ax=list(axes.values()), label=label, location="top", shrink=0.4, aspect=30, pad=0.01)
+    color_bar(figure, image, list(axes.values()), "share of the KV heads that keep it")
     return as_png(figure)
