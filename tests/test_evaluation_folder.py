@@ -26,7 +26,7 @@ from pyramid_cache.evaluation.answers import Answer, depths_of
 from pyramid_cache.evaluation.caches import BASELINE, CACHES
 from pyramid_cache.evaluation.cells import Cell, CellKey, CellStore
 from pyramid_cache.evaluation.folder import ResultFolder
-from pyramid_cache.evaluation.kept import MAX_COLUMNS, measure_kept_positions
+from pyramid_cache.evaluation.kept import MAX_COLUMNS, KeptPositions, measure_kept_positions
 from pyramid_cache.evaluation.measure import Evaluation
 from pyramid_cache.evaluation.page import page
 from pyramid_cache.evaluation.report import as_row
@@ -368,6 +368,17 @@ def test_pictures_say_nothing_of_when_they_were_drawn(monkeypatch: pytest.Monkey
     for plot in first:
         types = chunks_of(plot.png)
         assert types[-1] == "IEND" and not {"tIME", "tEXt", "iTXt", "zTXt"} & set(types)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("names, budgets", [(["h2o"], [0.5]), (list(CACHES)[:2], [0.5]), (["h2o"], [0.5, 0.2, 0.1])])
+def test_few_maps_have_room(names: list[str], budgets: list[float]) -> None:
+    """With places of answers and without any, and of a model of one layer."""
+    places = [(name, budget) for name in names for budget in budgets]
+    kept = [KeptPositions("made-up-64", *place, 64, [[1.0] * 64]) for place in places]
+    answers = [answer(*place, 64, 0.5, 1.0) for place in places]
+    pictures = {plots.draw_positions(kept, answers), plots.draw_positions(kept, []), plots.draw_depths(answers)}
+    assert len(pictures) == 3
 
 
 def test_names_of_files_are_safe_and_differ() -> None:

@@ -34,7 +34,7 @@ class Answer:
         exact (`bool`): Whether all of it is what the model finds most likely.
         token_accuracy, log_likelihood (`float`): See `Score`.
         held_share (`float`): The bytes that the cache held of those of the full one.
-        held_bytes (`int`): These bytes.
+        held_bytes (`int`): That share of what the full one takes for the context, and for the question if it was read with it.
     """
 
     task: str

@@ -186,7 +186,7 @@ def run(options: argparse.Namespace) -> None:
         team.share(store)
         results += evaluation.results(contexts)
         if folder is not None and team.process == 0:
-            tokenizer = None if kind == "recall" else AutoTokenizer.from_pretrained(model.name_or_path)
+            tokenizer = None if name == recall.NAME else AutoTokenizer.from_pretrained(model.name_or_path)
             folder.take(evaluation, contexts, tokenizer)
     team.leave()
     if team.process > 0:

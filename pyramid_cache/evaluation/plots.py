@@ -201,7 +201,9 @@ def map_grid(
 
 def color_bar(figure: Figure, image: Any, axes: Sequence[Axes], label: str) -> None:
     """What the colours of all maps mean, above them."""
-    bar = figure.colorbar(image, ax=axes, location="top", shrink=0.4, aspect=30, pad=0.01)
+    # A share of the height: titles of maps need the same room in every figure.
+    pad = 0.2 / figure.get_figheight()
+    bar = figure.colorbar(image, ax=axes, location="top", shrink=0.4, aspect=30, pad=pad)
     bar.ax.tick_params(labelsize="small")
     bar.set_label(label, fontsize="small")
 
@@ -239,7 +241,7 @@ def draw_depths(answers: Sequence[Answer]) -> bytes:
         if len(lengths) <= 6:
             write_values(axis, means[place])
     figure.supxlabel("tokens of the context", fontsize="small")
-    figure.supylabel("depth of the answer in the context", fontsize="small")
+    figure.supylabel("depth of the answer", fontsize="small")
     color_bar(figure, image, list(axes.values()), "token accuracy")
     return as_png(figure)
 
@@ -273,19 +275,21 @@ def draw_positions(kept: Sequence[KeptPositions], answers: Sequence[Answer]) -> 
         image = axis.imshow(
             maps[place].shares, aspect="auto", interpolation="nearest", cmap="Blues", vmin=0, vmax=1, extent=extent
         )
-        # Below the map, so that they hide nothing of what is kept there.
-        axis.plot(
-            places,
-            [-0.04] * len(places),
-            transform=axis.get_xaxis_transform(),
-            color=FACT_COLOR,
-            marker="^",
-            markersize=3,
-            linestyle="",
-            clip_on=False,
-        )
-        axis.set_yticks([0, num_layers - 1])
-    figure.supxlabel("position in the context (red: answers to its questions)", fontsize="small")
+        if places:
+            # Below the map, so that they hide nothing of what is kept there.
+            axis.plot(
+                places,
+                [-0.04] * len(places),
+                transform=axis.get_xaxis_transform(),
+                color=FACT_COLOR,
+                marker="^",
+                markersize=3,
+                linestyle="",
+                clip_on=False,
+            )
+        axis.set_yticks(sorted({0, num_layers - 1}))
+    legend = " (red: answers to its questions)" if places else ""
+    figure.supxlabel(f"position in the context{legend}", fontsize="small")
     figure.supylabel("layer", fontsize="small")
     color_bar(figure, image, list(axes.values()), "share of the KV heads that keep it")
     return as_png(figure)
