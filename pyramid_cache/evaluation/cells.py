@@ -6,12 +6,12 @@ is there, one line of JSON each. Processes that share the work write files of th
 """
 
 import json
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pyramid_cache.evaluation.lines import append_line, read_lines
 from pyramid_cache.terminal import write_json
 
 
@@ -57,7 +57,8 @@ class Cell:
 
 class CellStore:
     """
-    The cells of an evaluation, in memory, and in a folder as well if there is one.
+    The cells of an evaluation, in memory, and in a folder as well if there is one: in `cells.jsonl`, those of further
+    processes in `cells.1.jsonl` and so on.
 
     Args:
         folder (`Path`, *optional*): Made if it is not there. Cells of an earlier run in it are taken over.
@@ -77,13 +78,13 @@ class CellStore:
         announce: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.cells: dict[CellKey, Cell] = {}
-        self.path = None if folder is None else folder / f"cells.{process}.jsonl"
+        self.path = None if folder is None else folder / (f"cells.{process}.jsonl" if process else "cells.jsonl")
         if folder is None:
             return
         folder.mkdir(parents=True, exist_ok=True)
         check_settings(folder, settings or {})
-        for path in sorted(folder.glob("cells.*.jsonl")):
-            for cell in read_cells(path, path == self.path, announce):
+        for path in [*sorted(folder.glob("cells.*.jsonl")), *folder.glob("cells.jsonl")]:
+            for cell in read_lines(path, parse_cell, path == self.path, announce):
                 self.cells[cell.key] = cell
 
     def __contains__(self, key: CellKey) -> bool:
@@ -93,43 +94,65 @@ class CellStore:
         """Takes a cell, and has it written when this returns."""
         self.cells[cell.key] = cell
         if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(cell)) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+            append_line(self.path, asdict(cell))
+
+
+def parse_cell(fields: dict[str, Any]) -> Cell:
+    """
+    Reads a cell from JSON.
+
+    Raises:
+        ValueError, TypeError, KeyError, AttributeError: It is none.
+    """
+    cell = Cell(**{**fields, "key": CellKey(**fields["key"])})
+    if not cell.token_accuracy or len(cell.token_accuracy) != len(cell.log_likelihood):
+        raise ValueError(
+            f"{len(cell.token_accuracy)} token accuracies and {len(cell.log_likelihood)} log-likelihoods, one each per question"
+        )
+    # Of what is summed up later, a text would be found only then.
+    float(sum(cell.token_accuracy) + sum(cell.log_likelihood) + cell.held_share)
+    return cell
 
 
 def check_settings(folder: Path, settings: dict[str, Any]) -> None:
     """Raises if cells in the folder are of other settings; notes these if there are none."""
     path = folder / SETTINGS_FILE
     if not path.exists():
-        write_json(settings, path)
+        write_json({"settings": settings}, path)
         return
-    noted = json.loads(path.read_text(encoding="utf-8"))
-    differing = [name for name in {**noted, **settings} if noted.get(name) != settings.get(name)]
+    noted = flat(read_settings(folder)["settings"])
+    found = flat(settings)
+    differing = [name for name in {**noted, **found} if noted.get(name) != found.get(name)]
     if differing:
-        found = ", ".join(f"{name} {noted.get(name)!r} instead of {settings.get(name)!r}" for name in differing)
+        text = ", ".join(f"{name} {noted.get(name)!r} instead of {found.get(name)!r}" for name in differing)
+        raise ValueError(f"{folder} has results of other settings: {text}. Choose another folder, or delete this one.")
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """
+    Reads the file of settings.
+
+    Returns:
+        `dict`: Under "settings" what all cells depend on; of a finished run, its command, machine and versions under "run".
+    """
+    path = folder / SETTINGS_FILE
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        record["settings"].items()
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
-            f"{folder} has results of other settings: {found}. Choose another folder, or delete this one."
+            f"{path} does not hold the settings of an evaluation. Choose another folder, or delete this one."
+        ) from error
+    return record
+
+
+def flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """Nested settings by names with dots, such as `versions.torch`, as they read back from JSON."""
+    result: dict[str, Any] = {}
+    for name, value in json.loads(json.dumps(settings)).items():
+        result |= (
+            {f"{name}.{inner}": part for inner, part in flat(value).items()}
+            if isinstance(value, dict)
+            else {name: value}
         )
-
-
-def read_cells(path: Path, is_own: bool, announce: Callable[[str], None]) -> Iterator[Cell]:
-    """
-    Reads a file of cells. A last line that is broken was being written when its process was stopped: it is dropped, and cut off
-    from a file that this process goes on with.
-    """
-    content = path.read_bytes()
-    num_whole = content.rfind(b"\n") + 1
-    if num_whole < len(content):
-        announce(f"Dropped the last line of {path}: it is not whole. What it was of is measured again.")
-        if is_own:
-            os.truncate(path, num_whole)
-    for number, line in enumerate(content[:num_whole].splitlines(), start=1):
-        try:
-            fields = json.loads(line)
-            yield Cell(**{**fields, "key": CellKey(**fields["key"])})
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(
-                f"Line {number} of {path} is no result ({error}). Delete the line: what it was of is measured again."
-            ) from error
+    return result

@@ -110,7 +110,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "--out",
         type=Path,
         metavar="FOLDER",
-        help="write each answer there at once, and tables at the end; the same command goes on from what is there, and "
+        help="write each answer there at once, and answers.csv, pictures and reports at the end; the same command goes on from what is there, and "
         "`accelerate launch` or `torchrun` share the contexts between processes",
     )
     parser.add_argument(
@@ -175,6 +175,7 @@ def run(options: argparse.Namespace) -> None:
     from rich.console import Console
 
     from pyramid_cache.evaluation import report
+    from pyramid_cache.evaluation.folder import ResultFolder
 
     check_output("--json", options.json)
     options.tasks = find_tasks(options)
@@ -184,7 +185,9 @@ def run(options: argparse.Namespace) -> None:
     team = Team(options.device)
     messages = Console(stderr=True, quiet=team.process > 0)
     machine = describe_machine(team.device)
-    store = open_store(options, team, lambda text: messages.print(text, highlight=False, markup=False, soft_wrap=True))
+    announce = functools.partial(messages.print, highlight=False, markup=False, soft_wrap=True)
+    store = open_store(options, team, announce)
+    folder = None if options.out is None else ResultFolder(options.out, announce)
     results: list[Result] = []
     settings: dict[str, Any] = {}
     for is_recall in dict.fromkeys(task.is_for_recall_model for task in options.tasks):
@@ -204,6 +207,8 @@ def run(options: argparse.Namespace) -> None:
             evaluation.measure(contexts, progress, team.process, team.num_processes)
         team.share(store)
         results += evaluation.results(contexts)
+        if folder is not None and team.process == 0:
+            folder.take(evaluation, contexts, None if writing is None else writing.decode)
     team.leave()
     if team.process > 0:
         return
@@ -217,12 +222,12 @@ def run(options: argparse.Namespace) -> None:
         "machine": machine | {"processes": team.num_processes, "load_average_after": load_average()},
         "versions": describe_versions("pyramid_cache", "torch", "transformers"),
     }
-    written = [] if options.json is None else [options.json]
-    if options.out is not None:
-        written.append(options.out / "results.json")
-        (options.out / "report.md").write_text(report.markdown(record), encoding="utf-8")
-    for path in written:
-        write_json(record, path)
+    written = []
+    if options.json is not None:
+        write_json(record, options.json)
+        written.append(options.json)
+    if folder is not None:
+        written += folder.write(record)
     report.show(record)
     for path in written:
         messages.print(f"Wrote {path}", highlight=False, soft_wrap=True)

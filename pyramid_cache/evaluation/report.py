@@ -47,8 +47,7 @@ def show(record: dict[str, Any]) -> None:
     """Prints the table."""
     console = report_console()
     settings = record["settings"]
-    models = " and ".join(settings[key] for key in ("model", "recall_model") if key in settings)
-    console.print(f"{models} · {settings['dtype']} on {settings['device']}", style="bold", markup=False)
+    console.print(f"{models_of(settings)} · {settings['dtype']} on {settings['device']}", style="bold", markup=False)
     console.print(table(record["rows"]))
     console.print(Text(footnote(record), style="dim"))
 
@@ -78,9 +77,8 @@ def markdown(record: dict[str, Any]) -> str:
     """The tables for a text file: one per task and protocol, a row per cache, a column per budget."""
     rows = record["rows"]
     settings, machine = record["settings"], record["machine"]
-    models = " and ".join(settings[key] for key in ("model", "recall_model") if key in settings)
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    lines = [f"# {models}, {settings['dtype']} on {settings['device']}", "", footnote(record), ""]
+    lines = [f"# {models_of(settings)}, {settings['dtype']} on {settings['device']}", "", footnote(record), ""]
     lines += [f"`{record['command']}`", "", f"{machine['processor']}; {versions}.", ""]
     budgets = sorted({row["budget"] for row in rows if row["cache"] != BASELINE}, reverse=True)
     for task, protocol in dict.fromkeys((row["task"], row["protocol"]) for row in rows):
@@ -101,6 +99,11 @@ def markdown(record: dict[str, Any]) -> str:
         ]
         lines.append("")
     return "\n".join(lines)
+
+
+def models_of(settings: dict[str, Any]) -> str:
+    """The names of the models that were evaluated."""
+    return " and ".join(settings[key] for key in ("model", "recall_model") if key in settings)
 
 
 def measures(row: dict[str, Any] | None, separator: str = "  ") -> str:
