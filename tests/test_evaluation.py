@@ -14,12 +14,13 @@ import pytest
 import torch
 from caches import CACHE_CASES, CacheCase, parametrize_cases
 from models import build_model, random_tokens, tiny_model
-from test_demo import byte_tokenizer
+from text_tokenizers import byte_tokenizer
 from transformers import Cache, DynamicCache, LlamaForCausalLM, PreTrainedModel
 
 from pyramid_cache import H2OCache, SnapKVCache, StreamingLLMCache
 from pyramid_cache.cli import main
 from pyramid_cache.demo.prompt import PromptError, read_text
+from pyramid_cache.evaluation import report
 from pyramid_cache.evaluation.asking import groups_of_equal_length
 from pyramid_cache.evaluation.caches import BASELINE, CACHES, EvaluatedCache, from_config
 from pyramid_cache.evaluation.cells import Cell, CellStore
@@ -518,3 +519,37 @@ def test_command_takes_tasks_by_lengths_and_its_older_name(tmp_path: Path, capsy
     assert record["command"].startswith("pyramid-cache eval ") and "--samples 1" in record["command"]
     assert main(["eval", "--tasks", "recall-64", "--lengths", "64"]) == 2
     assert "has no effect" in capsys.readouterr().err
+
+
+# Tables.
+
+
+def report_row(task: str, **figures: object) -> dict[str, object]:
+    row = {
+        "task": task,
+        "protocol": "context",
+        "cache": "dynamic",
+        "label": "DynamicCache",
+        "budget": 1.0,
+        "num_cases": 4,
+    }
+    return row | {"exact_match": 0.5, "token_accuracy": 0.75, "log_likelihood": -1.25} | figures
+
+
+def test_cells_of_tables() -> None:
+    """What a task is measured by."""
+    assert report.measures(report_row("needles-8-512"), " / ") == "0.50 / 0.75 / -1.25"
+    assert report.measures(report_row("perplexity-512", perplexity=20.125), " / ") == "20.12"
+    turns = report_row("turns-2-512", token_accuracy_by_turn=[1.0, 0.5])
+    assert report.measures(turns, " / ") == "0.50 / 0.75 / -1.25 (1.00 0.50)"
+    assert report.measures(None) == ""
+
+
+def test_many_tasks_are_in_tables_that_can_be_read(capsys: pytest.CaptureFixture[str]) -> None:
+    names = [f"needles-multikey-4-{length}" for length in range(1024, 1031)]
+    settings = {"model": "some", "dtype": "float32", "device": "cpu"}
+    report.show({"rows": [report_row(name) for name in names], "settings": settings})
+    printed = capsys.readouterr().out
+    unbroken = "".join(printed.split())
+    assert [unbroken.count(name) for name in names] == [2] * 7  # in a table and in the line of counts
+    assert printed.count("DynamicCache") == 2

@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_demo import byte_tokenizer
 from test_evaluation_tasks import build, novel, tokenizer  # noqa: F401
+from text_tokenizers import byte_tokenizer
 
 from pyramid_cache.cli import main
 from pyramid_cache.evaluation.extras import import_package

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from models import random_tokens, tiny_model
-from test_demo import byte_tokenizer, model_folder  # noqa: F401
 from test_evaluation import said, slow_log_likelihood
 from test_evaluation_tasks import tokenizer
+from text_tokenizers import byte_tokenizer, model_folder  # noqa: F401
 from transformers import DynamicCache
 
 from pyramid_cache.cli import main

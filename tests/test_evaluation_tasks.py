@@ -8,8 +8,8 @@ from collections import Counter
 import pytest
 import torch
 from models import random_tokens, tiny_model
-from test_demo import byte_tokenizer
 from test_evaluation import said, slow_log_likelihood
+from text_tokenizers import byte_tokenizer
 from transformers import AutoTokenizer, DynamicCache, PreTrainedTokenizerBase
 
 from pyramid_cache.demo.prompt import PromptError, read_text

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from massive_models import MASSIVE_DIMENSION, MASSIVE_TOKEN, massive_model
-from test_demo import byte_tokenizer
+from text_tokenizers import byte_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from pyramid_cache.cli import main

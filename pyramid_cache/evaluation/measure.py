@@ -1,9 +1,10 @@
 """
 Answers to the questions of contexts, from each cache and from the full one.
 
-An answer is scored in one forward pass over its right tokens; where a question has a metric, one is generated as well. If each of them is what the model finds most likely, then it is
-what greedy decoding says as long as the cache evicts nothing more: what question and answer themselves drive out is not
-measured. Of a conversation the right answers are read, and each later turn makes a cache evict as it does.
+An answer is scored in one forward pass over its right tokens; where a question has a metric, one is generated as well. If each
+of them is what the model finds most likely, then it is what greedy decoding says as long as the cache evicts nothing more: what
+question and answer themselves drive out is not measured. Of a conversation the right answers are read, and each later turn makes
+a cache evict as it does.
 """
 
 import functools

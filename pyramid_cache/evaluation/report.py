@@ -14,6 +14,8 @@ from pyramid_cache.terminal import report_console
 
 
 DECIMALS = 4
+# Tasks and protocols that a table for the terminal has room for side by side.
+TABLE_COLUMNS = 5
 
 
 def as_row(result: Result) -> dict[str, Any]:
@@ -48,7 +50,10 @@ def show(record: dict[str, Any]) -> None:
     console = report_console()
     settings = record["settings"]
     console.print(f"{models_of(settings)} · {settings['dtype']} on {settings['device']}", style="bold", markup=False)
-    console.print(table(record["rows"]))
+    columns = list(dict.fromkeys((row["task"], row["protocol"]) for row in record["rows"]))
+    for start in range(0, len(columns), TABLE_COLUMNS):
+        chosen = columns[start : start + TABLE_COLUMNS]
+        console.print(table([row for row in record["rows"] if (row["task"], row["protocol"]) in chosen]))
     console.print(Text(footnote(record), style="dim"))
 
 
@@ -107,11 +112,19 @@ def models_of(settings: dict[str, Any]) -> str:
 
 
 def measures(row: dict[str, Any] | None, separator: str = "  ") -> str:
-    """Exact match, token accuracy and log-likelihood; empty for what was not measured."""
+    """
+    Exact match, token accuracy and log-likelihood, with the token accuracy of each turn of a conversation; of a continuation the
+    perplexity alone. Empty for what was not measured.
+    """
     if row is None:
         return ""
+    if "perplexity" in row:
+        return f"{row['perplexity']:.2f}"
     figures = (f"{row['exact_match']:.2f}", f"{row['token_accuracy']:.2f}", f"{row['log_likelihood']:.2f}".rjust(6))
-    return separator.join(figures if separator.isspace() else (figure.strip() for figure in figures))
+    if separator.isspace():
+        return separator.join(figures)
+    by_turn = " ".join(f"{accuracy:.2f}" for accuracy in row.get("token_accuracy_by_turn", ()))
+    return separator.join(figure.strip() for figure in figures) + (f" ({by_turn})" if by_turn else "")
 
 
 def footnote(record: dict[str, Any]) -> str:
@@ -122,5 +135,7 @@ def footnote(record: dict[str, Any]) -> str:
         "Exact match, token accuracy and log-likelihood per token of the right answer; means over the same cases for each "
         f"cache ({cases}). Context first: the context is compressed before a question is known. Question first: context and "
         "question are compressed together; the first token of an answer follows from a full reading then, so that answers of "
-        "one token are not measured. The budget is a fraction of what is read."
+        "one token are not measured. Of an answer of several values, token accuracy is the share of them that is found; of a "
+        "generated one, what its metric gives; of `perplexity` tasks the perplexity is shown instead; of conversations, in brackets, "
+        "the token accuracy of each turn. The budget is a fraction of what is read."
     )
