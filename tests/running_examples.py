@@ -23,14 +23,14 @@ def import_example(name: str) -> ModuleType:
     return importlib.import_module(name)
 
 
-def run_example(name: str, *arguments: object, cwd: Path, status: int = 0) -> str:
-    """Runs a script and returns what it prints, or what it says on stderr if it is to end with another status than 0."""
+def run_example(name: str, *arguments: object, cwd: Path, status: int = 0) -> subprocess.CompletedProcess[str]:
+    """Runs a script, which must end with the status."""
     command = [sys.executable, str(EXAMPLES / name), *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
     finished = subprocess.run(command, capture_output=True, encoding="utf-8", cwd=cwd, env=environment, timeout=600)
     assert finished.returncode == status, finished.stderr
     assert "Traceback" not in finished.stderr
-    return finished.stderr if status else finished.stdout
+    return finished
 
 
 @remember

@@ -39,7 +39,8 @@ def turns_of(output: str) -> list[tuple[str, int, int, int]]:
 def chat_of(tmp_path: Path, *arguments: str) -> list[tuple[str, int, int, int]]:
     script = tmp_path / "turns.txt"
     script.write_text("\n\n".join(TURNS), encoding="utf-8")
-    turns = turns_of(run_example("chat.py", "--script", script, "--max-new-tokens", 12, *arguments, cwd=tmp_path))
+    finished = run_example("chat.py", "--script", script, "--max-new-tokens", 12, *arguments, cwd=tmp_path)
+    turns = turns_of(finished.stdout)
     assert len(turns) == len(TURNS)
     return turns
 

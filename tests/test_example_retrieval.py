@@ -42,9 +42,9 @@ def expected_answers() -> list[str]:
 @pytest.mark.slow
 def test_a_prefix_is_read_once(tmp_path: Path) -> None:
     prefix = tmp_path / "novel.safetensors"
-    read = run_example("retrieval.py", *SETTINGS, "--prefix", prefix, *QUESTIONS, cwd=tmp_path)
+    read = run_example("retrieval.py", *SETTINGS, "--prefix", prefix, *QUESTIONS, cwd=tmp_path).stdout
     written = prefix.read_bytes()
-    loaded = run_example("retrieval.py", *SETTINGS, "--prefix", prefix, *QUESTIONS, cwd=tmp_path)
+    loaded = run_example("retrieval.py", *SETTINGS, "--prefix", prefix, *QUESTIONS, cwd=tmp_path).stdout
     assert answers_of(read) == answers_of(loaded) == expected_answers()
     assert prefix.read_bytes() == written
     seconds = re.search(r"^read the document in (\d+\.\d+) s$", read, re.MULTILINE)
@@ -56,7 +56,9 @@ def test_a_prefix_is_read_once(tmp_path: Path) -> None:
     assert 1 < len(written) / (96 * 30 * 3 * 64 * 2 * 4) < 1.1
 
     other = (*SETTINGS, "--prefix", prefix, "--tokens", 199)
-    assert "of another document, or of more or less" in run_example("retrieval.py", *other, cwd=tmp_path, status=2)
+    assert (
+        "of another document, or of more or less" in run_example("retrieval.py", *other, cwd=tmp_path, status=2).stderr
+    )
     assert prefix.read_bytes() == written
 
 
