@@ -1,5 +1,6 @@
 """examples/chat.py: what it answers, and that its memory does not grow."""
 
+import argparse
 import re
 from pathlib import Path
 
@@ -149,3 +150,14 @@ def test_caches_are_built_by_name() -> None:
     ):
         with pytest.raises(ValueError, match=problem):
             build_cache(name, model, **settings)
+
+
+def test_settings_are_read() -> None:
+    setting = import_example("script_options").setting
+    read = [
+        setting(text) for text in ("window_size=32", "rank=0.9", "prefill=dense", "follow_attention=True", "a=b=c")
+    ]
+    assert read == [("window_size", 32), ("rank", 0.9), ("prefill", "dense"), ("follow_attention", True), ("a", "b=c")]
+    for text in ("window_size", "=3", "window size=3"):
+        with pytest.raises(argparse.ArgumentTypeError, match="is not of the form NAME=VALUE"):
+            setting(text)
