@@ -552,4 +552,4 @@ def test_many_tasks_are_in_tables_that_can_be_read(capsys: pytest.CaptureFixture
     printed = capsys.readouterr().out
     unbroken = "".join(printed.split())
     assert [unbroken.count(name) for name in names] == [2] * 7  # in a table and in the line of counts
-    assert printed.count("DynamicCache") == 2
+    assert printed.count("DynamicCache") == 3

@@ -15,7 +15,7 @@ from pyramid_cache.terminal import report_console
 
 DECIMALS = 4
 # Tasks and protocols that a table for the terminal has room for side by side.
-TABLE_COLUMNS = 5
+TABLE_COLUMNS = 3
 
 
 def as_row(result: Result) -> dict[str, Any]:

@@ -1,0 +1,204 @@
+"""Questions about a document that is read once: its cache is compressed, saved, and loaded whenever there is a question.
+
+    python examples/retrieval.py --prefix novel.safetensors "Who is Mr. Bingley?" "What is the name of the house?"
+    python examples/retrieval.py --prefix novel.safetensors "Who has five daughters?"
+
+The first command reads the document, compresses what the cache holds of it, and writes that beside its answers. The second,
+and any later one, loads the file. Each question is answered by a copy of the cache, so that none sees another one.
+
+`cache.load` refuses a file that is damaged or was made by another model. What document a file is of it cannot know: this
+script writes that, and the options of the cache, to a second file with the ending `.json`, and refuses a prefix that is of
+another document or was made with other options. Without --document it is the beginning of a novel that comes with the package.
+The default model is too small to answer well, whatever its cache.
+"""
+
+import argparse
+import copy
+import json
+import time
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+from caches_by_name import CACHE_CLASSES, num_kept
+from script_options import add_cache_options, add_model_options, load_model, new_cache, run
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pyramid_cache.demo.prompt import read_text
+from pyramid_cache.engine.architectures import CACHE_ARGUMENT
+from pyramid_cache.engine.cache import CompressedCache
+from pyramid_cache.terminal import check_output, positive_int
+from pyramid_cache.weights import sha256 as sha256_of_file
+
+
+DOCUMENT, QUESTION = "\0document\0", "\0question\0"
+DEFAULT_QUESTIONS = ("Who has taken Netherfield Park?", "How many daughters does Mr. Bennet have?")
+
+
+def frame(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str]:
+    """What stands before the document, between document and question, and behind the question."""
+    content = f"{DOCUMENT}\n\n{QUESTION}"
+    if tokenizer.chat_template:
+        messages = [{"role": "user", "content": content}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    else:
+        text = f"{tokenizer.bos_token or ''}{content}\nAnswer:"
+    before, rest = text.split(DOCUMENT)
+    between, behind = rest.split(QUESTION)
+    return before, between, behind
+
+
+def document_ids(tokenizer: PreTrainedTokenizerBase, text: str, num_tokens: int) -> list[int]:
+    """The token ids of the prefix: the head of the chat template, and the first `num_tokens` of the document."""
+    before = tokenizer(frame(tokenizer)[0], add_special_tokens=False)["input_ids"]
+    return before + tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:num_tokens]
+
+
+def question_ids(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
+    """The token ids of what follows the document."""
+    _, between, behind = frame(tokenizer)
+    return tokenizer(between + question + behind, add_special_tokens=False)["input_ids"]
+
+
+@dataclass(frozen=True)
+class PrefixRecord:
+    """
+    What a file of a prefix is of.
+
+    Attributes:
+        document (`str`): SHA-256 of the token ids.
+        cache (`str`): The name of its class.
+        options (`str`): The arguments that the class was given, as text.
+        file (`str`): SHA-256 of the file, so that no other cache is taken for this one.
+        seconds_to_read (`float`): How long the document took to be read and compressed.
+    """
+
+    document: str
+    cache: str
+    options: str
+    file: str
+    seconds_to_read: float
+
+    @staticmethod
+    def path(prefix: Path) -> Path:
+        return prefix.with_name(f"{prefix.name}.json")
+
+    def require_same(self, prefix: Path, found: "PrefixRecord") -> None:
+        """
+        Raises unless the file is what is wanted.
+
+        Args:
+            found (`PrefixRecord`): What is written beside the file.
+
+        Raises:
+            ValueError: It is of something else; the message says of what.
+        """
+        for name, what in (
+            ("document", "of another document, or of more or less of it"),
+            ("cache", f"a {found.cache}, not a {self.cache}"),
+            ("options", f"a {found.cache} with {found.options}, not with {self.options}"),
+            ("file", f"not the one that {self.path(prefix).name} is about"),
+        ):
+            if getattr(self, name) != getattr(found, name):
+                raise ValueError(f"{prefix} is {what}. Name another file, or delete both to read the document again.")
+
+
+def digest(ids: list[int]) -> str:
+    """SHA-256 of token ids."""
+    return sha256(json.dumps(ids).encode()).hexdigest()
+
+
+@torch.no_grad()
+def read_document(model: PreTrainedModel, cache: CompressedCache, ids: list[int]) -> None:
+    """Lets the cache see a document, and compresses what it holds."""
+    model(torch.tensor([ids], device=model.device), **{CACHE_ARGUMENT: cache}, logits_to_keep=1)
+    cache.compress()
+
+
+def answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    cache: CompressedCache,
+    question: str,
+    max_new_tokens: int,
+) -> str:
+    """
+    Answers a question with a copy of the cache, which stays as it is.
+
+    `generate` is given the new tokens and a mask over everything seen: the document itself is not needed any more.
+    """
+    cache = copy.deepcopy(cache)
+    input_ids = torch.tensor([question_ids(tokenizer, question)], device=model.device)
+    mask = input_ids.new_ones(1, cache.get_seq_length() + input_ids.shape[1])
+    output = model.generate(input_ids, attention_mask=mask, **{CACHE_ARGUMENT: cache}, max_new_tokens=max_new_tokens)
+    return tokenizer.decode(output[0, input_ids.shape[1] :], skip_special_tokens=True).strip()
+
+
+def prefix_of(model: PreTrainedModel, options: argparse.Namespace, ids: list[int]) -> CompressedCache:
+    """The cache of the document: from the file if there is one, else read, compressed and saved there."""
+    cache = new_cache(options, model)
+    if not isinstance(cache, CompressedCache):
+        raise ValueError(f"{options.cache} cannot be saved. Choose one of {', '.join(CACHE_CLASSES)}.")
+    prefix, record_path = options.prefix, PrefixRecord.path(options.prefix)
+    wanted = {"document": digest(ids), "cache": options.cache, "options": json.dumps(cache.settings)}
+    start = time.perf_counter()
+    if prefix.exists():
+        try:
+            found = PrefixRecord(**json.loads(record_path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise ValueError(
+                f"{record_path} does not tell what document {prefix} is of. Name another file for the prefix, or delete it."
+            ) from error
+        PrefixRecord(**wanted, file=sha256_of_file(prefix), seconds_to_read=0).require_same(prefix, found)
+        cache = CACHE_CLASSES[options.cache].load(prefix, model.config, device=model.device)
+        seconds = time.perf_counter() - start
+        print(f"loaded {prefix} in {seconds:.3f} s; reading the document took {found.seconds_to_read:.3f} s")
+    else:
+        check_output("--prefix", prefix)
+        read_document(model, cache, ids)
+        seconds = time.perf_counter() - start
+        print(f"read the document in {seconds:.3f} s")
+        cache.save(prefix)
+        record = PrefixRecord(**wanted, file=sha256_of_file(prefix), seconds_to_read=seconds)
+        record_path.write_text(json.dumps(asdict(record), indent=2) + "\n", encoding="utf-8")
+    print(
+        f"{len(ids):,} tokens, {num_kept(cache):,} kept by the layer that keeps most; the file has "
+        f"{prefix.stat().st_size:,} bytes"
+    )
+    return cache
+
+
+def main() -> None:
+    """Read or load the document, and answer the questions."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "questions", nargs="*", default=DEFAULT_QUESTIONS, help="each is answered from the document alone"
+    )
+    parser.add_argument("--document", type=Path, metavar="FILE", help="a text in UTF-8 (default: a novel)")
+    parser.add_argument(
+        "--tokens", type=positive_int, default=1536, metavar="N", help="of the document at most (default: 1536)"
+    )
+    parser.add_argument(
+        "--prefix",
+        type=Path,
+        default=Path("prefix.safetensors"),
+        metavar="FILE",
+        help="where the compressed cache is, or goes (default: prefix.safetensors)",
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=positive_int, default=32, metavar="N", help="of each answer (default: 32)"
+    )
+    add_model_options(parser)
+    add_cache_options(parser, "KeyDiffCache", "0.5")
+    options = parser.parse_args()
+    model, tokenizer = load_model(options)
+    ids = document_ids(tokenizer, read_text(options.document), options.tokens)
+    cache = prefix_of(model, options, ids)
+    for question in options.questions:
+        print(f"question: {question}")
+        print(f"answer: {answer(model, tokenizer, cache, question, options.max_new_tokens)}", flush=True)
+
+
+if __name__ == "__main__":
+    run(main)

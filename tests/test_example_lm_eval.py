@@ -1,0 +1,210 @@
+"""examples/lm_eval_harness.py: with a budget that holds everything it is HFLM, with a small one what the cache's reference says."""
+
+import json
+from functools import cache as remember
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import Trace, build_model, random_tokens
+from reference import MaskPolicy, Rotation, StreamingLLMPolicy, masks_of, run_policy, without_rotation
+from running_examples import import_example, run_example
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
+
+from pyramid_cache import H2OCache, SnapKVCache, StreamingLLMCache
+
+
+lm_eval = pytest.importorskip("lm_eval")
+harness = import_example("lm_eval_harness")
+VOCABULARY = {f"w{index:03}": index for index in range(101)}
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A token a word, w000 to w100: none begins another, as stop strings need it."""
+    words = Tokenizer(models.WordLevel(VOCABULARY, unk_token="w002"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token="w001", pad_token="w000", unk_token="w002", model_max_length=512
+    )
+
+
+@remember
+def small_model() -> PreTrainedModel:
+    """A tiny model that ends with w001."""
+    model = build_model("llama", seed=3)
+    model.generation_config.eos_token_id = VOCABULARY["w001"]
+    return model
+
+
+def words(ids: list[int]) -> str:
+    return " ".join(f"w{index:03}" for index in ids)
+
+
+def write_tasks(folder: Path, documents: list[dict[str, Any]]) -> None:
+    """A task of multiple choice and one of generation over the same documents."""
+    (folder / "documents.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
+    common = (
+        f"dataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {folder / 'documents.jsonl'}\n"
+        f"  cache_dir: {folder / 'datasets'}\ntest_split: test\ndoc_to_text: '{{{{context}}}}'\n"
+    )
+    choice = (
+        "task: local_choice\noutput_type: multiple_choice\ndoc_to_choice: '{{choices}}'\ndoc_to_target: label\n"
+        "target_delimiter: ' '\nmetric_list:\n  - metric: acc\n"
+    )
+    generation = (
+        "task: local_generation\noutput_type: generate_until\ndoc_to_target: answer\n"
+        "generation_kwargs:\n  until: ['w007']\n  max_gen_toks: 9\n  do_sample: false\nmetric_list:\n  - metric: exact_match\n"
+    )
+    (folder / "choice.yaml").write_text(common + choice)
+    (folder / "generation.yaml").write_text(common + generation)
+
+
+def documents(number: int = 4) -> list[dict[str, Any]]:
+    found = []
+    for index in range(number):
+        ids = random_tokens(30 + 7 * index, seed=index).tolist()
+        choices = [words(random_tokens(length, seed=100 * index + length).tolist()) for length in (1, 2, 5)]
+        found.append({"context": words(ids), "choices": choices, "label": index % 3, "answer": choices[0]})
+    return found
+
+
+def responses(language_model: Any, folder: Path) -> tuple[list[tuple[float, bool]], list[str], dict[str, Any]]:
+    """The scores of all choices, the texts that were generated, and the figures of both tasks."""
+    results = lm_eval.simple_evaluate(
+        model=language_model,
+        tasks=["local_choice", "local_generation"],
+        task_manager=harness.TaskManager(include_path=str(folder), include_defaults=False),
+        bootstrap_iters=0,
+    )
+    choices = [tuple(answer[0]) for row in results["samples"]["local_choice"] for answer in row["resps"]]
+    texts = [row["resps"][0][0] for row in results["samples"]["local_generation"]]
+    return choices, texts, results["results"]
+
+
+def cache_model(build: Any, held_back: int = 1) -> Any:
+    return harness.CacheLM(small_model(), build, held_back, tokenizer=tokenizer(), batch_size=2)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda model: SnapKVCache(model.config, budget=1.0),
+        lambda model: H2OCache(model.config, budget=500),
+        lambda model: DynamicCache(config=model.config),
+    ],
+    ids=["fraction", "tokens", "full"],
+)
+def test_a_budget_that_holds_everything_changes_nothing(build: Any, tmp_path: Path) -> None:
+    write_tasks(tmp_path, documents())
+    plain = harness.HFLM(small_model(), backend="causal", tokenizer=tokenizer(), batch_size=2)
+    choices, texts, figures = responses(plain, tmp_path)
+    found_choices, found_texts, found_figures = responses(cache_model(build, held_back=3), tmp_path)
+    assert len(choices) == 12 and len(texts) == 4 and len(set(texts)) == 4
+    assert [score for score, _ in found_choices] == pytest.approx([score for score, _ in choices], abs=1e-4)
+    assert [greedy for _, greedy in found_choices] == [greedy for _, greedy in choices]
+    assert found_texts == texts
+    for task in ("local_choice", "local_generation"):
+        for name in ("acc,none", "exact_match,none"):
+            assert found_figures[task].get(name) == figures[task].get(name)
+
+
+def test_small_windows_score_as_the_reference_run(tmp_path: Path) -> None:
+    """StreamingLLM written as loops, without a cache: each token sees the sinks and the window before it."""
+    window, num_sinks, model, words_of = 12, 4, small_model(), tokenizer()
+    write_tasks(tmp_path, documents())
+    build = lambda model: StreamingLLMCache(model.config, window, num_sinks)  # noqa: E731
+    choices, texts, _ = responses(cache_model(build), tmp_path)
+    rotation, wanted, wanted_texts = Rotation(model), [], []
+
+    def logits_of(ids: list[int]) -> torch.Tensor:
+        policy = StreamingLLMPolicy(rotation, len(ids), window, num_sinks, dense_prefill=False)
+        with without_rotation(model), torch.no_grad():
+            return run_policy(model, torch.tensor(ids), policy)
+
+    for document in documents():
+        context = words_of(document["context"])["input_ids"]
+        for choice in document["choices"]:
+            target = words_of(choice)["input_ids"]
+            logits = logits_of(context + target)[len(context) - 1 : -1].log_softmax(dim=-1)
+            score = sum(float(row[token]) for row, token in zip(logits, target, strict=True))
+            wanted.append((score, logits.argmax(dim=-1).tolist() == target))
+        ids = list(context)
+        while len(ids) < len(context) + 9 and ids[-1] not in (1, 7):
+            ids.append(int(logits_of(ids)[-1].argmax()))
+        # The special tokens are not shown, nor is the one that it stops at.
+        wanted_texts.append(words([token for token in ids[len(context) :] if token not in (0, 1, 2, 7)]))
+    assert [score for score, _ in choices] == pytest.approx([score for score, _ in wanted], abs=1e-3)
+    assert [greedy for _, greedy in choices] == [greedy for _, greedy in wanted]
+    assert [text.strip() for text in texts] == wanted_texts
+    full, _, _ = responses(cache_model(lambda model: DynamicCache(config=model.config)), tmp_path)
+    assert max(abs(score - other) for (score, _), (other, _) in zip(choices, full, strict=True)) > 0.1
+
+
+@pytest.mark.parametrize("held_back", [1, 6])
+def test_continuations_are_read_in_view_of_what_is_kept(held_back: int) -> None:
+    """An uncached run whose masks hide what the cache has evicted of the context, from what was held back on."""
+    model = small_model()
+    context, choices = random_tokens(40).tolist(), [random_tokens(n, seed=n).tolist() for n in (1, 4, 4, 7)]
+    choices[2] = choices[1][:3] + [5]
+
+    def build(model: Any) -> SnapKVCache:
+        return SnapKVCache(model.config, budget=14, window_size=4)
+
+    requests = [(None, context, choice) for choice in choices]
+    found = cache_model(build, held_back)._loglikelihood_tokens(requests, disable_tqdm=True)
+    num_read, cache = 40 - held_back, build(model)
+    with torch.no_grad():
+        model(torch.tensor([context[:num_read]]), past_key_values=cache)
+    positions = [layer.held_positions() for layer in cache.compressed_layers]
+    assert all((held >= 0).sum(dim=-1).tolist() == [[14, 14]] for held in positions)
+    for choice, (score, _) in zip(choices, found, strict=True):
+        piece = held_back + len(choice) - 1
+        trace = Trace(torch.empty(0), [positions], torch.empty(0), [num_read], [piece])
+        tokens = torch.tensor(context + choice[:-1])
+        with torch.no_grad():
+            logits = run_policy(model, tokens, MaskPolicy(masks_of(trace, 0, 2)))[39:].log_softmax(dim=-1)
+        wanted = sum(float(row[token]) for row, token in zip(logits, choice, strict=True))
+        assert score == pytest.approx(wanted, abs=1e-4)
+
+
+def test_contexts_of_one_token_and_too_long_ones() -> None:
+    model = small_model()
+    language_model = cache_model(lambda model: H2OCache(model.config, budget=8))
+    language_model._max_length = 20
+    context, target = random_tokens(30).tolist(), random_tokens(4, seed=1).tolist()
+    long, cut, short = language_model._loglikelihood_tokens(
+        [(None, context, target), (None, context[-17:], target), (None, context[:1], target)], disable_tqdm=True
+    )
+    assert long == cut
+    with torch.no_grad():
+        logits = model(torch.tensor([[context[0], *target[:-1]]])).logits[0].log_softmax(dim=-1)
+    assert short[0] == pytest.approx(float(logits.gather(-1, torch.tensor(target)[:, None]).sum()), abs=1e-4)
+
+
+def test_what_would_mean_nothing_is_refused() -> None:
+    language_model = cache_model(lambda model: SnapKVCache(model.config, budget=8))
+    with pytest.raises(NotImplementedError, match="no context that could be compressed"):
+        language_model.loglikelihood_rolling([])
+    assert cache_model(lambda model: StreamingLLMCache(model.config, 8)).loglikelihood_rolling([]) == []
+    with pytest.raises(ValueError, match="`num_held_back=0` must be an integer of at least 1"):
+        cache_model(None, held_back=0)
+
+
+@pytest.mark.slow
+def test_runs_as_a_script(tmp_path: Path) -> None:
+    texts = ["The capital of France is", "The opposite of hot is"]
+    choices = [["Paris.", "seventeen."], ["green.", "cold."]]
+    write_tasks(
+        tmp_path,
+        [
+            {"context": text, "choices": choice, "label": index, "answer": choice[index]}
+            for index, (text, choice) in enumerate(zip(texts, choices, strict=True))
+        ],
+    )
+    out = tmp_path / "figures.json"
+    arguments = ("--tasks", "local_choice", "--include-path", tmp_path, "--json", out, "--cache", "TOVACache")
+    finished = run_example("lm_eval_harness.py", *arguments, "--budget", "64", cwd=tmp_path)
+    assert "local_choice" in finished.stdout
+    assert json.loads(out.read_text())["results"]["local_choice"]["acc,none"] == 1.0
