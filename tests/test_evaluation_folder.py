@@ -175,6 +175,18 @@ LINE = (
 )
 
 
+def test_cells_of_a_context_that_has_changed_are_refused(tmp_path: Path) -> None:
+    """More contexts of a task, and other tasks, are not another one."""
+    contexts = [Context("task", [1, 2, index], [Question([3], [4])]) for index in range(3)]
+    CellStore(tmp_path, {}).require_contexts(contexts[:2])
+    CellStore(tmp_path, {}).require_contexts(contexts)
+    CellStore(tmp_path, {}).require_contexts([*contexts[:1], Context("other", [5], [Question([3], [4])])])
+    changed = Context("task", [1, 2, 1], [Question([3], [5])])
+    with pytest.raises(ValueError, match="results of task whose context 1 is another one now"):
+        CellStore(tmp_path, {}).require_contexts([contexts[0], changed])
+    CellStore().require_contexts([changed])  # where nothing is kept nothing can be mistaken
+
+
 @pytest.mark.parametrize(
     "rest", ['{"key": {"ta', "\x00\x00\x00", "nonsense\n", LINE[:-1], LINE.replace("[1.0]", "[]")]
 )

@@ -5,13 +5,15 @@ A cell is what one cache made of one context, or of one question if that was com
 is there, one line of JSON each. Processes that share the work write files of their own and read those of all.
 """
 
+import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from pyramid_cache.evaluation.lines import append_line, read_lines
+from pyramid_cache.evaluation.tasks.cases import Context
 from pyramid_cache.terminal import write_json
 
 
@@ -78,6 +80,7 @@ class CellStore:
         announce: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.cells: dict[CellKey, Cell] = {}
+        self.process = process
         self.path = None if folder is None else folder / (f"cells.{process}.jsonl" if process else "cells.jsonl")
         if folder is None:
             return
@@ -87,6 +90,34 @@ class CellStore:
             for cell in read_lines(path, parse_cell, path == self.path, announce):
                 self.cells[cell.key] = cell
 
+    def require_contexts(self, contexts: Sequence[Context]) -> None:
+        """
+        Notes in the folder what the contexts are, so that cells of other ones under the same names are not taken for theirs: a
+        file of a public set may have changed.
+
+        Raises:
+            ValueError: There are cells of a context that was another one.
+        """
+        if self.path is None:
+            return
+        folder = self.path.parent
+        record = read_settings(folder)
+        noted: dict[str, list[str]] = record.setdefault("contexts", {})
+        found: dict[str, list[str]] = {}
+        for context in contexts:
+            found.setdefault(context.task, []).append(digest_of(context))
+        for task, digests in found.items():
+            earlier = noted.get(task, [])
+            for index, (one, other) in enumerate(zip(earlier, digests, strict=False)):
+                if one != other:
+                    raise ValueError(
+                        f"{folder} has results of {task} whose context {index} is another one now: its source has changed. Choose "
+                        "another folder, or delete this one."
+                    )
+            noted[task] = digests if len(digests) > len(earlier) else earlier
+        if self.process == 0:
+            write_json(record, folder / SETTINGS_FILE)
+
     def __contains__(self, key: CellKey) -> bool:
         return key in self.cells
 
@@ -95,6 +126,11 @@ class CellStore:
         self.cells[cell.key] = cell
         if self.path is not None:
             append_line(self.path, asdict(cell))
+
+
+def digest_of(context: Context) -> str:
+    """Of all that answers depend on."""
+    return hashlib.sha256(json.dumps(asdict(context), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def parse_cell(fields: dict[str, Any]) -> Cell:
@@ -133,7 +169,8 @@ def read_settings(folder: Path) -> dict[str, Any]:
     Reads the file of settings.
 
     Returns:
-        `dict`: Under "settings" what all cells depend on; of a finished run, its command, machine and versions under "run".
+        `dict`: Under "settings" what all cells depend on, under "contexts" digests of the contexts of each task; of a finished
+            run, its command, machine and versions under "run".
     """
     path = folder / SETTINGS_FILE
     try:

@@ -200,6 +200,7 @@ def run(options: argparse.Namespace) -> None:
             return
         if options.save_data is not None:
             continue
+        store.require_contexts(contexts)
         settings |= {"recall_model" if is_recall else "model": name} | settings_of(model)
         caches = {name: CACHES[name] for name in options.caches}
         evaluation = Evaluation(model, caches, options.budgets, options.protocols, store, writing, options.batch_size)
