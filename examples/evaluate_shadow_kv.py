@@ -31,11 +31,11 @@ from pyramid_cache.weights import fetch_default_model
 NUM_TURNS = 5
 
 
-def shadow_cache(sparse_budget: int, rank: int) -> EvaluatedCache:
+def shadow_cache(sparse_budget: int, **settings: int) -> EvaluatedCache:
     """A cache of that budget; without the fraction that others are built by."""
     return EvaluatedCache(
         f"ShadowKVCache, {sparse_budget}",
-        lambda model, budget, num_tokens, num_later: ShadowKVCache(model.config, sparse_budget, rank=rank),
+        lambda model, budget, num_tokens, num_later: ShadowKVCache(model.config, sparse_budget, **settings),
         reads_answers_by_step=True,
     )
 
@@ -80,7 +80,8 @@ def measure(
     """One row per length and cache, as soon as it is there."""
     haystack = Haystack(tokenizer)
     for num_tokens, limit in zip(options.lengths, options.contexts, strict=True):
-        caches = {str(budget): shadow_cache(budget, options.rank) for budget in options.sparse_budgets}
+        settings = {"rank": options.rank, "chunk_size": options.chunk_size}
+        caches = {str(budget): shadow_cache(budget, **settings) for budget in options.sparse_budgets}
         evaluation = Evaluation(model, caches, [0.5], ["context"])
         needles = build_contexts(parse_task(f"needles-8-{num_tokens}"), haystack, options.seed, limit)
         found = evaluation.run(needles, progress)
@@ -126,6 +127,7 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, nargs="+", default=[5, 3, 2], help="how many of each length")
     parser.add_argument("--sparse-budgets", type=int, nargs="+", default=[128, 256, 512, 1024], help="in tokens")
     parser.add_argument("--rank", type=int, default=160, help="of the keys, over all heads of a layer")
+    parser.add_argument("--chunk-size", type=int, default=8, help="tokens that one landmark stands for")
     parser.add_argument("--new-tokens", type=int, default=64, help="of the novel, behind each context")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True, help="JSON file of the record")
