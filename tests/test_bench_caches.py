@@ -338,6 +338,25 @@ def test_tokens_are_written_for_other_programs(tmp_path: Path) -> None:
     assert json.loads(path.read_text()) == tiny_model()[1][:50].tolist()
 
 
+def test_numbers_that_come_twice_are_measured_once(tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    arguments = [
+        "bench",
+        "caches",
+        "--model",
+        "tiny",
+        "--device",
+        "cpu",
+        "--lengths",
+        "64,64",
+        "--batch-sizes",
+        "2,1,2",
+    ]
+    assert main([*arguments, "--caches", "dynamic", "--rounds", "1", "--new-tokens", "2", "--json", str(path)]) == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert [(row["batch_size"], len(row["step_seconds"])) for row in rows] == [(1, 1), (2, 1)]
+
+
 def test_part_of_the_gpu_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the suite runs, with a model for the CPU."""
     for run in gpu.CACHE_RUNS:

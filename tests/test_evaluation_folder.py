@@ -178,7 +178,9 @@ LINE = (
 def test_cells_of_a_context_that_has_changed_are_refused(tmp_path: Path) -> None:
     """More contexts of a task, and other tasks, are not another one."""
     contexts = [Context("task", [1, 2, index], [Question([3], [4])]) for index in range(3)]
-    CellStore(tmp_path, {}).require_contexts(contexts[:2])
+    store = CellStore(tmp_path, {})
+    store.add(CELL)
+    store.require_contexts(contexts[:2])
     CellStore(tmp_path, {}).require_contexts(contexts)
     CellStore(tmp_path, {}).require_contexts([*contexts[:1], Context("other", [5], [Question([3], [4])])])
     changed = Context("task", [1, 2, 1], [Question([3], [5])])
@@ -187,8 +189,48 @@ def test_cells_of_a_context_that_has_changed_are_refused(tmp_path: Path) -> None
     CellStore().require_contexts([changed])  # where nothing is kept nothing can be mistaken
 
 
+def test_cells_without_settings_are_refused_and_settings_without_cells_are_not(tmp_path: Path) -> None:
+    CellStore(tmp_path, {"seed": 1})
+    store = CellStore(tmp_path, {"seed": 2})  # the first run measured nothing
+    store.add(CELL)
+    with pytest.raises(ValueError, match="seed 2 instead of 3"):
+        CellStore(tmp_path, {"seed": 3})
+    (tmp_path / "settings.json").unlink()
+    with pytest.raises(ValueError, match=r"has results, but no settings\.json"):
+        CellStore(tmp_path, {"seed": 2})
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(ValueError, match="is a file"):
+        CellStore(file, {})
+
+
+def test_cells_with_too_few_answers_are_named(tmp_path: Path) -> None:
+    """Two questions, of which one has an answer of one token, which is not measured in view."""
+    contexts = [Context("task", [1, 2], [Question([3], [4]), Question([5], [6, 7])])]
+
+    def store_with(protocol: str, num_answers: int) -> CellStore:
+        store = CellStore(tmp_path / f"{protocol}-{num_answers}", {})
+        store.add(Cell(CellKey("task", 0, -1, protocol, "knorm", 0.5), [1.0] * num_answers, [-0.5] * num_answers, 0.5))
+        return store
+
+    store_with("context", 2).require_contexts(contexts)
+    store_with("question", 1).require_contexts(contexts)
+    with pytest.raises(
+        ValueError, match=r"3 answers to the 2 questions of context 0 of task \(knorm, 0.5, context first"
+    ):
+        store_with("context", 3).require_contexts(contexts)
+
+
 @pytest.mark.parametrize(
-    "rest", ['{"key": {"ta', "\x00\x00\x00", "nonsense\n", LINE[:-1], LINE.replace("[1.0]", "[]")]
+    "rest",
+    [
+        '{"key": {"ta',
+        "\x00\x00\x00",
+        "nonsense\n",
+        LINE[:-1],
+        LINE.replace("[1.0]", "[]"),
+        LINE.replace("[1.0]", "[NaN]"),
+    ],
 )
 def test_a_broken_last_line_is_dropped_with_a_word(rest: str, tmp_path: Path) -> None:
     store = CellStore(tmp_path, {})
@@ -228,7 +270,7 @@ def test_a_broken_line_elsewhere_is_refused_by_its_number(line: str, tmp_path: P
 
 def test_other_settings_are_named(tmp_path: Path) -> None:
     settings = {"model": "a", "seed": 0, "versions": {"torch": "1", "python": "2"}}
-    CellStore(tmp_path, settings)
+    CellStore(tmp_path, settings).add(CELL)
     CellStore(tmp_path, settings)
     with pytest.raises(
         ValueError, match="of other settings: seed 0 instead of 1, versions.torch '1' instead of '3'. Choose"
@@ -565,3 +607,29 @@ def test_an_evaluation_that_is_killed_loses_nothing_and_repeats_nothing(tmp_path
     assert {path.name for path in killed.rglob("*")} == {path.name for path in whole.rglob("*")}
     records = [json.loads((folder / "results.json").read_text()) for folder in (killed, whole)]
     assert records[0]["rows"] == records[1]["rows"]
+
+
+def test_page_shows_what_a_task_is_measured_by() -> None:
+    """Perplexities alone, and a column for turns."""
+    common = {
+        "protocol": "context",
+        "cache": BASELINE,
+        "label": "DynamicCache",
+        "budget": 1.0,
+        "num_cases": 2,
+        "held_share": 1.0,
+    }
+    scores = {"exact_match": 0.0, "token_accuracy": 0.38, "log_likelihood": -3.51}
+    rows = [
+        {"task": "perplexity-64", "perplexity": 33.31, **common, **scores},
+        {"task": "turns-2-64", "token_accuracy_by_turn": [0.0, 0.25], **common, **scores},
+    ]
+    text = page(record_of(rows), [])
+    first, second = text.split("<h2")[1:3]
+    assert "33.31" in first and "0.38" not in first and "exact match" not in first
+    assert "0.38" in second and "<td>0.00 0.25</td>" in second
+    assert "the token accuracy of each turn is in a column of its own" in text
+    assert "perplexity is shown instead" in text
+    pictures = [plots.draw_scores([row, row | {"cache": "knorm", "budget": 0.5}]) for row in rows]
+    heights = [struct.unpack(">I", png[20:24])[0] for png in pictures]
+    assert heights[0] < heights[1]  # one panel above the other, and one alone

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from models import random_tokens, tiny_model
+from test_demo import model_folder  # noqa: F401
 from test_evaluation import said, slow_log_likelihood
 from test_evaluation_tasks import tokenizer
-from text_tokenizers import byte_tokenizer, model_folder  # noqa: F401
+from text_tokenizers import byte_tokenizer
 from transformers import DynamicCache
 
 from pyramid_cache.cli import main
@@ -277,6 +278,10 @@ def test_sources_that_cannot_be_are_refused(tmp_path: Path, monkeypatch: pytest.
         load("ruler", write(tmp_path, "half.jsonl", [{"input": "x"}]))
     with pytest.raises(ValueError, match="template 'base'"):
         load("ruler", write(tmp_path, "chat.jsonl", [{"input": "What?\n[/INST] The", "outputs": ["1"]}]))
+    empty = tmp_path / "empty.jsonl"
+    empty.touch()
+    with pytest.raises(ValueError, match="has no rows"):
+        load("gsm8k", empty)
     broken = tmp_path / "broken.jsonl"
     broken.write_text("{")
     with pytest.raises(ValueError, match="cannot be read"):

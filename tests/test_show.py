@@ -266,3 +266,11 @@ def test_the_page_runs_and_prints_what_it_shows() -> None:
     texts = [re.sub("[⟦⟧]", "", text).partition("\n")[2] for text in (printed, shown)]
     assert texts[0] == texts[1]
     assert len(names["recorder"].num_seen) == 40
+
+
+@pytest.mark.parametrize("token_id", [-100, 10**7])
+def test_ids_that_are_no_tokens_are_refused(token_id: int) -> None:
+    input_ids = encode("abc")
+    input_ids[0, 1] = token_id
+    with pytest.raises(ValueError, match=f"hold {token_id}, which is none of the"):
+        cache_of([[0, 1]], 3).show(byte_tokenizer(), input_ids)

@@ -236,8 +236,8 @@ def contenders(text: str) -> list[str]:
 
 
 def lengths(text: str) -> list[int]:
-    """Reads `--lengths`."""
-    return [positive_int(part.strip()) for part in text.split(",")]
+    """Reads `--lengths` and `--batch-sizes`, each number once."""
+    return list(dict.fromkeys(positive_int(part.strip()) for part in text.split(",")))
 
 
 def parts(text: str) -> list[str]:

@@ -7,6 +7,7 @@ is there, one line of JSON each. Processes that share the work write files of th
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -84,8 +85,10 @@ class CellStore:
         self.path = None if folder is None else folder / (f"cells.{process}.jsonl" if process else "cells.jsonl")
         if folder is None:
             return
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{folder} is a file. Name a folder for the results.")
         folder.mkdir(parents=True, exist_ok=True)
-        check_settings(folder, settings or {})
+        check_settings(folder, settings or {}, process)
         for path in [*sorted(folder.glob("cells.*.jsonl")), *folder.glob("cells.jsonl")]:
             for cell in read_lines(path, parse_cell, path == self.path, announce):
                 self.cells[cell.key] = cell
@@ -115,8 +118,28 @@ class CellStore:
                         "another folder, or delete this one."
                     )
             noted[task] = digests if len(digests) > len(earlier) else earlier
+        self._require_answers(contexts)
         if self.process == 0:
             write_json(record, folder / SETTINGS_FILE)
+
+    def _require_answers(self, contexts: Sequence[Context]) -> None:
+        """Raises for cells that have not as many answers as there are questions."""
+        by_task: dict[str, list[Context]] = {}
+        for context in contexts:
+            by_task.setdefault(context.task, []).append(context)
+        for key, cell in self.cells.items():
+            if key.context >= len(by_task.get(key.task, ())):
+                continue
+            questions = by_task[key.task][key.context].questions
+            # With the question in view, answers of one token are not measured.
+            counts = {len(questions), sum(len(question.answer) > 1 for question in questions)}
+            num_answers = len(cell.token_accuracy)
+            if num_answers not in (counts if key.question == ALL_QUESTIONS else {1}):
+                raise ValueError(
+                    f"A line of the cells in {self.path.parent} has {num_answers} answers to the {len(questions)} questions of context "
+                    f"{key.context} of {key.task} ({key.cache}, {key.budget}, {key.protocol} first). Delete the line: what it was of is "
+                    "measured again."
+                )
 
     def __contains__(self, key: CellKey) -> bool:
         return key in self.cells
@@ -146,15 +169,25 @@ def parse_cell(fields: dict[str, Any]) -> Cell:
             f"{len(cell.token_accuracy)} token accuracies and {len(cell.log_likelihood)} log-likelihoods, one each per question"
         )
     # Of what is summed up later, a text would be found only then.
-    float(sum(cell.token_accuracy) + sum(cell.log_likelihood) + cell.held_share)
+    if not math.isfinite(sum(cell.token_accuracy) + sum(cell.log_likelihood) + cell.held_share):
+        raise ValueError("not all of its numbers are finite")
     return cell
 
 
-def check_settings(folder: Path, settings: dict[str, Any]) -> None:
+def check_settings(folder: Path, settings: dict[str, Any], process: int = 0) -> None:
     """Raises if cells in the folder are of other settings; notes these if there are none."""
     path = folder / SETTINGS_FILE
-    if not path.exists():
-        write_json({"settings": settings}, path)
+    has_cells = any(cells.stat().st_size for cells in folder.glob("cells*.jsonl"))
+    if path.exists():
+        read_settings(folder)  # raises for a file of something else
+    elif has_cells:
+        raise ValueError(
+            f"{folder} has results, but no {SETTINGS_FILE} that says what they are of. Choose another folder, or delete this one."
+        )
+    if not has_cells:
+        # Those of a run that came to nothing are of no cell.
+        if process == 0 or not path.exists():
+            write_json({"settings": settings}, path)
         return
     noted = flat(read_settings(folder)["settings"])
     found = flat(settings)

@@ -250,6 +250,8 @@ def check_cases(options: argparse.Namespace) -> None:
     """Raises where `--save-cases` could not be written, or would hold token ids of two models."""
     if options.save_cases is None:
         return
+    if options.save_data is not None:
+        raise ValueError("--save-cases and --save-data write the same cases in two forms. Give one of them at a time.")
     check_output("--save-cases", options.save_cases)
     if len({task.is_for_recall_model for task in options.tasks}) > 1:
         names = ",".join(task.name for task in options.tasks if not task.is_for_recall_model)

@@ -65,7 +65,8 @@ for (const button of document.querySelectorAll("thead button")) {
 }
 """
 
-COLUMNS = ("cache", "budget", "exact match", "token accuracy", "log-likelihood", "bytes kept", "questions")
+# Keys of rows, and what columns are called.
+SCORES = {"exact_match": "exact match", "token_accuracy": "token accuracy", "log_likelihood": "log-likelihood"}
 
 
 def page(record: dict[str, Any], plots: Sequence[Plot]) -> str:
@@ -91,7 +92,7 @@ def page(record: dict[str, Any], plots: Sequence[Plot]) -> str:
     links = "".join(
         f'<li><a href="#part-{number}">{escape(heading)}</a></li>' for number, heading in enumerate(sections)
     )
-    parts = [f"<h1>{escape(title)}</h1>", f'<p class="dim">{escape(footnote(record))}</p>']
+    parts = [f"<h1>{escape(title)}</h1>", f'<p class="dim">{escape(footnote(record, "in a column of its own"))}</p>']
     parts += [f"<p><code>{escape(record['command'])}</code></p>", f'<nav aria-label="Contents"><ul>{links}</ul></nav>']
     for number, (heading, content) in enumerate(sections.items()):
         parts += [f'<h2 id="part-{number}">{escape(heading)}</h2>', *content]
@@ -123,11 +124,16 @@ def groups(rows: Sequence[dict[str, Any]]) -> Iterable[tuple[tuple[str, str], li
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """A table that sorts by the column whose head is pressed: one row per cache and budget."""
-    head = "".join(f'<th scope="col"><button type="button">{escape(column)}</button></th>' for column in COLUMNS)
+    scores = {"perplexity": "perplexity"} if "perplexity" in rows[0] else SCORES
+    has_turns = "token_accuracy_by_turn" in rows[0]
+    columns = ["cache", "budget", *scores.values(), "bytes kept", "questions", *(["by turn"] if has_turns else [])]
+    head = "".join(f'<th scope="col"><button type="button">{escape(column)}</button></th>' for column in columns)
     lines = []
     for row in rows:
-        figures = [f"{row[score]:.2f}" for score in ("exact_match", "token_accuracy", "log_likelihood", "held_share")]
+        figures = [f"{row[score]:.2f}" for score in (*scores, "held_share")]
         cells = [f"{row['budget']:g}", *figures, str(row["num_cases"])]
+        if has_turns:
+            cells.append(" ".join(f"{accuracy:.2f}" for accuracy in row["token_accuracy_by_turn"]))
         marked = ' class="full"' if row["cache"] == BASELINE else ""
         data = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
         lines.append(f'<tr{marked}><th scope="row">{breakable(row["label"])}</th>{data}</tr>')

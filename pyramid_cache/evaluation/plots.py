@@ -118,27 +118,29 @@ def as_png(figure: Figure) -> bytes:
 
 
 def draw_scores(rows: Sequence[dict[str, Any]]) -> bytes:
-    """Exact match and log-likelihood of one task and protocol, against the budget and against the bytes kept."""
-    figure = Figure(figsize=(11, 7.5), layout="constrained")
-    grid = figure.subplots(2, 2, sharex="col", sharey="row")
+    """Exact match and log-likelihood, or perplexity, of one task and protocol, against the budget and against the bytes kept."""
+    scores = (("exact_match", "exact match"), ("log_likelihood", "log-likelihood per token"))
+    if "perplexity" in rows[0]:
+        scores = (("perplexity", "perplexity"),)
+    figure = Figure(figsize=(11, 7.5 if len(scores) > 1 else 4.5), layout="constrained")
+    grid = figure.subplots(len(scores), 2, sharex="col", sharey="row", squeeze=False)
     budgets = sorted({row["budget"] for row in rows if row["cache"] != BASELINE})
-    for axes, (score, label) in zip(
-        grid, (("exact_match", "exact match"), ("log_likelihood", "log-likelihood per token")), strict=True
-    ):
+    for axes, (score, label) in zip(grid, scores, strict=True):
         for axis, place in zip(axes, ("budget", "held_share"), strict=True):
             draw_lines(axis, rows, place, score)
         axes[0].set_ylabel(label)
-    grid[0, 0].set_ylim(-0.03, 1.03)
-    grid[1, 0].set_xlabel("budget, a fraction of the prompt")
-    grid[1, 1].set_xlabel("bytes kept, a share of the full cache's")
+    if scores[0][0] == "exact_match":
+        grid[0, 0].set_ylim(-0.03, 1.03)
+    grid[-1, 0].set_xlabel("budget, a fraction of the prompt")
+    grid[-1, 1].set_xlabel("bytes kept, a share of the full cache's")
     # Budgets differ by factors. Each is a tick; bytes have those of the scale's own choice.
-    for axis in grid[1]:
+    for axis in grid[-1]:
         axis.set_xscale("log")
         axis.minorticks_off()
-    grid[1, 0].set_xticks(budgets, [f"{budget:g}" for budget in budgets])
+    grid[-1, 0].set_xticks(budgets, [f"{budget:g}" for budget in budgets])
     shares = [row["held_share"] for row in rows]
     ticks = [tick for tick in SHARE_TICKS if min(shares) / 1.3 <= tick <= max(shares) * 1.3]
-    grid[1, 1].set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    grid[-1, 1].set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize="small", handlelength=3.2)
     return as_png(figure)

@@ -65,7 +65,9 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
     result.add_column("cache", no_wrap=True)
     result.add_column("budget", justify="right", no_wrap=True)
     for task, protocol in columns:
-        result.add_column(f"{task}\n{protocol} first\nexact token loglik", justify="right", no_wrap=True)
+        is_perplexity = any("perplexity" in row for row in rows if row["task"] == task)
+        shown = "perplexity" if is_perplexity else "exact token loglik"
+        result.add_column(f"{task}\n{protocol} first\n{shown}", justify="right", no_wrap=True)
     places = dict.fromkeys((row["budget"], row["cache"]) for row in rows)
     ordered = sorted(places, key=lambda place: -place[0])
     for budget, group in itertools.groupby(ordered, key=lambda place: place[0]):
@@ -83,7 +85,12 @@ def markdown(record: dict[str, Any]) -> str:
     rows = record["rows"]
     settings, machine = record["settings"], record["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    lines = [f"# {models_of(settings)}, {settings['dtype']} on {settings['device']}", "", footnote(record), ""]
+    lines = [
+        f"# {models_of(settings)}, {settings['dtype']} on {settings['device']}",
+        "",
+        footnote(record, "in brackets"),
+        "",
+    ]
     lines += [f"`{record['command']}`", "", f"{machine['processor']}; {versions}.", ""]
     budgets = sorted({row["budget"] for row in rows if row["cache"] != BASELINE}, reverse=True)
     for task, protocol in dict.fromkeys((row["task"], row["protocol"]) for row in rows):
@@ -127,15 +134,22 @@ def measures(row: dict[str, Any] | None, separator: str = "  ") -> str:
     return separator.join(figure.strip() for figure in figures) + (f" ({by_turn})" if by_turn else "")
 
 
-def footnote(record: dict[str, Any]) -> str:
-    """What the columns mean."""
-    counts = {row["task"]: row["num_cases"] for row in record["rows"]}
+def footnote(record: dict[str, Any], place_of_turns: str | None = None) -> str:
+    """What the columns mean, and where the token accuracies of turns are, if they are shown."""
+    rows = record["rows"]
+    counts = {row["task"]: row["num_cases"] for row in rows}
     cases = ", ".join(f"{count} of {task}" for task, count in counts.items())
-    return (
+    note = (
         "Exact match, token accuracy and log-likelihood per token of the right answer; means over the same cases for each "
         f"cache ({cases}). Context first: the context is compressed before a question is known. Question first: context and "
         "question are compressed together; the first token of an answer follows from a full reading then, so that answers of "
         "one token are not measured. Of an answer of several values, token accuracy is the share of them that is found; of a "
-        "generated one, what its metric gives; of `perplexity` tasks the perplexity is shown instead; of conversations, in brackets, "
-        "the token accuracy of each turn. The budget is a fraction of what is read."
+        "generated one, what its metric gives. The budget is a fraction of what is read."
     )
+    if any(row["cache"].startswith("streaming") for row in rows):
+        note += " The window of StreamingLLMCache has room for question and answer beside it."
+    if any("perplexity" in row for row in rows):
+        note += " Of continuations the perplexity is shown instead."
+    if place_of_turns is not None and any("token_accuracy_by_turn" in row for row in rows):
+        note += f" Of conversations, the token accuracy of each turn is {place_of_turns}."
+    return note

@@ -152,6 +152,12 @@ def read_kept_text(
     require_filled(cache)
     row = as_row(row, cache.batch_size)
     token_ids = tokens_of_row(cache, input_ids, row, attention_mask)
+    strange = [token_id for token_id in token_ids if not 0 <= token_id < len(tokenizer)]
+    if strange:
+        raise ValueError(
+            f"`input_ids` hold {strange[0]}, which is none of the {len(tokenizer)} tokens of the tokenizer. Give what the model read, "
+            "and not labels."
+        )
     layers = compressed_layers(cache)
     num_seen = max(layer.num_seen_per_row[row] for layer in layers)
     indices = [layer.place.layer_idx for layer in layers]

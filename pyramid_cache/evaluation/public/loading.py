@@ -104,6 +104,8 @@ def load_rows(task: PublicTask) -> Any:
             return datasets.load_dataset(READERS[path.suffix], data_files=str(path), split="train")
         except datasets.exceptions.DatasetGenerationError as error:
             raise ValueError(f"{path} cannot be read: {error.__cause__ or error}") from error
+        except StopIteration as error:  # of an empty file
+            raise ValueError(f"{path} has no rows.") from error
     module = PUBLIC_SETS[task.kind]
     name = task.part or getattr(module, "DEFAULT_NAME", None)
     arguments = {"split": name} if module.SPLIT is None else {"name": name, "split": module.SPLIT}
