@@ -7,8 +7,8 @@ import pytest
 from pages import DOCS, ROOT, run_page
 
 
-# Where the code of each page is run; those of caches are in test_docs.py.
-PAGES = {"index.md", "ops.md", "write-a-policy.md"}
+# Pages whose code is run: here, that of plots.md in test_show.py. Those of caches are in test_docs.py.
+PAGES = {"evaluation.md", "index.md", "ops.md", "plots.md", "write-a-policy.md"}
 
 
 def test_every_page_with_code_is_run() -> None:
@@ -38,6 +38,13 @@ def test_the_first_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert max(cache.num_kept_tokens()) == cache.get_seq_length() // 4
     loaded = type(cache).load("novel.safetensors", names["model"])
     assert loaded.num_kept_tokens() == cache.num_kept_tokens()
+
+
+@pytest.mark.slow
+def test_the_page_of_the_evaluation_runs() -> None:
+    dataset = run_page(DOCS / "evaluation.md", shows_output=False)["dataset"]
+    assert len(dataset) == 5
+    assert all(0.5 * 1024 < len(row["ids"]) <= 1024 for row in dataset)
 
 
 @pytest.mark.slow
