@@ -817,8 +817,12 @@ class ShadowKVCache(CompressedCache):
         Reads a cache that `save` wrote; see `CompressedCache.load`. Values go where the saved cache had them.
 
         Args:
-            host, host_budget (*optional*): Where they go instead, as the constructor takes it. A `host` that is given comes with
-                its own budget, or none.
+            path (`str` or `os.PathLike`): The file.
+            config (`PreTrainedConfig` or `PreTrainedModel`): Of the model, or the model.
+            device (`torch.device`, *optional*): Where the cache belongs.
+            host (`str`, *optional*): Where values go instead, as the constructor takes it.
+            host_budget (`int` or `str`, *optional*): Bytes they may take there. A `host` that is given comes with its own budget,
+                or none.
         """
         check_decoder_config(config.config if isinstance(config, PreTrainedModel) else config)
         if host is None and host_budget is None:
