@@ -44,7 +44,7 @@ def test_the_first_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_the_page_of_the_evaluation_runs() -> None:
     dataset = run_page(DOCS / "evaluation.md", shows_output=False)["dataset"]
     assert len(dataset) == 5
-    assert all(0.5 * 1024 < len(row["ids"]) <= 1024 for row in dataset)
+    assert all(0.5 * 1024 < len(row["input_ids"]) <= 1024 for row in dataset)
 
 
 @pytest.mark.slow
