@@ -40,7 +40,6 @@ from pyramid_cache.engine.rope import (
 )
 from pyramid_cache.engine.selection import gather_tokens
 from pyramid_cache.engine.sizes import with_room, with_size, write_rows
-from pyramid_cache.engine.storage import load_cache
 from pyramid_cache.engine.tokens import MaskReader, Tokens
 from pyramid_cache.ops import decode_attention
 from pyramid_cache.ops.registration import needs_gradients
@@ -824,12 +823,9 @@ class ShadowKVCache(CompressedCache):
             host_budget (`int` or `str`, *optional*): Bytes they may take there. A `host` that is given comes with its own budget,
                 or none.
         """
-        check_decoder_config(config.config if isinstance(config, PreTrainedModel) else config)
-        if host is None and host_budget is None:
-            changed = {}
-        else:
-            changed = {"host_budget": host_budget} | ({} if host is None else {"host": host})
-        return load_cache(cls, path, config, device, changed)
+        if host is not None:
+            return cls._load(path, config, device, host=host, host_budget=host_budget)
+        return cls._load(path, config, device, **({} if host_budget is None else {"host_budget": host_budget}))
 
     def reset(self) -> None:
         self.frequencies.forget()

@@ -293,8 +293,19 @@ class CompressedCache(Cache):
             ValueError: It is no file of this cache, is damaged, or was made by another model.
             NotImplementedError: The constructor does not take the model; it may take its config.
         """
+        return cls._load(path, config, device)
+
+    @classmethod
+    def _load(
+        cls: type[CacheType],
+        path: str | os.PathLike[str],
+        config: PreTrainedConfig | PreTrainedModel,
+        device: torch.device | str | int | None,
+        **changed: Any,
+    ) -> CacheType:
+        """See `load`; `changed` are settings that take the place of those in the file."""
         check_decoder_config(config.config if isinstance(config, PreTrainedModel) else config)
-        return load_cache(cls, path, config, device)
+        return load_cache(cls, path, config, device, changed)
 
     @property
     def batch_size(self) -> int:

@@ -191,7 +191,7 @@ def load_cache(
     path: str | os.PathLike[str],
     config: PreTrainedConfig | PreTrainedModel,
     device: torch.device | str | int | None,
-    changed: dict[str, Any] | None = None,
+    changed: dict[str, Any],
 ) -> CacheType:
     """See `CompressedCache.load`; `changed` are settings that take the place of those in the file."""
     path = os.fsdecode(path)
@@ -206,7 +206,7 @@ def load_cache(
                 f"{path} holds a {header['cache']}, not a {cache_class.__name__}: load it with `{header['cache']}.load`."
             )
         require_architecture(path, header["architecture"], architecture)
-        cache = build_cache(path, cache_class, config, header["settings"] | (changed or {}))
+        cache = build_cache(path, cache_class, config, header["settings"] | changed)
         require_layers(path, header, cache)
         tensors = {name: read_tensor(path, file, name, header["tensors"][name]) for name in header["tensors"]}
     weights = read_weights(path, header, cache)
