@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 
 REPORT_WIDTH = 150
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def positive_int(text: str, least: int = 1) -> int:
@@ -23,6 +24,11 @@ def positive_int(text: str, least: int = 1) -> int:
     if not text.isdecimal() or int(text) < least:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least {least}")
     return int(text)
+
+
+def positive_ints(text: str) -> list[int]:
+    """Reads numbers between commas, each once."""
+    return list(dict.fromkeys(positive_int(part.strip()) for part in text.split(",")))
 
 
 def device(text: str) -> torch.device:

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from pyramid_cache.bench.command import SUITES, complete_settings, measure, measure_caches
+from pyramid_cache.bench.caches_command import SUITES, measure_caches
+from pyramid_cache.bench.ops_command import complete_settings, measure
 from pyramid_cache.bench.timing import CudaTimer, measure_pairs, record_graph
 from pyramid_cache.ops import attention_scores
 from pyramid_cache.ops.lse import attention_with_lse

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 import pyramid_cache
-from pyramid_cache.bench.command import PARTS, VERSIONS
+from pyramid_cache.bench.command import PARTS
+from pyramid_cache.bench.record import VERSIONS
 from pyramid_cache.machine import describe_machine, describe_versions, load_average
 from pyramid_cache.terminal import write_json
 

@@ -11,7 +11,7 @@ from pyramid_cache.demo.model import LoadedModel, load_model
 from pyramid_cache.demo.prompt import Prompts, build_prompts, read_text
 from pyramid_cache.engine.budget import parse_budget
 from pyramid_cache.machine import describe_machine
-from pyramid_cache.terminal import ProgressBar, check_output, device, positive_int, write_json
+from pyramid_cache.terminal import DTYPES, ProgressBar, check_output, device, positive_int, write_json
 
 
 DEFAULT_PROMPT_TOKENS = 3072
@@ -60,7 +60,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--device", type=device, help="where to run (default: cuda if there is one, else cpu)")
     parser.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16", "float16"),
+        choices=DTYPES,
         help="of the weights and the cache (default: float32 on cpu, else bfloat16)",
     )
     parser.add_argument(

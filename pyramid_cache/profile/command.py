@@ -14,7 +14,7 @@ from pyramid_cache.engine.fingerprint import architecture_of
 from pyramid_cache.engine.profile import FORMAT, VERSION
 from pyramid_cache.machine import describe_machine, describe_versions, load_average
 from pyramid_cache.profile import measure
-from pyramid_cache.terminal import ProgressBar, check_output, device, positive_int, write_json
+from pyramid_cache.terminal import DTYPES, ProgressBar, check_output, device, positive_int, write_json
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -51,7 +51,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--device", type=device, help="where to run (default: cuda if there is one, else cpu)")
     parser.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16", "float16"),
+        choices=DTYPES,
         help="of the weights (default: float32 on cpu, else bfloat16)",
     )
     parser.add_argument(
