@@ -374,3 +374,16 @@ def test_the_command_measures_public_sets(
     assert all(row["num_cases"] == 1 and row["token_accuracy"] in (0, 1) for row in rows)
     assert main([*arguments, "--lengths", "64"]) == 2
     assert "has no effect" in capsys.readouterr().err
+
+
+def test_a_task_that_cannot_be_measured_is_refused_before_the_others_are(
+    model_folder: Path,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The model has 2,048 positions; the recall model's task comes first."""
+    folder = tmp_path / "answers"
+    arguments = ["eval", "--model", str(model_folder), "--caches", "knorm", "--budgets", "0.5", "--samples", "1"]
+    assert main([*arguments, "--tasks", "recall-64,perplexity-4096", "--out", str(folder)]) == 2
+    assert "exceed the 2048 positions" in capsys.readouterr().err
+    assert not list(folder.glob("cells*.jsonl"))

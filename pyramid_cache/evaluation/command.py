@@ -22,7 +22,7 @@ from pyramid_cache.evaluation.selection import find_contexts, find_tasks
 from pyramid_cache.evaluation.tasks import DEFAULT_TASKS, TASK_FORMS, Context, Haystack, save_contexts
 from pyramid_cache.evaluation.team import Team
 from pyramid_cache.machine import describe_machine, describe_versions, load_average
-from pyramid_cache.terminal import ProgressBar, check_output, device, positive_int, write_json
+from pyramid_cache.terminal import DTYPES, ProgressBar, check_output, device, positive_int, write_json
 
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--device", type=device, help="where to run (default: cuda if there is one, else cpu)")
     parser.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16", "float16"),
+        choices=DTYPES,
         help="of the weights and the cache (default: float32 on cpu, else bfloat16)",
     )
     parser.add_argument(
@@ -190,10 +190,12 @@ def run(options: argparse.Namespace) -> None:
     folder = None if options.out is None else ResultFolder(options.out, announce)
     results: list[Result] = []
     settings: dict[str, Any] = {}
-    for is_recall in dict.fromkeys(task.is_for_recall_model for task in options.tasks):
-        if options.save_data is not None and team.process > 0:
-            continue
-        name, model, contexts, writing = prepare(is_recall, options, team.device, messages)
+    kinds = list(dict.fromkeys(task.is_for_recall_model for task in options.tasks))
+    if options.save_data is not None and team.process > 0:
+        kinds = []
+    # All of them before anything is measured: what is wrong with a task comes to light at once.
+    prepared = [(is_recall, *prepare(is_recall, options, team.device, messages)) for is_recall in kinds]
+    for is_recall, name, model, contexts, writing in prepared:
         if options.save_cases is not None:
             save_contexts(contexts, name, options.save_cases)
             messages.print(f"Wrote {options.save_cases}", highlight=False, soft_wrap=True)
