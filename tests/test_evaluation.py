@@ -467,6 +467,30 @@ def test_processes_share_an_evaluation(tmp_path: Path) -> None:
         assert (folder / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
 
 
+@pytest.mark.slow
+def test_accelerate_launches_an_evaluation(tmp_path: Path) -> None:
+    """As the page has it: its two processes have half of the contexts each, and the rows are those of one process."""
+    arguments = "eval --tasks recall-64 --caches knorm --samples 4 --device cpu --threads 1".split()
+    num_threads = torch.get_num_threads()
+    try:
+        wanted = rows_of(arguments, tmp_path / "wanted.json")
+    finally:
+        torch.set_num_threads(num_threads)
+    launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0".split()
+    launch += "--mixed_precision no --dynamo_backend no -m pyramid_cache.cli".split()
+    folder, found = tmp_path / "two", tmp_path / "found.json"
+    command = [sys.executable, *launch, *arguments, "--out", str(folder), "--json", str(found)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    if done.returncode and (reason := run_two_processes("-c", GATHER)[1]):
+        pytest.skip(f"torch.distributed does not work here: {reason.splitlines()[-1]}")
+    assert done.returncode == 0, done.stderr
+    record = json.loads(found.read_text())
+    assert record["machine"]["processes"] == 2
+    assert record["rows"] == wanted
+    numbers = [len((folder / name).read_text().splitlines()) for name in ("cells.jsonl", "cells.1.jsonl")]
+    assert numbers[0] == numbers[1] > 0
+
+
 @pytest.mark.parametrize("name, value", [("--seed", "1"), ("--dtype", "bfloat16")])
 def test_a_folder_of_other_settings_is_refused(
     name: str, value: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
