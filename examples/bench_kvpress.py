@@ -99,7 +99,10 @@ def main() -> None:
     presses = {name: build(1 - options.budget) for name, build in MEASURED.items()}
     for press in presses.values():
         measure(model, press, tokens[None, :256], options.new_tokens)
-    rows = []
+    versions = {name: version(name) for name in ("kvpress", "torch", "transformers")}
+    settings = vars(options) | {name: Path(vars(options)[name]).name for name in ("tokens", "model", "out")}
+    rows: list[dict[str, Any]] = []
+    record = {"rows": rows, "settings": settings, "threads": torch.get_num_threads(), "versions": versions}
     print(
         "| press | tokens | rows | prefill s | ratio | step ms | ratio | bytes ratio |\n|---|---|---|---|---|---|---|---|"
     )
@@ -118,10 +121,7 @@ def main() -> None:
                     f"{row['step_seconds'] * 1e3:.1f} | {row['step_seconds_ratio']:.2f} | {row['bytes_ratio']:.2f} |",
                     flush=True,
                 )
-    versions = {name: version(name) for name in ("kvpress", "torch", "transformers")}
-    settings = {name: value if not isinstance(value, Path) else value.name for name, value in vars(options).items()}
-    record = {"rows": rows, "settings": settings, "threads": torch.get_num_threads(), "versions": versions}
-    options.out.write_text(json.dumps(record, indent=2) + "\n")
+            options.out.write_text(json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":
