@@ -204,6 +204,24 @@ class TestMeasuring:
         for text in ("tiny", "ShadowKVCache, 32", "select_chunks", "ratios are to DynamicCache"):
             assert text in printed
 
+    def test_quantized_cache_by_hand(self, tmp_path: Path) -> None:
+        pytest.importorskip("optimum.quanto")
+        path = tmp_path / "record.json"
+        arguments = "bench caches --model tiny --caches quantized --lengths 600 --rounds 1 --new-tokens 4 --device cpu"
+        assert main([*arguments.split(), "--json", str(path)]) == 0
+        [full, quantized] = json.loads(path.read_text())["rows"]
+        assert (quantized["label"], quantized["failure"], quantized["host_bytes"]) == (
+            "QuantizedCache, 4 bits",
+            None,
+            0,
+        )
+        assert len(quantized["step_seconds"]) == 1
+        # Of two layers, keys and values: the prompt's 600 tokens in half a byte a number, with a scale and a shift of 4 bytes for
+        # 64 of them, and the 7 later ones as they are.
+        numbers = 600 * 2 * 16
+        assert quantized["device_bytes"] == 2 * 2 * (numbers // 2 + numbers // 64 * 8 + 7 * 2 * 16 * 4)
+        assert quantized["bytes_ratio"] == quantized["device_bytes"] / full["device_bytes"]
+
     def test_rows_that_are_copied_decode_as_rows_that_are_read(self) -> None:
         model, tokens = tiny_model()
         sequences = []

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from text_tokenizers import byte_tokenizer
+from torch.testing._internal.two_tensor import TwoTensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from pyramid_cache import StreamingLLMCache
@@ -171,6 +172,12 @@ class TestMeasure:
         # A view keeps all of what it looks at alive, once however many look.
         cache.layers[0].keys, cache.layers[0].values = everything[:, :, :10], everything[:, :, 10:20]
         assert measure.held_bytes(cache) == (2 * 3 * 100 * 8) * 4
+
+    def test_tensors_that_wrap_others_are_counted_by_those(self) -> None:
+        cache = DynamicCache()
+        cache.update(torch.zeros(1, 1, 5, 8), torch.zeros(1, 1, 5, 8), 0)
+        cache.layers[0].keys = TwoTensor(torch.zeros(3), torch.zeros(3))
+        assert measure.held_bytes(cache) == (3 + 3 + 5 * 8) * 4
 
     def test_layers_that_evict_are_counted_by_what_they_hold(self, loaded: LoadedModel) -> None:
         input_ids = build_prompts(loaded.tokenizer, TEXT, 200, batch_size=2).input_ids

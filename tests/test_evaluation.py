@@ -476,7 +476,9 @@ def test_accelerate_launches_an_evaluation(tmp_path: Path) -> None:
         wanted = rows_of(arguments, tmp_path / "wanted.json")
     finally:
         torch.set_num_threads(num_threads)
-    launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0".split()
+    launch = (
+        "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0".split()
+    )
     launch += "--mixed_precision no --dynamo_backend no -m pyramid_cache.cli".split()
     folder, found = tmp_path / "two", tmp_path / "found.json"
     command = [sys.executable, *launch, *arguments, "--out", str(folder), "--json", str(found)]

@@ -17,7 +17,7 @@ from transformers import Cache, PreTrainedModel
 from pyramid_cache import ShadowKVCache
 from pyramid_cache.bench.contenders import BASELINE, TRANSFORMERS, Contender, Workload
 from pyramid_cache.bench.measure import free_memory
-from pyramid_cache.demo.measure import generate, held_bytes
+from pyramid_cache.demo.measure import generate, layer_tensors, storage_bytes
 from pyramid_cache.engine.architectures import CACHE_ARGUMENT
 from pyramid_cache.engine.cache import CompressedCache
 from pyramid_cache.weights import ProgressCallback
@@ -366,15 +366,12 @@ def split_bytes(cache: Cache) -> tuple[int, int]:
         held = {device: sum(roles.values()) for device, roles in cache.memory().items()}
         host = held.pop("host", 0)
         return sum(held.values()), host
-    tensors = [value for layer in cache.layers for value in vars(layer).values() if isinstance(value, torch.Tensor)]
-    devices = {tensor.device.type for tensor in tensors}
-    total = held_bytes(cache)
-    if len(devices) < 2:
+    tensors = list(layer_tensors(cache))
+    total = storage_bytes(tensors)
+    if len({tensor.device.type for tensor in tensors}) < 2:
         return total, 0
-    on_host = {
-        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors if tensor.is_cpu
-    }
-    return total - sum(on_host.values()), sum(on_host.values())
+    host = storage_bytes(tensor for tensor in tensors if tensor.is_cpu)
+    return total - host, host
 
 
 def as_row(measured: Measured, baseline: Measured | None) -> dict[str, Any]:

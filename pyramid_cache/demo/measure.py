@@ -2,10 +2,11 @@
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import Cache, DynamicCache, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from pyramid_cache import H2OCache, PyramidCache, ShadowKVCache, StreamingLLMCache
@@ -211,5 +212,27 @@ def held_bytes(cache: Cache) -> int:
     """The bytes that a cache holds; of transformers' own, those of the storages of its layers' tensors."""
     if isinstance(cache, CompressedCache):
         return cache.nbytes
-    tensors = [value for layer in cache.layers for value in vars(layer).values() if isinstance(value, torch.Tensor)]
+    return storage_bytes(layer_tensors(cache))
+
+
+def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """The bytes of what tensors lie in, each storage once."""
     return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+
+
+def layer_tensors(cache: Cache) -> Iterator[torch.Tensor]:
+    """The tensors of a cache's layers; of one that wraps others, as quantized ones do, those."""
+    for layer in cache.layers:
+        for value in vars(layer).values():
+            if isinstance(value, torch.Tensor):
+                yield from unwrapped(value)
+
+
+def unwrapped(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """What a tensor consists of."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield tensor
+        return
+    names, _ = tensor.__tensor_flatten__()
+    for name in names:
+        yield from unwrapped(getattr(tensor, name))
