@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import DynamicCache
 
 from pyramid_cache import ShadowKVCache
+from pyramid_cache.caches import shadow_kv
 from pyramid_cache.caches.shadow_kv import ShadowKVLayer
 from pyramid_cache.engine.host import gather_through_host
 from pyramid_cache.engine.low_rank import gram_matrix
@@ -102,7 +103,7 @@ class ReferenceShadow:
     def __init__(self, kv_heads: int, num_sparse: int, rank: int, **small: int) -> None:
         self.num_sparse, self.rank = num_sparse, rank
         self.chunk_size, self.num_outliers = small["chunk_size"], small["num_outlier_chunks"]
-        self.num_local = small["num_local_tokens"]
+        self.num_local, self.num_bands = small["num_local_tokens"], small["num_spread_bands"]
         self.heads = [ReferenceHead() for _ in range(kv_heads)]
         self.num_shadow = 0
         self.axes: torch.Tensor | None = None  # (rank, kv_heads * head_dim)
@@ -130,15 +131,31 @@ class ReferenceShadow:
         for index, head in enumerate(self.heads):
             head.rebuilt += projected[:, index].tolist()
             for chunk in range(start // self.chunk_size, stop // self.chunk_size):
-                mean = self.landmark(head, chunk)
+                mean = self.mean(head, chunk)
                 keys = head.keys[chunk * self.chunk_size : (chunk + 1) * self.chunk_size]
                 head.outliers.append((min(cosine(key, mean) for key in keys), chunk))
             head.outliers = sorted(head.outliers)[: self.num_outliers]
         self.num_shadow = stop
 
-    def landmark(self, head: ReferenceHead, chunk: int) -> list[float]:
+    def mean(self, head: ReferenceHead, chunk: int) -> list[float]:
         keys = head.keys[chunk * self.chunk_size : (chunk + 1) * self.chunk_size]
         return [sum(column) / self.chunk_size for column in zip(*keys, strict=True)]
+
+    def logit(self, head: ReferenceHead, chunk: int, query: list[float]) -> float:
+        """Of the mean, and what each band of dimensions may add to it."""
+        keys, mean = head.keys[chunk * self.chunk_size : (chunk + 1) * self.chunk_size], self.mean(head, chunk)
+        deviations = [
+            math.sqrt(sum((key[index] - mean[index]) ** 2 for key in keys) / self.chunk_size)
+            for index in range(len(mean))
+        ]
+        logit, half = dot(query, mean), len(mean) // 2
+        width = math.ceil(half / max(self.num_bands, 1))
+        for band in range(self.num_bands):
+            pairs = range(band * width, min((band + 1) * width, half))
+            members = [*pairs, *(half + pair for pair in pairs)]
+            spread = sum(deviations[index] for index in members) / len(members)
+            logit += sum(abs(query[index]) for index in members) * spread
+        return logit
 
     def attend(self, query: torch.Tensor, scaling: float) -> tuple[torch.Tensor, list[set[int]]]:
         """The output `(heads, head_dim)` of one query `(heads, head_dim)`, and the tokens that each KV head attended to."""
@@ -150,8 +167,7 @@ class ReferenceShadow:
             others = [chunk for chunk in range(self.num_shadow // self.chunk_size) if chunk not in outliers]
             best = dict.fromkeys(others, 0.0)
             for one in queries:
-                landmarks = [self.landmark(head, chunk) for chunk in others]
-                shares = softmax([scaling * dot(one, landmark) for landmark in landmarks])
+                shares = softmax([scaling * self.logit(head, chunk, one) for chunk in others])
                 for chunk, share in zip(others, shares, strict=True):
                     best[chunk] = max(best[chunk], share)
             chosen = sorted(others, key=lambda chunk: -best[chunk])[: self.num_sparse]
@@ -183,17 +199,37 @@ def softmax(logits: list[float]) -> list[float]:
     return [part / sum(parts) for part in parts]
 
 
+def test_landmarks_by_hand() -> None:
+    """Of five dimensions the first and the fourth are one pair, the second and the fifth another; the third is alone."""
+    chunk = torch.tensor([[[[[1.0, 0, 5, 2, 0], [3.0, 0, 5, 2, 8]]]]])
+    mean, deviations = [2.0, 0, 5, 2, 4], [1.0, 0, 0, 0, 4]
+    pairs = [(deviations[0] + deviations[3]) / 2, (deviations[1] + deviations[4]) / 2, deviations[2]]
+    query = torch.tensor([1.0, -2, 3, -4, 5])
+    for num_bands, spreads, sums in (
+        (0, [], []),
+        (1, [sum(deviations) / 5], [15]),
+        (2, [sum(deviations) / 4, 0], [12, 3]),
+        (3, pairs, [5, 7, 3]),
+        (4, [*pairs, 0], [5, 7, 3, 0]),
+    ):
+        assert shadow_kv.landmarks_of(chunk, num_bands).flatten().tolist() == [*mean, *spreads]
+        assert shadow_kv.probe_of(query, num_bands).tolist() == [*query.tolist(), *sums]
+
+
 @pytest.mark.parametrize("num_steps", [60, pytest.param(500, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kv_heads, group, rank", [(2, 2, 7), (1, 4, 3), (3, 1, 18)])
+@pytest.mark.parametrize("kv_heads, group, rank, num_bands", [(2, 2, 7, 2), (1, 4, 3, 0), (3, 1, 18, 3)])
 @torch.no_grad()
-def test_steps_are_those_of_the_reference(kv_heads: int, group: int, rank: int, num_steps: int) -> None:
+def test_steps_are_those_of_the_reference(
+    kv_heads: int, group: int, rank: int, num_bands: int, num_steps: int
+) -> None:
     """What is attended to and what comes of it, of rows that begin and move at different times."""
     paddings, num_prompt, head_dim = [0, 7], 90, 6
     model = SyntheticModel(1, kv_heads, group, head_dim)
-    cache = ShadowKVCache(model.config, sparse_budget=12, rank=rank, **SMALL)
+    settings = {**SMALL, "num_spread_bands": num_bands}
+    cache = ShadowKVCache(model.config, sparse_budget=12, rank=rank, **settings)
     (layer,) = cache.compressed_layers
     generator = torch.Generator().manual_seed(kv_heads)
-    references = [ReferenceShadow(kv_heads, 3, rank, **SMALL) for _ in paddings]
+    references = [ReferenceShadow(kv_heads, 3, rank, **settings) for _ in paddings]
     is_token = torch.arange(num_prompt) >= torch.tensor(paddings)[:, None]
     is_hit, is_miss, last_query = False, False, None
     for step in range(num_steps + 1):
@@ -650,11 +686,15 @@ def test_bad_arguments_are_refused(arguments: dict[str, object], message: str) -
 def test_a_layer_of_llama_8b_takes_the_bytes_of_the_formula(
     quantize: str | None, least_ratio: float, num_tokens: int, sparse_budget: int
 ) -> None:
-    """Tensors without numbers: a prompt, and steps until chunks have moved. Section 3.2 of the paper, with its third term mended."""
-    rank, chunk_size, num_outlier_chunks, num_tail = 160, 8, 48, 32 + 32 + 8
+    """
+    Tensors without numbers: a prompt, and steps until chunks have moved. Section 3.2 of the paper, with its third term mended and
+    spreads beside the means; outliers as there, 24 chunks for 1,024 tokens of the budget.
+    """
+    rank, chunk_size, num_bands, num_tail = 160, 8, 4, 32 + 32 + 8
+    num_outlier_chunks = sparse_budget // 1024 * 24
     with FakeTensorMode():
         model = SyntheticModel(1, 8, 4, 128)
-        cache = ShadowKVCache(model.config, sparse_budget, quantize=quantize)
+        cache = ShadowKVCache(model.config, sparse_budget, num_outlier_chunks=num_outlier_chunks, quantize=quantize)
         (layer,) = cache.compressed_layers
         for width in (num_tokens, *[1] * 80):
             query = torch.randn(1, 32, width, 128, dtype=torch.bfloat16)
@@ -665,7 +705,8 @@ def test_a_layer_of_llama_8b_takes_the_bytes_of_the_formula(
                 num_shadow = layer.row_shadow[0]
     assert layer.row_shadow[0] > num_shadow > num_tokens - 40
     width, stored_bytes = 8 * 128, 1 if quantize else 2
-    shadow = stored_bytes * (num_shadow * rank + num_shadow // chunk_size * width) + 2 * rank * width
+    landmarks = num_shadow // chunk_size * (width + 8 * num_bands)
+    shadow = stored_bytes * (num_shadow * rank + landmarks) + 2 * rank * width
     slots = num_outlier_chunks * chunk_size + sparse_budget + num_tail
     assert held == pytest.approx(shadow + 2 * 2 * slots * width, rel=0.01)
     assert 2 * 2 * num_tokens * width / held >= least_ratio

@@ -2,14 +2,16 @@
 ShadowKV of Sun et al., 2024 (https://arxiv.org/abs/2410.21465).
 
 Nothing is evicted. Before RoPE the keys of a layer are of low rank: their factors stay on the device, and their values move
-to the host. A step looks at the mean of each chunk of keys, its landmark, and attends to the chunks whose landmarks it
-attends to most, for which keys are rebuilt and values fetched. Exact on the device remain the chunks that a landmark stands
-for worst, the outliers, and the latest tokens.
+to the host. A step looks at the landmark of each chunk of keys, their mean and how far they spread around it, and attends to
+the chunks whose landmarks it attends to most, for which keys are rebuilt and values fetched. Exact on the device remain the
+chunks that a mean stands for worst, the outliers, and the latest tokens.
 
 Departures from the authors' code: the basis comes from an eigendecomposition of the keys' Gram matrix and is fitted again
 when later turns bring tokens; generated tokens move to the shadow as the prompt's do (theirs has room for 57 to 128 of them,
 and loses what comes then without a word); later turns attend to everything, with keys rebuilt and values fetched for one
-layer at a time (theirs treats up to 4,096 tokens as one decode step); rows of a batch may have different lengths.
+layer at a time (theirs treats up to 4,096 tokens as one decode step); rows of a batch may have different lengths. Their
+landmarks are means, in which a single key among others that are unlike it does not show; the spread beside the mean is in the
+place of the bounds of Quest (https://arxiv.org/abs/2406.10774), and takes less room.
 """
 
 import copy
@@ -55,11 +57,11 @@ class ShadowKVLayer(CompressedLayer):
 
     - `factors` `(batch, tokens, rank)` and `basis` `(batch, kv_heads, rank, head_dim)`, whose product is the keys before RoPE;
     - `host_values` `(batch, kv_heads, tokens, value_dim)`, on the host;
-    - `landmarks` `(batch, kv_heads, chunks, head_dim)`, and `is_selectable` `(batch, kv_heads, chunks)` bool, False for
-      outliers and for what is no chunk;
+    - `landmarks` `(batch, kv_heads, chunks, head_dim + num_spread_bands)`, of `landmarks_of`, and `is_selectable`
+      `(batch, kv_heads, chunks)` bool, False for outliers and for what is no chunk;
     - `held_chunks` `(batch, kv_heads, num_sparse_chunks)` int64, which chunk each place holds, -1 for none;
     - `outlier_chunks` `(batch, kv_heads, num_outlier_chunks)` int64, -1 for none, and `outlier_cosines` float32, the lowest
-      cosine of a key of the chunk and its landmark.
+      cosine of a key of the chunk and their mean.
     """
 
     row_tensors = (
@@ -83,6 +85,7 @@ class ShadowKVLayer(CompressedLayer):
         self.sparse_budget: int | float = settings["sparse_budget"]
         self.rank: int | float = settings["rank"]
         self.chunk_size: int = settings["chunk_size"]
+        self.num_spread_bands: int = settings["num_spread_bands"]
         self.num_outlier_chunks: int = settings["num_outlier_chunks"]
         self.num_local_tokens: int = settings["num_local_tokens"]
         self.offload_interval: int = settings["offload_interval"]
@@ -202,11 +205,12 @@ class ShadowKVLayer(CompressedLayer):
         num_chunks = max(self.row_shadow) // self.chunk_size
         if not num_chunks:
             return
+        probe = probe_of(query, self.num_spread_bands)
         if self.landmark_scales is not None:
             group = query.shape[1] // self.landmarks.shape[1]
-            query = (query * self.landmark_scales.repeat_interleave(group, dim=1)).to(query.dtype)
+            probe = (probe * self.landmark_scales.repeat_interleave(group, dim=1)).to(query.dtype)
         wanted = select_chunks(
-            query,
+            probe,
             self.landmarks[:, :, :num_chunks],
             num_chunks=self.num_sparse_chunks,
             scaling=scaling,
@@ -398,9 +402,10 @@ class ShadowKVLayer(CompressedLayer):
         self.outlier_cosines = torch.full((*places, num_outliers), float("inf"), device=self.device)
         self.factors = torch.zeros(batch_size, 0, 0, dtype=self.stored_dtype, device=self.device)
         self.basis = key.new_zeros(*places, 0, head_dim)
-        self.landmarks = torch.zeros(*places, 0, head_dim, dtype=self.stored_dtype, device=self.device)
+        landmark_width = head_dim + self.num_spread_bands
+        self.landmarks = torch.zeros(*places, 0, landmark_width, dtype=self.stored_dtype, device=self.device)
         if self.quantize is not None:
-            self.landmark_scales = torch.ones(*places, 1, head_dim, device=self.device)
+            self.landmark_scales = torch.ones(*places, 1, landmark_width, device=self.device)
         self.is_selectable = torch.zeros(*places, 0, dtype=torch.bool, device=self.device)
         self.host_values = self._host_zeros((*places, 0, value.shape[-1]))
 
@@ -427,22 +432,25 @@ class ShadowKVLayer(CompressedLayer):
         self._add_factors(key, is_token, counts, refits)
         self._add_values(value, counts)
         chunks = key.unflatten(2, (-1, self.chunk_size)).float()  # (batch, kv_heads, chunks, chunk_size, head_dim)
-        means = chunks.mean(dim=3)
+        landmarks, means = landmarks_of(chunks, self.num_spread_bands), chunks.mean(dim=3)
         cosines = torch.cosine_similarity(chunks, means[..., None, :], dim=-1).amin(dim=-1).nan_to_num(nan=-1.0)
         if self.chunk_size == 1:  # each stands for itself, but for rounding
             cosines = torch.ones_like(cosines)
         is_chunk = is_token[..., :: self.chunk_size]
-        means, cosines = means.masked_fill(~is_chunk[..., None], 0), cosines.masked_fill(~is_chunk, float("inf"))
+        landmarks, cosines = (
+            landmarks.masked_fill(~is_chunk[..., None], 0),
+            cosines.masked_fill(~is_chunk, float("inf")),
+        )
         if self.quantize is not None:
-            self.landmarks, self.landmark_scales, means = add_scaled(
-                self.landmarks, self.landmark_scales, means, refits
+            self.landmarks, self.landmark_scales, landmarks = add_scaled(
+                self.landmarks, self.landmark_scales, landmarks, refits
             )
         first, num_chunks = (
             [number // self.chunk_size for number in numbers] for numbers in (self.row_shadow, counts)
         )
         stops = self._stops(counts)
         self.landmarks = with_room(self.landmarks, 2, max(stops) // self.chunk_size)
-        write_rows(self.landmarks, stored(means, self.stored_dtype), first, num_chunks)
+        write_rows(self.landmarks, stored(landmarks, self.stored_dtype), first, num_chunks)
         self._choose_outliers(key, value, cosines)
         self.row_shadow = stops
         self.is_selectable = self._selectable(self.landmarks.shape[2])
@@ -499,7 +507,7 @@ class ShadowKVLayer(CompressedLayer):
         return (positions[..., None].float() * self._inverse_frequencies()).double()
 
     def _choose_outliers(self, key: torch.Tensor, value: torch.Tensor, cosines: torch.Tensor) -> None:
-        """Of the outliers so far and of new chunks those that their landmarks stand for worst stay exact."""
+        """Of the outliers so far and of new chunks those that their means stand for worst stay exact."""
         slots = self.outlier_slots
         first = self.per_row(self.row_shadow) // self.chunk_size
         chunks = (first + torch.arange(cosines.shape[-1], device=self.device)).expand_as(cosines)
@@ -671,7 +679,8 @@ class ShadowKVLayer(CompressedLayer):
         rank = self.factors.shape[-1] if self.factors is not None else 0
         self.require_tensor("factors", self.stored_dtype, batch_size, num_tokens, rank)
         self.require_tensor("basis", self.dtype, batch_size, kv_heads, rank, head_dim)
-        self.require_tensor("landmarks", self.stored_dtype, batch_size, kv_heads, num_chunks, head_dim)
+        landmark_width = head_dim + self.num_spread_bands
+        self.require_tensor("landmarks", self.stored_dtype, batch_size, kv_heads, num_chunks, landmark_width)
         self.require_tensor("is_selectable", torch.bool, batch_size, kv_heads, num_chunks)
         self.require_tensor("held_chunks", torch.int64, batch_size, kv_heads, self.num_sparse_chunks)
         self.require_tensor("outlier_chunks", torch.int64, batch_size, kv_heads, self.num_outlier_chunks)
@@ -697,6 +706,38 @@ class ShadowKVLayer(CompressedLayer):
         return held | {f"frequencies_{index}": tensor for index, tensor in enumerate(self.frequencies.held_tensors())}
 
 
+def landmarks_of(chunks: torch.Tensor, num_bands: int) -> torch.Tensor:
+    """
+    The mean of the keys of each chunk, and how far they spread around it.
+
+    Args:
+        chunks (`torch.Tensor`): `(batch, kv_heads, chunks, chunk_size, head_dim)` float32.
+        num_bands (`int`): For how many bands of dimensions there is a spread, the mean of their standard deviations.
+
+    Returns:
+        `torch.Tensor`: `(batch, kv_heads, chunks, head_dim + num_bands)`. The product with `probe_of` a query is the mean's logit and
+        what a key has above it that deviates towards the query in every dimension.
+    """
+    variances, means = torch.var_mean(chunks, dim=3, correction=0)
+    widths = band_sums(means.new_ones(means.shape[-1]), num_bands).clamp(min=1)
+    return torch.cat([means, band_sums(variances.sqrt(), num_bands) / widths], dim=-1)
+
+
+def probe_of(query: torch.Tensor, num_bands: int) -> torch.Tensor:
+    """What landmarks are multiplied by for a query `(..., head_dim)`: `(..., head_dim + num_bands)`."""
+    return torch.cat([query, band_sums(query.abs(), num_bands)], dim=-1)
+
+
+def band_sums(numbers: torch.Tensor, num_bands: int) -> torch.Tensor:
+    """Sums `(..., num_bands)` over bands of dimensions. What is half the width apart, as RoPE's pairs are, is in one band."""
+    if not num_bands:
+        return numbers[..., :0]
+    half = -(-numbers.shape[-1] // 2)
+    pairs = with_size(numbers, numbers.dim() - 1, 2 * half).unflatten(-1, (2, half)).sum(dim=-2)
+    width = -(-half // num_bands)
+    return with_size(pairs, numbers.dim() - 1, num_bands * width).unflatten(-1, (num_bands, width)).sum(dim=-1)
+
+
 def order_of(positions: torch.Tensor) -> torch.Tensor:
     """The indices of tokens in order of their positions, those of none last."""
     return positions.masked_fill(positions < 0, torch.iinfo(positions.dtype).max).argsort(dim=-1)
@@ -709,7 +750,7 @@ class ShadowKVCache(CompressedCache):
 
     Of each row a layer holds on the device, in bytes (the paper's section 3.2, with the buffer that it leaves out):
     `tokens * rank * itemsize` for factors, `kv_heads * rank * head_dim * itemsize` for the basis,
-    `tokens / chunk_size * kv_heads * (head_dim * itemsize + 1)` for landmarks, and
+    `tokens / chunk_size * kv_heads * ((head_dim + num_spread_bands) * itemsize + 1)` for landmarks, and
     `slots * kv_heads * (2 * head_dim * itemsize + 4)` for what a step attends to, with `slots = num_outlier_chunks * chunk_size
     + sparse_budget + num_local_tokens + offload_interval + chunk_size`; on the host `tokens * kv_heads * head_dim * itemsize`.
     `cache.memory()` has the host apart. Later turns attend to everything: keys are rebuilt and values fetched for one layer
@@ -727,8 +768,9 @@ class ShadowKVCache(CompressedCache):
             that 0.99 is coarse and 0.999 fine. Larger values rebuild keys more exactly and take more memory.
         chunk_size (`int`, defaults to 8): Tokens that one landmark stands for. Larger values save memory and choose more
             coarsely.
-        num_outlier_chunks (`int`, defaults to 48): Chunks of each KV head that stay exact, those whose landmark stands for them
-            worst.
+        num_outlier_chunks (`int`, defaults to 48): Chunks of each KV head that stay exact, those whose mean stands for them worst.
+        num_spread_bands (`int`, defaults to 4): For how many bands of dimensions a landmark has how far the keys spread around
+            their mean. With 0 it is the mean alone, as in the paper, and steps miss single keys that are unlike their neighbours.
         num_local_tokens (`int`, defaults to 32): How many of the latest tokens stay exact at least.
         offload_interval (`int`, defaults to 32): Generated tokens that come in before full chunks of them go to the host.
             Larger values take more memory and less time.
@@ -772,6 +814,7 @@ class ShadowKVCache(CompressedCache):
         rank: int | float = 160,
         chunk_size: int = 8,
         num_outlier_chunks: int = 48,
+        num_spread_bands: int = 4,
         num_local_tokens: int = 32,
         offload_interval: int = 32,
         quantize: str | None = None,
@@ -787,6 +830,7 @@ class ShadowKVCache(CompressedCache):
             "rank": read_share_or_count("rank", rank),
             "chunk_size": read_count("chunk_size", chunk_size, least=1),
             "num_outlier_chunks": read_count("num_outlier_chunks", num_outlier_chunks, least=0),
+            "num_spread_bands": read_count("num_spread_bands", num_spread_bands, least=0),
             "num_local_tokens": read_count("num_local_tokens", num_local_tokens, least=0),
             "offload_interval": read_count("offload_interval", offload_interval, least=1),
             "quantize": quantize,
