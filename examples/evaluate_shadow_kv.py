@@ -80,7 +80,8 @@ def measure(
     """One row per length and cache, as soon as it is there."""
     haystack = Haystack(tokenizer)
     for num_tokens, limit in zip(options.lengths, options.contexts, strict=True):
-        settings = {"rank": options.rank, "chunk_size": options.chunk_size}
+        names = ("rank", "chunk_size", "num_spread_bands")
+        settings = {name: getattr(options, name) for name in names}
         caches = {str(budget): shadow_cache(budget, **settings) for budget in options.sparse_budgets}
         evaluation = Evaluation(model, caches, [0.5], ["context"])
         needles = build_contexts(parse_task(f"needles-8-{num_tokens}"), haystack, options.seed, limit)
@@ -128,6 +129,7 @@ def main() -> None:
     parser.add_argument("--sparse-budgets", type=int, nargs="+", default=[128, 256, 512, 1024], help="in tokens")
     parser.add_argument("--rank", type=int, default=160, help="of the keys, over all heads of a layer")
     parser.add_argument("--chunk-size", type=int, default=8, help="tokens that one landmark stands for")
+    parser.add_argument("--num-spread-bands", type=int, default=4, help="spreads of a landmark beside its mean")
     parser.add_argument("--new-tokens", type=int, default=64, help="of the novel, behind each context")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True, help="JSON file of the record")

@@ -310,6 +310,7 @@ def test_memory_of_shadow_kv(quantize: str | None, dtype: torch.dtype) -> None:
         "rank": 6,
         "chunk_size": 4,
         "num_outlier_chunks": 3,
+        "num_spread_bands": 3,
         "num_local_tokens": 9,
         "offload_interval": 8,
         "quantize": quantize,
@@ -388,6 +389,7 @@ EFFECTS = [
     ("ShadowKVCache", {}, "rank", 4, 8, nbytes, True),
     ("ShadowKVCache", {}, "chunk_size", 2, 4, nbytes, False),
     ("ShadowKVCache", {}, "num_outlier_chunks", 2, 6, nbytes, True),
+    ("ShadowKVCache", {}, "num_spread_bands", 0, 4, nbytes, True),
     ("ShadowKVCache", {}, "num_local_tokens", 4, 12, nbytes, True),
     ("ShadowKVCache", {}, "offload_interval", 4, 12, nbytes, True),
 ]

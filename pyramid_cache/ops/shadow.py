@@ -41,8 +41,8 @@ def select_chunks(
     Args:
         query (`torch.Tensor`): `(batch, heads, rows, head_dim)`, rotated. Without left padding where there are several
             rows: each of them counts.
-        landmarks (`torch.Tensor`): `(batch, kv_heads, chunks, head_dim)`, one vector for each chunk: the mean of its
-            keys. In the query's dtype or one of `QUANTIZED_DTYPES`.
+        landmarks (`torch.Tensor`): `(batch, kv_heads, chunks, head_dim)`, one vector for each chunk, such as the
+            mean of its keys. In the query's dtype or one of `QUANTIZED_DTYPES`.
         num_chunks (`int`): How many chunks each KV head takes.
         scaling (`float`): Factor on the logits.
         mask (`torch.Tensor`, *optional*): bool `(batch, kv_heads or 1, chunks)`, False for a chunk that must not be
