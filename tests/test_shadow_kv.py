@@ -216,6 +216,15 @@ def test_landmarks_by_hand() -> None:
         assert shadow_kv.probe_of(query, num_bands).tolist() == [*query.tolist(), *sums]
 
 
+def test_there_is_a_band_for_two_dimensions_at_least() -> None:
+    model = SyntheticModel(1, 2, 1, 5)
+    cache = ShadowKVCache(model.config, sparse_budget=8, rank=4, **{**SMALL, "num_spread_bands": 100})
+    key = torch.randn(1, 2, 60, 5)
+    model.run_layer(cache, 0, key, key, key, None)
+    (layer,) = cache.compressed_layers
+    assert layer.landmarks.shape[-1] == 5 + 3
+
+
 @pytest.mark.parametrize("num_steps", [60, pytest.param(500, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kv_heads, group, rank, num_bands", [(2, 2, 7, 2), (1, 4, 3, 0), (3, 1, 18, 3)])
 @torch.no_grad()

@@ -19,7 +19,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="measure what the caches, and the attention ops beneath, cost",
         description="`bench caches` measures prefill, decode steps and bytes of caches in a model beside DynamicCache. `bench "
         "ops` measures what attention with scores costs beside attention alone. `bench --suite cpu` is every cache with a real "
-        "model, in about fifteen minutes on two cores; `--suite paper` published settings, on a device that has the memory; "
+        "model, in about ten minutes on two cores; `--suite paper` published settings, on a device that has the memory; "
         "`--suite gpu` everything that needs a GPU, in one run of less than ten minutes: the tests marked `cuda`, `bench ops`, "
         "long prompts of ShadowKVCache, scores of long prompts against an independent computation, and reading "
         "values from the host.",

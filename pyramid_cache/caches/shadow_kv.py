@@ -57,7 +57,7 @@ class ShadowKVLayer(CompressedLayer):
 
     - `factors` `(batch, tokens, rank)` and `basis` `(batch, kv_heads, rank, head_dim)`, whose product is the keys before RoPE;
     - `host_values` `(batch, kv_heads, tokens, value_dim)`, on the host;
-    - `landmarks` `(batch, kv_heads, chunks, head_dim + num_spread_bands)`, of `landmarks_of`, and `is_selectable`
+    - `landmarks` `(batch, kv_heads, chunks, head_dim + num_bands)`, of `landmarks_of`, and `is_selectable`
       `(batch, kv_heads, chunks)` bool, False for outliers and for what is no chunk;
     - `held_chunks` `(batch, kv_heads, num_sparse_chunks)` int64, which chunk each place holds, -1 for none;
     - `outlier_chunks` `(batch, kv_heads, num_outlier_chunks)` int64, -1 for none, and `outlier_cosines` float32, the lowest
@@ -108,6 +108,11 @@ class ShadowKVLayer(CompressedLayer):
         return self.dtype if self.quantize is None else QUANTIZE[self.quantize]
 
     # Sizes.
+
+    @property
+    def num_bands(self) -> int:
+        """At most one for each two dimensions."""
+        return min(self.num_spread_bands, -(-self._key_shape[1] // 2))
 
     def num_sparse_chunks_of(self, row_length: int) -> int:
         """How many chunks a step attends to beside outliers and tail."""
@@ -205,7 +210,7 @@ class ShadowKVLayer(CompressedLayer):
         num_chunks = max(self.row_shadow) // self.chunk_size
         if not num_chunks:
             return
-        probe = probe_of(query, self.num_spread_bands)
+        probe = probe_of(query, self.num_bands)
         if self.landmark_scales is not None:
             group = query.shape[1] // self.landmarks.shape[1]
             probe = (probe * self.landmark_scales.repeat_interleave(group, dim=1)).to(query.dtype)
@@ -402,7 +407,7 @@ class ShadowKVLayer(CompressedLayer):
         self.outlier_cosines = torch.full((*places, num_outliers), float("inf"), device=self.device)
         self.factors = torch.zeros(batch_size, 0, 0, dtype=self.stored_dtype, device=self.device)
         self.basis = key.new_zeros(*places, 0, head_dim)
-        landmark_width = head_dim + self.num_spread_bands
+        landmark_width = head_dim + self.num_bands
         self.landmarks = torch.zeros(*places, 0, landmark_width, dtype=self.stored_dtype, device=self.device)
         if self.quantize is not None:
             self.landmark_scales = torch.ones(*places, 1, landmark_width, device=self.device)
@@ -432,7 +437,7 @@ class ShadowKVLayer(CompressedLayer):
         self._add_factors(key, is_token, counts, refits)
         self._add_values(value, counts)
         chunks = key.unflatten(2, (-1, self.chunk_size)).float()  # (batch, kv_heads, chunks, chunk_size, head_dim)
-        landmarks, means = landmarks_of(chunks, self.num_spread_bands), chunks.mean(dim=3)
+        landmarks, means = landmarks_of(chunks, self.num_bands), chunks.mean(dim=3)
         cosines = torch.cosine_similarity(chunks, means[..., None, :], dim=-1).amin(dim=-1).nan_to_num(nan=-1.0)
         if self.chunk_size == 1:  # each stands for itself, but for rounding
             cosines = torch.ones_like(cosines)
@@ -679,7 +684,7 @@ class ShadowKVLayer(CompressedLayer):
         rank = self.factors.shape[-1] if self.factors is not None else 0
         self.require_tensor("factors", self.stored_dtype, batch_size, num_tokens, rank)
         self.require_tensor("basis", self.dtype, batch_size, kv_heads, rank, head_dim)
-        landmark_width = head_dim + self.num_spread_bands
+        landmark_width = head_dim + self.num_bands
         self.require_tensor("landmarks", self.stored_dtype, batch_size, kv_heads, num_chunks, landmark_width)
         self.require_tensor("is_selectable", torch.bool, batch_size, kv_heads, num_chunks)
         self.require_tensor("held_chunks", torch.int64, batch_size, kv_heads, self.num_sparse_chunks)
@@ -769,8 +774,9 @@ class ShadowKVCache(CompressedCache):
         chunk_size (`int`, defaults to 8): Tokens that one landmark stands for. Larger values save memory and choose more
             coarsely.
         num_outlier_chunks (`int`, defaults to 48): Chunks of each KV head that stay exact, those whose mean stands for them worst.
-        num_spread_bands (`int`, defaults to 4): For how many bands of dimensions a landmark has how far the keys spread around
-            their mean. With 0 it is the mean alone, as in the paper, and steps miss single keys that are unlike their neighbours.
+        num_spread_bands (`int`, defaults to 4): Bands into which the dimensions of a head are cut, at most half as many as it has
+            dimensions; for each a landmark has how far the keys of its chunk spread around their mean. With 0 it is the mean
+            alone, as in the paper, and steps miss single keys that are unlike their neighbours.
         num_local_tokens (`int`, defaults to 32): How many of the latest tokens stay exact at least.
         offload_interval (`int`, defaults to 32): Generated tokens that come in before full chunks of them go to the host.
             Larger values take more memory and less time.
