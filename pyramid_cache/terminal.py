@@ -47,6 +47,18 @@ def check_output(option: str, path: Path | None) -> None:
         raise ValueError(f"{option} {path} cannot be written: it must be a file in a folder that exists.")
 
 
+def check_picture(option: str, path: Path | None) -> None:
+    """Raises ValueError before minutes of work where an option names a picture that could not be drawn."""
+    check_output(option, path)
+    if path is None:
+        return
+    from matplotlib.figure import Figure
+
+    kinds = Figure().canvas.get_supported_filetypes()
+    if path.suffix.removeprefix(".") not in kinds:
+        raise ValueError(f"{option} {path}: the name must end in one of {', '.join(sorted(kinds))}.")
+
+
 def write_json(record: dict[str, Any], path: Path) -> None:
     """Writes a record in one step: whoever reads the file meanwhile finds the old one or the new one."""
     text = json.dumps(record, indent=2) + "\n"

@@ -332,7 +332,17 @@ class TestContenders:
             2,
             "--largest-batch fills the memory of a CUDA device",
         ),
-        (["caches", "--model", "tiny", "--device", "cpu", "--lengths", "131072"], 2, "--lengths 131072 exceeds"),
+        (
+            ["caches", "--model", "tiny", "--device", "cpu", "--lengths", "131072"],
+            2,
+            "but the model was made for 131,072",
+        ),
+        (
+            ["caches", "--model", "tiny", "--device", "cpu", "--lengths", "500000"],
+            2,
+            "exceeds the 131,072 tokens that there",
+        ),
+        (["caches", "--plot", "picture.doc"], 2, "must end in one of"),
         (["caches", "--model", "tiny", "--device", "cpu", "--caches", "offloaded"], 2, "another --device than cpu"),
         (["caches", "--model", "tiny", "--plot", "missing/picture.png"], 2, "a file in a folder that exists"),
         (["--suite", "cpu", "caches"], 2, "give --suite or caches, not both"),

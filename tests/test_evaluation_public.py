@@ -387,3 +387,21 @@ def test_a_task_that_cannot_be_measured_is_refused_before_the_others_are(
     assert main([*arguments, "--tasks", "recall-64,perplexity-4096", "--out", str(folder)]) == 2
     assert "exceed the 2048 positions" in capsys.readouterr().err
     assert not list(folder.glob("cells*.jsonl"))
+
+
+def test_contexts_that_have_changed_are_refused_before_others_are_measured(
+    model_folder: Path,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = tmp_path / "answers"
+    arguments = ["eval", "--model", str(model_folder), "--caches", "knorm", "--budgets", "0.5", "--samples", "1"]
+    arguments += ["--protocols", "context", "--out", str(folder), "--tasks"]
+    assert main([*arguments, "perplexity-256"]) == 0
+    cells = (folder / "cells.jsonl").read_text()
+    settings = json.loads((folder / "settings.json").read_text())
+    settings["contexts"]["perplexity-256"] = ["0" * 16]
+    (folder / "settings.json").write_text(json.dumps(settings))
+    assert main([*arguments, "recall-64,perplexity-256"]) == 2
+    assert "results of perplexity-256 whose context 0 is another one now" in capsys.readouterr().err
+    assert (folder / "cells.jsonl").read_text() == cells

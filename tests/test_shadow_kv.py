@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -153,7 +153,7 @@ class ReferenceShadow:
         for band in range(self.num_bands):
             pairs = range(band * width, min((band + 1) * width, half))
             members = [*pairs, *(half + pair for pair in pairs)]
-            spread = sum(deviations[index] for index in members) / len(members)
+            spread = sum(deviations[index] for index in members) / (2 * width)
             logit += sum(abs(query[index]) for index in members) * spread
         return logit
 
@@ -202,27 +202,38 @@ def softmax(logits: list[float]) -> list[float]:
 def test_landmarks_by_hand() -> None:
     """Of five dimensions the first and the fourth are one pair, the second and the fifth another; the third is alone."""
     chunk = torch.tensor([[[[[1.0, 0, 5, 2, 0], [3.0, 0, 5, 2, 8]]]]])
-    mean, deviations = [2.0, 0, 5, 2, 4], [1.0, 0, 0, 0, 4]
-    pairs = [(deviations[0] + deviations[3]) / 2, (deviations[1] + deviations[4]) / 2, deviations[2]]
+    mean = [2.0, 0, 5, 2, 4]  # and deviations of 1, 0, 0, 0 and 4
     query = torch.tensor([1.0, -2, 3, -4, 5])
-    for num_bands, spreads, sums in (
-        (0, [], []),
-        (1, [sum(deviations) / 5], [15]),
-        (2, [sum(deviations) / 4, 0], [12, 3]),
-        (3, pairs, [5, 7, 3]),
-        (4, [*pairs, 0], [5, 7, 3, 0]),
+    for num_bands, width, spreads, sums in (
+        (0, 1, [], []),
+        (1, 6, [5], [15]),
+        (2, 4, [5, 0], [12, 3]),
+        (3, 2, [1, 4, 0], [5, 7, 3]),
     ):
-        assert shadow_kv.landmarks_of(chunk, num_bands).flatten().tolist() == [*mean, *spreads]
-        assert shadow_kv.probe_of(query, num_bands).tolist() == [*query.tolist(), *sums]
+        expected = torch.tensor([*mean, *(spread / width**0.5 for spread in spreads)])
+        torch.testing.assert_close(shadow_kv.landmarks_of(chunk, num_bands).flatten(), expected)
+        expected = torch.tensor([*query.tolist(), *(number / width**0.5 for number in sums)])
+        torch.testing.assert_close(shadow_kv.probe_of(query, num_bands), expected)
 
 
 def test_there_is_a_band_for_two_dimensions_at_least() -> None:
-    model = SyntheticModel(1, 2, 1, 5)
-    cache = ShadowKVCache(model.config, sparse_budget=8, rank=4, **{**SMALL, "num_spread_bands": 100})
-    key = torch.randn(1, 2, 60, 5)
+    model = SyntheticModel(1, 2, 1, 6)
+    cache = ShadowKVCache(model.config, sparse_budget=8, rank=4, num_spread_bands=100, **SMALL)
+    key = torch.randn(1, 2, 60, 6)
     model.run_layer(cache, 0, key, key, key, None)
     (layer,) = cache.compressed_layers
-    assert layer.landmarks.shape[-1] == 5 + 3
+    assert layer.landmarks.shape[-1] == 6 + 3
+
+
+def test_spreads_stay_within_float16() -> None:
+    """Where the sum over a band of dimensions would not, of queries or of keys."""
+    query = torch.full((1, 1, 1, 256), 2100.0, dtype=torch.float16)
+    keys = torch.stack([torch.zeros(256), torch.full((256,), 4000.0)])[None, None, None]
+    probe, landmark = shadow_kv.probe_of(query, 4), shadow_kv.landmarks_of(keys, 4).half()
+    assert probe.isfinite().all() and landmark.isfinite().all()
+    # As high above the mean as the higher key is.
+    product = (probe.flatten().double() * landmark.flatten().double()).sum().item()
+    assert product == pytest.approx(256 * 2100 * 4000, rel=1e-3)
 
 
 @pytest.mark.parametrize("num_steps", [60, pytest.param(500, marks=pytest.mark.slow)])
@@ -653,6 +664,47 @@ def test_a_file_goes_on_as_the_cache_would(quantize: str | None, tmp_path: Path)
         step = {"input_ids": tokens[:, column : column + 1], "attention_mask": mask[:, : 104 + column]}
         found, expected = (model(**step, past_key_values=each).logits for each in (loaded, cache))
         assert torch.equal(found, expected)
+
+
+@pytest.mark.usefixtures("_always_in_shadow")
+def test_scales_and_landmarks_of_a_file_are_checked() -> None:
+    model = tiny_model("llama")
+    caches = {
+        quantize: ShadowKVCache(model.config, sparse_budget=16, quantize=quantize, **SMALL)
+        for quantize in ("int8", None)
+    }
+    with torch.no_grad():
+        for cache in caches.values():
+            model(random_tokens(2, 60), past_key_values=cache)
+    quantized, plain = (cache.compressed_layers[0] for cache in caches.values())
+    scales, landmarks = quantized.landmark_scales, plain.landmarks
+    quantized.check_state()
+    plain.check_state()
+    for wrong in (None, scales[..., 1:], scales.half(), -scales, scales * 0, scales * float("nan"), scales / 0):
+        quantized.landmark_scales = wrong
+        with pytest.raises(ValueError, match="`landmark_scales` must be"):
+            quantized.check_state()
+    plain.landmark_scales = scales
+    with pytest.raises(ValueError, match="of layers that quantize"):
+        plain.check_state()
+    plain.landmark_scales, plain.landmarks = None, landmarks * float("nan")
+    with pytest.raises(ValueError, match="`landmarks` must be finite"):
+        plain.check_state()
+
+
+@pytest.mark.usefixtures("_always_in_shadow")
+@pytest.mark.parametrize("use", [lambda cache: cache.crop(-2), lambda cache: cache.crop(-30), ShadowKVCache.compress])
+def test_a_cache_of_inference_mode_is_changed_outside(use: Callable[[ShadowKVCache], None]) -> None:
+    model, tokens, logits = tiny_model("llama"), random_tokens(1, 64), []
+    for mode in (torch.inference_mode, torch.no_grad):
+        cache = ShadowKVCache(model.config, sparse_budget=16, rank=12, **SMALL)
+        with mode():
+            for part in (tokens[:, :60], *tokens[:, 60:63].split(1, dim=1)):
+                model(part, past_key_values=cache)
+        use(cache)
+        with torch.no_grad():
+            logits.append(model(tokens[:, 63:], past_key_values=cache).logits)
+    assert torch.equal(*logits)
 
 
 @pytest.mark.usefixtures("_always_in_shadow")

@@ -9,7 +9,16 @@ import torch
 
 from pyramid_cache.bench.record import start_record
 from pyramid_cache.machine import describe_machine, load_average
-from pyramid_cache.terminal import DTYPES, ProgressBar, check_output, device, positive_int, positive_ints, write_json
+from pyramid_cache.terminal import (
+    DTYPES,
+    ProgressBar,
+    check_output,
+    check_picture,
+    device,
+    positive_int,
+    positive_ints,
+    write_json,
+)
 from pyramid_cache.weights import MODEL_NAME, ProgressCallback
 
 
@@ -151,7 +160,7 @@ def run_caches(options: argparse.Namespace) -> None:
         raise ValueError(f"`bench --suite {options.suite}` has settings of its own: give --suite or caches, not both.")
     if options.parts is not None:
         raise ValueError("--parts are of `bench --suite gpu`, not of `bench caches`.")
-    check_output("--plot", options.plot)
+    check_picture("--plot", options.plot)
     chosen = {name: getattr(options, name) for name in (*CACHE_DEFAULTS, "device", "dtype")}
     if options.threads is not None:
         torch.set_num_threads(options.threads)

@@ -124,10 +124,12 @@ class Bench:
         self.device = model.device
         longest = max(settings.lengths)
         limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or longest
-        if longest > len(tokens) or self._longest(longest) > limit:
+        if longest > len(tokens):
+            raise ValueError(f"--lengths {longest} exceeds the {len(tokens):,} tokens that there are to read.")
+        if self._longest(longest) > limit:
             raise ValueError(
-                f"--lengths {longest} exceeds {min(len(tokens), limit):,} tokens, which is what the model was made for or "
-                "there is to read."
+                f"--lengths {longest} and what is generated are {self._longest(longest):,} tokens, but the model was made for "
+                f"{limit:,}."
             )
         for length in settings.lengths:
             for contender in self.contenders:

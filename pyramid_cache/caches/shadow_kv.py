@@ -15,6 +15,7 @@ place of the bounds of Quest (https://arxiv.org/abs/2406.10774), and takes less 
 """
 
 import copy
+import math
 import os
 import weakref
 from collections.abc import Callable
@@ -611,6 +612,7 @@ class ShadowKVLayer(CompressedLayer):
             )
 
     def compress(self) -> None:
+        self._leave_inference_mode()
         if self.positions is not None and self._move_tail(at_once=True):
             self._fetch_latest()
 
@@ -686,6 +688,14 @@ class ShadowKVLayer(CompressedLayer):
         self.require_tensor("basis", self.dtype, batch_size, kv_heads, rank, head_dim)
         landmark_width = head_dim + self.num_bands
         self.require_tensor("landmarks", self.stored_dtype, batch_size, kv_heads, num_chunks, landmark_width)
+        if self.quantize is not None:
+            self.require_tensor("landmark_scales", torch.float32, batch_size, kv_heads, 1, landmark_width)
+            if not (self.landmark_scales > 0).all() or self.landmark_scales.isinf().any():
+                raise ValueError("`landmark_scales` must be positive")
+        elif self.landmark_scales is not None:
+            raise ValueError("`landmark_scales` are of layers that quantize")
+        if not self.landmarks.float().isfinite().all():
+            raise ValueError("`landmarks` must be finite")
         self.require_tensor("is_selectable", torch.bool, batch_size, kv_heads, num_chunks)
         self.require_tensor("held_chunks", torch.int64, batch_size, kv_heads, self.num_sparse_chunks)
         self.require_tensor("outlier_chunks", torch.int64, batch_size, kv_heads, self.num_outlier_chunks)
@@ -713,34 +723,37 @@ class ShadowKVLayer(CompressedLayer):
 
 def landmarks_of(chunks: torch.Tensor, num_bands: int) -> torch.Tensor:
     """
-    The mean of the keys of each chunk, and how far they spread around it.
+    The mean of the keys of each chunk, and how far they spread around it: their standard deviations in each band of dimensions.
 
     Args:
         chunks (`torch.Tensor`): `(batch, kv_heads, chunks, chunk_size, head_dim)` float32.
-        num_bands (`int`): For how many bands of dimensions there is a spread, the mean of their standard deviations.
+        num_bands (`int`): How many bands there are.
 
     Returns:
         `torch.Tensor`: `(batch, kv_heads, chunks, head_dim + num_bands)`. The product with `probe_of` a query is the mean's logit and
-        what a key has above it that deviates towards the query in every dimension.
+        what a key has above it that deviates towards the query in every dimension, as far as those of its band do on average.
     """
     variances, means = torch.var_mean(chunks, dim=3, correction=0)
-    widths = band_sums(means.new_ones(means.shape[-1]), num_bands).clamp(min=1)
-    return torch.cat([means, band_sums(variances.sqrt(), num_bands) / widths], dim=-1)
+    return torch.cat([means, in_bands(variances.sqrt(), num_bands)], dim=-1)
 
 
 def probe_of(query: torch.Tensor, num_bands: int) -> torch.Tensor:
     """What landmarks are multiplied by for a query `(..., head_dim)`: `(..., head_dim + num_bands)`."""
-    return torch.cat([query, band_sums(query.abs(), num_bands)], dim=-1)
+    return torch.cat([query, in_bands(query.abs().float(), num_bands).to(query.dtype)], dim=-1)
 
 
-def band_sums(numbers: torch.Tensor, num_bands: int) -> torch.Tensor:
-    """Sums `(..., num_bands)` over bands of dimensions. What is half the width apart, as RoPE's pairs are, is in one band."""
+def in_bands(numbers: torch.Tensor, num_bands: int) -> torch.Tensor:
+    """
+    Sums `(..., num_bands)` over bands of dimensions, over the root of their width: the product of two of them is that of a sum and a
+    mean, and neither leaves the range of float16 first. What is half of a head apart, as RoPE's pairs are, is in one band.
+    """
     if not num_bands:
         return numbers[..., :0]
     half = -(-numbers.shape[-1] // 2)
-    pairs = with_size(numbers, numbers.dim() - 1, 2 * half).unflatten(-1, (2, half)).sum(dim=-2)
     width = -(-half // num_bands)
-    return with_size(pairs, numbers.dim() - 1, num_bands * width).unflatten(-1, (num_bands, width)).sum(dim=-1)
+    pairs = with_size(numbers, numbers.dim() - 1, 2 * half).unflatten(-1, (2, half)).sum(dim=-2)
+    bands = with_size(pairs, numbers.dim() - 1, num_bands * width).unflatten(-1, (num_bands, width)).sum(dim=-1)
+    return bands / math.sqrt(2 * width)
 
 
 def order_of(positions: torch.Tensor) -> torch.Tensor:

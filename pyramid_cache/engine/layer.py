@@ -746,6 +746,7 @@ class CompressedLayer(CacheLayerMixin):
         self.require_croppable(tokens_to_remove)
         if not self.is_initialized:
             return
+        self._leave_inference_mode()
         num_left = -tokens_to_remove
         while num_left and self.recorded:
             chunk = self.recorded.pop()

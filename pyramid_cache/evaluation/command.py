@@ -188,13 +188,13 @@ def run(options: argparse.Namespace) -> None:
     announce = functools.partial(messages.print, highlight=False, markup=False, soft_wrap=True)
     store = open_store(options, team, announce)
     folder = None if options.out is None else ResultFolder(options.out, announce)
-    results: list[Result] = []
     settings: dict[str, Any] = {}
     kinds = list(dict.fromkeys(task.is_for_recall_model for task in options.tasks))
     if options.save_data is not None and team.process > 0:
         kinds = []
-    # All of them before anything is measured: what is wrong with a task comes to light at once.
+    # All of them before anything is measured: what is wrong with a task or its model comes to light at once.
     prepared = [(is_recall, *prepare(is_recall, options, team.device, messages)) for is_recall in kinds]
+    evaluations = []
     for is_recall, name, model, contexts, writing in prepared:
         if options.save_cases is not None:
             save_contexts(contexts, name, options.save_cases)
@@ -206,6 +206,9 @@ def run(options: argparse.Namespace) -> None:
         settings |= {"recall_model" if is_recall else "model": name} | settings_of(model)
         caches = {name: CACHES[name] for name in options.caches}
         evaluation = Evaluation(model, caches, options.budgets, options.protocols, store, writing, options.batch_size)
+        evaluations.append((evaluation, contexts, writing))
+    results: list[Result] = []
+    for evaluation, contexts, writing in evaluations:
         with ProgressBar(messages) as progress:
             evaluation.measure(contexts, progress, team.process, team.num_processes)
         team.share(store)

@@ -14,7 +14,7 @@ from pyramid_cache.engine.fingerprint import architecture_of
 from pyramid_cache.engine.profile import FORMAT, VERSION
 from pyramid_cache.machine import describe_machine, describe_versions, load_average
 from pyramid_cache.profile import measure
-from pyramid_cache.terminal import DTYPES, ProgressBar, check_output, device, positive_int, write_json
+from pyramid_cache.terminal import DTYPES, ProgressBar, check_output, check_picture, device, positive_int, write_json
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -100,25 +100,14 @@ def run(options: argparse.Namespace) -> None:
 
 def check_outputs(options: argparse.Namespace) -> None:
     """Raises before minutes of work where their results could not be written, or there is nothing to watch."""
-    for option, path in (("--out", options.out), ("--plot", options.plot)):
-        check_output(option, path)
-    if options.plot is not None:
-        check_picture(options.plot)
+    check_output("--out", options.out)
+    check_picture("--plot", options.plot)
     if options.text is not None and not options.text.is_file():
         raise ValueError(f"--text {options.text} is no file.")
     if options.tokens <= options.window:
         raise ValueError(
             f"--tokens {options.tokens} must exceed the window of {options.window} tokens: raise it, or lower --window."
         )
-
-
-def check_picture(path: Path) -> None:
-    """Raises ValueError for a kind of picture that cannot be drawn."""
-    from matplotlib.figure import Figure
-
-    kinds = Figure().canvas.get_supported_filetypes()
-    if path.suffix.removeprefix(".") not in kinds:
-        raise ValueError(f"--plot {path}: the name must end in one of {', '.join(sorted(kinds))}.")
 
 
 def check_positions(loaded: LoadedModel, num_tokens: int) -> None:
