@@ -376,6 +376,14 @@ def test_the_command_measures_public_sets(
     assert "has no effect" in capsys.readouterr().err
 
 
+def small_evaluation(model: Path, folder: Path) -> list[str]:
+    """The command but for the names of its tasks."""
+    command = (
+        f"eval --model {model} --caches knorm --budgets 0.5 --samples 1 --protocols context --out {folder} --tasks"
+    )
+    return command.split()
+
+
 def test_a_task_that_cannot_be_measured_is_refused_before_the_others_are(
     model_folder: Path,  # noqa: F811
     tmp_path: Path,
@@ -383,8 +391,7 @@ def test_a_task_that_cannot_be_measured_is_refused_before_the_others_are(
 ) -> None:
     """The model has 2,048 positions; the recall model's task comes first."""
     folder = tmp_path / "answers"
-    arguments = ["eval", "--model", str(model_folder), "--caches", "knorm", "--budgets", "0.5", "--samples", "1"]
-    assert main([*arguments, "--tasks", "recall-64,perplexity-4096", "--out", str(folder)]) == 2
+    assert main([*small_evaluation(model_folder, folder), "recall-64,perplexity-4096"]) == 2
     assert "exceed the 2048 positions" in capsys.readouterr().err
     assert not list(folder.glob("cells*.jsonl"))
 
@@ -395,8 +402,7 @@ def test_contexts_that_have_changed_are_refused_before_others_are_measured(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder = tmp_path / "answers"
-    arguments = ["eval", "--model", str(model_folder), "--caches", "knorm", "--budgets", "0.5", "--samples", "1"]
-    arguments += ["--protocols", "context", "--out", str(folder), "--tasks"]
+    arguments = small_evaluation(model_folder, folder)
     assert main([*arguments, "perplexity-256"]) == 0
     cells = (folder / "cells.jsonl").read_text()
     settings = json.loads((folder / "settings.json").read_text())

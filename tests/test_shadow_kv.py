@@ -15,9 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import DynamicCache
 
 from pyramid_cache import ShadowKVCache
-from pyramid_cache.caches import shadow_kv
 from pyramid_cache.caches.shadow_kv import ShadowKVLayer
 from pyramid_cache.engine.host import gather_through_host
+from pyramid_cache.engine.landmarks import landmarks_of, probe_of
 from pyramid_cache.engine.low_rank import gram_matrix
 from pyramid_cache.ops.shadow import gather_values
 
@@ -211,9 +211,9 @@ def test_landmarks_by_hand() -> None:
         (3, 2, [1, 4, 0], [5, 7, 3]),
     ):
         expected = torch.tensor([*mean, *(spread / width**0.5 for spread in spreads)])
-        torch.testing.assert_close(shadow_kv.landmarks_of(chunk, num_bands).flatten(), expected)
+        torch.testing.assert_close(landmarks_of(chunk, num_bands).flatten(), expected)
         expected = torch.tensor([*query.tolist(), *(number / width**0.5 for number in sums)])
-        torch.testing.assert_close(shadow_kv.probe_of(query, num_bands), expected)
+        torch.testing.assert_close(probe_of(query, num_bands), expected)
 
 
 def test_there_is_a_band_for_two_dimensions_at_least() -> None:
@@ -229,7 +229,7 @@ def test_spreads_stay_within_float16() -> None:
     """Where the sum over a band of dimensions would not, of queries or of keys."""
     query = torch.full((1, 1, 1, 256), 2100.0, dtype=torch.float16)
     keys = torch.stack([torch.zeros(256), torch.full((256,), 4000.0)])[None, None, None]
-    probe, landmark = shadow_kv.probe_of(query, 4), shadow_kv.landmarks_of(keys, 4).half()
+    probe, landmark = probe_of(query, 4), landmarks_of(keys, 4).half()
     assert probe.isfinite().all() and landmark.isfinite().all()
     # As high above the mean as the higher key is.
     product = (probe.flatten().double() * landmark.flatten().double()).sum().item()

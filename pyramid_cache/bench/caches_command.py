@@ -36,22 +36,10 @@ CACHE_DEFAULTS: dict[str, Any] = {
     "seed": 0,
 }
 # Every cache of the library, at a quarter of the prompt.
-ALL_CACHES = [
-    *(
-        "dynamic",
-        "static",
-        "h2o",
-        "snapkv",
-        "pyramidkv",
-        "adakv",
-        "tova",
-        "keydiff",
-        "knorm",
-        "expected-attention",
-        "rkv",
-    ),
-    *("massive", "pyramid-config", "pyramid", "streaming-dense", "shadow"),
-]
+ALL_CACHES = (
+    "dynamic static h2o snapkv pyramidkv adakv tova keydiff knorm expected-attention rkv massive pyramid-config pyramid "
+    "streaming-dense shadow"
+).split()
 SUITES: dict[str, list[dict[str, Any]]] = {
     "cpu": [{"caches": ALL_CACHES, "lengths": [1024, 4096], "batch_sizes": [1, 4], "prefill_rows": "one"}],
     # Table 4 of PyramidInfer, and the lengths of section 5.2 of ShadowKV with its sparse budgets, 1/60 of the prompt.
@@ -138,7 +126,7 @@ def add_caches_parser(measurements: "argparse._SubParsersAction[argparse.Argumen
         metavar="FILE",
         help="write the tokens of the longest prompt there, for other programs, and measure nothing",
     )
-    caches.set_defaults(run=run_caches)
+    caches.set_defaults(measurement="caches", measure=run_caches)
 
 
 def contenders(text: str) -> list[str]:
@@ -156,10 +144,6 @@ def contenders(text: str) -> list[str]:
 
 def run_caches(options: argparse.Namespace) -> None:
     """Measures caches in a model and prints a table."""
-    if options.suite is not None:
-        raise ValueError(f"`bench --suite {options.suite}` has settings of its own: give --suite or caches, not both.")
-    if options.parts is not None:
-        raise ValueError("--parts are of `bench --suite gpu`, not of `bench caches`.")
     check_picture("--plot", options.plot)
     chosen = {name: getattr(options, name) for name in (*CACHE_DEFAULTS, "device", "dtype")}
     if options.threads is not None:

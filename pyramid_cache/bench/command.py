@@ -32,7 +32,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help=f"of `--suite gpu`, run these only: {', '.join(PARTS)} (default: all but blocks)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, also after each part")
-    parser.set_defaults(run=run_suite)
+    parser.set_defaults(run=run, measurement=None)
     measurements = parser.add_subparsers(title="measurements", metavar="caches|ops")
     add_caches_parser(measurements)
     add_ops_parser(measurements)
@@ -45,6 +45,25 @@ def parts(text: str) -> list[str]:
         if name not in PARTS:
             raise argparse.ArgumentTypeError(f"'{name}' is none of {', '.join(PARTS)}")
     return names
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs a measurement or a suite and prints what came of it; returns 1 if any part of it failed."""
+    if options.measurement is not None:
+        refuse_suite(options)
+        options.measure(options)
+        return 0
+    return run_suite(options)
+
+
+def refuse_suite(options: argparse.Namespace) -> None:
+    """Raises where options of a suite stand before a measurement."""
+    if options.suite is not None:
+        raise ValueError(
+            f"`bench --suite {options.suite}` has settings of its own: give --suite or {options.measurement}, not both."
+        )
+    if options.parts is not None:
+        raise ValueError(f"--parts are of `bench --suite gpu`, not of `bench {options.measurement}`.")
 
 
 def run_suite(options: argparse.Namespace) -> int:

@@ -77,7 +77,7 @@ def add_ops_parser(measurements: "argparse._SubParsersAction[argparse.ArgumentPa
     ops.add_argument(
         "--json", type=Path, metavar="FILE", default=argparse.SUPPRESS, help="write the figures there as well"
     )
-    ops.set_defaults(run=run_ops)
+    ops.set_defaults(measurement="ops", measure=run_ops)
 
 
 def at_least_five(text: str) -> int:
@@ -91,10 +91,6 @@ def run_ops(options: argparse.Namespace) -> None:
 
     from pyramid_cache.bench import report
 
-    if options.suite is not None:
-        raise ValueError(f"`bench --suite {options.suite}` has settings of its own: give --suite or ops, not both.")
-    if options.parts is not None:
-        raise ValueError("--parts are of `bench --suite gpu`, not of `bench ops`.")
     check_output("--json", options.json)
     settings = settings_of(options)
     with ProgressBar(Console(stderr=True)) as progress:

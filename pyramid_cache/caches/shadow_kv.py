@@ -15,7 +15,6 @@ place of the bounds of Quest (https://arxiv.org/abs/2406.10774), and takes less 
 """
 
 import copy
-import math
 import os
 import weakref
 from collections.abc import Callable
@@ -30,6 +29,7 @@ from pyramid_cache.engine.attention import AttentionCall
 from pyramid_cache.engine.budget import floor_of_product, is_number, read_count
 from pyramid_cache.engine.cache import CompressedCache, check_decoder_config, model_inside
 from pyramid_cache.engine.host import beside, fetch_values, join, read_host, wait_for_host
+from pyramid_cache.engine.landmarks import landmarks_of, probe_of
 from pyramid_cache.engine.layer import CompressedLayer, LayerPlace, grown
 from pyramid_cache.engine.low_rank import TOKENS_PER_BLOCK, add_keys
 from pyramid_cache.engine.quantization import QUANTIZE, add_scaled, stored
@@ -408,10 +408,10 @@ class ShadowKVLayer(CompressedLayer):
         self.outlier_cosines = torch.full((*places, num_outliers), float("inf"), device=self.device)
         self.factors = torch.zeros(batch_size, 0, 0, dtype=self.stored_dtype, device=self.device)
         self.basis = key.new_zeros(*places, 0, head_dim)
-        landmark_width = head_dim + self.num_bands
-        self.landmarks = torch.zeros(*places, 0, landmark_width, dtype=self.stored_dtype, device=self.device)
+        width = head_dim + self.num_bands
+        self.landmarks = torch.zeros(*places, 0, width, dtype=self.stored_dtype, device=self.device)
         if self.quantize is not None:
-            self.landmark_scales = torch.ones(*places, 1, landmark_width, device=self.device)
+            self.landmark_scales = torch.ones(*places, 1, width, device=self.device)
         self.is_selectable = torch.zeros(*places, 0, dtype=torch.bool, device=self.device)
         self.host_values = self._host_zeros((*places, 0, value.shape[-1]))
 
@@ -438,15 +438,14 @@ class ShadowKVLayer(CompressedLayer):
         self._add_factors(key, is_token, counts, refits)
         self._add_values(value, counts)
         chunks = key.unflatten(2, (-1, self.chunk_size)).float()  # (batch, kv_heads, chunks, chunk_size, head_dim)
-        landmarks, means = landmarks_of(chunks, self.num_bands), chunks.mean(dim=3)
+        landmarks = landmarks_of(chunks, self.num_bands)
+        means = landmarks[..., : chunks.shape[-1]]
         cosines = torch.cosine_similarity(chunks, means[..., None, :], dim=-1).amin(dim=-1).nan_to_num(nan=-1.0)
         if self.chunk_size == 1:  # each stands for itself, but for rounding
             cosines = torch.ones_like(cosines)
         is_chunk = is_token[..., :: self.chunk_size]
-        landmarks, cosines = (
-            landmarks.masked_fill(~is_chunk[..., None], 0),
-            cosines.masked_fill(~is_chunk, float("inf")),
-        )
+        landmarks = landmarks.masked_fill(~is_chunk[..., None], 0)
+        cosines = cosines.masked_fill(~is_chunk, float("inf"))
         if self.quantize is not None:
             self.landmarks, self.landmark_scales, landmarks = add_scaled(
                 self.landmarks, self.landmark_scales, landmarks, refits
@@ -612,7 +611,6 @@ class ShadowKVLayer(CompressedLayer):
             )
 
     def compress(self) -> None:
-        self._leave_inference_mode()
         if self.positions is not None and self._move_tail(at_once=True):
             self._fetch_latest()
 
@@ -719,41 +717,6 @@ class ShadowKVLayer(CompressedLayer):
         if self.host_values is not None:
             held["host values"] = self.host_values
         return held | {f"frequencies_{index}": tensor for index, tensor in enumerate(self.frequencies.held_tensors())}
-
-
-def landmarks_of(chunks: torch.Tensor, num_bands: int) -> torch.Tensor:
-    """
-    The mean of the keys of each chunk, and how far they spread around it: their standard deviations in each band of dimensions.
-
-    Args:
-        chunks (`torch.Tensor`): `(batch, kv_heads, chunks, chunk_size, head_dim)` float32.
-        num_bands (`int`): How many bands there are.
-
-    Returns:
-        `torch.Tensor`: `(batch, kv_heads, chunks, head_dim + num_bands)`. The product with `probe_of` a query is the mean's logit and
-        what a key has above it that deviates towards the query in every dimension, as far as those of its band do on average.
-    """
-    variances, means = torch.var_mean(chunks, dim=3, correction=0)
-    return torch.cat([means, in_bands(variances.sqrt(), num_bands)], dim=-1)
-
-
-def probe_of(query: torch.Tensor, num_bands: int) -> torch.Tensor:
-    """What landmarks are multiplied by for a query `(..., head_dim)`: `(..., head_dim + num_bands)`."""
-    return torch.cat([query, in_bands(query.abs().float(), num_bands).to(query.dtype)], dim=-1)
-
-
-def in_bands(numbers: torch.Tensor, num_bands: int) -> torch.Tensor:
-    """
-    Sums `(..., num_bands)` over bands of dimensions, over the root of their width: the product of two of them is that of a sum and a
-    mean, and neither leaves the range of float16 first. What is half of a head apart, as RoPE's pairs are, is in one band.
-    """
-    if not num_bands:
-        return numbers[..., :0]
-    half = -(-numbers.shape[-1] // 2)
-    width = -(-half // num_bands)
-    pairs = with_size(numbers, numbers.dim() - 1, 2 * half).unflatten(-1, (2, half)).sum(dim=-2)
-    bands = with_size(pairs, numbers.dim() - 1, num_bands * width).unflatten(-1, (num_bands, width)).sum(dim=-1)
-    return bands / math.sqrt(2 * width)
 
 
 def order_of(positions: torch.Tensor) -> torch.Tensor:

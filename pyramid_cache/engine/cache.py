@@ -149,6 +149,7 @@ class CompressedCache(Cache):
         if any(getattr(layer, "record_past", False) for layer in self.layers):
             self.crop(0)
         for layer in self.compressed_layers:
+            layer.leave_inference_mode()
             layer.compress()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:

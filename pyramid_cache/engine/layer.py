@@ -180,7 +180,7 @@ class CompressedLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._check_states(key_states, value_states)
-        self._leave_inference_mode()
+        self.leave_inference_mode()
         self.num_pending = key_states.shape[2]
         if self.record_past:
             keys, values = self._with_recorded(key_states, value_states)
@@ -606,7 +606,7 @@ class CompressedLayer(CacheLayerMixin):
             if tensor is not None:
                 setattr(self, name, grown(tensor, self.length, num_slots, fill=-1 if name == "positions" else 0))
 
-    def _leave_inference_mode(self) -> None:
+    def leave_inference_mode(self) -> None:
         """Copies what was made in inference mode before it is written to outside, which torch does not allow."""
         if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
             return
@@ -746,7 +746,7 @@ class CompressedLayer(CacheLayerMixin):
         self.require_croppable(tokens_to_remove)
         if not self.is_initialized:
             return
-        self._leave_inference_mode()
+        self.leave_inference_mode()
         num_left = -tokens_to_remove
         while num_left and self.recorded:
             chunk = self.recorded.pop()

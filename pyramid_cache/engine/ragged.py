@@ -258,8 +258,8 @@ class RaggedLayer(PolicyLayer):
         if self.packed is not None:
             self.packed = self.packed.map_rows(function)
 
-    def _leave_inference_mode(self) -> None:
-        super()._leave_inference_mode()
+    def leave_inference_mode(self) -> None:
+        super().leave_inference_mode()
         if self.packed is None or torch.is_inference_mode_enabled() or not self.packed.starts.is_inference():
             return
         tensors = {name: tensor.clone() for name, tensor in self.packed.tensors.items()}
