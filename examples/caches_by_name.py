@@ -6,7 +6,7 @@ import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 import pyramid_cache
-from pyramid_cache import PolicyCache, ShadowKVCache, StreamingLLMCache
+from pyramid_cache import PolicyCache
 from pyramid_cache.engine.cache import CompressedCache
 
 
@@ -18,7 +18,7 @@ CACHE_CLASSES: dict[str, type[CompressedCache]] = {
 }
 CACHE_NAMES = (FULL_CACHE, *sorted(CACHE_CLASSES))
 # The first arguments of constructors that are called otherwise.
-BUDGET_ARGUMENTS = {StreamingLLMCache: "window_length", ShadowKVCache: "sparse_budget"}
+BUDGET_ARGUMENTS = {}
 
 Budget = float | int | str
 

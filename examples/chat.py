@@ -23,7 +23,7 @@ from script_options import add_cache_options, add_model_options, load_model, new
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from pyramid_cache.engine.architectures import CACHE_ARGUMENT
-from pyramid_cache.terminal import positive_int
+from pyramid_cache.lab.terminal import positive_int
 
 
 ANSWER = "\0answer\0"

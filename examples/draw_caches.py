@@ -18,14 +18,14 @@ from matplotlib.figure import Figure
 from transformers import PreTrainedModel
 
 import pyramid_cache
-from pyramid_cache.demo.model import LoadedModel, load_model
-from pyramid_cache.demo.plot import FACT_COLOR
-from pyramid_cache.demo.prompt import Prompts, build_prompts, read_text
 from pyramid_cache.engine.architectures import CACHE_ARGUMENT
 from pyramid_cache.engine.cache import CompressedCache
 from pyramid_cache.engine.kept import kept_positions, kept_tokens
+from pyramid_cache.lab.demo.kept_picture import FACT_COLOR
+from pyramid_cache.lab.demo.planted_number import Prompts, build_prompts, read_text
+from pyramid_cache.lab.loaded_model import LoadedModel, load_model
+from pyramid_cache.lab.weights import MODEL_NAME, fetch_default_model
 from pyramid_cache.plot.figure import draw_map
-from pyramid_cache.weights import MODEL_NAME, fetch_default_model
 
 
 PROMPT_TOKENS = 1024
@@ -34,7 +34,7 @@ NEW_TOKENS = 48
 SETTINGS: dict[str, dict[str, Any]] = {
     "PyramidCache": {"budget": 0.25},
     "H2OCache": {"budget": 0.25},
-    "StreamingLLMCache": {"window_length": 256},
+    "StreamingLLMCache": {"budget": 256},
     "SnapKVCache": {"budget": 0.25},
     "PyramidKVCache": {"budget": 0.25},
     "AdaKVCache": {"budget": 0.25},
@@ -44,7 +44,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ExpectedAttentionCache": {"budget": 0.25},
     "RKVCache": {"budget": 0.25},
     "MassiveActivationCache": {"budget": 0.25},
-    "ShadowKVCache": {"sparse_budget": 128, "rank": 96, "num_outlier_chunks": 8},
+    "ShadowKVCache": {"budget": 128, "rank": 96, "num_outlier_chunks": 8},
 }
 BUILT_FROM_MODEL = ("PyramidCache",)
 

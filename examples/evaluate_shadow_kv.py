@@ -19,23 +19,23 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCach
 
 from pyramid_cache import ShadowKVCache
 from pyramid_cache.engine.architectures import CACHE_ARGUMENT
-from pyramid_cache.evaluation.caches import BASELINE, EvaluatedCache
-from pyramid_cache.evaluation.measure import Evaluation, Result
-from pyramid_cache.evaluation.scores import score_answers
-from pyramid_cache.evaluation.tasks import Context, Haystack, Question, build_contexts, parse_task
-from pyramid_cache.machine import describe_machine, describe_versions
-from pyramid_cache.terminal import ProgressBar, check_output, write_json
-from pyramid_cache.weights import fetch_default_model
+from pyramid_cache.lab.evaluation.caches import BASELINE, EvaluatedCache
+from pyramid_cache.lab.evaluation.evaluator import Evaluation, Result
+from pyramid_cache.lab.evaluation.scores import score_answers
+from pyramid_cache.lab.evaluation.tasks import Context, Haystack, Question, build_contexts, parse_task
+from pyramid_cache.lab.machine import describe_machine, describe_versions
+from pyramid_cache.lab.terminal import ProgressBar, check_output, write_json
+from pyramid_cache.lab.weights import fetch_default_model
 
 
 NUM_TURNS = 5
 
 
-def shadow_cache(sparse_budget: int, **settings: int) -> EvaluatedCache:
+def shadow_cache(budget: int, **settings: int) -> EvaluatedCache:
     """A cache of that budget; without the fraction that others are built by."""
     return EvaluatedCache(
-        f"ShadowKVCache, {sparse_budget}",
-        lambda model, budget, num_tokens, num_later: ShadowKVCache(model.config, sparse_budget, **settings),
+        f"ShadowKVCache, {budget}",
+        lambda model, budget, num_tokens, num_later: ShadowKVCache(model.config, budget, **settings),
         reads_answers_by_step=True,
     )
 

@@ -33,7 +33,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from pyramid_cache import StreamingLLMCache
 from pyramid_cache.engine.architectures import CACHE_ARGUMENT
 from pyramid_cache.engine.cache import CompressedCache
-from pyramid_cache.terminal import check_output, positive_int
+from pyramid_cache.lab.terminal import check_output, positive_int
 
 
 try:

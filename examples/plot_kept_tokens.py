@@ -14,8 +14,8 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pyramid_cache import H2OCache, PyramidCache
+from pyramid_cache.lab.weights import fetch_default_model
 from pyramid_cache.plot import ScoreRecorder
-from pyramid_cache.weights import fetch_default_model
 
 
 # Under a thousand tokens, so that the maps show each position on its own.
@@ -32,7 +32,7 @@ def main() -> None:
     options = parser.parse_args()
     name = options.model or fetch_default_model()
     tokenizer, model = AutoTokenizer.from_pretrained(name), AutoModelForCausalLM.from_pretrained(name)
-    novel = (files("pyramid_cache") / "data" / "pride_and_prejudice.txt").read_text(encoding="utf-8")
+    novel = (files("pyramid_cache.lab") / "data" / "pride_and_prejudice.txt").read_text(encoding="utf-8")
     inputs = tokenizer(novel[:NUM_CHARACTERS], return_tensors="pt")
     settings = {"max_new_tokens": NUM_NEW_TOKENS, "do_sample": False}
     options.out.mkdir(parents=True, exist_ok=True)

@@ -25,11 +25,11 @@ from caches_by_name import CACHE_CLASSES, num_kept
 from script_options import add_cache_options, add_model_options, load_model, new_cache, run
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pyramid_cache.demo.prompt import read_text
 from pyramid_cache.engine.architectures import CACHE_ARGUMENT
 from pyramid_cache.engine.cache import CompressedCache
-from pyramid_cache.terminal import check_output, positive_int
-from pyramid_cache.weights import sha256 as sha256_of_file
+from pyramid_cache.lab.demo.planted_number import read_text
+from pyramid_cache.lab.terminal import check_output, positive_int
+from pyramid_cache.lab.weights import sha256 as sha256_of_file
 
 
 DOCUMENT, QUESTION = "\0document\0", "\0question\0"

@@ -16,8 +16,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from pyramid_cache.terminal import device, positive_int
-from pyramid_cache.weights import MODEL_NAME, fetch_default_model
+from pyramid_cache.lab.terminal import device, positive_int
+from pyramid_cache.lab.weights import MODEL_NAME, fetch_default_model
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:

@@ -31,7 +31,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pyramid_cache import H2OCache, PolicyCache
 from pyramid_cache.engine.architectures import CACHE_ARGUMENT
 from pyramid_cache.engine.budget import parse_budget
-from pyramid_cache.terminal import check_output, positive_int
+from pyramid_cache.lab.terminal import check_output, positive_int
 
 
 # Caches that hold a budget however long the answer gets, and take it in bytes.

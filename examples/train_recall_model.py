@@ -1,5 +1,5 @@
 """
-Trains the recall model that the package ships in pyramid_cache/data/recall_model.
+Trains the recall model that the package ships in pyramid_cache/lab/data/recall_model.
 
     python examples/train_recall_model.py --out recall_model
 
@@ -19,8 +19,8 @@ from rich.console import Console
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pyramid_cache.evaluation.recall import MAX_TOKENS, NUM_KEYS, NUM_VALUES, random_pairs
-from pyramid_cache.terminal import ProgressBar
+from pyramid_cache.lab.evaluation.recall import MAX_TOKENS, NUM_KEYS, NUM_VALUES, random_pairs
+from pyramid_cache.lab.terminal import ProgressBar
 
 
 FIRST_NUM_PAIRS = 8

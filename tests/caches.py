@@ -100,12 +100,12 @@ CACHE_CASES = (
         "PyramidCache(model)", PyramidCache, {"budget": 4096}, {"budget": 0.4}, from_model=True, is_bounded=False
     ),
     CacheCase("H2OCache(config)", H2OCache, {"budget": 4096}, {"budget": 12}),
-    CacheCase("StreamingLLMCache(config)", StreamingLLMCache, {"window_length": 4096}, {"window_length": 12}),
+    CacheCase("StreamingLLMCache(config)", StreamingLLMCache, {"budget": 4096}, {"budget": 12}),
     CacheCase(
         "StreamingLLMCache(config, prefill='dense')",
         StreamingLLMCache,
-        {"window_length": 4096, "prefill": "dense"},
-        {"window_length": 12, "prefill": "dense"},
+        {"budget": 4096, "prefill": "dense"},
+        {"budget": 12, "prefill": "dense"},
     ),
     CacheCase(
         "SnapKVCache(config)",
@@ -168,9 +168,9 @@ CACHE_CASES = (
     CacheCase(
         "ShadowKVCache(config)",
         ShadowKVCache,
-        {"sparse_budget": 4096},
+        {"budget": 4096},
         {
-            "sparse_budget": 4,
+            "budget": 4,
             "rank": 6,
             "chunk_size": 2,
             "num_outlier_chunks": 1,
@@ -191,7 +191,7 @@ def shadow_within_reach(config: PreTrainedConfig) -> Iterator[ShadowKVCache]:
     """A cache of full rank each of whose steps attends to everything, most of it from the shadow: as what was never taken apart."""
     settings = {"chunk_size": 2, "num_outlier_chunks": 1, "num_local_tokens": 2, "offload_interval": 2}
     with patch.object(ShadowKVLayer, "num_tokens_to_keep", lambda layer, row_length: 11):
-        yield ShadowKVCache(config, sparse_budget=400, rank=10_000, **settings)
+        yield ShadowKVCache(config, budget=400, rank=10_000, **settings)
 
 
 def parametrize_cases(cases: Iterable[CacheCase]) -> pytest.MarkDecorator:

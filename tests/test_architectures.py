@@ -352,7 +352,7 @@ def test_the_oracles_are_the_model_when_all_is_seen(name: str) -> None:
         model(tokens[None], past_key_values=cache)
     masks = {0: torch.ones(cache.layers[0].keys.shape[1], 24, 24, dtype=torch.bool).tril()}
     torch.testing.assert_close(run_masked(model, tokens, masks)[0], wanted, atol=1e-5, rtol=0)
-    streaming = StreamingLLMCache(model.config, window_length=24)
+    streaming = StreamingLLMCache(model.config, budget=24)
     torch.testing.assert_close(run_streaming(model, tokens, 24, streaming), wanted, atol=TOLERANCE, rtol=0)
     masks[0][0, 20, 4:18] = False
     difference = (run_masked(model, tokens, masks)[0] - wanted).abs().amax(dim=-1)

@@ -76,7 +76,7 @@ IMPOSSIBLE: dict[tuple[type[CompressedCache], str], list[Any]] = {
     (PyramidCache, "budget"): [*NO_BUDGETS, 1, 4],
     (H2OCache, "budget"): NO_BUDGETS,
     (H2OCache, "heavy_ratio"): [*NO_SHARES, 1.0],
-    (StreamingLLMCache, "window_length"): [*NO_COUNTS, 0, 3, 4],
+    (StreamingLLMCache, "budget"): [*NO_COUNTS, 0, 3, 4],
     (StreamingLLMCache, "num_sink_tokens"): [*NO_COUNTS, 12, 13],
     (StreamingLLMCache, "prefill"): ["sparse", "Dense", "", None, True, ["dense"], np.array(["dense"]), b"dense"],
     (PyramidCache, "preset"): ["llama-9-900b", "", 7, True, ["llama-2-7b"], np.array(["llama-2-7b"])],
@@ -111,7 +111,7 @@ IMPOSSIBLE: dict[tuple[type[CompressedCache], str], list[Any]] = {
 REQUIRED: dict[type[CompressedCache], dict[str, Any]] = {
     PyramidCache: {},
     H2OCache: {},
-    StreamingLLMCache: {"window_length": 12},
+    StreamingLLMCache: {"budget": 12},
     **dict.fromkeys((SnapKVCache, PyramidKVCache, TOVACache, KeyDiffCache, KnormCache), {}),
     **dict.fromkeys((ExpectedAttentionCache, RKVCache), {}),
 }
@@ -185,8 +185,8 @@ def test_arguments_that_do_not_exist(cache_class: type[CompressedCache]) -> None
         (H2OCache, {"budget": np.float32(0.5), "heavy_ratio": 0}, {"budget": 0.5, "heavy_ratio": 0.0}),
         (
             StreamingLLMCache,
-            {"window_length": np.int64(16), "num_sink_tokens": np.int16(2)},
-            {"window_length": 16, "num_sink_tokens": 2},
+            {"budget": np.int64(16), "num_sink_tokens": np.int16(2)},
+            {"budget": 16, "num_sink_tokens": 2},
         ),
         (
             PyramidKVCache,
@@ -222,7 +222,7 @@ def test_numbers_of_numpy_are_numbers(
             beta=2**31 - 1,
             eviction_interval=2**31 - 1,
         ),
-        lambda config: StreamingLLMCache(config, window_length=2**31 - 1, num_sink_tokens=2**31 - 2),
+        lambda config: StreamingLLMCache(config, budget=2**31 - 1, num_sink_tokens=2**31 - 2),
     ],
 )
 def test_the_largest_settings_keep_everything(cache: Callable[[LlamaConfig], CompressedCache]) -> None:

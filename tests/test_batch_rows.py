@@ -23,9 +23,9 @@ CACHES: dict[str, MakeCache] = {
     "h2o_partly_filled": lambda model: H2OCache(model.config, budget=52),
     "snapkv": lambda model: SnapKVCache(model.config, budget=0.3, window_size=5, eviction_interval=7),
     "tova_partly_filled": lambda model: TOVACache(model.config, budget=52),
-    "streaming_llm": lambda model: StreamingLLMCache(model.config, window_length=14),
-    "streaming_llm_dense": lambda model: StreamingLLMCache(model.config, window_length=14, prefill="dense"),
-    "streaming_llm_partly_filled": lambda model: StreamingLLMCache(model.config, window_length=52),
+    "streaming_llm": lambda model: StreamingLLMCache(model.config, budget=14),
+    "streaming_llm_dense": lambda model: StreamingLLMCache(model.config, budget=14, prefill="dense"),
+    "streaming_llm_partly_filled": lambda model: StreamingLLMCache(model.config, budget=52),
 }
 
 

@@ -22,13 +22,13 @@ from transformers import (
 )
 
 from pyramid_cache import H2OCache
-from pyramid_cache.demo.measure import generate
 from pyramid_cache.engine.architectures import CACHE_ARGUMENT
-from pyramid_cache.evaluation.caches import CACHES
-from pyramid_cache.evaluation.measure import Evaluation
-from pyramid_cache.evaluation.tasks import Context, Question
-from pyramid_cache.profile.measure import measure_text
-from pyramid_cache.weights import no_progress
+from pyramid_cache.lab.demo.timed_answers import generate
+from pyramid_cache.lab.evaluation.caches import CACHES
+from pyramid_cache.lab.evaluation.evaluator import Evaluation
+from pyramid_cache.lab.evaluation.tasks import Context, Question
+from pyramid_cache.lab.profile.activations import measure_text
+from pyramid_cache.lab.weights import no_progress
 
 
 SETTINGS: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}

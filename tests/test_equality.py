@@ -19,8 +19,8 @@ ROOMY_CACHES: dict[str, MakeCache] = {
     "pyramid_model": lambda model: PyramidCache(model, budget=1024),
     "h2o": lambda model: H2OCache(model.config, budget=1024),
     "snapkv": lambda model: SnapKVCache(model.config, budget=1024),
-    "streaming_llm": lambda model: StreamingLLMCache(model.config, window_length=1024),
-    "streaming_llm_dense": lambda model: StreamingLLMCache(model.config, window_length=1024, prefill="dense"),
+    "streaming_llm": lambda model: StreamingLLMCache(model.config, budget=1024),
+    "streaming_llm_dense": lambda model: StreamingLLMCache(model.config, budget=1024, prefill="dense"),
 }
 
 # Batches by the lengths of their rows: odd lengths, one and three rows, left-padded and not.

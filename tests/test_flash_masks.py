@@ -16,8 +16,8 @@ CACHES: dict[str, Callable[[PreTrainedModel], Cache]] = {
     "pyramid_model": lambda model: PyramidCache(model, budget=0.4),
     "h2o": lambda model: H2OCache(model.config, budget=14),
     "snapkv": lambda model: SnapKVCache(model.config, budget=14, window_size=4, eviction_interval=4),
-    "streaming_llm": lambda model: StreamingLLMCache(model.config, window_length=14),
-    "streaming_llm_dense": lambda model: StreamingLLMCache(model.config, window_length=14, prefill="dense"),
+    "streaming_llm": lambda model: StreamingLLMCache(model.config, budget=14),
+    "streaming_llm_dense": lambda model: StreamingLLMCache(model.config, budget=14, prefill="dense"),
 }
 
 

@@ -19,7 +19,6 @@ from pyramid_cache.caches.massive_activation import (
     first_positions,
     probed_layers,
 )
-from pyramid_cache.demo.prompt import read_text
 from pyramid_cache.engine.budget import bounded_shares, fair_shares, online_budget, support_schedule
 from pyramid_cache.engine.massive import (
     massive_in_hidden_states,
@@ -29,8 +28,9 @@ from pyramid_cache.engine.massive import (
 )
 from pyramid_cache.engine.rope import RotaryFrequencies
 from pyramid_cache.engine.spread import attention_spread, layer_class
-from pyramid_cache.profile.measure import decoder_layers, measure_text
-from pyramid_cache.weights import fetch_default_model
+from pyramid_cache.lab.demo.planted_number import read_text
+from pyramid_cache.lab.profile.activations import decoder_layers, measure_text
+from pyramid_cache.lab.weights import fetch_default_model
 
 
 def positions_of(is_token: torch.Tensor) -> torch.Tensor:

@@ -31,10 +31,8 @@ CACHES: dict[str, MakeCache] = {
     "snapkv": lambda model: SnapKVCache(model.config, budget=BUDGET),
     "tova": lambda model: TOVACache(model.config, budget=BUDGET),
     "knorm": lambda model: KnormCache(model.config, budget=BUDGET),
-    "streaming_llm": lambda model: StreamingLLMCache(model.config, window_length=PROMPT_LENGTH // 4),
-    "streaming_llm_dense": lambda model: StreamingLLMCache(
-        model.config, window_length=PROMPT_LENGTH // 4, prefill="dense"
-    ),
+    "streaming_llm": lambda model: StreamingLLMCache(model.config, budget=PROMPT_LENGTH // 4),
+    "streaming_llm_dense": lambda model: StreamingLLMCache(model.config, budget=PROMPT_LENGTH // 4, prefill="dense"),
 }
 
 
@@ -194,7 +192,7 @@ def test_prefill_holds_one_whole_layer_at_a_time(name: str) -> None:
 
 def streaming(window_length: int, prefill: str = "streaming") -> MakeCache:
     """StreamingLLM with another window."""
-    return lambda model: StreamingLLMCache(model.config, window_length=window_length, prefill=prefill)
+    return lambda model: StreamingLLMCache(model.config, budget=window_length, prefill=prefill)
 
 
 class LargeResults(TorchDispatchMode):
@@ -231,8 +229,8 @@ DECODE_SLOTS = 300
 
 BOUNDED_CACHES: dict[str, MakeCache] = {
     "h2o": lambda model: H2OCache(model.config, budget=DECODE_SLOTS),
-    "streaming_llm": lambda model: StreamingLLMCache(model.config, window_length=DECODE_SLOTS),
-    "streaming_llm_dense": lambda model: StreamingLLMCache(model.config, window_length=DECODE_SLOTS, prefill="dense"),
+    "streaming_llm": lambda model: StreamingLLMCache(model.config, budget=DECODE_SLOTS),
+    "streaming_llm_dense": lambda model: StreamingLLMCache(model.config, budget=DECODE_SLOTS, prefill="dense"),
 }
 
 

@@ -17,7 +17,7 @@ CACHES: dict[str, Callable[[PreTrainedModel], Cache]] = {
     "pyramid_config": lambda model: PyramidCache(model.config, budget=0.4),
     "pyramid_model": lambda model: PyramidCache(model, budget=0.4),
     "h2o": lambda model: H2OCache(model.config, budget=12),
-    "streaming_llm": lambda model: StreamingLLMCache(model.config, window_length=12),
+    "streaming_llm": lambda model: StreamingLLMCache(model.config, budget=12),
 }
 
 
@@ -149,7 +149,7 @@ def test_chunked_prefill_of_a_padded_batch() -> None:
         model.generate(
             input_ids,
             attention_mask=mask,
-            past_key_values=StreamingLLMCache(model.config, window_length=12),
+            past_key_values=StreamingLLMCache(model.config, budget=12),
             max_new_tokens=8,
             do_sample=False,
             prefill_chunk_size=chunk,
@@ -180,7 +180,7 @@ def test_streaming_llm_takes_the_rotation_of_the_model_that_runs() -> None:
     model, tokens = build_model("llama"), random_tokens(1, 40)
     with torch.no_grad():
         output, wanted = (
-            model(tokens, past_key_values=StreamingLLMCache(config, window_length=12)).logits
+            model(tokens, past_key_values=StreamingLLMCache(config, budget=12)).logits
             for config in (other, model.config)
         )
     assert torch.equal(output, wanted)

@@ -12,11 +12,11 @@ from modes import CLOSENESS, MODES, Mode, Run, held_positions, mode_id, prompts,
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from pyramid_cache import ShadowKVCache
-from pyramid_cache.demo.model import load_model
-from pyramid_cache.demo.prompt import read_text
 from pyramid_cache.engine.cache import CompressedCache
 from pyramid_cache.engine.layer import CompressedLayer
-from pyramid_cache.weights import fetch_default_model
+from pyramid_cache.lab.demo.planted_number import read_text
+from pyramid_cache.lab.loaded_model import load_model
+from pyramid_cache.lab.weights import fetch_default_model
 
 
 every_mode = pytest.mark.parametrize("mode", MODES, ids=mode_id)
@@ -120,7 +120,7 @@ def attended(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
 def budget_of(case: CacheCase, seen: int) -> int:
     """The tokens that the three layers together may hold when that many have been seen."""
-    budget = case.tight.get("budget", case.tight.get("window_length", 12))
+    budget = case.tight["budget"] if case.evicts else 12
     return round(budget * seen * 3) if isinstance(budget, float) else 3 * min(budget, seen)
 
 
@@ -192,9 +192,9 @@ def closeness(case: CacheCase, num_tokens: int, chunk: int) -> tuple[float, floa
     tokens, model = text_and_model()
     settings = {"budget": 0.4}
     if case.cache_class is ShadowKVCache:
-        settings = {"sparse_budget": 0.2, "num_outlier_chunks": 12}  # two fifths with the tail
+        settings = {"budget": 0.2, "num_outlier_chunks": 12}  # two fifths with the tail
     elif "budget" not in case.large:
-        settings = {**case.tight, "window_length": round(0.4 * num_tokens)}
+        settings = {**case.tight, "budget": round(0.4 * num_tokens)}
     answers, caches = [], []
     for size in (chunk, num_tokens):
         cache = case.cache_class(model if case.from_model else model.config, **settings)

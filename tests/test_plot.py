@@ -181,7 +181,7 @@ class TestKeptPositions:
 
     def test_padding_does_not_count(self) -> None:
         model = tiny_model("llama")
-        cache = StreamingLLMCache(model.config, window_length=6, num_sink_tokens=2)
+        cache = StreamingLLMCache(model.config, budget=6, num_sink_tokens=2)
         generate(model, cache, random_rows((20, 13)), 1)
         axes, _ = plot_kept_positions(cache, row=1).axes
         # Two sinks and the latest four of 13 tokens.
@@ -207,7 +207,7 @@ class TestKeptPositions:
     @pytest.mark.parametrize("name, others", [("gemma3", {1: [0.0] * 23 + [1.0] * 7}), ("jamba", {0: None, 2: None})])
     def test_layers_of_transformers(self, name: str, others: dict[int, list[float] | None]) -> None:
         model = build_model(name)
-        cache = StreamingLLMCache(model.config, window_length=6, num_sink_tokens=2)
+        cache = StreamingLLMCache(model.config, budget=6, num_sink_tokens=2)
         generate(model, cache, random_rows((30,)), 1)
         values = map_of(plot_kept_positions(cache).axes[0])
         for layer_idx in range(3):
@@ -228,7 +228,7 @@ class TestBudgets:
             PyramidCache(self.CONFIG, budget=0.5),
             H2OCache(self.CONFIG, budget=12),
             SnapKVCache(self.CONFIG, budget=0.25),
-            StreamingLLMCache(self.CONFIG, window_length=64),
+            StreamingLLMCache(self.CONFIG, budget=64),
             TOVACache(self.CONFIG, budget=1.0),
         )
         [axes] = plot_budgets(*caches, prompt_length=40).axes

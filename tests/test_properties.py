@@ -320,7 +320,7 @@ class StreamingLLMReferenceLayer(ReferenceLayer):
     def __init__(self, policy: Policy, layer_idx: int) -> None:
         super().__init__(policy, layer_idx)
         self.num_sinks = policy.setup.settings["num_sink_tokens"]
-        self.window = policy.setup.settings["window_length"] - self.num_sinks
+        self.window = policy.setup.settings["budget"] - self.num_sinks
         self.is_read_densely = False
         self.sink_shift = 0
 
@@ -371,12 +371,12 @@ class StreamingLLMPolicy(Policy):
     layer_class = StreamingLLMReferenceLayer
 
     def num_kept(self, layer: ReferenceLayer) -> int | None:
-        return self.setup.settings["window_length"]
+        return self.setup.settings["budget"]
 
     def check_bytes(self, layer: CompressedLayer, rows: list[ReferenceLayer]) -> None:
         setup = self.setup
         held = sum(tensor.untyped_storage().nbytes() for tensor in (layer.keys, layer.values, layer.sink_keys))
-        slots = setup.settings["window_length"] + setup.settings["num_sink_tokens"] / 2
+        slots = setup.settings["budget"] + setup.settings["num_sink_tokens"] / 2
         assert held <= len(rows) * setup.kv_heads * slots * 2 * setup.head_dim * ITEMSIZE
 
 
@@ -1223,7 +1223,7 @@ def setups(draw: st.DrawFn, cache_class: type[CompressedCache]) -> Setup:
     if cache_class is StreamingLLMCache:
         sinks = draw(st.integers(0, 4))
         arguments: dict[str, Any] = {
-            "window_length": sinks + draw(st.integers(1, 12)),
+            "budget": sinks + draw(st.integers(1, 12)),
             "num_sink_tokens": sinks,
             "prefill": draw(st.sampled_from(["streaming", "dense"])),
         }
@@ -1302,7 +1302,7 @@ every_class = pytest.mark.parametrize(
 
 
 # What random sequences come by rarely.
-DENSE_STREAM = Setup(StreamingLLMCache, {"window_length": 4, "num_sink_tokens": 0, "prefill": "dense"})
+DENSE_STREAM = Setup(StreamingLLMCache, {"budget": 4, "num_sink_tokens": 0, "prefill": "dense"})
 SEQUENCES: dict[str, tuple[Setup, list[Operation]]] = {
     "a fraction of a longer turn is more than is held": (
         Setup(H2OCache, {"budget": 0.75, "heavy_ratio": 0.0}),
@@ -1323,7 +1323,7 @@ SEQUENCES: dict[str, tuple[Setup, list[Operation]]] = {
         [Update(9), Record(), Update(4), Select((2, 0, 0, 1)), Update(1), Repeat(2), Crop(3), Decode(2), Crop(0)],
     ),
     "tokens are taken back before anything is evicted": (
-        Setup(StreamingLLMCache, {**DENSE_STREAM.settings, "window_length": 9}, batch_size=2, padding=(0, 2, 0)),
+        Setup(StreamingLLMCache, {**DENSE_STREAM.settings, "budget": 9}, batch_size=2, padding=(0, 2, 0)),
         [Update(6), Crop(3), Decode(4), Crop(1), Decode(9)],
     ),
     "one layer could take tokens back, another could not": (

@@ -118,7 +118,7 @@ def test_a_stream_does_not_care_about_guesses(
     if interval is not None:
         monkeypatch.setattr(streaming_llm, "REBASE_INTERVAL", interval)
     model, rows = tiny_model(family), random_rows((23, 40))
-    guessed, plain = (StreamingLLMCache(model.config, window_length=12, prefill=prefill) for _ in range(2))
+    guessed, plain = (StreamingLLMCache(model.config, budget=12, prefill=prefill) for _ in range(2))
     trace = record(model, guessed, rows, CHUNKS)
     wanted = feed(model, plain, rows, trace.tokens)
     ends = torch.tensor(trace.pieces).cumsum(0) - 1

@@ -162,7 +162,7 @@ def test_sinks_that_move(rope: str, prefill: str, tmp_path: Path, monkeypatch: p
     """Angles that are counted anew every 20 tokens, frequencies of both kinds, and a model without any."""
     monkeypatch.setattr(streaming_llm, "REBASE_INTERVAL", 20)
     model = {"longrope": longrope_model, "none": lambda: tiny_model("gpt2")}.get(rope, lambda: tiny_model(rope))()
-    case = CacheCase("", StreamingLLMCache, {}, {"window_length": 12, "prefill": prefill})
+    case = CacheCase("", StreamingLLMCache, {}, {"budget": 12, "prefill": prefill})
     cache, mask = filled(case, model, "tight", 10)
     assert (cache.layers[0].base == 60) == (rope != "none")
     cache.save(tmp_path / "cache")
@@ -239,7 +239,7 @@ print(model.generate(history, past_key_values=cache, max_new_tokens=24, do_sampl
 
 def test_another_process_answers_from_the_file(tmp_path: Path) -> None:
     model, prompt = tiny_model("llama"), random_tokens(1, 60)
-    cache = StreamingLLMCache(model.config, window_length=12)
+    cache = StreamingLLMCache(model.config, budget=12)
     with torch.no_grad():
         model(prompt, past_key_values=cache)
     cache.save(tmp_path / "cache")
@@ -527,7 +527,7 @@ def test_weights_that_are_not_there_are_not_compared(tmp_path: Path) -> None:
 def test_frequencies_that_the_config_does_not_tell(tmp_path: Path) -> None:
     """`model.to(torch.bfloat16)` rounds them: the cache must be loaded for the model that it was built from."""
     model, prompt = build_model("llama").to(torch.bfloat16), random_tokens(1, 40)
-    cache = StreamingLLMCache(model, window_length=12)
+    cache = StreamingLLMCache(model, budget=12)
     with torch.no_grad():
         model(prompt, past_key_values=cache)
         cache.save(tmp_path / "cache")

@@ -61,7 +61,7 @@ def conversation(model: torch.nn.Module, cache: object, paddings: list[int], len
 def test_full_rank_and_a_whole_budget_are_the_full_cache(name: str, paddings: list[int]) -> None:
     """Prompts, steps and a second turn, models with full, partial, interleaved and no RoPE."""
     model, lengths = tiny_model(name), [70, 60, 9, 30]
-    cache = ShadowKVCache(model.config, sparse_budget=400, rank=10_000, **SMALL)
+    cache = ShadowKVCache(model.config, budget=400, rank=10_000, **SMALL)
     found = conversation(model, cache, paddings, lengths)
     assert all(min(layer.row_shadow) > 0 for layer in cache.compressed_layers)
     expected = conversation(model, DynamicCache(config=model.config), paddings, lengths)
@@ -70,7 +70,7 @@ def test_full_rank_and_a_whole_budget_are_the_full_cache(name: str, paddings: li
 
 def test_what_the_slots_would_hold_stays_as_it_is() -> None:
     model = tiny_model("llama")
-    cache = ShadowKVCache(model.config, sparse_budget=40, **SMALL)
+    cache = ShadowKVCache(model.config, budget=40, **SMALL)
     found = conversation(model, cache, [0, 5], [30, 20])
     assert torch.equal(found, conversation(model, DynamicCache(config=model.config), [0, 5], [30, 20]))
     assert all(layer.positions is None for layer in cache.compressed_layers)
@@ -218,7 +218,7 @@ def test_landmarks_by_hand() -> None:
 
 def test_there_is_a_band_for_two_dimensions_at_least() -> None:
     model = SyntheticModel(1, 2, 1, 6)
-    cache = ShadowKVCache(model.config, sparse_budget=8, rank=4, num_spread_bands=100, **SMALL)
+    cache = ShadowKVCache(model.config, budget=8, rank=4, num_spread_bands=100, **SMALL)
     key = torch.randn(1, 2, 60, 6)
     model.run_layer(cache, 0, key, key, key, None)
     (layer,) = cache.compressed_layers
@@ -246,7 +246,7 @@ def test_steps_are_those_of_the_reference(
     paddings, num_prompt, head_dim = [0, 7], 90, 6
     model = SyntheticModel(1, kv_heads, group, head_dim)
     settings = {**SMALL, "num_spread_bands": num_bands}
-    cache = ShadowKVCache(model.config, sparse_budget=12, rank=rank, **settings)
+    cache = ShadowKVCache(model.config, budget=12, rank=rank, **settings)
     (layer,) = cache.compressed_layers
     generator = torch.Generator().manual_seed(kv_heads)
     references = [ReferenceShadow(kv_heads, 3, rank, **settings) for _ in paddings]
@@ -293,7 +293,7 @@ def test_steps_are_those_of_the_reference(
 
 @pytest.mark.parametrize(
     "settings",
-    [{"sparse_budget": 0.2, "rank": 7}, {"sparse_budget": 8, "rank": 0.8}, {"sparse_budget": 8, "quantize": "int8"}],
+    [{"budget": 0.2, "rank": 7}, {"budget": 8, "rank": 0.8}, {"budget": 8, "quantize": "int8"}],
     ids=["share", "energy", "int8"],
 )
 @torch.no_grad()
@@ -351,7 +351,7 @@ LOW_RANK_MODELS = ["llama", *(f"llama_{variant}" for variant in ROPE_VARIANTS), 
 def test_rebuilt_keys_are_the_truncated_svd(name: str) -> None:
     """Of the keys before they are turned, turned again: all that depends on how a model turns them cancels out."""
     model, tokens, rank = tiny_model(name), random_tokens(1, 100, seed=2), 9
-    cache, full = ShadowKVCache(model.config, sparse_budget=8, rank=rank, **SMALL), DynamicCache(config=model.config)
+    cache, full = ShadowKVCache(model.config, budget=8, rank=rank, **SMALL), DynamicCache(config=model.config)
     for each in (cache, full):
         model(tokens, past_key_values=each)
     for layer, full_layer in zip(cache.compressed_layers, full.layers, strict=True):
@@ -375,7 +375,7 @@ def test_rebuilt_keys_are_the_truncated_svd(name: str) -> None:
 @torch.no_grad()
 def test_a_rank_by_energy_differs_between_layers() -> None:
     model, tokens = tiny_model("llama"), random_tokens(1, 100, seed=2)
-    cache = ShadowKVCache(model.config, sparse_budget=8, rank=0.9, **SMALL)
+    cache = ShadowKVCache(model.config, budget=8, rank=0.9, **SMALL)
     model(tokens, past_key_values=cache)
     full = DynamicCache(config=model.config)
     model(tokens, past_key_values=full)
@@ -396,7 +396,7 @@ def test_a_prompt_in_chunks_has_the_basis_of_all_of_it() -> None:
     model, tokens = tiny_model("llama"), random_tokens(1, 100, seed=2)
     layers = []
     for widths in ([100], [40, 25, 35]):
-        cache, start = ShadowKVCache(model.config, sparse_budget=8, rank=10_000, **SMALL), 0
+        cache, start = ShadowKVCache(model.config, budget=8, rank=10_000, **SMALL), 0
         for width in widths:
             model(tokens[:, start : start + width], past_key_values=cache)
             start += width
@@ -422,7 +422,7 @@ def test_quantised_keys_are_near(quantize: str, tolerance: float) -> None:
     """Of a prompt, and of generated tokens whose factors exceed all that the prompt had."""
     model = tiny_model("llama")
     found, expected = (
-        ShadowKVCache(model.config, sparse_budget=8, rank=10_000, quantize=name, **SMALL) for name in (quantize, None)
+        ShadowKVCache(model.config, budget=8, rank=10_000, quantize=name, **SMALL) for name in (quantize, None)
     )
     for cache in (found, expected):
         conversation(model, cache, [0, 5], [60])
@@ -450,7 +450,7 @@ def test_quantised_keys_are_near(quantize: str, tolerance: float) -> None:
 @pytest.mark.usefixtures("_always_in_shadow")
 def test_values_in_a_file_are_the_same(tmp_path: Path) -> None:
     model = tiny_model("llama")
-    settings = {"sparse_budget": 16, "rank": 12, **SMALL}
+    settings = {"budget": 16, "rank": 12, **SMALL}
     in_file = ShadowKVCache(model.config, host=f"disk:{tmp_path}", **settings)
     in_memory = ShadowKVCache(model.config, **settings)
     found, expected = (conversation(model, cache, [0, 5], [70, 30, 9, 5]) for cache in (in_file, in_memory))
@@ -474,7 +474,7 @@ def test_the_host_reads_for_a_device_what_it_has_no_access_to() -> None:
 @torch.no_grad()
 def test_copies_are_of_the_same_kind_and_go_their_own_way(tmp_path: Path) -> None:
     model = tiny_model("llama")
-    cache = ShadowKVCache(model.config, sparse_budget=8, rank=9, host=f"disk:{tmp_path}", **SMALL)
+    cache = ShadowKVCache(model.config, budget=8, rank=9, host=f"disk:{tmp_path}", **SMALL)
     conversation(model, cache, [0, 5], [70, 20])
     twin, before = copy.deepcopy(cache), copy.deepcopy(cache)
     for layer, other in zip(cache.compressed_layers, twin.compressed_layers, strict=True):
@@ -493,10 +493,10 @@ def test_values_beyond_the_host_budget_are_refused_with_what_they_take() -> None
     layer = DynamicCache(config=model.config)
     model(tokens, past_key_values=layer)
     needed = layer.layers[0].values[:, :, :num_shadow].nbytes * len(layer.layers)
-    cache = ShadowKVCache(model.config, sparse_budget=8, host_budget=needed - 1, **SMALL)
+    cache = ShadowKVCache(model.config, budget=8, host_budget=needed - 1, **SMALL)
     with pytest.raises(ValueError, match=f"2 rows of 72 tokens take {needed:,} bytes on the host"), torch.no_grad():
         model(tokens, past_key_values=cache)
-    cache = ShadowKVCache(model.config, sparse_budget=8, host_budget=needed, **SMALL)
+    cache = ShadowKVCache(model.config, budget=8, host_budget=needed, **SMALL)
     with torch.no_grad():
         model(tokens, past_key_values=cache)
     assert cache.memory()["host"]["values"] == needed
@@ -508,7 +508,7 @@ def test_saved_values_can_go_elsewhere(tmp_path: Path) -> None:
     """Where the folder of their files is gone, say."""
     model, folder, file = tiny_model("llama"), tmp_path / "values", tmp_path / "cache.safetensors"
     folder.mkdir()
-    cache = ShadowKVCache(model.config, sparse_budget=8, rank=9, host=f"disk:{folder}", host_budget="1MiB", **SMALL)
+    cache = ShadowKVCache(model.config, budget=8, rank=9, host=f"disk:{folder}", host_budget="1MiB", **SMALL)
     conversation(model, cache, [0, 5], [70, 20])
     cache.save(file)
     folder.rmdir()
@@ -543,7 +543,7 @@ def test_generate_is_that_of_the_full_cache(arguments: dict[str, int]) -> None:
         )
         for cache in (
             DynamicCache(config=model.config),
-            ShadowKVCache(model.config, sparse_budget=400, rank=10_000, **SMALL),
+            ShadowKVCache(model.config, budget=400, rank=10_000, **SMALL),
         )
     ]
     assert torch.equal(*outputs)
@@ -555,7 +555,7 @@ def test_generate_is_that_of_the_full_cache(arguments: dict[str, int]) -> None:
 def test_tokens_are_taken_back_out_of_the_shadow(num_back: int) -> None:
     model, tokens = tiny_model("llama"), random_tokens(2, 100, seed=5)
     cache, full = (
-        ShadowKVCache(model.config, sparse_budget=400, rank=10_000, **SMALL),
+        ShadowKVCache(model.config, budget=400, rank=10_000, **SMALL),
         DynamicCache(config=model.config),
     )
     model(tokens[:, :60], past_key_values=cache)
@@ -574,7 +574,7 @@ def test_no_step_sees_what_was_taken_back() -> None:
     """Rows of which chunks that were outliers go, rows that are exact again, and rows of which only the tail gets shorter."""
     model, tokens = tiny_model("llama"), random_tokens(1, 200, seed=1)
     for num_back, is_exact in ((60, False), (110, True), (3, False)):
-        cache = ShadowKVCache(model.config, sparse_budget=16, rank=10_000, **{**SMALL, "num_outlier_chunks": 5})
+        cache = ShadowKVCache(model.config, budget=16, rank=10_000, **{**SMALL, "num_outlier_chunks": 5})
         model(tokens[:, :150], past_key_values=cache)
         cache.crop(-num_back)
         assert (cache.compressed_layers[0].row_shadow == [0]) == is_exact
@@ -592,7 +592,7 @@ def test_no_step_sees_what_was_taken_back() -> None:
 def test_padding_of_a_later_turn_is_not_taken_back_as_tokens() -> None:
     model, mask = tiny_model("llama"), torch.ones(2, 90, dtype=torch.bool)
     mask[0, 80:87] = False
-    cache = ShadowKVCache(model.config, sparse_budget=8, **SMALL)
+    cache = ShadowKVCache(model.config, budget=8, **SMALL)
     tokens, positions = random_tokens(2, 90, seed=1), (mask.cumsum(dim=1) - 1).clamp(min=0)
     for part in (slice(0, 80), slice(80, 90)):
         inputs = {"attention_mask": mask[:, : part.stop].long(), "position_ids": positions[:, part]}
@@ -606,7 +606,7 @@ def test_padding_of_a_later_turn_is_not_taken_back_as_tokens() -> None:
 @torch.no_grad()
 def test_what_is_taken_back_before_there_is_a_shadow_counts_no_more(tmp_path: Path) -> None:
     model, tokens = tiny_model("llama"), random_tokens(1, 80, seed=1)
-    cache = ShadowKVCache(model.config, sparse_budget=8, rank=9, **SMALL)
+    cache = ShadowKVCache(model.config, budget=8, rank=9, **SMALL)
     model(tokens[:, :20], past_key_values=cache)
     cache.crop(-10)
     model(tokens[:, 10:70], past_key_values=cache)
@@ -622,7 +622,7 @@ def test_a_row_that_is_left_goes_on_with_a_share_of_its_own() -> None:
     model, tokens = tiny_model("llama"), random_tokens(2, 330, seed=1)
     mask = torch.arange(330) >= torch.tensor([[0], [180]])
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    caches = [ShadowKVCache(model.config, sparse_budget=0.3, rank=10_000, **SMALL) for _ in range(2)]
+    caches = [ShadowKVCache(model.config, budget=0.3, rank=10_000, **SMALL) for _ in range(2)]
     inputs = {"attention_mask": mask[:, :300].long(), "position_ids": positions[:, :300]}
     model(tokens[:, :300], **inputs, past_key_values=caches[0])
     model(tokens[1:, 180:300], past_key_values=caches[1])
@@ -639,7 +639,7 @@ def test_a_row_that_is_left_goes_on_with_a_share_of_its_own() -> None:
 @torch.no_grad()
 def test_a_loaded_cache_takes_turns(num_tokens: int, tmp_path: Path) -> None:
     model, tokens = tiny_model("llama"), random_tokens(1, 120, seed=1)
-    cache = ShadowKVCache(model.config, sparse_budget=16, rank=12, **{**SMALL, "num_local_tokens": 0})
+    cache = ShadowKVCache(model.config, budget=16, rank=12, **{**SMALL, "num_local_tokens": 0})
     model(tokens[:, :100], past_key_values=cache)
     cache.save(tmp_path / "cache.safetensors")
     loaded = ShadowKVCache.load(tmp_path / "cache.safetensors", model)
@@ -653,7 +653,7 @@ def test_a_loaded_cache_takes_turns(num_tokens: int, tmp_path: Path) -> None:
 @torch.no_grad()
 def test_a_file_goes_on_as_the_cache_would(quantize: str | None, tmp_path: Path) -> None:
     model = tiny_model("llama")
-    cache = ShadowKVCache(model.config, sparse_budget=16, rank=12, quantize=quantize, **SMALL)
+    cache = ShadowKVCache(model.config, budget=16, rank=12, quantize=quantize, **SMALL)
     conversation(model, cache, [0, 5], [70, 33])
     cache.save(tmp_path / "cache.safetensors")
     loaded = ShadowKVCache.load(tmp_path / "cache.safetensors", model)
@@ -670,8 +670,7 @@ def test_a_file_goes_on_as_the_cache_would(quantize: str | None, tmp_path: Path)
 def test_scales_and_landmarks_of_a_file_are_checked() -> None:
     model = tiny_model("llama")
     caches = {
-        quantize: ShadowKVCache(model.config, sparse_budget=16, quantize=quantize, **SMALL)
-        for quantize in ("int8", None)
+        quantize: ShadowKVCache(model.config, budget=16, quantize=quantize, **SMALL) for quantize in ("int8", None)
     }
     with torch.no_grad():
         for cache in caches.values():
@@ -697,7 +696,7 @@ def test_scales_and_landmarks_of_a_file_are_checked() -> None:
 def test_a_cache_of_inference_mode_is_changed_outside(use: Callable[[ShadowKVCache], None]) -> None:
     model, tokens, logits = tiny_model("llama"), random_tokens(1, 64), []
     for mode in (torch.inference_mode, torch.no_grad):
-        cache = ShadowKVCache(model.config, sparse_budget=16, rank=12, **SMALL)
+        cache = ShadowKVCache(model.config, budget=16, rank=12, **SMALL)
         with mode():
             for part in (tokens[:, :60], *tokens[:, 60:63].split(1, dim=1)):
                 model(part, past_key_values=cache)
@@ -710,7 +709,7 @@ def test_a_cache_of_inference_mode_is_changed_outside(use: Callable[[ShadowKVCac
 @pytest.mark.usefixtures("_always_in_shadow")
 def test_gradients_are_refused_once_values_are_on_the_host() -> None:
     model, tokens = tiny_model("llama"), random_tokens(1, 60, seed=5)
-    cache = ShadowKVCache(model.config, sparse_budget=8, **SMALL)
+    cache = ShadowKVCache(model.config, budget=8, **SMALL)
     with torch.no_grad():
         model(tokens, past_key_values=cache)
     with pytest.raises(NotImplementedError, match=r"Call the model under `torch.no_grad\(\)`"):
@@ -720,8 +719,8 @@ def test_gradients_are_refused_once_values_are_on_the_host() -> None:
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"sparse_budget": 0}, "at least 1"),
-        ({"sparse_budget": 1.5}, "positive integer, or a share"),
+        ({"budget": 0}, "at least 1"),
+        ({"budget": 1.5}, "positive integer, or a share"),
         ({"rank": True}, "positive integer, or a share"),
         ({"chunk_size": 0}, "at least 1"),
         ({"num_outlier_chunks": -1}, "at least 0"),
@@ -742,20 +741,20 @@ def test_bad_arguments_are_refused(arguments: dict[str, object], message: str) -
 # Memory.
 
 
-@pytest.mark.parametrize("num_tokens, sparse_budget", [(60 * 1024, 1024), (122 * 1024, 2048), (244 * 1024, 4096)])
+@pytest.mark.parametrize("num_tokens, budget", [(60 * 1024, 1024), (122 * 1024, 2048), (244 * 1024, 4096)])
 @pytest.mark.parametrize("quantize, least_ratio", [(None, 6.0), ("int8", 10.0)])
 def test_a_layer_of_llama_8b_takes_the_bytes_of_the_formula(
-    quantize: str | None, least_ratio: float, num_tokens: int, sparse_budget: int
+    quantize: str | None, least_ratio: float, num_tokens: int, budget: int
 ) -> None:
     """
     Tensors without numbers: a prompt, and steps until chunks have moved. Section 3.2 of the paper, with its third term mended and
     spreads beside the means; outliers as there, 24 chunks for 1,024 tokens of the budget.
     """
     rank, chunk_size, num_bands, num_tail = 160, 8, 4, 32 + 32 + 8
-    num_outlier_chunks = sparse_budget // 1024 * 24
+    num_outlier_chunks = budget // 1024 * 24
     with FakeTensorMode():
         model = SyntheticModel(1, 8, 4, 128)
-        cache = ShadowKVCache(model.config, sparse_budget, num_outlier_chunks=num_outlier_chunks, quantize=quantize)
+        cache = ShadowKVCache(model.config, budget, num_outlier_chunks=num_outlier_chunks, quantize=quantize)
         (layer,) = cache.compressed_layers
         for width in (num_tokens, *[1] * 80):
             query = torch.randn(1, 32, width, 128, dtype=torch.bfloat16)
@@ -768,6 +767,6 @@ def test_a_layer_of_llama_8b_takes_the_bytes_of_the_formula(
     width, stored_bytes = 8 * 128, 1 if quantize else 2
     landmarks = num_shadow // chunk_size * (width + 8 * num_bands)
     shadow = stored_bytes * (num_shadow * rank + landmarks) + 2 * rank * width
-    slots = num_outlier_chunks * chunk_size + sparse_budget + num_tail
+    slots = num_outlier_chunks * chunk_size + budget + num_tail
     assert held == pytest.approx(shadow + 2 * 2 * slots * width, rel=0.01)
     assert 2 * 2 * num_tokens * width / held >= least_ratio

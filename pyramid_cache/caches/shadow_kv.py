@@ -83,7 +83,7 @@ class ShadowKVLayer(CompressedLayer):
         settings: dict[str, Any],
         frequencies: SharedFrequencies,
     ) -> None:
-        self.sparse_budget: int | float = settings["sparse_budget"]
+        self.sparse_budget: int | float = settings["budget"]
         self.rank: int | float = settings["rank"]
         self.chunk_size: int = settings["chunk_size"]
         self.num_spread_bands: int = settings["num_spread_bands"]
@@ -733,7 +733,7 @@ class ShadowKVCache(CompressedCache):
     `tokens * rank * itemsize` for factors, `kv_heads * rank * head_dim * itemsize` for the basis,
     `tokens / chunk_size * kv_heads * ((head_dim + num_spread_bands) * itemsize + 1)` for landmarks, and
     `slots * kv_heads * (2 * head_dim * itemsize + 4)` for what a step attends to, with `slots = num_outlier_chunks * chunk_size
-    + sparse_budget + num_local_tokens + offload_interval + chunk_size`; on the host `tokens * kv_heads * head_dim * itemsize`.
+    + budget + num_local_tokens + offload_interval + chunk_size`; on the host `tokens * kv_heads * head_dim * itemsize`.
     `cache.memory()` has the host apart. Later turns attend to everything: keys are rebuilt and values fetched for one layer
     at a time, which takes as much memory as that layer would have taken. `num_kept_tokens` and `positions` are of what a step
     attends to.
@@ -741,7 +741,7 @@ class ShadowKVCache(CompressedCache):
     Args:
         config (`PreTrainedConfig` or `PreTrainedModel`): Of the model, or the model itself. The model is needed only if
             it was cast with `model.to(torch.bfloat16)` after loading, which rounds its rotary frequencies too.
-        sparse_budget (`int` or `float`, defaults to 2048): Tokens that a step attends to beside outliers and the latest, or
+        budget (`int` or `float`, defaults to 2048): Tokens that a step attends to beside outliers and the latest, or
             their share of the prompt. Larger values miss less and take more time. A prompt that is no longer than the slots
             is kept as it is, and the cache is `DynamicCache` bit for bit.
         rank (`int` or `float`, defaults to 160): Dimensions that keys have before RoPE, over all heads of a layer; or the share
@@ -777,7 +777,7 @@ class ShadowKVCache(CompressedCache):
 
     >>> config = LlamaConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=2999)
     >>> model = LlamaForCausalLM(config)
-    >>> cache = ShadowKVCache(model.config, sparse_budget=64, rank=16, num_outlier_chunks=4)
+    >>> cache = ShadowKVCache(model.config, budget=64, rank=16, num_outlier_chunks=4)
     >>> tokens = model.generate(torch.arange(2000)[None], past_key_values=cache, max_new_tokens=8, eos_token_id=None)
     >>> cache.get_seq_length(), cache.num_kept_tokens()
     (2007, [135, 135])
@@ -791,7 +791,7 @@ class ShadowKVCache(CompressedCache):
     def __init__(
         self,
         config: PreTrainedConfig | PreTrainedModel,
-        sparse_budget: int | float = 2048,
+        budget: int | float = 2048,
         *,
         rank: int | float = 160,
         chunk_size: int = 8,
@@ -808,7 +808,7 @@ class ShadowKVCache(CompressedCache):
         check_decoder_config(config)
         refuse_unsupported_rope(config)
         settings = {
-            "sparse_budget": read_share_or_count("sparse_budget", sparse_budget),
+            "budget": read_share_or_count("budget", budget),
             "rank": read_share_or_count("rank", rank),
             "chunk_size": read_count("chunk_size", chunk_size, least=1),
             "num_outlier_chunks": read_count("num_outlier_chunks", num_outlier_chunks, least=0),

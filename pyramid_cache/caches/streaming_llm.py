@@ -131,8 +131,8 @@ class StreamingLLMLayer(CompressedLayer):
             longest = None if self.rotary is None else self.rotary.original_max_position_embeddings
             if longest is not None and self.window_length > longest:
                 raise ValueError(
-                    f"`window_length={self.window_length}` exceeds the {longest} positions up to which this model's longrope "
-                    f"scaling is fixed. Choose `window_length` of at most {longest}."
+                    f"`budget={self.window_length}` exceeds the {longest} positions up to which this model's longrope "
+                    f"scaling is fixed. Choose `budget` of at most {longest}."
                 )
 
     def _check_positions(self, call: AttentionCall, tokens: Tokens) -> None:
@@ -408,14 +408,14 @@ class StreamingLLMCache(CompressedCache):
     """
     Keeps the first tokens and the most recent ones (StreamingLLM, https://arxiv.org/abs/2309.17453).
 
-    A layer holds `window_length` tokens however much is generated:
-    `batch * kv_heads * (window_length + num_sink_tokens / 2) * 2 * head_dim * itemsize` bytes. What lies between the sinks
+    A layer holds `budget` tokens however much is generated:
+    `batch * kv_heads * (budget + num_sink_tokens / 2) * 2 * head_dim * itemsize` bytes. What lies between the sinks
     and the window is forgotten: no recall of it is possible.
 
     Args:
         config (`PreTrainedConfig` or `PreTrainedModel`): Of the model, or the model itself. The model is needed only if
             it was cast with `model.to(torch.bfloat16)` after loading, which rounds its rotary frequencies too.
-        window_length (`int`): Tokens that attention sees at a decode step, the sinks and the new token included.
+        budget (`int`): Tokens that attention sees at a decode step, the sinks and the new token included.
         num_sink_tokens (`int`, defaults to 4): Tokens kept from the start.
         prefill (`str`, defaults to `"streaming"`): `"streaming"`: each token of the prompt sees the sinks and the window
             before it, as in a stream (the paper's method). `"dense"`: the prompt is read with full attention, then cut;
@@ -435,7 +435,7 @@ class StreamingLLMCache(CompressedCache):
 
     >>> config = LlamaConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=99)
     >>> model = LlamaForCausalLM(config)
-    >>> cache = StreamingLLMCache(model.config, window_length=16)
+    >>> cache = StreamingLLMCache(model.config, budget=16)
     >>> tokens = model.generate(torch.arange(40)[None], past_key_values=cache, max_new_tokens=8, eos_token_id=None)
     >>> sorted(cache.positions(0)[0, 0].tolist())
     [0, 1, 2, 3, 35, 36, 37, 38, 39, 40, 41, 42, 43, 44, 45, 46]
@@ -446,14 +446,14 @@ class StreamingLLMCache(CompressedCache):
     def __init__(
         self,
         config: PreTrainedConfig | PreTrainedModel,
-        window_length: int,
+        budget: int,
         num_sink_tokens: int = 4,
         *,
         prefill: Literal["streaming", "dense"] = "streaming",
     ) -> None:
         model = model_inside(config)
         config = config if model is None else model.config
-        window_length, num_sink_tokens = check_window(window_length, num_sink_tokens, prefill)
+        window_length, num_sink_tokens = check_window(budget, num_sink_tokens, prefill)
         check_decoder_config(config)
         refuse_unsupported_rope(config)
         get_model = None if model is None else weakref.ref(model)
@@ -464,7 +464,7 @@ class StreamingLLMCache(CompressedCache):
             return StreamingLLMLayer(place, masks, window_length, num_sink_tokens, prefill, rotations)
 
         self.rotations = rotations
-        settings = {"window_length": window_length, "num_sink_tokens": num_sink_tokens, "prefill": prefill}
+        settings = {"budget": window_length, "num_sink_tokens": num_sink_tokens, "prefill": prefill}
         super().__init__(config, build_layer, settings)
 
     def reset(self) -> None:
@@ -490,13 +490,13 @@ def in_order(key: torch.Tensor, value: torch.Tensor, tokens: Tokens) -> tuple[to
     )
 
 
-def check_window(window_length: int, num_sink_tokens: int, prefill: str) -> tuple[int, int]:
+def check_window(budget: int, num_sink_tokens: int, prefill: str) -> tuple[int, int]:
     """Both numbers as Python's. Raises unless the arguments of `StreamingLLMCache` leave room for a window."""
-    window_length = read_count("window_length", window_length, least=1)
+    window_length = read_count("budget", budget, least=1)
     num_sink_tokens = read_count("num_sink_tokens", num_sink_tokens, least=0)
     if window_length <= num_sink_tokens:
         raise ValueError(
-            f"`window_length={window_length}` includes the {num_sink_tokens} sink tokens and must exceed them: give at least "
+            f"`budget={window_length}` includes the {num_sink_tokens} sink tokens and must exceed them: give at least "
             f"{num_sink_tokens + 1}, or lower `num_sink_tokens`."
         )
     if not isinstance(prefill, str) or prefill not in ("streaming", "dense"):

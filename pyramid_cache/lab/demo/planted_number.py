@@ -1,0 +1,123 @@
+"""The demo's prompt: a long real text with a fact planted in its middle, and a question about that fact at its end."""
+
+import random
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+FACT = "\n\nThe secret pass number of the old gatekeeper is {number}. Remember it.\n\n"
+QUESTION = "\n\nWhat is the secret pass number of the old gatekeeper mentioned in the text?"
+
+
+class PromptError(ValueError):
+    """The text cannot make the prompts that were asked for; the message names both lengths."""
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """
+    A batch of prompts of the same length.
+
+    Attributes:
+        input_ids (`torch.Tensor`): `(batch, prompt_tokens)`.
+        numbers (`list[str]`): The number planted in each row, the one that its question asks for.
+        fact_spans (`list[tuple[int, int]]`): Where the tokens of each row's fact start and end.
+    """
+
+    input_ids: torch.Tensor
+    numbers: list[str]
+    fact_spans: list[tuple[int, int]]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.input_ids.shape[1]
+
+
+def read_text(path: Path | None = None) -> str:
+    """The text of a file, or the novel shipped with the package."""
+    if path is not None:
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise PromptError(f"{path} is no UTF-8 text: {error}") from error
+    novel = resources.files("pyramid_cache.lab").joinpath("data/pride_and_prejudice.txt").read_text(encoding="utf-8")
+    return novel[novel.index("It is a truth universally acknowledged") :]
+
+
+def build_prompts(
+    tokenizer: "PreTrainedTokenizerBase", text: str, prompt_tokens: int, batch_size: int = 1, seed: int = 0
+) -> Prompts:
+    """
+    Cuts a text into one prompt per row, each of exactly `prompt_tokens` tokens with a number of its own planted in the
+    middle. The rows are different stretches of the text; they overlap where it is too short for that.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): Its chat template, if it has one, frames the prompt.
+        text (`str`): What to cut from.
+        prompt_tokens (`int`): The length of each prompt: frame, text, fact and question together.
+        batch_size (`int`): The number of rows.
+        seed (`int`): Chooses the numbers and, from 1 on, where in the text the first row starts.
+
+    Raises:
+        PromptError: The prompt is too short for the question, or the text too short for the prompt.
+    """
+    generator = random.Random(seed)
+    before, after = frame(tokenizer)
+    text_ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    numbers = [str(generator.randint(10_000, 99_999)) for _ in range(batch_size)]
+    facts = [tokenizer(FACT.format(number=number), add_special_tokens=False)["input_ids"] for number in numbers]
+    text_lengths = [prompt_tokens - len(before) - len(fact) - len(after) for fact in facts]
+    longest = max(text_lengths)
+    if min(text_lengths) < 1:
+        least = prompt_tokens - min(text_lengths) + 1
+        raise PromptError(
+            f"A prompt of {prompt_tokens} tokens has no room for the fact and the question: it takes at least {least}."
+        )
+    if longest > len(text_ids):
+        raise PromptError(
+            f"The text has {len(text_ids)} tokens, too few for a prompt of {prompt_tokens}: with the fact and the "
+            f"question it makes one of {prompt_tokens - longest + len(text_ids)} tokens."
+        )
+    num_starts = len(text_ids) - longest + 1
+    first_start = generator.randrange(num_starts) if seed else 0
+    # Rows of text end to end, and less than that if they would not all be different.
+    stride = min(longest, num_starts // batch_size)
+    rows, fact_spans = [], []
+    for row, (fact, text_length) in enumerate(zip(facts, text_lengths, strict=True)):
+        start = (first_start + row * stride) % num_starts
+        stretch = text_ids[start : start + text_length]
+        middle = end_of_sentence(tokenizer, stretch)
+        rows.append(before + stretch[:middle] + fact + stretch[middle:] + after)
+        fact_spans.append((len(before) + middle, len(before) + middle + len(fact)))
+    return Prompts(torch.tensor(rows), numbers, fact_spans)
+
+
+def frame(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
+    """The token ids that go before the text and after it: the chat template's, and the question's."""
+    marker = "\0text\0"
+    if tokenizer.chat_template:
+        messages = [{"role": "user", "content": marker + QUESTION}]
+        content = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        start_ids = []
+    else:
+        content = marker + QUESTION + "\nAnswer:"
+        start_ids = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    before, after = content.split(marker)
+    before_ids, after_ids = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, after))
+    return start_ids + before_ids, after_ids
+
+
+def end_of_sentence(tokenizer: "PreTrainedTokenizerBase", token_ids: list[int]) -> int:
+    """The index just after the sentence end nearest to the middle of some tokens, or the middle if there is none."""
+    middle = len(token_ids) // 2
+    tokens = tokenizer.convert_ids_to_tokens(token_ids)
+    ends = [index + 1 for index, token in enumerate(tokens) if token.endswith(".")]
+    return min(ends, key=lambda end: abs(end - middle), default=middle)

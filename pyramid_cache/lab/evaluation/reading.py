@@ -1,0 +1,121 @@
+"""
+One reading of a prompt for many caches.
+
+A cache that reads its prompt with full attention sees the same queries, keys and values as any other: it is read once, and
+what each layer got is handed to every cache, which evicts from it what it would have evicted from its own.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+from transformers import DynamicCache, PreTrainedModel
+
+from pyramid_cache.caches.h2o import H2OCache
+from pyramid_cache.engine.architectures import CACHE_ARGUMENT
+from pyramid_cache.engine.recording import RecordedChunk
+from pyramid_cache.lab.evaluation.padding import padding_arguments
+from pyramid_cache.ops import attention_with_lse, row_lse
+
+
+@dataclass(frozen=True)
+class Reading:
+    """
+    A prompt as the layers of a model got it.
+
+    Attributes:
+        layers (`list[tuple[torch.nn.Module, RecordedChunk]]`): The attention module of each layer, and the queries, keys,
+            values and log-sum-exps that it had. Caches share these tensors: none writes to them.
+        logits (`torch.Tensor`): `(batch, vocabulary)` of the last token.
+    """
+
+    layers: list[tuple[nn.Module, RecordedChunk]]
+    logits: torch.Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        return self.layers[0][1].num_columns
+
+    def followed_by(self, later: "Reading") -> "Reading":
+        """Both, as if they had been read in one forward pass."""
+        layers = [
+            (module, first.followed_by(last))
+            for (_, first), (module, last) in zip(self.layers, later.layers, strict=True)
+        ]
+        return Reading(layers, later.logits)
+
+
+class Reader:
+    """
+    Reads a context once, and questions behind it.
+
+    Args:
+        model (`PreTrainedModel`): Each of its layers has full attention. Its rotary frequencies do not depend on the length
+            of what it reads at a time (as with dynamic or longrope scaling): a question read behind the context is to
+            be what it would be if both were read at once.
+        ids (`torch.Tensor`): `(batch, columns)`, the context.
+        padding (`torch.Tensor`, *optional*): `(batch,)`, how many columns of padding each row begins with.
+
+    Raises:
+        NotImplementedError: The model has layers of other kinds, or such frequencies.
+    """
+
+    def __init__(self, model: PreTrainedModel, ids: torch.Tensor, padding: torch.Tensor | None = None) -> None:
+        self.model = model
+        self.padding = padding
+        self.cache = H2OCache(model.config, budget=1.0)  # never evicts, and never scores
+        if len(self.cache.compressed_layers) < len(self.cache.layers):
+            raise NotImplementedError(
+                f"A model of type {model.config.model_type!r} has layers of other kinds than full attention, whose reading "
+                "cannot be shared by caches. Evaluate a model without them."
+            )
+        rope_type = (getattr(model.config, "rope_parameters", None) or {}).get("rope_type", "default")
+        if rope_type in ("dynamic", "longrope"):
+            raise NotImplementedError(
+                f"The rotary frequencies of this model depend on the length of the prompt ({rope_type!r} scaling), so that a "
+                "context and its questions cannot be read one after the other. Evaluate a model with others."
+            )
+        self.context = with_lse(self._record(ids))
+        self.cache.crop(0)
+
+    @torch.no_grad()
+    def _record(self, ids: torch.Tensor) -> Reading:
+        self.cache.activate_past_recording()
+        arguments = padding_arguments(self.padding, self.cache.get_seq_length(), ids.shape[1])
+        logits = self.model(ids, **{CACHE_ARGUMENT: self.cache}, logits_to_keep=1, **arguments).logits[:, -1]
+        return Reading([layer.last_recorded for layer in self.cache.compressed_layers], logits)
+
+    def with_question(self, ids: torch.Tensor) -> Reading:
+        """The context and a question `(batch, tokens)` behind it."""
+        question = self._record(ids)
+        self.cache.crop(-ids.shape[1])
+        return with_lse(self.context.followed_by(question))
+
+
+@torch.no_grad()
+def with_lse(reading: Reading) -> Reading:
+    """
+    Works out the log-sum-exps of those queries that have none yet, the last ones: caches would each do so. With padding they do.
+    """
+    if any(chunk.has_padding for _, chunk in reading.layers[:1]):
+        return replace(reading, layers=[(module, replace(chunk, lse=None)) for module, chunk in reading.layers])
+    layers = []
+    for module, chunk in reading.layers:
+        num_known = 0 if chunk.lse is None else chunk.lse.shape[2]
+        query, sink_logits = chunk.query[:, :, num_known:], chunk.logit_kwargs["s_aux"]
+        arguments = {name: chunk.logit_kwargs[name] for name in ("scaling", "softcap")}
+        found = None
+        if sink_logits is None:
+            found = attention_with_lse("sdpa", query, chunk.key, chunk.value, **arguments)
+        lse = row_lse(query, chunk.key, sink_logits=sink_logits, **arguments) if found is None else found[1]
+        known = [] if chunk.lse is None else [chunk.lse]
+        layers.append((module, replace(chunk, lse=torch.cat([*known, lse], dim=2))))
+    return replace(reading, layers=layers)
+
+
+def full_cache(model: PreTrainedModel, reading: Reading) -> DynamicCache:
+    """A DynamicCache that holds a whole prompt."""
+    cache = DynamicCache(config=model.config)
+    for layer_idx, (_, chunk) in enumerate(reading.layers):
+        cache.update(chunk.key, chunk.value, layer_idx)
+    return cache

@@ -1,0 +1,29 @@
+"""The cases: contexts of token ids with questions and their answers, generated from a seed."""
+
+from pyramid_cache.lab.evaluation.tasks.cases import Context, Question, load_contexts, save_contexts
+from pyramid_cache.lab.evaluation.tasks.haystack import Haystack
+from pyramid_cache.lab.evaluation.tasks.names import (
+    DEFAULT_TASKS,
+    TASK_FORMS,
+    TASK_KINDS,
+    Task,
+    build_contexts,
+    parse_task,
+    parse_tasks,
+)
+
+
+__all__ = [
+    "DEFAULT_TASKS",
+    "TASK_FORMS",
+    "TASK_KINDS",
+    "Context",
+    "Haystack",
+    "Question",
+    "Task",
+    "build_contexts",
+    "load_contexts",
+    "parse_task",
+    "parse_tasks",
+    "save_contexts",
+]

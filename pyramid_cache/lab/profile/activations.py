@@ -1,0 +1,301 @@
+"""A model reads texts, and each layer tells which tokens are massive and where its last queries look."""
+
+import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pyramid_cache.engine.architectures import CACHE_ARGUMENT
+from pyramid_cache.engine.attention import AttentionCall
+from pyramid_cache.engine.cache import CompressedCache
+from pyramid_cache.engine.layer import CompressedLayer, LayerPlace
+from pyramid_cache.engine.massive import (
+    LEAST_MAGNITUDE,
+    LEAST_RATIO,
+    NUM_FIRST_TOKENS,
+    MassiveTokens,
+    massive_in_hidden_states,
+    massive_in_keys_and_values,
+    median_magnitude,
+)
+from pyramid_cache.engine.outputs import decoder_layers
+from pyramid_cache.engine.rope import SharedFrequencies
+from pyramid_cache.engine.scoring import attend_and_score
+from pyramid_cache.engine.spread import attention_spread, layer_class
+from pyramid_cache.engine.tokens import MaskReader, Tokens
+from pyramid_cache.lab.weights import ProgressCallback
+
+
+# Magnitudes per layer that are kept for the plot: the paper's figures show as many.
+NUM_LARGEST = 3
+
+
+class ProfilingLayer(CompressedLayer):
+    """Holds everything, and notes which tokens look massive and what the last queries attended to."""
+
+    def __init__(self, place: LayerPlace, masks: MaskReader, num_queries: int, frequencies: SharedFrequencies) -> None:
+        self.num_queries = num_queries
+        self.frequencies = frequencies
+        self.found: MassiveTokens | None = None
+        self.attention: torch.Tensor | None = None
+        super().__init__(place, None, masks)
+
+    def num_tokens_to_keep(self, row_length: int) -> int:
+        return max(row_length, 1)
+
+    def attend_prompt(self, call: AttentionCall, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor | None]:
+        rotary = self.frequencies.frequencies_of(call.module, self.device)
+        longest = max(tokens.row_lengths)
+        self.found, _ = massive_in_keys_and_values(call.key, call.value, tokens.positions, rotary, longest)
+        output, self.attention = attend_and_score(call, tokens, min(self.num_queries, call.num_queries))
+        return output
+
+    def attend_step(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return call.run()
+
+
+class ProfilingCache(CompressedCache):
+    """The cache through which a text is read; `compressed_layers` hold what was measured."""
+
+    def __init__(self, model: PreTrainedModel, num_queries: int) -> None:
+        frequencies = SharedFrequencies(model.config, lambda: model)
+
+        def build_layer(place: LayerPlace, masks: MaskReader) -> ProfilingLayer:
+            return ProfilingLayer(place, masks, num_queries, frequencies)
+
+        super().__init__(model.config, build_layer)
+
+
+@dataclass(frozen=True)
+class HiddenStateFindings:
+    """
+    Of the output of one decoder layer for one text.
+
+    Attributes:
+        median (`float`): Of all magnitudes.
+        largest (`list[float]`): The largest magnitudes of different tokens.
+        entries (`list[tuple[int, int, float]]`): Massive activations: position, dimension and value.
+    """
+
+    median: float
+    largest: list[float]
+    entries: list[tuple[int, int, float]]
+
+    @staticmethod
+    def of(hidden_states: torch.Tensor) -> "HiddenStateFindings":
+        """Of `(1, tokens, hidden_size)` hidden states."""
+        median = median_magnitude(hidden_states)
+        states = hidden_states[0].detach().float()
+        largest = states.abs().amax(dim=-1).topk(min(NUM_LARGEST, states.shape[0])).values
+        entries = []
+        for position in massive_in_hidden_states(hidden_states, median)[0].nonzero().flatten().tolist():
+            magnitudes = states[position].abs()
+            is_massive = (magnitudes > LEAST_MAGNITUDE) & (magnitudes >= LEAST_RATIO * median)
+            for dimension in is_massive.nonzero().flatten().tolist():
+                entries.append((position, dimension, states[position, dimension].item()))
+        return HiddenStateFindings(median.item(), largest.tolist(), entries)
+
+    @property
+    def positions(self) -> set[int]:
+        return {position for position, _, _ in self.entries}
+
+
+@dataclass(frozen=True)
+class LayerFindings:
+    """
+    Of the attention of one layer for one text.
+
+    Attributes:
+        found (`set[int]`): The positions that look massive to keys and values.
+        sink_share, local_share (`float`): See `AttentionSpread`.
+        support (`float`): As a share of the tokens.
+    """
+
+    found: set[int]
+    sink_share: float
+    local_share: float
+    support: float
+
+
+@dataclass(frozen=True)
+class TextFindings:
+    """
+    Of one text.
+
+    Attributes:
+        tokens (`dict[int, str]`): What the massive tokens stand for, by position.
+        outputs (`list[HiddenStateFindings]`): One per decoder layer.
+        layers (`dict[int, LayerFindings]`): By index, those with full attention.
+    """
+
+    tokens: dict[int, str]
+    outputs: list[HiddenStateFindings]
+    layers: dict[int, LayerFindings]
+
+
+@contextmanager
+def watched_outputs(model: PreTrainedModel) -> Iterator[list[HiddenStateFindings]]:
+    """While entered, a list that gets the findings of each decoder layer's output."""
+    findings: list[HiddenStateFindings] = []
+
+    def note(module: nn.Module, args: tuple, output: torch.Tensor | tuple) -> None:
+        findings.append(HiddenStateFindings.of(output[0] if isinstance(output, tuple) else output))
+
+    hooks = [layer.register_forward_hook(note) for layer in decoder_layers(model)]
+    try:
+        yield findings
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@torch.no_grad()
+def measure_text(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, token_ids: torch.Tensor, window_size: int
+) -> TextFindings:
+    """
+    Reads one text.
+
+    Args:
+        token_ids (`torch.Tensor`): `(1, tokens)`.
+        window_size (`int`): The last queries, and the last tokens that are local to them.
+    """
+    cache = ProfilingCache(model, window_size)
+    with watched_outputs(model) as outputs:
+        model(input_ids=token_ids.to(model.device), **{CACHE_ARGUMENT: cache}, logits_to_keep=1)
+    num_tokens = token_ids.shape[1]
+    exact = set().union(*(output.positions for output in outputs))
+    layers = {}
+    for layer in cache.compressed_layers:
+        is_massive = layer.found.mask(num_tokens)
+        found = set(is_massive[0].nonzero().flatten().tolist())
+        is_massive[0, sorted(exact)] = True
+        if not is_massive.any():
+            is_massive[:, :NUM_FIRST_TOKENS] = True
+        positions = torch.arange(num_tokens, dtype=torch.int32, device=is_massive.device).view(1, 1, -1)
+        spread = attention_spread(layer.attention, positions, is_massive[:, None], window_size)
+        layers[layer.place.layer_idx] = LayerFindings(
+            found, spread.sink_share.item(), spread.local_share.item(), spread.support.item() / num_tokens
+        )
+    tokens = {position: tokenizer.decode([int(token_ids[0, position])]) for position in sorted(exact)}
+    return TextFindings(tokens, outputs, layers)
+
+
+def cut_texts(tokenizer: PreTrainedTokenizerBase, text: str, num_tokens: int, num_texts: int) -> list[torch.Tensor]:
+    """
+    Stretches of a text, spread evenly over it, each `(1, num_tokens)` and beginning with the token that the tokenizer
+    begins texts with, if there is one.
+
+    Raises:
+        ValueError: The text is too short.
+    """
+    beginning = tokenizer("a")["input_ids"]
+    start_ids = beginning[:1] if beginning and beginning[0] == tokenizer.bos_token_id else []
+    token_ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    length = num_tokens - len(start_ids)
+    if length < 1 or length > len(token_ids):
+        raise ValueError(
+            f"--tokens {num_tokens}: the text has {len(token_ids)} tokens. Give fewer, or a longer --text."
+        )
+    starts = [index * (len(token_ids) - length) // max(num_texts - 1, 1) for index in range(num_texts)]
+    return [torch.tensor([start_ids + token_ids[start : start + length]]) for start in starts]
+
+
+def measure_texts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[torch.Tensor],
+    window_size: int,
+    progress: ProgressCallback,
+) -> list[TextFindings]:
+    """Reads texts one after another."""
+    findings = []
+    for index, token_ids in enumerate(texts):
+        progress(f"Reading {len(texts)} texts of {token_ids.shape[1]:,} tokens", index, len(texts))
+        findings.append(measure_text(model, tokenizer, token_ids, window_size))
+    return findings
+
+
+# What the texts come to.
+
+
+def summarize_layers(findings: list[TextFindings]) -> list[dict[str, Any]]:
+    """
+    One record for each layer with full attention, means over the texts. Detectors are compared where both look at the
+    same hidden state: keys and values of a layer are made from the output of the layer before it.
+    """
+    rows = []
+    for index in findings[0].layers:
+        layers = [text.layers[index] for text in findings]
+        exact = [text.outputs[index - 1].positions if index else set() for text in findings]
+        num_both = sum(len(layer.found & positions) for layer, positions in zip(layers, exact, strict=True))
+        num_either = sum(len(layer.found | positions) for layer, positions in zip(layers, exact, strict=True))
+        support = statistics.mean(layer.support for layer in layers)
+        local_share = statistics.mean(layer.local_share for layer in layers)
+        rows.append(
+            {
+                "layer": index,
+                "sink_share": statistics.mean(layer.sink_share for layer in layers),
+                "local_share": local_share,
+                "support": support,
+                "kind": layer_class(support, local_share),
+                "num_by_hidden_states": sum(map(len, exact)),
+                "num_by_keys_and_values": sum(len(layer.found) for layer in layers),
+                "num_by_both": num_both,
+                "agreement": num_both / num_either if num_either else None,
+            }
+        )
+    return rows
+
+
+def summarize_outputs(findings: list[TextFindings]) -> list[dict[str, Any]]:
+    """One record for each decoder layer's output, means over the texts."""
+    return [
+        {
+            "layer": index,
+            "median": statistics.mean(output.median for output in outputs),
+            "largest": [
+                statistics.mean(values) for values in zip(*(output.largest for output in outputs), strict=True)
+            ],
+            "num_massive_tokens": sum(len(output.positions) for output in outputs),
+        }
+        for index, outputs in enumerate(zip(*(text.outputs for text in findings), strict=True))
+    ]
+
+
+def summarize_massive(findings: list[TextFindings]) -> dict[str, Any]:
+    """Which dimensions and tokens are massive, how much, and from which layer's output to which, over all texts."""
+    entries = [
+        (text_index, layer, *entry)
+        for text_index, text in enumerate(findings)
+        for layer, output in enumerate(text.outputs)
+        for entry in output.entries
+    ]
+    dimensions = []
+    for dimension in sorted({entry[3] for entry in entries}):
+        own = [entry for entry in entries if entry[3] == dimension]
+        num_tokens = len({entry[:1] + entry[2:3] for entry in own})
+        dimensions.append({"dimension": dimension, "num_tokens": num_tokens, **extent(own)})
+    tokens = []
+    for text_index, position in sorted({(entry[0], entry[2]) for entry in entries}):
+        own = [entry for entry in entries if (entry[0], entry[2]) == (text_index, position)]
+        token = {"text": text_index, "position": position, "token": findings[text_index].tokens[position]}
+        tokens.append({**token, "dimensions": sorted({entry[3] for entry in own}), **extent(own)})
+    layers = [entry[1] for entry in entries]
+    return {
+        "layers": [min(layers), max(layers)] if layers else None,
+        "dimensions": sorted(dimensions, key=lambda row: -abs(row["largest"])),
+        "tokens": tokens,
+    }
+
+
+def extent(entries: list[tuple[int, int, int, int, float]]) -> dict[str, Any]:
+    """The value of largest magnitude, and the first and the last layer."""
+    layers = [entry[1] for entry in entries]
+    largest = max((entry[4] for entry in entries), key=abs)
+    return {"largest": largest, "first_layer": min(layers), "last_layer": max(layers)}

@@ -1,0 +1,234 @@
+"""
+The caches that the lab measures: one row each. A new cache needs one row here to be in every command and every table.
+
+A budget is written the same way everywhere: a fraction of the prompt (`0.25`), tokens per layer (`512`) or bytes (`"256MiB"`).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from transformers import Cache, DynamicCache, PreTrainedModel, QuantizedCache, StaticCache
+
+from pyramid_cache import (
+    AdaKVCache,
+    ExpectedAttentionCache,
+    H2OCache,
+    KeyDiffCache,
+    KnormCache,
+    MassiveActivationCache,
+    PyramidCache,
+    PyramidKVCache,
+    RKVCache,
+    ShadowKVCache,
+    SnapKVCache,
+    StreamingLLMCache,
+    TOVACache,
+)
+from pyramid_cache.engine.budget import bytes_to_tokens, floor_of_product, parse_budget
+
+
+BudgetLike = float | int | str
+
+BASELINE = "dynamic"
+
+
+@dataclass(frozen=True)
+class Workload:
+    """
+    What a cache is built for.
+
+    Attributes:
+        num_tokens (`int`): Tokens of the prompt, of which a fraction is taken.
+        batch_size (`int`): Rows.
+        num_later (`int`): Tokens that come behind the prompt at most.
+    """
+
+    num_tokens: int
+    batch_size: int = 1
+    num_later: int = 0
+
+
+@dataclass(frozen=True)
+class CacheEntry:
+    """
+    A cache that can be measured.
+
+    Attributes:
+        name (`str`): What commands call it.
+        label (`str`): What tables call it.
+        cache_class (`type[Cache]`): Its class.
+        settings (`Mapping`): Further arguments of its constructor.
+        from_model (`bool`): Whether the constructor is given the model instead of its config.
+        reading (`str`): How it reads a prompt. "dense": with full attention, after which it evicts; one reading serves all such
+            caches. "stream": each token sees what it would see had the tokens come one by one. "own": in another way.
+        reads_answers_by_step (`bool`): Whether a decode step sees something else than several tokens that come at once. Answers
+            are then read token by token, as they would be generated.
+        takes_batches (`bool`): Whether one cache reads prompts of several lengths in a batch. Others are built for one length.
+        copies_rows (`bool`): Whether `batch_select_indices` makes many rows of one.
+    """
+
+    name: str
+    label: str
+    cache_class: type[Cache]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    from_model: bool = False
+    reading: Literal["dense", "stream", "own"] = "dense"
+    reads_answers_by_step: bool = False
+    takes_batches: bool = True
+    copies_rows: bool = True
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether it belongs to this library; the caches of transformers have no budget."""
+        return self.name not in TRANSFORMERS
+
+    def build(self, model: PreTrainedModel, budget: BudgetLike, workload: Workload) -> Cache:
+        """
+        A new cache for a model.
+
+        Args:
+            budget: A fraction of the prompt, tokens per layer, or bytes. The caches of transformers ignore it.
+                The window of StreamingLLMCache has room for `num_later` tokens more: other caches evict none meanwhile.
+                Of ShadowKVCache a fraction is of all that a step attends to; see `shadow_settings`.
+            workload (`Workload`): What it will hold.
+
+        Raises:
+            ValueError: The cache refuses the budget, or cannot be built on this device or machine.
+        """
+        if not self.has_budget:
+            return build_of_transformers(self.name, model, workload)
+        settings = dict(self.settings)
+        if self.cache_class is StreamingLLMCache:
+            least = settings.get("num_sink_tokens", 4) + 1
+            budget = max(tokens_of_budget(budget, model, workload), least) + workload.num_later
+        elif self.cache_class is ShadowKVCache and parse_budget(budget).kind != "tokens":
+            budget, tail = shadow_settings(tokens_of_budget(budget, model, workload))
+            settings = tail | settings
+        return self.cache_class(model if self.from_model else model.config, budget, **settings)
+
+
+def shadow_settings(num_attended: int) -> tuple[int, dict[str, int]]:
+    """
+    The budget and settings of a ShadowKVCache whose steps attend to so many tokens in all. Outliers take a quarter of them and the
+    latest tokens another, as far as the defaults go. Chunks of the shadow take the rest.
+    """
+    settings = {
+        "num_outlier_chunks": min(num_attended // 32, 48),
+        "num_local_tokens": min(num_attended // 4, 32),
+        "offload_interval": 8,
+    }
+    num_others = 8 * settings["num_outlier_chunks"] + settings["num_local_tokens"] + 8
+    return max(num_attended - num_others, 1), settings
+
+
+def tokens_of_budget(budget: BudgetLike, model: PreTrainedModel, workload: Workload) -> int:
+    """The tokens per layer that a budget comes to for prompts of a given shape."""
+    parsed = parse_budget(budget)
+    if parsed.kind == "fraction":
+        return floor_of_product(parsed.amount, workload.num_tokens)
+    if parsed.kind == "tokens":
+        return int(parsed.amount)
+    config = model.config.get_text_config(decoder=True)
+    num_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    bytes_per_token = 2 * num_kv_heads * head_dim * model.dtype.itemsize
+    num_layers, num_rows = config.num_hidden_layers, workload.batch_size
+    return bytes_to_tokens(int(parsed.amount), num_layers, num_rows, bytes_per_token, num_spare_slots=0)
+
+
+def build_of_transformers(name: str, model: PreTrainedModel, workload: Workload) -> Cache:
+    """A new one of the caches in `TRANSFORMERS`."""
+    if name == "static":
+        return StaticCache(config=model.config, max_cache_len=workload.num_tokens + workload.num_later)
+    if name == "quantized":
+        try:
+            return QuantizedCache("quanto", model.config)
+        except ImportError as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"The cache `quantized` needs the package optimum-quanto: {reason}") from error
+    if name == "offloaded" and model.device.type == "cpu":
+        raise ValueError("The cache `offloaded` moves layers to the host: choose another device than the cpu.")
+    return DynamicCache(config=model.config, offloading=name == "offloaded")
+
+
+TRANSFORMERS = {
+    entry.name: entry
+    for entry in (
+        CacheEntry(BASELINE, "DynamicCache", DynamicCache),
+        CacheEntry("static", "StaticCache", StaticCache, copies_rows=False),
+        CacheEntry("quantized", "QuantizedCache, 4 bits", QuantizedCache, copies_rows=False),
+        CacheEntry("offloaded", "DynamicCache, offloaded", DynamicCache, copies_rows=False),
+    )
+}
+# The order is that of tables. Where a class has several rows, its own name stands for the one labelled with it alone.
+CACHES = {
+    entry.name: entry
+    for entry in (
+        CacheEntry("h2o", "H2OCache", H2OCache),
+        CacheEntry("snapkv", "SnapKVCache", SnapKVCache),
+        CacheEntry("pyramidkv", "PyramidKVCache", PyramidKVCache),
+        CacheEntry("adakv", "AdaKVCache", AdaKVCache),
+        CacheEntry("tova", "TOVACache", TOVACache),
+        CacheEntry("keydiff", "KeyDiffCache", KeyDiffCache),
+        CacheEntry("knorm", "KnormCache", KnormCache),
+        CacheEntry("expected-attention", "ExpectedAttentionCache", ExpectedAttentionCache),
+        CacheEntry("rkv", "RKVCache", RKVCache),
+        CacheEntry("massive", "MassiveActivationCache", MassiveActivationCache),
+        CacheEntry(
+            "massive-follow",
+            "MassiveActivationCache, follow_attention",
+            MassiveActivationCache,
+            {"follow_attention": True},
+        ),
+        CacheEntry("pyramid-config", "PyramidCache(config)", PyramidCache),
+        CacheEntry("pyramid", "PyramidCache(model)", PyramidCache, from_model=True, reading="own"),
+        CacheEntry("shadow", "ShadowKVCache", ShadowKVCache, reads_answers_by_step=True, takes_batches=False),
+        CacheEntry(
+            "streaming-dense",
+            "StreamingLLMCache, dense",
+            StreamingLLMCache,
+            {"prefill": "dense"},
+            takes_batches=False,
+        ),
+        CacheEntry("streaming", "StreamingLLMCache", StreamingLLMCache, reading="stream", takes_batches=False),
+    )
+}
+# What the class's own name stands for; `PyramidCache` is built from the model, which prunes the prefill as in its paper.
+BY_CLASS = {entry.label: name for name, entry in CACHES.items() if entry.label.isidentifier()} | {
+    "PyramidCache": "pyramid",
+    "DynamicCache": BASELINE,
+    "StaticCache": "static",
+    "QuantizedCache": "quantized",
+}
+
+
+def find_entry(name: str) -> CacheEntry:
+    """
+    The row of a cache, by its short name or by the name of its class.
+
+    Raises:
+        ValueError: There is no such cache.
+    """
+    every = TRANSFORMERS | CACHES
+    short = BY_CLASS.get(name, name)
+    if short not in every:
+        raise ValueError(f"{name!r} is no cache. Choose from {', '.join(every)}, or give the name of a class.")
+    return every[short]
+
+
+def read_budget(text: str) -> BudgetLike:
+    """
+    Reads a budget on the command line: "512" is tokens, "0.25" a fraction, "256MiB" bytes.
+
+    Raises:
+        ValueError: It is none of them.
+    """
+    value: BudgetLike = text
+    for convert in (float, int):
+        try:
+            value = convert(text)
+        except ValueError:
+            pass
+    parse_budget(value)
+    return value

@@ -1,0 +1,581 @@
+"""The evaluation: its cases, one reading for many caches, scores against slow loops, and what is certain about results."""
+
+import copy
+import json
+import os
+import socket
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from caches import CACHE_CASES, CacheCase, parametrize_cases
+from models import build_model, random_tokens, tiny_model
+from text_tokenizers import byte_tokenizer
+from transformers import Cache, DynamicCache, LlamaForCausalLM, PreTrainedModel
+
+from pyramid_cache import H2OCache, SnapKVCache, StreamingLLMCache
+from pyramid_cache.lab.cli import main
+from pyramid_cache.lab.demo.planted_number import PromptError, read_text
+from pyramid_cache.lab.evaluation import score_tables
+from pyramid_cache.lab.evaluation.asking import groups_of_equal_length
+from pyramid_cache.lab.evaluation.caches import BASELINE, CACHES, EvaluatedCache, from_config
+from pyramid_cache.lab.evaluation.cells import Cell, CellStore
+from pyramid_cache.lab.evaluation.evaluator import Evaluation, Result
+from pyramid_cache.lab.evaluation.reading import Reader, full_cache
+from pyramid_cache.lab.evaluation.recall import load_recall_model
+from pyramid_cache.lab.evaluation.scores import score_answers
+from pyramid_cache.lab.evaluation.tasks import (
+    Context,
+    Haystack,
+    Question,
+    build_contexts,
+    haystack,
+    load_contexts,
+    parse_task,
+    save_contexts,
+)
+from pyramid_cache.lab.evaluation.tasks.needles import PERSONS
+from pyramid_cache.lab.weights import no_progress
+
+
+# Those that read a prompt with full attention.
+DENSE_CASES = [
+    case
+    for case in CACHE_CASES
+    if not case.from_model and (case.cache_class is not StreamingLLMCache or case.tight.get("prefill") == "dense")
+]
+
+
+@pytest.fixture(scope="module")
+def recall_model() -> LlamaForCausalLM:
+    return load_recall_model()
+
+
+# One reading.
+
+
+@parametrize_cases(DENSE_CASES)
+@torch.no_grad()
+def test_a_reading_gives_what_the_cache_would_have_read(case: CacheCase) -> None:
+    """A context alone, and a context with a question behind it; the reading serves a second cache as well as a first."""
+    model, tokens = tiny_model("llama"), random_tokens(1, 60, seed=3)
+    reader = Reader(model, tokens[:, :33])
+    for reading, length in ((reader.context, 33), (reader.with_question(tokens[:, 33:40]), 40)):
+        assert reading.num_tokens == length
+        own = case.build(model)
+        first_logits = model(tokens[:, :length], past_key_values=own).logits[:, -1]
+        torch.testing.assert_close(reading.logits, first_logits, atol=1e-4, rtol=0)
+        wanted = model(tokens[:, length:], past_key_values=copy.deepcopy(own)).logits
+        for _ in range(2):
+            filled = case.build(model)
+            filled.replay(reading.layers)
+            assert filled.get_seq_length() == length
+            assert filled.num_kept_tokens() == own.num_kept_tokens() < [length] * len(own.layers)
+            for layer in range(len(own.layers)):
+                held, wanted_held = (cache.positions(layer).sort(dim=-1).values for cache in (filled, own))
+                assert torch.equal(held, wanted_held)
+            logits = model(tokens[:, length:], past_key_values=filled).logits
+            torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_a_prompt_is_replayed_to_new_caches_alone() -> None:
+    model, tokens = tiny_model("llama"), random_tokens(1, 30, seed=3)
+    layers = Reader(model, tokens).context.layers
+    cache = SnapKVCache(model.config, budget=8)
+    with pytest.raises(ValueError, match="of 2 layers, but 3 of this cache evict"):
+        cache.replay(layers[:2])
+    cache.replay(layers)
+    held = cache.positions(0)
+    with pytest.raises(ValueError, match="seen 30 tokens"):
+        cache.replay(layers)
+    assert torch.equal(cache.positions(0), held)
+
+
+@torch.no_grad()
+def test_a_reading_gives_the_full_cache() -> None:
+    model, tokens = tiny_model("llama"), random_tokens(1, 40, seed=3)
+    reader = Reader(model, tokens[:, :25])
+    reader.with_question(tokens[:, 30:])  # leaves nothing behind
+    cache = full_cache(model, reader.with_question(tokens[:, 25:30]))
+    logits = model(tokens[:, 30:], past_key_values=cache).logits
+    torch.testing.assert_close(logits, model(tokens).logits[:, 30:], atol=1e-4, rtol=0)
+
+
+def test_models_whose_reading_cannot_be_shared_are_refused() -> None:
+    with pytest.raises(NotImplementedError, match="other kinds than full attention"):
+        Reader(tiny_model("gemma3"), random_tokens(1, 10))
+    with pytest.raises(NotImplementedError, match="'dynamic' scaling"):
+        rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+        Reader(build_model("llama", rope_parameters=rope), random_tokens(1, 10))
+
+
+# Scores.
+
+
+def test_scores_are_those_of_the_right_tokens() -> None:
+    probabilities = torch.tensor([[[0.5, 0.25, 0.25], [0.1, 0.2, 0.7]], [[0.2, 0.4, 0.4], [0.25, 0.5, 0.25]]])
+    first, second = score_answers(probabilities.log(), torch.tensor([[0, 2], [0, 1]]))
+    assert first.is_exact and first.token_accuracy == 1
+    assert not second.is_exact and second.token_accuracy == 0.5
+    assert first.log_likelihood == pytest.approx(torch.tensor([0.5, 0.7]).log().mean().item())
+    assert second.log_likelihood == pytest.approx(torch.tensor([0.2, 0.5]).log().mean().item())
+
+
+def test_questions_of_equal_length_are_asked_side_by_side() -> None:
+    questions = [Question([0] * length, [0] * 2) for length in (3, 4, 3, 3, 4, 3)]
+    assert list(groups_of_equal_length(questions, 3)) == [[0, 2, 3], [5], [1, 4]]
+
+
+@torch.no_grad()
+def slow_log_likelihood(
+    model: PreTrainedModel, cache: Cache, new: list[int], answer: list[int], by_step: bool = False
+) -> float:
+    """The mean log-probability of an answer's tokens, each on a copy of the cache that reads all before it anew."""
+    total = 0.0
+    for index, token_id in enumerate(answer):
+        pieces = [new, *([token] for token in answer[:index])] if by_step else [new + answer[:index]]
+        asked = copy.deepcopy(cache)
+        for piece in pieces:
+            logits = model(torch.tensor([piece]), past_key_values=asked).logits[0, -1]
+        total += logits.log_softmax(dim=-1)[token_id].item()
+    return total / len(answer)
+
+
+def said(model: PreTrainedModel, cache: Cache, prompt: list[int], num_tokens: int) -> list[int]:
+    """What greedy decoding says behind a prompt of which the cache has read none or some."""
+    output = model.generate(
+        torch.tensor([prompt]), past_key_values=cache, max_new_tokens=num_tokens, do_sample=False, eos_token_id=None
+    )
+    return output[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("name", [BASELINE, "snapkv", "pyramid", "shadow", "streaming"])
+def test_scores_are_those_of_generate(name: str) -> None:
+    """Both protocols, on what the cache itself says, on what the full cache says, and on answers with a wrong token."""
+    model = tiny_model("llama")
+
+    def build(num_tokens: int) -> Cache:
+        if name == BASELINE:
+            return DynamicCache(config=model.config)
+        return CACHES[name].build(model, 0.5, num_tokens, 9 + 4 - 1)  # behind the longest question
+
+    context = random_tokens(1, 48, seed=5)[0].tolist()
+    questions = []
+    for index, length in enumerate((6, 6, 9, 6, 6)):
+        ids = random_tokens(1, length, seed=10 + index)[0].tolist()
+        # The window of a stream is the same share of the context in both protocols.
+        num_tokens = 48 if name == "streaming" else 48 + length
+        cache = DynamicCache(config=model.config) if index == 1 else build(num_tokens)
+        answer = said(model, cache, context + ids, 4)
+        if index >= 3:
+            answer[index - 1] = (answer[index - 1] + 1) % model.config.vocab_size
+        questions.append(Question(ids, answer))
+    caches = {} if name == BASELINE else {name: CACHES[name]}
+    results = Evaluation(model, caches, [0.5]).run([Context("made-up", context, questions)], no_progress)
+    found = {result.protocol: result.scores for result in results if result.cache == name}
+    for index, question in enumerate(questions):
+        after_context, nothing_read = build(48), build(48 if name == "streaming" else 48 + len(question.ids))
+        with torch.no_grad():
+            model(torch.tensor([context]), past_key_values=after_context)
+        wanted = slow_log_likelihood(model, after_context, question.ids, question.answer, by_step=name == "shadow")
+        assert found["context"][index].log_likelihood == pytest.approx(wanted, abs=1e-4)
+        is_said = said(model, nothing_read, context + question.ids, 4) == question.answer
+        assert found["question"][index].is_exact == is_said
+        assert is_said or index not in (0, 2)
+        assert not is_said or index < 3
+    shares = [share for result in results if result.cache == name for share in result.held_shares]
+    assert len(shares) == (2 if name == "streaming" else 6)
+
+
+@pytest.mark.parametrize("name", ["streaming", "streaming-dense"])
+def test_streams_hold_the_budget_of_the_context_to_the_last_token(name: str) -> None:
+    model = tiny_model("llama")
+    cache = CACHES[name].build(model, 0.5, 48, 12)
+    with torch.no_grad():
+        model(random_tokens(1, 48), past_key_values=cache)
+        model(random_tokens(1, 12), past_key_values=cache)
+    assert sorted(cache.positions(0)[0, 0].tolist()) == [*range(4), *range(48 - 20, 60)]
+
+
+# Cases.
+
+
+@pytest.fixture
+def short_novel(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The beginning of the novel in place of all of it, which takes seconds to tokenize into bytes."""
+    novel = read_text()[:20_000]
+    monkeypatch.setattr(haystack, "read_text", lambda: novel)
+    return novel
+
+
+def test_needles_are_in_their_context_and_asked_for(short_novel: str) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}[user]{{ message['content'] }}{% endfor %}[model]"
+    task = parse_task("needles-8-4000")
+    contexts = build_contexts(task, Haystack(tokenizer), samples=3)
+    assert len(contexts) == 3 and task.num_contexts == 10 and parse_task("needles-1-4096").num_contexts == 20
+    for context in contexts:
+        text = tokenizer.decode(context.ids)
+        assert len(context.ids) == 4000 and text.startswith("[user]") and "[model]" not in text
+        numbers, places = [], []
+        for question in context.questions:
+            asked, number = tokenizer.decode(question.ids), tokenizer.decode(question.answer)
+            person = asked.split("number of the ")[1].split(" mentioned")[0]
+            assert person in PERSONS
+            assert asked.endswith(f"mentioned in the text?[model]The secret pass number of the {person} is ")
+            needle = f"\n\nThe secret pass number of the {person} is {number}. Remember it.\n\n"
+            assert text.count(needle) == 1 and text.count(number) == 1
+            places.append(text.index(needle))
+            numbers.append(number)
+            text = text.replace(needle, "")
+        assert len(set(numbers)) == len({number[0] for number in numbers}) == 8
+        # Scattered over the whole text, which is left as it was.
+        assert min(places) < 700 and max(places) > 3000 - 8 * len(needle)
+        assert tokenizer.decode(tokenizer(text.removeprefix("[user]"))["input_ids"]) in short_novel
+
+
+def test_cases_depend_on_the_seed_and_not_on_their_number(short_novel: str, tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    for build in (
+        lambda seed, samples: build_contexts(parse_task("needles-2-1500"), Haystack(tokenizer), seed, samples),
+        lambda seed, samples: build_contexts(parse_task("recall-64"), None, seed, samples),
+    ):
+        many, few, other = build(1, 3), build(1, 2), build(2, 3)
+        assert many[:2] == few
+        assert len({tuple(context.ids) for context in many + other}) == 6
+        save_contexts(many, "some model", tmp_path / "cases.json")
+        assert load_contexts(tmp_path / "cases.json") == many
+        assert json.loads((tmp_path / "cases.json").read_text())["model"] == "some model"
+
+
+def test_recall_asks_for_values_of_the_context() -> None:
+    (context,) = build_contexts(parse_task("recall-200"), samples=1)
+    values = dict(zip(context.ids[::2], context.ids[1::2], strict=True))
+    assert len(values) == 100 and len(context.questions) == 64
+    assert len({question.ids[0] for question in context.questions}) == 64
+    assert all([values[question.ids[0]]] == question.answer for question in context.questions)
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("needles-10-4096", "at most 9 differ"),
+        ("needles-0-4096", "There is no task"),
+        ("recall-63", "even number"),
+        ("recall-512", "positions for 510"),
+        ("ruler-4096", "needles-N-L"),
+    ],
+)
+def test_tasks_that_cannot_be_are_refused(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_task(name)
+
+
+def test_contexts_too_short_for_their_needles_are_refused(short_novel: str) -> None:
+    with pytest.raises(PromptError, match="8 hidden texts and the frame take"):
+        build_contexts(parse_task("needles-8-300"), Haystack(byte_tokenizer()))
+
+
+# What is certain.
+
+
+def evaluate(model: PreTrainedModel, caches: dict[str, EvaluatedCache], budgets: list[float]) -> dict[tuple, Result]:
+    contexts = build_contexts(parse_task("recall-448"), samples=2)
+    results = Evaluation(model, caches, budgets).run(contexts, no_progress)
+    assert {result.protocol for result in results} == {"context"}  # answers of one token follow from a full reading
+    return {(result.cache, result.budget): result for result in results}
+
+
+def accuracy(result: Result) -> float:
+    return sum(score.is_exact for score in result.scores) / len(result.scores)
+
+
+def test_the_recall_model_recalls(recall_model: LlamaForCausalLM) -> None:
+    (full,) = evaluate(recall_model, {}, [0.5]).values()
+    assert len(full.scores) == 128
+    assert accuracy(full) > 0.95
+
+
+def test_a_window_forgets_what_is_out_of_it(recall_model: LlamaForCausalLM) -> None:
+    """All that a window of 44 tokens can answer are questions about the last 22 pairs."""
+    results = evaluate(recall_model, {name: CACHES[name] for name in ("streaming", "streaming-dense")}, [0.5, 0.1])
+    contexts = build_contexts(parse_task("recall-448"), samples=2)
+    asked = [(context.ids.index(question.ids[0]), question) for context in contexts for question in context.questions]
+    for name in ("streaming", "streaming-dense"):
+        small, large, full = results[name, 0.1], results[name, 0.5], results[BASELINE, 1.0]
+        assert accuracy(small) < accuracy(large) < accuracy(full)
+        forgotten = [score.is_exact for (place, _), score in zip(asked, small.scores, strict=True) if 4 <= place < 404]
+        assert len(forgotten) > 80 and sum(forgotten) / len(forgotten) < 0.1
+        assert sum(small.held_shares) / 2 < 0.12
+
+
+def test_a_cache_that_holds_everything_loses_nothing(recall_model: LlamaForCausalLM) -> None:
+    caches = {"h2o": EvaluatedCache("", from_config(H2OCache)), "snapkv": EvaluatedCache("", from_config(SnapKVCache))}
+    results = evaluate(recall_model, caches, [1.0])
+    full = [score.log_likelihood for score in results[BASELINE, 1.0].scores]
+    for name in caches:
+        assert [score.log_likelihood for score in results[name, 1.0].scores] == pytest.approx(full, abs=1e-4)
+
+
+# The command.
+
+
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "results.json"
+    arguments = ["eval", "--tasks", "recall-128", "--caches", "snapkv,streaming", "--budgets", "0.25,0.5"]
+    assert main([*arguments, "--samples", "1", "--seed", "3", "--json", str(path)]) == 0
+    printed = capsys.readouterr().out
+    record = json.loads(path.read_text())
+    assert {(row["cache"], row["budget"]) for row in record["rows"]} == {
+        *((name, budget) for name in ("snapkv", "streaming") for budget in (0.5, 0.25)),
+        (BASELINE, 1.0),
+    }
+    for row in record["rows"]:
+        cases = row["cases"]
+        assert row["num_cases"] == len(cases["token_accuracy"]) == len(cases["log_likelihood"]) == 64
+        assert row["exact_match"] == pytest.approx(sum(share == 1 for share in cases["token_accuracy"]) / 64)
+        assert row["label"] in printed and f"{row['exact_match']:.2f}" in printed
+    assert record["settings"]["recall_model"] == "recall model" and record["settings"]["seed"] == 3
+    assert {"processor", "torch_threads", "load_average_after"} <= set(record["machine"])
+    assert {"torch", "transformers", "python"} <= set(record["versions"])
+    # The command that is noted measures the same.
+    again = tmp_path / "again.json"
+    assert main([*record["command"].split()[1:], "--json", str(again)]) == 0
+    assert json.loads(again.read_text())["rows"] == record["rows"]
+
+
+# Folders of answers.
+
+
+INTERRUPTED = 130
+RESUMED = ["eval", "--tasks", "recall-64", "--caches", "knorm,streaming", "--budgets", "0.5", "--samples", "2"]
+
+
+def rows_of(arguments: list[str], path: Path) -> list[dict[str, Any]]:
+    assert main([*arguments, "--json", str(path)]) == 0
+    return json.loads(path.read_text())["rows"]
+
+
+def test_a_stopped_evaluation_loses_nothing_and_repeats_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Stopped behind each cell in turn, and in the middle of a line, it ends with the very figures of a run without a folder."""
+    wanted = rows_of(RESUMED, tmp_path / "wanted.json")
+    folder, cells = tmp_path / "answers", tmp_path / "answers" / "cells.jsonl"
+    add, num_added = CellStore.add, 0
+
+    def add_and_stop(store: CellStore, cell: Cell) -> None:
+        nonlocal num_added
+        add(store, cell)
+        num_added += 1
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(CellStore, "add", add_and_stop)
+    for stop in range(1, 7):  # the full cache and two others on two contexts
+        assert main([*RESUMED, "--out", str(folder)]) == INTERRUPTED
+        assert num_added == stop == len(cells.read_text().splitlines())
+    whole = cells.read_text()
+    cells.write_text(whole[:-20])
+    assert main([*RESUMED, "--out", str(folder)]) == INTERRUPTED
+    assert f"Dropped the last line of {cells}" in capsys.readouterr().err.replace("\n", "")
+    assert cells.read_text() == whole
+    monkeypatch.setattr("pyramid_cache.lab.evaluation.evaluator.Reader", None)  # nothing is left to ask
+    assert rows_of([*RESUMED, "--out", str(folder)], tmp_path / "found.json") == wanted
+    monkeypatch.setattr(Reader, "__init__", None)  # nor to look at
+    assert rows_of([*RESUMED, "--out", str(folder)], tmp_path / "found.json") == wanted
+    assert json.loads((folder / "results.json").read_text())["rows"] == wanted
+    exact = {(row["label"], row["budget"]): f"{row['exact_match']:.2f}" for row in wanted}
+    report = (folder / "score_tables.md").read_text()
+    assert f"DynamicCache: {exact['DynamicCache', 1.0]} / " in report
+    assert f"| KnormCache | {exact['KnormCache', 0.5]} / " in report
+
+
+def test_a_folder_grows_by_caches_and_tasks(tmp_path: Path) -> None:
+    """Results are those of what is asked for; what else the folder has waits until it is asked for again."""
+    folder = ["--out", str(tmp_path / "answers")]
+    few = ["eval", "--tasks", "recall-64", "--caches", "knorm", "--budgets", "0.5", "--samples", "1"]
+    first = rows_of([*few, *folder], tmp_path / "first.json")
+    assert rows_of([*RESUMED, *folder], tmp_path / "all.json") == rows_of(RESUMED, tmp_path / "wanted.json")
+    assert rows_of([*few, *folder], tmp_path / "again.json") == first
+
+
+# Two processes of torch alone, to tell a machine on which they cannot connect from a defect.
+GATHER = """
+import torch.distributed as distributed
+distributed.init_process_group("gloo")
+distributed.all_gather_object([None, None], distributed.get_rank())
+distributed.destroy_process_group()
+"""
+
+
+def run_two_processes(*arguments: str) -> tuple[str, str]:
+    """Runs Python twice, in the environment that `torchrun --nproc_per_node 2` gives, to outputs and errors of both."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if sys.platform == "linux":
+        shared["GLOO_SOCKET_IFNAME"] = "lo"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, *arguments],
+            env={**os.environ, **shared, "RANK": str(process), "LOCAL_RANK": str(process)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for process in range(2)
+    ]
+    with ThreadPoolExecutor() as readers:
+        outputs = list(readers.map(lambda process: process.communicate(timeout=300), processes))
+    output, errors = ("".join(parts) for parts in zip(*outputs, strict=True))
+    failed = any(process.returncode for process in processes)
+    return output, (errors or "no message") if failed else ""
+
+
+def test_processes_share_an_evaluation(tmp_path: Path) -> None:
+    """Two with a thread each leave behind what one leaves, byte for byte."""
+    arguments = ["eval", "--tasks", "recall-64,recall-66", "--caches", "knorm,streaming", "--samples", "3"]
+    arguments += ["--device", "cpu", "--threads", "1"]
+    num_threads = torch.get_num_threads()
+    try:
+        wanted = rows_of([*arguments, "--out", str(tmp_path / "one")], tmp_path / "wanted.json")
+    finally:
+        torch.set_num_threads(num_threads)
+    found, folder = tmp_path / "found.json", tmp_path / "two"
+    output, errors = run_two_processes(
+        "-m", "pyramid_cache.lab.cli", *arguments, "--out", str(folder), "--json", str(found)
+    )
+    if errors and (reason := run_two_processes("-c", GATHER)[1]):
+        pytest.skip(f"torch.distributed does not work here: {reason.splitlines()[-1]}")
+    assert not errors
+    assert output.count("Exact match") == 1  # one of them reports
+    assert [len((folder / name).read_text().splitlines()) for name in ("cells.jsonl", "cells.1.jsonl")] == [21, 21]
+    record = json.loads(found.read_text())
+    assert record["machine"]["processes"] == 2
+    assert record["rows"] == wanted
+    names = sorted(
+        path.relative_to(folder) for path in folder.rglob("*") if path.suffix in (".csv", ".html", ".md", ".png")
+    )
+    assert len(names) == 7  # answers, two reports, and four pictures
+    for name in names:
+        assert (folder / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_accelerate_launches_an_evaluation(tmp_path: Path) -> None:
+    """As the page has it: its two processes have half of the contexts each, and the rows are those of one process."""
+    arguments = "eval --tasks recall-64 --caches knorm --samples 4 --device cpu --threads 1".split()
+    num_threads = torch.get_num_threads()
+    try:
+        wanted = rows_of(arguments, tmp_path / "wanted.json")
+    finally:
+        torch.set_num_threads(num_threads)
+    launch = (
+        "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0".split()
+    )
+    launch += "--mixed_precision no --dynamo_backend no -m pyramid_cache.lab.cli".split()
+    folder, found = tmp_path / "two", tmp_path / "found.json"
+    command = [sys.executable, *launch, *arguments, "--out", str(folder), "--json", str(found)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    if done.returncode and (reason := run_two_processes("-c", GATHER)[1]):
+        pytest.skip(f"torch.distributed does not work here: {reason.splitlines()[-1]}")
+    assert done.returncode == 0, done.stderr
+    record = json.loads(found.read_text())
+    assert record["machine"]["processes"] == 2
+    assert record["rows"] == wanted
+    numbers = [len((folder / name).read_text().splitlines()) for name in ("cells.jsonl", "cells.1.jsonl")]
+    assert numbers[0] == numbers[1] > 0
+
+
+@pytest.mark.parametrize("name, value", [("--seed", "1"), ("--dtype", "bfloat16")])
+def test_a_folder_of_other_settings_is_refused(
+    name: str, value: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*RESUMED, "--out", str(tmp_path / "answers")]) == 0
+    assert main([*RESUMED, "--out", str(tmp_path / "answers"), name, value]) == 2
+    assert f"other settings: {name[2:]} " in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_broken_lines_are_refused(tmp_path: Path) -> None:
+    CellStore(tmp_path, {})
+    (tmp_path / "cells.1.jsonl").write_text('{"key": {"task": "recall-64"}}\n' * 2)
+    with pytest.raises(ValueError, match=r"Line 1 of .*cells.1.jsonl is no result"):
+        CellStore(tmp_path, {})
+
+
+def test_command_saves_cases(tmp_path: Path) -> None:
+    path = tmp_path / "cases.json"
+    assert main(["eval", "--tasks", "recall-64,recall-128", "--samples", "2", "--save-cases", str(path)]) == 0
+    assert [len(context.ids) for context in load_contexts(path)] == [64, 64, 128, 128]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--caches", "lru"], "h2o"),
+        (["--budgets", "1.5"], "fractions between 0 and 1"),
+        (["--budgets", "many"], "fractions between 0 and 1"),
+        (["--protocols", "later"], "context, question"),
+        (["--tasks", "sorting"], "There is no task 'sorting'"),
+        (["--save-cases", "cases.json"], "token ids of one model"),
+        (["--json", "no/such/folder.json"], "cannot be written"),
+    ],
+)
+def test_bad_options_are_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        status = main(["eval", *arguments])
+    except SystemExit as error:  # of the parser
+        status = error.code
+    assert status == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_command_takes_tasks_by_lengths_and_its_older_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "results.json"
+    arguments = ["--tasks", "recall,recall-32", "--lengths", "64,66", "--caches", "knorm", "--samples", "1"]
+    assert main(["evaluate", *arguments, "--budgets", "0.5", "--json", str(path)]) == 0
+    record = json.loads(path.read_text())
+    assert [row["task"] for row in record["rows"][::2]] == ["recall-64", "recall-66", "recall-32"]
+    assert record["command"].startswith("pyramid-cache eval ") and "--samples 1" in record["command"]
+    assert main(["eval", "--tasks", "recall-64", "--lengths", "64"]) == 2
+    assert "has no effect" in capsys.readouterr().err
+
+
+# Tables.
+
+
+def report_row(task: str, **figures: object) -> dict[str, object]:
+    row = {
+        "task": task,
+        "protocol": "context",
+        "cache": "dynamic",
+        "label": "DynamicCache",
+        "budget": 1.0,
+        "num_cases": 4,
+    }
+    return row | {"exact_match": 0.5, "token_accuracy": 0.75, "log_likelihood": -1.25} | figures
+
+
+def test_cells_of_tables() -> None:
+    """What a task is measured by."""
+    assert score_tables.measures(report_row("needles-8-512"), " / ") == "0.50 / 0.75 / -1.25"
+    assert score_tables.measures(report_row("perplexity-512", perplexity=20.125), " / ") == "20.12"
+    turns = report_row("turns-2-512", token_accuracy_by_turn=[1.0, 0.5])
+    assert score_tables.measures(turns, " / ") == "0.50 / 0.75 / -1.25 (1.00 0.50)"
+    assert score_tables.measures(None) == ""
+
+
+def test_many_tasks_are_in_tables_that_can_be_read(capsys: pytest.CaptureFixture[str]) -> None:
+    names = [f"needles-multikey-4-{length}" for length in range(1024, 1031)]
+    settings = {"model": "some", "dtype": "float32", "device": "cpu"}
+    score_tables.show({"rows": [report_row(name) for name in names], "settings": settings})
+    printed = capsys.readouterr().out
+    unbroken = "".join(printed.split())
+    assert [unbroken.count(name) for name in names] == [2] * 7  # in a table and in the line of counts
+    assert printed.count("DynamicCache") == 3

@@ -1,0 +1,424 @@
+"""The generated tasks: what they are made of, searched for with loops in the decoded text, and how they are scored."""
+
+import hashlib
+import json
+import re
+from collections import Counter
+
+import pytest
+import torch
+from models import random_tokens, tiny_model
+from test_evaluation import said, slow_log_likelihood
+from text_tokenizers import byte_tokenizer
+from transformers import AutoTokenizer, DynamicCache, PreTrainedTokenizerBase
+
+from pyramid_cache.lab.demo.planted_number import PromptError, read_text
+from pyramid_cache.lab.evaluation.caches import BASELINE, CACHES
+from pyramid_cache.lab.evaluation.cells import ALL_QUESTIONS, CellStore
+from pyramid_cache.lab.evaluation.evaluator import Evaluation, Result
+from pyramid_cache.lab.evaluation.figures import figures_of_task
+from pyramid_cache.lab.evaluation.scores import Score, score_answers
+from pyramid_cache.lab.evaluation.tasks import (
+    TASK_KINDS,
+    Context,
+    Haystack,
+    Question,
+    build_contexts,
+    haystack,
+    load_contexts,
+    parse_task,
+    parse_tasks,
+    save_contexts,
+    words,
+)
+from pyramid_cache.lab.weights import fetch_default_model, no_progress
+
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}[{{ message['role'] }}]{{ message['content'] | trim }}[end]{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+GENERATED = [kind for kind in TASK_KINDS if kind != "recall"]
+
+
+@pytest.fixture
+def novel(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The beginning of the novel in place of all of it, which takes seconds to tokenize into bytes."""
+    beginning = read_text()[:30_000]
+    for module in (haystack, words):
+        monkeypatch.setattr(module, "read_text", lambda: beginning)
+    return beginning
+
+
+def tokenizer(template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerBase:
+    made = byte_tokenizer()
+    made.chat_template = template
+    return made
+
+
+def build(name: str, samples: int = 3, seed: int = 0, template: str | None = CHAT_TEMPLATE) -> list[Context]:
+    return build_contexts(parse_task(name), Haystack(tokenizer(template)), seed, samples)
+
+
+def decode(ids: list[int]) -> str:
+    return byte_tokenizer().decode(ids)
+
+
+def values_of(question: Question) -> list[str]:
+    """What is asked for, without the space that words begin with."""
+    spans = question.values or [[0, len(question.answer)]]
+    return [decode(question.answer[start:stop]).strip() for start, stop in spans]
+
+
+def digest(contexts: list[Context]) -> str:
+    rows = [[context.ids, [[q.ids, q.answer] for q in context.questions]] for context in contexts]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+# Cases that recorded results are of.
+
+
+def test_recorded_cases_are_what_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    beginning = read_text()[:20_000]
+    monkeypatch.setattr(haystack, "read_text", lambda: beginning)
+    template = "{% for message in messages %}[user]{{ message['content'] }}{% endfor %}[model]"
+    assert digest(build("needles-8-4000", 2, 3, None)).startswith("ba45984d8f5ff21a1d0c12732541c839")
+    assert digest(build("needles-8-4000", 2, 3, template)).startswith("0de9839f2ecaf71ca45bca61c11d4c3a")
+    for name, wanted in (
+        ("recall-448", "4ff4e8ca165e1a5fd337114296d7460d"),
+        ("recall-64", "43b3b251686d7c68c2598d3b09dfe73c"),
+    ):
+        assert digest(build_contexts(parse_task(name), None, 3, 3)).startswith(wanted)
+
+
+@pytest.mark.slow
+def test_recorded_cases_of_the_default_model_are_what_they_were() -> None:
+    source = Haystack(AutoTokenizer.from_pretrained(fetch_default_model()))
+    for name, wanted in {
+        "needles-8-1024": "173e4390edb4cdbf2fb379f577f0070a",
+        "needles-1-4096": "dd033b5083c2afd167e4026395a8ca14",
+        "needles-9-1500": "50d490935daa89be85ca7652c8f0cd27",
+    }.items():
+        assert digest(build_contexts(parse_task(name), source, 3, 2)).startswith(wanted)
+
+
+# What contexts are.
+
+
+LENGTHS = {"common-words": 4096, "frequent-words": 6000, "needles-multikey": 2500}
+
+
+@pytest.mark.parametrize("template", [None, CHAT_TEMPLATE])
+@pytest.mark.parametrize("kind", GENERATED)
+def test_contexts_fit_and_depend_on_the_seed_alone(kind: str, template: str | None, novel: str) -> None:
+    length = LENGTHS.get(kind, 2000)
+    (task,) = parse_tasks([kind], [length])
+    many, few = build(task.name, 3, 1, template), build(task.name, 2, 1, template)
+    assert many[:2] == few and len({tuple(context.ids) for context in many + build(task.name, 3, 2, template)}) == 6
+    for context in many:
+        assert length * 0.9 < len(context.ids) <= length and context.task == task.name
+        text = decode(context.ids)
+        assert text.startswith("[user]") == (template is not None and kind != "perplexity")
+        assert "[assistant]" not in text
+        for turn, question in enumerate(context.questions):
+            asked = decode(question.ids)
+            if kind == "perplexity":
+                continue
+            # Nothing of a question comes before its beginning, nothing of an answer after it.
+            begins, ends = asked.split("?", 1)[0], asked[-30:]
+            assert begins.startswith(
+                (".[end][user]" if template else ".\n\n") if context.is_conversation and turn else "\n\n"
+            )
+            assert ("[end][assistant]" if template else "\nAnswer: ") in asked
+            assert not ends.endswith(values_of(question)[0])
+
+
+@pytest.mark.parametrize(
+    "kind", ["needles", "needles-multikey", "needles-multivalue", "needles-multiquery", "turns", "passkey"]
+)
+def test_numbers_are_in_their_context_once_at_their_depth(kind: str, novel: str) -> None:
+    (task,) = parse_tasks([kind], [3000])
+    for context in build(task.name, 4):
+        text = decode(context.ids)
+        for question in context.questions:
+            asked = decode(question.ids)
+            numbers = values_of(question)
+            assert len(numbers) == len(question.depths) == (task.count if "multi" in kind and "key" not in kind else 1)
+            for number, depth in zip(numbers, question.depths, strict=True):
+                assert number.isdecimal() and text.count(number) == 1
+                # One token is one byte here, and the novel of this test has no others.
+                sentence = text[round(depth * len(context.ids)) :].split("Remember it.")[0]
+                assert sentence.startswith("\n\nThe ") and sentence.endswith(f" is {number}. ")
+                if kind != "passkey":
+                    assert re.fullmatch(r"\n\nThe secret pass number of the (.+) is \d+\. ", sentence)[1] in asked
+                    assert len(number) == 5
+                else:
+                    assert len(number) == 64
+
+
+def test_other_keys_distract(novel: str) -> None:
+    for context in build("needles-multikey-20-3000", 4):
+        text = decode(context.ids)
+        persons = re.findall(r"secret pass number of the (\w+ \w+) is \d{5}\.", text)
+        assert len(persons) == len(set(persons)) == 20
+        (question,) = context.questions
+        asked = re.search(r"of the (\w+ \w+) mentioned", decode(question.ids))[1].split()
+        others = [person.split() for person in persons if person.split() != asked]
+        assert len(others) == 19
+        assert len({word for person in persons for word in person.split()}) < 40  # persons share words
+
+
+def test_values_are_asked_for_in_the_order_of_the_text_and_keys_in_another(novel: str) -> None:
+    for context in build("needles-multivalue-9-3000", 4):
+        (question,) = context.questions
+        assert question.depths == sorted(question.depths) and len(set(values_of(question))) == 9
+        assert len(set(re.findall(r"number of the (\w+ \w+) is", decode(context.ids)))) == 1
+    orders = []
+    for context in build("needles-multiquery-4-3000", 4):
+        (question,) = context.questions
+        orders.append(question.depths == sorted(question.depths))
+        text, asked = decode(context.ids), decode(question.ids).split(" are, in this order, ")[0]
+        persons = re.findall(r"the (\w+ \w+)(?:,| and|$)", asked.split("secret pass numbers of ")[-1])
+        told = dict(re.findall(r"number of the (\w+ \w+) is (\d{5})", text))
+        assert [told[person] for person in persons] == values_of(question) and len(persons) == 4
+    assert not all(orders)
+
+
+def test_variables_are_those_that_a_loop_finds(novel: str) -> None:
+    for context in build("variables-3000", 5):
+        text = decode(context.ids)
+        (question,) = context.questions
+        asked = re.search(r"assigned the value (\d{5}) in", decode(question.ids))[1]
+        values: dict[str, str] = {}
+        for name, value in re.findall(r"VAR (\w+) = (\w+(?: \w+)?)\n", text):
+            assert name not in values
+            values[name] = value if value.isdecimal() else values[value.removeprefix("VAR ")]
+        wanted = [name for name, value in values.items() if value == asked]
+        assert values_of(question) == wanted and len(wanted) == 5 and len(values) == 10
+        for name, depth in zip(wanted, question.depths, strict=True):
+            assert text[round(depth * len(context.ids)) :].startswith(f"\n\nVAR {name} = ")
+
+
+@pytest.mark.parametrize("length, common, others", [(3000, 10, 1), (8000, 30, 3)])
+def test_common_words_are_those_that_come_most_often(length: int, common: int, others: int, novel: str) -> None:
+    for context in build(f"common-words-{length}", 2):
+        text = decode(context.ids)
+        listed = re.findall(r"(\d+)\. (\w+)\n", text)
+        assert [int(number) for number, _ in listed] == list(range(1, len(listed) + 1))
+        counts = Counter(word for _, word in listed)
+        (question,) = context.questions
+        wanted = []
+        for _, word in listed:
+            if counts[word] == common and word not in wanted:
+                wanted.append(word)
+        assert values_of(question) == wanted and len(wanted) == 10
+        assert {count for word, count in counts.items() if word not in wanted} == {others}
+        for word, depth in zip(wanted, question.depths, strict=True):
+            place = round(depth * len(context.ids))
+            assert re.match(rf"\d+\. {word}\n", text[place:]) and f" {word}\n" not in text[:place]
+
+
+def test_frequent_words_follow_zipf(novel: str) -> None:
+    for context in build("frequent-words-6000", 3):
+        text = decode(context.ids)
+        counts = Counter(text.split("\n\n", 1)[1].split())
+        (question,) = context.questions
+        (first, dots), *ranked = counts.most_common(4)
+        assert first == "...." and [word for word, _ in ranked] == values_of(question)
+        for rank, (_, count) in enumerate(ranked, start=2):
+            assert count == pytest.approx(dots / rank**2, abs=1)
+        for word, depth in zip(values_of(question), question.depths, strict=True):
+            place = round(depth * len(context.ids))
+            assert text[place:].startswith(f" {word}") and word not in text[:place]
+
+
+def test_zipf_counts_by_hand() -> None:
+    # 1 + 1/4 + 1/9 = 1.3611, of which 100 and 97 words make 73.5, 18.4 and 8.2, and 71.3, 17.8 and 7.9.
+    assert words.zipf_counts(100, 3) == [73, 18, 8]
+    assert words.zipf_counts(97, 3) == [71, 17, 7]
+
+
+def test_a_key_of_a_json_object_has_the_value(novel: str) -> None:
+    for context in build("key-value-3000", 3):
+        text = decode(context.ids)
+        pairs = json.loads(text[text.index("{") :])
+        assert 3000 - len(context.ids) < len(f', "{"k" * 36}": "{"v" * 36}"')  # no room for another pair
+        (question,) = context.questions
+        key = re.search(r'key "([0-9a-f-]{36})"\?', decode(question.ids))[1]
+        assert [pairs[key]] == values_of(question) and decode(question.ids).endswith(
+            f'The value of the key "{key}" is "'
+        )
+        assert f'"{key}": "{pairs[key]}"' in text[round(question.depths[0] * len(context.ids)) :][:80]
+
+
+def test_a_continuation_is_that_of_the_novel(novel: str) -> None:
+    places = []
+    for context in build("perplexity-500", 4):
+        (question,) = context.questions
+        assert len(question.ids) == 1 and len(question.answer) == 128
+        text = decode(context.ids + question.ids + question.answer)
+        assert novel.count(text) == 1
+        places.append(novel.index(text))
+    assert len(set(places)) == 4
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("variables-300", "10 hidden texts and the frame take"),
+        ("passkey-100", "1 hidden texts and the frame"),
+        ("passkey-100000", "the novel has 30000"),
+        ("common-words-500", "no room for 10 words 10 times each"),
+        ("frequent-words-200", "no room for frequencies that differ"),
+        ("key-value-200", "no room for 2 pairs"),
+        ("perplexity-30000", "129 come behind"),
+    ],
+)
+def test_lengths_that_cannot_be_are_refused(name: str, message: str, novel: str) -> None:
+    with pytest.raises(PromptError, match=message):
+        build(name)
+
+
+# Names.
+
+
+def test_names_have_lengths_or_get_them() -> None:
+    found = parse_tasks(["needles", "needles-8", "variables", "passkey-500", "needles-multikey-200-999"], [1024, 64])
+    assert [task.name for task in found] == [
+        *("needles-1-1024", "needles-1-64", "needles-8-1024", "needles-8-64", "variables-1024", "variables-64"),
+        *("passkey-500", "needles-multikey-200-999"),
+    ]
+    assert parse_tasks(["variables-64", "variables"], [64]) == [parse_task("variables-64")]
+    assert [parse_task(name).num_contexts for name in ("turns-8-1024", "turns-1-1024", "passkey-99", "recall-64")] == [
+        10,
+        20,
+        20,
+        4,
+    ]
+
+
+@pytest.mark.parametrize(
+    "names, lengths, message",
+    [
+        (["needles"], [], "'needles' has no length"),
+        (["needles-8"], [], "'needles-8' has no length"),
+        (["variables-64"], [128], "has no effect"),
+        (["variables-2-64"], [], "There is no task"),
+        (["needles-multikey-257-64"], [], "N is from 1 to 256"),
+        (["needles-multivalue-1-64"], [], "N is from 2 to 9"),
+        (["recall"], [63], "even number"),
+        (["turns-4-08"], [], "There is no task"),
+    ],
+)
+def test_names_that_cannot_be_are_refused(names: list[str], lengths: list[int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_tasks(names, lengths)
+
+
+def test_contexts_need_a_tokenizer() -> None:
+    with pytest.raises(ValueError, match="need a tokenizer"):
+        build_contexts(parse_task("passkey-500"))
+
+
+def test_cases_of_several_values_and_turns_are_saved(novel: str, tmp_path) -> None:
+    contexts = build("turns-3-2000", 2) + build("needles-multivalue-3-2000", 2)
+    save_contexts(contexts, "some model", tmp_path / "cases.json")
+    assert load_contexts(tmp_path / "cases.json") == contexts
+    assert contexts[0].is_conversation and not contexts[-1].is_conversation
+
+
+# Scores.
+
+
+def test_values_are_found_or_not() -> None:
+    """Six tokens, of which the third is a separator: two values of two tokens, of which one is found, and one of one."""
+    logits = torch.full((1, 6, 4), -1.0)
+    for place, said_token in enumerate([0, 1, 3, 2, 3, 1]):
+        logits[0, place, said_token] = 2.0
+    answers = torch.tensor([[0, 1, 2, 2, 0, 1]])
+    (score,) = score_answers(logits, answers, [[[0, 2], [3, 5], [5, 6]]])
+    likely = logits.log_softmax(-1)
+    wanted = sum(likely[0, place, answers[0, place]].item() for place in (0, 1, 3, 4, 5)) / 5
+    assert score.token_accuracy == pytest.approx(2 / 3) and not score.is_exact
+    assert score.log_likelihood == pytest.approx(wanted)
+    (plain,) = score_answers(logits, answers)
+    assert plain.token_accuracy == pytest.approx(4 / 6)
+    assert score_answers(logits, answers, [[]]) == [plain]
+
+
+@pytest.mark.parametrize("name", [BASELINE, "snapkv", "pyramid", "shadow", "streaming"])
+def test_turns_follow_each_other(name: str) -> None:
+    """Each turn is what greedy decoding says behind the whole conversation, and its score that of a slow loop."""
+    model = tiny_model("llama")
+    context = random_tokens(1, 48, seed=5)[0].tolist()
+    lengths = (6, 9, 5)
+    asked = [random_tokens(1, length, seed=10 + index)[0].tolist() for index, length in enumerate(lengths)]
+    # The second answer is a wrong one, which the third turn follows all the same.
+    num_later = sum(lengths) + 3 * 4 - 1
+
+    def cache_of(num_tokens: int, later: int):
+        if name == BASELINE:
+            return DynamicCache(config=model.config)
+        return CACHES[name].build(model, 0.5, num_tokens, later)
+
+    questions: list[Question] = []
+    for turn, ids in enumerate(asked):
+        answer = said(
+            model, DynamicCache(config=model.config), context + sum((q.ids + q.answer for q in questions), []) + ids, 4
+        )
+        if turn == 1:
+            answer[2] = (answer[2] + 1) % model.config.vocab_size
+        questions.append(Question(ids, answer))
+    store = CellStore()
+    caches = {} if name == BASELINE else {name: CACHES[name]}
+    results = Evaluation(model, caches, [0.5], store=store).run(
+        [Context("made-up", context, questions, True)], no_progress
+    )
+    found = {result.protocol: result.scores for result in results if result.cache == name}
+    assert {key.question for key in store.cells} == {ALL_QUESTIONS}
+
+    after_context, in_view = (
+        cache_of(48, num_later),
+        cache_of(48 if name == "streaming" else 54, num_later if name == "streaming" else num_later - 6),
+    )
+    with torch.no_grad():
+        model(torch.tensor([context]), past_key_values=after_context)
+        if name == "streaming":
+            model(torch.tensor([context]), past_key_values=in_view)
+        else:
+            model(torch.tensor([context + asked[0]]), past_key_values=in_view)
+            questions_in_view = [Question([], questions[0].answer), *questions[1:]]
+    for protocol, cache, turns in (
+        ("context", after_context, questions),
+        ("question", in_view, questions if name == "streaming" else questions_in_view),
+    ):
+        carried: list[int] = []
+        for turn, question in enumerate(turns):
+            new = carried + question.ids
+            if new:
+                wanted = slow_log_likelihood(model, cache, new, question.answer, by_step=name == "shadow")
+                assert found[protocol][turn].log_likelihood == pytest.approx(wanted, abs=1e-4)
+            with torch.no_grad():
+                pieces = (
+                    [new, *([token] for token in question.answer[:-1])]
+                    if name == "shadow"
+                    else [new + question.answer[:-1]]
+                )
+                for piece in pieces:
+                    if piece:
+                        model(torch.tensor([piece]), past_key_values=cache)
+            carried = question.answer[-1:]
+    assert len(found["context"]) == len(found["question"]) == 3
+    assert {result.num_turns for result in results} == {3}
+    if name == BASELINE:
+        for protocol in ("context", "question"):
+            assert [score.is_exact for score in found[protocol]] == [True, False, True]
+
+
+def test_figures_of_tasks_by_hand() -> None:
+    scores = [Score(share, likely) for share, likely in ((1, -1.0), (0.5, -2.0), (1, -3.0), (1, -6.0))]
+    turns = Result("turns-2-1024", "context", "h2o", 0.5, scores, [0.5], num_turns=2)
+    assert figures_of_task(turns) == {"exact_match_by_turn": [1, 0.5], "token_accuracy_by_turn": [1, 0.75]}
+    text = Result("perplexity-1024", "context", "h2o", 0.5, scores, [0.5])
+    assert figures_of_task(text) == {"perplexity": pytest.approx(2.718281828**3)}
+    assert figures_of_task(Result("needles-1-1024", "context", "h2o", 0.5, scores, [0.5])) == {}

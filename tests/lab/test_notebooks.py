@@ -1,0 +1,155 @@
+"""The notebooks in examples/notebooks: valid, portable, and they run from top to bottom."""
+
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+from nbformat import NotebookNode
+
+
+FOLDER = Path(__file__).parents[2] / "examples" / "notebooks"
+NAMES = (
+    "quickstart",
+    "compare_caches",
+    "pyramid_shape_ablation",
+    "write_a_policy",
+    "shadow_kv_long_document",
+    "many_turns_chat",
+)
+MAX_NUM_BYTES = 160_000
+ABSOLUTE_PATH = re.compile(r"(?<![\w.:/])/(home|root|tmp|work|Users|usr|opt|mnt)/|[A-Z]:\\\\")
+
+every_notebook = pytest.mark.parametrize("name", NAMES)
+
+
+def read(name: str) -> NotebookNode:
+    return nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
+
+
+def code_of(notebook: NotebookNode) -> list[str]:
+    return [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def outputs_of(notebook: NotebookNode) -> list[NotebookNode]:
+    return [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+
+
+def printed_by(notebook: NotebookNode) -> str:
+    return "".join(output.text for output in outputs_of(notebook) if output.get("name") == "stdout")
+
+
+def test_all_notebooks_are_known() -> None:
+    assert {path.stem for path in FOLDER.iterdir() if path.suffix == ".ipynb"} == set(NAMES)
+
+
+@every_notebook
+def test_notebooks_are_valid_small_and_compile(name: str) -> None:
+    path, notebook = FOLDER / f"{name}.ipynb", read(name)
+    nbformat.validate(notebook)
+    assert path.stat().st_size <= MAX_NUM_BYTES
+    text = path.read_text(encoding="utf-8")
+    assert ABSOLUTE_PATH.search(re.sub(r'"image/png": "[^"]*"', "", text)) is None
+    assert notebook.cells[0].cell_type == "markdown" and notebook.cells[0].source.startswith("# ")
+    for number, code in enumerate(code_of(notebook)):
+        compile(code, f"{name}, cell {number}", "exec")
+    # What is stored is the output of one run, warnings left out.
+    assert [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"] == list(
+        range(1, 1 + len(code_of(notebook)))
+    )
+    assert {output.output_type for output in outputs_of(notebook)} == {"stream", "display_data"}
+    assert all(output.get("name") != "stderr" for output in outputs_of(notebook))
+
+
+@pytest.mark.parametrize("path", ["/home/me/x", "/root/.cache", "C:\\\\x"])
+def test_absolute_paths_would_be_found(path: str) -> None:
+    assert ABSOLUTE_PATH.search(f'"source": "open({path}"')
+
+
+# What a notebook prints must hold wherever it runs: figures are read from the output of the run.
+
+
+def numbers(pattern: str, text: str) -> list[float]:
+    """What the groups of the first match say."""
+    found = re.search(pattern, text)
+    assert found, f"{pattern} is not in\n{text}"
+    return [float(group.replace(",", "")) for group in found.groups()]
+
+
+def check_quickstart(text: str) -> None:
+    full, held, share = numbers(r"DynamicCache holds ([\d,]+) bytes, PyramidCache ([\d,]+): ([\d.]+)", text)
+    prompt_length, num_layers = numbers(r"a prompt of (\d+) tokens for a model of (\d+) layers", text)
+    assert full == (prompt_length + 23) * num_layers * 3 * 64 * 2 * 4
+    assert share == pytest.approx(held / full, abs=0.005) and 0.4 <= share < 0.46
+
+
+def check_compare_caches(text: str) -> None:
+    rows = dict(re.findall(r"^(\w+Cache) +([\d,]+) bytes  (?:right|wrong):", text, re.MULTILINE))
+    held = {name: int(count.replace(",", "")) for name, count in rows.items()}
+    assert len(held) == 8
+    assert re.search(r"^DynamicCache .* right:", text, re.MULTILINE)
+    assert all(0.24 < count / held["DynamicCache"] < 0.3 for name, count in held.items() if name != "DynamicCache")
+
+
+def check_pyramid_shape_ablation(text: str) -> None:
+    (full,) = numbers(r"DynamicCache: ([\d.]+)", text)
+    rows = re.findall(r"decay_ratio ([\d.]+): (\d+) .* (\d+) in the last, ([\d.]+) on .* perplexity ([\d.]+)", text)
+    assert len(rows) == 5
+    for _, _, _, mean, perplexity in rows:
+        assert float(mean) == pytest.approx(0.3 * 384, abs=0.1) and full < float(perplexity) < 1.5 * full
+    firsts, lasts = [int(row[1]) for row in rows], [int(row[2]) for row in rows]
+    assert firsts == sorted(firsts) and lasts == sorted(lasts, reverse=True) and firsts[0] - lasts[0] <= 1
+
+
+def check_write_a_policy(text: str) -> None:
+    assert "[inf, inf, inf, inf, 1.25, inf] expected for token 4: 1.25" in text
+    (full,) = numbers(r"\(DynamicCache: ([\d.]+)\)", text)
+    rows = {
+        name: numbers(rf"{name} +([\d.]+) +([\d.]+) +([\d.]+)", text) for name in ("RandomTokens", "WeightedValues")
+    }
+    assert all(random > own > 0.98 * full for random, own in zip(*rows.values(), strict=True))
+
+
+def check_shadow_kv_long_document(text: str) -> None:
+    (full,) = numbers(r"DynamicCache +([\d.]+) MiB on the device +0\.0 MiB", text)
+    device, host = numbers(r"ShadowKVCache +([\d.]+) MiB on the device +([\d.]+) MiB", text)
+    assert full == 45.0 and device < full and 0.4 * full < host < 0.5 * full
+    right = {name: int(count) for name, count in re.findall(r"'(\w+)': '(\d) of 4'", text)}
+    assert right["DynamicCache"] == 4 and right["ShadowKVCache"] > right["SnapKVCache"]
+
+
+def check_many_turns_chat(text: str) -> None:
+    rows = re.findall(r"(\w+): (\d+) tokens seen, ([\d,]+) bytes after one turn, ([\d,]+) after 8", text)
+    last = {name: int(count.replace(",", "")) for name, _, _, count in rows}
+    assert last["DynamicCache"] == int(rows[0][1]) * 30 * 3 * 64 * 2 * 4
+    # 80 tokens, eight that may wait, and positions.
+    for name in ("MassiveActivationCache", "StreamingLLMCache"):
+        assert last[name] < 92 * 30 * 3 * 64 * 2 * 4
+
+
+CHECKS = {
+    "quickstart": check_quickstart,
+    "compare_caches": check_compare_caches,
+    "pyramid_shape_ablation": check_pyramid_shape_ablation,
+    "write_a_policy": check_write_a_policy,
+    "shadow_kv_long_document": check_shadow_kv_long_document,
+    "many_turns_chat": check_many_turns_chat,
+}
+
+
+@every_notebook
+def test_stored_outputs_hold_what_is_checked(name: str) -> None:
+    CHECKS[name](printed_by(read(name)))
+
+
+@pytest.mark.slow
+@every_notebook
+def test_notebooks_run(name: str, tmp_path: Path) -> None:
+    notebook = read(name)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    CHECKS[name](printed_by(notebook))
+    assert any("image/png" in output.get("data", {}) for output in outputs_of(notebook))

@@ -1,0 +1,120 @@
+"""docs/speed.md has the figures of the records in docs/results."""
+
+import argparse
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from pages import DOCS
+
+from pyramid_cache.lab.bench.caches_command import SUITES
+
+
+PAGE = DOCS / "speed.md"
+COMMAND = "python tests/test_speed_page.py --write"
+# What a table is of: the record behind a marker in the page.
+MARKED = re.compile(r"<!-- times: (\S+) -->\n.*?<!-- end of times -->", re.DOTALL)
+
+
+def rows_of(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of `bench caches`, or of examples/bench_kvpress.py, under the same names."""
+    if "versions" in record and "kvpress" in record["versions"]:
+        return [
+            {
+                "label": row["press"],
+                "length": row["length"],
+                "batch_size": row["batch_size"],
+                "prefill_ratio": row["prefill_seconds_ratio"],
+                "tokens_ratio": 1 / row["step_seconds_ratio"],
+                "bytes_ratio": row["bytes_ratio"],
+            }
+            for row in record["rows"]
+        ]
+    return record["rows"]
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """A line per cache: for each length the ratio of the time of one row's prompt, of tokens/s by rows, and of bytes of one row."""
+    lengths = sorted({row["length"] for row in rows})
+    batch_sizes = sorted({row["batch_size"] for row in rows})
+    batches = " / ".join(map(str, batch_sizes))
+    titles = [
+        title
+        for length in lengths
+        for title in (f"{length:,}: read", f"tokens/s, {batches} row{'s' * (batch_sizes[-1] > 1)}", "bytes")
+    ]
+    lines = [f"| cache | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
+    found = {(row["label"], row["length"], row["batch_size"]): row for row in rows}
+    for label in dict.fromkeys(row["label"] for row in rows):
+        cells = []
+        for length in lengths:
+            own = [found[label, length, batch_size] for batch_size in batch_sizes]
+            cells.append(f"{own[0]['prefill_ratio']:.2f}")
+            cells.append(" / ".join(f"{row['tokens_ratio']:.2f}" for row in own))
+            cells.append(f"{own[0]['bytes_ratio']:.2f}")
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def with_times(page: str) -> str:
+    """A page whose tables are those of the records."""
+
+    def marked(match: re.Match[str]) -> str:
+        record = json.loads((DOCS / "results" / match[1]).read_text())
+        return f"<!-- times: {match[1]} -->\n\n{table(rows_of(record))}\n\n<!-- end of times -->"
+
+    return MARKED.sub(marked, page)
+
+
+def test_tables_are_those_of_the_records() -> None:
+    page = PAGE.read_text()
+    assert len(MARKED.findall(page)) == 2
+    assert with_times(page) == page, f"{PAGE.name} is not what the records have. Run `{COMMAND}`."
+
+
+def test_the_record_is_of_the_suite() -> None:
+    name = MARKED.findall(PAGE.read_text())[0]
+    record = json.loads((DOCS / "results" / name).read_text())
+    [suite] = SUITES["cpu"]
+    assert f"--lengths {','.join(map(str, suite['lengths']))} " in record["command"]
+    measured = {(row["cache"].partition(":")[0], row["length"], row["batch_size"]) for row in record["rows"]}
+    assert measured == {
+        (cache, length, batch_size)
+        for cache in suite["caches"]
+        for length in suite["lengths"]
+        for batch_size in suite["batch_sizes"]
+    }
+
+
+def test_a_table_by_hand() -> None:
+    rows = [
+        {
+            "label": "A",
+            "length": 8,
+            "batch_size": size,
+            "prefill_ratio": 1.5,
+            "tokens_ratio": size,
+            "bytes_ratio": 0.25,
+        }
+        for size in (1, 2)
+    ]
+    assert table(rows).splitlines() == [
+        "| cache | 8: read | tokens/s, 1 / 2 rows | bytes |",
+        "|---|---|---|---|",
+        "| A | 1.50 | 1.00 / 2.00 | 0.25 |",
+    ]
+    press = {"press": "B", "length": 8, "batch_size": 1, "prefill_seconds_ratio": 2.0, "step_seconds_ratio": 0.5}
+    record = {"versions": {"kvpress": "0.5"}, "rows": [press | {"bytes_ratio": 1.0}]}
+    assert table(rows_of(record)).splitlines()[-1] == "| B | 2.00 | 2.00 | 1.00 |"
+    assert rows_of({"versions": {}, "rows": rows}) is rows
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Writes the tables of docs/speed.md, or says whether they differ.")
+    parser.add_argument("--write", action="store_true", help="write the page instead of comparing it")
+    text = PAGE.read_text()
+    if with_times(text) != text:
+        print(PAGE)
+        if parser.parse_args().write:
+            PAGE.write_text(with_times(text))
