@@ -1,10 +1,10 @@
 """
 Ada-KV of Feng et al., 2024 (https://arxiv.org/abs/2407.11550).
 
-Some heads of a layer look at a few tokens, others at many. Shared out evenly, a budget is too much for the ones and too
-little for the others: here the heads of a layer compete for it, and the tokens with the highest scores stay whatever head
-they are of (paper, Algorithm 1). A floor keeps every head from being left with nothing. Scores are those of SnapKV, which
-makes it the paper's Ada-SnapKV.
+Some heads of a layer look at a few tokens, others at many. Shared out evenly, a budget is too much for the ones and
+too little for the others: here the heads of a layer compete for it, and the tokens with the highest scores stay
+whatever head they are of (paper, Algorithm 1). A floor keeps every head from being left with nothing. Scores are those
+of SnapKV, which makes it the paper's Ada-SnapKV.
 
 Departures from the authors' code: none of a head's memory is shared with the padding of another, and the heads compete
 again whenever generated tokens are evicted. With grouped-query attention it is KV heads that compete.
@@ -30,34 +30,34 @@ class AdaKVPolicy(SnapKVPolicy):
         super().__post_init__()
         if not is_number(self.floor_ratio) or not 0 <= self.floor_ratio <= 1:
             raise ValueError(
-                f"`floor_ratio={self.floor_ratio!r}` must be between 0, where heads compete for everything, and 1, where each "
-                "keeps as many tokens as any other."
+                f"`floor_ratio={self.floor_ratio!r}` must be between 0, where heads compete for everything, and 1, "
+                "where each keeps as many tokens as any other."
             )
         object.__setattr__(self, "floor_ratio", float(self.floor_ratio))
 
 
 class AdaKVCache(PolicyCache):
     """
-    Keeps, of all heads of a layer together, the tokens that the last queries attend to most, so that heads which look at many
-    tokens keep more than others (Ada-KV, https://arxiv.org/abs/2407.11550).
+    Keeps, of all heads of a layer together, the tokens that the last queries attend to most, so that heads which look
+    at many tokens keep more than others (Ada-KV, https://arxiv.org/abs/2407.11550).
 
-    A layer holds `budget` tokens per head on average, stored without padding, and up to `eviction_interval` more in each
-    head: `batch * kv_heads * (budget + eviction_interval) * (2 * head_dim * itemsize + 8)` bytes. The prompt is read with
-    full attention, so the first new token is exact. `cache.positions(layer_idx)` shows what each head holds, and
-    `cache.num_kept_tokens()` the mean over heads.
+    A layer holds `budget` tokens per head on average, stored without padding, and up to `eviction_interval` more in
+    each head: `batch * kv_heads * (budget + eviction_interval) * (2 * head_dim * itemsize + 8)` bytes. The prompt is
+    read with full attention, so the first new token is exact. `cache.positions(layer_idx)` shows what each head holds,
+    and `cache.num_kept_tokens()` the mean over heads.
 
     Args:
         config (`PreTrainedConfig` or `PreTrainedModel`): Of the model, or the model, whose config is taken.
-        budget (`float`, `int` or `str`): What the heads of a layer keep on average: a fraction of the prompt (of everything
-            seen, when a later turn brings several tokens at once), a number of tokens, or bytes for the layers that evict
-            such as "256MiB". 1.0 never evicts.
+        budget (`float`, `int` or `str`): What the heads of a layer keep on average: a fraction of the prompt (of
+            everything seen, when a later turn brings several tokens at once), a number of tokens, or bytes for the
+            layers that evict such as "256MiB". 1.0 never evicts.
         floor_ratio (`float`, defaults to 0.2): The share of the average that every head keeps of its own best tokens.
             Smaller values let heads differ more; 1 is SnapKV.
-        window_size (`int`, defaults to 64): How many of the last queries choose, and how many of the last tokens are kept
-            for certain in all heads (but no more than half of the budget).
+        window_size (`int`, defaults to 64): How many of the last queries choose, and how many of the last tokens are
+            kept for certain in all heads (but no more than half of the budget).
         kernel_size (`int`, defaults to 5): Odd: over how many neighbouring tokens scores are averaged.
-        eviction_interval (`int`, defaults to 32): Generated tokens that come in before as many go. Larger values take more
-            memory and less time: on a GPU, the host waits at each eviction to learn how much each head keeps.
+        eviction_interval (`int`, defaults to 32): Generated tokens that come in before as many go. Larger values take
+            more memory and less time: on a GPU, the host waits at each eviction to learn how much each head keeps.
 
     Raises:
         ValueError: For an argument outside these ranges, or a model that cannot be compressed.
@@ -70,7 +70,9 @@ class AdaKVCache(PolicyCache):
     >>> from pyramid_cache import AdaKVCache
     >>> import torch
 
-    >>> config = LlamaConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=99)
+    >>> config = LlamaConfig(
+    ...     hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=99
+    ... )
     >>> model = LlamaForCausalLM(config)
     >>> cache = AdaKVCache(model.config, budget=16, window_size=8)
     >>> tokens = model.generate(torch.arange(40)[None], past_key_values=cache, max_new_tokens=1, eos_token_id=None)

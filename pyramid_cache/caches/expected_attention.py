@@ -1,15 +1,16 @@
 """
 Expected Attention of Devoto, Jeblick and Jégou, 2025 (https://arxiv.org/abs/2510.00636).
 
-What future queries will attend to can be foretold, for queries of one head are much alike: before RoPE they are close to a
-Gaussian, whose mean and covariance the prompt shows. Turned to the positions that come next, it gives the expectation of
-each key's exponential logit in closed form, `exp(mean · key + key · covariance · key / 2)`. A token is worth its share of
-these, averaged over the query heads of a KV head, times the norm of its value, which is what it would add to the output.
+What future queries will attend to can be foretold, for queries of one head are much alike: before RoPE they are close
+to a Gaussian, whose mean and covariance the prompt shows. Turned to the positions that come next, it gives the
+expectation of each key's exponential logit in closed form, `exp(mean · key + key · covariance · key / 2)`. A token is
+worth its share of these, averaged over the query heads of a KV head, times the norm of its value, which is what it
+would add to the output.
 
-Departures from the paper: the norm is that of the value, not of the value behind the output projection, which a cache does
-not see (the authors' library does the same). Statistics are of all queries of the prompts so far, not of the last 128, and
-go on being used while an answer is generated, turned to where its end is by then. Queries of the first tokens are left out
-of the statistics, as in the authors' library: attention sinks have queries like no others.
+Departures from the paper: the norm is that of the value, not of the value behind the output projection, which a cache
+does not see (the authors' library does the same). Statistics are of all queries of the prompts so far, not of the last
+128, and go on being used while an answer is generated, turned to where its end is by then. Queries of the first tokens
+are left out of the statistics, as in the authors' library: attention sinks have queries like no others.
 """
 
 from dataclasses import dataclass, replace
@@ -35,8 +36,8 @@ class ExpectedAttentionPolicy(Policy):
 
     It remembers, of the queries before RoPE and with the scaling of attention in them: how many there were
     `query_count` `(batch, 1)`, their mean `query_mean` `(batch, heads, head_dim)`, and the upper triangle of their
-    covariance `query_covariance` `(batch, heads, head_dim * (head_dim + 1) / 2)`. And how to turn them, as models differ
-    in which dimensions they pair: `rotation` `(batch, 2, head_dim)`, see `rotation_by_dimension`.
+    covariance `query_covariance` `(batch, heads, head_dim * (head_dim + 1) / 2)`. And how to turn them, as models
+    differ in which dimensions they pair: `rotation` `(batch, 2, head_dim)`, see `rotation_by_dimension`.
     """
 
     num_future_positions: int = 512
@@ -51,12 +52,13 @@ class ExpectedAttentionPolicy(Policy):
             raise ValueError(f"`use_covariance={self.use_covariance!r}` must be True or False.")
         if not is_number(self.epsilon) or not 0 <= self.epsilon < float("inf"):
             raise ValueError(
-                f"`epsilon={self.epsilon!r}` must be a number of at least 0: it is added to each token's share of attention."
+                f"`epsilon={self.epsilon!r}` must be a number of at least 0: it is added to each token's share of "
+                "attention."
             )
         object.__setattr__(self, "epsilon", float(self.epsilon))
 
     @property
-    def state_names(self) -> tuple[str, ...]:
+    def state_names(self) -> tuple[str, ...]:  # type: ignore[override]
         names = ("query_count", "query_mean", "rotation")
         return (*names, "query_covariance") if self.use_covariance else names
 
@@ -140,8 +142,8 @@ def rotation_by_dimension(rotary: RotaryFrequencies | None, query: torch.Tensor,
     sin * x[p]` if it is the second of its pair and `cos * x[d] - sin * x[p]` if it is the first.
 
     Returns:
-        `torch.Tensor`: `(batch, 2, head_dim)` float32. First `f`, which is 0 for what does not turn; then `p + 1`, negative
-        for the first of a pair.
+        `torch.Tensor`: `(batch, 2, head_dim)` float32. First `f`, which is 0 for what does not turn; then `p + 1`,
+        negative for the first of a pair.
     """
     head_dim = query.shape[-1]
     numbers = torch.arange(1, head_dim + 1, dtype=torch.float32, device=query.device)
@@ -173,30 +175,30 @@ def unpacked(triangles: torch.Tensor, size: int) -> torch.Tensor:
 
 class ExpectedAttentionCache(PolicyCache):
     """
-    Keeps, per KV head, the tokens that future queries are expected to attend to, and the first ones (Expected Attention,
-    https://arxiv.org/abs/2510.00636).
+    Keeps, per KV head, the tokens that future queries are expected to attend to, and the first ones (Expected
+    Attention, https://arxiv.org/abs/2510.00636).
 
-    It needs no attention weights, but the RoPE of the model. A layer holds `budget` tokens and up to `eviction_interval`
-    more, however much is generated: `batch * kv_heads * (budget + eviction_interval) * (2 * head_dim * itemsize + 4)`
-    bytes. Beside them it holds statistics of the queries, whatever the budget, which one in bytes does not count:
-    `batch * 4 * (heads * head_dim * (head_dim + 3) / 2 + 2 * head_dim + 1)` bytes, as much as 260 tokens take in a layer of
-    a model with 32 heads over 8 KV heads of width 128 in bfloat16; 4 tokens without `use_covariance`. The prompt is read
-    with full attention, so the first new token is exact.
+    It needs no attention weights, but the RoPE of the model. A layer holds `budget` tokens and up to
+    `eviction_interval` more, however much is generated: `batch * kv_heads * (budget + eviction_interval) * (2 *
+    head_dim * itemsize + 4)` bytes. Beside them it holds statistics of the queries, whatever the budget, which one in
+    bytes does not count: `batch * 4 * (heads * head_dim * (head_dim + 3) / 2 + 2 * head_dim + 1)` bytes, as much as
+    260 tokens take in a layer of a model with 32 heads over 8 KV heads of width 128 in bfloat16; 4 tokens without
+    `use_covariance`. The prompt is read with full attention, so the first new token is exact.
 
     Args:
         config (`PreTrainedConfig` or `PreTrainedModel`): Of the model, or the model, whose config is taken.
-        budget (`float`, `int` or `str`): What each layer keeps: a fraction of the prompt (of everything seen, when a later
-            turn brings several tokens at once), a number of tokens, or bytes for the layers that evict such as "256MiB".
-            1.0 never evicts.
-        num_future_positions (`int`, defaults to 512): For how many positions behind what was seen attention is foretold.
-            Larger values look further ahead, and see less of what depends on the distance.
+        budget (`float`, `int` or `str`): What each layer keeps: a fraction of the prompt (of everything seen, when a
+            later turn brings several tokens at once), a number of tokens, or bytes for the layers that evict such as
+            "256MiB". 1.0 never evicts.
+        num_future_positions (`int`, defaults to 512): For how many positions behind what was seen attention is
+            foretold. Larger values look further ahead, and see less of what depends on the distance.
         num_sink_tokens (`int`, defaults to 4): The first tokens, which are kept for certain.
-        use_covariance (`bool`, defaults to `True`): Whether the spread of queries counts, or their mean alone, which takes
-            less memory and time.
-        epsilon (`float`, defaults to 0.0): Added to each token's share of attention before it is multiplied with the norm
-            of its value. Larger values let the norm decide between tokens of which little attention is expected.
-        eviction_interval (`int`, defaults to 32): Generated tokens that come in before as many go. Larger values take more
-            memory and less time.
+        use_covariance (`bool`, defaults to `True`): Whether the spread of queries counts, or their mean alone, which
+            takes less memory and time.
+        epsilon (`float`, defaults to 0.0): Added to each token's share of attention before it is multiplied with the
+            norm of its value. Larger values let the norm decide between tokens of which little attention is expected.
+        eviction_interval (`int`, defaults to 32): Generated tokens that come in before as many go. Larger values take
+            more memory and less time.
 
     Raises:
         ValueError: For an argument outside these ranges, or a model that cannot be compressed.
@@ -209,7 +211,9 @@ class ExpectedAttentionCache(PolicyCache):
     >>> from pyramid_cache import ExpectedAttentionCache
     >>> import torch
 
-    >>> config = LlamaConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=99)
+    >>> config = LlamaConfig(
+    ...     hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=99
+    ... )
     >>> model = LlamaForCausalLM(config)
     >>> cache = ExpectedAttentionCache(model.config, budget=16)
     >>> tokens = model.generate(torch.arange(40)[None], past_key_values=cache, max_new_tokens=8, eos_token_id=None)

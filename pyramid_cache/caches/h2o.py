@@ -1,9 +1,9 @@
 """
 H2O: the Heavy-Hitter Oracle of Zhang et al., 2023 (https://arxiv.org/abs/2306.14048).
 
-A token that was attended to much so far will be attended to again. Every key accumulates the attention probability that
-it gets from all queries; each KV head keeps the keys with the highest sums, the heavy hitters, and a window of the most
-recent tokens. A decode step adds one token and evicts one (paper, Algorithm 1).
+A token that was attended to much so far will be attended to again. Every key accumulates the attention probability
+that it gets from all queries; each KV head keeps the keys with the highest sums, the heavy hitters, and a window of
+the most recent tokens. A decode step adds one token and evicts one (paper, Algorithm 1).
 
 Departures from the authors' code: sums are kept per row of the batch (theirs add the rows up) and, with grouped-query
 attention, per KV head as the sum over its query heads. Keys keep the positions that they had.
@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from pyramid_cache.engine.attention import AttentionCall
 from pyramid_cache.engine.budget import Budget, floor_of_product, is_number, parse_budget
-from pyramid_cache.engine.cache import CompressedCache, model_inside
+from pyramid_cache.engine.cache import CompressedCache, config_and_model
 from pyramid_cache.engine.layer import CompressedLayer, LayerPlace, grown
 from pyramid_cache.engine.scoring import attend_and_score
 from pyramid_cache.engine.selection import best_tokens, gather_tokens
@@ -25,10 +25,12 @@ from pyramid_cache.ops.reference import decode_probabilities
 
 class H2OLayer(CompressedLayer):
     """
-    One layer of `H2OCache`. Beside keys and values it holds, per KV head and slot, the position and the accumulated score
-    (float32). One slot is spare: a new token is written there, attends, and then the loser of the heads' comparison
-    leaves its slot to the next one.
+    One layer of `H2OCache`. Beside keys and values it holds, per KV head and slot, the position and the accumulated
+    score (float32). One slot is spare: a new token is written there, attends, and then the loser of the heads'
+    comparison leaves its slot to the next one.
     """
+
+    scores: torch.Tensor | None
 
     slot_tensors = ("keys", "values", "positions", "scores")
     # `free_slots` `(batch, kv_heads, 1)`: where the next token goes, known as long as all rows are full.
@@ -115,7 +117,9 @@ class H2OLayer(CompressedLayer):
         return output
 
     def _keep_best(self, key: torch.Tensor, value: torch.Tensor, scores: torch.Tensor, tokens: Tokens) -> None:
-        """Keeps heavy hitters and recent tokens of a prompt, or of a decode step that is the first to exceed the budget."""
+        """
+        Keeps heavy hitters and recent tokens of a prompt, or of a decode step that is the first to exceed the budget.
+        """
         max_kept = max(self.row_kept)
         priority = scores.masked_fill(tokens.positions >= self.next_position - self.num_recent, float("inf"))
         priority = priority.masked_fill(tokens.positions < 0, float("-inf"))
@@ -151,19 +155,19 @@ class H2OLayer(CompressedLayer):
 
 class H2OCache(CompressedCache):
     """
-    Keeps, per KV head, the tokens that were attended to most and the most recent ones (H2O, https://arxiv.org/abs/2306.14048).
+    Keeps, per KV head, the tokens that were attended to most and the most recent ones (H2O,
+    https://arxiv.org/abs/2306.14048).
 
-    A layer holds `budget` tokens and one spare slot, however much is generated:
-    `batch * kv_heads * (budget + 1) * (2 * head_dim * itemsize + 8)` bytes. The prompt is read with full attention, so the
-    first new token is exact.
+    A layer holds `budget` tokens and one spare slot, however much is generated: `batch * kv_heads * (budget + 1) * (2
+    * head_dim * itemsize + 8)` bytes. The prompt is read with full attention, so the first new token is exact.
 
     Args:
         config (`PreTrainedConfig` or `PreTrainedModel`): Of the model, or the model, whose config is taken.
-        budget (`float`, `int` or `str`): What each layer keeps: a fraction of the prompt (of everything seen, when a later
-            turn brings several tokens at once), a number of tokens, or bytes for the layers that evict such as "256MiB".
-            1.0 never evicts.
-        heavy_ratio (`float`, defaults to 0.5): The share of the budget for heavy hitters; the rest is the recent window,
-            which has at least one token. Larger values remember more of the distant past.
+        budget (`float`, `int` or `str`): What each layer keeps: a fraction of the prompt (of everything seen, when a
+            later turn brings several tokens at once), a number of tokens, or bytes for the layers that evict such as
+            "256MiB". 1.0 never evicts.
+        heavy_ratio (`float`, defaults to 0.5): The share of the budget for heavy hitters; the rest is the recent
+            window, which has at least one token. Larger values remember more of the distant past.
 
     Raises:
         ValueError: For a budget or ratio outside these ranges, or a model that cannot be compressed.
@@ -175,7 +179,9 @@ class H2OCache(CompressedCache):
     >>> from pyramid_cache import H2OCache
     >>> import torch
 
-    >>> config = LlamaConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=99)
+    >>> config = LlamaConfig(
+    ...     hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=99
+    ... )
     >>> model = LlamaForCausalLM(config)
     >>> cache = H2OCache(model.config, budget=16)
     >>> tokens = model.generate(torch.arange(40)[None], past_key_values=cache, max_new_tokens=8, eos_token_id=None)
@@ -188,12 +194,12 @@ class H2OCache(CompressedCache):
     def __init__(
         self, config: PreTrainedConfig | PreTrainedModel, budget: float | int | str = 0.2, heavy_ratio: float = 0.5
     ) -> None:
-        model = model_inside(config)
-        config = config if model is None else model.config
+        config, _ = config_and_model(config)
         parsed_budget = parse_budget(budget)
         if not is_number(heavy_ratio) or not 0 <= heavy_ratio < 1:
             raise ValueError(
-                f"`heavy_ratio={heavy_ratio!r}` must be at least 0 and less than 1: the rest of the budget is the recent window."
+                f"`heavy_ratio={heavy_ratio!r}` must be at least 0 and less than 1: the rest of the budget is the "
+                "recent window."
             )
         heavy_ratio = float(heavy_ratio)
 

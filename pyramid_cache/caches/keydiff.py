@@ -1,12 +1,12 @@
 """
 KeyDiff of Park et al., 2025 (https://arxiv.org/abs/2504.15364).
 
-Keys that point another way than most are those that get much attention: no query has to be seen to tell them. The mean of
-a head's normalised keys stands for all of them, and each KV head keeps the tokens whose keys have the lowest cosine
+Keys that point another way than most are those that get much attention: no query has to be seen to tell them. The mean
+of a head's normalised keys stands for all of them, and each KV head keeps the tokens whose keys have the lowest cosine
 similarity with it. Attention weights are never needed.
 
-Departure from the paper, which scores each block of 128 tokens of a prompt against what was kept of the earlier ones: a
-prompt is scored as a whole (`prefill_chunk_size=128` of `generate` reads it in blocks).
+Departure from the paper, which scores each block of 128 tokens of a prompt against what was kept of the earlier ones:
+a prompt is scored as a whole (`prefill_chunk_size=128` of `generate` reads it in blocks).
 """
 
 from dataclasses import dataclass
@@ -34,17 +34,17 @@ class KeyDiffCache(PolicyCache):
     """
     Keeps, per KV head, the tokens whose keys are most unlike the others (KeyDiff, https://arxiv.org/abs/2504.15364).
 
-    A layer holds `budget` tokens and up to `eviction_interval` more, however much is generated:
-    `batch * kv_heads * (budget + eviction_interval) * (2 * head_dim * itemsize + 4)` bytes. The prompt is read with full
-    attention, so the first new token is exact. Attention runs as the model's own, without a look at its weights.
+    A layer holds `budget` tokens and up to `eviction_interval` more, however much is generated: `batch * kv_heads *
+    (budget + eviction_interval) * (2 * head_dim * itemsize + 4)` bytes. The prompt is read with full attention, so the
+    first new token is exact. Attention runs as the model's own, without a look at its weights.
 
     Args:
         config (`PreTrainedConfig` or `PreTrainedModel`): Of the model, or the model, whose config is taken.
-        budget (`float`, `int` or `str`): What each layer keeps: a fraction of the prompt (of everything seen, when a later
-            turn brings several tokens at once), a number of tokens, or bytes for the layers that evict such as "256MiB".
-            1.0 never evicts.
-        eviction_interval (`int`, defaults to 32): Generated tokens that come in before as many go. Larger values take more
-            memory and less time.
+        budget (`float`, `int` or `str`): What each layer keeps: a fraction of the prompt (of everything seen, when a
+            later turn brings several tokens at once), a number of tokens, or bytes for the layers that evict such as
+            "256MiB". 1.0 never evicts.
+        eviction_interval (`int`, defaults to 32): Generated tokens that come in before as many go. Larger values take
+            more memory and less time.
 
     Raises:
         ValueError: For an argument outside these ranges, or a model that cannot be compressed.
@@ -56,7 +56,9 @@ class KeyDiffCache(PolicyCache):
     >>> from pyramid_cache import KeyDiffCache
     >>> import torch
 
-    >>> config = LlamaConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=99)
+    >>> config = LlamaConfig(
+    ...     hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=99
+    ... )
     >>> model = LlamaForCausalLM(config)
     >>> cache = KeyDiffCache(model.config, budget=16)
     >>> tokens = model.generate(torch.arange(40)[None], past_key_values=cache, max_new_tokens=8, eos_token_id=None)

@@ -1,21 +1,21 @@
 """
 Massive activations decide which tokens may never go, the spread of attention how many stay in each layer.
 
-A few tokens with massive activations (Sun et al., 2024, https://arxiv.org/abs/2402.17762) carry no content, and yet a model
-without them says nothing sensible: attention that has nowhere else to go goes there. They are found where they are
-(`pyramid_cache.engine.massive`) instead of being taken to be the first ones. What layers look at differs as much: some need
-half of the text, some a few tokens (layered sparsity, after Zhang et al., 2024,
-https://blogs.novita.ai/how-kv-sparsity-achieves-1-5x-acceleration-for-vllm and https://github.com/vllm-project/vllm/issues/10942).
-Beside massive tokens and the latest ones each KV head keeps those with the most attention, weighed by the norm of their value
-(VATP, https://arxiv.org/abs/2406.12335).
+A few tokens with massive activations (Sun et al., 2024, https://arxiv.org/abs/2402.17762) carry no content, and yet a
+model without them says nothing sensible: attention that has nowhere else to go goes there. They are found where they
+are (`pyramid_cache.engine.massive`) instead of being taken to be the first ones. What layers look at differs as much:
+some need half of the text, some a few tokens (layered sparsity, after Zhang et al., 2024,
+https://blogs.novita.ai/how-kv-sparsity-achieves-1-5x-acceleration-for-vllm and
+https://github.com/vllm-project/vllm/issues/10942). Beside massive tokens and the latest ones each KV head keeps those
+with the most attention, weighed by the norm of their value (VATP, https://arxiv.org/abs/2406.12335).
 
-Departures from these sources: budgets are equal, or follow measured attention, of the prompt or from a profile, and only
-`preset` the fixed split into dense and sparse layers (docs/massive-activations.md has what each of them loses); sparse layers
-keep their massive tokens within their window; and to the attention of a token that of the passage around it is added, the
-average over its neighbours, so that facts are neither lost in their neighbourhood nor torn apart. Of eight numbers in 1,024
-tokens SmolLM2-135M-Instruct gives with the question in view (80 questions, exact answers at budgets of 0.5, 0.25 and 0.1)
-0.85, 0.82 and 0.06, and 0.38, 0.25 and 0.03 with SnapKVCache; the recall model finds 0.77, 0.45 and 0.17 of its pairs, and
-0.68, 0.32 and 0.13 with that (docs/quality.md).
+Departures from these sources: budgets are equal, or follow measured attention, of the prompt or from a profile, and
+only `preset` the fixed split into dense and sparse layers (docs/massive-activations.md has what each of them loses);
+sparse layers keep their massive tokens within their window; and to the attention of a token that of the passage around
+it is added, the average over its neighbours, so that facts are neither lost in their neighbourhood nor torn apart. Of
+eight numbers in 1,024 tokens SmolLM2-135M-Instruct gives with the question in view (80 questions, exact answers at
+budgets of 0.5, 0.25 and 0.1) 0.85, 0.82 and 0.06, and 0.38, 0.25 and 0.03 with SnapKVCache; the recall model finds
+0.77, 0.45 and 0.17 of its pairs, and 0.68, 0.32 and 0.13 with that (docs/quality.md).
 """
 
 import os
@@ -28,7 +28,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from pyramid_cache.engine.attention import AttentionCall
 from pyramid_cache.engine.budget import MAX_TOKENS, Budget, online_budget, read_count, support_schedule
-from pyramid_cache.engine.cache import check_decoder_config, model_inside
+from pyramid_cache.engine.cache import check_decoder_config, config_and_model
 from pyramid_cache.engine.massive import (
     MAX_MASSIVE_TOKENS,
     NUM_FIRST_TOKENS,
@@ -48,7 +48,8 @@ from pyramid_cache.engine.tokens import Tokens
 
 
 DEFAULT_BUDGET = 0.2
-# The published settings: of 32 layers, how many at the bottom keep everything, and the tokens that each of the others keeps.
+# The published settings: of 32 layers, how many at the bottom keep everything, and the tokens that each of the others
+# keeps.
 PRESET_DEPTH = 32
 PRESETS = {
     f"{PRESET_DEPTH - num_dense}-sparse-layers-{window}": (num_dense, window)
@@ -80,9 +81,9 @@ class MassiveToken:
 
     Attributes:
         position (`int`): Its rank among the tokens of its row.
-        reason (`str`): "keys and values" if it looks massive to this layer, "hidden states" if it is by definition at the
-            output of a layer below, "layer below" if it looked massive there and nothing does here, or "first tokens"
-            where nothing was found.
+        reason (`str`): "keys and values" if it looks massive to this layer, "hidden states" if it is by definition at
+            the output of a layer below, "layer below" if it looked massive there and nothing does here, or "first
+            tokens" where nothing was found.
         value_ratio (`float`, *optional*): Its value norm over the median, where keys and values told it.
         cosine (`float`, *optional*): Of its un-rotated key and the template, where keys and values told it.
     """
@@ -96,8 +97,8 @@ class MassiveToken:
 @dataclass(frozen=True)
 class MassiveActivationPolicy(Policy):
     """
-    A token is worth the attention of the last queries to it and to the passage around it, times the norm of its value. See
-    `MassiveActivationCache` for the fields.
+    A token is worth the attention of the last queries to it and to the passage around it, times the norm of its value.
+    See `MassiveActivationCache` for the fields.
     """
 
     profile: str | None = None
@@ -115,8 +116,8 @@ class MassiveActivationPolicy(Policy):
             raise ValueError(f"`follow_attention={self.follow_attention!r}` must be True or False.")
         if self.follow_attention and (self.preset is not None or self.profile is not None):
             raise ValueError(
-                "`follow_attention=True` shares the budget by the attention of each prompt, but a profile or a preset says "
-                "what each layer keeps. Leave out one of them."
+                "`follow_attention=True` shares the budget by the attention of each prompt, but a profile or a "
+                "preset says what each layer keeps. Leave out one of them."
             )
         for name in ("window_size", "kernel_size"):
             object.__setattr__(self, name, read_count(name, getattr(self, name), least=1))
@@ -143,7 +144,8 @@ class MassiveActivationPolicy(Policy):
 @dataclass(frozen=True)
 class LayerBudgets:
     """
-    How many tokens the layers of a cache keep: all the same, by a preset, by a profile, or by the attention of each prompt.
+    How many tokens the layers of a cache keep: all the same, by a preset, by a profile, or by the attention of each
+    prompt.
 
     Attributes:
         preset (`str`, *optional*): A name in `PRESETS`.
@@ -175,18 +177,29 @@ class MassiveActivationLayer(PolicyLayer):
     """
     One layer of `MassiveActivationCache`. Positions in these tensors are -1 for none:
 
-    - `found_positions` `(batch, 8)` int32 with `found_ratios` and `found_cosines` float32: what looks massive to this layer;
-      `template_key` `(batch, kv_heads, head_dim)` and `template_norm` `(batch, kv_heads)` float32, what it is compared with;
+    - `found_positions` `(batch, 8)` int32 with `found_ratios` and `found_cosines` float32: what looks massive to this
+      layer; `template_key` `(batch, kv_heads, head_dim)` and `template_norm` `(batch, kv_heads)` float32, what it is
+      compared with;
     - `exact_positions` `(batch, 8)` int32 and `exact_median` `(batch,)`: what is massive in the output of this layer;
     - `known_positions` `(batch, 8)` int32: what is massive in the outputs of layers below;
-    - `stand_ins` `(batch, 8)` int32 and `are_inherited` `(batch,)` int32: what stands in where this layer found nothing,
-      and 1 if that is from the layer below.
+    - `stand_ins` `(batch, 8)` int32 and `are_inherited` `(batch,)` int32: what stands in where this layer found
+      nothing, and 1 if that is from the layer below.
     """
 
     row_counts = (*PolicyLayer.row_counts, "row_looked", "row_is_divided")
+    found_positions: torch.Tensor | None
+    found_ratios: torch.Tensor | None
+    found_cosines: torch.Tensor | None
+    template_key: torch.Tensor | None
+    template_norm: torch.Tensor | None
+    exact_positions: torch.Tensor | None
+    exact_median: torch.Tensor | None
+    known_positions: torch.Tensor | None
+    stand_ins: torch.Tensor | None
+    are_inherited: torch.Tensor | None
 
-    # Set by the cache: the layers below this one, from the first on, how all of them share the budget, and whether the output
-    # of this layer is looked at.
+    # Set by the cache: the layers below this one, from the first on, how all of them share the budget, and whether the
+    # output of this layer is looked at.
     below: tuple["MassiveActivationLayer", ...] = ()
     budgets = LayerBudgets(None, None, False)
     is_probed = False
@@ -199,8 +212,8 @@ class MassiveActivationLayer(PolicyLayer):
         super()._clear()
         for name in MASSIVE_TENSORS:
             setattr(self, name, None)
-        # Per row: tokens that have been looked at; whether attention has decided what the row keeps (1 or 0), and the share
-        # of the tokens that the last queries of a prompt needed.
+        # Per row: tokens that have been looked at; whether attention has decided what the row keeps (1 or 0), and the
+        # share of the tokens that the last queries of a prompt needed.
         self.row_looked: list[int] = []
         self.row_is_divided: list[int] = []
         self.row_support: list[float] = []
@@ -297,7 +310,9 @@ class MassiveActivationLayer(PolicyLayer):
     def _add(
         self, columns: torch.Tensor, ratios: torch.Tensor, cosines: torch.Tensor, positions: torch.Tensor
     ) -> None:
-        """Adds what was found to what had been, those with the shortest values first, and drops what is beyond the cap."""
+        """
+        Adds what was found to what had been, those with the shortest values first, and drops what is beyond the cap.
+        """
         found = positions.gather(1, columns.clamp(min=0)).masked_fill(columns < 0, -1)
         ratios, cosines = ratios.masked_fill(columns < 0, 0), cosines.masked_fill(columns < 0, 0)
         parts = [(found, ratios, cosines)]
@@ -313,7 +328,9 @@ class MassiveActivationLayer(PolicyLayer):
         )
 
     def _hear_of_others(self) -> None:
-        """Takes over what is massive in the outputs of layers below, and what stands in where this layer found nothing."""
+        """
+        Takes over what is massive in the outputs of layers below, and what stands in where this layer found nothing.
+        """
         exact = [layer.exact_positions.to(self.device) for layer in self.below if layer.exact_positions is not None]
         self.known_positions = first_positions(exact, self.found_positions)
         slots = torch.arange(MAX_MASSIVE_TOKENS, dtype=torch.int32, device=self.device)
@@ -340,9 +357,12 @@ class MassiveActivationLayer(PolicyLayer):
 
     @torch.no_grad()
     def observe_output(self, hidden_states: torch.Tensor) -> None:
-        """Notes what is massive in `(batch, tokens, hidden_size)` hidden states, those of the tokens that came last."""
+        """
+        Notes what is massive in `(batch, tokens, hidden_size)` hidden states, those of the tokens that came last.
+        """
         positions, self._new_positions = self._new_positions, None
-        # Tokens that may be taken back are left to keys and values, which are looked at when it is known that they stay.
+        # Tokens that may be taken back are left to keys and values, which are looked at when it is known that they
+        # stay.
         if self.budget.is_unlimited or self.record_past or not self.is_initialized:
             return
         if positions is None:
@@ -416,48 +436,49 @@ class MassiveActivationLayer(PolicyLayer):
 
 class MassiveActivationCache(PolicyCache):
     """
-    Keeps the tokens with massive activations whatever happens, the most recent ones, and per KV head those with the most
-    attention; if asked to, layers whose attention is spread keep more than others (massive activations:
+    Keeps the tokens with massive activations whatever happens, the most recent ones, and per KV head those with the
+    most attention; if asked to, layers whose attention is spread keep more than others (massive activations:
     https://arxiv.org/abs/2402.17762).
 
     The layers hold `budget` tokens on average and up to `eviction_interval` more each, however much is generated:
-    `layers * batch * kv_heads * (budget + eviction_interval) * (2 * head_dim * itemsize + 8)` bytes. The prompt is read with
-    full attention, so the first new token is exact.
+    `layers * batch * kv_heads * (budget + eviction_interval) * (2 * head_dim * itemsize + 8)` bytes. The prompt is
+    read with full attention, so the first new token is exact.
 
-    All layers keep the same by default, which lost least in measured texts. They can share the budget by a profile or by the
-    attention of each prompt: a layer's support is how few tokens its last queries find 0.95 of what they look at in. A
-    budget too small to give each layer three times its support is shared equally then, but no layer gets more than that;
-    what a larger one has to spare is shared in proportion, and a layer that looks at a third of the prompt or more keeps
-    all of it. A profile knows all layers beforehand; the attention of a prompt is followed from the first layer to the last,
-    as if those above needed what those so far did on average. The budget is never exceeded.
+    All layers keep the same by default, which lost least in measured texts. They can share the budget by a profile or
+    by the attention of each prompt: a layer's support is how few tokens its last queries find 0.95 of what they look
+    at in. A budget too small to give each layer three times its support is shared equally then, but no layer gets more
+    than that; what a larger one has to spare is shared in proportion, and a layer that looks at a third of the prompt
+    or more keeps all of it. A profile knows all layers beforehand; the attention of a prompt is followed from the
+    first layer to the last, as if those above needed what those so far did on average. The budget is never exceeded.
 
     Massive tokens are told by keys and values, in the prompt and among generated tokens. Given a model instead of its
-    config, hidden states tell them too: at the outputs of layer 2 and of those at a quarter and half of the depth, or, with a
-    profile, of the first layer whose output has massive activations. They then protect the layers above.
+    config, hidden states tell them too: at the outputs of layer 2 and of those at a quarter and half of the depth, or,
+    with a profile, of the first layer whose output has massive activations. They then protect the layers above.
 
     Args:
-        config (`PreTrainedConfig` or `PreTrainedModel`): Of the model, or the model itself, which takes more time by a look at
-            the hidden states of two or three layers.
-        budget (`float`, `int` or `str`, *optional*): What layers keep on average: a fraction of the prompt (of everything
-            seen, when a later turn brings several tokens at once), a number of tokens, or bytes for the layers that evict such
-            as "256MiB". 1.0 never evicts. 0.2 by default.
+        config (`PreTrainedConfig` or `PreTrainedModel`): Of the model, or the model itself, which takes more time by a
+            look at the hidden states of two or three layers.
+        budget (`float`, `int` or `str`, *optional*): What layers keep on average: a fraction of the prompt (of
+            everything seen, when a later turn brings several tokens at once), a number of tokens, or bytes for the
+            layers that evict such as "256MiB". 1.0 never evicts. 0.2 by default.
         profile (`str`, *optional*): A file of `pyramid-cache profile`, by which layers share the budget.
-        preset (`str`, *optional*): A published setting instead of a budget, such as "22-sparse-layers-1536": of 32 layers
-            the lowest 10 keep everything, however much that gets, and the others 1,536 tokens each. Models of another depth
-            have as large a share of such layers.
+        preset (`str`, *optional*): A published setting instead of a budget, such as "22-sparse-layers-1536": of 32
+            layers the lowest 10 keep everything, however much that gets, and the others 1,536 tokens each. Models of
+            another depth have as large a share of such layers.
         follow_attention (`bool`, defaults to False): Whether layers share the budget by the attention of each prompt.
-        window_size (`int`, defaults to 64): How many of the last queries choose, and how many of the last tokens are kept
-            for certain (but no more than half of what a layer keeps). While an answer is generated, each token takes over
-            `1 / window_size` of that attention.
-        kernel_size (`int`, defaults to 13): Odd: over how many tokens the attention to a passage is averaged. Larger values keep
-            longer passages, and fewer of them; 1 scores each token alone.
-        eviction_interval (`int`, defaults to 32): Generated tokens that come in before as many go. Larger values take more
-            memory and less time.
+        window_size (`int`, defaults to 64): How many of the last queries choose, and how many of the last tokens are
+            kept for certain (but no more than half of what a layer keeps). While an answer is generated, each token
+            takes over `1 / window_size` of that attention.
+        kernel_size (`int`, defaults to 13): Odd: over how many tokens the attention to a passage is averaged. Larger
+            values keep longer passages, and fewer of them; 1 scores each token alone.
+        eviction_interval (`int`, defaults to 32): Generated tokens that come in before as many go. Larger values take
+            more memory and less time.
 
     Raises:
-        ValueError: For an argument outside these ranges, a profile of another model, or a model that cannot be compressed.
-        NotImplementedError: For a model whose rotary embedding depends on the length (dynamic NTK) or has several axes;
-            at the first forward pass where the config does not tell.
+        ValueError: For an argument outside these ranges, a profile of another model, or a model that cannot be
+            compressed.
+        NotImplementedError: For a model whose rotary embedding depends on the length (dynamic NTK) or has several
+            axes; at the first forward pass where the config does not tell.
 
     Example:
 
@@ -466,7 +487,9 @@ class MassiveActivationCache(PolicyCache):
     >>> from pyramid_cache import MassiveActivationCache
     >>> import torch
 
-    >>> config = LlamaConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=99)
+    >>> config = LlamaConfig(
+    ...     hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=99
+    ... )
     >>> model = LlamaForCausalLM(config)
     >>> cache = MassiveActivationCache(model.config, budget=16, window_size=8)
     >>> tokens = model.generate(torch.arange(40)[None], past_key_values=cache, max_new_tokens=8, eos_token_id=None)
@@ -493,8 +516,7 @@ class MassiveActivationCache(PolicyCache):
         kernel_size: int = 13,
         eviction_interval: int = DEFAULT_EVICTION_INTERVAL,
     ) -> None:
-        model = model_inside(config)
-        config = config if model is None else model.config
+        config, model = config_and_model(config)
         check_decoder_config(config)
         refuse_unsupported_rope(config)
         if profile is not None and not isinstance(profile, (str, os.PathLike)):
@@ -545,16 +567,17 @@ class MassiveActivationCache(PolicyCache):
         The tokens that never go, and why.
 
         Returns:
-            `dict[int, list[list[MassiveToken]]]`: By the index of each layer that evicts, for each row: what looks massive to
-            the layer, those with the shortest values first, then what is massive in hidden states below, or what stands in.
+            `dict[int, list[list[MassiveToken]]]`: By the index of each layer that evicts, for each row: what looks
+            massive to the layer, those with the shortest values first, then what is massive in hidden states below, or
+            what stands in.
         """
         return {layer.place.layer_idx: layer.massive_tokens() for layer in self.compressed_layers}
 
 
 def probed_layers(num_layers: int, profile: Profile | None) -> list[int]:
     """
-    The decoder layers whose outputs are looked at. Massive activations appear in layer 1 or 2 of Llama and Mistral and in layer
-    11 of SmolLM2's 30, and stay until the last layers.
+    The decoder layers whose outputs are looked at. Massive activations appear in layer 1 or 2 of Llama and Mistral and
+    in layer 11 of SmolLM2's 30, and stay until the last layers.
     """
     if profile is not None and profile.massive_layers is not None:
         return [profile.massive_layers[0]]

@@ -2,13 +2,13 @@
 PyramidInfer of Yang et al., 2024 (https://arxiv.org/abs/2405.12532).
 
 The queries of the last tokens agree on which earlier tokens matter: the *pivotal context*. Each layer keeps only the
-keys and values of its pivotal context, and deeper layers keep less of it (paper, Algorithm 1). Given a model instead of
-a config, hidden states are pruned too, while the prompt is read: a token that a layer drops is not computed by the
+keys and values of its pivotal context, and deeper layers keep less of it (paper, Algorithm 1). Given a model instead
+of a config, hidden states are pruned too, while the prompt is read: a token that a layer drops is not computed by the
 layers above it, so that projections, attention and MLP all shrink.
 
 Departures from the authors' code, whose legacy file is the reference for decoding:
-- the budget is met exactly: the falling schedule is solved for its mean, and never stops at `min_context_length` before
-  the budget is reached. Their settings, which fix the schedule and not the budget, are `PRESETS`;
+- the budget is met exactly: the falling schedule is solved for its mean, and never stops at `min_context_length`
+  before the budget is reached. Their settings, which fix the schedule and not the budget, are `PRESETS`;
 - a layer's own keys and values are pruned, as the paper has it; the code prunes for the next layer only
   (`prune_own_layer=False`);
 - the recent window is fixed when the prompt is read instead of growing with the answer, so that a generated token is
@@ -33,7 +33,7 @@ from pyramid_cache.engine.budget import (
     pyramid_schedule,
     read_count,
 )
-from pyramid_cache.engine.cache import CompressedCache, check_decoder_config, model_inside
+from pyramid_cache.engine.cache import CompressedCache, check_decoder_config, config_and_model
 from pyramid_cache.engine.layer import CompressedLayer, LayerPlace
 from pyramid_cache.engine.prefill import PrunedPrefill
 from pyramid_cache.engine.scoring import attend_and_score
@@ -51,8 +51,8 @@ PRESETS = {
     "llama-3-70b": (0.9, 3),
 }
 DEFAULT_BUDGET = 0.4
-# Generated tokens are judged in zones of this many; what stays of them falls with depth (authors' configs: exceed_length,
-# gen_compress_ratio, gen_decay_ratio).
+# Generated tokens are judged in zones of this many; what stays of them falls with depth (authors' configs:
+# exceed_length, gen_compress_ratio, gen_decay_ratio).
 ZONE_LENGTH = 16
 GENERATED_RATIO = 0.9
 GENERATED_DECAY_RATIO = 0.1
@@ -86,7 +86,8 @@ class PyramidSettings:
             raise ValueError(f"`decay_ratio={self.decay_ratio!r}` must be greater than 0 and at most 1.")
         if not is_number(self.distance_weight) or not 0 < self.distance_weight <= MAX_DISTANCE_WEIGHT:
             raise ValueError(
-                f"`distance_weight={self.distance_weight!r}` must be a positive number of at most {MAX_DISTANCE_WEIGHT:g}."
+                f"`distance_weight={self.distance_weight!r}` must be a positive number of at most "
+                f"{MAX_DISTANCE_WEIGHT:g}."
             )
         if not isinstance(self.prune_own_layer, bool):
             raise ValueError(f"`prune_own_layer={self.prune_own_layer!r}` must be True or False.")
@@ -103,16 +104,17 @@ class PyramidSettings:
         budget, least = self.budget.amount, self.num_sink_tokens + 1
         if self.budget.kind == "tokens" and budget < least:
             raise ValueError(
-                f"`budget={budget}` tokens cannot hold the {self.num_sink_tokens} sink tokens and a recent one. Give at least "
-                f"{least}, or lower `num_sink_tokens`."
+                f"`budget={budget}` tokens cannot hold the {self.num_sink_tokens} sink tokens and a recent one. Give "
+                f"at least {least}, or lower `num_sink_tokens`."
             )
         if self.budget.kind == "fraction" and budget < 1:
             share = self.num_dense_layers / self.num_layers
             if share >= budget:
                 raise ValueError(
                     f"`budget={budget}` is spent on the {self.num_dense_layers} of {self.num_layers} layers that keep "
-                    f"everything (`first_pruned_layer={self.first_pruned_layer}`, `prune_own_layer={self.prune_own_layer}`). Give more "
-                    f"than {share:.3g}, or let fewer layers keep everything."
+                    f"everything (`first_pruned_layer={self.first_pruned_layer}`, "
+                    f"`prune_own_layer={self.prune_own_layer}`). Give more than {share:.3g}, or let fewer layers keep "
+                    "everything."
                 )
 
     @property
@@ -175,8 +177,8 @@ def preset_schedule(
     preset: str, prompt_length: int, num_layers: int, num_recent: int, min_context_length: int
 ) -> tuple[int, ...]:
     """
-    The tokens that each layer holds by the authors' arithmetic: every `interval` layers the context shrinks by a factor
-    that itself falls with depth, until it would be no longer than `min_context_length`.
+    The tokens that each layer holds by the authors' arithmetic: every `interval` layers the context shrinks by a
+    factor that itself falls with depth, until it would be no longer than `min_context_length`.
     """
     decay_ratio, interval = PRESETS[preset]
     context = prompt_length - num_recent
@@ -198,10 +200,12 @@ def num_kept_of_zone(layer_idx: int, num_layers: int) -> int:
 
 class PyramidLayer(CompressedLayer):
     """
-    One layer of `PyramidCache`. All heads keep the same tokens. Slots are `[prompt | generated]`; the generated ones from
-    slot `num_settled` on are not judged yet in some row, and `scores` `(batch, 1, slots from there)` float32 is their
-    sum of weighted attention probabilities.
+    One layer of `PyramidCache`. All heads keep the same tokens. Slots are `[prompt | generated]`; the generated ones
+    from slot `num_settled` on are not judged yet in some row, and `scores` `(batch, 1, slots from there)` float32 is
+    their sum of weighted attention probabilities.
     """
+
+    scores: torch.Tensor | None
 
     row_tensors = ("next_position", "column_positions", "scores", "prompt_length", "num_recent")
     row_counts = ("row_lengths", "row_held", "row_kept", "row_prompt_lengths", "row_recent", "row_zones", "row_front")
@@ -282,7 +286,9 @@ class PyramidLayer(CompressedLayer):
         return row_passed if is_fewer else None
 
     def _best_tokens(self, scores: torch.Tensor, tokens: Tokens, row_kept: list[int]) -> torch.Tensor:
-        """`(batch, 1, kept)`: the columns of the sinks, of the recent window and of the best of the context between."""
+        """
+        `(batch, 1, kept)`: the columns of the sinks, of the recent window and of the best of the context between.
+        """
         is_protected = (tokens.positions < self.settings.num_sink_tokens) | (
             tokens.positions >= self.next_position - self.num_recent
         )
@@ -292,7 +298,9 @@ class PyramidLayer(CompressedLayer):
         return best_tokens(priority, self.per_row(row_kept).flatten(), max_kept)
 
     def _row_weights(self, positions: torch.Tensor) -> torch.Tensor:
-        """How much each query `(batch, rows)` counts: from 1 at the start of the window to `distance_weight`, 0 before."""
+        """
+        How much each query `(batch, rows)` counts: from 1 at the start of the window to `distance_weight`, 0 before.
+        """
         window_start = (self.next_position - self.num_recent)[:, 0]
         slope = (self.settings.distance_weight - 1) / (self.num_recent[:, 0] - 1).clamp(min=1).float()
         return torch.where(positions >= window_start, 1 + slope * (positions - window_start), 0.0)
@@ -300,7 +308,9 @@ class PyramidLayer(CompressedLayer):
     # Generated tokens.
 
     def _start_generation(self, row_lengths: list[int]) -> None:
-        """What comes behind prompts of these lengths is generated; one within a budget of tokens first grows up to it."""
+        """
+        What comes behind prompts of these lengths is generated; one within a budget of tokens first grows up to it.
+        """
         self.row_prompt_lengths = [max(length, kept) for length, kept in zip(row_lengths, self.row_kept, strict=True)]
         self.row_recent = [self.settings.num_recent(length, self.token_budget) for length in self.row_prompt_lengths]
         self.prompt_length, self.num_recent = self.per_row(self.row_prompt_lengths), self.per_row(self.row_recent)
@@ -309,10 +319,10 @@ class PyramidLayer(CompressedLayer):
 
     def attend_step(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
         if self.positions is None:
-            output = call.run()
+            dense = call.run()
             if self.must_evict and not self.settings.is_unlimited:
                 self._turn_into_slots(call.key, call.value)
-            return output
+            return dense
         output, _, probabilities = decode_attention(
             call.query, call.key, call.value, mask=self.slot_mask(), **call.logit_arguments
         )
@@ -321,7 +331,10 @@ class PyramidLayer(CompressedLayer):
         return output, None
 
     def _turn_into_slots(self, key: torch.Tensor, value: torch.Tensor) -> None:
-        """A layer that kept its whole prompt starts to judge what is generated: its first token beyond the budget is here."""
+        """
+        A layer that kept its whole prompt starts to judge what is generated: its first token beyond the budget is
+        here.
+        """
         tokens = self.column_tokens
         # The prompt ended where the budget does, one token ago.
         self._start_generation([length - 1 for length in self.row_lengths])
@@ -336,8 +349,8 @@ class PyramidLayer(CompressedLayer):
 
     def _score_generated(self, probabilities: torch.Tensor) -> None:
         """
-        Adds up what this query attended to, for the generated tokens in whose window it is: those followed by the end of
-        their zone and less than a recent window since. `probabilities` is `(batch, kv_heads, slots)`.
+        Adds up what this query attended to, for the generated tokens in whose window it is: those followed by the end
+        of their zone and less than a recent window since. `probabilities` is `(batch, kv_heads, slots)`.
         """
         num_open = self.length - self.num_settled
         if self.scores is None or self.scores.shape[-1] < num_open:
@@ -385,7 +398,9 @@ class PyramidLayer(CompressedLayer):
         self.scores = self.scores[..., shift:].contiguous()
 
     def _replace_open_slots(self, indices: torch.Tensor) -> None:
-        """Closes the gaps: the slots from `num_settled` on become those at `indices` `(batch, 1, slots)` among them."""
+        """
+        Closes the gaps: the slots from `num_settled` on become those at `indices` `(batch, 1, slots)` among them.
+        """
         start, num_open, num_kept = self.num_settled, self.length - self.num_settled, indices.shape[-1]
         kept = {
             name: gather_tokens(getattr(self, name)[:, :, start : self.length], indices) for name in self.slot_tensors
@@ -443,34 +458,37 @@ class PyramidLayer(CompressedLayer):
 
 class PyramidCache(CompressedCache):
     """
-    Keeps each layer's pivotal context, less of it the deeper the layer (PyramidInfer, https://arxiv.org/abs/2405.12532).
+    Keeps each layer's pivotal context, less of it the deeper the layer (PyramidInfer,
+    https://arxiv.org/abs/2405.12532).
 
-    Of a prompt, the cache holds `budget * num_layers * batch * prompt * kv_heads * 2 * head_dim * itemsize` bytes. Of the
-    generated tokens a layer keeps between nine tenths (the first one) and a sixteenth (the last one), once they are out of
-    the recent window; room for them is made 16 at a time.
+    Of a prompt, the cache holds `budget * num_layers * batch * prompt * kv_heads * 2 * head_dim * itemsize` bytes. Of
+    the generated tokens a layer keeps between nine tenths (the first one) and a sixteenth (the last one), once they
+    are out of the recent window; room for them is made 16 at a time.
 
     Args:
-        config (`PreTrainedConfig` or `PreTrainedModel`): Of the model: each layer reads the whole prompt and then prunes
-            its own keys and values. The model itself: tokens that a layer drops are not computed by the layers above
-            either, which makes reading the prompt faster. Logits of dropped prompt tokens are NaN then; that of the last
-            token, which `generate` needs, is always there.
-        budget (`float`, `int` or `str`, defaults to 0.4): The mean over layers of what is kept of the prompt: a fraction
-            (of everything seen, when a later turn brings several tokens at once), a number of tokens, or bytes such as
-            "256MiB". What is kept of the answer comes on top. 1.0 never evicts.
-        preset (`str`, *optional*): The authors' settings for a model, in place of a budget: "llama-2-7b", "llama-2-13b",
-            "llama-2-70b", "llama-3-8b" or "llama-3-70b".
+        config (`PreTrainedConfig` or `PreTrainedModel`): Of the model: each layer reads the whole prompt and then
+            prunes its own keys and values. The model itself: tokens that a layer drops are not computed by the layers
+            above either, which makes reading the prompt faster. Logits of dropped prompt tokens are NaN then; that of
+            the last token, which `generate` needs, is always there.
+        budget (`float`, `int` or `str`, defaults to 0.4): The mean over layers of what is kept of the prompt: a
+            fraction (of everything seen, when a later turn brings several tokens at once), a number of tokens, or
+            bytes such as "256MiB". What is kept of the answer comes on top. 1.0 never evicts.
+        preset (`str`, *optional*): The authors' settings for a model, in place of a budget: "llama-2-7b",
+            "llama-2-13b", "llama-2-70b", "llama-3-8b" or "llama-3-70b".
         recent_ratio (`float`, *optional*): The share of the prompt that is the recent window: always kept, and its
             queries choose the rest. 0.2 by default, and never more than half of the budget.
-        num_sink_tokens (`int`, defaults to 4): Tokens at the start that are always kept, if the budget has room for them.
-        min_context_length (`int`, defaults to 64): Tokens of context, beside window and sinks, that every layer keeps if
-            the budget allows it.
-        distance_weight (`float`, defaults to 1.2): How much more the newest query counts than the oldest of the window.
-        decay_ratio (`float`, defaults to 0.3): What the last layer keeps relative to the first, before the bounds apply.
-            Smaller values take more from the deep layers.
+        num_sink_tokens (`int`, defaults to 4): Tokens at the start that are always kept, if the budget has room for
+            them.
+        min_context_length (`int`, defaults to 64): Tokens of context, beside window and sinks, that every layer keeps
+            if the budget allows it.
+        distance_weight (`float`, defaults to 1.2): How much more the newest query counts than the oldest of the
+            window.
+        decay_ratio (`float`, defaults to 0.3): What the last layer keeps relative to the first, before the bounds
+            apply. Smaller values take more from the deep layers.
         first_pruned_layer (`int`, defaults to 0): Layers before this one keep everything; the others keep less for it.
             Attention settles after the first layers, so that later pruning recalls more of a long prompt.
-        prune_own_layer (`bool`, *optional*): `False`: a layer's selection applies to the layers above it only, as in the
-            authors' code and by default with a preset; the first pruned layer then keeps everything.
+        prune_own_layer (`bool`, *optional*): `False`: a layer's selection applies to the layers above it only, as in
+            the authors' code and by default with a preset; the first pruned layer then keeps everything.
 
     Raises:
         ValueError: For values outside these ranges, or a number of tokens without room for sinks and a recent token.
@@ -483,7 +501,9 @@ class PyramidCache(CompressedCache):
     >>> from pyramid_cache import PyramidCache
     >>> import torch
 
-    >>> config = LlamaConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=99)
+    >>> config = LlamaConfig(
+    ...     hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=99
+    ... )
     >>> model = LlamaForCausalLM(config)
     >>> cache = PyramidCache(model, budget=0.5)
     >>> tokens = model.generate(torch.arange(40)[None], past_key_values=cache, max_new_tokens=1, eos_token_id=None)
@@ -507,8 +527,7 @@ class PyramidCache(CompressedCache):
         first_pruned_layer: int = 0,
         prune_own_layer: bool | None = None,
     ) -> None:
-        model = model_inside(config)
-        config = config if model is None else model.config
+        config, model = config_and_model(config)
         parsed_budget = parse_budget(budget)
         if preset is not None and budget != DEFAULT_BUDGET:
             raise ValueError(f"`preset={preset!r}` and `budget={budget!r}` exclude each other: give one of them.")
@@ -516,8 +535,8 @@ class PyramidCache(CompressedCache):
             raise ValueError(f"`recent_ratio={recent_ratio!r}` must be at least 0 and less than 1.")
         if recent_ratio is not None and parsed_budget.kind == "fraction" and not recent_ratio < parsed_budget.amount:
             raise ValueError(
-                f"`budget={budget}` cannot hold a recent window of `recent_ratio={recent_ratio}` and sinks. Raise the budget or "
-                "lower `recent_ratio`."
+                f"`budget={budget}` cannot hold a recent window of `recent_ratio={recent_ratio}` and sinks. Raise the "
+                "budget or lower `recent_ratio`."
             )
         prune_own_layer = preset is None if prune_own_layer is None else prune_own_layer
 
@@ -542,9 +561,9 @@ class PyramidCache(CompressedCache):
         def build_layer(place: LayerPlace, masks: MaskReader) -> PyramidLayer:
             if self.pruned_prefill is not None and place.num_layers < place.model_depth:
                 raise NotImplementedError(
-                    f"{type(model).__name__} has layers of other kinds than full attention, whose hidden states cannot be "
-                    "pruned. Build the cache from `model.config`: each full-attention layer then prunes its own keys and "
-                    "values."
+                    f"{type(model).__name__} has layers of other kinds than full attention, whose hidden states "
+                    "cannot be pruned. Build the cache from `model.config`: each full-attention layer then prunes "
+                    "its own keys and values."
                 )
             return PyramidLayer(place, masks, build_settings(place.num_layers), self.pruned_prefill)
 

@@ -2,15 +2,15 @@
 R-KV of Cai et al., 2025 (https://arxiv.org/abs/2505.24133).
 
 Reasoning models say the same thing again and again, and tokens that repeat each other draw attention to all copies. A
-token is therefore worth its importance, the attention of the last queries to it or to a neighbour, less its redundancy, how
-much its key points where the other keys of its head do. Of keys that are nearly alike, the latest is not blamed for the
-others. While an answer is generated, tokens gather in a buffer before as many go.
+token is therefore worth its importance, the attention of the last queries to it or to a neighbour, less its
+redundancy, how much its key points where the other keys of its head do. Of keys that are nearly alike, the latest is
+not blamed for the others. While an answer is generated, tokens gather in a buffer before as many go.
 
-Departures from the paper and the authors' code: importance is that of the mean over the query heads of a KV head (theirs
-takes their largest logit), and while an answer is generated an average over all queries in which the last ones weigh most;
-a prompt is compressed as well (theirs can, but is meant for long answers). Following their code, one recent copy is spared,
-probabilities are averaged over queries before they are pooled, and both terms are distributions: importance over the
-candidates, redundancy by a softmax over all tokens.
+Departures from the paper and the authors' code: importance is that of the mean over the query heads of a KV head
+(theirs takes their largest logit), and while an answer is generated an average over all queries in which the last ones
+weigh most; a prompt is compressed as well (theirs can, but is meant for long answers). Following their code, one
+recent copy is spared, probabilities are averaged over queries before they are pooled, and both terms are
+distributions: importance over the candidates, redundancy by a softmax over all tokens.
 """
 
 from dataclasses import dataclass
@@ -91,26 +91,26 @@ class RKVCache(PolicyCache):
     Keeps, per KV head, the tokens that are attended to and unlike the others, and the most recent ones (R-KV,
     https://arxiv.org/abs/2505.24133). Made for long answers that repeat themselves, as reasoning models give them.
 
-    A layer holds `budget` tokens and up to `eviction_interval` more, however much is generated:
-    `batch * kv_heads * (budget + eviction_interval) * (2 * head_dim * itemsize + 8)` bytes. The prompt is read with full
-    attention, so the first new token is exact; to compare all its keys with each other takes time that grows with the
-    square of its length, and 16 MiB beside a few copies of the keys in float32.
+    A layer holds `budget` tokens and up to `eviction_interval` more, however much is generated: `batch * kv_heads *
+    (budget + eviction_interval) * (2 * head_dim * itemsize + 8)` bytes. The prompt is read with full attention, so the
+    first new token is exact; to compare all its keys with each other takes time that grows with the square of its
+    length, and 16 MiB beside a few copies of the keys in float32.
 
     Args:
         config (`PreTrainedConfig` or `PreTrainedModel`): Of the model, or the model, whose config is taken.
-        budget (`float`, `int` or `str`): What each layer keeps: a fraction of the prompt (of everything seen, when a later
-            turn brings several tokens at once), a number of tokens, or bytes for the layers that evict such as "256MiB".
-            1.0 never evicts. Answers that are long beside their prompt need a number of tokens.
-        window_size (`int`, defaults to 8): How many of the last queries tell what is important, and how many of the last
-            tokens are kept for certain (but no more than half of the budget).
-        kernel_size (`int`, defaults to 7): Odd: over how many neighbouring tokens the largest importance is taken. Larger
-            values keep longer passages, and fewer of them; 1 scores each token alone.
-        importance_weight (`float`, defaults to 0.1): From 0 to 1, the paper's lambda: how much importance counts, the rest
-            being redundancy. Larger values keep copies of what is attended to, smaller ones what is different.
-        similarity_threshold (`float`, defaults to 0.5): From 0 to 1, the cosine above which two keys are alike, so that the
-            latest of them is spared. Larger values spare only close copies.
-        eviction_interval (`int`, defaults to 128): Generated tokens that come in before as many go, the paper's buffer.
-            Larger values take more memory and less time.
+        budget (`float`, `int` or `str`): What each layer keeps: a fraction of the prompt (of everything seen, when a
+            later turn brings several tokens at once), a number of tokens, or bytes for the layers that evict such as
+            "256MiB". 1.0 never evicts. Answers that are long beside their prompt need a number of tokens.
+        window_size (`int`, defaults to 8): How many of the last queries tell what is important, and how many of the
+            last tokens are kept for certain (but no more than half of the budget).
+        kernel_size (`int`, defaults to 7): Odd: over how many neighbouring tokens the largest importance is taken.
+            Larger values keep longer passages, and fewer of them; 1 scores each token alone.
+        importance_weight (`float`, defaults to 0.1): From 0 to 1, the paper's lambda: how much importance counts, the
+            rest being redundancy. Larger values keep copies of what is attended to, smaller ones what is different.
+        similarity_threshold (`float`, defaults to 0.5): From 0 to 1, the cosine above which two keys are alike, so
+            that the latest of them is spared. Larger values spare only close copies.
+        eviction_interval (`int`, defaults to 128): Generated tokens that come in before as many go, the paper's
+            buffer. Larger values take more memory and less time.
 
     Raises:
         ValueError: For an argument outside these ranges, or a model that cannot be compressed.
@@ -122,7 +122,9 @@ class RKVCache(PolicyCache):
     >>> from pyramid_cache import RKVCache
     >>> import torch
 
-    >>> config = LlamaConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=99)
+    >>> config = LlamaConfig(
+    ...     hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=99
+    ... )
     >>> model = LlamaForCausalLM(config)
     >>> cache = RKVCache(model.config, budget=16, eviction_interval=32)
     >>> tokens = model.generate(torch.arange(8)[None], past_key_values=cache, max_new_tokens=60, eos_token_id=None)

@@ -1,17 +1,17 @@
 """
 ShadowKV of Sun et al., 2024 (https://arxiv.org/abs/2410.21465).
 
-Nothing is evicted. Before RoPE the keys of a layer are of low rank: their factors stay on the device, and their values move
-to the host. A step looks at the landmark of each chunk of keys, their mean and how far they spread around it, and attends to
-the chunks whose landmarks it attends to most, for which keys are rebuilt and values fetched. Exact on the device remain the
-chunks that a mean stands for worst, the outliers, and the latest tokens.
+Nothing is evicted. Before RoPE the keys of a layer are of low rank: their factors stay on the device, and their values
+move to the host. A step looks at the landmark of each chunk of keys, their mean and how far they spread around it, and
+attends to the chunks whose landmarks it attends to most, for which keys are rebuilt and values fetched. Exact on the
+device remain the chunks that a mean stands for worst, the outliers, and the latest tokens.
 
-Departures from the authors' code: the basis comes from an eigendecomposition of the keys' Gram matrix and is fitted again
-when later turns bring tokens; generated tokens move to the shadow as the prompt's do (theirs has room for 57 to 128 of them,
-and loses what comes then without a word); later turns attend to everything, with keys rebuilt and values fetched for one
-layer at a time (theirs treats up to 4,096 tokens as one decode step); rows of a batch may have different lengths. Their
-landmarks are means, in which a single key among others that are unlike it does not show; the spread beside the mean is in the
-place of the bounds of Quest (https://arxiv.org/abs/2406.10774), and takes less room.
+Departures from the authors' code: the basis comes from an eigendecomposition of the keys' Gram matrix and is fitted
+again when later turns bring tokens; generated tokens move to the shadow as the prompt's do (theirs has room for 57 to
+128 of them, and loses what comes then without a word); later turns attend to everything, with keys rebuilt and values
+fetched for one layer at a time (theirs treats up to 4,096 tokens as one decode step); rows of a batch may have
+different lengths. Their landmarks are means, in which a single key among others that are unlike it does not show; the
+spread beside the mean is in the place of the bounds of Quest (https://arxiv.org/abs/2406.10774), and takes less room.
 """
 
 import copy
@@ -27,7 +27,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from pyramid_cache.engine.attention import AttentionCall
 from pyramid_cache.engine.budget import floor_of_product, is_number, read_count
-from pyramid_cache.engine.cache import CompressedCache, check_decoder_config, model_inside
+from pyramid_cache.engine.cache import CompressedCache, check_decoder_config, config_and_model
 from pyramid_cache.engine.host import beside, fetch_values, join, read_host, wait_for_host
 from pyramid_cache.engine.landmarks import landmarks_of, probe_of
 from pyramid_cache.engine.layer import CompressedLayer, LayerPlace, grown
@@ -52,17 +52,19 @@ from pyramid_cache.ops.shadow import plan_chunks, reconstruct_keys, select_chunk
 class ShadowKVLayer(CompressedLayer):
     """
     One layer of `ShadowKVCache`. The slots are `num_outlier_chunks` chunks, then `num_sparse_chunks` chunks that steps
-    exchange, then the tail. A row whose tokens all fit is exact: they are in the slots as they came, whatever other rows do.
-    Of a longer one the first `row_shadow` tokens are in the shadow, the others in the tail, and the slots before it hold some of
-    the shadow's chunks; chunk `c` is its tokens `c * chunk_size` to `(c + 1) * chunk_size - 1`. In the shadow:
+    exchange, then the tail. A row whose tokens all fit is exact: they are in the slots as they came, whatever other
+    rows do. Of a longer one the first `row_shadow` tokens are in the shadow, the others in the tail, and the slots
+    before it hold some of the shadow's chunks; chunk `c` is its tokens `c * chunk_size` to `(c + 1) * chunk_size - 1`.
+    In the shadow:
 
-    - `factors` `(batch, tokens, rank)` and `basis` `(batch, kv_heads, rank, head_dim)`, whose product is the keys before RoPE;
+    - `factors` `(batch, tokens, rank)` and `basis` `(batch, kv_heads, rank, head_dim)`, whose product is the keys
+      before RoPE;
     - `host_values` `(batch, kv_heads, tokens, value_dim)`, on the host;
     - `landmarks` `(batch, kv_heads, chunks, head_dim + num_bands)`, of `landmarks_of`, and `is_selectable`
       `(batch, kv_heads, chunks)` bool, False for outliers and for what is no chunk;
     - `held_chunks` `(batch, kv_heads, num_sparse_chunks)` int64, which chunk each place holds, -1 for none;
-    - `outlier_chunks` `(batch, kv_heads, num_outlier_chunks)` int64, -1 for none, and `outlier_cosines` float32, the lowest
-      cosine of a key of the chunk and their mean.
+    - `outlier_chunks` `(batch, kv_heads, num_outlier_chunks)` int64, -1 for none, and `outlier_cosines` float32, the
+      lowest cosine of a key of the chunk and their mean.
     """
 
     row_tensors = (
@@ -178,8 +180,8 @@ class ShadowKVLayer(CompressedLayer):
         super()._check_call(call)
         if self.positions is not None and needs_gradients(call.query, call.key, call.value):
             raise NotImplementedError(
-                "Gradients do not pass through keys that are rebuilt and values that come from the host. Call the model under "
-                "`torch.no_grad()`."
+                "Gradients do not pass through keys that are rebuilt and values that come from the host. Call the "
+                "model under `torch.no_grad()`."
             )
 
     def attend_prompt(self, call: AttentionCall, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -235,7 +237,10 @@ class ShadowKVLayer(CompressedLayer):
         self._bring(torch.nn.functional.pad(chunks[..., : self.num_sparse_chunks], (0, missing), value=-1))
 
     def _bring(self, wanted: torch.Tensor) -> None:
-        """Brings chunks `(batch, kv_heads, num_sparse_chunks)` int64 into the slots, -1 for none, of each row its first ones."""
+        """
+        Brings chunks `(batch, kv_heads, num_sparse_chunks)` int64 into the slots, -1 for none, of each row its first
+        ones.
+        """
         num_tokens, sparse = max(self.row_shadow), self.sparse_slots
         if min(self.row_sparse) < self.num_sparse_chunks:
             ranks = torch.arange(wanted.shape[-1], device=self.device)
@@ -269,8 +274,8 @@ class ShadowKVLayer(CompressedLayer):
 
     def _inverse_frequencies(self) -> torch.Tensor:
         """
-        What keys are turned by, `(rotary_dim / 2,)`. Any frequencies would do as long as keys are turned back and forth by the
-        same: those of the model are the ones that make them of low rank.
+        What keys are turned by, `(rotary_dim / 2,)`. Any frequencies would do as long as keys are turned back and
+        forth by the same: those of the model are the ones that make them of low rank.
         """
         if self.rotary is None:
             return torch.zeros(0, device=self.device)
@@ -305,8 +310,8 @@ class ShadowKVLayer(CompressedLayer):
     @torch.no_grad()
     def _move_tail(self, at_once: bool = False) -> bool:
         """
-        What follows a step: rows whose tail is full move it, and those whose slots are all full begin their shadow. Returns
-        whether there are such rows; they do not hold yet what has moved.
+        What follows a step: rows whose tail is full move it, and those whose slots are all full begin their shadow.
+        Returns whether there are such rows; they do not hold yet what has moved.
         """
         if self.length < self.max_slots and all(self.row_shadow) and not at_once:
             return False
@@ -338,7 +343,8 @@ class ShadowKVLayer(CompressedLayer):
         Moves tokens to the shadow and puts the others into the slots.
 
         Args:
-            key, value (`torch.Tensor`): `(batch, kv_heads, columns, head_dim)`, of all tokens that are not in the shadow.
+            key, value (`torch.Tensor`): `(batch, kv_heads, columns, head_dim)`, of all tokens that are not in the
+                shadow.
             positions (`torch.Tensor`): `(batch, 1, columns)` int32, theirs, -1 for none.
             moved (`list[int]`): How many of each row move, its first ones.
             refits (`list[bool]`): Whether the basis of a row is fitted anew.
@@ -387,7 +393,9 @@ class ShadowKVLayer(CompressedLayer):
         ]
 
     def _part_of(self, order: torch.Tensor, starts: list[int], counts: list[int]) -> torch.Tensor:
-        """Of indices `(batch, 1, tokens)` those of `counts` tokens from `starts` on; -1 behind the last of a shorter row."""
+        """
+        Of indices `(batch, 1, tokens)` those of `counts` tokens from `starts` on; -1 behind the last of a shorter row.
+        """
         offsets = torch.arange(max(counts), device=order.device)
         indices = (self.per_row(starts) + offsets).clamp(max=order.shape[-1] - 1)
         return order.gather(-1, indices.long()).masked_fill(offsets >= self.per_row(counts), -1)
@@ -484,7 +492,10 @@ class ShadowKVLayer(CompressedLayer):
         return self.host.zeros(shape, self._value_dtype, self.device)
 
     def _add_factors(self, key: torch.Tensor, is_token: torch.Tensor, counts: list[int], refits: list[bool]) -> None:
-        """Projects keys onto the basis, which is first fitted to them and to the tokens held so far in rows that ask for it."""
+        """
+        Projects keys onto the basis, which is first fitted to them and to the tokens held so far in rows that ask for
+        it.
+        """
         kv_heads, head_dim = self._key_shape
         starts = self.row_shadow
         positions = self.per_row(starts) + torch.arange(key.shape[2], device=self.device)
@@ -535,7 +546,9 @@ class ShadowKVLayer(CompressedLayer):
     # Several tokens: all that was seen, for one layer at a time.
 
     def _sorted_slots(self) -> dict[str, torch.Tensor]:
-        """All tokens: keys that are rebuilt, or exact where those are held, and values from the host; then the others."""
+        """
+        All tokens: keys that are rebuilt, or exact where those are held, and values from the host; then the others.
+        """
         num_tokens = max(self.row_shadow)
         with torch.autocast(self.device.type, enabled=False):
             keys = self.factors[:, None, :num_tokens].float() @ self.basis.float()
@@ -566,7 +579,7 @@ class ShadowKVLayer(CompressedLayer):
     # What `generate` asks of any layer.
 
     @property
-    def is_croppable(self) -> bool:
+    def is_croppable(self) -> bool:  # type: ignore[override]
         return True
 
     def _crop_held(self, num_columns: int) -> None:
@@ -606,8 +619,9 @@ class ShadowKVLayer(CompressedLayer):
         num_columns = -tokens_to_remove - (self.get_seq_length() - self.num_seen)
         if self.positions is not None and num_columns > self.num_croppable:
             raise NotImplementedError(
-                f"`crop({tokens_to_remove})`: {num_columns} columns back some rows have padding in a later turn, and which it is "
-                f"is no longer known. Take back at most {-tokens_to_remove - num_columns + self.num_croppable}."
+                f"`crop({tokens_to_remove})`: {num_columns} columns back some rows have padding in a later turn, and "
+                "which it is is no longer known. Take back at most "
+                f"{-tokens_to_remove - num_columns + self.num_croppable}."
             )
 
     def compress(self) -> None:
@@ -726,47 +740,53 @@ def order_of(positions: torch.Tensor) -> torch.Tensor:
 
 class ShadowKVCache(CompressedCache):
     """
-    Evicts nothing: keys of low rank stay on the device, values go to the host, and each step attends to a few chunks of both
-    (ShadowKV, https://arxiv.org/abs/2410.21465). The prompt is read with full attention, so the first new token is exact.
+    Evicts nothing: keys of low rank stay on the device, values go to the host, and each step attends to a few chunks
+    of both (ShadowKV, https://arxiv.org/abs/2410.21465). The prompt is read with full attention, so the first new
+    token is exact.
 
     Of each row a layer holds on the device, in bytes (the paper's section 3.2, with the buffer that it leaves out):
-    `tokens * rank * itemsize` for factors, `kv_heads * rank * head_dim * itemsize` for the basis,
-    `tokens / chunk_size * kv_heads * ((head_dim + num_spread_bands) * itemsize + 1)` for landmarks, and
-    `slots * kv_heads * (2 * head_dim * itemsize + 4)` for what a step attends to, with `slots = num_outlier_chunks * chunk_size
-    + budget + num_local_tokens + offload_interval + chunk_size`; on the host `tokens * kv_heads * head_dim * itemsize`.
-    `cache.memory()` has the host apart. Later turns attend to everything: keys are rebuilt and values fetched for one layer
-    at a time, which takes as much memory as that layer would have taken. `num_kept_tokens` and `positions` are of what a step
-    attends to.
+    `tokens * rank * itemsize` for factors, `kv_heads * rank * head_dim * itemsize` for the basis, `tokens / chunk_size
+    * kv_heads * ((head_dim + num_spread_bands) * itemsize + 1)` for landmarks, and `slots * kv_heads * (2 * head_dim *
+    itemsize + 4)` for what a step attends to, with `slots = num_outlier_chunks * chunk_size + budget +
+    num_local_tokens + offload_interval + chunk_size`; on the host `tokens * kv_heads * head_dim * itemsize`.
+    `cache.memory()` has the host apart. Later turns attend to everything: keys are rebuilt and values fetched for one
+    layer at a time, which takes as much memory as that layer would have taken. `num_kept_tokens` and `positions` are
+    of what a step attends to.
 
     Args:
-        config (`PreTrainedConfig` or `PreTrainedModel`): Of the model, or the model itself. The model is needed only if
-            it was cast with `model.to(torch.bfloat16)` after loading, which rounds its rotary frequencies too.
+        config (`PreTrainedConfig` or `PreTrainedModel`): Of the model, or the model itself. The model is needed only
+            if it was cast with `model.to(torch.bfloat16)` after loading, which rounds its rotary frequencies too.
         budget (`int` or `float`, defaults to 2048): Tokens that a step attends to beside outliers and the latest, or
-            their share of the prompt. Larger values miss less and take more time. A prompt that is no longer than the slots
-            is kept as it is, and the cache is `DynamicCache` bit for bit.
-        rank (`int` or `float`, defaults to 160): Dimensions that keys have before RoPE, over all heads of a layer; or the share
-            of their sum of squares that is kept, by which each layer has a rank of its own; a few directions hold most of it, so
-            that 0.99 is coarse and 0.999 fine. Larger values rebuild keys more exactly and take more memory.
-        chunk_size (`int`, defaults to 8): Tokens that one landmark stands for. Larger values save memory and choose more
-            coarsely.
-        num_outlier_chunks (`int`, defaults to 48): Chunks of each KV head that stay exact, those whose mean stands for them worst.
-        num_spread_bands (`int`, defaults to 4): Bands into which the dimensions of a head are cut, at most half as many as it has
-            dimensions; for each a landmark has how far the keys of its chunk spread around their mean. With 0 it is the mean
-            alone, as in the paper, and steps miss single keys that are unlike their neighbours.
+            their share of the prompt. Larger values miss less and take more time. A prompt that is no longer than the
+            slots is kept as it is, and the cache is `DynamicCache` bit for bit.
+        rank (`int` or `float`, defaults to 160): Dimensions that keys have before RoPE, over all heads of a layer; or
+            the share of their sum of squares that is kept, by which each layer has a rank of its own; a few directions
+            hold most of it, so that 0.99 is coarse and 0.999 fine. Larger values rebuild keys more exactly and take
+            more memory.
+        chunk_size (`int`, defaults to 8): Tokens that one landmark stands for. Larger values save memory and choose
+            more coarsely.
+        num_outlier_chunks (`int`, defaults to 48): Chunks of each KV head that stay exact, those whose mean stands for
+            them worst.
+        num_spread_bands (`int`, defaults to 4): Bands into which the dimensions of a head are cut, at most half as
+            many as it has dimensions; for each a landmark has how far the keys of its chunk spread around their mean.
+            With 0 it is the mean alone, as in the paper, and steps miss single keys that are unlike their neighbours.
         num_local_tokens (`int`, defaults to 32): How many of the latest tokens stay exact at least.
-        offload_interval (`int`, defaults to 32): Generated tokens that come in before full chunks of them go to the host.
-            Larger values take more memory and less time.
-        quantize (`str`, *optional*): "int8" or "fp8" holds factors and landmarks in one byte a number, as many bytes either way.
-        host (`str`, defaults to `"memory"`): Where values go; `"disk:PATH"` maps files in that folder, which must exist, for
-            contexts that exceed the memory of the host. The files have no names, and are gone with the cache.
+        offload_interval (`int`, defaults to 32): Generated tokens that come in before full chunks of them go to the
+            host. Larger values take more memory and less time.
+        quantize (`str`, *optional*): "int8" or "fp8" holds factors and landmarks in one byte a number, as many bytes
+            either way.
+        host (`str`, defaults to `"memory"`): Where values go; `"disk:PATH"` maps files in that folder, which must
+            exist, for contexts that exceed the memory of the host. The files have no names, and are gone with the
+            cache.
         host_budget (`int` or `str`, *optional*): Bytes that values of all layers may take there, such as "16GiB". What
             exceeds it is refused before it is allocated.
 
     Raises:
-        ValueError: For an argument outside these ranges, or a model that cannot be compressed; while it runs, for values that
-            exceed `host_budget`.
-        NotImplementedError: For a model whose rotary embedding depends on the length (dynamic NTK) or has several axes, at
-            the first forward pass where the config does not tell; and for gradients once values are on the host.
+        ValueError: For an argument outside these ranges, or a model that cannot be compressed; while it runs, for
+            values that exceed `host_budget`.
+        NotImplementedError: For a model whose rotary embedding depends on the length (dynamic NTK) or has several
+            axes, at the first forward pass where the config does not tell; and for gradients once values are on the
+            host.
 
     Example:
 
@@ -775,7 +795,9 @@ class ShadowKVCache(CompressedCache):
     >>> from pyramid_cache import ShadowKVCache
     >>> import torch
 
-    >>> config = LlamaConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=2999)
+    >>> config = LlamaConfig(
+    ...     hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=2999
+    ... )
     >>> model = LlamaForCausalLM(config)
     >>> cache = ShadowKVCache(model.config, budget=64, rank=16, num_outlier_chunks=4)
     >>> tokens = model.generate(torch.arange(2000)[None], past_key_values=cache, max_new_tokens=8, eos_token_id=None)
@@ -803,8 +825,7 @@ class ShadowKVCache(CompressedCache):
         host: str = "memory",
         host_budget: int | str | None = None,
     ) -> None:
-        model = model_inside(config)
-        config = config if model is None else model.config
+        config, model = config_and_model(config)
         check_decoder_config(config)
         refuse_unsupported_rope(config)
         settings = {
@@ -846,8 +867,8 @@ class ShadowKVCache(CompressedCache):
             config (`PreTrainedConfig` or `PreTrainedModel`): Of the model, or the model.
             device (`torch.device`, *optional*): Where the cache belongs.
             host (`str`, *optional*): Where values go instead, as the constructor takes it.
-            host_budget (`int` or `str`, *optional*): Bytes they may take there. A `host` that is given comes with its own budget,
-                or none.
+            host_budget (`int` or `str`, *optional*): Bytes they may take there. A `host` that is given comes with its
+                own budget, or none.
         """
         if host is not None:
             return cls._load(path, config, device, host=host, host_budget=host_budget)

@@ -6,8 +6,8 @@ a rolling window of recent tokens lets a model generate without end. Positions a
 Section 3.2): the sinks directly precede the window, however much was evicted between.
 
 Departure from the authors' code: they store unrotated keys and rotate all of them anew at every step. RoPE depends on
-differences of positions only, so the same scores come of leaving queries and window where the model put them and moving
-the sinks alone, forward by the number of evicted tokens (the *sink shift*).
+differences of positions only, so the same scores come of leaving queries and window where the model put them and
+moving the sinks alone, forward by the number of evicted tokens (the *sink shift*).
 """
 
 import weakref
@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from pyramid_cache.engine.attention import AttentionCall
 from pyramid_cache.engine.budget import read_count
-from pyramid_cache.engine.cache import CompressedCache, check_decoder_config, model_inside
+from pyramid_cache.engine.cache import CompressedCache, check_decoder_config, config_and_model
 from pyramid_cache.engine.layer import CompressedLayer, LayerPlace
 from pyramid_cache.engine.rope import (
     FREQUENCY_TENSORS,
@@ -45,8 +45,8 @@ BLOCK_ELEMENTS = 1 << 22
 
 class SharedRotations(SharedFrequencies):
     """
-    What the layers of a cache have in common: the frequencies of the model, and the turn that moves the sinks at the step
-    that is running, which would otherwise be computed anew in each layer.
+    What the layers of a cache have in common: the frequencies of the model, and the turn that moves the sinks at the
+    step that is running, which would otherwise be computed anew in each layer.
     """
 
     def forget(self) -> None:
@@ -57,7 +57,10 @@ class SharedRotations(SharedFrequencies):
     def turn_by(
         self, rotary: RotaryFrequencies, distances: list[int], states: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        """Cosine and sine that move `states` `(batch, kv_heads, tokens, head_dim)` by `distances`, one per row or for all."""
+        """
+        Cosine and sine that move `states` `(batch, kv_heads, tokens, head_dim)` by `distances`, one per row or for
+        all.
+        """
         key = (id(rotary), tuple(distances), states.dtype, states.device)
         if key != self._key:
             angles = rotary.angles(numbers_on(states.device, distances, torch.int64).view(-1, 1, 1))
@@ -70,10 +73,12 @@ class SharedRotations(SharedFrequencies):
 
 class StreamingLLMLayer(CompressedLayer):
     """
-    One layer of `StreamingLLMCache`: slot `p` holds token `p` as long as there is room, then the window is a ring behind
-    the sinks. `sink_keys` `(batch, kv_heads, num_sink_tokens, head_dim)` are the sinks as they arrived; the first slots
-    hold them moved. Keys are rotated by their position minus `base`.
+    One layer of `StreamingLLMCache`: slot `p` holds token `p` as long as there is room, then the window is a ring
+    behind the sinks. `sink_keys` `(batch, kv_heads, num_sink_tokens, head_dim)` are the sinks as they arrived; the
+    first slots hold them moved. Keys are rotated by their position minus `base`.
     """
+
+    sink_keys: torch.Tensor | None
 
     row_tensors = ("next_position", "column_positions", "sink_keys")
     state_numbers = (*CompressedLayer.state_numbers, "base")
@@ -124,8 +129,8 @@ class StreamingLLMLayer(CompressedLayer):
             rotary = self.rotations.frequencies_of(module, self.device)
             if any(self.row_lengths) and rotary is not self.rotary:
                 raise ValueError(
-                    "The cache was loaded from a file that a model with other rotary frequencies has filled. If this model was "
-                    "cast with `model.to`, load the cache with the model instead of its config."
+                    "The cache was loaded from a file that a model with other rotary frequencies has filled. If this "
+                    "model was cast with `model.to`, load the cache with the model instead of its config."
                 )
             self.rotary = rotary
             longest = None if self.rotary is None else self.rotary.original_max_position_embeddings
@@ -146,8 +151,9 @@ class StreamingLLMLayer(CompressedLayer):
         expected = torch.zeros_like(last) if self.has_exact_angles else last
         if not ((offsets == expected) | (ranks < 0)).all():
             raise ValueError(
-                "`position_ids` do not number the tokens of each row in turn, as StreamingLLMCache needs it (with longrope "
-                "scaling from 0, padding not counted). Leave them to `generate`, or pass `attention_mask.cumsum(-1) - 1`."
+                "`position_ids` do not number the tokens of each row in turn, as StreamingLLMCache needs it (with "
+                "longrope scaling from 0, padding not counted). Leave them to `generate`, or pass "
+                "`attention_mask.cumsum(-1) - 1`."
             )
 
     # A prompt, or several tokens of a later turn.
@@ -188,12 +194,12 @@ class StreamingLLMLayer(CompressedLayer):
         self, call: AttentionCall, tokens: Tokens, chunks: list[tuple[int, int]]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
-        Queries, keys and the positions of the queries `(batch, 1, num_queries)`, turned to exact angles where stored keys
-        have them.
+        Queries, keys and the positions of the queries `(batch, 1, num_queries)`, turned to exact angles where stored
+        keys have them.
 
         Args:
-            chunks (`list[tuple[int, int]]`): For the last columns of the keys, which are as the model rotated them: how
-                many one forward pass brought, and the longest row by then. The queries belong to the last chunk.
+            chunks (`list[tuple[int, int]]`): For the last columns of the keys, which are as the model rotated them:
+                how many one forward pass brought, and the longest row by then. The queries belong to the last chunk.
         """
         num_new, longest = chunks[-1]
         new_positions = tokens.positions[..., -num_new:]
@@ -218,11 +224,13 @@ class StreamingLLMLayer(CompressedLayer):
         **logit_arguments,
     ) -> torch.Tensor:
         """
-        Attention in which each query sees the sinks and the window that it would have seen had the tokens come one by one.
+        Attention in which each query sees the sinks and the window that it would have seen had the tokens come one by
+        one.
 
         Args:
             query (`torch.Tensor`): `(batch, heads, num_new, head_dim)`.
-            key, value (`torch.Tensor`): `(batch, kv_heads, columns, head_dim)`, in order of position, empty ones first.
+            key, value (`torch.Tensor`): `(batch, kv_heads, columns, head_dim)`, in order of position, empty ones
+                first.
             sink_key (`torch.Tensor`): `(batch, kv_heads, num_sink_tokens, head_dim)`, the sinks as they arrived.
             tokens (`Tokens`): In these columns.
             new_positions (`torch.Tensor`): `(batch, 1, num_new)`, of the queries.
@@ -312,7 +320,9 @@ class StreamingLLMLayer(CompressedLayer):
     # Where the tokens are.
 
     def _sink_columns(self, tokens: Tokens) -> torch.Tensor:
-        """`(batch, 1, num_sink_tokens)`: the sorted columns of the first tokens; -1 for one that a row does not have."""
+        """
+        `(batch, 1, num_sink_tokens)`: the sorted columns of the first tokens; -1 for one that a row does not have.
+        """
         sinks = torch.arange(self.num_sink_tokens, device=self.device)
         columns = tokens.positions.shape[-1] - self.per_row(tokens.row_present) + sinks
         return columns.masked_fill(sinks >= self.per_row(tokens.row_present), -1).long()
@@ -336,8 +346,8 @@ class StreamingLLMLayer(CompressedLayer):
 
     def _to_exact_angles(self, states: torch.Tensor, positions: torch.Tensor, longest: int) -> torch.Tensor:
         """
-        States that the model rotated, rotated exactly by their `(batch, 1, tokens)` positions minus `base`; `longest` is
-        the length of the longest row in the forward pass that they are of.
+        States that the model rotated, rotated exactly by their `(batch, 1, tokens)` positions minus `base`; `longest`
+        is the length of the longest row in the forward pass that they are of.
         """
         angles = self.rotary.angles(positions - self.base) - self.rotary.model_angles(positions, longest)
         return self.rotary.rotate(states, angles)
@@ -351,7 +361,9 @@ class StreamingLLMLayer(CompressedLayer):
         if self.rotary is not None and self.num_sink_tokens:
             if torch.compiler.is_compiling():  # numbers that change at every step must not be part of the graph
                 evicted = (self.next_position + 1 - self.window_length).clamp(min=0) - self.base
-                turn = self.rotary.cosine_and_sine(self.rotary.angles(evicted), self.sink_keys.dtype)
+                turn: tuple[torch.Tensor, ...] = self.rotary.cosine_and_sine(
+                    self.rotary.angles(evicted), self.sink_keys.dtype
+                )
             else:
                 row_lengths = self.row_lengths[:1] if are_alike(self.row_lengths) else self.row_lengths
                 distances = [max(length + 1 - self.window_length, 0) - self.base for length in row_lengths]
@@ -413,18 +425,19 @@ class StreamingLLMCache(CompressedCache):
     and the window is forgotten: no recall of it is possible.
 
     Args:
-        config (`PreTrainedConfig` or `PreTrainedModel`): Of the model, or the model itself. The model is needed only if
-            it was cast with `model.to(torch.bfloat16)` after loading, which rounds its rotary frequencies too.
+        config (`PreTrainedConfig` or `PreTrainedModel`): Of the model, or the model itself. The model is needed only
+            if it was cast with `model.to(torch.bfloat16)` after loading, which rounds its rotary frequencies too.
         budget (`int`): Tokens that attention sees at a decode step, the sinks and the new token included.
         num_sink_tokens (`int`, defaults to 4): Tokens kept from the start.
-        prefill (`str`, defaults to `"streaming"`): `"streaming"`: each token of the prompt sees the sinks and the window
-            before it, as in a stream (the paper's method). `"dense"`: the prompt is read with full attention, then cut;
-            stronger, since late tokens carry what they saw. Later turns stream either way.
+        prefill (`str`, defaults to `"streaming"`): `"streaming"`: each token of the prompt sees the sinks and the
+            window before it, as in a stream (the paper's method). `"dense"`: the prompt is read with full attention,
+            then cut; stronger, since late tokens carry what they saw. Later turns stream either way.
 
     Raises:
-        ValueError: For a window without room beside the sinks, an unknown `prefill`, or a model that cannot be compressed.
-        NotImplementedError: For a model whose rotary embedding depends on the length (dynamic NTK) or has several axes;
-            at the first forward pass where the config does not tell.
+        ValueError: For a window without room beside the sinks, an unknown `prefill`, or a model that cannot be
+            compressed.
+        NotImplementedError: For a model whose rotary embedding depends on the length (dynamic NTK) or has several
+            axes; at the first forward pass where the config does not tell.
 
     Example:
 
@@ -433,7 +446,9 @@ class StreamingLLMCache(CompressedCache):
     >>> from pyramid_cache import StreamingLLMCache
     >>> import torch
 
-    >>> config = LlamaConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=99)
+    >>> config = LlamaConfig(
+    ...     hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=99
+    ... )
     >>> model = LlamaForCausalLM(config)
     >>> cache = StreamingLLMCache(model.config, budget=16)
     >>> tokens = model.generate(torch.arange(40)[None], past_key_values=cache, max_new_tokens=8, eos_token_id=None)
@@ -451,8 +466,7 @@ class StreamingLLMCache(CompressedCache):
         *,
         prefill: Literal["streaming", "dense"] = "streaming",
     ) -> None:
-        model = model_inside(config)
-        config = config if model is None else model.config
+        config, model = config_and_model(config)
         window_length, num_sink_tokens = check_window(budget, num_sink_tokens, prefill)
         check_decoder_config(config)
         refuse_unsupported_rope(config)

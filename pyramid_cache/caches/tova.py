@@ -2,11 +2,11 @@
 TOVA of Oren et al., 2024: Token Omission Via Attention (https://arxiv.org/abs/2401.06104).
 
 A transformer with a bounded cache is a recurrent network of several states, and the state to drop is the one that the
-newest query attends to least. Attention is averaged over all heads of a layer, which keep the same tokens. No window is
-needed: what matters, recent or not, is what is looked at.
+newest query attends to least. Attention is averaged over all heads of a layer, which keep the same tokens. No window
+is needed: what matters, recent or not, is what is looked at.
 
-Departures from the authors' code: the newest token is kept even where it attends to itself least, and a prompt that exceeds
-the budget loses its tokens at once, by the attention of its last query.
+Departures from the authors' code: the newest token is kept even where it attends to itself least, and a prompt that
+exceeds the budget loses its tokens at once, by the attention of its last query.
 """
 
 from dataclasses import dataclass
@@ -34,17 +34,17 @@ class TOVACache(PolicyCache):
     Keeps the tokens that the last query attends to most, the same in all heads of a layer (TOVA,
     https://arxiv.org/abs/2401.06104).
 
-    A layer holds `budget` tokens and up to `eviction_interval` more, however much is generated:
-    `batch * (budget + eviction_interval) * (2 * kv_heads * head_dim * itemsize + 8)` bytes. The prompt is read with full
-    attention, so the first new token is exact.
+    A layer holds `budget` tokens and up to `eviction_interval` more, however much is generated: `batch * (budget +
+    eviction_interval) * (2 * kv_heads * head_dim * itemsize + 8)` bytes. The prompt is read with full attention, so
+    the first new token is exact.
 
     Args:
         config (`PreTrainedConfig` or `PreTrainedModel`): Of the model, or the model, whose config is taken.
-        budget (`float`, `int` or `str`): What each layer keeps: a fraction of the prompt (of everything seen, when a later
-            turn brings several tokens at once), a number of tokens, or bytes for the layers that evict such as "256MiB".
-            1.0 never evicts.
-        eviction_interval (`int`, defaults to 1): Generated tokens that come in before as many go: 1 as in the paper. Larger
-            values take more memory and less time, and let one query decide about several tokens.
+        budget (`float`, `int` or `str`): What each layer keeps: a fraction of the prompt (of everything seen, when a
+            later turn brings several tokens at once), a number of tokens, or bytes for the layers that evict such as
+            "256MiB". 1.0 never evicts.
+        eviction_interval (`int`, defaults to 1): Generated tokens that come in before as many go: 1 as in the paper.
+            Larger values take more memory and less time, and let one query decide about several tokens.
 
     Raises:
         ValueError: For an argument outside these ranges, or a model that cannot be compressed.
@@ -56,7 +56,9 @@ class TOVACache(PolicyCache):
     >>> from pyramid_cache import TOVACache
     >>> import torch
 
-    >>> config = LlamaConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=99)
+    >>> config = LlamaConfig(
+    ...     hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=99
+    ... )
     >>> model = LlamaForCausalLM(config)
     >>> cache = TOVACache(model.config, budget=16)
     >>> tokens = model.generate(torch.arange(40)[None], past_key_values=cache, max_new_tokens=8, eos_token_id=None)

@@ -1,11 +1,11 @@
 """
 Which attention can be served, read in the source of a model's attention classes before anything runs.
 
-A cache layer meets its queries in the attention function, by the very key tensor that `update` returned (`attention.py`).
-A model that does anything else with its keys would only be noticed in its first forward pass. So the files of its
-architecture in transformers are read once: where keys go to a cache, they must go on from there to the attention interface
-as they came back, with no argument that changes the logits in a way that is not known here. What cannot be read (models
-from elsewhere, installations without source) is left to the checks of that first forward pass.
+A cache layer meets its queries in the attention function, by the very key tensor that `update` returned
+(`attention.py`). A model that does anything else with its keys would only be noticed in its first forward pass. So the
+files of its architecture in transformers are read once: where keys go to a cache, they must go on from there to the
+attention interface as they came back, with no argument that changes the logits in a way that is not known here. What
+cannot be read (models from elsewhere, installations without source) is left to the checks of that first forward pass.
 """
 
 import ast
@@ -16,7 +16,8 @@ from importlib import resources
 from transformers import MODEL_MAPPING, GenerationMixin, PreTrainedConfig
 
 
-# What models and `generate` call the cache: `cache` from transformers 5.24 on, which warns of the name that it had before.
+# What models and `generate` call the cache: `cache` from transformers 5.24 on, which warns of the name that it had
+# before.
 CACHE_ARGUMENT = (
     "cache"
     if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
@@ -100,8 +101,8 @@ def _sources(package: str) -> list[str]:
 @functools.cache
 def _reasons_by_class(package: str) -> dict[str, str | None] | None:
     """
-    For each attention class of an architecture that hands keys to a cache, what is against it, or None. None in place of
-    all if `package` is not one of transformers' models, or its source is not there.
+    For each attention class of an architecture that hands keys to a cache, what is against it, or None. None in place
+    of all if `package` is not one of transformers' models, or its source is not there.
     """
     if not package.startswith("transformers.models."):
         return None
@@ -109,9 +110,10 @@ def _reasons_by_class(package: str) -> dict[str, str | None] | None:
     if not sources:
         return None
     reasons: dict[str, str | None] = {}
-    for node in [node for source in sources for node in ast.parse(source).body]:
-        for function in node.body if isinstance(node, ast.ClassDef) else []:
-            update = _update_of(function) if isinstance(function, ast.FunctionDef) else None
+    nodes = [node for source in sources for node in ast.parse(source).body]
+    for node in [node for node in nodes if isinstance(node, ast.ClassDef)]:
+        for function in [part for part in node.body if isinstance(part, ast.FunctionDef)]:
+            update = _update_of(function)
             if update is not None:
                 reasons[node.name] = _reason_against_class(node, function, update)
     return reasons

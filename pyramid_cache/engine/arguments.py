@@ -24,8 +24,8 @@ def as_row_indices(indices: torch.Tensor, num_rows: int) -> torch.Tensor:
         num_rows (`int`): How many there are, or -1 if that is not known.
 
     Raises:
-        ValueError: They choose no row, or one that is not there (which is noticed on the CPU only: reading indices on an
-            accelerator would wait for it at every step of a beam search).
+        ValueError: They choose no row, or one that is not there (which is noticed on the CPU only: reading indices on
+            an accelerator would wait for it at every step of a beam search).
     """
     try:
         rows = torch.as_tensor(indices)
@@ -67,8 +67,8 @@ def check_states(key_states: torch.Tensor, value_states: torch.Tensor) -> None:
     shapes = tuple(key_states.shape), tuple(value_states.shape)
     if len(shapes[0]) != 4 or len(shapes[1]) != 4 or shapes[0][:3] != shapes[1][:3] or 0 in (*shapes[0], *shapes[1]):
         raise ValueError(
-            f"Keys of shape {shapes[0]} and values of shape {shapes[1]} are not (batch, kv_heads, tokens, head_dim) of the same "
-            "tokens, one at least."
+            f"Keys of shape {shapes[0]} and values of shape {shapes[1]} are not (batch, kv_heads, tokens, head_dim) "
+            "of the same tokens, one at least."
         )
     if not key_states.is_floating_point() or not value_states.is_floating_point():
         raise ValueError(f"Keys and values must be real numbers, not {key_states.dtype} and {value_states.dtype}.")

@@ -48,12 +48,12 @@ class AttentionCall:
         key, value (`torch.Tensor`): `(batch, kv_heads, num_keys, head_dim)`.
         mask (`torch.Tensor`, *optional*): In the form that `function` takes.
         kwargs (`dict`): Whatever else the model passes.
-        lse (`torch.Tensor`, *optional*): `(batch, heads, num_queries)` float32, the log-sum-exps of the queries over these
-            keys, if they are known.
+        lse (`torch.Tensor`, *optional*): `(batch, heads, num_queries)` float32, the log-sum-exps of the queries over
+            these keys, if they are known.
     """
 
     function: Callable
-    module: torch.nn.Module
+    module: Any
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
@@ -95,14 +95,14 @@ def install() -> None:
     def get_interface(self: AttentionInterface, *args, **kwargs) -> Callable:
         return functools.partial(_dispatch, original(self, *args, **kwargs))
 
-    AttentionInterface.get_interface = get_interface
+    AttentionInterface.get_interface = get_interface  # type: ignore[method-assign]
 
 
 def uninstall() -> None:
     """Puts the original method back. The next cache that is built installs the wrap again."""
     global _original_get_interface
     if _original_get_interface is not None:
-        AttentionInterface.get_interface = _original_get_interface
+        AttentionInterface.get_interface = _original_get_interface  # type: ignore[method-assign]
         _original_get_interface = None
 
 
@@ -121,7 +121,7 @@ def _dispatch(
         return attention(module, query, key, value, attention_mask, *args, **kwargs)
     if args:
         raise NotImplementedError(
-            f"{type(module).__name__} passes more to its attention function by position than transformers' own models do. "
-            "Use DynamicCache for it."
+            f"{type(module).__name__} passes more to its attention function by position than transformers' own models "
+            "do. Use DynamicCache for it."
         )
     return layer.attend(AttentionCall(attention, module, query, key, value, attention_mask, kwargs))

@@ -8,16 +8,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from numbers import Integral, Real
-from typing import Literal
+from typing import Any, Literal
 
 
 # Positions are int32.
 MAX_TOKENS = 2**31 - 1
-# The tokens that get 0.95 of a layer's attention are not all that an answer needs of it: layers that keep no more than that
-# lose facts. Eight numbers in 1,024 tokens, SmolLM2, attention averaged over 7 tokens and none of their own, exact answers of
-# 32 and log-likelihood per token with the question in view at budgets of 0.25 and 0.5: shares in proportion to support .16
-# (-1.08) and .44 (-.44); this rule with a margin of 1.5 .25 (-.73) and .44 (-.46), of 2 .31 (-.72) and .44 (-.56), of 3 .38
-# (-.68) and .53 (-.53); equal shares .38 (-.68) and .59 (-.47).
+# The tokens that get 0.95 of a layer's attention are not all that an answer needs of it: layers that keep no more than
+# that lose facts. Eight numbers in 1,024 tokens, SmolLM2, attention averaged over 7 tokens and none of their own,
+# exact answers of 32 and log-likelihood per token with the question in view at budgets of 0.25 and 0.5: shares in
+# proportion to support .16 (-1.08) and .44 (-.44); this rule with a margin of 1.5 .25 (-.73) and .44 (-.46), of 2 .31
+# (-.72) and .44 (-.56), of 3 .38 (-.68) and .53 (-.53); equal shares .38 (-.68) and .59 (-.47).
 SUPPORT_MARGIN = 3
 BUDGET_FORMS = "a fraction of the prompt (0 < budget <= 1.0), a number of tokens (a positive int) or bytes ('256MiB')"
 BYTE_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
@@ -43,8 +43,8 @@ class Budget:
 
     def num_tokens(self, prompt_length: int) -> int:
         """
-        The tokens that a layer may keep of a prompt of that many tokens: at least one. A budget in bytes must have been
-        turned into tokens before, by `bytes_to_tokens`.
+        The tokens that a layer may keep of a prompt of that many tokens: at least one. A budget in bytes must have
+        been turned into tokens before, by `bytes_to_tokens`.
         """
         if self.kind == "fraction":
             return max(floor_of_product(self.amount, prompt_length), 1)
@@ -61,16 +61,16 @@ def is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def read_count(name: str, number: object, least: int) -> int:
+def read_count(name: str, number: Any, least: int) -> int:
     """
     A number of tokens or layers as users write it, which may be an integer of numpy's.
 
     Raises:
         ValueError: It is no integer, less than `least` or more than any position.
     """
-    if isinstance(number, bool) or not isinstance(number, Integral) or number < least:
+    if isinstance(number, bool) or not isinstance(number, Integral) or int(number) < least:
         raise ValueError(f"`{name}={number!r}` must be an integer of at least {least}.")
-    if number > MAX_TOKENS:
+    if int(number) > MAX_TOKENS:
         raise ValueError(f"`{name}={number!r}` must be an integer of at most {MAX_TOKENS:,}.")
     return int(number)
 
@@ -89,8 +89,8 @@ def parse_budget(budget: float | int | str) -> Budget:
         unit = None if match is None else BYTE_UNITS.get(match[2].lower())
         if match is None or unit is None or not match[2]:
             raise ValueError(
-                f"`budget={budget!r}` is no number of bytes. Give {BUDGET_FORMS}; units are B, KB, MB, GB, KiB, MiB, GiB, and "
-                "a fraction or a number of tokens is no string."
+                f"`budget={budget!r}` is no number of bytes. Give {BUDGET_FORMS}; units are B, KB, MB, GB, KiB, MiB, "
+                "GiB, and a fraction or a number of tokens is no string."
             )
         num_bytes = int(Fraction(match[1]) * unit)
         if num_bytes < 1:
@@ -126,8 +126,9 @@ def bytes_to_tokens(
     if num_tokens < 1:
         least = num_layers * batch_size * bytes_per_token * (1 + num_spare_slots)
         raise ValueError(
-            f"A budget of {num_bytes:,} bytes cannot hold one token, and the {num_spare_slots} that may come in before others go, for "
-            f"{batch_size} rows in {num_layers} layers: that takes {least:,} bytes. Raise the budget."
+            f"A budget of {num_bytes:,} bytes cannot hold one token, and the {num_spare_slots} that may come in "
+            f"before others go, for {batch_size} rows in {num_layers} layers: that takes {least:,} bytes. Raise the "
+            "budget."
         )
     return min(num_tokens, MAX_TOKENS)
 
@@ -152,7 +153,8 @@ def pyramid_schedule(
     prompt_length: int, total: int, shape: tuple[float, ...], minimum: int, num_dense_layers: int = 0
 ) -> tuple[int, ...]:
     """
-    Numbers of tokens per layer with a given sum: `clip(scale * shape, minimum, prompt_length)`, the scale being solved.
+    Numbers of tokens per layer with a given sum: `clip(scale * shape, minimum, prompt_length)`, the scale being
+    solved.
 
     Args:
         prompt_length (`int`): No layer keeps more.
@@ -183,7 +185,8 @@ def pyramid_schedule(
 
 def bounded_shares(total: int, shape: tuple[float, ...], minimum: int, maximum: int) -> tuple[int, ...]:
     """
-    Whole numbers of a given sum in proportion to a shape: `clip(scale * shape, minimum, maximum)`, the scale being solved.
+    Whole numbers of a given sum in proportion to a shape: `clip(scale * shape, minimum, maximum)`, the scale being
+    solved.
 
     Args:
         total (`int`): Met exactly; at least `minimum` and at most `maximum` for each number.
@@ -213,8 +216,8 @@ def bounded_shares(total: int, shape: tuple[float, ...], minimum: int, maximum: 
 
 def fair_shares(total: int, wanted: Sequence[int]) -> tuple[int, ...]:
     """
-    Whole numbers that are as large as what is wanted, or as equal as that allows: nobody gets more than is wanted, and who
-    gets less gets as much as anybody.
+    Whole numbers that are as large as what is wanted, or as equal as that allows: nobody gets more than is wanted, and
+    who gets less gets as much as anybody.
 
     Args:
         total (`int`): Met exactly if as much is wanted.
@@ -242,14 +245,15 @@ def assured_tokens(prompt_length: int, support: float, minimum: int) -> int:
 @functools.lru_cache(maxsize=1024)
 def support_schedule(prompt_length: int, total: int, supports: tuple[float, ...], minimum: int) -> tuple[int, ...]:
     """
-    Tokens per layer. A budget too small to give each layer three times its support is shared equally, but no layer gets
-    more than that. What a larger one has to spare is shared in proportion to support, up to the whole prompt: what layers
-    that look at a third of it or more have then.
+    Tokens per layer. A budget too small to give each layer three times its support is shared equally, but no layer
+    gets more than that. What a larger one has to spare is shared in proportion to support, up to the whole prompt:
+    what layers that look at a third of it or more have then.
 
     Args:
         prompt_length (`int`): More than the mean.
         total (`int`): Tokens kept over all layers; met exactly.
-        supports (`tuple[float, ...]`): The tokens that get nearly all attention of each layer, as fractions of the prompt.
+        supports (`tuple[float, ...]`): The tokens that get nearly all attention of each layer, as fractions of the
+            prompt.
         minimum (`int`): No layer keeps fewer, unless the mean is less.
     """
     minimum = min(minimum, total // len(supports))
@@ -261,8 +265,8 @@ def support_schedule(prompt_length: int, total: int, supports: tuple[float, ...]
 
 def online_budget(prompt_length: int, rest: int, num_layers_left: int, supports: Sequence[float], minimum: int) -> int:
     """
-    `support_schedule` for one layer before those above it are known: they are taken to need what those so far do on average.
-    Whatever comes, all layers together keep no more than the budget.
+    `support_schedule` for one layer before those above it are known: they are taken to need what those so far do on
+    average. Whatever comes, all layers together keep no more than the budget.
 
     Args:
         rest (`int`): What the layers below have left of the budget.

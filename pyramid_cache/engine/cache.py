@@ -1,4 +1,6 @@
-"""The base of all caches: builds a layer for each decoder layer of a config, and answers what users ask about the whole."""
+"""
+The base of all caches: builds a layer for each decoder layer of a config, and answers what users ask about the whole.
+"""
 
 import copy
 import os
@@ -33,9 +35,10 @@ class CompressedCache(Cache):
 
     Args:
         config (`PreTrainedConfig`): Of the model, as for `DynamicCache`.
-        build_layer (`Callable`): Called with the place of each full-attention layer and the mask reader that all share.
-        settings (`dict`, *optional*): The other arguments of the constructor by name, with which `load` calls it. A cache
-            without them cannot be saved.
+        build_layer (`Callable`): Called with the place of each full-attention layer and the mask reader that all
+            share.
+        settings (`dict`, *optional*): The other arguments of the constructor by name, with which `load` calls it. A
+            cache without them cannot be saved.
 
     Raises:
         ValueError: `config` is no config of a decoder, or has no layer that could be compressed.
@@ -58,8 +61,8 @@ class CompressedCache(Cache):
         compressed = [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
         if not compressed:
             raise ValueError(
-                f"A model of type {config.model_type!r} has no full-attention layer in this configuration, so there is "
-                "nothing to compress: its cache is bounded already. Use DynamicCache."
+                f"A model of type {config.model_type!r} has no full-attention layer in this configuration, so there "
+                "is nothing to compress: its cache is bounded already. Use DynamicCache."
             )
         for depth, index in enumerate(compressed):
             place = LayerPlace(index, depth, len(compressed), len(layers))
@@ -72,9 +75,11 @@ class CompressedCache(Cache):
         # Linear-attention layers are not told of tokens through `update`.
         self._first_attention = next(i for i, layer in enumerate(layers) if isinstance(layer, CacheLayerMixin))
 
+    layers: list[Any]
+
     @property
-    def compressed_layers(self) -> list[CompressedLayer]:
-        """The layers that evict, in the order of the model."""
+    def compressed_layers(self) -> list[Any]:
+        """The layers that evict, each a `CompressedLayer`, in the order of the model."""
         return [layer for layer in self.layers if isinstance(layer, CompressedLayer)]
 
     def update(
@@ -82,13 +87,14 @@ class CompressedCache(Cache):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not isinstance(layer_idx, int) or not 0 <= layer_idx < len(self.layers):
             raise ValueError(
-                f"The cache was built for {len(self.layers)} layers, but the model has a layer {layer_idx!r}. Build the cache "
-                "from the config of the model that it is used with."
+                f"The cache was built for {len(self.layers)} layers, but the model has a layer {layer_idx!r}. Build "
+                "the cache from the config of the model that it is used with."
             )
         if self._is_beside_encoder and self.get_seq_length(layer_idx) > self.get_seq_length(len(self.layers) - 1):
             raise ValueError(
-                f"Layer {layer_idx} was handed keys of the encoder: an encoder-decoder needs a second cache for them. Pass "
-                f"`{CACHE_ARGUMENT}=EncoderDecoderCache(cache, DynamicCache())` instead of the {type(self).__name__} alone."
+                f"Layer {layer_idx} was handed keys of the encoder: an encoder-decoder needs a second cache for them. "
+                f"Pass `{CACHE_ARGUMENT}=EncoderDecoderCache(cache, DynamicCache())` instead of the "
+                f"{type(self).__name__} alone."
             )
         if layer_idx == self._first_attention:
             self.require_whole()
@@ -112,8 +118,8 @@ class CompressedCache(Cache):
         if pending or any(length != lengths[0] for length in lengths):
             where = f" in the attention of layer {pending[0]}" if pending else ""
             raise RuntimeError(
-                f"An earlier forward pass broke off{where}, and the layers of the cache have seen {lengths} tokens. Call "
-                "`cache.reset()`, then read the whole sequence again."
+                f"An earlier forward pass broke off{where}, and the layers of the cache have seen {lengths} tokens. "
+                "Call `cache.reset()`, then read the whole sequence again."
             )
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -129,8 +135,9 @@ class CompressedCache(Cache):
                 and layer.get_seq_length() >= layer.sliding_window
             ):
                 raise NotImplementedError(
-                    f"`crop({tokens_to_remove})`: layer {index} has dropped tokens from its sliding window since, and that cannot "
-                    "be undone. Call `cache.activate_past_recording()` before the tokens that may be taken back are seen."
+                    f"`crop({tokens_to_remove})`: layer {index} has dropped tokens from its sliding window since, and "
+                    "that cannot be undone. Call `cache.activate_past_recording()` before the tokens that may be "
+                    "taken back are seen."
                 )
         super().crop(tokens_to_remove)
 
@@ -139,8 +146,8 @@ class CompressedCache(Cache):
         Ends a context: evicts at once what would wait for later, so that each layer holds no more than its budget.
 
         A context that was read in one forward pass is compressed at its end anyway, and so is each later turn. After
-        generated tokens, and after forward passes that `activate_past_recording` has put aside, this makes the cache as small
-        as it gets, before it is saved or copied for any number of questions.
+        generated tokens, and after forward passes that `activate_past_recording` has put aside, this makes the cache
+        as small as it gets, before it is saved or copied for any number of questions.
 
         Raises:
             RuntimeError: The last forward pass broke off.
@@ -152,9 +159,9 @@ class CompressedCache(Cache):
             layer.leave_inference_mode()
             layer.compress()
 
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Reorders the rows for beam search."""
-        super().reorder_cache(as_row_indices(beam_idx, self.batch_size))
+        super().reorder_cache(as_row_indices(beam_idx, self.batch_size))  # type: ignore[arg-type]
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keeps the rows at `indices` `(rows,)`, in that order, or those where a bool mask is True."""
@@ -165,8 +172,8 @@ class CompressedCache(Cache):
         super().batch_repeat_interleave(as_repeats(repeats))
 
     def __setattr__(self, name: str, value: object) -> None:
-        # `generate` marks a cache that it was given whenever it starts: a recording that an earlier one left on ends there.
-        # No property: given the class by mistake, `generate` would overwrite it for all caches.
+        # `generate` marks a cache that it was given whenever it starts: a recording that an earlier one left on ends
+        # there. No property: given the class by mistake, `generate` would overwrite it for all caches.
         super().__setattr__(name, value)
         if name == "_is_user_defined":
             self.require_whole()
@@ -185,8 +192,8 @@ class CompressedCache(Cache):
         """From now on nothing is evicted before the next `crop`; see `CompressedLayer.activate_past_recording`."""
         if self._is_beside_encoder:
             raise NotImplementedError(
-                "Assisted generation and prompt lookup take tokens back, which transformers' EncoderDecoderCache does with "
-                "DynamicCache only. Use `EncoderDecoderCache(DynamicCache(), DynamicCache())` with them."
+                "Assisted generation and prompt lookup take tokens back, which transformers' EncoderDecoderCache "
+                "does with DynamicCache only. Use `EncoderDecoderCache(DynamicCache(), DynamicCache())` with them."
             )
         super().activate_past_recording()
 
@@ -195,21 +202,21 @@ class CompressedCache(Cache):
         Makes a new cache hold what it would hold had it read a prompt itself, with full attention.
 
         Args:
-            prompt (`Sequence`): `CompressedLayer.last_recorded` of each layer that evicts, from another cache that the same
-                model filled. Its tensors are read, and never written to.
+            prompt (`Sequence`): `CompressedLayer.last_recorded` of each layer that evicts, from another cache that the
+                same model filled. Its tensors are read, and never written to.
 
         Raises:
             ValueError: The cache has seen tokens, or the prompt is of another number of layers.
         """
         if self.get_seq_length():
             raise ValueError(
-                f"A prompt can be replayed to a new cache only: this one has seen {self.get_seq_length()} tokens. Take a new one, "
-                "or call `cache.reset()`."
+                f"A prompt can be replayed to a new cache only: this one has seen {self.get_seq_length()} tokens. "
+                "Take a new one, or call `cache.reset()`."
             )
         if len(prompt) != len(self.compressed_layers):
             raise ValueError(
-                f"The prompt is of {len(prompt)} layers, but {len(self.compressed_layers)} of this cache evict. Give what each of "
-                "them needs."
+                f"The prompt is of {len(prompt)} layers, but {len(self.compressed_layers)} of this cache evict. Give "
+                "what each of them needs."
             )
         for layer, (module, chunk) in zip(self.compressed_layers, prompt, strict=True):
             layer.put_aside(module, chunk)
@@ -230,15 +237,15 @@ class CompressedCache(Cache):
         """
         Writes the cache to a file, from which `load` makes one that goes on as this one would, in another process too.
 
-        The file is in safetensors format. It is written beside `path` and then takes its place, so that an interrupted save
-        leaves an older file as it was. Slots that are allocated but not used are not saved.
+        The file is in safetensors format. It is written beside `path` and then takes its place, so that an interrupted
+        save leaves an older file as it was. Slots that are allocated but not used are not saved.
 
         Args:
             path (`str` or `os.PathLike`): Where to; an existing file is replaced.
 
         Raises:
-            ValueError: The cache holds nothing yet, is in the middle of a forward pass, or holds tokens that `crop` may
-                still take back.
+            ValueError: The cache holds nothing yet, is in the middle of a forward pass, or holds tokens that `crop`
+                may still take back.
             NotImplementedError: The model has layers that are neither full, sliding-window nor linear attention.
 
         Example:
@@ -248,7 +255,9 @@ class CompressedCache(Cache):
         >>> from pyramid_cache import H2OCache
         >>> import tempfile, torch
 
-        >>> config = LlamaConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=99)
+        >>> config = LlamaConfig(
+        ...     hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=99
+        ... )
         >>> model = LlamaForCausalLM(config)
         >>> document = torch.arange(90)[None]
         >>> cache = H2OCache(model.config, budget=16)
@@ -280,14 +289,14 @@ class CompressedCache(Cache):
         Reads a cache that `save` wrote. See there for an example.
 
         All of the file is checked before the cache is handed out: a file that was truncated, tampered with or made by
-        another model gives an error and no cache. The weights of the model are compared by samples, at once if the model is
-        given and at its first forward pass with the cache otherwise.
+        another model gives an error and no cache. The weights of the model are compared by samples, at once if the
+        model is given and at its first forward pass with the cache otherwise.
 
         Args:
             path (`str` or `os.PathLike`): The file.
             config (`PreTrainedConfig` or `PreTrainedModel`): Of the model, or the model, as the constructor takes it.
-            device (`torch.device`, *optional*): Where the cache belongs. By default where the model's layers are if the
-                model is given, else the CPU.
+            device (`torch.device`, *optional*): Where the cache belongs. By default where the model's layers are if
+                the model is given, else the CPU.
 
         Raises:
             FileNotFoundError: There is no such file.
@@ -345,8 +354,8 @@ class CompressedCache(Cache):
         The bytes that the cache holds: the sum of the storages of its tensors.
 
         Returns:
-            `dict[str, dict[str, int]]`: By device, then by role: "keys", "values" and "bookkeeping" (positions, scores). What a
-                cache has moved from its device to the host is under "host", on the CPU too.
+            `dict[str, dict[str, int]]`: By device, then by role: "keys", "values" and "bookkeeping" (positions,
+                scores). What a cache has moved from its device to the host is under "host", on the CPU too.
         """
         held: dict[str, dict[str, int]] = {}
         storages: set[int] = set()
@@ -394,11 +403,11 @@ class CompressedCache(Cache):
 
     def plot(self, row: int = 0) -> "Figure":
         """
-        Draws how many tokens each layer holds, and which positions of a row they are. `pyramid_cache.plot` has both apart,
-        and more.
+        Draws how many tokens each layer holds, and which positions of a row they are. `pyramid_cache.plot` has both
+        apart, and more.
 
-        What a `ShadowKVCache` shows is its buffer, which is what a step attends to: the chosen chunks, the outliers and the
-        latest tokens. The others are not lost.
+        What a `ShadowKVCache` shows is its buffer, which is what a step attends to: the chosen chunks, the outliers
+        and the latest tokens. The others are not lost.
 
         Args:
             row (`int`, defaults to 0): Of the batch.
@@ -426,20 +435,22 @@ class CompressedCache(Cache):
         The text of a row, each token coloured by how many of the layers that evict hold it in at least one KV head. A
         notebook shows it as HTML with tooltips; `print` gives plain text.
 
-        Of a `ShadowKVCache`, what counts is whether a token is in the buffer, which is what a step attends to: the chosen
-        chunks, the outliers and the latest tokens. The others are not lost.
+        Of a `ShadowKVCache`, what counts is whether a token is in the buffer, which is what a step attends to: the
+        chosen chunks, the outliers and the latest tokens. The others are not lost.
 
         Args:
             tokenizer (`PreTrainedTokenizerBase`): Of the model.
-            input_ids (`torch.Tensor`): `(batch, tokens)`, or `(tokens,)` of a single row: all that the cache has seen, or its
-                beginning, such as the prompt, or the sequences that `generate` returned, whose last token no layer has seen.
+            input_ids (`torch.Tensor`): `(batch, tokens)`, or `(tokens,)` of a single row: all that the cache has seen,
+                or its beginning, such as the prompt, or the sequences that `generate` returned, whose last token no
+                layer has seen.
             row (`int`, defaults to 0): Of the batch.
-            attention_mask (`torch.Tensor`, *optional*): `(batch, tokens)`, as the model was given it; columns behind its last
-                one are tokens. Without it padding is taken to be in front of the row, as many columns as the row has seen
-                fewer tokens than columns.
+            attention_mask (`torch.Tensor`, *optional*): `(batch, tokens)`, as the model was given it; columns behind
+                its last one are tokens. Without it padding is taken to be in front of the row, as many columns as the
+                row has seen fewer tokens than columns.
 
         Raises:
-            ValueError: The cache holds nothing yet or has no such row, or `input_ids` or the mask do not fit what it has seen.
+            ValueError: The cache holds nothing yet or has no such row, or `input_ids` or the mask do not fit what it
+                has seen.
             RuntimeError: The last forward pass broke off.
         """
         from pyramid_cache.plot.text import read_kept_text
@@ -447,10 +458,14 @@ class CompressedCache(Cache):
         return read_kept_text(self, tokenizer, input_ids, row, attention_mask)
 
 
-def model_inside(source: object) -> PreTrainedModel | None:
-    """The model that is given, or that a wrapper around it holds (PEFT, `torch.compile`); None for anything else."""
+def config_and_model(source: Any) -> tuple[PreTrainedConfig, PreTrainedModel | None]:
+    """
+    A config and no model where a config is given. Else the model that is given, or that a wrapper around it holds (PEFT,
+    `torch.compile`), and its config.
+    """
     modules = source.modules() if isinstance(source, torch.nn.Module) else ()
-    return next((module for module in modules if isinstance(module, PreTrainedModel)), None)
+    model = next((module for module in modules if isinstance(module, PreTrainedModel)), None)
+    return (source, None) if model is None else (model.config, model)
 
 
 def check_decoder_config(config: PreTrainedConfig) -> None:
@@ -474,8 +489,8 @@ def check_decoder_config(config: PreTrainedConfig) -> None:
     implementation = text_config._attn_implementation
     if implementation not in (None, "eager", "sdpa") and "flash" not in implementation:
         raise NotImplementedError(
-            f"attn_implementation={implementation!r} is not known to pyramid_cache, which must attend and make masks in its "
-            "place. Load the model with 'sdpa', 'eager' or 'flash_attention_2'."
+            f"attn_implementation={implementation!r} is not known to pyramid_cache, which must attend and make masks "
+            "in its place. Load the model with 'sdpa', 'eager' or 'flash_attention_2'."
         )
     reason = reason_against(text_config)
     if reason is not None:

@@ -1,7 +1,8 @@
 """
 What tells models apart: the fields of their configs that decide keys and values, and samples of their weights.
 
-A cache that was filled by one model is garbage to another, which no shape gives away if the two differ by training alone.
+A cache that was filled by one model is garbage to another, which no shape gives away if the two differ by training
+alone.
 """
 
 import hashlib
@@ -14,8 +15,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 
-# What keys and values depend on beside the weights. Fields that a config does not have count as None. Those of training
-# and generation, and the ids of special tokens, may differ.
+# What keys and values depend on beside the weights. Fields that a config does not have count as None. Those of
+# training and generation, and the ids of special tokens, may differ.
 ARCHITECTURE_FIELDS = (
     "model_type",
     "num_hidden_layers",
@@ -99,7 +100,7 @@ class WeightFingerprint:
             digest.update(f"{name} {weights.dtype} {tuple(weights.shape)}\n".encode())
             # An odd stride does not stay in a few columns of a matrix.
             samples = weights.reshape(-1)[:: max(weights.numel() // NUM_SAMPLES, 1) | 1]
-            digest.update(samples.contiguous().cpu().view(torch.uint8).numpy())
+            digest.update(samples.contiguous().cpu().view(torch.uint8).numpy().data)
         if not parameters:
             return None
         return WeightFingerprint(type(module).__name__, str(parameters[0][1].dtype), digest.hexdigest())

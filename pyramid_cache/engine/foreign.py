@@ -49,8 +49,8 @@ def foreign_kind(index: int, layer: Any) -> ForeignKind:
     kind = FOREIGN_KINDS.get(type(layer).__name__)
     if kind is None:
         raise NotImplementedError(
-            f"Layer {index} is a {type(layer).__name__} of transformers, which cannot be saved: only full, sliding-window and "
-            "linear attention can. Read the prompt again instead."
+            f"Layer {index} is a {type(layer).__name__} of transformers, which cannot be saved: only full, "
+            "sliding-window and linear attention can. Read the prompt again instead."
         )
     return kind
 

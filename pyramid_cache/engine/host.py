@@ -1,8 +1,8 @@
 """
 Where values are that the device has no room for: in memory of the host that the device can read, or in a mapped file.
 
-What goes to the host and comes from there does so on a second stream of a CUDA device, beside what it works out. Elsewhere
-there is one order of things, and nothing to wait for.
+What goes to the host and comes from there does so on a second stream of a CUDA device, beside what it works out.
+Elsewhere there is one order of things, and nothing to wait for.
 """
 
 import contextlib
@@ -12,6 +12,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -49,8 +50,8 @@ class HostPlace:
             rows, _, tokens, _ = shape
             other = "" if self.folder is not None else f", or `host='{DISK}PATH'` with a budget for the disk"
             raise ValueError(
-                f"Values of {rows} rows of {tokens:,} tokens take {needed:,} bytes on the host in {self.num_layers} layers, more "
-                f"than `host_budget={self.budget:,}`. Raise it, give fewer or shorter rows{other}."
+                f"Values of {rows} rows of {tokens:,} tokens take {needed:,} bytes on the host in {self.num_layers} "
+                f"layers, more than `host_budget={self.budget:,}`. Raise it, give fewer or shorter rows{other}."
             )
         if self.folder is None or not numel:
             return torch.zeros(shape, dtype=dtype, pin_memory=device.type == "cuda" and numel > 0)
@@ -65,8 +66,8 @@ def read_host(host: str, host_budget: int | str | None, num_layers: int) -> Host
     Where values go, as users write it.
 
     Raises:
-        ValueError: It is neither "memory" nor a folder that exists behind "disk:" and takes files, or the budget is no number
-            of bytes.
+        ValueError: It is neither "memory" nor a folder that exists behind "disk:" and takes files, or the budget is no
+            number of bytes.
     """
     folder = None
     if host != "memory":
@@ -76,7 +77,7 @@ def read_host(host: str, host_budget: int | str | None, num_layers: int) -> Host
         if folder is None or not os.path.isdir(folder):
             raise ValueError(f"`host={host!r}` must be 'memory', or '{DISK}' and a folder that exists.")
         require_writable(folder)
-    amount = host_budget
+    amount: Any = host_budget
     if isinstance(host_budget, str):
         try:
             amount = parse_budget(host_budget).amount
@@ -111,8 +112,8 @@ def second_stream(device: torch.device) -> torch.cuda.Stream:
 @contextlib.contextmanager
 def beside(device: torch.device, *read: torch.Tensor) -> Iterator[None]:
     """
-    What is launched inside runs beside what is launched behind it, up to `join`, and after all before. `read` are tensors that
-    may be let go before.
+    What is launched inside runs beside what is launched behind it, up to `join`, and after all before. `read` are
+    tensors that may be let go before.
     """
     if device.type != "cuda":
         yield
@@ -132,7 +133,9 @@ def join(device: torch.device) -> None:
 
 
 def wait_for_host(device: torch.device) -> None:
-    """Waits until values have come to the host and been read from there, so that they can be read and moved on the host."""
+    """
+    Waits until values have come to the host and been read from there, so that they can be read and moved on the host.
+    """
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
         second_stream(device).synchronize()
@@ -140,8 +143,8 @@ def wait_for_host(device: torch.device) -> None:
 
 def fetch_values(buffer: torch.Tensor, values: torch.Tensor, incoming: torch.Tensor, *, chunk_size: int) -> None:
     """
-    `gather_values`, of values in pageable memory too: mapped files are read by the host, which waits for the device to say
-    what it wants.
+    `gather_values`, of values in pageable memory too: mapped files are read by the host, which waits for the device to
+    say what it wants.
     """
     if buffer.device.type == "cpu" or values.is_pinned():
         gather_values(buffer, values, incoming, chunk_size=chunk_size)

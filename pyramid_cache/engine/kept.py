@@ -2,7 +2,6 @@
 
 import torch
 from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin
 
 from pyramid_cache.engine.layer import CompressedLayer
 
@@ -25,8 +24,8 @@ def kept_positions(cache: Cache, num_positions: int, row: int = 0) -> torch.Tens
     The share of the KV heads that hold each position of a row.
 
     Returns:
-        `torch.Tensor`: `(layers, num_positions)` float32, on the CPU. Layers of transformers hold the latest tokens; those
-        that hold no tokens one by one, as linear attention does, have NaN.
+        `torch.Tensor`: `(layers, num_positions)` float32, on the CPU. Layers of transformers hold the latest tokens;
+        those that hold no tokens one by one, as linear attention does, have NaN.
     """
     shares = torch.zeros(len(cache.layers), num_positions)
     for layer_idx, layer in enumerate(cache.layers):
@@ -39,7 +38,7 @@ def kept_positions(cache: Cache, num_positions: int, row: int = 0) -> torch.Tens
     return shares
 
 
-def latest_tokens(layer: CacheLayerMixin) -> int:
+def latest_tokens(layer: object) -> int:
     """How many tokens a layer of transformers holds, which are always the latest; none if it is no attention layer."""
     keys = getattr(layer, "keys", None)
     return 0 if keys is None else keys.shape[-2]

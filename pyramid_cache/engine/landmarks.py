@@ -1,6 +1,6 @@
 """
-What stands for a chunk of keys when a query chooses chunks: their mean (ShadowKV, arXiv 2410.21465, section 3.1), and how far they
-spread around it, in the place of the bounds of Quest (arXiv 2406.10774).
+What stands for a chunk of keys when a query chooses chunks: their mean (ShadowKV, arXiv 2410.21465, section 3.1), and
+how far they spread around it, in the place of the bounds of Quest (arXiv 2406.10774).
 """
 
 import math
@@ -12,15 +12,17 @@ from pyramid_cache.engine.sizes import with_size
 
 def landmarks_of(chunks: torch.Tensor, num_bands: int) -> torch.Tensor:
     """
-    The mean of the keys of each chunk, and how far they spread around it: their standard deviations in each band of dimensions.
+    The mean of the keys of each chunk, and how far they spread around it: their standard deviations in each band of
+    dimensions.
 
     Args:
         chunks (`torch.Tensor`): `(batch, kv_heads, chunks, chunk_size, head_dim)` float32.
         num_bands (`int`): How many bands there are.
 
     Returns:
-        `torch.Tensor`: `(batch, kv_heads, chunks, head_dim + num_bands)`. The product with `probe_of` a query is the mean's logit and
-        what a key has above it that deviates towards the query in every dimension, as far as those of its band do on average.
+        `torch.Tensor`: `(batch, kv_heads, chunks, head_dim + num_bands)`. The product with `probe_of` a query is the
+        mean's logit and what a key has above it that deviates towards the query in every dimension, as far as those of
+        its band do on average.
     """
     variances, means = torch.var_mean(chunks, dim=3, correction=0)
     return torch.cat([means, in_bands(variances.sqrt(), num_bands)], dim=-1)
@@ -33,8 +35,9 @@ def probe_of(query: torch.Tensor, num_bands: int) -> torch.Tensor:
 
 def in_bands(numbers: torch.Tensor, num_bands: int) -> torch.Tensor:
     """
-    Sums `(..., num_bands)` over bands of dimensions, over the root of their width: the product of two of them is that of a sum and a
-    mean, and neither leaves the range of float16 first. What is half of a head apart, as RoPE's pairs are, is in one band.
+    Sums `(..., num_bands)` over bands of dimensions, over the root of their width: the product of two of them is that
+    of a sum and a mean, and neither leaves the range of float16 first. What is half of a head apart, as RoPE's pairs
+    are, is in one band.
     """
     if not num_bands:
         return numbers[..., :0]

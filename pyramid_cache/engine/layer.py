@@ -13,7 +13,7 @@ A method derives a layer, says how many tokens it keeps, and what it does with a
 
 import weakref
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -57,8 +57,9 @@ class CompressedLayer(CacheLayerMixin):
     """
     Base of all layers: storage, positions, masks, and the batch operations of beam search.
 
-    Keys and values are `(batch, kv_heads, slots, head_dim)`, positions `(batch, kv_heads or 1, slots)` int32. The tensors
-    named in `slot_tensors` have their slots in dimension 2, those in `row_tensors` only share the batch dimension.
+    Keys and values are `(batch, kv_heads, slots, head_dim)`, positions `(batch, kv_heads or 1, slots)` int32. The
+    tensors named in `slot_tensors` have their slots in dimension 2, those in `row_tensors` only share the batch
+    dimension.
 
     Args:
         place (`LayerPlace`): Which layer of the model this is.
@@ -131,8 +132,8 @@ class CompressedLayer(CacheLayerMixin):
     @abstractmethod
     def attend_prompt(self, call: AttentionCall, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
-        Attention of several queries (or of the very first one), and the eviction that follows. The keys of `call` are what
-        the layer held and the new tokens behind it, `tokens` their positions. An eviction ends in `keep`.
+        Attention of several queries (or of the very first one), and the eviction that follows. The keys of `call` are
+        what the layer held and the new tokens behind it, `tokens` their positions. An eviction ends in `keep`.
         """
 
     @abstractmethod
@@ -152,7 +153,7 @@ class CompressedLayer(CacheLayerMixin):
         self.next_position = torch.zeros(batch_size, 1, 1, dtype=torch.int32, device=self.device)
         if self.budget is not None and self.budget.kind == "bytes":
             num_tokens = bytes_to_tokens(
-                self.budget.amount, self.place.num_layers, batch_size, self.bytes_per_token, self.num_spare_slots
+                int(self.budget.amount), self.place.num_layers, batch_size, self.bytes_per_token, self.num_spare_slots
             )
             self.token_budget = Budget("tokens", num_tokens)
         self.is_initialized = True
@@ -187,7 +188,7 @@ class CompressedLayer(CacheLayerMixin):
         else:
             keys, values = self._store(key_states, value_states)
         keys = keys[:]  # an object of its own: the layer must not refer to itself through it
-        keys.cache_layer = self
+        keys.cache_layer = self  # type: ignore[attr-defined]
         return keys, values
 
     def _store(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -218,21 +219,24 @@ class CompressedLayer(CacheLayerMixin):
         What happens instead of a model's call to its attention function.
 
         Args:
-            call (`AttentionCall`): Its keys and values are what `update` returned, its mask in coordinates of everything seen.
+            call (`AttentionCall`): Its keys and values are what `update` returned, its mask in coordinates of
+                everything seen.
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor | None]`: As attention functions return it: `(batch, num_queries, heads,
             head_dim)`, and attention weights where the function gave them.
         """
         # What autograd saves of the key must not lead back to the layer: that cycle no collector could free.
-        call.key.cache_layer = None
-        # Keys that need no gradient themselves are saved for that of queries which do, as with adapters on some projections.
+        call.key.cache_layer = None  # type: ignore[attr-defined]
+        # Keys that need no gradient themselves are saved for that of queries which do, as with adapters on some
+        # projections.
         self._is_saved = needs_gradients(call.query, call.key, call.value)
         num_new = call.num_queries
         if num_new != self.num_pending:
             raise RuntimeError(
-                f"Layer {self.place.layer_idx} was given {self.num_pending} tokens and asked for {num_new} queries: the model's "
-                "attention calls `update` in a way that pyramid_cache does not know. Use DynamicCache for this model."
+                f"Layer {self.place.layer_idx} was given {self.num_pending} tokens and asked for {num_new} queries: "
+                "the model's attention calls `update` in a way that pyramid_cache does not know. Use DynamicCache "
+                "for this model."
             )
         self._check_module(call.module)
         self._check_call(call)
@@ -243,8 +247,8 @@ class CompressedLayer(CacheLayerMixin):
             output = self._attend_several(call)
         if self.positions is not None and is_asked_for("attentions"):
             raise NotImplementedError(
-                "`output_attentions=True`: attention weights over a cache that evicts have no columns for what was evicted. "
-                "Use DynamicCache, or a budget that holds the whole sequence."
+                "`output_attentions=True`: attention weights over a cache that evicts have no columns for what was "
+                "evicted. Use DynamicCache, or a budget that holds the whole sequence."
             )
         self.num_pending = 0
         self.incoming = None
@@ -269,31 +273,31 @@ class CompressedLayer(CacheLayerMixin):
         """Raises if keys went out through `update` and the attention function never brought them back."""
         if self.num_pending:
             raise RuntimeError(
-                f"The attention of layer {self.place.layer_idx} did not go through the attention interface of transformers, so "
-                "the cache never saw its queries. Load the model with attn_implementation='sdpa', 'eager' or "
-                "'flash_attention_2'; a model that supports none of them through the interface needs DynamicCache. "
-                "After an interrupted forward pass, call `cache.reset()`."
+                f"The attention of layer {self.place.layer_idx} did not go through the attention interface of "
+                "transformers, so the cache never saw its queries. Load the model with attn_implementation='sdpa', "
+                "'eager' or 'flash_attention_2'; a model that supports none of them through the interface needs "
+                "DynamicCache. After an interrupted forward pass, call `cache.reset()`."
             )
 
     def _check_states(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         batch_size, kv_heads, _, head_dim = key_states.shape
         if batch_size != self.batch_size:
             raise ValueError(
-                f"The cache holds {self.batch_size} rows, but the model was given {batch_size}. Use a new cache for another "
-                "batch, or call `cache.reset()`."
+                f"The cache holds {self.batch_size} rows, but the model was given {batch_size}. Use a new cache for "
+                "another batch, or call `cache.reset()`."
             )
         value_dim = value_states.shape[-1]
         if (kv_heads, head_dim) != self._key_shape or (kv_heads, value_dim) != self._value_shape:
             raise ValueError(
-                f"The cache holds {self._key_shape[0]} KV heads of width {self._key_shape[1]} (keys) and {self._value_shape[1]} "
-                f"(values), but layer {self.place.layer_idx} of this model has {kv_heads} of width {head_dim} and {value_dim}. "
-                "Use a new cache for another model."
+                f"The cache holds {self._key_shape[0]} KV heads of width {self._key_shape[1]} (keys) and "
+                f"{self._value_shape[1]} (values), but layer {self.place.layer_idx} of this model has {kv_heads} of "
+                f"width {head_dim} and {value_dim}. Use a new cache for another model."
             )
         given = (key_states.dtype, value_states.dtype, key_states.device)
         if given != (self.dtype, self._value_dtype, self.device):
             raise ValueError(
-                f"The cache holds {self.dtype} (keys) and {self._value_dtype} (values) on {self.device}, but was given "
-                f"{given[0]} and {given[1]} on {given[2]}. Use a new cache, or call `cache.reset()`."
+                f"The cache holds {self.dtype} (keys) and {self._value_dtype} (values) on {self.device}, but was "
+                f"given {given[0]} and {given[1]} on {given[2]}. Use a new cache, or call `cache.reset()`."
             )
 
     def _check_module(self, module: torch.nn.Module) -> None:
@@ -307,24 +311,24 @@ class CompressedLayer(CacheLayerMixin):
             depth = None if config is None else config.get_text_config(decoder=True).num_hidden_layers
             if depth is not None and depth != self.place.model_depth:
                 raise ValueError(
-                    f"The cache was built for {self.place.model_depth} layers, but the model has {depth}. Build the cache from the "
-                    "config of the model that it is used with."
+                    f"The cache was built for {self.place.model_depth} layers, but the model has {depth}. Build the "
+                    "cache from the config of the model that it is used with."
                 )
             if self.expected_weights is not None:
                 self.expected_weights.require_same(module)
             self._module = weakref.ref(module)
         elif owner is not module:
             raise ValueError(
-                "The cache was filled by another model. Use a new cache for each model, or call `cache.reset()` before it "
-                "changes hands."
+                "The cache was filled by another model. Use a new cache for each model, or call `cache.reset()` "
+                "before it changes hands."
             )
 
     def _check_call(self, call: AttentionCall) -> None:
         implementation = getattr(getattr(call.module, "config", None), "_attn_implementation", None) or "eager"
         if implementation not in ("eager", "sdpa") and "flash" not in implementation:
             raise NotImplementedError(
-                f"attn_implementation={implementation!r} is not known to pyramid_cache, which must attend and make masks in its "
-                "place. Load the model with 'sdpa', 'eager' or 'flash_attention_2'."
+                f"attn_implementation={implementation!r} is not known to pyramid_cache, which must attend and make "
+                "masks in its place. Load the model with 'sdpa', 'eager' or 'flash_attention_2'."
             )
         if call.kwargs.get("position_bias") is not None:
             raise NotImplementedError("Attention with a learned position bias is not supported. Use DynamicCache.")
@@ -338,8 +342,9 @@ class CompressedLayer(CacheLayerMixin):
             return
         if call.mask is None and min(self.row_lengths) + 1 < self.num_seen:
             raise ValueError(
-                f"There is no attention mask, or one that hides nothing, but of the {self.num_seen - 1} columns seen so far only "
-                f"{self.row_lengths} are tokens. Pass a mask that covers the tokens in the cache and the new one, and hides padding."
+                f"There is no attention mask, or one that hides nothing, but of the {self.num_seen - 1} columns seen "
+                f"so far only {self.row_lengths} are tokens. Pass a mask that covers the tokens in the cache and the "
+                "new one, and hides padding."
             )
         if self.device.type != "cpu":  # reading tensors on an accelerator would wait for it at every token
             return
@@ -355,13 +360,13 @@ class CompressedLayer(CacheLayerMixin):
 
     def _check_position_ids(self, call: AttentionCall, row_lengths: list[int], seen: Tokens | None = None) -> None:
         """
-        Raises if the model numbers new tokens lower than those seen before them: it was given a sequence from its start
-        again. Tokens may be numbered higher, as those are whose positions count padding.
+        Raises if the model numbers new tokens lower than those seen before them: it was given a sequence from its
+        start again. Tokens may be numbered higher, as those are whose positions count padding.
 
         Args:
             row_lengths (`list[int]`): The tokens that each row has seen before these.
-            seen (`Tokens`, *optional*): What it has seen with these. Without, the new columns of a row are taken to be tokens
-                if their positions rise by one: masks that are too short for what has been seen cannot be read.
+            seen (`Tokens`, *optional*): What it has seen with these. Without, the new columns of a row are taken to be
+                tokens if their positions rise by one: masks that are too short for what has been seen cannot be read.
         """
         position_ids, num_new = call.kwargs.get("position_ids"), call.num_queries
         if self.place.depth or position_ids is None:  # one layer speaks for all
@@ -378,9 +383,10 @@ class CompressedLayer(CacheLayerMixin):
             lengths = seen.row_lengths
         if any(last < length - 1 for (_, last), length in zip(ends, lengths, strict=True)):
             raise ValueError(
-                f"`position_ids` end at {[last for _, last in ends]}, but the cache has seen {row_lengths} tokens: it is fed a sequence "
-                "from its start again. Give `generate` the whole history with new tokens at its end, and neither "
-                "`use_cache=False` nor an assistant with a cache in use; or call `cache.reset()` for another sequence."
+                f"`position_ids` end at {[last for _, last in ends]}, but the cache has seen {row_lengths} tokens: it "
+                "is fed a sequence from its start again. Give `generate` the whole history with new tokens at its "
+                "end, and neither `use_cache=False` nor an assistant with a cache in use; or call `cache.reset()` "
+                "for another sequence."
             )
 
     def _read_tokens(self, call: AttentionCall) -> Tokens:
@@ -426,7 +432,9 @@ class CompressedLayer(CacheLayerMixin):
         return tokens
 
     def _behind_slots(self, seen: Tokens, slot_positions: torch.Tensor, num_new: int) -> Tokens:
-        """The tokens in slots with those positions and in `num_new` columns behind them, which are the last of `seen`."""
+        """
+        The tokens in slots with those positions and in `num_new` columns behind them, which are the last of `seen`.
+        """
         new = seen.positions[..., -num_new:].expand(-1, slot_positions.shape[1], -1)
         num_new_tokens = [length - before for length, before in zip(seen.row_lengths, self.row_lengths, strict=True)]
         return replace(
@@ -440,7 +448,9 @@ class CompressedLayer(CacheLayerMixin):
 
     @property
     def record_past(self) -> bool:
-        """Whether new tokens are put aside until `crop` is called; transformers' own layers have the same attribute."""
+        """
+        Whether new tokens are put aside until `crop` is called; transformers' own layers have the same attribute.
+        """
         return self._records_past
 
     @record_past.setter
@@ -456,8 +466,8 @@ class CompressedLayer(CacheLayerMixin):
 
     def activate_past_recording(self) -> None:
         """
-        From now on nothing is evicted before the next `crop`, which may take tokens back. The tokens of the next forward
-        pass that stay are then treated as a turn's prompt, and those of later ones as generated one by one.
+        From now on nothing is evicted before the next `crop`, which may take tokens back. The tokens of the next
+        forward pass that stay are then treated as a turn's prompt, and those of later ones as generated one by one.
         """
         if not self.record_past:
             self.turn_begins = True
@@ -497,8 +507,8 @@ class CompressedLayer(CacheLayerMixin):
         seen = self._read_tokens(call)
         if seen.ends_in_padding:
             raise NotImplementedError(
-                "Some rows of the batch are padded on the right, and the cache records tokens that may be taken back. Pad on "
-                "the left (tokenizer.padding_side = 'left')."
+                "Some rows of the batch are padded on the right, and the cache records tokens that may be taken "
+                "back. Pad on the left (tokenizer.padding_side = 'left')."
             )
         tokens = seen
         if self.positions is not None:
@@ -511,8 +521,9 @@ class CompressedLayer(CacheLayerMixin):
 
     def attend_recorded(self, call: AttentionCall, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
-        Attention of tokens that may be taken back, over all that is held and recorded; nothing of the layer changes. The
-        keys of `call` are what the layer held, in order, and the recorded and new ones behind; `tokens` their positions.
+        Attention of tokens that may be taken back, over all that is held and recorded; nothing of the layer changes.
+        The keys of `call` are what the layer held, in order, and the recorded and new ones behind; `tokens` their
+        positions.
         """
         if self.positions is not None:
             call = self.with_slot_mask(call, tokens.positions >= 0 if tokens.has_gaps else None)
@@ -588,8 +599,8 @@ class CompressedLayer(CacheLayerMixin):
 
     def _reserve(self, num_slots: int) -> None:
         """
-        Makes room for that many slots, and for some more if the layer grows by a token at a time, but for no more than it
-        may keep.
+        Makes room for that many slots, and for some more if the layer grows by a token at a time, but for no more than
+        it may keep.
         """
         if num_slots <= self.keys.shape[2]:
             return
@@ -626,7 +637,9 @@ class CompressedLayer(CacheLayerMixin):
         self.positions[:, :, self.length - 1 : self.length] = self.next_position
 
     def _overwrite(self, slots: torch.Tensor, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Stores one new token in the slots `(batch, kv_heads or 1, 1)`; nothing is allocated that grows with the cache."""
+        """
+        Stores one new token in the slots `(batch, kv_heads or 1, 1)`; nothing is allocated that grows with the cache.
+        """
         index = slots[..., None].expand(-1, key_states.shape[1], -1, -1)
         self.keys.scatter_(2, index.expand_as(key_states), key_states)
         self.values.scatter_(2, index.expand_as(value_states), value_states)
@@ -675,7 +688,7 @@ class CompressedLayer(CacheLayerMixin):
                 "(tokenizer.padding_side = 'left'), as `generate` asks for anyway."
             )
 
-    def per_row(self, numbers: list[int]) -> torch.Tensor:
+    def per_row(self, numbers: Sequence[int]) -> torch.Tensor:
         """Numbers known on the host as a `(batch, 1, 1)` int32 tensor on the layer's device."""
         return numbers_on(self.device, numbers, torch.int32).view(-1, 1, 1)
 
@@ -709,9 +722,9 @@ class CompressedLayer(CacheLayerMixin):
         num_seen = self.get_seq_length()
         if query_length == 0:
             raise ValueError(
-                f"There are no new tokens: the cache has seen {num_seen}, and `generate` takes what it is given for the whole history, of "
-                "which it reads what comes then. Give it the history with new tokens behind it, or new tokens and an attention "
-                "mask over everything seen; for another prompt a new cache."
+                f"There are no new tokens: the cache has seen {num_seen}, and `generate` takes what it is given for "
+                "the whole history, of which it reads what comes then. Give it the history with new tokens behind "
+                "it, or new tokens and an attention mask over everything seen; for another prompt a new cache."
             )
         return num_seen + query_length, 0
 
@@ -730,7 +743,7 @@ class CompressedLayer(CacheLayerMixin):
         """Evicts what the budget does not pay for, if the method lets tokens wait for that."""
 
     @property
-    def is_croppable(self) -> bool:
+    def is_croppable(self) -> bool:  # type: ignore[override]
         """Whether `crop` can take back what was not recorded: as long as nothing was evicted and nothing scored."""
         return self.positions is None and all(getattr(self, name) is None for name in self.slot_tensors[3:])
 
@@ -740,7 +753,8 @@ class CompressedLayer(CacheLayerMixin):
 
         Raises:
             ValueError: A positive number, or more than the layer has seen.
-            NotImplementedError: Tokens that were not recorded have been evicted or scored since, which cannot be undone.
+            NotImplementedError: Tokens that were not recorded have been evicted or scored since, which cannot be
+                undone.
         """
         tokens_to_remove = as_tokens_to_remove(tokens_to_remove)
         self.require_croppable(tokens_to_remove)
@@ -762,7 +776,8 @@ class CompressedLayer(CacheLayerMixin):
         """Raises if tokens wait for an eviction that needs the attention module, which is gone."""
         if self.recorded and self._module() is None:
             raise RuntimeError(
-                "The model that filled the cache is gone, so what it recorded cannot be evicted any more. Call `cache.reset()`."
+                "The model that filled the cache is gone, so what it recorded cannot be evicted any more. Call "
+                "`cache.reset()`."
             )
 
     def _ends_in_padding_without(self, num_columns: int) -> bool:
@@ -794,13 +809,14 @@ class CompressedLayer(CacheLayerMixin):
             raise ValueError(f"`crop({tokens_to_remove})`: only {num_seen} tokens have been seen.")
         if num_columns > num_seen - self.num_seen and not self.is_croppable:
             raise NotImplementedError(
-                f"`crop({tokens_to_remove})`: layer {self.place.layer_idx} has evicted or scored tokens since, and that cannot be "
-                "undone. Call `cache.activate_past_recording()` before the tokens that may be taken back are seen."
+                f"`crop({tokens_to_remove})`: layer {self.place.layer_idx} has evicted or scored tokens since, and "
+                "that cannot be undone. Call `cache.activate_past_recording()` before the tokens that may be taken "
+                "back are seen."
             )
         if num_columns and self.recorded and self._ends_in_padding_without(num_columns):
             raise NotImplementedError(
-                f"`crop({tokens_to_remove})` would take all tokens of a row and leave padding in front of them. Take back more "
-                "or less."
+                f"`crop({tokens_to_remove})` would take all tokens of a row and leave padding in front of them. Take "
+                "back more or less."
             )
         if self.recorded and not any(self.row_lengths):
             chunk = self.recorded[0]
@@ -865,8 +881,8 @@ class CompressedLayer(CacheLayerMixin):
         """All that the layer's future depends on: numbers as JSON has them, and tensors without their unused slots."""
         if self.is_initialized and self.dtype != self._value_dtype:
             raise NotImplementedError(
-                f"The cache was filled under autocast: keys are {self.dtype}, values {self._value_dtype}, and a file holds one "
-                "dtype. Cast the model instead (`model.to(torch.bfloat16)`) to save its caches."
+                f"The cache was filled under autocast: keys are {self.dtype}, values {self._value_dtype}, and a file "
+                "holds one dtype. Cast the model instead (`model.to(torch.bfloat16)`) to save its caches."
             )
         numbers = {name: getattr(self, name) for name in (*self.state_numbers, *self.row_counts)}
         is_paid_in_bytes = self.budget is not None and self.budget.kind == "bytes"
@@ -879,7 +895,9 @@ class CompressedLayer(CacheLayerMixin):
         }
 
     def import_state(self, numbers: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-        """Takes over what `export_state` gave, whose types have been checked; see `storage.check_layer` for the rest."""
+        """
+        Takes over what `export_state` gave, whose types have been checked; see `storage.check_layer` for the rest.
+        """
         self._clear()
         keys, values = tensors["keys"], tensors["values"]
         # One row is enough to tell shapes, and a budget in bytes may not pay for rows that were repeated later.
@@ -906,7 +924,9 @@ class CompressedLayer(CacheLayerMixin):
     # What users ask.
 
     def held_positions(self) -> torch.Tensor:
-        """`(batch, kv_heads, slots)` int64: the positions of the tokens in the slots, -1 for empty ones and padding."""
+        """
+        `(batch, kv_heads, slots)` int64: the positions of the tokens in the slots, -1 for empty ones and padding.
+        """
         positions = self.column_tokens.positions if self.positions is None else self.positions[..., : self.length]
         parts = [positions, *(chunk.seen.positions[..., -chunk.num_columns :] for chunk in self.recorded)]
         return torch.cat([part.expand(-1, self._key_shape[0], -1) for part in parts], dim=-1).long()
@@ -918,8 +938,8 @@ class CompressedLayer(CacheLayerMixin):
 
     def held_scores(self) -> torch.Tensor | None:
         """
-        `(batch, kv_heads, slots)` float32: the scores of the tokens of `held_positions`, NaN where there is no token and for
-        tokens that the method does not score. None if nothing has been scored yet.
+        `(batch, kv_heads, slots)` float32: the scores of the tokens of `held_positions`, NaN where there is no token
+        and for tokens that the method does not score. None if nothing has been scored yet.
         """
         scores = self._slot_scores()
         if scores is None:

@@ -1,12 +1,14 @@
 """
-Keys of low rank: one factor per token that all heads share, and a basis per head (ShadowKV, arXiv 2410.21465, section 3.1).
+Keys of low rank: one factor per token that all heads share, and a basis per head (ShadowKV, arXiv 2410.21465, section
+3.1).
 
-Before RoPE the keys of a layer lie near a subspace of few dimensions. Its basis comes from an eigendecomposition of the Gram
-matrix of the keys of all heads together, which gives the projection of the singular value decomposition, takes one matrix
-product over the tokens, and can be taken up again when more tokens come: the Gram matrix of the tokens that are held
-already follows from their factors.
+Before RoPE the keys of a layer lie near a subspace of few dimensions. Its basis comes from an eigendecomposition of
+the Gram matrix of the keys of all heads together, which gives the projection of the singular value decomposition,
+takes one matrix product over the tokens, and can be taken up again when more tokens come: the Gram matrix of the
+tokens that are held already follows from their factors.
 """
 
+import functools
 from collections.abc import Callable, Iterable
 
 import torch
@@ -18,8 +20,8 @@ from pyramid_cache.ops.transfer import numbers_on
 
 # Float32 copies of keys are made of so many tokens at once.
 TOKENS_PER_BLOCK = 8192
-# No axis is shorter than this share of the longest one: an eigenvalue as small is a rounding error of float32, and what lies
-# along its axis would be divided by it.
+# No axis is shorter than this share of the longest one: an eigenvalue as small is a rounding error of float32, and
+# what lies along its axis would be divided by it.
 SHORTEST_SHARE = 1e-4
 
 
@@ -49,9 +51,9 @@ def fit_basis(gram: torch.Tensor, rank: int | float) -> torch.Tensor:
         rank (`int` or `float`): Dimensions, or the share of the sum of squares that they hold at least.
 
     Returns:
-        `torch.Tensor`: `(batch, rank, kv_heads * head_dim)` float32, the main axes, each as long as the root of the sum of
-        squares along it, so that factors are of one size; zeros where all keys are, and behind the last axis of a row that
-        needs fewer than others for its share.
+        `torch.Tensor`: `(batch, rank, kv_heads * head_dim)` float32, the main axes, each as long as the root of the
+        sum of squares along it, so that factors are of one size; zeros where all keys are, and behind the last axis of
+        a row that needs fewer than others for its share.
     """
     gram = gram.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)  # one spoiled row must not make it fail for all
     eigenvalues, vectors = torch.linalg.eigh(gram)  # ascending
@@ -109,8 +111,8 @@ def add_keys(
     Factors of new keys, on a basis that is first fitted to them and to the tokens held so far in rows that ask for it.
 
     Args:
-        blocks (`Callable`): Gives the new keys, `(batch, tokens, kv_heads * head_dim)` float32 in blocks, whenever it is called;
-            zero where there is no token.
+        blocks (`Callable`): Gives the new keys, `(batch, tokens, kv_heads * head_dim)` float32 in blocks, whenever it
+            is called; zero where there is no token.
         factors (`torch.Tensor`): `(batch, tokens, rank)`, of the tokens held, in a float dtype or one of one byte.
         basis (`torch.Tensor`): `(batch, rank, kv_heads * head_dim)`, theirs.
         rank (`int` or `float`): See `fit_basis`.
@@ -121,7 +123,7 @@ def add_keys(
     """
     is_quantized = factors.dtype.itemsize == 1
     if any(refits):
-        gram = sum(gram_matrix(block) for block in blocks())
+        gram = functools.reduce(torch.add, map(gram_matrix, blocks()))
         if factors.shape[1]:
             gram = extended_gram(gram, factors, basis)
         fitted = fit_basis(gram, rank)

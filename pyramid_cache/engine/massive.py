@@ -3,9 +3,9 @@ Massive activations: which tokens have them, told from hidden states or from key
 
 In most models a few tokens, among them the first one and in some the first full stop or line break, have one or two
 dimensions in their hidden state that are thousands of times larger than all others, the same ones for every text (Sun
-et al., 2024, https://arxiv.org/abs/2402.17762). The normalisation before attention leaves nothing else of such a token:
-its key, before rotation, and its value are nearly constant vectors, the value a short one. All queries may look there
-when they need not look anywhere. What a model says without these tokens is worth nothing.
+et al., 2024, https://arxiv.org/abs/2402.17762). The normalisation before attention leaves nothing else of such a
+token: its key, before rotation, and its value are nearly constant vectors, the value a short one. All queries may look
+there when they need not look anywhere. What a model says without these tokens is worth nothing.
 
 Hidden states tell them by definition (`massive_in_hidden_states`). Keys and values tell them without hooks
 (`massive_in_keys_and_values`): a value much shorter than others, and a key in the direction of another such token's.
@@ -90,8 +90,8 @@ class MassiveTemplate:
     What the later tokens of a row are compared with.
 
     Attributes:
-        key (`torch.Tensor`): `(batch, kv_heads, head_dim)` float32, the un-rotated key of a token whose value is short; zero
-            where there is none.
+        key (`torch.Tensor`): `(batch, kv_heads, head_dim)` float32, the un-rotated key of a token whose value is
+            short; zero where there is none.
         value_norm (`torch.Tensor`): `(batch, kv_heads)` float32, the median over the tokens of the prompt.
     """
 
@@ -107,7 +107,8 @@ class MassiveTokens:
     Attributes:
         columns (`torch.Tensor`): `(batch, found)` int64, -1 behind the last one of a row; `found` is at most 8.
         value_ratios (`torch.Tensor`): `(batch, found)` float32, of the value norm to its median, the mean over heads.
-        cosines (`torch.Tensor`): `(batch, found)` float32, of the un-rotated key and the template, the mean over heads.
+        cosines (`torch.Tensor`): `(batch, found)` float32, of the un-rotated key and the template, the mean over
+            heads.
     """
 
     columns: torch.Tensor
@@ -130,20 +131,20 @@ def massive_in_keys_and_values(
     template: MassiveTemplate | None = None,
 ) -> tuple[MassiveTokens, MassiveTemplate]:
     """
-    The tokens that look massive to one layer: values shorter than half of the median, and un-rotated keys in the direction
-    (cosine above 0.9) of a template. That is the first token of the row if its own value is so short, else the token
-    with the shortest one. Of more than 8 those with the shortest values are taken; only the 64 tokens with the shortest
-    values are looked at.
+    The tokens that look massive to one layer: values shorter than half of the median, and un-rotated keys in the
+    direction (cosine above 0.9) of a template. That is the first token of the row if its own value is so short, else
+    the token with the shortest one. Of more than 8 those with the shortest values are taken; only the 64 tokens with
+    the shortest values are looked at.
 
     Args:
         key (`torch.Tensor`): `(batch, kv_heads, tokens, head_dim)` as the model rotated it.
         value (`torch.Tensor`): `(batch, kv_heads, tokens, value_dim)`.
-        positions (`torch.Tensor`): `(batch, 1, tokens)` int32, -1 for padding, which neither counts nor is found. Positions
-            that the model counted from elsewhere, padding included, change nothing: only differences matter.
+        positions (`torch.Tensor`): `(batch, 1, tokens)` int32, -1 for padding, which neither counts nor is found.
+            Positions that the model counted from elsewhere, padding included, change nothing: only differences matter.
         rotary (`RotaryFrequencies`, *optional*): None for keys that are not rotated.
         longest (`int`): The length of the longest row in the forward pass that these tokens are of.
-        template (`MassiveTemplate`, *optional*): Of the prompt, for tokens that came later. A row that has none yet takes it
-            from these tokens.
+        template (`MassiveTemplate`, *optional*): Of the prompt, for tokens that came later. A row that has none yet
+            takes it from these tokens.
 
     Returns:
         `tuple[MassiveTokens, MassiveTemplate]`: Their columns, and the template for later tokens.
@@ -188,7 +189,8 @@ def unrotated(
     states: torch.Tensor, positions: torch.Tensor, rotary: RotaryFrequencies | None, longest: int
 ) -> torch.Tensor:
     """
-    Keys as they were before the model rotated them, but for a common turn if the model does not count positions from 0.
+    Keys as they were before the model rotated them, but for a common turn if the model does not count positions from
+    0.
 
     Args:
         states (`torch.Tensor`): `(batch, kv_heads, tokens, head_dim)`.

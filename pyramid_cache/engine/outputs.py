@@ -2,8 +2,8 @@
 A look at the hidden states between decoder layers, for caches that were built from a model.
 
 Some decoder layers of the model get a hook, once. It looks for the cache that the layer is called with, whatever the
-argument is called, and does nothing unless that cache was built from this very model and asked for that layer's output.
-Nothing is changed.
+argument is called, and does nothing unless that cache was built from this very model and asked for that layer's
+output. Nothing is changed.
 """
 
 import weakref
@@ -30,8 +30,8 @@ class OutputProbes:
     def __init__(self, model: PreTrainedModel, layer_indices: list[int]) -> None:
         if model.config.is_encoder_decoder:
             raise NotImplementedError(
-                f"{type(model).__name__} is an encoder-decoder, which calls its layers with a cache inside of another. Build the "
-                "cache from `model.config`."
+                f"{type(model).__name__} is an encoder-decoder, which calls its layers with a cache inside of "
+                "another. Build the cache from `model.config`."
             )
         layers = decoder_layers(model)
         self._layers = {index: weakref.ref(layers[index]) for index in layer_indices}
@@ -60,8 +60,8 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
         if isinstance(child, nn.ModuleList) and len(child) == depth:
             return child
     raise NotImplementedError(
-        f"{type(model).__name__} has no list of {depth} decoder layers whose outputs could be looked at. Build the cache from "
-        "`model.config`: keys and values alone tell massive tokens as well."
+        f"{type(model).__name__} has no list of {depth} decoder layers whose outputs could be looked at. Build the "
+        "cache from `model.config`: keys and values alone tell massive tokens as well."
     )
 
 

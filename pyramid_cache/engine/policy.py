@@ -1,9 +1,10 @@
 """
 The extension point: a method is a score for each token.
 
-A `Policy` is asked after each prompt, and while an answer is generated every few tokens, how much each token of a layer
-is worth; the layer keeps those that are worth most. It looks at a `ScoringView` and at nothing else, so that padding,
-beams, later turns, files and the bound on memory are no concern of its own. docs/write-a-policy.md builds one.
+A `Policy` is asked after each prompt, and while an answer is generated every few tokens, how much each token of a
+layer is worth; the layer keeps those that are worth most. It looks at a `ScoringView` and at nothing else, so that
+padding, beams, later turns, files and the bound on memory are no concern of its own. docs/write-a-policy.md builds
+one.
 """
 
 from abc import ABC, abstractmethod
@@ -28,10 +29,10 @@ class ScoringView:
             padding and empty slots. Of a prompt tokens come in this order, later on in any.
         length (`torch.Tensor`): `(batch, 1, 1)` int32, the tokens that each row has seen.
         num_kept (`torch.Tensor`): `(batch, 1, 1)` int32, how many of them stay.
-        attention (`torch.Tensor`, *optional*): `(batch, kv_heads, tokens)` float32, the probability with which the last
-            `window_size` queries attended to each token: their mean, over the query heads of a KV head too. Each token
-            generated since has taken over `1 / window_size` of it. `(batch, 1, tokens)`, the mean over all heads, if heads
-            share tokens. None if `window_size` is 0.
+        attention (`torch.Tensor`, *optional*): `(batch, kv_heads, tokens)` float32, the probability with which the
+            last `window_size` queries attended to each token: their mean, over the query heads of a KV head too. Each
+            token generated since has taken over `1 / window_size` of it. `(batch, 1, tokens)`, the mean over all
+            heads, if heads share tokens. None if `window_size` is 0.
         state (`dict[str, torch.Tensor]`): What `Policy.observe` has returned last.
         layer_idx (`int`): Which layer of the model this is.
     """
@@ -52,11 +53,11 @@ class ScoringView:
 
     def is_recent(self, num_recent: int) -> torch.Tensor:
         """
-        `(batch, kv_heads or 1, tokens)` bool: the latest tokens of each row, but no more than half of what stays (of one
-        token that stays, that one): a window that is the whole budget would leave no choice.
+        `(batch, kv_heads or 1, tokens)` bool: the latest tokens of each row, but no more than half of what stays (of
+        one token that stays, that one): a window that is the whole budget would leave no choice.
         """
-        num_recent = (self.num_kept // 2).clamp(min=1).clamp(max=num_recent)
-        return self.positions >= self.length - num_recent
+        most = (self.num_kept // 2).clamp(min=1)
+        return self.positions >= self.length - most.clamp(max=num_recent)
 
     def is_first(self, num_first: int) -> torch.Tensor:
         """`(batch, kv_heads or 1, tokens)` bool: the first tokens of each row, its attention sinks."""
@@ -64,8 +65,8 @@ class ScoringView:
 
     def pool(self, scores: torch.Tensor, kernel_size: int, kind: str = "average") -> torch.Tensor:
         """
-        Each token's score becomes the average (what lies beyond the ends counts as 0) or the maximum of those around it, so
-        that a token keeps its neighbours.
+        Each token's score becomes the average (what lies beyond the ends counts as 0) or the maximum of those around
+        it, so that a token keeps its neighbours.
 
         Args:
             scores (`torch.Tensor`): `(batch, kv_heads or 1, tokens)`.
@@ -86,7 +87,8 @@ class PromptView:
     What a policy sees of one layer while a forward pass brings several tokens.
 
     Attributes:
-        query (`torch.Tensor`): `(batch, heads, queries, head_dim)` of the new tokens, as attention sees them: they carry RoPE.
+        query (`torch.Tensor`): `(batch, heads, queries, head_dim)` of the new tokens, as attention sees them: they
+            carry RoPE.
         positions (`torch.Tensor`): `(batch, 1, queries)` int32 of the new tokens, -1 for padding.
         length (`torch.Tensor`): `(batch, 1, 1)` int32, the tokens that each row has seen, these included.
         scaling (`float`): What attention multiplies logits with.
@@ -121,12 +123,12 @@ class Policy(ABC):
     What a method decides. A subclass is a frozen dataclass whose fields are the method's hyper-parameters.
 
     Attributes:
-        window_size (`int`): How many of the last queries `ScoringView.attention` is the mean of; 0 for a method that does
-            not look at attention.
+        window_size (`int`): How many of the last queries `ScoringView.attention` is the mean of; 0 for a method that
+            does not look at attention.
         heads_share_tokens (`bool`): Whether all heads of a layer keep the same tokens.
         state_names (`tuple[str, ...]`): The names of what `observe` returns.
-        floor_ratio (`float`): Where heads share the budget of their layer (`RaggedLayer`), the part of a head's equal share
-            that it keeps whatever the others have.
+        floor_ratio (`float`): Where heads share the budget of their layer (`RaggedLayer`), the part of a head's equal
+            share that it keeps whatever the others have.
     """
 
     window_size: int = 0
@@ -140,14 +142,14 @@ class Policy(ABC):
         What each token is worth.
 
         Returns:
-            `torch.Tensor`: `(batch, kv_heads, tokens)`, or `(batch, 1, tokens)` if heads share tokens; `inf` for what must
-            stay. Scores of padding and empty slots are not looked at. Of equal scores the older goes first.
+            `torch.Tensor`: `(batch, kv_heads, tokens)`, or `(batch, 1, tokens)` if heads share tokens; `inf` for what
+            must stay. Scores of padding and empty slots are not looked at. Of equal scores the older goes first.
         """
 
     def observe(self, prompt: PromptView) -> dict[str, torch.Tensor]:
         """
-        Called for each forward pass of several tokens, before `score`: float32 tensors to remember, batch first, under the
-        names in `state_names`. They count as memory of the cache.
+        Called for each forward pass of several tokens, before `score`: float32 tensors to remember, batch first, under
+        the names in `state_names`. They count as memory of the cache.
         """
         return {}
 

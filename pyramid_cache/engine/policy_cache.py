@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from pyramid_cache.engine.attention import AttentionCall
 from pyramid_cache.engine.budget import Budget, parse_budget, read_count
-from pyramid_cache.engine.cache import CompressedCache, check_decoder_config, model_inside
+from pyramid_cache.engine.cache import CompressedCache, check_decoder_config, config_and_model
 from pyramid_cache.engine.layer import CompressedLayer, LayerPlace, grown
 from pyramid_cache.engine.policy import Policy, PromptView, ScoringView
 from pyramid_cache.engine.rope import RotaryFrequencies, SharedFrequencies
@@ -25,9 +25,9 @@ DEFAULT_EVICTION_INTERVAL = 32
 
 class PolicyLayer(CompressedLayer):
     """
-    One layer of a `PolicyCache`. After a prompt it keeps what the policy scores highest. New tokens are stored behind; when
-    `eviction_interval` of them have come, all are scored, those that go leave their slots to those that stay, and the rest
-    is free again.
+    One layer of a `PolicyCache`. After a prompt it keeps what the policy scores highest. New tokens are stored behind;
+    when `eviction_interval` of them have come, all are scored, those that go leave their slots to those that stay, and
+    the rest is free again.
 
     `attention` `(batch, kv_heads or 1, slots)` float32 is what `ScoringView.attention` shows.
     """
@@ -72,7 +72,7 @@ class PolicyLayer(CompressedLayer):
         return None if self.attention is None else self.attention[..., : self.length]
 
     @property
-    def is_croppable(self) -> bool:
+    def is_croppable(self) -> bool:  # type: ignore[override]
         return super().is_croppable and not self.state
 
     @property
@@ -190,6 +190,7 @@ class PolicyLayer(CompressedLayer):
         if self.positions is None:
             return self._attend_dense_step(call)
         mask = self.slot_mask()
+        output: tuple[torch.Tensor, torch.Tensor | None]
         if self.policy.window_size:
             arguments = call.logit_arguments
             attended, _, sums = decode_attention(call.query, call.key, call.value, mask=mask, **arguments)
@@ -245,8 +246,8 @@ class PolicyLayer(CompressedLayer):
 
     def _evict(self, is_due: list[bool]) -> None:
         """
-        Evicts from the rows that are due, and closes the gaps: tokens behind the last slot that is needed move into slots
-        before it that are free.
+        Evicts from the rows that are due, and closes the gaps: tokens behind the last slot that is needed move into
+        slots before it that are free.
         """
         row_left = self._row_left(is_due)
         num_left = max(row_left)
@@ -319,20 +320,20 @@ class PolicyLayer(CompressedLayer):
 
 class PolicyCache(CompressedCache):
     """
-    Keeps the tokens that a policy scores highest: what all caches with a score of their own derive from, and a cache for a
-    `Policy` that has none yet.
+    Keeps the tokens that a policy scores highest: what all caches with a score of their own derive from, and a cache
+    for a `Policy` that has none yet.
 
-    A layer holds `budget` tokens and up to `eviction_interval` more, however much is generated. The prompt is read with full
-    attention, so the first new token is exact.
+    A layer holds `budget` tokens and up to `eviction_interval` more, however much is generated. The prompt is read
+    with full attention, so the first new token is exact.
 
     Args:
         config (`PreTrainedConfig` or `PreTrainedModel`): Of the model, or the model, whose config is taken.
-        budget (`float`, `int` or `str`): What each layer keeps: a fraction of the prompt (of everything seen, when a later
-            turn brings several tokens at once), a number of tokens, or bytes for the layers that evict such as "256MiB".
-            1.0 never evicts.
+        budget (`float`, `int` or `str`): What each layer keeps: a fraction of the prompt (of everything seen, when a
+            later turn brings several tokens at once), a number of tokens, or bytes for the layers that evict such as
+            "256MiB". 1.0 never evicts.
         policy (`Policy`): Scores the tokens.
-        eviction_interval (`int`, defaults to 32): Generated tokens that come in before as many go. Larger values take more
-            memory and less time.
+        eviction_interval (`int`, defaults to 32): Generated tokens that come in before as many go. Larger values take
+            more memory and less time.
 
     Raises:
         ValueError: For a budget or an interval outside these ranges, or a model that cannot be compressed.
@@ -350,7 +351,7 @@ class PolicyCache(CompressedCache):
     ...     def score(self, view):
     ...         return view.value.norm(dim=-1)
 
-    >>> config = LlamaConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=99)
+    >>> config = LlamaConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=99)
     >>> model = LlamaForCausalLM(config)
     >>> cache = PolicyCache(model.config, budget=16, policy=LargestValues())
     >>> tokens = model.generate(torch.arange(40)[None], past_key_values=cache, max_new_tokens=8, eos_token_id=None)
@@ -371,8 +372,7 @@ class PolicyCache(CompressedCache):
         *,
         eviction_interval: int = DEFAULT_EVICTION_INTERVAL,
     ) -> None:
-        model = model_inside(config)
-        config = config if model is None else model.config
+        config, _ = config_and_model(config)
         check_decoder_config(config)
         parsed_budget = parse_budget(budget)
         if not isinstance(policy, Policy):

@@ -2,10 +2,11 @@
 Pruning of hidden states between layers while a prompt is read (PyramidInfer): the only file that hooks a model.
 
 The decoder layers of a model get a pre-hook and a post-hook once. Both look at the cache that the layer is called with
-and do nothing unless it is one that prunes hidden states and was built from this very model. After a layer has run, the
-hidden states of the tokens that its cache layer passes on are gathered; before the next one, so is all that belongs to
-them: position embeddings, position ids, the mask. Tokens keep their positions. Rows are aligned on the right, so that the
-last token stays last. After the last layer, hidden states return to their places, with NaN where tokens were dropped.
+and do nothing unless it is one that prunes hidden states and was built from this very model. After a layer has run,
+the hidden states of the tokens that its cache layer passes on are gathered; before the next one, so is all that
+belongs to them: position embeddings, position ids, the mask. Tokens keep their positions. Rows are aligned on the
+right, so that the last token stays last. After the last layer, hidden states return to their places, with NaN where
+tokens were dropped.
 """
 
 import inspect
@@ -38,7 +39,7 @@ class PrunedPrefill:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.decoder = weakref.ref(hook_decoder(model))
+        self.decoder: weakref.ref[Any] = weakref.ref(hook_decoder(model))
         self.finish()
 
     def finish(self) -> None:
@@ -57,12 +58,14 @@ class PrunedPrefill:
         """Raises if a prompt is read that never passed the hooks."""
         if not self.is_running:
             raise ValueError(
-                "The cache was built from another model than it is used with, so hidden states cannot be pruned. Build it from "
-                "this model, or from its config."
+                "The cache was built from another model than it is used with, so hidden states cannot be pruned. "
+                "Build it from this model, or from its config."
             )
 
     def index_of(self, layer: nn.Module) -> int | None:
-        """The place of a decoder layer, if this is the state for the model it is part of and not for a copy of that."""
+        """
+        The place of a decoder layer, if this is the state for the model it is part of and not for a copy of that.
+        """
         decoder = self.decoder()
         layers = () if decoder is None else decoder.layers
         return next((index for index, other in enumerate(layers) if other is layer), None)
@@ -108,18 +111,20 @@ def hook_decoder(model: PreTrainedModel) -> nn.Module:
     """Installs the hooks on a model's decoder layers, once, and returns the decoder."""
     if model.config.is_encoder_decoder:
         raise NotImplementedError(
-            f"{type(model).__name__} is an encoder-decoder, whose hidden states cannot be pruned: layers attend to the encoder "
-            "too. Build the cache from `model.config`: each decoder layer then prunes its own keys and values."
+            f"{type(model).__name__} is an encoder-decoder, whose hidden states cannot be pruned: layers attend to "
+            "the encoder too. Build the cache from `model.config`: each decoder layer then prunes its own keys and "
+            "values."
         )
     decoder = model.get_decoder()
     layers = getattr(decoder, "layers", None)
     if not isinstance(layers, nn.ModuleList) or not len(layers):
         raise NotImplementedError(
-            f"{type(model).__name__} has no `get_decoder().layers` whose hidden states could be pruned. Build the cache from "
-            "`model.config`: each layer then prunes its own keys and values."
+            f"{type(model).__name__} has no `get_decoder().layers` whose hidden states could be pruned. Build the "
+            "cache from `model.config`: each layer then prunes its own keys and values."
         )
     for layer in layers:
-        # Looked up on the layer itself: copies of a model, and models that were saved and loaded, bring their hooks along.
+        # Looked up on the layer itself: copies of a model, and models that were saved and loaded, bring their hooks
+        # along.
         if _before_layer not in layer._forward_pre_hooks.values():
             layer.register_forward_pre_hook(_before_layer, with_kwargs=True)
             layer.register_forward_hook(_after_layer, with_kwargs=True)
@@ -178,8 +183,8 @@ def _enter_layer(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple
         if cache.get_seq_length() == 0 and not cache.layers[0].record_past:
             if is_asked_for("hidden_states"):
                 raise NotImplementedError(
-                    "`output_hidden_states=True`: a cache built from the model drops hidden states between layers. Build it "
-                    "from `model.config`."
+                    "`output_hidden_states=True`: a cache built from the model drops hidden states between layers. "
+                    "Build it from `model.config`."
                 )
             batch_size, num_columns, _ = hidden_states.shape
             check_arguments(layer, arguments, num_columns)
@@ -245,8 +250,8 @@ def check_arguments(layer: nn.Module, arguments: dict[str, Any], num_columns: in
         for tensor in value if isinstance(value, (tuple, list)) else (value,):
             if isinstance(tensor, torch.Tensor) and num_columns in tensor.shape:
                 raise NotImplementedError(
-                    f"{type(layer).__name__} is called with `{name}` of shape {tuple(tensor.shape)}, which is not known how "
-                    "to prune along with hidden states. Build the cache from `model.config`."
+                    f"{type(layer).__name__} is called with `{name}` of shape {tuple(tensor.shape)}, which is not "
+                    "known how to prune along with hidden states. Build the cache from `model.config`."
                 )
     embeddings = arguments.get("position_embeddings")
     for tensor in embeddings if isinstance(embeddings, (tuple, list)) else (embeddings,):

@@ -1,5 +1,6 @@
 """
-What a profile file says, and reading it: the part of the package that caches need, without anything that draws or prints.
+What a profile file says, and reading it: the part of the package that caches need, without anything that draws or
+prints.
 """
 
 import json
@@ -26,7 +27,8 @@ class LayerProfile:
 
     Attributes:
         layer_idx (`int`): Its index in the model.
-        sink_share, local_share (`float`): What massive tokens and the last tokens got of the attention of the last queries.
+        sink_share, local_share (`float`): What massive tokens and the last tokens got of the attention of the last
+            queries.
         support (`float`): The share of all tokens that got 0.95 of it.
         kind (`str`): "uniform", "local" or "concentrated".
     """
@@ -45,8 +47,8 @@ class Profile:
 
     Attributes:
         layers (`tuple[LayerProfile, ...]`): Those with full attention, in the order of the model.
-        massive_layers (`tuple[int, int]`, *optional*): The first and the last layer whose output has massive activations;
-            None where there were none.
+        massive_layers (`tuple[int, int]`, *optional*): The first and the last layer whose output has massive
+            activations; None where there were none.
         num_tokens (`int`): The length of the texts that were read.
     """
 
@@ -78,8 +80,8 @@ def read_profile(path: str | os.PathLike[str], config: PreTrainedConfig) -> Prof
         raise ValueError(f"{path} is no profile. Make one with `pyramid-cache profile MODEL --out {path}`.")
     if record.get("version") != VERSION:
         raise ValueError(
-            f"{path} is a profile of version {record.get('version')!r}, but this pyramid_cache reads version {VERSION}. Make it "
-            "again with `pyramid-cache profile`."
+            f"{path} is a profile of version {record.get('version')!r}, but this pyramid_cache reads version "
+            f"{VERSION}. Make it again with `pyramid-cache profile`."
         )
     check_architecture(path, record.get("architecture"), architecture_of(config))
     try:
@@ -96,7 +98,8 @@ def check_architecture(path: str | os.PathLike[str], found: object, expected: di
     if different:
         differences = "; ".join(f"{name} {found.get(name)!r} instead of {expected[name]!r}" for name in different)
         raise ValueError(
-            f"{path} is the profile of another model ({differences}). Make one of this model with `pyramid-cache profile`."
+            f"{path} is the profile of another model ({differences}). Make one of this model with `pyramid-cache "
+            "profile`."
         )
 
 

@@ -1,4 +1,7 @@
-"""Numbers in one byte each, with a scale per column: what a column is multiplied by goes into the other factor of a product."""
+"""
+Numbers in one byte each, with a scale per column: what a column is multiplied by goes into the other factor of a
+product.
+"""
 
 import torch
 
@@ -37,8 +40,8 @@ def widened(held: torch.Tensor, new: torch.Tensor) -> tuple[torch.Tensor, torch.
         new (`torch.Tensor`): `(..., more tokens, width)`, in the same unit.
 
     Returns:
-        `tuple`: The held numbers in new units, and how much larger these are, `(..., 1, width)` float32: powers of two, which
-        other dtypes are multiplied by without rounding. 1 where the new numbers fit.
+        `tuple`: The held numbers in new units, and how much larger these are, `(..., 1, width)` float32: powers of
+        two, which other dtypes are multiplied by without rounding. 1 where the new numbers fit.
     """
     # What rounding has left above by less than a hundredth is cut off: twice as coarse a unit would cost more.
     excess = new.abs().amax(dim=-2, keepdim=True) / (1.01 * largest_number(held.dtype))

@@ -3,8 +3,8 @@ Layers whose heads keep different numbers of tokens, and whose memory is really 
 
 What heads keep lies packed: the tokens of one head behind those of another, without padding to the longest. The latest
 tokens, which all heads hold, lie in slots as in any layer. A step attends to both at once
-(`pyramid_cache.ops.decode_packed_attention`). For several tokens at once, and to be scored, packed tokens are unpacked into
-slots, some of them empty, which ends with the next eviction or step.
+(`pyramid_cache.ops.decode_packed_attention`). For several tokens at once, and to be scored, packed tokens are unpacked
+into slots, some of them empty, which ends with the next eviction or step.
 """
 
 import copy
@@ -33,8 +33,8 @@ class PackedTokens:
     Attributes:
         tensors (`dict[str, torch.Tensor]`): By the names of slot tensors, each with the tokens in its first dimension.
         head_lengths (`list[list[int]]`): For each row, how many tokens each KV head holds.
-        starts (`torch.Tensor`): `(segments + 1,)` int64, where the segments begin and the last one ends: what steps need of
-            the lengths on their device.
+        starts (`torch.Tensor`): `(segments + 1,)` int64, where the segments begin and the last one ends: what steps
+            need of the lengths on their device.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -76,10 +76,10 @@ class PackedTokens:
 
     def map_rows(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "PackedTokens":
         """What is left when `function` takes rows from tensors whose first dimension is the batch, or moves them."""
-        rows = function(torch.arange(len(self.head_lengths), device=self.starts.device))
-        device = rows.device
+        indices = function(torch.arange(len(self.head_lengths), device=self.starts.device))
+        device = indices.device
         tensors = {name: tensor.to(device) for name, tensor in self.tensors.items()}
-        rows = rows.tolist()
+        rows = indices.tolist()
         if rows == list(range(len(self.head_lengths))):
             return PackedTokens(tensors, self.head_lengths, self.starts.to(device))
         row_sizes = [sum(row) for row in self.head_lengths]
@@ -92,12 +92,12 @@ class PackedTokens:
 
 class RaggedLayer(PolicyLayer):
     """
-    A `PolicyLayer` whose heads share its budget: what a layer keeps of a row are the best of all heads' tokens together,
-    `kv_heads` times its number of tokens, and of each head's own best at least `Policy.floor_ratio` of that number
-    (Ada-KV, https://arxiv.org/abs/2407.11550, Algorithm 1).
+    A `PolicyLayer` whose heads share its budget: what a layer keeps of a row are the best of all heads' tokens
+    together, `kv_heads` times its number of tokens, and of each head's own best at least `Policy.floor_ratio` of that
+    number (Ada-KV, https://arxiv.org/abs/2407.11550, Algorithm 1).
 
-    `packed` is what was kept, or None before the first eviction; the slot tensors are what came since. The numbers of tokens
-    in `row_held` are means over heads.
+    `packed` is what was kept, or None before the first eviction; the slot tensors are what came since. The numbers of
+    tokens in `row_held` are means over heads.
     """
 
     heads_keep_equal_numbers = False
@@ -114,8 +114,8 @@ class RaggedLayer(PolicyLayer):
         super()._check_call(call)
         if call.logit_arguments["sink_logits"] is not None:
             raise NotImplementedError(
-                "Heads with learned attention sinks cannot hold different numbers of tokens. Use a cache whose heads keep equal "
-                "numbers, such as SnapKVCache."
+                "Heads with learned attention sinks cannot hold different numbers of tokens. Use a cache whose heads "
+                "keep equal numbers, such as SnapKVCache."
             )
 
     # Packing.
@@ -295,13 +295,14 @@ def best_of_all_heads(priority: torch.Tensor, row_kept: list[int], floor_ratio: 
     Which tokens are kept if heads share a budget.
 
     Args:
-        priority (`torch.Tensor`): `(batch, kv_heads, tokens)`, as for `best_tokens`. Of equal scores of two heads that of the
-            later head stays.
+        priority (`torch.Tensor`): `(batch, kv_heads, tokens)`, as for `best_tokens`. Of equal scores of two heads that
+            of the later head stays.
         row_kept (`list[int]`): How many tokens a head of each row keeps on average.
         floor_ratio (`float`): The share of that which each head keeps of its own best, whatever the others have.
 
     Returns:
-        `torch.Tensor`: `(batch, kv_heads, tokens)` bool, `kv_heads * row_kept` of each row True, or as many as there are.
+        `torch.Tensor`: `(batch, kv_heads, tokens)` bool, `kv_heads * row_kept` of each row True, or as many as there
+            are.
     """
     kv_heads, num_tokens = priority.shape[1:]
     device = priority.device

@@ -1,9 +1,9 @@
 """
 Past recording: the tokens of forward passes that `generate` may still take back, whose eviction waits.
 
-Assisted generation and prompt lookup feed a model several guessed tokens at once, and then crop those that it would not
-have said. What was evicted could not be cropped; so layers keep such tokens aside, with their queries, until `crop` has
-said which of them stay, and only then do with those what they would have done without an assistant.
+Assisted generation and prompt lookup feed a model several guessed tokens at once, and then crop those that it would
+not have said. What was evicted could not be cropped; so layers keep such tokens aside, with their queries, until
+`crop` has said which of them stay, and only then do with those what they would have done without an assistant.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,8 +27,8 @@ class RecordedChunk:
         seen (`Tokens`): All that the rows had seen by then, padding included; the columns of the chunk are the last.
         longest (`int`): The length of the longest row in that forward pass, which some rotary embeddings depend on.
         logit_kwargs (`dict`): What the attention function was told about logits, and heeded.
-        lse (`torch.Tensor`, *optional*): `(batch, heads, columns)` float32, the log-sum-exps that attention normalised the
-            columns by, if they are known: for a chunk that begins a conversation.
+        lse (`torch.Tensor`, *optional*): `(batch, heads, columns)` float32, the log-sum-exps that attention normalised
+            the columns by, if they are known: for a chunk that begins a conversation.
     """
 
     query: torch.Tensor
@@ -91,7 +91,7 @@ class RecordedChunk:
 
     def map_tensors(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "RecordedChunk":
         """Applies a function to all tensors, whose first dimension is the batch."""
-        tensors = {name: function(getattr(self, name)) for name in ("query", "key", "value")}
+        tensors: dict[str, Any] = {name: function(getattr(self, name)) for name in ("query", "key", "value")}
         if self.lse is not None:
             tensors["lse"] = function(self.lse)
         return replace(self, seen=replace(self.seen, positions=function(self.seen.positions)), **tensors)

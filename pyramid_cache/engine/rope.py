@@ -330,7 +330,9 @@ class SharedFrequencies:
         self.forget()
 
     def frequencies_of(self, module: nn.Module, device: torch.device) -> RotaryFrequencies | None:
-        """The frequencies of an attention module, None if it has none; the same object for layers that have the same."""
+        """
+        The frequencies of an attention module, None if it has none; the same object for layers that have the same.
+        """
         config = getattr(module, "config", self._config)  # the cache's own may be of a model that rotates otherwise
         model = None if self._get_model is None else self._get_model()
         found = rotary_frequencies(module, config, model=model, device=device)
@@ -512,8 +514,8 @@ def _arrangements(frequencies: RotaryFrequencies, head_dim: int) -> list[RotaryF
 def _hidden_size(attention_module: nn.Module, config: PreTrainedConfig) -> int:
     """The size of an attention module's input, which need not be the model's (Zamba2 doubles it)."""
     for module in attention_module.modules():
-        if isinstance(getattr(module, "in_features", None), int):
-            return module.in_features
+        if isinstance(in_features := getattr(module, "in_features", None), int):
+            return in_features
     return config.hidden_size
 
 

@@ -22,16 +22,18 @@ def attend_and_score(
 
     Args:
         tokens (`Tokens`): Of the keys.
-        row_weights (`torch.Tensor`, *optional*): `(batch or 1, num_rows)`, 1 by default. Padded queries have weight 0 anyway.
+        row_weights (`torch.Tensor`, *optional*): `(batch or 1, num_rows)`, 1 by default. Padded queries have weight 0
+            anyway.
 
     Returns:
-        The output of attention, as attention functions return it, and the scores `(batch, kv_heads, keys)` float32, summed
-        over the query heads that share a KV head. Padding has none.
+        The output of attention, as attention functions return it, and the scores `(batch, kv_heads, keys)` float32,
+        summed over the query heads that share a KV head. Padding has none.
     """
     is_token = tokens.positions[:, 0] >= 0 if tokens.has_gaps else None
     if is_token is not None:
         is_query = is_token[:, -num_rows:].to(torch.float32)
         row_weights = is_query if row_weights is None else row_weights * is_query
+    output: tuple[torch.Tensor, torch.Tensor | None]
     found = None if call.lse is not None else run_with_lse(call, is_token, tokens.row_present)
     if found is not None:
         output, lse = (found[0], None), found[1][:, :, -num_rows:]
@@ -58,7 +60,9 @@ def attend_and_score(
 def run_with_lse(
     call: AttentionCall, is_token: torch.Tensor | None, row_present: list[int]
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """The output of the attention that the user chose and its log-sum-exps, or None where it cannot be had to give them."""
+    """
+    The output of the attention that the user chose and its log-sum-exps, or None where it cannot be had to give them.
+    """
     if call.function is sdpa_attention_forward:
         implementation = "sdpa"
     elif call.function is flash_attention_forward:
@@ -90,8 +94,8 @@ def run_with_lse(
 
 def sum_of_probabilities(probabilities: torch.Tensor, kv_heads: int, row_weights: torch.Tensor | None) -> torch.Tensor:
     """
-    Scores out of attention probabilities `(batch, heads, rows, keys)`, one KV head at a time: a copy of them all in float32
-    would take as much memory as eager attention does.
+    Scores out of attention probabilities `(batch, heads, rows, keys)`, one KV head at a time: a copy of them all in
+    float32 would take as much memory as eager attention does.
     """
     batch, heads, num_rows, num_keys = probabilities.shape
     if row_weights is None:

@@ -1,4 +1,6 @@
-"""Which tokens to keep: pure functions on tensors. Ties are broken by age: of two equal scores the older goes first."""
+"""
+Which tokens to keep: pure functions on tensors. Ties are broken by age: of two equal scores the older goes first.
+"""
 
 import torch
 
@@ -8,9 +10,10 @@ def best_tokens(priority: torch.Tensor, num_kept: torch.Tensor, max_kept: int) -
     The tokens of highest priority, in their order.
 
     Args:
-        priority (`torch.Tensor`): `(batch, heads, tokens)` float, older tokens first; `inf` for what must stay and `-inf`
-            for what is no token. A number that must stay and exceeds `num_kept` loses its oldest. NaN is the lowest
-            priority that a token can have: a row in which something overflowed keeps as many tokens as any other.
+        priority (`torch.Tensor`): `(batch, heads, tokens)` float, older tokens first; `inf` for what must stay and
+            `-inf` for what is no token. A number that must stay and exceeds `num_kept` loses its oldest. NaN is the
+            lowest priority that a token can have: a row in which something overflowed keeps as many tokens as any
+            other.
         num_kept (`torch.Tensor`): `(batch,)` how many each row keeps, at most.
         max_kept (`int`): The largest of them.
 
@@ -30,7 +33,8 @@ def best_tokens(priority: torch.Tensor, num_kept: torch.Tensor, max_kept: int) -
 
 def gather_tokens(tensor: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     """
-    Copies tokens out of `(batch, heads, tokens, ...)` by `(batch, heads or 1, kept)` indices; -1 gives the first token.
+    Copies tokens out of `(batch, heads, tokens, ...)` by `(batch, heads or 1, kept)` indices; -1 gives the first
+    token.
     """
     indices = indices.clamp(min=0)
     if tensor.dim() == 4:

@@ -22,8 +22,8 @@ class AttentionSpread:
     Attributes:
         sink_share (`torch.Tensor`): `(batch,)` float32, the attention that massive tokens get.
         local_share (`torch.Tensor`): `(batch,)` float32, what the last tokens get, massive ones aside.
-        support (`torch.Tensor`): `(batch,)` float32, how many tokens get 0.95 of the attention: the massive tokens, the last
-            ones, and as few others as that takes.
+        support (`torch.Tensor`): `(batch,)` float32, how many tokens get 0.95 of the attention: the massive tokens,
+            the last ones, and as few others as that takes.
     """
 
     sink_share: torch.Tensor
@@ -38,7 +38,8 @@ def attention_spread(
     The shares and the support of one layer.
 
     Args:
-        attention (`torch.Tensor`): `(batch, kv_heads, tokens)` float32, what each key got from the last queries, in any unit.
+        attention (`torch.Tensor`): `(batch, kv_heads, tokens)` float32, what each key got from the last queries, in
+            any unit.
         positions (`torch.Tensor`): `(batch, kv_heads or 1, tokens)` int32, -1 for padding, which got nothing.
         is_massive (`torch.Tensor`): `(batch, kv_heads or 1, tokens)` bool.
         num_local (`int`): How many of the last tokens are local.
@@ -69,8 +70,8 @@ def layer_class(support: float, local_share: float) -> LayerClass:
         support (`float`): As a fraction of the tokens.
 
     Returns:
-        `str`: "uniform" if more than half of the tokens are needed, "local" if the last tokens get 0.7 of the attention
-        or more, else "concentrated".
+        `str`: "uniform" if more than half of the tokens are needed, "local" if the last tokens get 0.7 of the
+        attention or more, else "concentrated".
     """
     if support > LEAST_UNIFORM_SUPPORT:
         return "uniform"

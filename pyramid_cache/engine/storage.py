@@ -64,7 +64,8 @@ def save_cache(cache: "CompressedCache", path: str | os.PathLike[str]) -> None:
         raise FileNotFoundError(f"There is no directory {os.path.dirname(path)} to save {path} in. Make it first.")
     settings = settings_of(cache)
     require_complete(cache)
-    layers, tensors = [], {}
+    layers: list[dict[str, Any]] = []
+    tensors: dict[str, torch.Tensor] = {}
     for index, layer in enumerate(cache.layers):
         is_ours = isinstance(layer, CompressedLayer)
         numbers, layer_tensors = layer.export_state() if is_ours else foreign_kind(index, layer).export(layer)
@@ -108,7 +109,8 @@ def settings_of(cache: "CompressedCache") -> dict[str, Any]:
     if cache.settings is None:
         raise ValueError(
             f"{type(cache).__name__} does not tell its settings, so it could not be loaded again. Derive a class "
-            "whose constructor takes them by name (of a `PolicyCache`: the fields of its policy; docs/write-a-policy.md has one)."
+            "whose constructor takes them by name (of a `PolicyCache`: the fields of its policy; "
+            "docs/write-a-policy.md has one)."
         )
     settings = {}
     for name, value in cache.settings.items():
@@ -158,12 +160,14 @@ def weights_of(cache: "CompressedCache") -> dict[int, WeightFingerprint]:
 
 def digest_of(tensor: torch.Tensor) -> str:
     """SHA-256 of the bytes of a contiguous tensor on the CPU."""
-    return hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy()).hexdigest()
+    return hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
 @contextlib.contextmanager
 def replacing(path: str) -> Iterator[str]:
-    """A name in the directory of `path`; what is written there replaces `path` in one step, or is removed on an error."""
+    """
+    A name in the directory of `path`; what is written there replaces `path` in one step, or is removed on an error.
+    """
     temporary_path = f"{path}.{secrets.token_hex(8)}.tmp"
     try:
         # Made here, for the permissions that a new file gets.
@@ -195,15 +199,17 @@ def load_cache(
 ) -> CacheType:
     """See `CompressedCache.load`; `changed` are settings that take the place of those in the file."""
     path = os.fsdecode(path)
-    model = config if isinstance(config, PreTrainedModel) else None
-    architecture = architecture_of(config if model is None else model.config)
+    source: Any = config
+    model = source if isinstance(source, PreTrainedModel) else None
+    architecture = architecture_of(source if model is None else model.config)
     if device is not None:
         device = usable_device(device)
     with opened(path) as file:
         header = read_header(path, file)
         if header["cache"] != cache_class.__name__:
             raise ValueError(
-                f"{path} holds a {header['cache']}, not a {cache_class.__name__}: load it with `{header['cache']}.load`."
+                f"{path} holds a {header['cache']}, not a {cache_class.__name__}: load it with "
+                f"`{header['cache']}.load`."
             )
         require_architecture(path, header["architecture"], architecture)
         cache = build_cache(path, cache_class, config, header["settings"] | changed)
@@ -283,13 +289,13 @@ def read_header(path: str, file: Any) -> dict[str, Any]:
     metadata = file.metadata() or {}
     if metadata.get("format") != FORMAT:
         raise ValueError(
-            f"{path} is a safetensors file, but holds no cache (its format is {metadata.get('format')!r}). Give a file that "
-            "`save` wrote."
+            f"{path} is a safetensors file, but holds no cache (its format is {metadata.get('format')!r}). Give a "
+            "file that `save` wrote."
         )
     if metadata.get("version") != FORMAT_VERSION:
         raise ValueError(
-            f"{path} is of version {metadata.get('version')!r}, but this pyramid_cache reads version {FORMAT_VERSION!r}. Use the "
-            "version of pyramid_cache that wrote it."
+            f"{path} is of version {metadata.get('version')!r}, but this pyramid_cache reads version "
+            f"{FORMAT_VERSION!r}. Use the version of pyramid_cache that wrote it."
         )
     text = metadata.get("header", "")
     if hashlib.sha256(text.encode()).hexdigest() != metadata.get("sha256"):
@@ -342,8 +348,8 @@ def require_architecture(path: str, saved: dict[str, Any], given: dict[str, Any]
             f"`{name}` {saved.get(name)!r} instead of {given.get(name)!r}" for name in dict.fromkeys(names)
         )
         raise ValueError(
-            f"{path} was filled by another model, which has {differences}. Load it for the model that made it, or make the "
-            "cache again with this one."
+            f"{path} was filled by another model, which has {differences}. Load it for the model that made it, or "
+            "make the cache again with this one."
         )
 
 
@@ -358,7 +364,7 @@ def build_cache(
         if value is not None and type(value) not in (bool, int, float, str):
             damaged(path, f"its setting `{name}` is {value!r}")
     try:
-        cache = cache_class(config, **settings)
+        cache = cache_class(config, **settings)  # type: ignore[arg-type]
     except (ValueError, TypeError, ArithmeticError) as error:
         raise ValueError(
             f"{path} holds settings with which no {cache_class.__name__} can be built: {error}"
@@ -492,8 +498,8 @@ def check_columns(layer: CompressedLayer) -> None:
         row_lengths = (is_token.sum(dim=(1, 2)) + length - num_columns).tolist()
     if length != layer.num_seen or layer.row_lengths != row_lengths or layer.row_held != row_lengths:
         raise ValueError(
-            f"{length} columns hold {row_lengths} tokens, but {layer.num_seen} columns with {layer.row_lengths} were seen, of "
-            f"which {layer.row_held} are held"
+            f"{length} columns hold {row_lengths} tokens, but {layer.num_seen} columns with {layer.row_lengths} were "
+            f"seen, of which {layer.row_held} are held"
         )
 
 

@@ -1,9 +1,9 @@
 """
 Which columns of a forward pass are tokens and which are padding, read once per forward from the mask that arrives.
 
-transformers builds one mask per forward, in coordinates of everything seen: `None`, a 2-D padding mask (flash-attention),
-a bool 4-D mask (sdpa) or an additive 4-D mask (eager). All layers of a cache get the same tensor, so the answer is kept
-with a weak reference to it.
+transformers builds one mask per forward, in coordinates of everything seen: `None`, a 2-D padding mask
+(flash-attention), a bool 4-D mask (sdpa) or an additive 4-D mask (eager). All layers of a cache get the same tensor,
+so the answer is kept with a weak reference to it.
 """
 
 import weakref
@@ -18,8 +18,9 @@ class Tokens:
     The tokens in some columns of keys, counted per row without padding.
 
     Attributes:
-        positions (`torch.Tensor`): `(batch, kv_heads or 1, columns)` int32, the rank of each column's token among the tokens
-            that its row has seen, which is the position that `generate` gives it; -1 for padding and empty slots.
+        positions (`torch.Tensor`): `(batch, kv_heads or 1, columns)` int32, the rank of each column's token among the
+            tokens that its row has seen, which is the position that `generate` gives it; -1 for padding and empty
+            slots.
         row_lengths (`list[int]`): How many tokens each row has seen.
         row_present (`list[int]`): How many of them are in these columns.
         num_seen (`int`): Columns that the model has been given, padding included.
@@ -75,7 +76,7 @@ class Tokens:
     def from_validity(is_token: torch.Tensor, device: torch.device) -> "Tokens":
         """From a `(batch, columns)` bool tensor on the CPU, False for padding."""
         if is_token.all():
-            return Tokens.without_padding(*is_token.shape, device)
+            return Tokens.without_padding(is_token.shape[0], is_token.shape[1], device)
         ranks = is_token.cumsum(dim=1, dtype=torch.int32) - 1
         positions = ranks.masked_fill(~is_token, -1)[:, None].to(device)
         lengths = is_token.sum(dim=1).tolist()
@@ -144,15 +145,15 @@ def padding_of_mask(attention_mask: torch.Tensor, batch_size: int, num_queries: 
     """
     if not isinstance(attention_mask, torch.Tensor):
         raise NotImplementedError(
-            f"Attention masks of type {type(attention_mask).__name__} (flex_attention) are not supported by the caches of "
-            "pyramid_cache. Load the model with attn_implementation='sdpa', 'eager' or 'flash_attention_2'."
+            f"Attention masks of type {type(attention_mask).__name__} (flex_attention) are not supported by the "
+            "caches of pyramid_cache. Load the model with attn_implementation='sdpa', 'eager' or 'flash_attention_2'."
         )
     shape = tuple(attention_mask.shape)
     is_bool_or_additive = attention_mask.dtype == torch.bool or attention_mask.is_floating_point()
     if len(shape) not in (2, 4) or (len(shape) == 4 and not is_bool_or_additive):
         raise ValueError(
-            f"An attention mask of shape {shape} and {attention_mask.dtype} is neither (batch, tokens) nor, bool or additive, "
-            "(batch, 1, queries, tokens)."
+            f"An attention mask of shape {shape} and {attention_mask.dtype} is neither (batch, tokens) nor, bool or "
+            "additive, (batch, 1, queries, tokens)."
         )
     if shape[0] not in (1, batch_size) or (len(shape) == 4 and shape[2] != num_queries):
         raise ValueError(
@@ -160,8 +161,8 @@ def padding_of_mask(attention_mask: torch.Tensor, batch_size: int, num_queries: 
         )
     if attention_mask.shape[-1] != num_keys:
         raise ValueError(
-            f"The attention mask has {attention_mask.shape[-1]} columns, but {num_keys} tokens have been seen (padding "
-            "included). Pass a mask that covers the tokens in the cache and the new ones."
+            f"The attention mask has {attention_mask.shape[-1]} columns, but {num_keys} tokens have been seen "
+            "(padding included). Pass a mask that covers the tokens in the cache and the new ones."
         )
     if attention_mask.dim() == 2:
         is_token = attention_mask != 0
@@ -182,8 +183,8 @@ def padding_of_mask(attention_mask: torch.Tensor, batch_size: int, num_queries: 
 
 def check_causal(is_allowed: torch.Tensor, is_token: torch.Tensor, num_queries: int, num_keys: int) -> None:
     """
-    Raises unless a `(batch, heads or 1, num_queries, num_keys)` mask is causal and hides nothing else than padding. Queries
-    that are padding themselves may see anything that came before them, or everything.
+    Raises unless a `(batch, heads or 1, num_queries, num_keys)` mask is causal and hides nothing else than padding.
+    Queries that are padding themselves may see anything that came before them, or everything.
     """
     columns = torch.arange(num_keys, device=is_allowed.device)
     rows_per_chunk = max((1 << 24) // max(is_allowed.shape[0] * is_allowed.shape[1] * num_keys, 1), 1)
@@ -199,8 +200,9 @@ def check_causal(is_allowed: torch.Tensor, is_token: torch.Tensor, num_queries: 
             agrees |= is_padding_query[:, None] & (~sees_later | shown.all(dim=-1))
         if not agrees.all():
             raise NotImplementedError(
-                "The attention mask is not causal with padding, the only kind that can be kept up once tokens are evicted: "
-                "custom 4-D masks, packed sequences and bidirectional prefixes are not supported. Use DynamicCache for them."
+                "The attention mask is not causal with padding, the only kind that can be kept up once tokens are "
+                "evicted: custom 4-D masks, packed sequences and bidirectional prefixes are not supported. Use "
+                "DynamicCache for them."
             )
 
 
@@ -220,8 +222,8 @@ def causal_mask(
         key_mask (`torch.Tensor`, *optional*): `(batch, 1, num_keys)` bool, False for keys that nobody may see.
 
     Returns:
-        `torch.Tensor` or None: 2-D for flash-attention, additive 4-D in `dtype` for eager, bool 4-D otherwise; None where
-        the function makes the right mask itself.
+        `torch.Tensor` or None: 2-D for flash-attention, additive 4-D in `dtype` for eager, bool 4-D otherwise; None
+        where the function makes the right mask itself.
     """
     if implementation is not None and "flash" in implementation:
         return None if key_mask is None else key_mask[:, 0]

@@ -1,4 +1,6 @@
-"""Attention ops that also tell how much each key was attended to. `pyramid_cache.ops.reference` is their specification."""
+"""
+Attention ops that also tell how much each key was attended to. `pyramid_cache.ops.reference` is their specification.
+"""
 
 from pyramid_cache.ops.lse import attention_with_lse
 from pyramid_cache.ops.packed import decode_packed_attention

@@ -5,6 +5,9 @@ With the log-sum-exp `L_i` of every query row known, the score of key `j` is `su
 pass over tiles that stay in the processor's cache, no softmax, no maximum, nothing of the size `queries x keys`.
 """
 
+import functools
+from typing import Any
+
 import torch
 
 from pyramid_cache.ops import reference
@@ -29,8 +32,8 @@ def attention_scores(
     group_sum: bool,
 ) -> torch.Tensor:
     """
-    See `pyramid_cache.ops.scores.attention_scores`. Half precision is widened tile by tile: logits rounded to bfloat16 would be
-    off by percents, and on the CPU their product costs as much as one in float32.
+    See `pyramid_cache.ops.scores.attention_scores`. Half precision is widened tile by tile: logits rounded to bfloat16
+    would be off by percents, and on the CPU their product costs as much as one in float32.
     """
     batch, heads, num_rows, head_dim = query.shape
     kv_heads, num_keys = key.shape[1], key.shape[2]
@@ -115,10 +118,10 @@ def split_attention(
     sink_logits: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
-    `pyramid_cache.ops.reference.split_attention`, on any device; for float32 on the CPU by one run of the attention kernel
-    for each set of keys, put together by their log-sum-exps.
+    `pyramid_cache.ops.reference.split_attention`, on any device; for float32 on the CPU by one run of the attention
+    kernel for each set of keys, put together by their log-sum-exps.
     """
-    arguments = {"scaling": scaling, "softcap": softcap, "sink_logits": sink_logits}
+    arguments: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "sink_logits": sink_logits}
     if not all(is_plain_on_cpu(*states, **arguments) for *states, _ in parts):
         return reference.split_attention(parts, **arguments)
     outputs, lses = [], []
@@ -129,4 +132,4 @@ def split_attention(
     total = torch.stack(lses).logsumexp(dim=0)
     total = total.masked_fill(total == float("-inf"), 0.0)
     weights = [(lse - total).exp().transpose(1, 2)[..., None] for lse in lses]
-    return sum(output * weight for output, weight in zip(outputs, weights, strict=True))
+    return functools.reduce(torch.add, map(torch.mul, outputs, weights))

@@ -8,7 +8,9 @@ import torch
 
 @functools.cache
 def has_kernels(device: torch.device) -> bool:
-    """Whether the kernels were made for this device: the block sizes need the shared memory of an NVIDIA GPU of 2020."""
+    """
+    Whether the kernels were made for this device: the block sizes need the shared memory of an NVIDIA GPU of 2020.
+    """
     return device.type != "cuda" or (torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0))
 
 
@@ -18,7 +20,9 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager:
 
 
 def padded(size: int, smallest: int = 16) -> int:
-    """The power of two that a dimension of a block is padded to, 16 or more where it takes part in a matrix product."""
+    """
+    The power of two that a dimension of a block is padded to, 16 or more where it takes part in a matrix product.
+    """
     return max(1 << (size - 1).bit_length(), smallest)
 
 

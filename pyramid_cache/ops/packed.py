@@ -1,8 +1,8 @@
 """
 Decoding over heads that hold different numbers of tokens, stored one behind the other without padding.
 
-A *segment* is what one KV head of one row holds: `lengths` are those of the segments, row by row and head by head. Beside
-the packed tokens there are the latest ones, of which every head has all.
+A *segment* is what one KV head of one row holds: `lengths` are those of the segments, row by row and head by head.
+Beside the packed tokens there are the latest ones, of which every head has all.
 """
 
 import itertools
@@ -33,15 +33,15 @@ def decode_packed_attention(
         query (`torch.Tensor`): `(batch, heads, 1, head_dim)`.
         packed_key, packed_value (`torch.Tensor`): `(sum of lengths, head_dim)` and `(sum of lengths, value_dim)`.
         lengths (`list[int]`): Of the segments: `batch * kv_heads` numbers, which may be 0.
-        key, value (`torch.Tensor`): `(batch, kv_heads, latest, head_dim)` and `(batch, kv_heads, latest, value_dim)`: at least
-            one token, that of the query.
+        key, value (`torch.Tensor`): `(batch, kv_heads, latest, head_dim)` and `(batch, kv_heads, latest, value_dim)`:
+            at least one token, that of the query.
         scaling, softcap: As in `attention_scores`.
-        starts (`torch.Tensor`, *optional*): What `segment_starts` makes of `lengths`, which is not looked at again. Left out,
-            it is made at every call, and a CUDA device is waited for.
+        starts (`torch.Tensor`, *optional*): What `segment_starts` makes of `lengths`, which is not looked at again.
+            Left out, it is made at every call, and a CUDA device is waited for.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: the output `(batch, 1, heads, value_dim)`; and probabilities in
-        float32, summed over the query heads that share a KV head: `(sum of lengths,)` of the packed tokens and
+        `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: the output `(batch, 1, heads, value_dim)`; and probabilities
+        in float32, summed over the query heads that share a KV head: `(sum of lengths,)` of the packed tokens and
         `(batch, kv_heads, latest)` of the latest.
 
     Raises:
@@ -54,8 +54,8 @@ def decode_packed_attention(
     check_shape("value", value, batch, key.shape[1], key.shape[2], None)
     if len(lengths) != batch * key.shape[1] or not key.shape[2]:
         raise ValueError(
-            f"`lengths` has {len(lengths)} numbers for {batch} rows of {key.shape[1]} KV heads, and `key` {key.shape[2]} tokens: "
-            "give a number for each head of each row, and at least the token of the query."
+            f"`lengths` has {len(lengths)} numbers for {batch} rows of {key.shape[1]} KV heads, and `key` "
+            f"{key.shape[2]} tokens: give a number for each head of each row, and at least the token of the query."
         )
     check_shape("packed_key", packed_key, sum(lengths), head_dim)
     check_shape("packed_value", packed_value, sum(lengths), value.shape[3])
@@ -114,9 +114,9 @@ def decode_one_by_one(
     starts: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    On the CPU: the products of one segment after the other, with views of what is stored, and all else of all segments at
-    once. Products are in the precision of the inputs, as `decode_attention` makes them there. The lengths say enough; `starts`
-    is not needed.
+    On the CPU: the products of one segment after the other, with views of what is stored, and all else of all segments
+    at once. Products are in the precision of the inputs, as `decode_attention` makes them there. The lengths say
+    enough; `starts` is not needed.
     """
     batch, heads, _, head_dim = query.shape
     kv_heads, group, num_latest = key.shape[1], heads // key.shape[1], key.shape[2]
@@ -166,8 +166,8 @@ def _fake(query, packed_key, packed_value, lengths, key, value, scaling, softcap
 
 
 _decode_packed_attention = register(
-    "decode_packed_attention(Tensor query, Tensor packed_key, Tensor packed_value, int[] lengths, Tensor key, Tensor value, "
-    "float scaling, float? softcap, Tensor? starts) -> (Tensor, Tensor, Tensor)",
+    "decode_packed_attention(Tensor query, Tensor packed_key, Tensor packed_value, int[] lengths, Tensor key, Tensor "
+    "value, float scaling, float? softcap, Tensor? starts) -> (Tensor, Tensor, Tensor)",
     cpu=decode_one_by_one,
     cuda=_on_cuda,
     fake=_fake,

@@ -10,15 +10,16 @@ from collections.abc import Callable, Iterator
 import torch
 
 
-# Elements of the logits of one chunk: 16 MiB in float32. Larger ones cost page faults on the CPU and memory everywhere.
+# Elements of the logits of one chunk: 16 MiB in float32. Larger ones cost page faults on the CPU and memory
+# everywhere.
 CHUNK_ELEMENTS = 1 << 22
 
 
 def grouped_logits(query: torch.Tensor, key: torch.Tensor, scaling: float, softcap: float | None) -> torch.Tensor:
     """
     Scaled logits of `(batch, heads, rows, head_dim)` queries on `(batch, kv_heads, keys, head_dim)` keys, in float32
-    `(batch, kv_heads, group, rows, keys)`, without repeating the keys for every head of a group. Products are made in the
-    precision of the inputs. With a `softcap` logits become `softcap * tanh(logits / softcap)`, as in Gemma 2.
+    `(batch, kv_heads, group, rows, keys)`, without repeating the keys for every head of a group. Products are made in
+    the precision of the inputs. With a `softcap` logits become `softcap * tanh(logits / softcap)`, as in Gemma 2.
     """
     batch, heads, rows, head_dim = query.shape
     kv_heads = key.shape[1]
@@ -37,14 +38,14 @@ def softmax_of_logits(
 
     Args:
         logits (`torch.Tensor`): float32 `(batch, kv_heads, group, rows, keys)`, scaled and capped.
-        mask (`torch.Tensor`, *optional*): bool, broadcastable to the logits, True where attention is allowed. A row that
-            may attend to nothing gets zeros.
+        mask (`torch.Tensor`, *optional*): bool, broadcastable to the logits, True where attention is allowed. A row
+            that may attend to nothing gets zeros.
         sink_logits (`torch.Tensor`, *optional*): `(heads,)` learned attention sinks, as in gpt-oss: they take part in
             the normalisation and are then dropped.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: of the shape of `logits`; and log-sum-exps `(batch, kv_heads, group, rows)`,
-        minus infinity where a row attends to nothing.
+        `tuple[torch.Tensor, torch.Tensor]`: of the shape of `logits`; and log-sum-exps `(batch, kv_heads, group,
+        rows)`, minus infinity where a row attends to nothing.
     """
     if mask is not None:
         logits = logits.masked_fill(~mask, float("-inf"))
@@ -103,7 +104,8 @@ def row_lse(
         scaling (`float`): factor on the logits.
         key_mask (`torch.Tensor`, *optional*): bool `(batch, kv_heads or 1, keys)`, False for padding and empty slots.
         softcap (`float`, *optional*): Logits become `softcap * tanh(logits / softcap)`, as in Gemma 2.
-        sink_logits (`torch.Tensor`, *optional*): `(heads,)` learned attention sinks, as in gpt-oss, which take part in it.
+        sink_logits (`torch.Tensor`, *optional*): `(heads,)` learned attention sinks, as in gpt-oss, which take part in
+            it.
 
     Returns:
         `torch.Tensor`: `(batch, heads, rows)` float32, minus infinity where a row attends to nothing.
@@ -170,8 +172,8 @@ def decode_probabilities(
     softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The probabilities `(batch, kv_heads, group, slots)` float32 of `decode_attention`, head by head, and its log-sum-exps
-    `(batch, heads)`. Products are made in the precision of the inputs.
+    The probabilities `(batch, kv_heads, group, slots)` float32 of `decode_attention`, head by head, and its
+    log-sum-exps `(batch, heads)`. Products are made in the precision of the inputs.
     """
     mask = None if mask is None else mask[:, :, None, None, :]
     probabilities, lse = softmax_of_logits(grouped_logits(query, key, scaling, softcap), mask, sink_logits)
@@ -278,8 +280,8 @@ def split_attention(
     Attention over several sets of keys at once, each of which sees the queries turned in a way of its own.
 
     Args:
-        parts: Query `(batch, heads, rows, head_dim)`, key and value `(batch, kv_heads, keys, head_dim)` and a bool mask
-            `(batch, 1, rows, keys)`, True where attention is allowed, for each set of keys.
+        parts: Query `(batch, heads, rows, head_dim)`, key and value `(batch, kv_heads, keys, head_dim)` and a bool
+            mask `(batch, 1, rows, keys)`, True where attention is allowed, for each set of keys.
         scaling, softcap, sink_logits: as in `row_lse`.
 
     Returns:

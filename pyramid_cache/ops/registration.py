@@ -1,8 +1,8 @@
 """
 Where the package's ops meet `torch.library`: `torch.ops.pyramid_cache.*`.
 
-`Library.define` and `impl` are used rather than `torch.library.custom_op`, which costs twice as much for every call of an
-op that is called once per layer and token. The ops are for inference: the public functions take another way where
+`Library.define` and `impl` are used rather than `torch.library.custom_op`, which costs twice as much for every call of
+an op that is called once per layer and token. The ops are for inference: the public functions take another way where
 gradients are asked for, and an op that is called directly refuses.
 """
 
@@ -45,13 +45,15 @@ def needs_gradients(*arguments: Any) -> bool:
 
 
 def as_given(name: str, kernel: Callable, device_type: str) -> Callable:
-    """The kernel, computing with the precision of its arguments, and refusing what it could not pass gradients through."""
+    """
+    The kernel, computing with the precision of its arguments, and refusing what it could not pass gradients through.
+    """
 
     def run(*arguments):
         if needs_gradients(*arguments):
             raise NotImplementedError(
-                f"`torch.ops.pyramid_cache.{name}` has no gradient. Call it under `torch.no_grad()`; for scores and decoding, "
-                "the functions of `pyramid_cache.ops` are differentiable."
+                f"`torch.ops.pyramid_cache.{name}` has no gradient. Call it under `torch.no_grad()`; for scores and "
+                "decoding, the functions of `pyramid_cache.ops` are differentiable."
             )
         if torch.is_autocast_enabled(device_type):
             with torch.autocast(device_type, enabled=False):

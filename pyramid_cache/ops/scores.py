@@ -28,20 +28,20 @@ def attention_scores(
 ) -> torch.Tensor:
     """
     How much attention each key receives from the given query rows, out of the log-sum-exps of the attention that ran:
-    key `j` gets `sum_i weight_i * exp(scaling * q_i.k_j - lse_i)`, over the rows `i` that see it. Attention is causal and
-    bottom-right aligned: row `i` sees the keys up to `keys - rows + i`. The last `w` rows alone are a slice of `query` and
-    `lse`.
+    key `j` gets `sum_i weight_i * exp(scaling * q_i.k_j - lse_i)`, over the rows `i` that see it. Attention is causal
+    and bottom-right aligned: row `i` sees the keys up to `keys - rows + i`. The last `w` rows alone are a slice of
+    `query` and `lse`.
 
     Args:
         query (`torch.Tensor`): `(batch, heads, rows, head_dim)`, the last `rows` queries of the sequence.
         key (`torch.Tensor`): `(batch, kv_heads, keys, head_dim)`, `rows <= keys`.
-        lse (`torch.Tensor`): `(batch, heads, rows)` float32, the natural log-sum-exp of each row's scaled and capped logits.
-            A row where it is infinite attends to nothing.
+        lse (`torch.Tensor`): `(batch, heads, rows)` float32, the natural log-sum-exp of each row's scaled and capped
+            logits. A row where it is infinite attends to nothing.
         scaling (`float`): Factor on the logits.
-        row_weights (`torch.Tensor`, *optional*): `(batch or 1, rows)` float32, how much each row counts; 1 by default. A
-            row of weight 0 adds nothing, whatever it holds.
-        key_start (`torch.Tensor`, *optional*): `(batch,)` int32, how many columns of padding each row of the batch begins
-            with. Their keys get 0, and their queries add nothing.
+        row_weights (`torch.Tensor`, *optional*): `(batch or 1, rows)` float32, how much each row counts; 1 by default.
+            A row of weight 0 adds nothing, whatever it holds.
+        key_start (`torch.Tensor`, *optional*): `(batch,)` int32, how many columns of padding each row of the batch
+            begins with. Their keys get 0, and their queries add nothing.
         softcap (`float`, *optional*): Logits are `softcap * tanh(logits / softcap)`, as in Gemma 2.
         group_sum (`bool`, defaults to `True`): Sums over the query heads that share a KV head.
 
@@ -78,22 +78,23 @@ def decode_attention(
     sink_logits: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    Attention of one query per row over slots in any order, with the probabilities it used. Keys and values are read once.
+    Attention of one query per row over slots in any order, with the probabilities it used. Keys and values are read
+    once.
 
     Args:
         query (`torch.Tensor`): `(batch, heads, 1, head_dim)`.
         key, value (`torch.Tensor`): `(batch, kv_heads, slots, head_dim)`; the values may have a width of their own.
         scaling, softcap: As in `attention_scores`.
-        mask (`torch.Tensor`, *optional*): bool `(batch, kv_heads or 1, slots)`, False for a slot that is empty; what it holds
-            must be finite.
+        mask (`torch.Tensor`, *optional*): bool `(batch, kv_heads or 1, slots)`, False for a slot that is empty; what
+            it holds must be finite.
         sink_logits (`torch.Tensor`, *optional*): `(heads,)` learned attention sinks, as in gpt-oss: they take part in
             the normalisation and are then dropped.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: the output `(batch, 1, heads, value_dim)`, laid out as attention
-        functions of transformers return it; log-sum-exps `(batch, heads)` float32, sinks included; and probabilities
-        `(batch, kv_heads, slots)` float32, summed over the query heads that share a KV head. Where all slots of a head are
-        empty: zeros, minus infinity, zeros.
+        `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: the output `(batch, 1, heads, value_dim)`, laid out as
+        attention functions of transformers return it; log-sum-exps `(batch, heads)` float32, sinks included; and
+        probabilities `(batch, kv_heads, slots)` float32, summed over the query heads that share a KV head. Where all
+        slots of a head are empty: zeros, minus infinity, zeros.
 
     Raises:
         ValueError: For shapes and dtypes that do not fit.
@@ -131,14 +132,14 @@ def decode_attention_and_evict(
 
     Args:
         query (`torch.Tensor`): `(batch, heads, 1, head_dim)`.
-        new_key, new_value (`torch.Tensor`): `(batch, kv_heads, 1, head_dim)` of the new token; the values may have a width
-            of their own.
+        new_key, new_value (`torch.Tensor`): `(batch, kv_heads, 1, head_dim)` of the new token; the values may have a
+            width of their own.
         slots (`torch.Tensor`): `(batch, kv_heads, 1)` int64, where each head stores it. Not checked on the device.
         key, value (`torch.Tensor`): `(batch, kv_heads, slots, head_dim)`, changed at `slots`.
-        positions (`torch.Tensor`): `(batch, kv_heads, slots)` int32, -1 for an empty slot. Becomes `next_position - 1` at
-            `slots`, then -1 at the victims.
-        scores (`torch.Tensor`): `(batch, kv_heads, slots)` float32, sums over the query heads that share a KV head. Becomes 0
-            at `slots`, then grows.
+        positions (`torch.Tensor`): `(batch, kv_heads, slots)` int32, -1 for an empty slot. Becomes `next_position - 1`
+            at `slots`, then -1 at the victims.
+        scores (`torch.Tensor`): `(batch, kv_heads, slots)` float32, sums over the query heads that share a KV head.
+            Becomes 0 at `slots`, then grows.
         next_position (`torch.Tensor`): `(batch, 1, 1)` int32, the position after that of the new token.
         num_recent (`torch.Tensor`): `(batch, 1, 1)` int32: positions from `next_position - num_recent` on stay.
         evicts (`torch.Tensor`, *optional*): `(batch,)` bool, which rows evict; all by default.
@@ -147,9 +148,10 @@ def decode_attention_and_evict(
         scaling, softcap, sink_logits: As in `decode_attention`.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: output and log-sum-exps as of `decode_attention`, and the slots
-        `(batch, kv_heads, 1)` int64 of the victims: lowest score, then oldest, scores that are NaN being all equal. Where a row does not
-        evict, or no token of a head may go, nothing is evicted and the slot has no meaning.
+        `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: output and log-sum-exps as of `decode_attention`, and the
+        slots `(batch, kv_heads, 1)` int64 of the victims: lowest score, then oldest, scores that are NaN being all
+        equal. Where a row does not evict, or no token of a head may go, nothing is evicted and the slot has no
+        meaning.
 
     Raises:
         ValueError: For shapes and dtypes that do not fit.
@@ -237,7 +239,9 @@ def attention_scores_without_kernels(
     softcap: float | None,
     group_sum: bool,
 ) -> torch.Tensor:
-    """`attention_scores` on a CUDA device where there is no Triton, as on Windows: by flash-attention where that can be."""
+    """
+    `attention_scores` on a CUDA device where there is no Triton, as on Windows: by flash-attention where that can be.
+    """
     is_plain = row_weights is None and key_start is None and not softcap and query.shape[2] == key.shape[2]
     if is_plain and query.shape[3] <= MAX_HEAD_DIM - EXTRA_DIMS and can_give_lse("sdpa", query, key, key):
         return transposed_flash_scores(query, key, lse, None, scaling, group_sum)

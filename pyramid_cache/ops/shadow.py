@@ -21,8 +21,8 @@ from pyramid_cache.ops.launching import has_kernels
 from pyramid_cache.ops.registration import check_dtype, check_query, check_shape, register
 
 
-# Factors and landmarks may be stored in one byte a number; whoever quantises them puts their scale into the other factor of
-# the product.
+# Factors and landmarks may be stored in one byte a number; whoever quantises them puts their scale into the other
+# factor of the product.
 QUANTIZED_DTYPES = (torch.int8, torch.float8_e4m3fn)
 
 
@@ -49,8 +49,8 @@ def select_chunks(
             taken: there is none, or it is held elsewhere.
 
     Returns:
-        `torch.Tensor`: `(batch, kv_heads, num_chunks)` int64, distinct chunks, those attended to most first, then -1 where a
-        head has fewer than `num_chunks`. Which of equal chunks are taken is not defined.
+        `torch.Tensor`: `(batch, kv_heads, num_chunks)` int64, distinct chunks, those attended to most first, then -1
+        where a head has fewer than `num_chunks`. Which of equal chunks are taken is not defined.
 
     Raises:
         ValueError: For shapes and dtypes that do not fit.
@@ -116,8 +116,8 @@ def reconstruct_keys(
         low_rank (`torch.Tensor`): `(batch, tokens, rank)`, the factor that all heads share, of floats or in one of
             `QUANTIZED_DTYPES`. The last chunk may have fewer tokens than others.
         basis (`torch.Tensor`): `(batch, kv_heads, rank, head_dim)`, the factor of each head.
-        incoming (`torch.Tensor`): `(batch, kv_heads, places)` int64 from `plan_chunks`. Chunks that do not exist are left
-            out, as -1 is.
+        incoming (`torch.Tensor`): `(batch, kv_heads, places)` int64 from `plan_chunks`. Chunks that do not exist are
+            left out, as -1 is.
         positions (`torch.Tensor`): `(batch, tokens)` int32, the tokens' positions.
         inverse_frequencies (`torch.Tensor`): `(rotary_dim / 2,)` float32. The first `rotary_dim` dimensions of a head
             turn, by angles that are rounded to float32 as models round them; the others are left as they are.
@@ -178,8 +178,8 @@ def gather_values(buffer: torch.Tensor, values: torch.Tensor, incoming: torch.Te
         values (`torch.Tensor`): `(batch, kv_heads, tokens, value_dim)` in the buffer's dtype, on its device or in
             pinned memory. The last chunk may have fewer tokens than others. Fastest where a head's values are
             contiguous.
-        incoming (`torch.Tensor`): `(batch, kv_heads, places)` int64 from `plan_chunks`. Chunks that do not exist are left
-            out, as -1 is.
+        incoming (`torch.Tensor`): `(batch, kv_heads, places)` int64 from `plan_chunks`. Chunks that do not exist are
+            left out, as -1 is.
         chunk_size (`int`): Tokens of a chunk.
 
     Raises:

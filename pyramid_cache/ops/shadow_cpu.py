@@ -1,6 +1,6 @@
 """
-The ops of `pyramid_cache.ops.shadow` for the CPU: what `shadow_reference` does for each row and head in turn, with as few
-calls of torch as that takes. A chunk that need not be loaded costs nothing.
+The ops of `pyramid_cache.ops.shadow` for the CPU: what `shadow_reference` does for each row and head in turn, with as
+few calls of torch as that takes. A chunk that need not be loaded costs nothing.
 """
 
 import torch

@@ -1,9 +1,11 @@
 """
-Attention scores from a stock attention kernel: the exact check on the kernels written for it where an `n x n` matrix is too big.
+Attention scores from a stock attention kernel: the exact check on the kernels written for it where an `n x n` matrix
+is too big.
 
-A key's score `sum_i w_i * exp(scaling * q_i.k_j - lse_i)` is the exponential of a log-sum-exp over the queries that see the key.
-So attention with queries and keys exchanged computes it, if `log w_i - lse_i` is added to the logits: by more dimensions of the
-heads, 1 on one side. Turned round in time, the queries from `j` on are those up to `j`, which is causal attention.
+A key's score `sum_i w_i * exp(scaling * q_i.k_j - lse_i)` is the exponential of a log-sum-exp over the queries that
+see the key. So attention with queries and keys exchanged computes it, if `log w_i - lse_i` is added to the logits: by
+more dimensions of the heads, 1 on one side. Turned round in time, the queries from `j` on are those up to `j`, which
+is causal attention.
 """
 
 import torch
@@ -27,7 +29,8 @@ def transposed_flash_scores(
     group_sum: bool,
 ) -> torch.Tensor:
     """
-    `pyramid_cache.ops.scores.attention_scores` for as many rows as keys, without padding and softcap, in O(rows) memory.
+    `pyramid_cache.ops.scores.attention_scores` for as many rows as keys, without padding and softcap, in O(rows)
+    memory.
 
     Args:
         query (`torch.Tensor`): `(batch, heads, rows, head_dim)`.
@@ -44,10 +47,10 @@ def transposed_flash_scores(
         ValueError: Rows and keys differ in number, a weight is negative, or no kernel takes these tensors.
     """
     batch, heads, rows, head_dim = query.shape
-    kv_heads, keys = key.shape[1], key.shape[2]
-    if rows != keys:
+    kv_heads, num_keys = key.shape[1], key.shape[2]
+    if rows != num_keys:
         raise ValueError(
-            f"There must be as many rows as keys, but there are {rows} and {keys}. Use `attention_scores`."
+            f"There must be as many rows as keys, but there are {rows} and {num_keys}. Use `attention_scores`."
         )
     if row_weights is not None and bool((row_weights < 0).any()):
         raise ValueError("`row_weights` must be 0 or more, since their logarithms are used. Use `attention_scores`.")
@@ -62,8 +65,9 @@ def transposed_flash_scores(
     result = attention_with_lse("sdpa", keys, queries, queries, scaling=scaling)
     if result is None:
         raise ValueError(
-            f"No attention kernel with a log-sum-exp takes tensors of {query.dtype} on {query.device.type} with head_dim "
-            f"{head_dim} + {EXTRA_DIMS}, or not while gradients are recorded. Use `pyramid_cache.ops.reference`."
+            f"No attention kernel with a log-sum-exp takes tensors of {query.dtype} on {query.device.type} with "
+            f"head_dim {head_dim} + {EXTRA_DIMS}, or not while gradients are recorded. Use "
+            "`pyramid_cache.ops.reference`."
         )
     scores = result[1].flip(2).exp()
     return scores.view(batch, kv_heads, -1, rows).sum(dim=2) if group_sum else scores
@@ -71,8 +75,8 @@ def transposed_flash_scores(
 
 def _as_dims(offset: torch.Tensor, contributes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """
-    `(batch, heads, rows, EXTRA_DIMS)` numbers of the dtype that sum to the float32 `offset`, and to something far below any
-    logit, yet finite (an infinite one would give infinity minus infinity), where a row must not contribute.
+    `(batch, heads, rows, EXTRA_DIMS)` numbers of the dtype that sum to the float32 `offset`, and to something far
+    below any logit, yet finite (an infinite one would give infinity minus infinity), where a row must not contribute.
     """
     dims = offset.new_zeros(*offset.shape, EXTRA_DIMS, dtype=dtype)
     left = offset.masked_fill(~contributes, 0.0)

@@ -1,10 +1,10 @@
 """
 `pyramid_cache.ops.decode_packed_attention` on CUDA, in Triton: keys and values are read once, where they lie.
 
-Each segment is cut into parts of one size: some of its latest tokens, then some of those that it packs. A long segment has
-more parts than a short one; a program whose part lies beyond the end of its segment leaves at once, and what it would have
-written is never read. A first kernel attends and leaves the logits behind; a second one, which then knows every
-log-sum-exp, merges the outputs and turns the logits into probabilities.
+Each segment is cut into parts of one size: some of its latest tokens, then some of those that it packs. A long segment
+has more parts than a short one; a program whose part lies beyond the end of its segment leaves at once, and what it
+would have written is never read. A first kernel attends and leaves the logits behind; a second one, which then knows
+every log-sum-exp, merges the outputs and turns the logits into probabilities.
 
 Logits and log-sum-exps are in base 2, and nothing waits for the device, as in `triton_scores`.
 """
@@ -27,8 +27,8 @@ from pyramid_cache.ops.triton_scores import (
 )
 
 
-# Query heads of one program: the fewest that tensor cores take. Larger groups, which are rare, are shared out among programs
-# that read the same keys at about the same time.
+# Query heads of one program: the fewest that tensor cores take. Larger groups, which are rare, are shared out among
+# programs that read the same keys at about the same time.
 HEADS_PER_PROGRAM = 16
 
 
@@ -38,9 +38,9 @@ def _part_of(split, segment, starts_ptr, num_packed, num_latest, latest_parts, p
     What a split has of a segment.
 
     Returns:
-        Whether these are latest tokens; where the segment begins among all packed tokens; the part's first token and its
-        end, counted from the first latest or packed token of the segment, end <= first if there is no such part; the column
-        of that token 0 in the logits, where packed tokens come first; and how many parts the segment has.
+        Whether these are latest tokens; where the segment begins among all packed tokens; the part's first token and
+        its end, counted from the first latest or packed token of the segment, end <= first if there is no such part;
+        the column of that token 0 in the logits, where packed tokens come first; and how many parts the segment has.
     """
     is_latest = split < latest_parts
     start = tl.load(starts_ptr + segment)
@@ -107,11 +107,12 @@ def packed_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """
-    Attention of up to `ROWS` heads of a group over one part of a segment: output, log-sum-exp, and the logits themselves.
+    Attention of up to `ROWS` heads of a group over one part of a segment: output, log-sum-exp, and the logits
+    themselves.
 
-    The first parts of all segments come first, so that programs without a part are the last to start. The scratch is outputs
-    (segments, splits, group, VALUE_DIM), log-sum-exps (segments, splits, group), and logits (group, num_packed +
-    num_segments * num_latest).
+    The first parts of all segments come first, so that programs without a part are the last to start. The scratch is
+    outputs (segments, splits, group, VALUE_DIM), log-sum-exps (segments, splits, group), and logits (group, num_packed
+    + num_segments * num_latest).
     """
     program = tl.program_id(0)
     chunk = program % num_chunks
@@ -222,7 +223,9 @@ def packed_merge_kernel(
     BLOCK_S: tl.constexpr,
     SPLITS_PER_STEP: tl.constexpr,
 ):
-    """The first programs merge one head's output each; the others turn the logits of a part into sums of probabilities."""
+    """
+    The first programs merge one head's output each; the others turn the logits of a part into sums of probabilities.
+    """
     program = tl.program_id(0)
     num_heads = num_segments * group
     lse_ptr = scratch_ptr + num_segments.to(tl.int64) * num_splits * group * VALUE_DIM
@@ -283,9 +286,9 @@ def part_tiles(
     """
     How many tiles of tokens a part has.
 
-    Two programs per multiprocessor fit side by side, and share all tokens evenly, whichever segments these are of: cut by
-    the longest segment alone, the others would leave most of the device idle. Of each segment the last part of both kinds
-    may be nearly empty; programs are set aside for these, up to half.
+    Two programs per multiprocessor fit side by side, and share all tokens evenly, whichever segments these are of: cut
+    by the longest segment alone, the others would leave most of the device idle. Of each segment the last part of both
+    kinds may be nearly empty; programs are set aside for these, up to half.
 
     Args:
         num_packed (`int`): Packed tokens of all segments.

@@ -1,13 +1,15 @@
 """
-The ops of `pyramid_cache.ops.scores` on CUDA, in Triton. Results and arguments are those of `pyramid_cache.ops.reference`.
+The ops of `pyramid_cache.ops.scores` on CUDA, in Triton. Results and arguments are those of
+`pyramid_cache.ops.reference`.
 
-Scores keep a tile of keys where it is and stream the queries past it, so that a key's score is summed in one program: no
-atomics, nothing of the size `queries x keys`, and the same bits every time. Decoding splits the slots over the whole
-device, reads keys and values once, and leaves the logits behind; a second kernel, which then knows every log-sum-exp,
-turns them into probabilities, merges the outputs, and finds the victim.
+Scores keep a tile of keys where it is and stream the queries past it, so that a key's score is summed in one program:
+no atomics, nothing of the size `queries x keys`, and the same bits every time. Decoding splits the slots over the
+whole device, reads keys and values once, and leaves the logits behind; a second kernel, which then knows every
+log-sum-exp, turns them into probabilities, merges the outputs, and finds the victim.
 
 Logits and log-sum-exps are in base 2 inside the kernels, where `exp2` is one instruction. Nothing here waits for the
-device, so that CUDA graphs can record it. Sizes that grow with the text are not specialised: no length is compiled anew.
+device, so that CUDA graphs can record it. Sizes that grow with the text are not specialised: no length is compiled
+anew.
 """
 
 import functools
@@ -30,7 +32,8 @@ INT32_MAX = tl.constexpr(2**31 - 1)
 # Partial results that one row of the second kernel takes in at once.
 MAX_SPLITS = 128
 # Slots that one program goes through to find the victim of a head, which saves a launch. With a group of 4 it moves 28
-# bytes for each, where the attention read 512 (bfloat16, head_dim 128) with the whole device: at 128k it would take longer.
+# bytes for each, where the attention read 512 (bfloat16, head_dim 128) with the whole device: at 128k it would take
+# longer.
 MAX_SLOTS_OF_ONE_PROGRAM = 8192
 # Candidates for eviction that the third kernel takes in at once.
 CANDIDATES_PER_STEP = 1024
@@ -72,8 +75,8 @@ class DecodeBlocks(NamedTuple):
     max_registers: int | None = None
 
 
-# By bytes of an element and head_dim rounded up to a power of two. float32 has no tensor cores here (they would round to
-# ten bits), so its operands live in registers: larger tiles spill them.
+# By bytes of an element and head_dim rounded up to a power of two. float32 has no tensor cores here (they would round
+# to ten bits), so its operands live in registers: larger tiles spill them.
 SCORE_BLOCKS = {
     (2, 64): ScoreBlocks(keys=128, rows=128, num_warps=4, num_stages=3),
     (2, 128): ScoreBlocks(keys=128, rows=64, num_warps=4, num_stages=3),
@@ -82,11 +85,12 @@ SCORE_BLOCKS = {
     (4, 128): ScoreBlocks(keys=32, rows=32, num_warps=8, num_stages=2),
     (4, 256): ScoreBlocks(keys=32, rows=32, num_warps=8, num_stages=2),
 }
-# On an H100 or H200, 128 rows at once leave room for two programs of a multiprocessor, and take a fifth less time. Compiled
-# for capability 8.0 they spill.
+# On an H100 or H200, 128 rows at once leave room for two programs of a multiprocessor, and take a fifth less time.
+# Compiled for capability 8.0 they spill.
 HOPPER_SCORE_BLOCKS = SCORE_BLOCKS | {(2, 128): ScoreBlocks(keys=128, rows=128, num_warps=4, num_stages=2)}
-# 48 to 64 KiB of keys and values under way in each of two programs of a multiprocessor, where 26 KiB would keep an H200 busy.
-# Left to decide, the assembler makes room for a third program (168 registers) and spills two registers for it.
+# 48 to 64 KiB of keys and values under way in each of two programs of a multiprocessor, where 26 KiB would keep an
+# H200 busy. Left to decide, the assembler makes room for a third program (168 registers) and spills two registers for
+# it.
 DECODE_BLOCKS = {
     (2, 64): DecodeBlocks(slots=64, num_warps=4, num_stages=4, max_registers=224),
     (2, 128): DecodeBlocks(slots=64, num_warps=4, num_stages=3, max_registers=224),
@@ -131,8 +135,8 @@ def _add_rows(
     """
     Adds what `num_blocks` blocks of rows, from `first_row` on, of each of `HEADS` heads give to a tile of keys.
 
-    One loop over the blocks of all heads, because loads are only under way early within a loop, and a window of 64 rows is
-    one block per head. Row `i` sees the keys of the tile where `hidden <= i`.
+    One loop over the blocks of all heads, because loads are only under way early within a loop, and a window of 64
+    rows is one block per head. Row `i` sees the keys of the tile where `hidden <= i`.
     """
     dims = tl.arange(0, BLOCK_D)
     block = tl.arange(0, BLOCK_M)
@@ -356,15 +360,16 @@ def decode_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """
-    Attention of up to `ROWS` heads of a group over one split of the slots: output, log-sum-exp, and the logits themselves.
+    Attention of up to `ROWS` heads of a group over one split of the slots: output, log-sum-exp, and the logits
+    themselves.
 
     `held_ptr` is a bool mask, or, where a new token is stored, the positions. The new token stays out of the loop and
     joins at its end, in the program whose split has its slot. Others leave the slot out, and what they may read there
     while it is being written (heads of the same group in a second program) is not used. So there is no race: nothing
     that this kernel writes is used by another of its programs.
 
-    The scratch is logits (programs, group, padded_slots), outputs (programs, splits, group, VALUE_DIM) and log-sum-exps
-    (programs, splits, group), where a program stands for a KV head of a row of the batch.
+    The scratch is logits (programs, group, padded_slots), outputs (programs, splits, group, VALUE_DIM) and
+    log-sum-exps (programs, splits, group), where a program stands for a KV head of a row of the batch.
     """
     program = tl.program_id(0).to(tl.int64)
     chunk = (program % num_chunks).to(tl.int32)
@@ -468,7 +473,7 @@ def decode_kernel(
             output = output * rescaling[:, None] + probability[:, None] * new_value.to(tl.float32)[None, :]
             highest = new_highest
             if chunk == 0:
-                slot64 = slot.to(tl.int64)
+                slot64 = slot.to(tl.int64)  # type: ignore[attr-defined]
                 tl.store(key_ptr + slot64 * stride_kn + dims.to(tl.int64) * stride_kd, new_key, mask=is_dim)
                 tl.store(
                     value_ptr + slot64 * stride_vn + value_dims.to(tl.int64) * stride_vd, new_value, mask=is_value_dim
@@ -516,8 +521,8 @@ def _evict_lowest(
     Evicts the best of many candidates of one head.
 
     Args:
-        lowest: int64: score and position of a token, ordered as they count; smallest if the score is NaN, largest if no
-            token may go.
+        lowest: int64: score and position of a token, ordered as they count; smallest if the score is NaN, largest if
+            no token may go.
         lowest_slots: int32: its slot.
         oldest: int64: position and slot of the oldest token that may go.
     """
@@ -601,11 +606,12 @@ def merge_kernel(
     SPLITS_PER_STEP: tl.constexpr,
 ):
     """
-    The first programs each turn the logits of a tile of slots into probabilities; the others merge one head's output each.
+    The first programs each turn the logits of a tile of slots into probabilities; the others merge one head's output
+    each.
 
-    With `positions_ptr`, `probabilities_ptr` are the scores, which grow by them, and the victim is sought: at once if one
-    program has all slots of a head, else left to `victim_kernel` as a candidate. There is no race: a tile's scores belong
-    to one program, and a position is only written where one program has read all of a head's before.
+    With `positions_ptr`, `probabilities_ptr` are the scores, which grow by them, and the victim is sought: at once if
+    one program has all slots of a head, else left to `victim_kernel` as a candidate. There is no race: a tile's scores
+    belong to one program, and a position is only written where one program has read all of a head's before.
     """
     program = tl.program_id(0).to(tl.int64)
     outputs_ptr = scratch_ptr + num_programs.to(tl.int64) * group * padded_slots
@@ -758,7 +764,10 @@ def victim_kernel(
 
 @functools.cache
 def num_multiprocessors(device: torch.device) -> int:
-    """How many programs run side by side. Triton's interpreter, on the CPU, is told 8, so that slots are split there, too."""
+    """
+    How many programs run side by side. Triton's interpreter, on the CPU, is told 8, so that slots are split there,
+    too.
+    """
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
 
@@ -903,8 +912,8 @@ def decode_attention_and_evict(
     """
     if not is_supported(query, key, value, new_key, new_value):
         return reference.decode_attention_and_evict(
-            query, new_key, new_value, slots, next_position, num_recent, evicts, sink_logits, key, value, positions, scores,
-            scaling, softcap, has_empty_slots,
+            query, new_key, new_value, slots, next_position, num_recent, evicts, sink_logits, key, value, positions,
+            scores, scaling, softcap, has_empty_slots,
         )  # fmt: skip
     step = NewToken(new_key, new_value, slots, next_position, num_recent, evicts)
     return _decode(query, key, value, positions, has_empty_slots, step, scores, sink_logits, scaling, softcap, blocks)
@@ -951,8 +960,8 @@ def _decode(
     blocks: DecodeBlocks | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """
-    Both ways to decode. `held` is a mask or, with a `step`, positions, and `probabilities` are then the scores they are
-    added to. Returns output, log-sum-exps and, with a `step`, the slots of the victims.
+    Both ways to decode. `held` is a mask or, with a `step`, positions, and `probabilities` are then the scores they
+    are added to. Returns output, log-sum-exps and, with a `step`, the slots of the victims.
     """
     batch, heads, _, head_dim = query.shape
     kv_heads, num_slots, value_dim = key.shape[1], key.shape[2], value.shape[3]
@@ -981,8 +990,8 @@ def _decode(
         if held is not None and held.shape[1] == 1:
             held_strides = (held_strides[0], 0, held_strides[2])
         new_key = new_value = slots = next_position = num_recent = evicts = victims = None
-        new_strides = (0,) * 6
-        slot_strides = (0, 0, 0)
+        new_strides: tuple[int, ...] = (0,) * 6
+        slot_strides: tuple[int, ...] = (0, 0, 0)
         recent_stride = evicts_stride = 0
     else:
         new_key, new_value, slots, next_position, num_recent, evicts = step
