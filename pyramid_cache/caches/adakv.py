@@ -1,13 +1,13 @@
 """
 Ada-KV of Feng et al., 2024 (https://arxiv.org/abs/2407.11550).
 
-Some heads of a layer look at a few tokens, others at many. Shared out evenly, a budget is too much for the ones and
-too little for the others: here the heads of a layer compete for it, and the tokens with the highest scores stay
-whatever head they are of (paper, Algorithm 1). A floor keeps every head from being left with nothing. Scores are those
-of SnapKV, which makes it the paper's Ada-SnapKV.
+Some heads of a layer attend to a few tokens, others to many. With equal shares, the first kind has too much and the
+second too little. Here the heads of a layer compete: the tokens with the highest scores stay, whichever head scored
+them (paper, Algorithm 1). A floor leaves every head some tokens. The scores are those of SnapKV, so that this is the
+paper's Ada-SnapKV.
 
-Departures from the authors' code: none of a head's memory is shared with the padding of another, and the heads compete
-again whenever generated tokens are evicted. With grouped-query attention it is KV heads that compete.
+Departures from the authors' code: heads are stored without padding. The heads compete again whenever generated tokens
+are evicted. With grouped-query attention, KV heads compete.
 """
 
 from dataclasses import dataclass
@@ -38,26 +38,26 @@ class AdaKVPolicy(SnapKVPolicy):
 
 class AdaKVCache(PolicyCache):
     """
-    Keeps, of all heads of a layer together, the tokens that the last queries attend to most, so that heads which look
-    at many tokens keep more than others (Ada-KV, https://arxiv.org/abs/2407.11550).
+    Keeps the tokens that the last queries attend to most. The heads of a layer share its budget, so that heads which
+    attend to many tokens keep more than others (Ada-KV, https://arxiv.org/abs/2407.11550).
 
-    A layer holds `budget` tokens per head on average, stored without padding, and up to `eviction_interval` more in
-    each head: `batch * kv_heads * (budget + eviction_interval) * (2 * head_dim * itemsize + 8)` bytes. The prompt is
-    read with full attention, so the first new token is exact. `cache.positions(layer_idx)` shows what each head holds,
-    and `cache.num_kept_tokens()` the mean over heads.
+    A layer holds `budget` tokens per head on average, and up to `eviction_interval` more in each head. It stores them
+    without padding: `batch * kv_heads * (budget + eviction_interval) * (2 * head_dim * itemsize + 8)` bytes. The
+    prompt is read with full attention, so the first new token is exact. `cache.positions(layer_idx)` shows what each
+    head holds. `cache.num_kept_tokens()` gives the mean over heads.
 
     Args:
-        config (`PreTrainedConfig` or `PreTrainedModel`): Of the model, or the model, whose config is taken.
-        budget (`float`, `int` or `str`): What the heads of a layer keep on average: a fraction of the prompt (of
-            everything seen, when a later turn brings several tokens at once), a number of tokens, or bytes for the
-            layers that evict such as "256MiB". 1.0 never evicts.
+        config (`PreTrainedConfig` or `PreTrainedModel`): The config of the model, or the model itself.
+        budget (`float`, `int` or `str`, defaults to 0.2): What the heads of a layer keep on average: a fraction of the
+            prompt, a number of tokens, or bytes for all layers that evict ("256MiB"). In later turns, a fraction is of
+            all tokens seen. 1.0 never evicts.
         floor_ratio (`float`, defaults to 0.2): The share of the average that every head keeps of its own best tokens.
-            Smaller values let heads differ more; 1 is SnapKV.
-        window_size (`int`, defaults to 64): How many of the last queries choose, and how many of the last tokens are
-            kept for certain in all heads (but no more than half of the budget).
-        kernel_size (`int`, defaults to 5): Odd: over how many neighbouring tokens scores are averaged.
-        eviction_interval (`int`, defaults to 32): Generated tokens that come in before as many go. Larger values take
-            more memory and less time: on a GPU, the host waits at each eviction to learn how much each head keeps.
+            Smaller values let heads differ more. 1 is SnapKV.
+        window_size (`int`, defaults to 64): How many of the last queries choose. As many of the last tokens always
+            stay in all heads, but no more than half of the budget.
+        kernel_size (`int`, defaults to 5): Over how many neighbouring tokens scores are averaged. Odd.
+        eviction_interval (`int`, defaults to 32): How many generated tokens arrive before as many are evicted. Larger
+            values take more memory and less time: on a GPU, each eviction waits for the device.
 
     Raises:
         ValueError: For an argument outside these ranges, or a model that cannot be compressed.

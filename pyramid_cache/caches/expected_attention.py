@@ -1,16 +1,15 @@
 """
 Expected Attention of Devoto, Jeblick and Jégou, 2025 (https://arxiv.org/abs/2510.00636).
 
-What future queries will attend to can be foretold, for queries of one head are much alike: before RoPE they are close
-to a Gaussian, whose mean and covariance the prompt shows. Turned to the positions that come next, it gives the
-expectation of each key's exponential logit in closed form, `exp(mean · key + key · covariance · key / 2)`. A token is
-worth its share of these, averaged over the query heads of a KV head, times the norm of its value, which is what it
-would add to the output.
+The queries of one head are much alike. Before RoPE they are close to a Gaussian, whose mean and covariance the prompt
+shows. Rotated to the positions that come next, the Gaussian gives each key's expected exponential logit in closed
+form: `exp(mean · key + key · covariance · key / 2)`. A token's score is its share of these, averaged over the query
+heads of a KV head, times the norm of its value.
 
-Departures from the paper: the norm is that of the value, not of the value behind the output projection, which a cache
-does not see (the authors' library does the same). Statistics are of all queries of the prompts so far, not of the last
-128, and go on being used while an answer is generated, turned to where its end is by then. Queries of the first tokens
-are left out of the statistics, as in the authors' library: attention sinks have queries like no others.
+Departures from the paper: the norm is the value's own, not that behind the output projection, which a cache does not
+see (the authors' library does the same). The statistics cover all queries of the prompts so far, not the last 128.
+They stay in use while an answer is generated, rotated to its current end. They leave out the queries of the first
+tokens, as the authors' library does: attention sinks have queries like no others.
 """
 
 from dataclasses import dataclass, replace
@@ -31,13 +30,13 @@ QUERIES_PER_CHUNK = 1024
 @dataclass(frozen=True)
 class ExpectedAttentionPolicy(Policy):
     """
-    A token is worth the attention that future queries are expected to give it, times the norm of its value. See
+    A token's score is the attention that future queries are expected to give it, times the norm of its value. See
     `ExpectedAttentionCache` for the fields.
 
-    It remembers, of the queries before RoPE and with the scaling of attention in them: how many there were
-    `query_count` `(batch, 1)`, their mean `query_mean` `(batch, heads, head_dim)`, and the upper triangle of their
-    covariance `query_covariance` `(batch, heads, head_dim * (head_dim + 1) / 2)`. And how to turn them, as models
-    differ in which dimensions they pair: `rotation` `(batch, 2, head_dim)`, see `rotation_by_dimension`.
+    The state describes the queries before RoPE, scaled as attention scales them: their number `query_count` `(batch,
+    1)`, their mean `query_mean` `(batch, heads, head_dim)`, and the upper triangle of their covariance
+    `query_covariance` `(batch, heads, head_dim * (head_dim + 1) / 2)`. `rotation` `(batch, 2, head_dim)` says how the
+    model rotates them; see `rotation_by_dimension`.
     """
 
     num_future_positions: int = 512
@@ -175,34 +174,34 @@ def unpacked(triangles: torch.Tensor, size: int) -> torch.Tensor:
 
 class ExpectedAttentionCache(PolicyCache):
     """
-    Keeps, per KV head, the tokens that future queries are expected to attend to, and the first ones (Expected
-    Attention, https://arxiv.org/abs/2510.00636).
+    Keeps, per KV head, the first tokens and those that future queries are expected to attend to (Expected Attention,
+    https://arxiv.org/abs/2510.00636).
 
     It needs no attention weights, but the RoPE of the model. A layer holds `budget` tokens and up to
-    `eviction_interval` more, however much is generated: `batch * kv_heads * (budget + eviction_interval) * (2 *
-    head_dim * itemsize + 4)` bytes. Beside them it holds statistics of the queries, whatever the budget, which one in
-    bytes does not count: `batch * 4 * (heads * head_dim * (head_dim + 3) / 2 + 2 * head_dim + 1)` bytes, as much as
-    260 tokens take in a layer of a model with 32 heads over 8 KV heads of width 128 in bfloat16; 4 tokens without
-    `use_covariance`. The prompt is read with full attention, so the first new token is exact.
+    `eviction_interval` more: `batch * kv_heads * (budget + eviction_interval) * (2 * head_dim * itemsize + 4)` bytes.
+    It also holds statistics of the queries, which a budget in bytes does not count: `batch * 4 * (heads * head_dim *
+    (head_dim + 3) / 2 + 2 * head_dim + 1)` bytes. With 32 heads over 8 KV heads of width 128 in bfloat16, they take as
+    much as 260 tokens; without `use_covariance`, as 4 tokens. The prompt is read with full attention, so the first new
+    token is exact.
 
     Args:
-        config (`PreTrainedConfig` or `PreTrainedModel`): Of the model, or the model, whose config is taken.
-        budget (`float`, `int` or `str`): What each layer keeps: a fraction of the prompt (of everything seen, when a
-            later turn brings several tokens at once), a number of tokens, or bytes for the layers that evict such as
-            "256MiB". 1.0 never evicts.
-        num_future_positions (`int`, defaults to 512): For how many positions behind what was seen attention is
-            foretold. Larger values look further ahead, and see less of what depends on the distance.
-        num_sink_tokens (`int`, defaults to 4): The first tokens, which are kept for certain.
-        use_covariance (`bool`, defaults to `True`): Whether the spread of queries counts, or their mean alone, which
-            takes less memory and time.
-        epsilon (`float`, defaults to 0.0): Added to each token's share of attention before it is multiplied with the
-            norm of its value. Larger values let the norm decide between tokens of which little attention is expected.
-        eviction_interval (`int`, defaults to 32): Generated tokens that come in before as many go. Larger values take
-            more memory and less time.
+        config (`PreTrainedConfig` or `PreTrainedModel`): The config of the model, or the model itself.
+        budget (`float`, `int` or `str`, defaults to 0.2): What each layer keeps: a fraction of the prompt, a number of
+            tokens, or bytes for all layers that evict ("256MiB"). In later turns, a fraction is of all tokens seen.
+            1.0 never evicts.
+        num_future_positions (`int`, defaults to 512): Over how many positions behind the last token attention is
+            expected. Larger values look further ahead, and depend less on the distance.
+        num_sink_tokens (`int`, defaults to 4): The first tokens, which always stay.
+        use_covariance (`bool`, defaults to `True`): Whether the spread of the queries counts beside their mean.
+            `False` takes less memory and time.
+        epsilon (`float`, defaults to 0.0): Added to each token's share of attention before the share is multiplied
+            with the norm. Larger values let the norm decide between tokens that expect little attention.
+        eviction_interval (`int`, defaults to 32): How many generated tokens arrive before as many are evicted. Larger
+            values take more memory and less time.
 
     Raises:
         ValueError: For an argument outside these ranges, or a model that cannot be compressed.
-        NotImplementedError: In the first forward pass of a model whose RoPE is no fixed turn by position.
+        NotImplementedError: In the first forward pass of a model whose RoPE does not rotate by the position alone.
 
     Example:
 

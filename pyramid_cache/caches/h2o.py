@@ -1,12 +1,12 @@
 """
 H2O: the Heavy-Hitter Oracle of Zhang et al., 2023 (https://arxiv.org/abs/2306.14048).
 
-A token that was attended to much so far will be attended to again. Every key accumulates the attention probability
-that it gets from all queries; each KV head keeps the keys with the highest sums, the heavy hitters, and a window of
-the most recent tokens. A decode step adds one token and evicts one (paper, Algorithm 1).
+A token that got much attention so far will get much again. Every key accumulates the attention probability that all
+queries give it. Each KV head keeps the keys with the highest sums, the heavy hitters, and a window of the most recent
+tokens. A decode step adds one token and evicts one (paper, Algorithm 1).
 
-Departures from the authors' code: sums are kept per row of the batch (theirs add the rows up) and, with grouped-query
-attention, per KV head as the sum over its query heads. Keys keep the positions that they had.
+Departures from the authors' code: sums are kept per row of the batch (theirs add the rows up). With grouped-query
+attention, a KV head's sum is over its query heads. Keys keep their original positions.
 """
 
 import torch
@@ -26,8 +26,8 @@ from pyramid_cache.ops.reference import decode_probabilities
 class H2OLayer(CompressedLayer):
     """
     One layer of `H2OCache`. Beside keys and values it holds, per KV head and slot, the position and the accumulated
-    score (float32). One slot is spare: a new token is written there, attends, and then the loser of the heads'
-    comparison leaves its slot to the next one.
+    score (float32). One slot is spare: a new token is written there and attends. Then the token with the lowest score
+    leaves, and its slot is the spare one.
     """
 
     scores: torch.Tensor | None
@@ -155,19 +155,19 @@ class H2OLayer(CompressedLayer):
 
 class H2OCache(CompressedCache):
     """
-    Keeps, per KV head, the tokens that were attended to most and the most recent ones (H2O,
+    Keeps, per KV head, the most recent tokens and those that got most attention so far (H2O,
     https://arxiv.org/abs/2306.14048).
 
     A layer holds `budget` tokens and one spare slot, however much is generated: `batch * kv_heads * (budget + 1) * (2
     * head_dim * itemsize + 8)` bytes. The prompt is read with full attention, so the first new token is exact.
 
     Args:
-        config (`PreTrainedConfig` or `PreTrainedModel`): Of the model, or the model, whose config is taken.
-        budget (`float`, `int` or `str`): What each layer keeps: a fraction of the prompt (of everything seen, when a
-            later turn brings several tokens at once), a number of tokens, or bytes for the layers that evict such as
-            "256MiB". 1.0 never evicts.
-        heavy_ratio (`float`, defaults to 0.5): The share of the budget for heavy hitters; the rest is the recent
-            window, which has at least one token. Larger values remember more of the distant past.
+        config (`PreTrainedConfig` or `PreTrainedModel`): The config of the model, or the model itself.
+        budget (`float`, `int` or `str`, defaults to 0.2): What each layer keeps: a fraction of the prompt, a number of
+            tokens, or bytes for all layers that evict ("256MiB"). In later turns, a fraction is of all tokens seen.
+            1.0 never evicts.
+        heavy_ratio (`float`, defaults to 0.5): The share of the budget for heavy hitters. The recent window has the
+            rest, at least one token. Larger values remember more of the distant past.
 
     Raises:
         ValueError: For a budget or ratio outside these ranges, or a model that cannot be compressed.

@@ -1,12 +1,12 @@
 """
 KeyDiff of Park et al., 2025 (https://arxiv.org/abs/2504.15364).
 
-Keys that point another way than most are those that get much attention: no query has to be seen to tell them. The mean
-of a head's normalised keys stands for all of them, and each KV head keeps the tokens whose keys have the lowest cosine
-similarity with it. Attention weights are never needed.
+Keys that point in unusual directions tend to get much attention, so that no query is needed to find them. The mean of
+a head's normalised keys stands for all its keys. Each KV head keeps the tokens whose keys have the lowest cosine
+similarity with that mean. Attention weights are never needed.
 
-Departure from the paper, which scores each block of 128 tokens of a prompt against what was kept of the earlier ones:
-a prompt is scored as a whole (`prefill_chunk_size=128` of `generate` reads it in blocks).
+Departure from the paper, which scores each block of 128 prompt tokens against what it kept of earlier blocks: a prompt
+is scored as a whole. `prefill_chunk_size=128` of `generate` reads it in blocks.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from pyramid_cache.engine.policy_cache import DEFAULT_EVICTION_INTERVAL, PolicyC
 
 @dataclass(frozen=True)
 class KeyDiffPolicy(Policy):
-    """A token is worth as much as its key differs in direction from the mean of all."""
+    """A token scores higher the more its key differs in direction from the mean of all keys."""
 
     def score(self, view: ScoringView) -> torch.Tensor:
         directions = functional.normalize(view.key.float(), dim=-1)
@@ -36,15 +36,15 @@ class KeyDiffCache(PolicyCache):
 
     A layer holds `budget` tokens and up to `eviction_interval` more, however much is generated: `batch * kv_heads *
     (budget + eviction_interval) * (2 * head_dim * itemsize + 4)` bytes. The prompt is read with full attention, so the
-    first new token is exact. Attention runs as the model's own, without a look at its weights.
+    first new token is exact. The model's own attention runs, and its weights are not read.
 
     Args:
-        config (`PreTrainedConfig` or `PreTrainedModel`): Of the model, or the model, whose config is taken.
-        budget (`float`, `int` or `str`): What each layer keeps: a fraction of the prompt (of everything seen, when a
-            later turn brings several tokens at once), a number of tokens, or bytes for the layers that evict such as
-            "256MiB". 1.0 never evicts.
-        eviction_interval (`int`, defaults to 32): Generated tokens that come in before as many go. Larger values take
-            more memory and less time.
+        config (`PreTrainedConfig` or `PreTrainedModel`): The config of the model, or the model itself.
+        budget (`float`, `int` or `str`, defaults to 0.2): What each layer keeps: a fraction of the prompt, a number of
+            tokens, or bytes for all layers that evict ("256MiB"). In later turns, a fraction is of all tokens seen.
+            1.0 never evicts.
+        eviction_interval (`int`, defaults to 32): How many generated tokens arrive before as many are evicted. Larger
+            values take more memory and less time.
 
     Raises:
         ValueError: For an argument outside these ranges, or a model that cannot be compressed.

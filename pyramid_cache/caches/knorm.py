@@ -2,11 +2,11 @@
 Knorm of Devoto et al., 2024: A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression
 (https://arxiv.org/abs/2406.11430).
 
-Keys of low L2 norm tend to be those that later queries attend to much. Each KV head therefore keeps the tokens whose
-keys have the lowest norm. A norm is known when a token comes in and never changes: attention weights are never needed.
+Later queries tend to attend to keys of low L2 norm. Each KV head therefore keeps the tokens whose keys have the lowest
+norm. A norm is known when a token arrives and never changes, so that attention weights are never needed.
 
-Departure from the paper, which compresses all layers but the first two in its experiments: all layers are compressed,
-so that the budget is what is held.
+Departure from the paper, which leaves out the first two layers in its experiments: all layers are compressed, so that
+the cache holds its budget.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from pyramid_cache.engine.policy_cache import DEFAULT_EVICTION_INTERVAL, PolicyC
 
 @dataclass(frozen=True)
 class KnormPolicy(Policy):
-    """A token is worth more the lower the norm of its key."""
+    """A token scores higher the lower the norm of its key."""
 
     def score(self, view: ScoringView) -> torch.Tensor:
         # Steps of 0.02 %: in the first layer a token has the same norm wherever it stands, but for rounding, and which
@@ -34,15 +34,15 @@ class KnormCache(PolicyCache):
 
     A layer holds `budget` tokens and up to `eviction_interval` more, however much is generated: `batch * kv_heads *
     (budget + eviction_interval) * (2 * head_dim * itemsize + 4)` bytes. The prompt is read with full attention, so the
-    first new token is exact. Attention runs as the model's own, without a look at its weights.
+    first new token is exact. The model's own attention runs, and its weights are not read.
 
     Args:
-        config (`PreTrainedConfig` or `PreTrainedModel`): Of the model, or the model, whose config is taken.
-        budget (`float`, `int` or `str`): What each layer keeps: a fraction of the prompt (of everything seen, when a
-            later turn brings several tokens at once), a number of tokens, or bytes for the layers that evict such as
-            "256MiB". 1.0 never evicts.
-        eviction_interval (`int`, defaults to 32): Generated tokens that come in before as many go. Larger values take
-            more memory and less time.
+        config (`PreTrainedConfig` or `PreTrainedModel`): The config of the model, or the model itself.
+        budget (`float`, `int` or `str`, defaults to 0.2): What each layer keeps: a fraction of the prompt, a number of
+            tokens, or bytes for all layers that evict ("256MiB"). In later turns, a fraction is of all tokens seen.
+            1.0 never evicts.
+        eviction_interval (`int`, defaults to 32): How many generated tokens arrive before as many are evicted. Larger
+            values take more memory and less time.
 
     Raises:
         ValueError: For an argument outside these ranges, or a model that cannot be compressed.

@@ -1,21 +1,20 @@
 """
-Massive activations decide which tokens may never go, the spread of attention how many stay in each layer.
+Tokens with massive activations always stay. The spread of attention can decide how many tokens each layer keeps.
 
 A few tokens with massive activations (Sun et al., 2024, https://arxiv.org/abs/2402.17762) carry no content, and yet a
-model without them says nothing sensible: attention that has nowhere else to go goes there. They are found where they
-are (`pyramid_cache.engine.massive`) instead of being taken to be the first ones. What layers look at differs as much:
-some need half of the text, some a few tokens (layered sparsity, after Zhang et al., 2024,
+model without them fails: they take the attention that has nowhere else to go. `pyramid_cache.engine.massive` finds
+them wherever they are, instead of taking the first tokens. Layers differ as well: some attend to half of the text,
+some to a few tokens (layered sparsity, after Zhang et al., 2024,
 https://blogs.novita.ai/how-kv-sparsity-achieves-1-5x-acceleration-for-vllm and
-https://github.com/vllm-project/vllm/issues/10942). Beside massive tokens and the latest ones each KV head keeps those
-with the most attention, weighed by the norm of their value (VATP, https://arxiv.org/abs/2406.12335).
+https://github.com/vllm-project/vllm/issues/10942). Each KV head keeps the massive tokens, the latest tokens, and those
+with most attention, weighed by the norm of their value (VATP, https://arxiv.org/abs/2406.12335).
 
-Departures from these sources: budgets are equal, or follow measured attention, of the prompt or from a profile, and
-only `preset` the fixed split into dense and sparse layers (docs/massive-activations.md has what each of them loses);
-sparse layers keep their massive tokens within their window; and to the attention of a token that of the passage around
-it is added, the average over its neighbours, so that facts are neither lost in their neighbourhood nor torn apart. Of
-eight numbers in 1,024 tokens SmolLM2-135M-Instruct gives with the question in view (80 questions, exact answers at
-budgets of 0.5, 0.25 and 0.1) 0.85, 0.82 and 0.06, and 0.38, 0.25 and 0.03 with SnapKVCache; the recall model finds
-0.77, 0.45 and 0.17 of its pairs, and 0.68, 0.32 and 0.13 with that (docs/quality.md).
+Departures from these sources: budgets are equal, or follow the attention of the prompt or of a profile. Only `preset`
+splits layers into dense and sparse ones; docs/massive-activations.md says what each loses. Sparse layers keep their
+massive tokens within their window. A token's score is its own attention and the average over its neighbours, so that
+facts stay whole. SmolLM2-135M-Instruct answers 0.85, 0.82 and 0.06 of eight numbers in 1,024 tokens at budgets of 0.5,
+0.25 and 0.1, with the question in view (80 questions). SnapKVCache answers 0.38, 0.25 and 0.03. The recall model finds
+0.77, 0.45 and 0.17 of its pairs, against 0.68, 0.32 and 0.13 (docs/quality.md).
 """
 
 import os
@@ -27,7 +26,14 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from pyramid_cache.engine.attention import AttentionCall
-from pyramid_cache.engine.budget import MAX_TOKENS, Budget, online_budget, read_count, support_schedule
+from pyramid_cache.engine.budget import (
+    MAX_TOKENS,
+    Budget,
+    online_budget,
+    read_count,
+    read_kernel_size,
+    support_schedule,
+)
 from pyramid_cache.engine.cache import check_decoder_config, config_and_model
 from pyramid_cache.engine.massive import (
     MAX_MASSIVE_TOKENS,
@@ -119,13 +125,8 @@ class MassiveActivationPolicy(Policy):
                 "`follow_attention=True` shares the budget by the attention of each prompt, but a profile or a "
                 "preset says what each layer keeps. Leave out one of them."
             )
-        for name in ("window_size", "kernel_size"):
-            object.__setattr__(self, name, read_count(name, getattr(self, name), least=1))
-        if self.kernel_size % 2 == 0:
-            raise ValueError(
-                f"`kernel_size={self.kernel_size}` must be odd, for a token is in the middle of its neighbours. Give "
-                f"{self.kernel_size - 1} or {self.kernel_size + 1}."
-            )
+        object.__setattr__(self, "window_size", read_count("window_size", self.window_size, least=1))
+        object.__setattr__(self, "kernel_size", read_kernel_size(self.kernel_size))
 
     def score(self, view: ScoringView) -> torch.Tensor:
         is_recent = view.is_recent(self.window_size)
@@ -436,49 +437,49 @@ class MassiveActivationLayer(PolicyLayer):
 
 class MassiveActivationCache(PolicyCache):
     """
-    Keeps the tokens with massive activations whatever happens, the most recent ones, and per KV head those with the
-    most attention; if asked to, layers whose attention is spread keep more than others (massive activations:
-    https://arxiv.org/abs/2402.17762).
+    Keeps the tokens with massive activations (https://arxiv.org/abs/2402.17762), the most recent ones, and per KV head
+    those with most attention. On request, layers whose attention is spread keep more than others.
 
     The layers hold `budget` tokens on average and up to `eviction_interval` more each, however much is generated:
     `layers * batch * kv_heads * (budget + eviction_interval) * (2 * head_dim * itemsize + 8)` bytes. The prompt is
     read with full attention, so the first new token is exact.
 
-    All layers keep the same by default, which lost least in measured texts. They can share the budget by a profile or
-    by the attention of each prompt: a layer's support is how few tokens its last queries find 0.95 of what they look
-    at in. A budget too small to give each layer three times its support is shared equally then, but no layer gets more
-    than that; what a larger one has to spare is shared in proportion, and a layer that looks at a third of the prompt
-    or more keeps all of it. A profile knows all layers beforehand; the attention of a prompt is followed from the
-    first layer to the last, as if those above needed what those so far did on average. The budget is never exceeded.
+    All layers keep the same number by default, which lost least in measured texts. They can share the budget by a
+    profile or by the attention of each prompt. A layer's support is the number of tokens that hold 0.95 of its last
+    queries' attention. If the budget is less than three times the supports, layers share it equally, but none gets
+    more than three times its support. A larger budget's rest is shared in proportion. A layer whose support is a third
+    of the prompt or more keeps all of it. A profile knows all layers beforehand. A prompt's attention is followed from
+    the first layer to the last, as if the layers above needed what those so far did on average. The budget is never
+    exceeded.
 
-    Massive tokens are told by keys and values, in the prompt and among generated tokens. Given a model instead of its
-    config, hidden states tell them too: at the outputs of layer 2 and of those at a quarter and half of the depth, or,
-    with a profile, of the first layer whose output has massive activations. They then protect the layers above.
+    Keys and values tell massive tokens, in the prompt and among generated tokens. With a model instead of its config,
+    hidden states tell them too: at the outputs of layer 2 and of the layers at a quarter and half of the depth. With a
+    profile, it is the first layer whose output has massive activations. The layers above then keep them.
 
     Args:
-        config (`PreTrainedConfig` or `PreTrainedModel`): Of the model, or the model itself, which takes more time by a
-            look at the hidden states of two or three layers.
-        budget (`float`, `int` or `str`, *optional*): What layers keep on average: a fraction of the prompt (of
-            everything seen, when a later turn brings several tokens at once), a number of tokens, or bytes for the
-            layers that evict such as "256MiB". 1.0 never evicts. 0.2 by default.
+        config (`PreTrainedConfig` or `PreTrainedModel`): The config of the model, or the model itself. With the model,
+            hidden states of two or three layers are read, which takes more time.
+        budget (`float`, `int` or `str`, *optional*): What layers keep on average: a fraction of the prompt, a number
+            of tokens, or bytes for all layers that evict ("256MiB"). In later turns, a fraction is of all tokens seen.
+            1.0 never evicts. 0.2 by default.
         profile (`str`, *optional*): A file of `pyramid-cache profile`, by which layers share the budget.
         preset (`str`, *optional*): A published setting instead of a budget, such as "22-sparse-layers-1536": of 32
-            layers the lowest 10 keep everything, however much that gets, and the others 1,536 tokens each. Models of
-            another depth have as large a share of such layers.
+            layers, the lowest 10 keep everything, and the others 1,536 tokens each. Models of another depth have as
+            large a share of such layers.
         follow_attention (`bool`, defaults to False): Whether layers share the budget by the attention of each prompt.
-        window_size (`int`, defaults to 64): How many of the last queries choose, and how many of the last tokens are
-            kept for certain (but no more than half of what a layer keeps). While an answer is generated, each token
-            takes over `1 / window_size` of that attention.
-        kernel_size (`int`, defaults to 13): Odd: over how many tokens the attention to a passage is averaged. Larger
-            values keep longer passages, and fewer of them; 1 scores each token alone.
-        eviction_interval (`int`, defaults to 32): Generated tokens that come in before as many go. Larger values take
-            more memory and less time.
+        window_size (`int`, defaults to 64): How many of the last queries choose. As many of the last tokens always
+            stay, but no more than half of what a layer keeps. Each generated token takes over `1 / window_size` of
+            that attention.
+        kernel_size (`int`, defaults to 13): Over how many neighbouring tokens attention is averaged. Odd. Larger
+            values keep fewer and longer passages; 1 scores each token alone.
+        eviction_interval (`int`, defaults to 32): How many generated tokens arrive before as many are evicted. Larger
+            values take more memory and less time.
 
     Raises:
         ValueError: For an argument outside these ranges, a profile of another model, or a model that cannot be
             compressed.
         NotImplementedError: For a model whose rotary embedding depends on the length (dynamic NTK) or has several
-            axes; at the first forward pass where the config does not tell.
+            axes. It is raised at the first forward pass where the config does not tell.
 
     Example:
 

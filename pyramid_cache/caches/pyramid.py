@@ -2,18 +2,18 @@
 PyramidInfer of Yang et al., 2024 (https://arxiv.org/abs/2405.12532).
 
 The queries of the last tokens agree on which earlier tokens matter: the *pivotal context*. Each layer keeps only the
-keys and values of its pivotal context, and deeper layers keep less of it (paper, Algorithm 1). Given a model instead
-of a config, hidden states are pruned too, while the prompt is read: a token that a layer drops is not computed by the
-layers above it, so that projections, attention and MLP all shrink.
+keys and values of its pivotal context, and deeper layers keep less of it (paper, Algorithm 1). With a model instead of
+a config, hidden states are pruned too, while the prompt is read: the layers above do not compute a token that a layer
+dropped. Projections, attention and MLP all shrink.
 
 Departures from the authors' code, whose legacy file is the reference for decoding:
-- the budget is met exactly: the falling schedule is solved for its mean, and never stops at `min_context_length`
-  before the budget is reached. Their settings, which fix the schedule and not the budget, are `PRESETS`;
-- a layer's own keys and values are pruned, as the paper has it; the code prunes for the next layer only
+- the budget is met exactly: the falling schedule is solved for its mean, and `min_context_length` never stops it
+  early. Their settings, which fix the schedule and not the budget, are `PRESETS`;
+- a layer prunes its own keys and values, as in the paper. Their code prunes for the next layer only
   (`prune_own_layer=False`);
-- the recent window is fixed when the prompt is read instead of growing with the answer, so that a generated token is
+- the recent window is fixed when the prompt is read. It does not grow with the answer, so that each generated token is
   judged once, by the same number of queries;
-- padding is never kept, and attention sinks are the first tokens instead of the first columns.
+- padding is never kept. Attention sinks are the first tokens instead of the first columns.
 """
 
 import functools
@@ -462,37 +462,36 @@ class PyramidCache(CompressedCache):
     https://arxiv.org/abs/2405.12532).
 
     Of a prompt, the cache holds `budget * num_layers * batch * prompt * kv_heads * 2 * head_dim * itemsize` bytes. Of
-    the generated tokens a layer keeps between nine tenths (the first one) and a sixteenth (the last one), once they
-    are out of the recent window; room for them is made 16 at a time.
+    the generated tokens, the first layer keeps nine tenths and the last one a sixteenth, once they leave the recent
+    window. Slots for them are added 16 at a time.
 
     Args:
-        config (`PreTrainedConfig` or `PreTrainedModel`): Of the model: each layer reads the whole prompt and then
-            prunes its own keys and values. The model itself: tokens that a layer drops are not computed by the layers
-            above either, which makes reading the prompt faster. Logits of dropped prompt tokens are NaN then; that of
-            the last token, which `generate` needs, is always there.
+        config (`PreTrainedConfig` or `PreTrainedModel`): With the config of a model, each layer reads the whole
+            prompt, then prunes its own keys and values. With the model itself, the layers above do not compute the
+            tokens that a layer drops, so that prompts are read faster. The logits of dropped prompt tokens are then
+            NaN. The last token, whose logits `generate` needs, is never dropped.
         budget (`float`, `int` or `str`, defaults to 0.4): The mean over layers of what is kept of the prompt: a
-            fraction (of everything seen, when a later turn brings several tokens at once), a number of tokens, or
-            bytes such as "256MiB". What is kept of the answer comes on top. 1.0 never evicts.
-        preset (`str`, *optional*): The authors' settings for a model, in place of a budget: "llama-2-7b",
+            fraction, a number of tokens, or bytes ("256MiB"). In later turns, a fraction is of all tokens seen. What
+            is kept of the answer comes on top. 1.0 never evicts.
+        preset (`str`, *optional*): The authors' settings for a model, instead of a budget: "llama-2-7b",
             "llama-2-13b", "llama-2-70b", "llama-3-8b" or "llama-3-70b".
-        recent_ratio (`float`, *optional*): The share of the prompt that is the recent window: always kept, and its
+        recent_ratio (`float`, *optional*): The recent window's share of the prompt. The window always stays, and its
             queries choose the rest. 0.2 by default, and never more than half of the budget.
-        num_sink_tokens (`int`, defaults to 4): Tokens at the start that are always kept, if the budget has room for
-            them.
-        min_context_length (`int`, defaults to 64): Tokens of context, beside window and sinks, that every layer keeps
-            if the budget allows it.
-        distance_weight (`float`, defaults to 1.2): How much more the newest query counts than the oldest of the
-            window.
+        num_sink_tokens (`int`, defaults to 4): Tokens at the start that always stay, if the budget has room for them.
+        min_context_length (`int`, defaults to 64): Tokens beside window and sinks that every layer keeps, if the
+            budget allows it.
+        distance_weight (`float`, defaults to 1.2): How much more the newest query of the window counts than the
+            oldest.
         decay_ratio (`float`, defaults to 0.3): What the last layer keeps relative to the first, before the bounds
-            apply. Smaller values take more from the deep layers.
-        first_pruned_layer (`int`, defaults to 0): Layers before this one keep everything; the others keep less for it.
+            apply. Smaller values take more from deep layers.
+        first_pruned_layer (`int`, defaults to 0): Layers before this one keep everything, and the others less.
             Attention settles after the first layers, so that later pruning recalls more of a long prompt.
-        prune_own_layer (`bool`, *optional*): `False`: a layer's selection applies to the layers above it only, as in
-            the authors' code and by default with a preset; the first pruned layer then keeps everything.
+        prune_own_layer (`bool`, *optional*): With `False`, a layer's selection applies to the layers above it only,
+            and the first pruned layer keeps everything. The authors' code does this. It is the default with a preset.
 
     Raises:
         ValueError: For values outside these ranges, or a number of tokens without room for sinks and a recent token.
-        NotImplementedError: For a model whose hidden states cannot be pruned; its config can still be given.
+        NotImplementedError: For a model whose hidden states cannot be pruned. Give its config instead.
 
     Example:
 

@@ -1,19 +1,18 @@
 """
 PyramidKV of Cai et al., 2024 (https://arxiv.org/abs/2406.02069).
 
-Attention is spread over the whole context in the first layers and funnels into few tokens in the last ones. Layers
-therefore share the budget unevenly: their numbers of tokens beside the observation window fall along a line, from
-`2 * mean - mean / beta` to `mean / beta`. Which tokens these are is told as by SnapKV.
+Attention is spread over the whole context in the first layers and narrows to few tokens in the last ones. Layers
+therefore share the budget unevenly. Their numbers of tokens beside the observation window fall along a line, from `2 *
+mean - mean / beta` to `mean / beta`. Each layer chooses its tokens as SnapKV does.
 
 Departures from the authors' code: the window counts as part of the budget, and the layers together keep exactly
-`budget` times their number. What a layer cannot take, for the prompt is no longer, goes to the others in proportion;
-theirs makes the line flatter. Beside the window each layer keeps at least as many other tokens, as long as the budget
-pays for that in all layers; below, all layers keep the same. The departures of `SnapKVCache` are these too.
+`budget` times their number. Where a prompt is shorter than a layer's share, the other layers get the rest in
+proportion (theirs makes the line flatter). Each layer keeps at least as many other tokens as its window has, if the
+budget allows it in all layers. Else all layers keep the same. The departures of `SnapKVCache` apply too.
 
-Their `beta` is 20, for models of 7 billion parameters and more. In SmolLM2-135M-Instruct the last layers need more
-than that: of eight numbers hidden in 1,024 tokens, a budget of 0.25 finds a log-likelihood per token of -1.17 with 20
-and -1.02 with 2, which is the default, the question in view, and of -2.02 and -1.94 if it is asked later (24
-questions).
+Their `beta` is 20, for models of 7 billion parameters and more. SmolLM2-135M-Instruct needs more tokens in its last
+layers. With eight numbers in 1,024 tokens and a budget of 0.25, the log-likelihood per token is -1.17 with 20 and
+-1.02 with 2, the default, if the question is in view (24 questions). If it is asked later, it is -2.02 and -1.94.
 """
 
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from pyramid_cache.engine.policy_cache import DEFAULT_EVICTION_INTERVAL, PolicyC
 
 @dataclass(frozen=True)
 class PyramidKVPolicy(SnapKVPolicy):
-    """SnapKV's scores, and fewer tokens the deeper the layer. See `PyramidKVCache` for the fields."""
+    """SnapKV's scores, with fewer tokens the deeper the layer. See `PyramidKVCache` for the fields."""
 
     beta: float = 2.0
 
@@ -53,28 +52,29 @@ class PyramidKVPolicy(SnapKVPolicy):
 
 class PyramidKVCache(PolicyCache):
     """
-    Keeps, per KV head, the tokens that the last queries attend to, with their neighbours, and the most recent ones:
-    many in the first layers, few in the last (PyramidKV, https://arxiv.org/abs/2406.02069).
+    Keeps, per KV head, the most recent tokens and those that the last queries attend to, with their neighbours: many
+    in the first layers, few in the last (PyramidKV, https://arxiv.org/abs/2406.02069).
 
-    The layers hold `budget` tokens on average and each up to `eviction_interval` more, however much is generated:
-    `layers * batch * kv_heads * (budget + eviction_interval) * (2 * head_dim * itemsize + 8)` bytes together. The
-    prompt is read with full attention, so the first new token is exact.
+    The layers hold `budget` tokens on average, and each up to `eviction_interval` more, however much is generated:
+    `layers
+    * batch * kv_heads * (budget + eviction_interval) * (2 * head_dim * itemsize + 8)` bytes together. The prompt is
+    read with full attention, so the first new token is exact.
 
     Args:
-        config (`PreTrainedConfig` or `PreTrainedModel`): Of the model, or the model, whose config is taken.
-        budget (`float`, `int` or `str`): What the layers keep on average: a fraction of the prompt (of everything
-            seen, when a later turn brings several tokens at once), a number of tokens, or bytes for the layers that
-            evict such as "256MiB". 1.0 never evicts.
-        window_size (`int`, defaults to 64): How many of the last queries choose, and how many of the last tokens are
-            kept for certain (but no more than half of what a layer keeps). Larger values see more of a long question,
-            and leave less room for the rest.
-        kernel_size (`int`, defaults to 5): Odd: over how many neighbouring tokens scores are averaged. Larger values
-            keep longer passages, and fewer of them; 1 scores each token alone.
-        beta (`float`, defaults to 2.0): Beside the window, the last layer keeps what layers keep on average divided by
-            this, but no less than `window_size` if that is the average or less. Larger values make the pyramid steeper
-            (20.0 in the authors' code); with 1 all layers keep the same.
-        eviction_interval (`int`, defaults to 32): Generated tokens that come in before as many go. Larger values take
-            more memory and less time.
+        config (`PreTrainedConfig` or `PreTrainedModel`): The config of the model, or the model itself.
+        budget (`float`, `int` or `str`, defaults to 0.2): What each layer keeps: a fraction of the prompt, a number of
+            tokens, or bytes for all layers that evict ("256MiB"). In later turns, a fraction is of all tokens seen.
+            1.0 never evicts.
+        window_size (`int`, defaults to 64): How many of the last queries choose. As many of the last tokens always
+            stay, but no more than half of what a layer keeps. Larger values cover a longer question, and leave less
+            room.
+        kernel_size (`int`, defaults to 5): Over how many neighbouring tokens scores are averaged. Odd. Larger values
+            keep fewer and longer passages; 1 scores each token alone.
+        beta (`float`, defaults to 2.0): Beside the window, the last layer keeps the layers' average divided by `beta`,
+            but not less than `window_size`, if the average allows it. Larger values make the pyramid steeper (20.0 in
+            the authors' code). With 1 all layers keep the same.
+        eviction_interval (`int`, defaults to 32): How many generated tokens arrive before as many are evicted. Larger
+            values take more memory and less time.
 
     Raises:
         ValueError: For an argument outside these ranges, or a model that cannot be compressed.

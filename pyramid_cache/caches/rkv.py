@@ -1,16 +1,16 @@
 """
 R-KV of Cai et al., 2025 (https://arxiv.org/abs/2505.24133).
 
-Reasoning models say the same thing again and again, and tokens that repeat each other draw attention to all copies. A
-token is therefore worth its importance, the attention of the last queries to it or to a neighbour, less its
-redundancy, how much its key points where the other keys of its head do. Of keys that are nearly alike, the latest is
-not blamed for the others. While an answer is generated, tokens gather in a buffer before as many go.
+Reasoning models repeat themselves, and repeated tokens all draw attention. A token's score is therefore its importance
+less its redundancy. Importance is the attention of the last queries to the token or to a neighbour. Redundancy is how
+similar its key is to the other keys of its head. Of keys that are nearly alike, the latest is not counted as
+redundant. Generated tokens gather in a buffer until as many are evicted.
 
-Departures from the paper and the authors' code: importance is that of the mean over the query heads of a KV head
-(theirs takes their largest logit), and while an answer is generated an average over all queries in which the last ones
-weigh most; a prompt is compressed as well (theirs can, but is meant for long answers). Following their code, one
-recent copy is spared, probabilities are averaged over queries before they are pooled, and both terms are
-distributions: importance over the candidates, redundancy by a softmax over all tokens.
+Departures from the paper and the authors' code: importance is the mean over the query heads of a KV head (theirs takes
+the largest logit). While an answer is generated, it is an average over all queries, in which the last ones weigh most.
+A prompt is compressed as well. As in their code, one recent copy is spared, and probabilities are averaged over
+queries before they are pooled. Both terms are distributions: importance over the candidates, redundancy by a softmax
+over all tokens.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from pyramid_cache.engine.budget import is_number, read_count
+from pyramid_cache.engine.budget import is_number, read_count, read_kernel_size
 from pyramid_cache.engine.policy import Policy, ScoringView
 from pyramid_cache.engine.policy_cache import PolicyCache
 
@@ -29,7 +29,7 @@ SIMILARITIES_PER_CHUNK = 1 << 22
 
 @dataclass(frozen=True)
 class RKVPolicy(Policy):
-    """A token is worth its importance less its redundancy. See `RKVCache` for the fields."""
+    """A token's score is its importance less its redundancy. See `RKVCache` for the fields."""
 
     window_size: int = 8
     kernel_size: int = 7
@@ -37,13 +37,8 @@ class RKVPolicy(Policy):
     similarity_threshold: float = 0.5
 
     def __post_init__(self) -> None:
-        for name in ("window_size", "kernel_size"):
-            object.__setattr__(self, name, read_count(name, getattr(self, name), least=1))
-        if self.kernel_size % 2 == 0:
-            raise ValueError(
-                f"`kernel_size={self.kernel_size}` must be odd, for a token is in the middle of its neighbours. Give "
-                f"{self.kernel_size - 1} or {self.kernel_size + 1}."
-            )
+        object.__setattr__(self, "window_size", read_count("window_size", self.window_size, least=1))
+        object.__setattr__(self, "kernel_size", read_kernel_size(self.kernel_size))
         for name, meaning in (
             ("importance_weight", "the rest of the score is redundancy"),
             ("similarity_threshold", "it is the cosine above which two keys count as alike"),
@@ -88,29 +83,30 @@ class RKVPolicy(Policy):
 
 class RKVCache(PolicyCache):
     """
-    Keeps, per KV head, the tokens that are attended to and unlike the others, and the most recent ones (R-KV,
-    https://arxiv.org/abs/2505.24133). Made for long answers that repeat themselves, as reasoning models give them.
+    Keeps, per KV head, the most recent tokens and those that get attention and are unlike the others (R-KV,
+    https://arxiv.org/abs/2505.24133). It is made for long answers that repeat themselves, as reasoning models give
+    them.
 
     A layer holds `budget` tokens and up to `eviction_interval` more, however much is generated: `batch * kv_heads *
     (budget + eviction_interval) * (2 * head_dim * itemsize + 8)` bytes. The prompt is read with full attention, so the
-    first new token is exact; to compare all its keys with each other takes time that grows with the square of its
-    length, and 16 MiB beside a few copies of the keys in float32.
+    first new token is exact. All keys of a prompt are compared with each other. That takes time that grows with the
+    square of its length, and 16 MiB beside a few copies of the keys in float32.
 
     Args:
-        config (`PreTrainedConfig` or `PreTrainedModel`): Of the model, or the model, whose config is taken.
-        budget (`float`, `int` or `str`): What each layer keeps: a fraction of the prompt (of everything seen, when a
-            later turn brings several tokens at once), a number of tokens, or bytes for the layers that evict such as
-            "256MiB". 1.0 never evicts. Answers that are long beside their prompt need a number of tokens.
-        window_size (`int`, defaults to 8): How many of the last queries tell what is important, and how many of the
-            last tokens are kept for certain (but no more than half of the budget).
-        kernel_size (`int`, defaults to 7): Odd: over how many neighbouring tokens the largest importance is taken.
-            Larger values keep longer passages, and fewer of them; 1 scores each token alone.
-        importance_weight (`float`, defaults to 0.1): From 0 to 1, the paper's lambda: how much importance counts, the
-            rest being redundancy. Larger values keep copies of what is attended to, smaller ones what is different.
-        similarity_threshold (`float`, defaults to 0.5): From 0 to 1, the cosine above which two keys are alike, so
-            that the latest of them is spared. Larger values spare only close copies.
-        eviction_interval (`int`, defaults to 128): Generated tokens that come in before as many go, the paper's
-            buffer. Larger values take more memory and less time.
+        config (`PreTrainedConfig` or `PreTrainedModel`): The config of the model, or the model itself.
+        budget (`float`, `int` or `str`, defaults to 0.2): What each layer keeps: a fraction of the prompt, a number of
+            tokens, or bytes for all layers that evict ("256MiB"). In later turns, a fraction is of all tokens seen.
+            1.0 never evicts. Long answers to short prompts need a number of tokens.
+        window_size (`int`, defaults to 8): How many of the last queries tell importance. As many of the last tokens
+            always stay, but no more than half of the budget.
+        kernel_size (`int`, defaults to 7): Over how many neighbouring tokens the largest importance is taken. Odd.
+            Larger values keep fewer and longer passages; 1 scores each token alone.
+        importance_weight (`float`, defaults to 0.1): The paper's lambda, from 0 to 1: the weight of importance.
+            Redundancy has the rest. Larger values keep copies of important tokens, smaller ones keep different tokens.
+        similarity_threshold (`float`, defaults to 0.5): The cosine above which two keys count as alike, from 0 to 1.
+            Larger values spare only close copies.
+        eviction_interval (`int`, defaults to 128): The paper's buffer: how many generated tokens arrive before as many
+            are evicted. Larger values take more memory and less time.
 
     Raises:
         ValueError: For an argument outside these ranges, or a model that cannot be compressed.

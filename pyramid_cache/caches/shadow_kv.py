@@ -1,17 +1,17 @@
 """
 ShadowKV of Sun et al., 2024 (https://arxiv.org/abs/2410.21465).
 
-Nothing is evicted. Before RoPE the keys of a layer are of low rank: their factors stay on the device, and their values
-move to the host. A step looks at the landmark of each chunk of keys, their mean and how far they spread around it, and
-attends to the chunks whose landmarks it attends to most, for which keys are rebuilt and values fetched. Exact on the
-device remain the chunks that a mean stands for worst, the outliers, and the latest tokens.
+Nothing is evicted. Before RoPE, the keys of a layer have low rank: their factors stay on the device, and values move
+to the host. Each chunk of tokens has a landmark: the mean of its keys and how far they spread around it. A step
+attends to the chunks whose landmarks score highest: it rebuilds their keys and fetches their values. The latest tokens
+and the outliers, the chunks that their mean represents worst, stay exact on the device.
 
-Departures from the authors' code: the basis comes from an eigendecomposition of the keys' Gram matrix and is fitted
-again when later turns bring tokens; generated tokens move to the shadow as the prompt's do (theirs has room for 57 to
-128 of them, and loses what comes then without a word); later turns attend to everything, with keys rebuilt and values
-fetched for one layer at a time (theirs treats up to 4,096 tokens as one decode step); rows of a batch may have
-different lengths. Their landmarks are means, in which a single key among others that are unlike it does not show; the
-spread beside the mean is in the place of the bounds of Quest (https://arxiv.org/abs/2406.10774), and takes less room.
+Departures from the authors' code: the basis comes from an eigendecomposition of the keys' Gram matrix, and is fitted
+again when later turns bring tokens. Generated tokens move to the shadow as prompt tokens do; theirs has room for 57 to
+128 of them, and silently loses the rest. Later turns attend to everything, with keys rebuilt and values fetched for
+one layer at a time; theirs treats up to 4,096 tokens as one decode step. Rows of a batch may have different lengths.
+Their landmarks are means, which hide a single key that is unlike the others of its chunk. The spread beside the mean
+shows it, as the bounds of Quest do (https://arxiv.org/abs/2406.10774), and takes less room.
 """
 
 import copy
@@ -744,49 +744,48 @@ class ShadowKVCache(CompressedCache):
     of both (ShadowKV, https://arxiv.org/abs/2410.21465). The prompt is read with full attention, so the first new
     token is exact.
 
-    Of each row a layer holds on the device, in bytes (the paper's section 3.2, with the buffer that it leaves out):
-    `tokens * rank * itemsize` for factors, `kv_heads * rank * head_dim * itemsize` for the basis, `tokens / chunk_size
-    * kv_heads * ((head_dim + num_spread_bands) * itemsize + 1)` for landmarks, and `slots * kv_heads * (2 * head_dim *
-    itemsize + 4)` for what a step attends to, with `slots = num_outlier_chunks * chunk_size + budget +
-    num_local_tokens + offload_interval + chunk_size`; on the host `tokens * kv_heads * head_dim * itemsize`.
-    `cache.memory()` has the host apart. Later turns attend to everything: keys are rebuilt and values fetched for one
-    layer at a time, which takes as much memory as that layer would have taken. `num_kept_tokens` and `positions` are
-    of what a step attends to.
+    Per row, a layer holds these bytes on the device (the paper's section 3.2, and the buffer that it leaves out):
+    - factors: `tokens * rank * itemsize`;
+    - basis: `kv_heads * rank * head_dim * itemsize`;
+    - landmarks: `tokens / chunk_size * kv_heads * ((head_dim + num_spread_bands) * itemsize + 1)`;
+    - slots, to which a step attends: `slots * kv_heads * (2 * head_dim * itemsize + 4)`, with `slots =
+      num_outlier_chunks * chunk_size + budget + num_local_tokens + offload_interval + chunk_size`.
+
+    On the host it holds `tokens * kv_heads * head_dim * itemsize` bytes. `cache.memory()` lists the host apart. Later
+    turns attend to everything: keys are rebuilt and values fetched for one layer at a time, which takes that layer's
+    full memory. `num_kept_tokens` and `positions` describe what a step attends to.
 
     Args:
-        config (`PreTrainedConfig` or `PreTrainedModel`): Of the model, or the model itself. The model is needed only
+        config (`PreTrainedConfig` or `PreTrainedModel`): The config of the model, or the model itself. Give the model
             if it was cast with `model.to(torch.bfloat16)` after loading, which rounds its rotary frequencies too.
-        budget (`int` or `float`, defaults to 2048): Tokens that a step attends to beside outliers and the latest, or
-            their share of the prompt. Larger values miss less and take more time. A prompt that is no longer than the
-            slots is kept as it is, and the cache is `DynamicCache` bit for bit.
-        rank (`int` or `float`, defaults to 160): Dimensions that keys have before RoPE, over all heads of a layer; or
-            the share of their sum of squares that is kept, by which each layer has a rank of its own; a few directions
-            hold most of it, so that 0.99 is coarse and 0.999 fine. Larger values rebuild keys more exactly and take
-            more memory.
+        budget (`int` or `float`, defaults to 2048): Tokens that a step attends to beside outliers and the latest
+            tokens, or their share of the prompt. Larger values miss less and take more time. A prompt that fits into
+            the slots is kept as it is, and the cache is `DynamicCache` bit for bit.
+        rank (`int` or `float`, defaults to 160): Dimensions of keys before RoPE, over all heads of a layer, or the
+            share of their sum of squares that is kept. With a share, each layer has its own rank. A few directions
+            hold most of the sum: 0.99 is coarse and 0.999 fine. Larger values rebuild keys more exactly and take more
+            memory.
         chunk_size (`int`, defaults to 8): Tokens that one landmark stands for. Larger values save memory and choose
             more coarsely.
-        num_outlier_chunks (`int`, defaults to 48): Chunks of each KV head that stay exact, those whose mean stands for
-            them worst.
+        num_outlier_chunks (`int`, defaults to 48): Chunks of each KV head that stay exact: those that their mean
+            represents worst.
         num_spread_bands (`int`, defaults to 4): Bands into which the dimensions of a head are cut, at most half as
-            many as it has dimensions; for each a landmark has how far the keys of its chunk spread around their mean.
-            With 0 it is the mean alone, as in the paper, and steps miss single keys that are unlike their neighbours.
+            many as it has dimensions. A landmark has one spread per band. With 0 it is the mean alone, as in the
+            paper, and steps miss single keys that are unlike their neighbours.
         num_local_tokens (`int`, defaults to 32): How many of the latest tokens stay exact at least.
-        offload_interval (`int`, defaults to 32): Generated tokens that come in before full chunks of them go to the
+        offload_interval (`int`, defaults to 32): Generated tokens that arrive before full chunks of them go to the
             host. Larger values take more memory and less time.
-        quantize (`str`, *optional*): "int8" or "fp8" holds factors and landmarks in one byte a number, as many bytes
-            either way.
-        host (`str`, defaults to `"memory"`): Where values go; `"disk:PATH"` maps files in that folder, which must
-            exist, for contexts that exceed the memory of the host. The files have no names, and are gone with the
-            cache.
+        quantize (`str`, *optional*): "int8" or "fp8" stores factors and landmarks in one byte a number.
+        host (`str`, defaults to `"memory"`): Where values go. `"disk:PATH"` maps unnamed files in that folder, which
+            must exist, for contexts that exceed the host's memory. The files vanish with the cache.
         host_budget (`int` or `str`, *optional*): Bytes that values of all layers may take there, such as "16GiB". What
             exceeds it is refused before it is allocated.
 
     Raises:
-        ValueError: For an argument outside these ranges, or a model that cannot be compressed; while it runs, for
-            values that exceed `host_budget`.
+        ValueError: For an argument outside these ranges, or a model that cannot be compressed; at run time, for values
+            that exceed `host_budget`.
         NotImplementedError: For a model whose rotary embedding depends on the length (dynamic NTK) or has several
-            axes, at the first forward pass where the config does not tell; and for gradients once values are on the
-            host.
+            axes, at the first forward pass where the config does not tell. For gradients, once values are on the host.
 
     Example:
 

@@ -1,19 +1,18 @@
 """
 SnapKV of Li et al., 2024 (https://arxiv.org/abs/2404.14469).
 
-What the last queries of a prompt attend to is what the answer will attend to. Each KV head keeps the tokens with most
-attention from this observation window, and the window itself. Scores are averaged over neighbouring tokens first, so
-that a fact is not torn into the few tokens that were looked at.
+An answer attends to what the last queries of the prompt attend to. Each KV head keeps this observation window, and the
+tokens to which the window attends most. Scores are averaged over neighbouring tokens first, so that a fact stays
+whole.
 
 Departures from the authors' code: scores are averaged over the query heads of a KV head, which then stores each token
-once (theirs selects for each query head); the tokens of the window count as part of the budget; and generated tokens,
-which theirs keeps for ever, are scored too, each query taking over its share of the window, so that memory is bounded.
+once (theirs selects for each query head). The tokens of the window count as part of the budget. Generated tokens,
+which theirs keeps for ever, are scored too: each query takes over its share of the window. So memory is bounded.
 
 Their settings vary: windows of 16 to 64 queries, kernels of 5 to 13 tokens. A kernel of 5 is the default of their
-code. With SmolLM2-135M-Instruct, and eight numbers hidden in 1,024 tokens of prose that are asked for later, wider
-ones find more: at a budget of 0.25 a kernel of 7 raises the token accuracy from 0.36 to 0.41 (80 questions). Where
-facts are two tokens long, as those of the recall model of `pyramid-cache evaluate`, they find less: 0.20 of 256 values
-instead of 0.32.
+code. With SmolLM2-135M-Instruct and eight numbers in 1,024 tokens of prose, asked for later, wider kernels find more:
+at a budget of 0.25, a kernel of 7 raises the token accuracy from 0.36 to 0.41 (80 questions). The facts of the recall
+model of `pyramid-cache eval` are two tokens long. There a kernel of 7 finds 0.20 of 256 values instead of 0.32.
 """
 
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from pyramid_cache.engine.budget import read_count
+from pyramid_cache.engine.budget import read_count, read_kernel_size
 from pyramid_cache.engine.policy import Policy, ScoringView
 from pyramid_cache.engine.policy_cache import DEFAULT_EVICTION_INTERVAL, PolicyCache
 
@@ -29,20 +28,15 @@ from pyramid_cache.engine.policy_cache import DEFAULT_EVICTION_INTERVAL, PolicyC
 @dataclass(frozen=True)
 class SnapKVPolicy(Policy):
     """
-    A token is worth the attention of the last queries to it and to its neighbours. See `SnapKVCache` for the fields.
+    A token's score is the attention of the last queries to it and its neighbours. See `SnapKVCache` for the fields.
     """
 
     window_size: int = 64
     kernel_size: int = 5
 
     def __post_init__(self) -> None:
-        for name in ("window_size", "kernel_size"):
-            object.__setattr__(self, name, read_count(name, getattr(self, name), least=1))
-        if self.kernel_size % 2 == 0:
-            raise ValueError(
-                f"`kernel_size={self.kernel_size}` must be odd, for a token is in the middle of its neighbours. Give "
-                f"{self.kernel_size - 1} or {self.kernel_size + 1}."
-            )
+        object.__setattr__(self, "window_size", read_count("window_size", self.window_size, least=1))
+        object.__setattr__(self, "kernel_size", read_kernel_size(self.kernel_size))
 
     def score(self, view: ScoringView) -> torch.Tensor:
         is_recent = view.is_recent(self.window_size)
@@ -53,7 +47,7 @@ class SnapKVPolicy(Policy):
 
 class SnapKVCache(PolicyCache):
     """
-    Keeps, per KV head, the tokens that the last queries attend to, with their neighbours, and the most recent ones
+    Keeps, per KV head, the most recent tokens and those that the last queries attend to, with their neighbours
     (SnapKV, https://arxiv.org/abs/2404.14469).
 
     A layer holds `budget` tokens and up to `eviction_interval` more, however much is generated: `batch * kv_heads *
@@ -61,17 +55,16 @@ class SnapKVCache(PolicyCache):
     first new token is exact.
 
     Args:
-        config (`PreTrainedConfig` or `PreTrainedModel`): Of the model, or the model, whose config is taken.
-        budget (`float`, `int` or `str`): What each layer keeps: a fraction of the prompt (of everything seen, when a
-            later turn brings several tokens at once), a number of tokens, or bytes for the layers that evict such as
-            "256MiB". 1.0 never evicts.
-        window_size (`int`, defaults to 64): How many of the last queries choose, and how many of the last tokens are
-            kept for certain (but no more than half of the budget). Larger values see more of a long question, and
-            leave less room for the rest.
-        kernel_size (`int`, defaults to 5): Odd: over how many neighbouring tokens scores are averaged. Larger values
-            keep longer passages, and fewer of them; 1 scores each token alone.
-        eviction_interval (`int`, defaults to 32): Generated tokens that come in before as many go. Larger values take
-            more memory and less time.
+        config (`PreTrainedConfig` or `PreTrainedModel`): The config of the model, or the model itself.
+        budget (`float`, `int` or `str`, defaults to 0.2): What each layer keeps: a fraction of the prompt, a number of
+            tokens, or bytes for all layers that evict ("256MiB"). In later turns, a fraction is of all tokens seen.
+            1.0 never evicts.
+        window_size (`int`, defaults to 64): How many of the last queries choose. As many of the last tokens always
+            stay, but no more than half of the budget. Larger values cover a longer question, and leave less room.
+        kernel_size (`int`, defaults to 5): Over how many neighbouring tokens scores are averaged. Odd. Larger values
+            keep fewer and longer passages; 1 scores each token alone.
+        eviction_interval (`int`, defaults to 32): How many generated tokens arrive before as many are evicted. Larger
+            values take more memory and less time.
 
     Raises:
         ValueError: For an argument outside these ranges, or a model that cannot be compressed.

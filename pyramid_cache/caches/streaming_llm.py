@@ -1,13 +1,13 @@
 """
 StreamingLLM of Xiao et al., 2023 (https://arxiv.org/abs/2309.17453).
 
-The first tokens of a text act as attention sinks: models look there when they need not look anywhere. Keeping them and
-a rolling window of recent tokens lets a model generate without end. Positions are those inside the cache (paper,
-Section 3.2): the sinks directly precede the window, however much was evicted between.
+The first tokens of a text are attention sinks: queries that need no token attend to them. A model that keeps them and
+a rolling window of recent tokens can generate without end. Positions count within the cache (paper, Section 3.2): the
+sinks directly precede the window, however many tokens between them were evicted.
 
-Departure from the authors' code: they store unrotated keys and rotate all of them anew at every step. RoPE depends on
-differences of positions only, so the same scores come of leaving queries and window where the model put them and
-moving the sinks alone, forward by the number of evicted tokens (the *sink shift*).
+Departure from the authors' code: they store keys without RoPE and rotate all of them at every step. RoPE depends on
+differences of positions only. So queries and window stay as the model rotated them, and only the sinks move, forward
+by the number of evicted tokens (the *sink shift*). The scores are the same.
 """
 
 import weakref
@@ -420,24 +420,23 @@ class StreamingLLMCache(CompressedCache):
     """
     Keeps the first tokens and the most recent ones (StreamingLLM, https://arxiv.org/abs/2309.17453).
 
-    A layer holds `budget` tokens however much is generated:
-    `batch * kv_heads * (budget + num_sink_tokens / 2) * 2 * head_dim * itemsize` bytes. What lies between the sinks
-    and the window is forgotten: no recall of it is possible.
+    A layer holds `budget` tokens however much is generated: `batch * kv_heads * (budget + num_sink_tokens / 2) * 2 *
+    head_dim * itemsize` bytes. The cache forgets what lies between the sinks and the window, and cannot recall it.
 
     Args:
-        config (`PreTrainedConfig` or `PreTrainedModel`): Of the model, or the model itself. The model is needed only
+        config (`PreTrainedConfig` or `PreTrainedModel`): The config of the model, or the model itself. Give the model
             if it was cast with `model.to(torch.bfloat16)` after loading, which rounds its rotary frequencies too.
         budget (`int`): Tokens that attention sees at a decode step, the sinks and the new token included.
         num_sink_tokens (`int`, defaults to 4): Tokens kept from the start.
-        prefill (`str`, defaults to `"streaming"`): `"streaming"`: each token of the prompt sees the sinks and the
-            window before it, as in a stream (the paper's method). `"dense"`: the prompt is read with full attention,
-            then cut; stronger, since late tokens carry what they saw. Later turns stream either way.
+        prefill (`str`, defaults to `"streaming"`): `"streaming"`: each prompt token sees the sinks and the window
+            before it, as in a stream (the paper's method). `"dense"`: the prompt is read with full attention, then
+            cut. Late tokens then carry what they saw of early ones. Later turns stream either way.
 
     Raises:
-        ValueError: For a window without room beside the sinks, an unknown `prefill`, or a model that cannot be
+        ValueError: For a budget without room beside the sinks, an unknown `prefill`, or a model that cannot be
             compressed.
         NotImplementedError: For a model whose rotary embedding depends on the length (dynamic NTK) or has several
-            axes; at the first forward pass where the config does not tell.
+            axes. It is raised at the first forward pass where the config does not tell.
 
     Example:
 

@@ -1,12 +1,12 @@
 """
 TOVA of Oren et al., 2024: Token Omission Via Attention (https://arxiv.org/abs/2401.06104).
 
-A transformer with a bounded cache is a recurrent network of several states, and the state to drop is the one that the
-newest query attends to least. Attention is averaged over all heads of a layer, which keep the same tokens. No window
-is needed: what matters, recent or not, is what is looked at.
+A transformer with a bounded cache is a recurrent network with several states. It drops the state that the newest query
+attends to least. Attention is averaged over all heads of a layer, which keep the same tokens. There is no recent
+window: attention alone decides.
 
-Departures from the authors' code: the newest token is kept even where it attends to itself least, and a prompt that
-exceeds the budget loses its tokens at once, by the attention of its last query.
+Departures from the authors' code: the newest token always stays. A prompt that exceeds the budget loses its tokens at
+once, by the attention of its last query.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from pyramid_cache.engine.policy_cache import PolicyCache
 
 @dataclass(frozen=True)
 class TOVAPolicy(Policy):
-    """A token is worth the attention of the last query to it, averaged over all heads."""
+    """A token's score is the attention of the last query to it, averaged over all heads."""
 
     window_size = 1
     heads_share_tokens = True
@@ -39,12 +39,12 @@ class TOVACache(PolicyCache):
     the first new token is exact.
 
     Args:
-        config (`PreTrainedConfig` or `PreTrainedModel`): Of the model, or the model, whose config is taken.
-        budget (`float`, `int` or `str`): What each layer keeps: a fraction of the prompt (of everything seen, when a
-            later turn brings several tokens at once), a number of tokens, or bytes for the layers that evict such as
-            "256MiB". 1.0 never evicts.
-        eviction_interval (`int`, defaults to 1): Generated tokens that come in before as many go: 1 as in the paper.
-            Larger values take more memory and less time, and let one query decide about several tokens.
+        config (`PreTrainedConfig` or `PreTrainedModel`): The config of the model, or the model itself.
+        budget (`float`, `int` or `str`, defaults to 0.2): What each layer keeps: a fraction of the prompt, a number of
+            tokens, or bytes for all layers that evict ("256MiB"). In later turns, a fraction is of all tokens seen.
+            1.0 never evicts.
+        eviction_interval (`int`, defaults to 1): How many generated tokens arrive before as many are evicted; 1 as in
+            the paper. Larger values take more memory and less time, and let one query decide about several tokens.
 
     Raises:
         ValueError: For an argument outside these ranges, or a model that cannot be compressed.

@@ -75,6 +75,22 @@ def read_count(name: str, number: Any, least: int) -> int:
     return int(number)
 
 
+def read_kernel_size(kernel_size: Any) -> int:
+    """
+    Over how many neighbouring tokens scores are pooled, as users write it.
+
+    Raises:
+        ValueError: It is no odd integer of at least 1.
+    """
+    kernel_size = read_count("kernel_size", kernel_size, least=1)
+    if kernel_size % 2 == 0:
+        raise ValueError(
+            f"`kernel_size={kernel_size}` must be odd, for a token is in the middle of its neighbours. Give "
+            f"{kernel_size - 1} or {kernel_size + 1}."
+        )
+    return kernel_size
+
+
 def parse_budget(budget: float | int | str) -> Budget:
     """
     Reads a budget as users write it; numbers may be numpy's.
