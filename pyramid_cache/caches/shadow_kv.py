@@ -135,7 +135,7 @@ class ShadowKVLayer(CompressedLayer):
 
     @property
     def num_sparse_chunks(self) -> int:
-        """Of the row that attends to most; of rows that are gone, too, until a turn ends."""
+        """The largest chunk count of any row. It does not shrink before the next turn."""
         return max(self.row_sparse) if self.held_chunks is None else self.held_chunks.shape[-1]
 
     @property

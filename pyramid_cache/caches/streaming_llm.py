@@ -371,7 +371,7 @@ class StreamingLLMLayer(CompressedLayer):
             self.keys[:, :, : self.num_sink_tokens] = self.rotary.turn(self.sink_keys, *turn)
 
     def _move_base(self) -> None:
-        """Counts angles from nearer by, before those of the model become too coarse."""
+        """Rebases the angles before float32 rounding grows."""
         base = max(self.row_lengths) // REBASE_INTERVAL * REBASE_INTERVAL
         if self.rotary is None or base == self.base:
             return

@@ -82,7 +82,7 @@ class CompressedLayer(CacheLayerMixin):
     num_spare_slots = 0
     # Whether all heads of a layer keep the same tokens.
     heads_share_positions = True
-    # Whether all heads of a layer hold as many tokens of a row.
+    # Whether all KV heads hold the same number of tokens.
     heads_keep_equal_numbers = True
     # Whether what is not held is lost, instead of being brought back when it is attended to.
     evicts = True
@@ -399,9 +399,7 @@ class CompressedLayer(CacheLayerMixin):
         try:
             tokens = self.masks.read(call.mask, self.batch_size, num_new, num_seen, self.device)
         except ValueError:
-            if any(
-                expected
-            ):  # a sequence from its start brings a mask that ends too early, which is not what is wrong with it
+            if any(expected):  # The mask is short because the sequence was restarted: report that instead.
                 self._check_position_ids(call, expected)
             raise
         num_earlier = num_seen - num_new

@@ -1,8 +1,8 @@
 """
-Layers whose heads keep different numbers of tokens, and whose memory is really that of these numbers.
+Layers whose heads keep different numbers of tokens, stored without padding.
 
-What heads keep lies packed: the tokens of one head behind those of another, without padding to the longest. The latest
-tokens, which all heads hold, lie in slots as in any layer. A step attends to both at once
+The tokens that heads keep are packed: one head behind the other. The latest tokens, which all heads hold, are in slots
+as in any layer. A step attends to both at once
 (`pyramid_cache.ops.decode_packed_attention`). For several tokens at once, and to be scored, packed tokens are unpacked
 into slots, some of them empty, which ends with the next eviction or step.
 """
