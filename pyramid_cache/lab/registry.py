@@ -1,7 +1,8 @@
 """
 The caches that the lab measures: one row each. A new cache needs one row here to be in every command and every table.
 
-A budget is written the same way everywhere: a fraction of the prompt (`0.25`), tokens per layer (`512`) or bytes (`"256MiB"`).
+A budget is written the same way everywhere: a fraction of the prompt (`0.25`), tokens per layer (`512`) or bytes
+(`"256MiB"`).
 """
 
 from collections.abc import Mapping
@@ -60,11 +61,12 @@ class CacheEntry:
         cache_class (`type[Cache]`): Its class.
         settings (`Mapping`): Further arguments of its constructor.
         from_model (`bool`): Whether the constructor is given the model instead of its config.
-        reading (`str`): How it reads a prompt. "dense": with full attention, after which it evicts; one reading serves all such
-            caches. "stream": each token sees what it would see had the tokens come one by one. "own": in another way.
-        reads_answers_by_step (`bool`): Whether a decode step sees something else than several tokens that come at once. Answers
-            are then read token by token, as they would be generated.
-        takes_batches (`bool`): Whether one cache reads prompts of several lengths in a batch. Others are built for one length.
+        reading (`str`): How it reads a prompt. "dense": with full attention, after which it evicts; one reading serves
+            all such caches. "stream": each token sees what it would see had the tokens come one by one. "own": in
+            another way.
+        reads_answers_by_step (`bool`): Whether a decode step sees something else than several tokens at once do.
+            Answers are then read token by token, as they would be generated.
+        takes_batches (`bool`): Whether one cache reads prompts of several lengths. Others are built for one length.
         copies_rows (`bool`): Whether `batch_select_indices` makes many rows of one.
     """
 
@@ -89,8 +91,9 @@ class CacheEntry:
 
         Args:
             budget: A fraction of the prompt, tokens per layer, or bytes. The caches of transformers ignore it.
-                The window of StreamingLLMCache has room for `num_later` tokens more: other caches evict none meanwhile.
-                Of ShadowKVCache a fraction is of all that a step attends to; see `shadow_settings`.
+                The window of StreamingLLMCache has room for `num_later` tokens more: other caches evict none
+                meanwhile. For ShadowKVCache a fraction or bytes pay for all that a step attends to; see
+                `shadow_settings`.
             workload (`Workload`): What it will hold.
 
         Raises:
@@ -110,8 +113,8 @@ class CacheEntry:
 
 def shadow_settings(num_attended: int) -> tuple[int, dict[str, int]]:
     """
-    The budget and settings of a ShadowKVCache whose steps attend to so many tokens in all. Outliers take a quarter of them and the
-    latest tokens another, as far as the defaults go. Chunks of the shadow take the rest.
+    The budget and settings of a ShadowKVCache whose steps attend to so many tokens in all. Outliers take a quarter of
+    them and the latest tokens another, as far as the defaults go. Chunks of the shadow take the rest.
     """
     settings = {
         "num_outlier_chunks": min(num_attended // 32, 48),
@@ -194,7 +197,8 @@ CACHES = {
         CacheEntry("streaming", "StreamingLLMCache", StreamingLLMCache, reading="stream", takes_batches=False),
     )
 }
-# What the class's own name stands for; `PyramidCache` is built from the model, which prunes the prefill as in its paper.
+# The row that a class's name stands for. `PyramidCache` is built from the model, which prunes the prefill as in its
+# paper.
 BY_CLASS = {entry.label: name for name, entry in CACHES.items() if entry.label.isidentifier()} | {
     "PyramidCache": "pyramid",
     "DynamicCache": BASELINE,
