@@ -4,12 +4,13 @@
     python examples/chat.py --cache StreamingLLMCache --budget 512
     python examples/chat.py --script turns.txt --cache DynamicCache
 
-Answers are printed as they are generated. After each the script says how many tokens the cache has seen, how many the layer
-that holds most still holds, and how many bytes that takes. /reset begins a new conversation; /exit or an end of input ends.
+Answers are printed as they are generated. After each the script says how many tokens the cache has seen, how many the
+layer that holds most still holds, and how many bytes that takes. /reset begins a new conversation; /exit or an end of
+input ends.
 
-The cache gets each token once: `generate` is given the whole history as token ids, and reads what the cache has not seen.
-What was evicted is not known in later turns. Beyond the length that a model was trained for only StreamingLLMCache goes on,
-which counts positions within its window.
+The cache gets each token once: `generate` is given the whole history as token ids, and reads what the cache has not
+seen. What was evicted is not known in later turns. Beyond the length that a model was trained for only
+StreamingLLMCache goes on, which counts positions within its window.
 """
 
 import argparse
@@ -18,11 +19,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from caches_by_name import num_bytes, num_kept
-from script_options import add_cache_options, add_model_options, load_model, new_cache, run
+from script_options import add_cache_options, add_model_options, load_model, new_cache, num_kept, run
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from pyramid_cache.engine.architectures import CACHE_ARGUMENT
+from pyramid_cache.lab.demo.timed_answers import held_bytes
 from pyramid_cache.lab.terminal import positive_int
 
 
@@ -32,8 +33,8 @@ PROMPT = "you: "
 
 def turn_ids(tokenizer: PreTrainedTokenizerBase, text: str, is_first: bool) -> list[int]:
     """
-    The token ids that the chat template puts between the last answer and the next: the end of the one, what the user says,
-    and the head of the other. Earlier turns are not in them, so that their tokens stay as they were generated.
+    The token ids that the chat template puts between the last answer and the next: the end of the one, what the user
+    says, and the head of the other. Earlier turns are not in them, so that their tokens stay as they were generated.
 
     Args:
         text (`str`): What the user says.
@@ -138,7 +139,7 @@ def main() -> None:
         conversation.answer(text, streamer)
         cache = conversation.cache
         print(
-            f"[{cache.get_seq_length():,} tokens seen, {num_kept(cache):,} kept, {num_bytes(cache):,} bytes]",
+            f"[{cache.get_seq_length():,} tokens seen, {num_kept(cache):,} kept, {held_bytes(cache):,} bytes]",
             flush=True,
         )
 

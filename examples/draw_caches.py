@@ -3,8 +3,8 @@
     python examples/draw_caches.py --out docs/caches
 
 SmolLM2-135M-Instruct reads 1,024 tokens of a novel, a fact in their middle and a question about it at their end, with
-each cache in turn, and answers with 48 tokens. Takes five minutes on one core. Each picture carries what it shows in its
-metadata, as JSON: the call that built the cache and the tokens that each layer holds.
+each cache in turn, and answers with 48 tokens. Takes five minutes on one core. Each picture carries what it shows in
+its metadata, as JSON: the call that built the cache and the tokens that each layer holds.
 """
 
 import argparse
@@ -21,40 +21,28 @@ import pyramid_cache
 from pyramid_cache.engine.architectures import CACHE_ARGUMENT
 from pyramid_cache.engine.cache import CompressedCache
 from pyramid_cache.engine.kept import kept_positions, kept_tokens
-from pyramid_cache.lab.demo.kept_picture import FACT_COLOR
+from pyramid_cache.lab.demo.demo_report import draw_positions
 from pyramid_cache.lab.demo.planted_number import Prompts, build_prompts, read_text
 from pyramid_cache.lab.loaded_model import LoadedModel, load_model
+from pyramid_cache.lab.registry import CACHES
 from pyramid_cache.lab.weights import MODEL_NAME, fetch_default_model
-from pyramid_cache.plot.figure import draw_map
 
 
 PROMPT_TOKENS = 1024
 NEW_TOKENS = 48
-# By class: what the constructor is given, a quarter of the prompt; the model itself where that is named.
-SETTINGS: dict[str, dict[str, Any]] = {
-    "PyramidCache": {"budget": 0.25},
-    "H2OCache": {"budget": 0.25},
+PAGES = Path(__file__).parents[1] / "docs" / "caches"
+# By class, what the constructor is given: a quarter of the prompt, except where a budget is none of the whole prompt.
+SETTINGS: dict[str, dict[str, Any]] = {entry.cache_class.__name__: {"budget": 0.25} for entry in CACHES.values()} | {
     "StreamingLLMCache": {"budget": 256},
-    "SnapKVCache": {"budget": 0.25},
-    "PyramidKVCache": {"budget": 0.25},
-    "AdaKVCache": {"budget": 0.25},
-    "TOVACache": {"budget": 0.25},
-    "KeyDiffCache": {"budget": 0.25},
-    "KnormCache": {"budget": 0.25},
-    "ExpectedAttentionCache": {"budget": 0.25},
-    "RKVCache": {"budget": 0.25},
-    "MassiveActivationCache": {"budget": 0.25},
     "ShadowKVCache": {"budget": 128, "rank": 96, "num_outlier_chunks": 8},
 }
-BUILT_FROM_MODEL = ("PyramidCache",)
+BUILT_FROM_MODEL = {entry.cache_class.__name__ for entry in CACHES.values() if entry.from_model}
 
 
 def file_name(cache_name: str) -> str:
-    """The picture of a class, and, but for the ending, its page: `PyramidKVCache` has `pyramidkv.png`."""
-    words = {"StreamingLLM": "streaming-llm", "ExpectedAttention": "expected-attention", "ShadowKV": "shadow-kv"}
-    words["MassiveActivation"] = "massive-activation"
-    stem = cache_name.removesuffix("Cache")
-    return f"{words.get(stem, stem.lower())}.png"
+    """The picture of a class is named as its page: `PyramidKVCache` has `pyramidkv.png` beside `pyramidkv.md`."""
+    [page] = [page for page in PAGES.glob("*.md") if page.read_text().startswith(f"# {cache_name}\n")]
+    return f"{page.stem}.png"
 
 
 def call_of(cache_name: str) -> str:
@@ -87,10 +75,7 @@ def draw(cache_name: str, shares: torch.Tensor, held: list[int], prompts: Prompt
     """
     figure = Figure(figsize=(7.2, 2.5), layout="constrained")
     axes = figure.subplots()
-    image = draw_map(axes, shares, vmin=0, vmax=1)
-    # Above the map, so that it hides nothing of what is kept there.
-    axes.plot(prompts.fact_spans[0], [-1, -1], color=FACT_COLOR, linewidth=4, clip_on=False, solid_capstyle="butt")
-    axes.axvline(prompts.num_tokens, color="black", linewidth=0.8, linestyle=":")
+    image = draw_positions(axes, shares, prompts)
     axes.set_title(call_of(cache_name), fontsize="medium", pad=10)
     axes.set_xlabel(
         "position (red bar: the fact that is asked for; dotted line: where the answer begins)", fontsize="small"

@@ -1,15 +1,17 @@
-"""Questions about a document that is read once: its cache is compressed, saved, and loaded whenever there is a question.
+"""Questions about a document that is read once: its cache is compressed, saved, and loaded whenever there is a
+question.
 
     python examples/retrieval.py --prefix novel.safetensors "Who is Mr. Bingley?" "What is the name of the house?"
     python examples/retrieval.py --prefix novel.safetensors "Who has five daughters?"
 
-The first command reads the document, compresses what the cache holds of it, and writes that beside its answers. The second,
-and any later one, loads the file. Each question is answered by a copy of the cache, so that none sees another one.
+The first command reads the document, compresses what the cache holds of it, and writes that beside its answers. The
+second, and any later one, loads the file. Each question is answered by a copy of the cache, so that none sees another
+one.
 
-`cache.load` refuses a file that is damaged or was made by another model. What document a file is of it cannot know: this
-script writes that, and the options of the cache, to a second file with the ending `.json`, and refuses a prefix that is of
-another document or was made with other options. Without --document it is the beginning of a novel that comes with the package.
-The default model is too small to answer well, whatever its cache.
+`cache.load` refuses a file that is damaged or was made by another model. What document a file is of it cannot know:
+this script writes that, and the options of the cache, to a second file with the ending `.json`, and refuses a prefix
+that is of another document or was made with other options. Without --document it is the beginning of a novel that
+comes with the package. The default model is too small to answer well, whatever its cache.
 """
 
 import argparse
@@ -21,8 +23,7 @@ from hashlib import sha256
 from pathlib import Path
 
 import torch
-from caches_by_name import CACHE_CLASSES, num_kept
-from script_options import add_cache_options, add_model_options, load_model, new_cache, run
+from script_options import CACHE_CLASSES, add_cache_options, add_model_options, load_model, new_cache, num_kept, run
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pyramid_cache.engine.architectures import CACHE_ARGUMENT
@@ -148,7 +149,7 @@ def prefix_of(model: PreTrainedModel, options: argparse.Namespace, ids: list[int
             found = PrefixRecord(**json.loads(record_path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             raise ValueError(
-                f"{record_path} does not tell what document {prefix} is of. Name another file for the prefix, or delete it."
+                f"{record_path} does not tell what document {prefix} is of. Name another file, or delete this one."
             ) from error
         PrefixRecord(**wanted, file=sha256_of_file(prefix), seconds_to_read=0).require_same(prefix, found)
         cache = CACHE_CLASSES[options.cache].load(prefix, model.config, device=model.device)

@@ -2,12 +2,13 @@
 
     python examples/serve_batches.py --requests requests.jsonl --out answers.jsonl --memory 64MiB --budget 512
 
-A request is a line of JSON: {"prompt": "..."}, and if need be "id" and "max_new_tokens". Answers are lines of JSON in the order
-of the requests, each written as soon as those before it are there.
+A request is a line of JSON: {"prompt": "..."}, and if need be "id" and "max_new_tokens". Answers are lines of JSON in
+the order of the requests, each written as soon as those before it are there.
 
-Each layer keeps `--budget` tokens of each request, and a batch has as many requests as the limit pays for: of short requests more
-than of long ones, so that requests of similar length go together. An answer does not depend on which others share its batch.
-With --use-all the cache is given the limit itself as its budget: a batch that leaves memory over keeps more of each request.
+Each layer keeps `--budget` tokens of each request, and a batch has as many requests as the limit pays for: of short
+requests more than of long ones, so that requests of similar length go together. An answer does not depend on which
+others share its batch. With --use-all the cache is given the limit itself as its budget: a batch that leaves memory
+over keeps more of each request.
 
 The limit is of what the cache holds between steps. While prompts are read one layer at a time has all of them, and the
 model's activations come on top. Without --requests some made-up ones are answered.
@@ -24,8 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from caches_by_name import CACHE_CLASSES, build_cache
-from script_options import add_model_options, load_model, run, setting
+from script_options import CACHE_CLASSES, add_model_options, build_cache, load_model, run, setting
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pyramid_cache import H2OCache, PolicyCache
@@ -119,7 +119,8 @@ class Room:
         num_layers (`int`): Layers that evict.
         bytes_per_token (`int`): Of one token in one layer of one row.
         num_spare_slots (`int`): Tokens that a layer lets come in before as many go.
-        bytes_per_row (`int`): What the cache remembers of a row beside its tokens, which is no part of a budget in bytes.
+        bytes_per_row (`int`): What the cache remembers of a row beside its tokens, which is no part of a budget in
+            bytes.
     """
 
     limit: int

@@ -3,10 +3,10 @@ Trains the recall model that the package ships in pyramid_cache/lab/data/recall_
 
     python examples/train_recall_model.py --out recall_model
 
-Each sequence is a stream of keys, every one followed by its value, which is drawn anew for each sequence. The loss is on
-the value of every key that has come before. (A loss on questions at the end of a sequence alone never left chance.) The
-streams begin short; whenever the model is right about most repeated keys, the number of pairs rises. Takes some minutes on
-two cores.
+Each sequence is a stream of keys, every one followed by its value, which is drawn anew for each sequence. The loss is
+on the value of every key that has come before. (A loss on questions at the end of a sequence alone never left chance.)
+The streams begin short; whenever the model is right about most repeated keys, the number of pairs rises. Takes some
+minutes on two cores.
 """
 
 import argparse
@@ -50,8 +50,8 @@ def build_model() -> LlamaForCausalLM:
         eos_token_id=None,
     )
     model = LlamaForCausalLM(config)
-    # As large as what layers add to them. Of embeddings as small as other weights, the second layer sees too little to tell
-    # keys apart, and training stays for thousands of steps at guessing among the values of the stream.
+    # As large as what layers add to them. Of embeddings as small as other weights, the second layer sees too little to
+    # tell keys apart, and training stays for thousands of steps at guessing among the values of the stream.
     torch.nn.init.normal_(model.model.embed_tokens.weight)
     return model
 
@@ -63,8 +63,8 @@ def random_streams(
     Streams of keys, drawn from `num_pairs` pairs that differ from stream to stream.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: The token ids `(batch, 2 * num_draws)`, keys and values in turn, and a bool
-        mask `(batch, num_draws)`: True where the key has come before.
+        `tuple[torch.Tensor, torch.Tensor]`: The token ids `(batch, 2 * num_draws)`, keys and values in turn, and a
+        bool mask `(batch, num_draws)`: True where the key has come before.
     """
     keys = torch.rand(batch_size, NUM_KEYS, generator=generator).argsort(dim=-1)[:, :num_pairs]
     values = torch.randint(NUM_KEYS, NUM_KEYS + NUM_VALUES, (batch_size, num_pairs), generator=generator)
@@ -127,8 +127,8 @@ def train(options: argparse.Namespace, progress: ProgressBar) -> tuple[LlamaForC
             if recall(model, PROBE_LENGTHS[-1], probe_generator) >= options.target:
                 return model, {str(length): recall(model, length, probe_generator) for length in PROBE_LENGTHS}
     raise RuntimeError(
-        f"After {options.max_steps} steps with {num_pairs} pairs the model does not recall {options.target:.0%}. Raise "
-        "--max-steps, or try another --seed."
+        f"After {options.max_steps} steps with {num_pairs} pairs the model does not recall {options.target:.0%}. "
+        "Raise --max-steps, or try another --seed."
     )
 
 

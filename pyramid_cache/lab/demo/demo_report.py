@@ -1,24 +1,35 @@
-"""What the demo found out: a record for JSON, and a table and a chart for the terminal."""
+"""The results of the demo: a record for JSON, a table and a chart for the terminal, and a picture."""
 
 import argparse
 import itertools
 import statistics
+from pathlib import Path
 from typing import Any
 
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from rich.table import Table
 from rich.text import Text
 
 from pyramid_cache.lab.demo.planted_number import Prompts
-from pyramid_cache.lab.demo.timed_answers import BASELINE, CACHES, Result
+from pyramid_cache.lab.demo.timed_answers import Result
 from pyramid_cache.lab.loaded_model import LoadedModel
 from pyramid_cache.lab.machine import busy_note, describe_versions, load_average
+from pyramid_cache.lab.registry import BASELINE, find_entry
 from pyramid_cache.lab.terminal import report_console
+from pyramid_cache.plot.figure import COLORS, DPI, draw_map
 
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
 CHART_HEIGHT = 3
 CHART_MAX_COLUMNS = 64
 ANSWER_WORDS = 20
+BASELINE_COLOR = "#8a8a8a"
+FACT_COLOR = "#c2185b"
+COLUMNS = ("cache", "tokens kept\nper layer", "bytes held", "share\nof full", "prefill\nseconds", "ratio")
+COLUMNS += ("decode\ntokens/s", "ratio")
 
 
 def as_record(
@@ -28,14 +39,14 @@ def as_record(
     Everything that was measured, and on what, as JSON takes it.
 
     Args:
-        options (`argparse.Namespace`): Of the command.
+        options (`argparse.Namespace`): The options of the command.
         machine (`dict`): From `describe_machine`, asked before the measurement.
 
     Returns:
         `dict`: "rows", one per cache, with times as medians over the repeats and ratios to the baseline; "settings";
         "machine"; "versions".
     """
-    baseline = next(result for result in results if result.cache == BASELINE)
+    baseline = next(result for result in results if result.entry.name == BASELINE)
     return {
         "rows": [as_row(result, baseline, prompts, options.max_new_tokens) for result in results],
         "settings": {
@@ -47,7 +58,7 @@ def as_record(
             "prompt_tokens": prompts.num_tokens,
             "max_new_tokens": options.max_new_tokens,
             "batch_size": options.batch_size,
-            "budget": options.budget,
+            "budget": options.budgets,
             "seed": options.seed,
             "repeats": options.repeats,
             "numbers": prompts.numbers,
@@ -59,28 +70,26 @@ def as_record(
 
 def as_row(result: Result, baseline: Result, prompts: Prompts, max_new_tokens: int) -> dict[str, Any]:
     """One cache's row. Tokens per second are those of all rows of the batch together."""
-    prefill = statistics.median(result.prefill_seconds)
     num_decoded = (max_new_tokens - 1) * len(prompts.numbers)
-    speeds = [num_decoded / seconds for seconds in result.decode_seconds]
-    baseline_speed = num_decoded / statistics.median(baseline.decode_seconds)
-    speed = num_decoded / statistics.median(result.decode_seconds)
+    prefill, full_prefill = (statistics.median(each.prefill_seconds) for each in (result, baseline))
+    speed, full_speed = (num_decoded / statistics.median(each.decode_seconds) for each in (result, baseline))
     recalled = [number in answer for number, answer in zip(prompts.numbers, result.answers, strict=True)]
     return {
-        "cache": result.cache,
-        "label": CACHES[result.cache],
+        "cache": result.entry.name,
+        "label": result.entry.label,
         "held_bytes": result.held_bytes,
         "share_of_full": result.held_bytes / baseline.held_bytes,
         "kept_tokens": result.kept_tokens,
         "prefill_seconds": prefill,
-        "prefill_ratio": prefill / statistics.median(baseline.prefill_seconds),
+        "prefill_ratio": prefill / full_prefill,
         "decode_tokens_per_second": speed,
-        "decode_ratio": speed / baseline_speed,
+        "decode_ratio": speed / full_speed,
         "recalled": all(recalled),
         "recalled_share": sum(recalled) / len(recalled),
         "answer": result.answers[0],
         "answers": result.answers,
         "prefill_seconds_by_repeat": result.prefill_seconds,
-        "decode_tokens_per_second_by_repeat": speeds,
+        "decode_tokens_per_second_by_repeat": [num_decoded / seconds for seconds in result.decode_seconds],
     }
 
 
@@ -104,17 +113,8 @@ def show(record: dict[str, Any], fact: str) -> None:
 def table(record: dict[str, Any]) -> Table:
     """One row per cache."""
     result = Table(header_style="bold")
-    result.add_column("cache", no_wrap=True)
-    for header in (
-        "tokens kept\nper layer",
-        "bytes held",
-        "share\nof full",
-        "prefill\nseconds",
-        "ratio",
-        "decode\ntokens/s",
-    ):
-        result.add_column(header, justify="right", no_wrap=True)
-    result.add_column("ratio", justify="right", no_wrap=True)
+    for header in COLUMNS:
+        result.add_column(header, justify="left" if header == "cache" else "right", no_wrap=True)
     result.add_column("recalled", justify="center", no_wrap=True)
     result.add_column("answer", overflow="fold")
     for row in record["rows"]:
@@ -147,7 +147,8 @@ def first_words(answer: str) -> str:
 def footnote(record: dict[str, Any]) -> str:
     """What the ratios mean, and how far they can be trusted."""
     repeats = record["settings"]["repeats"]
-    note = f"Ratios are to {CACHES[BASELINE]} in the same run: of seconds for the prefill, of speed for decoding."
+    baseline = find_entry(BASELINE).label
+    note = f"Ratios are to {baseline} in the same run: of seconds for the prefill, of speed for decoding."
     note += busy_note(record["machine"])
     if repeats == 1:
         return f"{note} One round; --repeats 5 gives medians."
@@ -162,12 +163,13 @@ def footnote(record: dict[str, Any]) -> str:
 def chart(rows: list[dict[str, Any]]) -> str:
     """Bars of the tokens that each cache keeps per layer, from the first layer to the last."""
     full = max(max(row["kept_tokens"]) for row in rows)
-    num_layers = len(rows[0]["kept_tokens"])
-    lines = [f"tokens kept per layer, first to last of {num_layers} (a full bar is {full:,})"]
-    label_width = max(len(row["label"]) for row in rows)
+    lines = [f"tokens kept per layer, first to last of {len(rows[0]['kept_tokens'])} (a full bar is {full:,})"]
+    width = max(len(row["label"]) for row in rows)
     for row in rows:
         drawn = bars(row["kept_tokens"], full, CHART_HEIGHT, CHART_MAX_COLUMNS)
-        lines += [f"{row['label'] if not index else '':<{label_width}}  {line}" for index, line in enumerate(drawn)]
+        lines += [
+            f"{label:<{width}}  {line}" for label, line in itertools.zip_longest([row["label"]], drawn, fillvalue="")
+        ]
     return "\n".join(lines)
 
 
@@ -177,8 +179,58 @@ def bars(values: list[int], full: int, height: int, max_columns: int) -> list[st
     edges = [round(column * len(values) / num_columns) for column in range(num_columns + 1)]
     means = [statistics.mean(values[low:high]) for low, high in itertools.pairwise(edges)]
     steps = len(BLOCKS) - 1
-    # Of something that is kept at least the thinnest bar is shown.
+    # A layer that keeps anything has at least the thinnest bar.
     filled = [max(round(mean / full * height * steps), 1 if mean else 0) for mean in means]
     return [
         "".join(BLOCKS[min(max(bar - level * steps, 0), steps)] for bar in filled) for level in reversed(range(height))
     ]
+
+
+# The picture.
+
+
+def draw(results: list[Result], prompts: Prompts, path: Path) -> None:
+    """
+    Draws the tokens that each cache keeps per layer and, for each but the baseline, a map of the positions that it
+    keeps of the first row, layer × position.
+
+    Args:
+        path (`Path`): Where the PNG goes.
+    """
+    maps = [result for result in results if result.entry.name != BASELINE]
+    figure = Figure(figsize=(10, 3.2 + 1.9 * len(maps)), layout="constrained")
+    axes = figure.subplots(1 + len(maps), 1, squeeze=False, height_ratios=[1.5] + [1] * len(maps))[:, 0]
+    colors = itertools.cycle(COLORS)
+    for index, result in enumerate(results):
+        axes[0].plot(
+            result.kept_tokens,
+            drawstyle="steps-mid",
+            color=BASELINE_COLOR if result.entry.name == BASELINE else next(colors),
+            linestyle=("-", "--")[index % 2],  # where lines coincide, the dashes of the upper one show the lower one
+            label=result.entry.label,
+        )
+    axes[0].set(title="tokens kept per layer", xlabel="layer", ylabel="tokens", ylim=(0, None))
+    axes[0].legend(frameon=False, ncols=len(results), fontsize="small", loc="lower left")
+    axes[0].spines[["top", "right"]].set_visible(False)
+    for axis, result in zip(axes[1:], maps, strict=True):
+        image = draw_positions(axis, result.kept_positions, prompts)
+        axis.set(title=f"{result.entry.label}: positions held", ylabel="layer")
+    if maps:
+        axes[-1].set_xlabel("position in the sequence (red bar: the planted fact; dotted line: the end of the prompt)")
+        figure.colorbar(image, ax=axes[1:].tolist(), label="share of the KV heads that hold it", shrink=0.6)
+    figure.savefig(path, dpi=DPI)
+
+
+def draw_positions(axes: Axes, shares: torch.Tensor, prompts: Prompts) -> AxesImage:
+    """
+    Draws a map of the positions that a cache holds, with a bar at the planted fact and a line at the end of the
+    prompt.
+
+    Args:
+        shares (`torch.Tensor`): `(layers, positions)`, the share of the KV heads that hold each position.
+    """
+    image = draw_map(axes, shares, vmin=0, vmax=1)
+    # Above the map, so that the bar hides nothing of what is kept there.
+    axes.plot(prompts.fact_spans[0], [-1, -1], color=FACT_COLOR, linewidth=4, clip_on=False, solid_capstyle="butt")
+    axes.axvline(prompts.num_tokens, color="black", linewidth=0.7, linestyle=":")
+    return image

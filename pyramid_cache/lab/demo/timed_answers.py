@@ -7,30 +7,17 @@ from dataclasses import dataclass, field
 
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from transformers import Cache, DynamicCache, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import Cache, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from pyramid_cache import H2OCache, PyramidCache, ShadowKVCache, StreamingLLMCache
 from pyramid_cache.engine.architectures import CACHE_ARGUMENT
-from pyramid_cache.engine.budget import bytes_to_tokens, parse_budget
 from pyramid_cache.engine.cache import CompressedCache
 from pyramid_cache.engine.kept import kept_positions, kept_tokens
 from pyramid_cache.lab.demo.planted_number import Prompts
 from pyramid_cache.lab.loaded_model import LoadedModel
+from pyramid_cache.lab.registry import BASELINE, BudgetLike, CacheEntry, Workload, find_entry
 from pyramid_cache.lab.weights import ProgressCallback
 
 
-BudgetLike = float | int | str
-
-# The names of `--caches`, each with what the report calls it.
-CACHES = {
-    "dynamic": "DynamicCache",
-    "pyramid": "PyramidCache(model)",
-    "pyramid-config": "PyramidCache(config)",
-    "h2o": "H2OCache",
-    "streaming": "StreamingLLMCache",
-    "shadow": "ShadowKVCache",
-}
-BASELINE = "dynamic"
 WARM_UP_NEW_TOKENS = 4
 WARM_UP_PROMPT_TOKENS = 512
 
@@ -41,7 +28,7 @@ class Result:
     What one cache did with the prompts.
 
     Attributes:
-        cache (`str`): Its name in `CACHES`.
+        entry (`CacheEntry`): The row of the cache in the registry.
         prefill_seconds, decode_seconds (`list[float]`): One of each per repeat.
         held_bytes (`int`): What the cache held at the end.
         kept_tokens (`list[int]`): Tokens held per layer at the end.
@@ -50,7 +37,7 @@ class Result:
         answers (`list[str]`): One per row.
     """
 
-    cache: str
+    entry: CacheEntry
     prefill_seconds: list[float] = field(default_factory=list)
     decode_seconds: list[float] = field(default_factory=list)
     held_bytes: int = 0
@@ -102,30 +89,33 @@ def measure_caches(
     machine does in a minute falls on all of them alike. Before the first round each cache runs once unmeasured.
 
     Args:
-        names (`list[str]`): Names in `CACHES`; the baseline is put in front if it is missing.
-        budget: Of every cache but the baseline; see `build_cache`.
+        names (`list[str]`): Names in the registry. The baseline is put in front if it is missing.
+        budget: The budget of every cache of this library; see `CacheEntry.build`.
     """
     names = names if BASELINE in names else [BASELINE, *names]
     model, input_ids = loaded.model, prompts.input_ids.to(loaded.model.device)
+    results = [Result(find_entry(name)) for name in names]
 
-    def new_cache(name: str) -> Cache:
-        return build_cache(name, model, budget, *input_ids.shape)
+    def new_cache(entry: CacheEntry) -> Cache:
+        # The tokens of the answer count against a budget.
+        num_later = 0 if entry.has_budget else max_new_tokens
+        return entry.build(model, budget, Workload(prompts.num_tokens, len(prompts.numbers), num_later))
 
-    for name in names:  # a budget that a cache refuses is refused before anything runs
-        new_cache(name)
-    for name in names:
-        progress(f"{CACHES[name]}: warming up", 0, None)
+    for result in results:  # a budget that a cache refuses is refused before anything runs
+        new_cache(result.entry)
+    for result in results:
+        progress(f"{result.entry.label}: warming up", 0, None)
         # On a CPU a piece of the prompt will do; other devices choose their kernels by the shapes.
         piece = input_ids[:, :WARM_UP_PROMPT_TOKENS] if model.device.type == "cpu" else input_ids
-        # A budget can be too small for the piece only; if it is for the prompt too, the measured run says so.
+        # A budget can be too small for the piece only. If it is too small for the prompt too, the measured run says
+        # so.
         with contextlib.suppress(ValueError):
-            generate(model, piece, new_cache(name), WARM_UP_NEW_TOKENS)
-    results = [Result(name) for name in names]
+            generate(model, piece, new_cache(result.entry), WARM_UP_NEW_TOKENS)
     for repeat in range(repeats):
         for result in results:
-            description = f"{CACHES[result.cache]}{f', round {repeat + 1} of {repeats}' if repeats > 1 else ''}"
+            description = f"{result.entry.label}{f', round {repeat + 1} of {repeats}' if repeats > 1 else ''}"
             progress(f"{description}: reading {prompts.num_tokens:,} tokens", 0, None)
-            cache = new_cache(result.cache)
+            cache = new_cache(result.entry)
             sequences, stopwatch = generate(
                 model,
                 input_ids,
@@ -142,43 +132,6 @@ def measure_caches(
                 result.kept_positions = kept_positions(cache, sequences.shape[1] - 1)
             del cache  # before the next one fills the memory
     return results
-
-
-def build_cache(name: str, model: PreTrainedModel, budget: BudgetLike, batch_size: int, prompt_tokens: int) -> Cache:
-    """
-    Builds a cache by its name in `CACHES`.
-
-    Args:
-        budget: A fraction of the prompt, tokens per layer, or bytes such as "256MiB". StreamingLLMCache, whose window
-            is given in tokens, gets as many as that comes to for prompts of this shape; ShadowKVCache attends to as many,
-            its outliers and latest tokens included, and keeps all.
-    """
-    if name == "dynamic":
-        return DynamicCache(config=model.config)
-    if name == "pyramid":
-        return PyramidCache(model, budget=budget)
-    if name == "pyramid-config":
-        return PyramidCache(model.config, budget=budget)
-    if name == "h2o":
-        return H2OCache(model.config, budget=budget)
-    num_tokens = tokens_of_budget(budget, model, batch_size, prompt_tokens)
-    if name == "streaming":
-        return StreamingLLMCache(model.config, budget=num_tokens)
-    cache = ShadowKVCache(model.config, budget=1)
-    num_others = cache.compressed_layers[0].num_tokens_to_keep(prompt_tokens)
-    return ShadowKVCache(model.config, budget=max(num_tokens - num_others, 1))
-
-
-def tokens_of_budget(budget: BudgetLike, model: PreTrainedModel, batch_size: int, prompt_tokens: int) -> int:
-    """The tokens per layer that a budget comes to for prompts of a given shape."""
-    parsed = parse_budget(budget)
-    if parsed.kind != "bytes":
-        return parsed.num_tokens(prompt_tokens)
-    config = model.config.get_text_config(decoder=True)
-    num_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    bytes_per_token = 2 * num_kv_heads * head_dim * model.dtype.itemsize
-    return bytes_to_tokens(parsed.amount, config.num_hidden_layers, batch_size, bytes_per_token, num_spare_slots=0)
 
 
 def generate(
@@ -209,30 +162,21 @@ def generate(
 
 
 def held_bytes(cache: Cache) -> int:
-    """The bytes that a cache holds; of transformers' own, those of the storages of its layers' tensors."""
-    if isinstance(cache, CompressedCache):
-        return cache.nbytes
-    return storage_bytes(layer_tensors(cache))
+    """The bytes that a cache holds. For a cache of transformers, those of the storages of its layers' tensors."""
+    return cache.nbytes if isinstance(cache, CompressedCache) else storage_bytes(layer_tensors(cache))
 
 
 def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """The bytes of what tensors lie in, each storage once."""
+    """The bytes of the storages of tensors, each storage once."""
     return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 
 
 def layer_tensors(cache: Cache) -> Iterator[torch.Tensor]:
-    """The tensors of a cache's layers; of one that wraps others, as quantized ones do, those."""
-    for layer in cache.layers:
-        for value in vars(layer).values():
-            if isinstance(value, torch.Tensor):
-                yield from unwrapped(value)
-
-
-def unwrapped(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """What a tensor consists of."""
-    if not is_traceable_wrapper_subclass(tensor):
-        yield tensor
-        return
-    names, _ = tensor.__tensor_flatten__()
-    for name in names:
-        yield from unwrapped(getattr(tensor, name))
+    """The tensors of a cache's layers. A tensor that wraps others, as quantized ones do, stands for those."""
+    waiting = [value for layer in cache.layers for value in vars(layer).values() if isinstance(value, torch.Tensor)]
+    while waiting:
+        tensor = waiting.pop()
+        if is_traceable_wrapper_subclass(tensor):
+            waiting += [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+        else:
+            yield tensor

@@ -1,10 +1,11 @@
 """A model reads texts, and each layer tells which tokens are massive and where its last queries look."""
 
 import statistics
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -19,7 +20,6 @@ from pyramid_cache.engine.massive import (
     LEAST_RATIO,
     NUM_FIRST_TOKENS,
     MassiveTokens,
-    massive_in_hidden_states,
     massive_in_keys_and_values,
     median_magnitude,
 )
@@ -28,7 +28,6 @@ from pyramid_cache.engine.rope import SharedFrequencies
 from pyramid_cache.engine.scoring import attend_and_score
 from pyramid_cache.engine.spread import attention_spread, layer_class
 from pyramid_cache.engine.tokens import MaskReader, Tokens
-from pyramid_cache.lab.weights import ProgressCallback
 
 
 # Magnitudes per layer that are kept for the plot: the paper's figures show as many.
@@ -64,17 +63,13 @@ class ProfilingCache(CompressedCache):
 
     def __init__(self, model: PreTrainedModel, num_queries: int) -> None:
         frequencies = SharedFrequencies(model.config, lambda: model)
-
-        def build_layer(place: LayerPlace, masks: MaskReader) -> ProfilingLayer:
-            return ProfilingLayer(place, masks, num_queries, frequencies)
-
-        super().__init__(model.config, build_layer)
+        super().__init__(model.config, lambda place, masks: ProfilingLayer(place, masks, num_queries, frequencies))
 
 
 @dataclass(frozen=True)
-class HiddenStateFindings:
+class OutputFindings:
     """
-    Of the output of one decoder layer for one text.
+    The output of one decoder layer for one text.
 
     Attributes:
         median (`float`): Of all magnitudes.
@@ -86,20 +81,6 @@ class HiddenStateFindings:
     largest: list[float]
     entries: list[tuple[int, int, float]]
 
-    @staticmethod
-    def of(hidden_states: torch.Tensor) -> "HiddenStateFindings":
-        """Of `(1, tokens, hidden_size)` hidden states."""
-        median = median_magnitude(hidden_states)
-        states = hidden_states[0].detach().float()
-        largest = states.abs().amax(dim=-1).topk(min(NUM_LARGEST, states.shape[0])).values
-        entries = []
-        for position in massive_in_hidden_states(hidden_states, median)[0].nonzero().flatten().tolist():
-            magnitudes = states[position].abs()
-            is_massive = (magnitudes > LEAST_MAGNITUDE) & (magnitudes >= LEAST_RATIO * median)
-            for dimension in is_massive.nonzero().flatten().tolist():
-                entries.append((position, dimension, states[position, dimension].item()))
-        return HiddenStateFindings(median.item(), largest.tolist(), entries)
-
     @property
     def positions(self) -> set[int]:
         return {position for position, _, _ in self.entries}
@@ -108,7 +89,7 @@ class HiddenStateFindings:
 @dataclass(frozen=True)
 class LayerFindings:
     """
-    Of the attention of one layer for one text.
+    The attention of one layer for one text.
 
     Attributes:
         found (`set[int]`): The positions that look massive to keys and values.
@@ -125,26 +106,37 @@ class LayerFindings:
 @dataclass(frozen=True)
 class TextFindings:
     """
-    Of one text.
+    Everything that was measured with one text.
 
     Attributes:
-        tokens (`dict[int, str]`): What the massive tokens stand for, by position.
-        outputs (`list[HiddenStateFindings]`): One per decoder layer.
-        layers (`dict[int, LayerFindings]`): By index, those with full attention.
+        tokens (`dict[int, str]`): The texts of the massive tokens, by position.
+        outputs (`list[OutputFindings]`): One per decoder layer.
+        layers (`dict[int, LayerFindings]`): The layers with full attention, by index.
     """
 
     tokens: dict[int, str]
-    outputs: list[HiddenStateFindings]
+    outputs: list[OutputFindings]
     layers: dict[int, LayerFindings]
 
 
+def measure_output(hidden_states: torch.Tensor) -> OutputFindings:
+    """The findings in hidden states, `(1, tokens, hidden_size)`."""
+    median = median_magnitude(hidden_states)
+    states = hidden_states[0].detach().float()
+    magnitudes = states.abs()
+    largest = magnitudes.amax(dim=-1).topk(min(NUM_LARGEST, states.shape[0])).values
+    is_massive = (magnitudes > LEAST_MAGNITUDE) & (magnitudes >= LEAST_RATIO * median)
+    entries = [(*place, states[tuple(place)].item()) for place in is_massive.nonzero().tolist()]
+    return OutputFindings(median.item(), largest.tolist(), entries)
+
+
 @contextmanager
-def watched_outputs(model: PreTrainedModel) -> Iterator[list[HiddenStateFindings]]:
+def watched_outputs(model: PreTrainedModel) -> Iterator[list[OutputFindings]]:
     """While entered, a list that gets the findings of each decoder layer's output."""
-    findings: list[HiddenStateFindings] = []
+    findings: list[OutputFindings] = []
 
     def note(module: nn.Module, args: tuple, output: torch.Tensor | tuple) -> None:
-        findings.append(HiddenStateFindings.of(output[0] if isinstance(output, tuple) else output))
+        findings.append(measure_output(output[0] if isinstance(output, tuple) else output))
 
     hooks = [layer.register_forward_hook(note) for layer in decoder_layers(model)]
     try:
@@ -169,12 +161,12 @@ def measure_text(
     with watched_outputs(model) as outputs:
         model(input_ids=token_ids.to(model.device), **{CACHE_ARGUMENT: cache}, logits_to_keep=1)
     num_tokens = token_ids.shape[1]
-    exact = set().union(*(output.positions for output in outputs))
+    exact = sorted(set().union(*(output.positions for output in outputs)))
     layers = {}
     for layer in cache.compressed_layers:
         is_massive = layer.found.mask(num_tokens)
         found = set(is_massive[0].nonzero().flatten().tolist())
-        is_massive[0, sorted(exact)] = True
+        is_massive[0, exact] = True
         if not is_massive.any():
             is_massive[:, :NUM_FIRST_TOKENS] = True
         positions = torch.arange(num_tokens, dtype=torch.int32, device=is_massive.device).view(1, 1, -1)
@@ -182,13 +174,13 @@ def measure_text(
         layers[layer.place.layer_idx] = LayerFindings(
             found, spread.sink_share.item(), spread.local_share.item(), spread.support.item() / num_tokens
         )
-    tokens = {position: tokenizer.decode([int(token_ids[0, position])]) for position in sorted(exact)}
+    tokens = {position: tokenizer.decode([int(token_ids[0, position])]) for position in exact}
     return TextFindings(tokens, outputs, layers)
 
 
 def cut_texts(tokenizer: PreTrainedTokenizerBase, text: str, num_tokens: int, num_texts: int) -> list[torch.Tensor]:
     """
-    Stretches of a text, spread evenly over it, each `(1, num_tokens)` and beginning with the token that the tokenizer
+    Stretches of a text, spread evenly over it. Each is `(1, num_tokens)` and begins with the token that the tokenizer
     begins texts with, if there is one.
 
     Raises:
@@ -206,22 +198,7 @@ def cut_texts(tokenizer: PreTrainedTokenizerBase, text: str, num_tokens: int, nu
     return [torch.tensor([start_ids + token_ids[start : start + length]]) for start in starts]
 
 
-def measure_texts(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: list[torch.Tensor],
-    window_size: int,
-    progress: ProgressCallback,
-) -> list[TextFindings]:
-    """Reads texts one after another."""
-    findings = []
-    for index, token_ids in enumerate(texts):
-        progress(f"Reading {len(texts)} texts of {token_ids.shape[1]:,} tokens", index, len(texts))
-        findings.append(measure_text(model, tokenizer, token_ids, window_size))
-    return findings
-
-
-# What the texts come to.
+# Summaries over all texts.
 
 
 def summarize_layers(findings: list[TextFindings]) -> list[dict[str, Any]]:
@@ -235,15 +212,15 @@ def summarize_layers(findings: list[TextFindings]) -> list[dict[str, Any]]:
         exact = [text.outputs[index - 1].positions if index else set() for text in findings]
         num_both = sum(len(layer.found & positions) for layer, positions in zip(layers, exact, strict=True))
         num_either = sum(len(layer.found | positions) for layer, positions in zip(layers, exact, strict=True))
-        support = statistics.mean(layer.support for layer in layers)
-        local_share = statistics.mean(layer.local_share for layer in layers)
+        shares = {
+            name: statistics.mean(getattr(layer, name) for layer in layers)
+            for name in ("sink_share", "local_share", "support")
+        }
         rows.append(
             {
                 "layer": index,
-                "sink_share": statistics.mean(layer.sink_share for layer in layers),
-                "local_share": local_share,
-                "support": support,
-                "kind": layer_class(support, local_share),
+                **shares,
+                "kind": layer_class(shares["support"], shares["local_share"]),
                 "num_by_hidden_states": sum(map(len, exact)),
                 "num_by_keys_and_values": sum(len(layer.found) for layer in layers),
                 "num_by_both": num_both,
@@ -259,43 +236,56 @@ def summarize_outputs(findings: list[TextFindings]) -> list[dict[str, Any]]:
         {
             "layer": index,
             "median": statistics.mean(output.median for output in outputs),
-            "largest": [
-                statistics.mean(values) for values in zip(*(output.largest for output in outputs), strict=True)
-            ],
+            "largest": [statistics.mean(each) for each in zip(*(output.largest for output in outputs), strict=True)],
             "num_massive_tokens": sum(len(output.positions) for output in outputs),
         }
         for index, outputs in enumerate(zip(*(text.outputs for text in findings), strict=True))
     ]
 
 
+class Entry(NamedTuple):
+    """A massive activation in the output of a layer."""
+
+    text: int
+    layer: int
+    position: int
+    dimension: int
+    value: float
+
+
 def summarize_massive(findings: list[TextFindings]) -> dict[str, Any]:
     """Which dimensions and tokens are massive, how much, and from which layer's output to which, over all texts."""
-    entries = [
-        (text_index, layer, *entry)
-        for text_index, text in enumerate(findings)
-        for layer, output in enumerate(text.outputs)
-        for entry in output.entries
+    by_dimension, by_token = defaultdict(list), defaultdict(list)
+    for text_index, text in enumerate(findings):
+        for layer, output in enumerate(text.outputs):
+            for entry in (Entry(text_index, layer, *found) for found in output.entries):
+                by_dimension[entry.dimension].append(entry)
+                by_token[entry.text, entry.position].append(entry)
+    dimensions = [
+        {"dimension": dimension, "num_tokens": len({(entry.text, entry.position) for entry in own}), **extent(own)}
+        for dimension, own in sorted(by_dimension.items())
     ]
-    dimensions = []
-    for dimension in sorted({entry[3] for entry in entries}):
-        own = [entry for entry in entries if entry[3] == dimension]
-        num_tokens = len({entry[:1] + entry[2:3] for entry in own})
-        dimensions.append({"dimension": dimension, "num_tokens": num_tokens, **extent(own)})
-    tokens = []
-    for text_index, position in sorted({(entry[0], entry[2]) for entry in entries}):
-        own = [entry for entry in entries if (entry[0], entry[2]) == (text_index, position)]
-        token = {"text": text_index, "position": position, "token": findings[text_index].tokens[position]}
-        tokens.append({**token, "dimensions": sorted({entry[3] for entry in own}), **extent(own)})
-    layers = [entry[1] for entry in entries]
+    tokens = [
+        {
+            "text": text,
+            "position": position,
+            "token": findings[text].tokens[position],
+            "dimensions": sorted({entry.dimension for entry in own}),
+            **extent(own),
+        }
+        for (text, position), own in sorted(by_token.items())
+    ]
     return {
-        "layers": [min(layers), max(layers)] if layers else None,
+        "layers": [min(row["first_layer"] for row in tokens), max(row["last_layer"] for row in tokens)]
+        if tokens
+        else None,
         "dimensions": sorted(dimensions, key=lambda row: -abs(row["largest"])),
         "tokens": tokens,
     }
 
 
-def extent(entries: list[tuple[int, int, int, int, float]]) -> dict[str, Any]:
+def extent(entries: list[Entry]) -> dict[str, Any]:
     """The value of largest magnitude, and the first and the last layer."""
-    layers = [entry[1] for entry in entries]
-    largest = max((entry[4] for entry in entries), key=abs)
+    layers = [entry.layer for entry in entries]
+    largest = max((entry.value for entry in entries), key=abs)
     return {"largest": largest, "first_layer": min(layers), "last_layer": max(layers)}

@@ -1,97 +1,145 @@
-"""A profile as tables for the terminal."""
+"""A profile as tables for the terminal and as a picture."""
 
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
+from pyramid_cache.engine.massive import LEAST_MAGNITUDE, LEAST_RATIO
 from pyramid_cache.lab.terminal import report_console
 
 
 MAX_TOKEN_ROWS = 24
+MAGNITUDE_COLORS = {"largest token": "#1f5fa8", "second": "#5b9bd0", "third": "#a9cbe8"}
+CLASS_COLORS = {"uniform": "#d1652a", "local": "#3b8f5a", "concentrated": "#1f5fa8"}
+LAYER_COLUMNS = (
+    "class",
+    "sinks",
+    "local",
+    "support",
+    "keys and\nvalues",
+    "hidden\nstates",
+    "both",
+    "largest\noutput",
+    "median",
+)
 
 
 def show(record: dict[str, Any]) -> None:
-    """Prints what was found, the tables first."""
+    """Prints the tables, and then what was found in a sentence."""
     console = report_console()
     settings, massive = record["settings"], record["massive"]
     console.print(
-        f"{settings['model']} · {settings['dtype']} · {settings['num_texts']} texts of {settings['num_tokens']:,} tokens",
+        f"{settings['model']} · {settings['dtype']} · {settings['num_texts']} texts of {settings['num_tokens']:,} "
+        "tokens",
         style="bold",
         markup=False,
     )
-    console.print(layers_table(record["layers"], record["outputs"]))
-    if massive["tokens"]:
-        console.print(dimensions_table(massive["dimensions"]))
-        console.print(tokens_table(massive["tokens"]))
-    console.print(Text(summary(record), style="dim"))
-
-
-def layers_table(layers: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> Table:
-    """One row per layer with full attention; its own columns, and those of its output."""
-    result = Table(header_style="bold")
-    headers = ["layer", "class", "sinks", "local", "support", "keys and\nvalues", "hidden\nstates", "both"]
-    headers += ["largest\noutput", "median"]
-    for header in headers:
-        result.add_column(header, justify="left" if header == "class" else "right", no_wrap=True)
-    for layer in layers:
-        output = outputs[layer["layer"]]
-        result.add_row(
-            str(layer["layer"]),
-            layer["kind"],
-            *(f"{layer[name]:.1%}" for name in ("sink_share", "local_share", "support")),
-            *(str(layer[f"num_by_{name}"]) for name in ("keys_and_values", "hidden_states", "both")),
+    layers = Table("layer", *LAYER_COLUMNS, header_style="bold")
+    for column in layers.columns:
+        column.justify, column.no_wrap = "left" if column.header == "class" else "right", True
+    for row in record["layers"]:
+        output = record["outputs"][row["layer"]]
+        layers.add_row(
+            str(row["layer"]),
+            row["kind"],
+            *(f"{row[name]:.1%}" for name in ("sink_share", "local_share", "support")),
+            *(str(row[f"num_by_{name}"]) for name in ("keys_and_values", "hidden_states", "both")),
             f"{output['largest'][0]:,.0f}",
             f"{output['median']:.2f}",
         )
-    return result
-
-
-def dimensions_table(dimensions: list[dict[str, Any]]) -> Table:
-    """One row per dimension with massive activations, the largest first."""
-    result = Table("dimension", "largest value", "tokens", "layers", header_style="bold")
-    for row in dimensions:
-        result.add_row(str(row["dimension"]), f"{row['largest']:,.0f}", str(row["num_tokens"]), layers_of(row))
-    return result
-
-
-def tokens_table(tokens: list[dict[str, Any]]) -> Table:
-    """One row per token with massive activations."""
-    result = Table("text", "position", "token", "largest value", "dimensions", "layers", header_style="bold")
-    for row in tokens[:MAX_TOKEN_ROWS]:
-        result.add_row(
-            str(row["text"]),
-            str(row["position"]),
-            Text(repr(row["token"])),
-            f"{row['largest']:,.0f}",
-            ", ".join(map(str, row["dimensions"])),
-            layers_of(row),
+    console.print(layers)
+    if massive["tokens"]:
+        dimensions = ((row["dimension"], row["num_tokens"], row) for row in massive["dimensions"])
+        console.print(table_of_massive(("dimension", "tokens"), dimensions))
+        tokens = (
+            (row["text"], row["position"], repr(row["token"]), ", ".join(map(str, row["dimensions"])), row)
+            for row in massive["tokens"][:MAX_TOKEN_ROWS]
         )
-    if len(tokens) > MAX_TOKEN_ROWS:
-        result.caption = f"and {len(tokens) - MAX_TOKEN_ROWS} more"
+        console.print(table_of_massive(("text", "position", "token", "dimensions"), tokens))
+        if len(massive["tokens"]) > MAX_TOKEN_ROWS:
+            console.print(f"and {len(massive['tokens']) - MAX_TOKEN_ROWS} more tokens")
+    console.print(Text(summary(record), style="dim"))
+
+
+def table_of_massive(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
+    """A table of massive activations. The last value of each row is the record with their extent."""
+    result = Table(*headers, "largest value", "layers", header_style="bold")
+    for *values, extent in rows:
+        layers = f"{extent['first_layer']} to {extent['last_layer']}"
+        result.add_row(*(Text(str(value)) for value in values), f"{extent['largest']:,.0f}", layers)
     return result
-
-
-def layers_of(row: dict[str, Any]) -> str:
-    """The layers whose outputs are massive."""
-    return f"{row['first_layer']} to {row['last_layer']}"
 
 
 def summary(record: dict[str, Any]) -> str:
     """What was found in a sentence, and what the columns mean."""
-    massive = record["massive"]
-    if massive["layers"] is None:
-        found = "No activation is massive (beyond 100 and 1,000 times the median): the first tokens stand in for them."
-    else:
-        first, last = massive["layers"]
+    settings, massive = record["settings"], record["massive"]
+    what = f"(beyond {LEAST_MAGNITUDE:,.0f} and {LEAST_RATIO:,.0f} times the median)"
+    found = f"No activation is massive {what}: the first tokens stand in for massive ones."
+    if massive["layers"] is not None:
         num_texts = len({row["text"] for row in massive["tokens"]})
         found = (
-            f"Massive activations (beyond 100 and 1,000 times the median) in the outputs of layers {first} to {last}, in "
-            f"{num_texts} of {record['settings']['num_texts']} texts."
+            f"Massive activations {what} in the outputs of layers {massive['layers'][0]} to {massive['layers'][1]}, "
+            f"in {num_texts} of {settings['num_texts']} texts."
         )
     return (
-        f"{found} Sinks, local: the share of attention that massive tokens and the last {record['settings']['window']} tokens get "
-        "from the last queries. Support: the share of all tokens that gets 0.95 of it. Keys and values, hidden states, both: "
-        "massive tokens over all texts as each tells them of what comes into the layer, where the largest values are of what "
-        "comes out."
+        f"{found} Sinks: the share of attention that the last queries give to massive tokens. Local: the share that "
+        f"they give to the last {settings['window']} tokens. Support: the share of all tokens that gets 0.95 of their "
+        "attention. Keys and values, hidden states, both: the massive tokens that each detector finds in the input of "
+        "the layer, over all texts. Largest output, median: magnitudes in the output of the layer."
     )
+
+
+# The picture.
+
+
+def draw(record: dict[str, Any], path: Path) -> None:
+    """
+    Draws the largest magnitudes of each layer's output beside what makes one massive. Below are the shares of
+    attention and the support of each layer.
+
+    Args:
+        record (`dict`): From `pyramid_cache.lab.profile.profile_command.as_record`.
+        path (`Path`): Where the picture goes.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 7), layout="constrained")
+    magnitudes, shares = figure.subplots(2, 1, sharex=True)
+    draw_magnitudes(magnitudes, record["outputs"])
+    draw_shares(shares, record["layers"])
+    for axes in (magnitudes, shares):
+        axes.spines[["top", "right"]].set_visible(False)
+    settings = record["settings"]
+    figure.suptitle(f"{settings['model']}, {settings['num_texts']} texts of {settings['num_tokens']:,} tokens")
+    figure.savefig(path, dpi=110)
+
+
+def draw_magnitudes(axes: Any, outputs: list[dict[str, Any]]) -> None:
+    """Magnitudes on a logarithmic scale."""
+    layers = [row["layer"] for row in outputs]
+    ranks = zip(*(row["largest"] for row in outputs), strict=True)
+    for magnitudes, (label, color) in zip(ranks, MAGNITUDE_COLORS.items(), strict=False):
+        axes.plot(layers, magnitudes, color=color, marker=".", label=label)
+    axes.plot(layers, [row["median"] for row in outputs], color="#8a8a8a", label="median of all")
+    limits = [max(LEAST_MAGNITUDE, LEAST_RATIO * row["median"]) for row in outputs]
+    axes.plot(layers, limits, color="#c2185b", linestyle="--", label="massive from here on")
+    axes.set(yscale="log", ylabel="magnitude in the output", title="massive activations")
+    axes.legend(frameon=False, fontsize="small", ncols=2)
+
+
+def draw_shares(axes: Any, rows: list[dict[str, Any]]) -> None:
+    """Shares of attention as stacked bars, and the support of each layer as a point in the colour of its class."""
+    layers = [row["layer"] for row in rows]
+    sinks, local = [row["sink_share"] for row in rows], [row["local_share"] for row in rows]
+    axes.bar(layers, sinks, color="#c9c9c9", label="attention to massive tokens")
+    axes.bar(layers, local, bottom=sinks, color="#e8d9b0", label="to the last tokens")
+    for kind, color in CLASS_COLORS.items():
+        if points := [(row["layer"], row["support"]) for row in rows if row["kind"] == kind]:
+            axes.scatter(*zip(*points, strict=True), color=color, zorder=3, label=f"support, {kind}")
+    # The room above 1 is for the legend.
+    axes.set(xlabel="layer", ylabel="share", ylim=(0, 1.3), title="where the last queries look")
+    axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
+    axes.legend(frameon=False, fontsize="small", ncols=3, loc="upper center")
