@@ -21,11 +21,13 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from script_options import CACHE_CLASSES, add_model_options, build_cache, load_model, run, setting
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pyramid_cache import H2OCache, PolicyCache
@@ -36,7 +38,7 @@ from pyramid_cache.lab.terminal import check_output, positive_int
 
 # Caches that hold a budget however long the answer gets, and take it in bytes.
 BOUNDED_CACHES = sorted(name for name, found in CACHE_CLASSES.items() if issubclass(found, (PolicyCache, H2OCache)))
-# Tokens that show what tokens take: several, since caches learn from prompts of more than one.
+# Tokens of the probe that measures the bytes of a token. Caches learn only from prompts of several tokens.
 NUM_PROBED = 8
 FIELDS = {"id", "prompt", "max_new_tokens"}
 EXAMPLE_PROMPTS = (
@@ -133,13 +135,13 @@ class Room:
     @staticmethod
     @torch.no_grad()
     def of(model: PreTrainedModel, name: str, limit: int, budget: int, settings: dict[str, Any]) -> "Room":
-        """Finds out what tokens take, by letting a cache see some."""
+        """Measures how many bytes a token takes, by letting a cache see some."""
         cache = build_cache(name, model, budget, **settings)
         probe = torch.arange(NUM_PROBED, device=model.device)[None]
         model(probe, **{CACHE_ARGUMENT: cache}, logits_to_keep=1)
         layers = cache.compressed_layers
         bytes_per_token = layers[0].bytes_per_token
-        # With that of the few tokens, which errs on the safe side.
+        # This counts the few tokens of the probe too, which errs on the safe side.
         bytes_per_row = sum(roles["bookkeeping"] for roles in cache.memory().values())
         return Room(limit, budget, len(layers), bytes_per_token, layers[0].num_spare_slots, bytes_per_row)
 
@@ -160,7 +162,7 @@ class Room:
 
 def batches_of(requests: list[Request], room: Room, max_batch_size: int) -> list[list[int]]:
     """
-    Groups requests, the shortest first: padding takes memory as tokens do.
+    Groups requests, the shortest first, because padding takes memory as tokens do.
 
     Returns:
         `list[list[int]]`: Indices of requests.
@@ -185,10 +187,9 @@ def batches_of(requests: list[Request], room: Room, max_batch_size: int) -> list
 
 def left_padded(requests: list[Request], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and mask, both `(batch, longest)`."""
-    longest = max(len(request.ids) for request in requests)
-    ids = [[pad_token_id] * (longest - len(request.ids)) + request.ids for request in requests]
-    mask = [[0] * (longest - len(request.ids)) + [1] * len(request.ids) for request in requests]
-    return torch.tensor(ids), torch.tensor(mask)
+    rows = [torch.tensor(request.ids) for request in requests]
+    pad = partial(pad_sequence, batch_first=True, padding_side="left")
+    return pad(rows, padding_value=pad_token_id), pad([torch.ones_like(row) for row in rows])
 
 
 def answers_of(
@@ -235,7 +236,7 @@ def serve(
 
 
 def in_order(answers: Iterator[tuple[int, str]]) -> Iterator[tuple[int, str]]:
-    """The same pairs by rising index, each as soon as those before it have come."""
+    """Sorts the pairs by index. Each is given as soon as those before it have come."""
     waiting: dict[int, str] = {}
     following = 0
     for index, answer in answers:

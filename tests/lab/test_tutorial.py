@@ -5,32 +5,35 @@ from pathlib import Path
 
 import pytest
 from pages import DOCS, ROOT, run_page
+from running_examples import run_example
 
 
 # Pages whose code is run: here, that of plots.md in test_show.py. Those of caches are in test_docs.py.
 PAGES = {"evaluation.md", "index.md", "ops.md", "plots.md", "write-a-policy.md"}
 
 
+@pytest.fixture(autouse=True)
+def in_a_folder_with_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What pages write goes to a folder that looks like the root of the repository."""
+    (tmp_path / "pyramid_cache").symlink_to(ROOT / "pyramid_cache")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+
+
 def test_every_page_with_code_is_run() -> None:
     with_code = {path.name for path in DOCS.glob("*.md") if re.search(r"^```python$", path.read_text(), re.MULTILINE)}
     assert with_code == PAGES
-
-
-def test_the_page_of_the_ops_runs() -> None:
     assert "received" in run_page(DOCS / "ops.md", shows_output=False)
 
 
 @pytest.mark.slow
-def test_the_tutorial_runs_and_prints_what_it_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MPLBACKEND", "Agg")
+def test_the_tutorial_runs_and_prints_what_it_shows() -> None:
     run_page(DOCS / "write-a-policy.md")
 
 
 @pytest.mark.slow
-def test_the_first_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the real model, whose words it does not show."""
-    monkeypatch.chdir(tmp_path)
+def test_the_first_page_and_the_readme_run() -> None:
+    """With the real model, whose words they do not show."""
     names = run_page(DOCS / "index.md", shows_output=False)
     cache, inputs = names["cache"], names["inputs"]
     assert cache.get_seq_length() == inputs.input_ids.shape[1] + 31
@@ -38,6 +41,8 @@ def test_the_first_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert max(cache.num_kept_tokens()) == cache.get_seq_length() // 4
     loaded = type(cache).load("novel.safetensors", names["model"])
     assert loaded.num_kept_tokens() == cache.num_kept_tokens()
+    names = run_page(ROOT / "README.md", shows_output=False)
+    assert names["output"].shape[1] > names["prompt"].shape[1]
 
 
 @pytest.mark.slow
@@ -48,9 +53,8 @@ def test_the_page_of_the_evaluation_runs() -> None:
 
 
 @pytest.mark.slow
-def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the root of the repository, or a folder that looks like it."""
-    (tmp_path / "pyramid_cache").symlink_to(ROOT / "pyramid_cache")
-    monkeypatch.chdir(tmp_path)
-    names = run_page(ROOT / "README.md", shows_output=False)
-    assert names["output"].shape[1] > names["prompt"].shape[1]
+def test_the_script_of_the_page_of_plots_runs(model_folder: Path, tmp_path: Path) -> None:
+    run_example("plot_kept_tokens.py", "--model", model_folder, "--html", "text.html", cwd=tmp_path)
+    for name in ("kept-tokens.png", "kept-scores.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "text.html").read_text(encoding="utf-8").startswith("<!doctype html>")
