@@ -1,8 +1,9 @@
 """The command line: what it reads, what it refuses, and how."""
 
+import io
 import re
+import runpy
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -153,8 +154,13 @@ def test_every_cache_has_two_names() -> None:
     assert find_entry("DynamicCache").name == BASELINE
 
 
-def test_runs_as_a_module_on_a_terminal_without_unicode() -> None:
-    arguments = [sys.executable, "-m", "pyramid_cache.lab.cli", "demo", "--caches", "•"]
-    finished = subprocess.run(arguments, capture_output=True, text=True, env={"PYTHONIOENCODING": "ascii"})
-    assert finished.returncode == 2
-    assert "Traceback" not in finished.stderr
+def test_runs_as_a_module_on_a_terminal_without_unicode(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(sys, "argv", ["cli.py", "demo", "--caches", "•"])
+    monkeypatch.delitem(sys.modules, "pyramid_cache.lab.cli")
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_module("pyramid_cache.lab.cli", run_name="__main__")
+    assert caught.value.code == 2
+    stream.flush()
+    assert b"'?' is no cache" in stream.buffer.getvalue()

@@ -66,7 +66,9 @@ def test_shares_and_support_against_probabilities(model_folder: Path) -> None:
         attentions = model(ids, output_attentions=True).attentions
     massive = {position for position in range(150) if TEXT[position] == MASSIVE_LETTER}
     local = set(range(134, 150)) - massive
+    hooks = [len(layer._forward_hooks) for layer in model.model.layers]
     findings = activations.measure_text(model, byte_tokenizer(), ids, 16)
+    assert [len(layer._forward_hooks) for layer in model.model.layers] == hooks
     for layer, probabilities in enumerate(attentions):
         sums = sum_of_probabilities(probabilities[:, :, -16:], 2, None)[0] / (16 * 2)
         supports = []
@@ -80,7 +82,6 @@ def test_shares_and_support_against_probabilities(model_folder: Path) -> None:
         assert found.sink_share == pytest.approx(sums[:, sorted(massive)].sum(dim=-1).mean().item(), abs=1e-5)
         assert found.local_share == pytest.approx(sums[:, sorted(local)].sum(dim=-1).mean().item(), abs=1e-5)
         assert found.support == pytest.approx(sum(supports) / 2, abs=1e-5)
-    assert not any(layer._forward_hooks for layer in model.model.layers)
 
 
 def test_what_is_printed(
