@@ -11,21 +11,7 @@ from typing import Any, Literal
 
 from transformers import Cache, DynamicCache, PreTrainedModel, QuantizedCache, StaticCache
 
-from pyramid_cache import (
-    AdaKVCache,
-    ExpectedAttentionCache,
-    H2OCache,
-    KeyDiffCache,
-    KnormCache,
-    MassiveActivationCache,
-    PyramidCache,
-    PyramidKVCache,
-    RKVCache,
-    ShadowKVCache,
-    SnapKVCache,
-    StreamingLLMCache,
-    TOVACache,
-)
+import pyramid_cache as library
 from pyramid_cache.engine.budget import bytes_to_tokens, floor_of_product, parse_budget
 
 
@@ -102,10 +88,10 @@ class CacheEntry:
         if not self.has_budget:
             return build_of_transformers(self.name, model, workload)
         settings = dict(self.settings)
-        if self.cache_class is StreamingLLMCache:
+        if self.cache_class is library.StreamingLLMCache:
             least = settings.get("num_sink_tokens", 4) + 1
             budget = max(tokens_of_budget(budget, model, workload), least) + workload.num_later
-        elif self.cache_class is ShadowKVCache and parse_budget(budget).kind != "tokens":
+        elif self.cache_class is library.ShadowKVCache and parse_budget(budget).kind != "tokens":
             budget, tail = shadow_settings(tokens_of_budget(budget, model, workload))
             settings = tail | settings
         return self.cache_class(model if self.from_model else model.config, budget, **settings)
@@ -168,33 +154,33 @@ TRANSFORMERS = {
 CACHES = {
     entry.name: entry
     for entry in (
-        CacheEntry("h2o", "H2OCache", H2OCache),
-        CacheEntry("snapkv", "SnapKVCache", SnapKVCache),
-        CacheEntry("pyramidkv", "PyramidKVCache", PyramidKVCache),
-        CacheEntry("adakv", "AdaKVCache", AdaKVCache),
-        CacheEntry("tova", "TOVACache", TOVACache),
-        CacheEntry("keydiff", "KeyDiffCache", KeyDiffCache),
-        CacheEntry("knorm", "KnormCache", KnormCache),
-        CacheEntry("expected-attention", "ExpectedAttentionCache", ExpectedAttentionCache),
-        CacheEntry("rkv", "RKVCache", RKVCache),
-        CacheEntry("massive", "MassiveActivationCache", MassiveActivationCache),
+        CacheEntry("h2o", "H2OCache", library.H2OCache),
+        CacheEntry("snapkv", "SnapKVCache", library.SnapKVCache),
+        CacheEntry("pyramidkv", "PyramidKVCache", library.PyramidKVCache),
+        CacheEntry("adakv", "AdaKVCache", library.AdaKVCache),
+        CacheEntry("tova", "TOVACache", library.TOVACache),
+        CacheEntry("keydiff", "KeyDiffCache", library.KeyDiffCache),
+        CacheEntry("knorm", "KnormCache", library.KnormCache),
+        CacheEntry("expected-attention", "ExpectedAttentionCache", library.ExpectedAttentionCache),
+        CacheEntry("rkv", "RKVCache", library.RKVCache),
+        CacheEntry("massive", "MassiveActivationCache", library.MassiveActivationCache),
         CacheEntry(
             "massive-follow",
             "MassiveActivationCache, follow_attention",
-            MassiveActivationCache,
+            library.MassiveActivationCache,
             {"follow_attention": True},
         ),
-        CacheEntry("pyramid-config", "PyramidCache(config)", PyramidCache),
-        CacheEntry("pyramid", "PyramidCache(model)", PyramidCache, from_model=True, reading="own"),
-        CacheEntry("shadow", "ShadowKVCache", ShadowKVCache, reads_answers_by_step=True, takes_batches=False),
+        CacheEntry("pyramid-config", "PyramidCache(config)", library.PyramidCache),
+        CacheEntry("pyramid", "PyramidCache(model)", library.PyramidCache, from_model=True, reading="own"),
+        CacheEntry("shadow", "ShadowKVCache", library.ShadowKVCache, reads_answers_by_step=True, takes_batches=False),
         CacheEntry(
             "streaming-dense",
             "StreamingLLMCache, dense",
-            StreamingLLMCache,
+            library.StreamingLLMCache,
             {"prefill": "dense"},
             takes_batches=False,
         ),
-        CacheEntry("streaming", "StreamingLLMCache", StreamingLLMCache, reading="stream", takes_batches=False),
+        CacheEntry("streaming", "StreamingLLMCache", library.StreamingLLMCache, reading="stream", takes_batches=False),
     )
 }
 # The row that a class's name stands for. `PyramidCache` is built from the model, which prunes the prefill as in its
