@@ -24,18 +24,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """
-    A causal language model, ready for greedy decoding of a given number of tokens.
+    """A causal language model, ready for greedy decoding of a given number of tokens."""
 
-    Attributes:
-        name (`str`): What the user called it.
-        end_token_ids (`set[int]`): The tokens that end an answer.
-    """
-
-    name: str
+    name: str  # what the user called it
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    end_token_ids: set[int]
+    end_token_ids: set[int]  # the tokens that end an answer
 
     def answer(self, token_ids: list[int]) -> str:
         """The text of generated tokens up to the first that ends the answer."""

@@ -200,17 +200,14 @@ def draw(results: list[Result], prompts: Prompts, path: Path) -> None:
     maps = [result for result in results if result.entry.name != BASELINE]
     figure = Figure(figsize=(10, 3.2 + 1.9 * len(maps)), layout="constrained")
     axes = figure.subplots(1 + len(maps), 1, squeeze=False, height_ratios=[1.5] + [1] * len(maps))[:, 0]
-    colors = itertools.cycle(COLORS)
-    for index, result in enumerate(results):
-        axes[0].plot(
-            result.kept_tokens,
-            drawstyle="steps-mid",
-            color=BASELINE_COLOR if result.entry.name == BASELINE else next(colors),
-            linestyle=("-", "--")[index % 2],  # where lines coincide, the dashes of the upper one show the lower one
-            label=result.entry.label,
-        )
+    # Every second line is dashed: where two coincide, the dashes of the upper one show the lower one.
+    styles = zip(itertools.cycle(COLORS), itertools.cycle(("-", "--")))  # noqa: B905
+    for result in results:
+        color, style = (BASELINE_COLOR, "-") if result.entry.name == BASELINE else next(styles)
+        label = result.entry.label
+        axes[0].plot(result.kept_tokens, drawstyle="steps-mid", color=color, linestyle=style, label=label)
     axes[0].set(title="tokens kept per layer", xlabel="layer", ylabel="tokens", ylim=(0, None))
-    axes[0].legend(frameon=False, ncols=len(results), fontsize="small", loc="lower left")
+    axes[0].legend(frameon=False, ncols=3, fontsize="small", loc="lower left")
     axes[0].spines[["top", "right"]].set_visible(False)
     for axis, result in zip(axes[1:], maps, strict=True):
         image = draw_positions(axis, result.kept_positions, prompts)

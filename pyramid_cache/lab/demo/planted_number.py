@@ -23,18 +23,11 @@ class PromptError(ValueError):
 
 @dataclass(frozen=True)
 class Prompts:
-    """
-    A batch of prompts of the same length.
+    """A batch of prompts of the same length."""
 
-    Attributes:
-        input_ids (`torch.Tensor`): `(batch, prompt_tokens)`.
-        numbers (`list[str]`): The number planted in each row, the one that its question asks for.
-        fact_spans (`list[tuple[int, int]]`): Where the tokens of each row's fact start and end.
-    """
-
-    input_ids: torch.Tensor
-    numbers: list[str]
-    fact_spans: list[tuple[int, int]]
+    input_ids: torch.Tensor  # (batch, prompt_tokens)
+    numbers: list[str]  # the number planted in each row, for which its question asks
+    fact_spans: list[tuple[int, int]]  # where the tokens of each row's fact start and end
 
     @property
     def num_tokens(self) -> int:

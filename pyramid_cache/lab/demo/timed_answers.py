@@ -24,26 +24,15 @@ WARM_UP_PROMPT_TOKENS = 512
 
 @dataclass
 class Result:
-    """
-    What one cache did with the prompts.
-
-    Attributes:
-        entry (`CacheEntry`): The row of the cache in the registry.
-        prefill_seconds, decode_seconds (`list[float]`): One of each per repeat.
-        held_bytes (`int`): What the cache held at the end.
-        kept_tokens (`list[int]`): Tokens held per layer at the end.
-        kept_positions (`torch.Tensor`): `(layers, positions)`, the share of the KV heads that hold each position of
-            the first row at the end.
-        answers (`list[str]`): One per row.
-    """
+    """What one cache did with the prompts: times of each repeat, and what it held at the end of the first."""
 
     entry: CacheEntry
     prefill_seconds: list[float] = field(default_factory=list)
     decode_seconds: list[float] = field(default_factory=list)
     held_bytes: int = 0
-    kept_tokens: list[int] = field(default_factory=list)
-    kept_positions: torch.Tensor | None = None
-    answers: list[str] = field(default_factory=list)
+    kept_tokens: list[int] = field(default_factory=list)  # per layer
+    kept_positions: torch.Tensor | None = None  # (layers, positions): the share of heads, for the first row
+    answers: list[str] = field(default_factory=list)  # one per row
 
 
 class Stopwatch(LogitsProcessor):

@@ -68,18 +68,11 @@ class ProfilingCache(CompressedCache):
 
 @dataclass(frozen=True)
 class OutputFindings:
-    """
-    The output of one decoder layer for one text.
+    """The output of one decoder layer for one text."""
 
-    Attributes:
-        median (`float`): Of all magnitudes.
-        largest (`list[float]`): The largest magnitudes of different tokens.
-        entries (`list[tuple[int, int, float]]`): Massive activations: position, dimension and value.
-    """
-
-    median: float
-    largest: list[float]
-    entries: list[tuple[int, int, float]]
+    median: float  # of all magnitudes
+    largest: list[float]  # magnitudes of different tokens
+    entries: list[tuple[int, int, float]]  # massive activations: position, dimension and value
 
     @property
     def positions(self) -> set[int]:
@@ -88,35 +81,21 @@ class OutputFindings:
 
 @dataclass(frozen=True)
 class LayerFindings:
-    """
-    The attention of one layer for one text.
+    """The attention of one layer for one text; see `AttentionSpread`."""
 
-    Attributes:
-        found (`set[int]`): The positions that look massive to keys and values.
-        sink_share, local_share (`float`): See `AttentionSpread`.
-        support (`float`): As a share of the tokens.
-    """
-
-    found: set[int]
+    found: set[int]  # positions that look massive to keys and values
     sink_share: float
     local_share: float
-    support: float
+    support: float  # as a share of the tokens
 
 
 @dataclass(frozen=True)
 class TextFindings:
-    """
-    Everything that was measured with one text.
+    """Everything that was measured with one text."""
 
-    Attributes:
-        tokens (`dict[int, str]`): The texts of the massive tokens, by position.
-        outputs (`list[OutputFindings]`): One per decoder layer.
-        layers (`dict[int, LayerFindings]`): The layers with full attention, by index.
-    """
-
-    tokens: dict[int, str]
-    outputs: list[OutputFindings]
-    layers: dict[int, LayerFindings]
+    tokens: dict[int, str]  # the massive tokens as text, by position
+    outputs: list[OutputFindings]  # one per decoder layer
+    layers: dict[int, LayerFindings]  # the layers with full attention, by index
 
 
 def measure_output(hidden_states: torch.Tensor) -> OutputFindings:
@@ -275,10 +254,9 @@ def summarize_massive(findings: list[TextFindings]) -> dict[str, Any]:
         }
         for (text, position), own in sorted(by_token.items())
     ]
+    layers = [row[name] for row in tokens for name in ("first_layer", "last_layer")]
     return {
-        "layers": [min(row["first_layer"] for row in tokens), max(row["last_layer"] for row in tokens)]
-        if tokens
-        else None,
+        "layers": [min(layers), max(layers)] if layers else None,
         "dimensions": sorted(dimensions, key=lambda row: -abs(row["largest"])),
         "tokens": tokens,
     }
