@@ -36,22 +36,13 @@ DEFAULT_QUESTIONS = ("Who has taken Netherfield Park?", "How many daughters does
 
 @dataclass(frozen=True)
 class PrefixRecord:
-    """
-    Describes the file with the cache of a document.
+    """Describes the file with the cache of a document."""
 
-    Attributes:
-        document (`str`): SHA-256 of the token ids.
-        cache (`str`): The name of its class.
-        options (`str`): The arguments that the class was given, as text.
-        file (`str`): SHA-256 of the file, so that no other file is taken for this one.
-        seconds_to_read (`float`): How long the document took to be read and compressed.
-    """
-
-    document: str
-    cache: str
-    options: str
-    file: str
-    seconds_to_read: float
+    document: str  # SHA-256 of the token ids
+    cache: str  # the name of its class
+    options: str  # the arguments that the class was given
+    file: str  # SHA-256 of the file, so that no other file is taken for this one
+    seconds_to_read: float  # how long the document took to be read and compressed
 
     @staticmethod
     def path(prefix: Path) -> Path:

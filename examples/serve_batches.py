@@ -53,17 +53,10 @@ EXAMPLE_PROMPTS = (
 
 @dataclass(frozen=True)
 class Request:
-    """
-    One request.
+    """One request."""
 
-    Attributes:
-        identifier (`Any`): What the answer is marked with: the `id`, or the number of the line.
-        ids (`list[int]`): The prompt, in the chat template if there is one.
-        max_new_tokens (`int`): The answer gets no longer.
-    """
-
-    identifier: Any
-    ids: list[int]
+    identifier: Any  # marks the answer: the `id`, or the number of the line
+    ids: list[int]  # the prompt, in the chat template if there is one
     max_new_tokens: int
 
     @property
@@ -112,25 +105,14 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
 
 @dataclass(frozen=True)
 class Room:
-    """
-    What a limit in bytes pays for.
+    """What a limit in bytes pays for."""
 
-    Attributes:
-        limit (`int`): Bytes that the cache may hold.
-        budget (`int`): Tokens that each layer keeps of each request.
-        num_layers (`int`): Layers that evict.
-        bytes_per_token (`int`): Of one token in one layer of one row.
-        num_spare_slots (`int`): Tokens that a layer lets come in before as many go.
-        bytes_per_row (`int`): What the cache remembers of a row beside its tokens, which is no part of a budget in
-            bytes.
-    """
-
-    limit: int
-    budget: int
-    num_layers: int
-    bytes_per_token: int
-    num_spare_slots: int
-    bytes_per_row: int = 0
+    limit: int  # bytes that the cache may hold
+    budget: int  # tokens that each layer keeps of each request
+    num_layers: int  # layers that evict
+    bytes_per_token: int  # of one token in one layer of one row
+    num_spare_slots: int  # tokens that a layer lets in before as many go
+    bytes_per_row: int = 0  # bookkeeping of a row beside its tokens, which no budget in bytes counts
 
     @staticmethod
     @torch.no_grad()
