@@ -4,33 +4,19 @@ A new cache is covered by one row here and, where it keeps tokens by a rule of i
 `Policy` of the package a `ReferenceScore` there, which serves every test that needs a reference).
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from pyramid_cache import (
-    AdaKVCache,
-    ExpectedAttentionCache,
-    H2OCache,
-    KeyDiffCache,
-    KnormCache,
-    MassiveActivationCache,
-    PolicyCache,
-    PyramidCache,
-    PyramidKVCache,
-    RKVCache,
-    ShadowKVCache,
-    SnapKVCache,
-    StreamingLLMCache,
-    TOVACache,
-)
+from pyramid_cache import AdaKVCache, PolicyCache, PyramidCache, ShadowKVCache
 from pyramid_cache.caches.shadow_kv import ShadowKVLayer
 from pyramid_cache.engine.cache import CompressedCache
+from pyramid_cache.lab.registry import CACHES
 
 
 @dataclass(frozen=True)
@@ -38,9 +24,7 @@ class CacheCase:
     """A cache with its settings.
 
     Attributes:
-        name: What the case is called in test ids and in docs/compatibility.md.
-        cache_class: The cache.
-        large: Settings under which nothing is evicted from prompts and answers of tests: as `DynamicCache`.
+        short_name: Its row in the registry.
         tight: Settings under which a prompt of 40 tokens loses tokens in every layer but possibly the first.
         from_model: Whether it is built from the model itself instead of its config.
         is_bounded: Whether it holds no more however much is generated.
@@ -51,15 +35,29 @@ class CacheCase:
             than `HeldTokens` of reference.py.
     """
 
-    name: str
-    cache_class: type[CompressedCache]
-    large: dict[str, Any]
-    tight: dict[str, Any] = field(default_factory=dict)
+    short_name: str
+    tight: dict[str, Any]
     from_model: bool = False
     is_bounded: bool = True
     evicts: bool = True
-    tier: str = "quick"
+    tier: str = "slow"
     has_own_reference: bool = False
+
+    @property
+    def cache_class(self) -> type[CompressedCache]:
+        """The cache."""
+        return CACHES[self.short_name].cache_class
+
+    @property
+    def name(self) -> str:
+        """What the case is called in test ids and in docs/compatibility.md."""
+        settings = [f"{name}={value!r}" for name, value in CACHES[self.short_name].settings.items()]
+        return f"{self.cache_class.__name__}({', '.join(['model' if self.from_model else 'config', *settings])})"
+
+    @property
+    def large(self) -> dict[str, Any]:
+        """Settings under which nothing is evicted from prompts and answers of tests: as `DynamicCache`."""
+        return {"budget": 4096, **CACHES[self.short_name].settings}
 
     def is_full(self, num_kept: list[int]) -> bool:
         """Whether layers hold what a tight budget lets them hold on average, 12 tokens, but for those that wait to go."""
@@ -94,104 +92,36 @@ class CacheCase:
         return self.cache_class(source, **getattr(self, budget))
 
 
+TWELVE = {"budget": 12}
+BY_ATTENTION = {**TWELVE, "window_size": 4, "kernel_size": 3, "eviction_interval": 3}
+BY_CHUNKS = {"rank": 6, "chunk_size": 2, "num_outlier_chunks": 1, "num_local_tokens": 2, "offload_interval": 2}
 CACHE_CASES = (
-    CacheCase("PyramidCache(config)", PyramidCache, {"budget": 4096}, {"budget": 0.4}, is_bounded=False),
-    CacheCase(
-        "PyramidCache(model)", PyramidCache, {"budget": 4096}, {"budget": 0.4}, from_model=True, is_bounded=False
-    ),
-    CacheCase("H2OCache(config)", H2OCache, {"budget": 4096}, {"budget": 12}),
-    CacheCase("StreamingLLMCache(config)", StreamingLLMCache, {"budget": 4096}, {"budget": 12}),
-    CacheCase(
-        "StreamingLLMCache(config, prefill='dense')",
-        StreamingLLMCache,
-        {"budget": 4096, "prefill": "dense"},
-        {"budget": 12, "prefill": "dense"},
-    ),
-    CacheCase(
-        "SnapKVCache(config)",
-        SnapKVCache,
-        {"budget": 4096},
-        {"budget": 12, "window_size": 4, "kernel_size": 3, "eviction_interval": 3},
-    ),
-    CacheCase(
-        "AdaKVCache(config)",
-        AdaKVCache,
-        {"budget": 4096},
-        {"budget": 12, "window_size": 4, "kernel_size": 3, "eviction_interval": 3},
-        tier="slow",
-        has_own_reference=True,
-    ),
-    CacheCase(
-        "PyramidKVCache(config)",
-        PyramidKVCache,
-        {"budget": 4096},
-        {"budget": 12, "window_size": 4, "beta": 3.0, "eviction_interval": 2},
-        tier="slow",
-    ),
-    CacheCase("TOVACache(config)", TOVACache, {"budget": 4096}, {"budget": 12, "eviction_interval": 1}, tier="slow"),
-    CacheCase(
-        "KeyDiffCache(config)", KeyDiffCache, {"budget": 4096}, {"budget": 12, "eviction_interval": 4}, tier="slow"
-    ),
-    CacheCase("KnormCache(config)", KnormCache, {"budget": 4096}, {"budget": 12, "eviction_interval": 3}, tier="slow"),
-    CacheCase(
-        "ExpectedAttentionCache(config)",
-        ExpectedAttentionCache,
-        {"budget": 4096},
-        {"budget": 12, "eviction_interval": 3},
-        tier="slow",
-        has_own_reference=True,
-    ),
-    CacheCase(
-        "MassiveActivationCache(config)",
-        MassiveActivationCache,
-        {"budget": 4096},
-        {"budget": 12, "window_size": 4, "kernel_size": 3, "eviction_interval": 3},
-        tier="slow",
-        has_own_reference=True,
-    ),
-    CacheCase(
-        "MassiveActivationCache(model)",
-        MassiveActivationCache,
-        {"budget": 4096},
-        {"budget": 12, "window_size": 4, "kernel_size": 3, "eviction_interval": 3},
-        from_model=True,
-        tier="slow",
-        has_own_reference=True,
-    ),
-    CacheCase(
-        "RKVCache(config)",
-        RKVCache,
-        {"budget": 4096},
-        {"budget": 12, "window_size": 4, "kernel_size": 3, "eviction_interval": 4},
-        tier="slow",
-    ),
-    CacheCase(
-        "ShadowKVCache(config)",
-        ShadowKVCache,
-        {"budget": 4096},
-        {
-            "budget": 4,
-            "rank": 6,
-            "chunk_size": 2,
-            "num_outlier_chunks": 1,
-            "num_local_tokens": 2,
-            "offload_interval": 2,
-        },
-        is_bounded=False,
-        evicts=False,
-        tier="slow",
-        has_own_reference=True,
-    ),
+    CacheCase("pyramid-config", {"budget": 0.4}, is_bounded=False, tier="quick"),
+    CacheCase("pyramid", {"budget": 0.4}, from_model=True, is_bounded=False, tier="quick"),
+    CacheCase("h2o", TWELVE, tier="quick"),
+    CacheCase("streaming", TWELVE, tier="quick"),
+    CacheCase("streaming-dense", {**TWELVE, "prefill": "dense"}, tier="quick"),
+    CacheCase("snapkv", BY_ATTENTION, tier="quick"),
+    CacheCase("adakv", BY_ATTENTION, has_own_reference=True),
+    CacheCase("pyramidkv", {**TWELVE, "window_size": 4, "beta": 3.0, "eviction_interval": 2}),
+    CacheCase("tova", {**TWELVE, "eviction_interval": 1}),
+    CacheCase("keydiff", {**TWELVE, "eviction_interval": 4}),
+    CacheCase("knorm", {**TWELVE, "eviction_interval": 3}),
+    CacheCase("expected-attention", {**TWELVE, "eviction_interval": 3}, has_own_reference=True),
+    CacheCase("massive", BY_ATTENTION, has_own_reference=True),
+    CacheCase("massive", BY_ATTENTION, from_model=True, has_own_reference=True),
+    CacheCase("rkv", {**BY_ATTENTION, "eviction_interval": 4}),
+    CacheCase("shadow", {"budget": 4, **BY_CHUNKS}, is_bounded=False, evicts=False, has_own_reference=True),
 )
+QUICK_CASES = tuple(case for case in CACHE_CASES if case.tier == "quick")
 BUDGETS = ("large", "tight")
 
 
 @contextmanager
 def shadow_within_reach(config: PreTrainedConfig) -> Iterator[ShadowKVCache]:
     """A cache of full rank each of whose steps attends to everything, most of it from the shadow: as what was never taken apart."""
-    settings = {"chunk_size": 2, "num_outlier_chunks": 1, "num_local_tokens": 2, "offload_interval": 2}
     with patch.object(ShadowKVLayer, "num_tokens_to_keep", lambda layer, row_length: 11):
-        yield ShadowKVCache(config, budget=400, rank=10_000, **settings)
+        yield ShadowKVCache(config, budget=400, **{**BY_CHUNKS, "rank": 10_000})
 
 
 def parametrize_cases(cases: Iterable[CacheCase]) -> pytest.MarkDecorator:
@@ -200,6 +130,37 @@ def parametrize_cases(cases: Iterable[CacheCase]) -> pytest.MarkDecorator:
         pytest.param(case, id=case.name, marks=pytest.mark.slow if case.tier == "slow" else ()) for case in cases
     ]
     return pytest.mark.parametrize("case", parameters)
+
+
+def pair_with_caches(
+    name: str, values: Iterable[Any], cases: Sequence[CacheCase] = CACHE_CASES, shift: int = 0
+) -> pytest.MarkDecorator:
+    """
+    Runs a test with every pair of a value and a cache in the slow tier. The quick tier has each value with one cache and each
+    of its caches with one value at least: what a value does and what a cache does seldom depend on each other.
+
+    Args:
+        name: The argument that takes the value; `case` takes the cache.
+        values: What is paired; `name` attributes are their ids.
+        cases: The caches.
+        shift: Another number gives other pairs.
+    """
+    values = list(values)
+    quick = [case for case in cases if case.tier == "quick"]
+    chosen = {
+        (turn % len(values), quick[(turn + shift) % len(quick)].name) for turn in range(max(len(values), len(quick)))
+    }
+    parameters = [
+        pytest.param(
+            value,
+            case,
+            id=f"{getattr(value, 'name', value)}-{case.name}",
+            marks=() if (place, case.name) in chosen else pytest.mark.slow,
+        )
+        for place, value in enumerate(values)
+        for case in cases
+    ]
+    return pytest.mark.parametrize(f"{name}, case", parameters)
 
 
 every_cache = parametrize_cases(CACHE_CASES)

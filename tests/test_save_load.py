@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import doctest
 import hashlib
 import json
@@ -122,7 +123,7 @@ def test_a_loaded_cache_goes_on_bit_for_bit(
 @every_cache
 def test_half_precision(case: CacheCase, dtype: torch.dtype, tmp_path: Path) -> None:
     model = build_model("llama").to(dtype)
-    case = CacheCase(case.name, case.cache_class, case.large, case.tight, from_model=True)  # `to` rounds frequencies
+    case = dataclasses.replace(case, from_model=True)  # `to` rounds frequencies
     cache, mask = filled(case, model, "tight", 3)
     cache.save(tmp_path / "cache")
     loaded = case.cache_class.load(tmp_path / "cache", model)
