@@ -1,7 +1,7 @@
 """The table of caches and settings that drives the tests of everything `generate` can do.
 
-A new cache is covered by one row here and, where it keeps tokens by a rule of its own, a policy in `reference.py` (for a
-`Policy` of the package a `ReferenceScore` there, which serves every test that needs a reference).
+A new cache is covered by one row here and, where it keeps tokens by a rule of its own, a policy in `reference.py`
+(for a `Policy` of the package a `ReferenceScore` there, which serves every test that needs a reference).
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -31,8 +31,8 @@ class CacheCase:
         evicts: Whether tokens that are not held are lost, instead of being brought back when they are attended to.
         tier: "quick" if the tests of every cache run with it always, "slow" if only with `-m slow`: what caches of one
             layer class have in common is tested on one of them.
-        has_own_reference: Whether what it keeps is worked out in a test file of its own alone, because it depends on more
-            than `HeldTokens` of reference.py.
+        has_own_reference: Whether what it keeps is worked out in a test file of its own alone, because it depends on
+            more than `HeldTokens` of reference.py.
     """
 
     short_name: str
@@ -60,7 +60,9 @@ class CacheCase:
         return {"budget": 4096, **CACHES[self.short_name].settings}
 
     def is_full(self, num_kept: list[int]) -> bool:
-        """Whether layers hold what a tight budget lets them hold on average, 12 tokens, but for those that wait to go."""
+        """
+        Whether layers hold what a tight budget lets them hold on average, 12 tokens, but for those that wait to go.
+        """
         num_waiting = self.tight.get("eviction_interval", 1) - 1
         return 12 * len(num_kept) <= sum(num_kept) <= (12 + num_waiting) * len(num_kept)
 
@@ -76,8 +78,8 @@ class CacheCase:
 
     def most_waits(self, num_layers: int, num_steps: int) -> int:
         """
-        How often the host may ask the device for numbers in decode steps: never, but for heads that share a budget. How many
-        tokens each of them keeps is asked once by each layer at each eviction.
+        How often the host may ask the device for numbers in decode steps: never, but for heads that share a budget.
+        How many tokens each of them keeps is asked once by each layer at each eviction.
         """
         if self.cache_class is not AdaKVCache:
             return 0
@@ -119,7 +121,10 @@ BUDGETS = ("large", "tight")
 
 @contextmanager
 def shadow_within_reach(config: PreTrainedConfig) -> Iterator[ShadowKVCache]:
-    """A cache of full rank each of whose steps attends to everything, most of it from the shadow: as what was never taken apart."""
+    """
+    A cache of full rank each of whose steps attends to everything, most of it from the shadow: as what was never
+    taken apart.
+    """
     with patch.object(ShadowKVLayer, "num_tokens_to_keep", lambda layer, row_length: 11):
         yield ShadowKVCache(config, budget=400, **{**BY_CHUNKS, "rank": 10_000})
 
@@ -136,7 +141,8 @@ def pair_with_caches(
     name: str, values: Iterable[Any], cases: Sequence[CacheCase] = CACHE_CASES, shift: int = 0
 ) -> pytest.MarkDecorator:
     """
-    Runs a test with every pair of a value and a cache in the slow tier. The quick tier has each value with one cache and each
+    Runs a test with every pair of a value and a cache in the slow tier. The quick tier has each value with one cache
+    and each
     of its caches with one value at least: what a value does and what a cache does seldom depend on each other.
 
     Args:

@@ -1,10 +1,11 @@
 """
 Settings shared by every test: one thread and fixed seeds, so that float32 results repeat bit for bit; and two tiers.
 
-The quick tier is what `-m` selects by default. What `-m` cannot select is not generated: parameters with the mark `slow`, and all
-but one combination of the parameters of a test with a mark that `-m` excludes.
+The quick tier is what `-m` selects by default. What `-m` cannot select is not generated: parameters with the mark
+`slow`, and all but one combination of the parameters of a test with a mark that `-m` excludes.
 
-The environment variable PYRAMID_EXAMPLES says how many examples hypothesis tries in each test, instead of those of the tier.
+The environment variable PYRAMID_EXAMPLES says how many examples hypothesis tries in each test, instead of those of
+the tier.
 """
 
 import os
@@ -17,7 +18,7 @@ import torch
 from hypothesis import settings
 
 
-QUICK_EXAMPLES, SLOW_EXAMPLES = 100, 1000
+QUICK_EXAMPLES, SLOW_EXAMPLES = 60, 1000
 
 
 @cache
@@ -39,7 +40,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Leaves out parameters that `-m` cannot select: collecting them takes longer than running the quick tests of a file."""
+    """Leaves out parameters that `-m` cannot select: collecting them can take longer than running the others."""
     expression, definition = metafunc.config.option.markexpr, metafunc.definition
     is_selected = may_select(expression, frozenset(mark.name for mark in definition.iter_markers()))
 

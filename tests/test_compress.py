@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from caches import CACHE_CASES, CacheCase, every_cache
+from caches import QUICK_CASES, CacheCase, every_cache
 from models import build_model, random_tokens, tiny_model
-from transformers import PreTrainedModel
+from modes import held_positions
 
 from pyramid_cache import AdaKVCache, SnapKVCache
 from pyramid_cache.engine.cache import CompressedCache
@@ -14,68 +14,37 @@ from pyramid_cache.engine.cache import CompressedCache
 
 def held_sets(cache: CompressedCache) -> list[list[list[list[int]]]]:
     """For each layer, row and head, the positions held, in order."""
-    return [
-        [[sorted(token for token in head.tolist() if token >= 0) for head in row] for row in cache.positions(index)]
-        for index in range(len(cache.layers))
-    ]
-
-
-def nbytes_of_a_prompt(model: PreTrainedModel, cache: CompressedCache) -> int:
-    """The bytes of a cache that has read 40 tokens in each of two rows, and generated none."""
-    model(random_tokens(2, 40), past_key_values=cache)
-    return cache.nbytes
+    return [held_positions(cache, layer) for layer in range(len(cache.layers))]
 
 
 @torch.no_grad()
-@every_cache
-def test_after_a_prompt_there_is_nothing_left_to_do(case: CacheCase) -> None:
-    model = tiny_model("llama")
-    cache = case.build(model)
-    model(random_tokens(2, 40), past_key_values=cache)
-    held, num_bytes = held_sets(cache), cache.nbytes
-    cache.compress()
-    assert (held_sets(cache), cache.nbytes) == (held, num_bytes)
-
-
-@torch.no_grad()
+@pytest.mark.parametrize("num_generated", [10, 16])
 @pytest.mark.parametrize("cache_class", [SnapKVCache, AdaKVCache])
-def test_generated_tokens_are_evicted_down_to_the_budget(cache_class: type[SnapKVCache] | type[AdaKVCache]) -> None:
+def test_generated_tokens_are_evicted_down_to_the_budget(
+    cache_class: type[CompressedCache], num_generated: int
+) -> None:
+    """With the 16th token as many as may wait have gone already; their slots have not."""
     model = tiny_model("llama")
-    settings = {"budget": 12, "window_size": 8, "kernel_size": 1, "eviction_interval": 16}
-    cache = cache_class(model.config, **settings)
-    model(random_tokens(2, 40), past_key_values=cache)
-    for token in random_tokens(10, 2):
+    caches = [cache_class(model.config, 12, window_size=8, kernel_size=1, eviction_interval=16) for _ in range(2)]
+    for cache in caches:
+        model(random_tokens(2, 40), past_key_values=cache)
+    cache, num_bytes = caches[0], caches[1].nbytes
+    for token in random_tokens(num_generated, 2):
         model(token[:, None], past_key_values=cache)
-    assert cache.num_kept_tokens() == [22] * 3
+    assert cache.num_kept_tokens() == [12 + num_generated % 16] * 3
     before = held_sets(cache)
     cache.compress()
-    assert cache.num_kept_tokens() == [12] * 3
-    # No slot is left that holds nothing.
-    assert cache.nbytes == nbytes_of_a_prompt(model, cache_class(model.config, **settings))
+    assert cache.num_kept_tokens() == [12] * 3 and cache.nbytes == num_bytes
+    if num_generated == 16:
+        assert held_sets(cache) == before
+        model(random_tokens(2, 1), past_key_values=cache)
+        assert cache.num_kept_tokens() == [13] * 3
+        return
     for layer, after in zip(before, held_sets(cache), strict=True):
         for rows, kept_rows in zip(layer, after, strict=True):
             for tokens, kept in zip(rows, kept_rows, strict=True):
                 # Half of the budget is the latest tokens; the others are of those that were held.
                 assert set(kept) < set(tokens) and kept[-6:] == list(range(44, 50))
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("cache_class", [SnapKVCache, AdaKVCache])
-def test_slots_are_let_go_of_where_nothing_waits(cache_class: type[SnapKVCache] | type[AdaKVCache]) -> None:
-    """The last token was the one at which as many as may wait have gone."""
-    model = tiny_model("llama")
-    settings = {"budget": 12, "window_size": 8, "kernel_size": 1, "eviction_interval": 16}
-    cache = cache_class(model.config, **settings)
-    model(random_tokens(2, 40), past_key_values=cache)
-    for token in random_tokens(16, 2):
-        model(token[:, None], past_key_values=cache)
-    assert cache.num_kept_tokens() == [12] * 3
-    held = held_sets(cache)
-    cache.compress()
-    assert held_sets(cache) == held
-    assert cache.nbytes == nbytes_of_a_prompt(model, cache_class(model.config, **settings))
-    model(random_tokens(2, 1), past_key_values=cache)
-    assert cache.num_kept_tokens() == [13] * 3
 
 
 @torch.no_grad()
@@ -98,27 +67,28 @@ def test_compressed_between_two_intervals_is_as_if_it_had_been_the_interval() ->
 @torch.no_grad()
 @every_cache
 def test_any_number_of_questions_on_copies(case: CacheCase) -> None:
-    """The context is read once; each copy answers as a cache that read it for its question alone."""
-    model = tiny_model("llama")
-    context = random_tokens(1, 40)
+    """
+    After a prompt there is nothing left to do. The context is read once; each copy answers as a cache that read it
+    for its question alone.
+    """
+    model, context = tiny_model("llama"), random_tokens(1, 40)
     cache = case.build(model)
     model(context, past_key_values=cache)
+    held, num_bytes = held_sets(cache), cache.nbytes
     cache.compress()
-    held = held_sets(cache)
-    for seed in range(3):
+    assert (held_sets(cache), cache.nbytes) == (held, num_bytes)
+    settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    for seed in range(2):
         prompt = torch.cat([context, random_tokens(1, 5, seed=seed)], dim=1)
         alone = case.build(model)
         model(context, past_key_values=alone)
-        answers = [
-            model.generate(prompt, past_key_values=used, max_new_tokens=8, do_sample=False, eos_token_id=None)
-            for used in (copy.deepcopy(cache), alone)
-        ]
+        answers = [model.generate(prompt, past_key_values=one, **settings) for one in (copy.deepcopy(cache), alone)]
         assert torch.equal(*answers)
     assert held_sets(cache) == held
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("case", [case for case in CACHE_CASES if not case.from_model][:2], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [case for case in QUICK_CASES if not case.from_model][:2], ids=lambda case: case.name)
 def test_recorded_tokens_are_settled(case: CacheCase) -> None:
     model = tiny_model("llama")
     tokens = random_tokens(1, 40)
@@ -142,16 +112,13 @@ def test_layers_of_other_kinds_are_left_alone() -> None:
     assert max(cache.num_kept_tokens()) == 12
 
 
-def test_a_cache_whose_forward_broke_off() -> None:
+def test_a_cache_whose_forward_broke_off_and_an_empty_one() -> None:
     model = tiny_model("llama")
     cache = SnapKVCache(model.config, 12)
     states = torch.zeros(1, 2, 4, model.config.head_dim)
     cache.update(states, states, 0)
     with pytest.raises(RuntimeError, match="broke off"):
         cache.compress()
-
-
-def test_an_empty_cache_has_nothing_to_compress() -> None:
-    cache = SnapKVCache(tiny_model("llama").config, 12)
-    cache.compress()
-    assert cache.get_seq_length() == 0
+    empty = SnapKVCache(model.config, 12)
+    empty.compress()
+    assert empty.get_seq_length() == 0

@@ -1,15 +1,18 @@
-"""The caches on a CUDA device: what they give on the CPU, in memory that is really freed, without waiting for the device."""
+"""
+The caches on a CUDA device: what they give on the CPU, in memory that is really freed, without waiting for the
+device.
+"""
 
+import itertools
 import warnings
 from collections.abc import Iterator
 
 import pytest
 import torch
-from caches import CacheCase, every_budget, every_cache
+from caches import BUDGETS, CacheCase, every_cache, pair_with_caches
 from models import build_model, left_pad, random_rows, random_tokens
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from pyramid_cache import AdaKVCache
 from pyramid_cache.ops import decode_packed_attention
 from pyramid_cache.ops.packed import segment_starts
 
@@ -40,12 +43,10 @@ def generate_on(device: str, model: PreTrainedModel, cache: Cache, rows: list[to
     return output.cpu()
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", ["llama", "qwen3"])
-@every_budget
-@every_cache
-def test_tokens_and_positions_of_the_cpu(case: CacheCase, budget: str, name: str, attention: str) -> None:
+@pair_with_caches("setting", itertools.product(BUDGETS, ["llama", "qwen3"], ["sdpa", "eager"]))
+def test_tokens_and_positions_of_the_cpu(setting: tuple[str, str, str], case: CacheCase) -> None:
     """float32, padded rows: the same tokens, and the same tokens kept by every head."""
+    budget, name, attention = setting
     model = build_model(name, attention=attention)
     here, there = case.build(model, budget), case.build(model, budget)
     wanted = generate_on("cpu", model, here, ROWS)
@@ -54,27 +55,23 @@ def test_tokens_and_positions_of_the_cpu(case: CacheCase, budget: str, name: str
         assert torch.equal(there.positions(layer).cpu(), here.positions(layer))
 
 
-@pytest.mark.parametrize(
-    "settings", [{"num_beams": 3}, {"prefill_chunk_size": 16}, {"prompt_lookup_num_tokens": 3}], ids=str
-)
-@every_cache
-def test_modes_of_the_cpu(case: CacheCase, settings: dict) -> None:
+@pair_with_caches("settings", [{"num_beams": 3}, {"prefill_chunk_size": 16}, {"prompt_lookup_num_tokens": 3}])
+def test_modes_of_the_cpu(settings: dict[str, int], case: CacheCase) -> None:
     model = build_model("llama")
     rows = ROWS[:1]
     wanted = generate_on("cpu", model, case.build(model), rows, **settings)
     assert torch.equal(generate_on(DEVICE, model, case.build(model), rows, **settings), wanted)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("lengths", [(150, 150), (150, 97)], ids=["equal", "padded"])
-@every_cache
+@pair_with_caches("setting", itertools.product([torch.bfloat16, torch.float16], [(150, 150), (150, 97)]))
 def test_half_precision_keeps_what_float32_keeps(
-    case: CacheCase, lengths: tuple[int, ...], dtype: torch.dtype
+    setting: tuple[torch.dtype, tuple[int, ...]], case: CacheCase
 ) -> None:
     """
-    One layer's prompt through flash-attention and its log-sum-exps. Rounding may change which of two nearly equal tokens
-    stays, hence the tenth.
+    One layer's prompt through flash-attention and its log-sum-exps. Rounding may change which of two nearly equal
+    tokens stays, hence the tenth.
     """
+    dtype, lengths = setting
     # Weights that have no more digits than they will have.
     model = build_model("llama", head_dim=64, num_hidden_layers=1).to(dtype).float()
     input_ids, attention_mask = left_pad(random_rows(lengths, seed=5))
@@ -133,9 +130,8 @@ def test_steps_wait_for_the_device_no_more_than_with_a_dynamic_cache(case: Cache
     assert count_waits(case.build(model)) <= wanted + case.most_waits(num_layers=3, num_steps=40)
 
 
-@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-@every_cache
-def test_compiled_steps_are_plain_steps(case: CacheCase, mode: str) -> None:
+@pair_with_caches("mode", ["default", "reduce-overhead"])
+def test_compiled_steps_are_plain_steps(mode: str, case: CacheCase) -> None:
     """Inductor for the device, and CUDA graphs where it makes them."""
     torch._dynamo.reset()
     model = build_model("llama", num_hidden_layers=2).to(DEVICE)
@@ -174,7 +170,10 @@ def test_a_saved_cache_goes_on_where_the_model_is(case: CacheCase, tmp_path) -> 
 
 @pytest.mark.parametrize("lengths", [[9000, 0, 300, 20_000, 64, 1, 4097, 2500], [0] * 8], ids=["uneven", "nothing"])
 def test_packed_decoding_takes_neither_memory_nor_time_of_the_host(lengths: list[int]) -> None:
-    """bfloat16, 2 rows of 4 KV heads: the numbers of the CPU in float32, nothing like a copy of the keys, and no waiting."""
+    """
+    bfloat16, 2 rows of 4 KV heads: the numbers of the CPU in float32, nothing like a copy of the keys, and no
+    waiting.
+    """
     shapes = [(2, 16, 1, 128), (sum(lengths), 128), (sum(lengths), 128), (2, 4, 70, 128), (2, 4, 70, 128)]
     tensors = [torch.randn(shape).to(torch.bfloat16) for shape in shapes]
     query, packed_key, packed_value, key, value = (tensor.to(DEVICE) for tensor in tensors)
@@ -198,16 +197,6 @@ def test_packed_decoding_takes_neither_memory_nor_time_of_the_host(lengths: list
     # Probabilities are float32 from exact products; the output takes them in bfloat16, and is rounded to it.
     for ours, theirs, tolerance in zip(found, wanted, (1e-2, 1e-5, 1e-5), strict=True):
         torch.testing.assert_close(ours.cpu().float(), theirs, rtol=tolerance, atol=tolerance)
-    # A logit for each of 4 heads and a sum: 20 bytes beside the 512 of a key and a value; parts of outputs are 516 bytes.
+    # A logit for each of 4 heads and a sum: 20 bytes beside the 512 of a key and a value; parts of outputs are 516
+    # bytes.
     assert taken <= 20 * (sum(lengths) + 8 * 33) + 516 * 4 * 8 * 128 + 2**16
-
-
-def test_a_cache_with_heads_of_different_lengths_answers_as_on_the_cpu() -> None:
-    model = build_model("llama")
-    caches = [AdaKVCache(model.config, 14, window_size=8, eviction_interval=5) for _ in range(2)]
-    wanted = generate_on("cpu", model, caches[0], ROWS, num_beams=2)
-    assert torch.equal(generate_on(DEVICE, model, caches[1], ROWS, num_beams=2), wanted)
-    # Whatever the rounding, which decides in what order the beams of a prompt end.
-    for layer in range(len(caches[0].layers)):
-        ours, theirs = (sorted(cache.positions(layer).tolist()) for cache in (caches[1], caches[0]))
-        assert ours == theirs

@@ -1,10 +1,10 @@
 """Half precision, and rows that are not a number: neither spreads to where it does not belong."""
 
+import itertools
 from functools import cache as remember
 
-import pytest
 import torch
-from caches import CacheCase, every_budget, every_cache
+from caches import BUDGETS, CacheCase, pair_with_caches
 from models import build_model, generate, left_pad, random_rows, random_tokens
 from transformers import DynamicCache, PreTrainedModel
 
@@ -15,44 +15,35 @@ from pyramid_cache.ops.reference import lowest_slots
 
 LENGTHS = (25, 41, 33)
 SPOILED = 1
+OTHERS = [0, 2]
 NEW_TOKENS = 6
-
-every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-every_model = pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
+NAN, INFINITY = float("nan"), float("inf")
 
 
 @remember
-def model_of(name: str, dtype: torch.dtype) -> PreTrainedModel:
-    """The shared model in a dtype."""
-    return build_model(name, seed=3).to(dtype)
+def model_of(name: str = "llama", dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> PreTrainedModel:
+    """A shared model in a dtype."""
+    return build_model(name, seed=3, attention=attention).to(dtype)
 
 
-@every_cache
-@every_dtype
-@every_model
-def test_large_budgets_are_dynamic_cache(name: str, dtype: torch.dtype, case: CacheCase) -> None:
-    model, rows = model_of(name, dtype), random_rows(LENGTHS)
-    wanted = generate(model, DynamicCache(config=model.config), rows, NEW_TOKENS)
-    output = generate(model, case.build(model, "large"), rows, NEW_TOKENS)
-    assert torch.equal(output.sequences, wanted.sequences)
-    assert torch.equal(torch.stack(output.logits), torch.stack(wanted.logits))
+@pair_with_caches("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_large_budgets_are_dynamic_cache_and_tight_ones_keep_the_dtype(dtype: torch.dtype, case: CacheCase) -> None:
+    for name in ("llama", "qwen3_moe"):
+        model, rows = model_of(name, dtype), random_rows(LENGTHS)
+        wanted = generate(model, DynamicCache(config=model.config), rows, NEW_TOKENS)
+        output = generate(model, case.build(model, "large"), rows, NEW_TOKENS)
+        assert torch.equal(output.sequences, wanted.sequences)
+        assert torch.equal(torch.stack(output.logits), torch.stack(wanted.logits))
 
-
-@every_cache
-@every_dtype
-@every_model
-def test_tight_budgets_keep_the_dtype(name: str, dtype: torch.dtype, case: CacheCase) -> None:
-    model = model_of(name, dtype)
-    cache = case.build(model)
-    logits = torch.stack(generate(model, cache, random_rows(LENGTHS), NEW_TOKENS).logits)
-    assert logits.isfinite().all()
-    for layer in cache.compressed_layers:
-        held = layer.held_tensors()
-        assert held["keys"].dtype == held["values"].dtype == dtype
-        assert held["positions"].dtype == torch.int32
-        if held.get("scores") is not None:
-            assert held["scores"].dtype == torch.float32 and held["scores"].isfinite().all()
-            assert (held["scores"] >= 0).all()
+        cache = case.build(model)
+        assert torch.stack(generate(model, cache, rows, NEW_TOKENS).logits).isfinite().all()
+        for layer in cache.compressed_layers:
+            held = layer.held_tensors()
+            assert held["keys"].dtype == held["values"].dtype == dtype
+            assert held["positions"].dtype == torch.int32
+            if held.get("scores") is not None:
+                assert held["scores"].dtype == torch.float32 and held["scores"].isfinite().all()
+                assert (held["scores"] >= 0).all()
 
 
 def spoiled_embeddings(model: PreTrainedModel, value: float | None, column: int) -> dict[str, torch.Tensor]:
@@ -64,16 +55,11 @@ def spoiled_embeddings(model: PreTrainedModel, value: float | None, column: int)
     return {"inputs_embeds": embeddings, "attention_mask": attention_mask}
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize(
-    "value, column", [(float("nan"), 0), (float("inf"), 20), (float("nan"), -1)], ids=["first", "middle", "last"]
-)
-@every_cache
-@every_budget
-def test_a_spoiled_row_stays_alone(case: CacheCase, budget: str, value: float, column: int, attention: str) -> None:
+@pair_with_caches("spoilt", itertools.product([(NAN, 0), (INFINITY, 20), (NAN, -1)], BUDGETS, ["sdpa", "eager"]))
+def test_a_spoiled_row_stays_alone(spoilt: tuple[tuple[float, int], str, str], case: CacheCase) -> None:
     """The other rows give the logits and hold the positions that they do beside a clean row."""
-    model = remembered_llama(attention)
-    others = [row for row in range(len(LENGTHS)) if row != SPOILED]
+    (value, column), budget, attention = spoilt
+    model = model_of(attention=attention)
     seen = []
     for spoil in (None, value):
         cache = case.build(model, budget)
@@ -86,13 +72,14 @@ def test_a_spoiled_row_stays_alone(case: CacheCase, budget: str, value: float, c
             return_dict_in_generate=True,
         )
         assert all(layer.row_held == count_held(layer) for layer in cache.compressed_layers)
-        positions = [sorted(held.tolist()) for layer in cache.compressed_layers for held in heads_of(layer, others)]
-        seen.append((torch.stack(output.logits), output.sequences[others], positions))
+        heads = [layer.held_positions()[OTHERS].flatten(0, 1) for layer in cache.compressed_layers]
+        positions = [sorted(held[held >= 0].tolist()) for layer_heads in heads for held in layer_heads]
+        seen.append((torch.stack(output.logits), output.sequences[OTHERS], positions))
     (clean, clean_tokens, clean_positions), (spoiled, spoiled_tokens, spoiled_positions) = seen
     assert not spoiled[:, SPOILED].isfinite().all()
     # Sums over heads of different lengths are made in another order if the longest is another one.
     is_ragged = not cache.compressed_layers[0].heads_keep_equal_numbers
-    torch.testing.assert_close(spoiled[:, others], clean[:, others], atol=2e-5 if is_ragged else 0, rtol=0)
+    torch.testing.assert_close(spoiled[:, OTHERS], clean[:, OTHERS], atol=2e-5 if is_ragged else 0, rtol=0)
     assert torch.equal(spoiled_tokens, clean_tokens)
     assert spoiled_positions == clean_positions
 
@@ -105,47 +92,29 @@ def count_held(layer: CompressedLayer) -> list[int]:
     return (counts.sum(dim=-1) / counts.shape[1]).tolist()
 
 
-def heads_of(layer: CompressedLayer, rows: list[int]) -> list[torch.Tensor]:
-    """For each head of some rows the positions held, without empty slots."""
-    return [held[held >= 0] for held in layer.held_positions()[rows].flatten(0, 1)]
-
-
-@remember
-def remembered_llama(attention: str) -> PreTrainedModel:
-    return build_model("llama", seed=3, attention=attention)
-
-
-@every_cache
-@every_budget
-def test_a_spoiled_row_stays_alone_among_beams(case: CacheCase, budget: str) -> None:
-    model = remembered_llama("sdpa")
-    others = [row for row in range(len(LENGTHS)) if row != SPOILED]
+@pair_with_caches("budget", BUDGETS)
+def test_a_spoiled_row_stays_alone_among_beams(budget: str, case: CacheCase) -> None:
+    model = model_of()
+    settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "num_beams": 3}
     clean, spoiled = (
-        model.generate(
-            **spoiled_embeddings(model, value, 20),
-            past_key_values=case.build(model, budget),
-            max_new_tokens=NEW_TOKENS,
-            do_sample=False,
-            num_beams=3,
-        )
-        for value in (None, float("nan"))
+        model.generate(**spoiled_embeddings(model, value, 20), past_key_values=case.build(model, budget), **settings)
+        for value in (None, NAN)
     )
-    assert torch.equal(spoiled[others], clean[others])
+    assert torch.equal(spoiled[OTHERS], clean[OTHERS])
 
 
 def test_scores_that_are_no_numbers_protect_what_is_protected() -> None:
     """The victim is the oldest token that may go, never an empty slot; of what is chosen, as many stay as ever."""
-    scores, positions = torch.full((1, 1, 4), float("nan")), torch.tensor([[[-1, 7, 3, 5]]])
+    scores, positions = torch.full((1, 1, 4), NAN), torch.tensor([[[-1, 7, 3, 5]]])
     protected = torch.tensor([[[True, False, True, False]]])
     assert lowest_slots(scores, positions, protected).item() == 3
-    priority = torch.tensor([[[float("inf"), float("nan"), 2.0, float("nan"), float("-inf")]]])
+    priority = torch.tensor([[[INFINITY, NAN, 2.0, NAN, -INFINITY]]])
     assert best_tokens(priority, torch.tensor([3]), 3).tolist() == [[[0, 2, 3]]]
     assert best_tokens(priority, torch.tensor([5]), 5).tolist() == [[[0, 1, 2, 3, -1]]]
 
 
-@every_cache
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
-def test_the_default_dtype_of_torch_changes_nothing(case: CacheCase, dtype: torch.dtype) -> None:
+@pair_with_caches("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_of_torch_changes_nothing(dtype: torch.dtype, case: CacheCase) -> None:
     model, rows = build_model("llama"), random_rows((40, 31))
     wanted = generate(model, case.build(model), rows, 20)
     torch.set_default_dtype(dtype)
@@ -157,9 +126,8 @@ def test_the_default_dtype_of_torch_changes_nothing(case: CacheCase, dtype: torc
     torch.testing.assert_close(torch.stack(output.logits), torch.stack(wanted.logits))
 
 
-@every_budget
-@every_cache
-def test_one_token_at_a_time_after_inference_mode(case: CacheCase, budget: str) -> None:
+@pair_with_caches("budget", BUDGETS)
+def test_one_token_at_a_time_after_inference_mode(budget: str, case: CacheCase) -> None:
     """What was made there is copied once, before the first step outside writes to it."""
     model, tokens = build_model("llama"), random_tokens(1, 31)
     outputs = []

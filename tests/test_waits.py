@@ -1,7 +1,6 @@
 """Decode steps do not wait for the device: they ask tensors for no numbers, and bring it none by plain copies."""
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +58,8 @@ def is_from_the_package(frame: Any) -> bool:
 
 class PlainCopies(TorchFunctionMode):
     """
-    Refuses tensors that are made of numbers of the host, in the package wherever they are put, and lists as indices; counts
-    lists of the device's numbers.
+    Refuses tensors that are made of numbers of the host, in the package wherever they are put, and lists as indices;
+    counts lists of the device's numbers.
     """
 
     def __init__(self) -> None:
@@ -104,27 +103,21 @@ def test_steps_ask_for_no_more_than_with_a_dynamic_cache(case: CacheCase) -> Non
     assert count_asked(model, case.build(model)) <= wanted + case.most_waits(3, NUM_STEPS)
 
 
-@pytest.mark.parametrize(
-    "ask",
-    [
-        lambda tensor: tensor.tolist(),
-        lambda tensor: bool(tensor.any()),
-        lambda tensor: tensor[tensor > 0],
-        lambda tensor: tensor.nonzero(),
-        lambda tensor: torch.equal(tensor, tensor),
-        lambda tensor: tensor.unique(),
-        lambda tensor: tensor.repeat_interleave(tensor),
-    ],
-)
-def test_questions_are_seen(ask: Callable[[torch.Tensor], object]) -> None:
-    with AskedNumbers() as asked, PlainCopies() as copies:
-        ask(torch.arange(3))
-    assert asked.count + copies.count
-
-
-def test_copies_are_seen() -> None:
-    in_the_package = compile("torch.tensor([1, 2]).to('cpu')", str(Path(pyramid_cache.__file__)), "eval")
+def test_questions_and_copies_are_seen() -> None:
     tensor = torch.arange(3)
+    for ask in (
+        lambda: tensor.tolist(),
+        lambda: bool(tensor.any()),
+        lambda: tensor[tensor > 0],
+        lambda: tensor.nonzero(),
+        lambda: torch.equal(tensor, tensor),
+        lambda: tensor.unique(),
+        lambda: tensor.repeat_interleave(tensor),
+    ):
+        with AskedNumbers() as asked, PlainCopies() as copies:
+            ask()
+        assert asked.count + copies.count
+    in_the_package = compile("torch.tensor([1, 2]).to('cpu')", str(Path(pyramid_cache.__file__)), "eval")
     for copy in (
         lambda: torch.tensor([1, 2], device="cpu"),
         lambda: eval(in_the_package, {"torch": torch}),
