@@ -2,8 +2,8 @@
 
 A mode is a function that generates through a `Run`. Whatever the mode, a cache must end as if each of its rows had
 been fed alone, piece by piece, to a new cache: the same logits after every piece, the same positions held, the same
-answer to one more token. The run writes down what each cache was fed, follows rows that are reordered and tokens that are
-taken back, and `Run.verify` does the comparison. What a mode promises beyond that, it asserts itself.
+answer to one more token. The run writes down what each cache was fed, follows rows that are reordered and tokens that
+are taken back, and `Run.verify` does the comparison. What a mode promises beyond that, it asserts itself.
 """
 
 import contextlib
@@ -297,12 +297,14 @@ def sampling(run: Run) -> None:
     assert torch.equal(torch.cat(drawn, dim=1), tokens[:, -8:])
 
 
-def as_plain(**settings: Any) -> Callable[[Run], None]:
+def as_plain(*lengths: int, **settings: Any) -> Callable[[Run], None]:
     """A mode whose tokens are those of plain decoding."""
 
     def function(run: Run) -> None:
-        wanted = run.plain(prompts(), 8)
-        assert torch.equal(run.generate(run.new_cache(), prompts(), max_new_tokens=8, **settings), wanted)
+        wanted = run.plain(prompts(*lengths), 8)
+        assert torch.equal(
+            run.generate(run.new_cache(), prompts(*lengths), **{"max_new_tokens": 8, **settings}), wanted
+        )
 
     return function
 
@@ -352,24 +354,12 @@ def word(token: int) -> str:
     return f"t{token:03d}"
 
 
-def own_streamer(run: Run) -> None:
-    streamer = Mock()
-    tokens = run.generate(run.new_cache(), prompts(40), max_new_tokens=8, streamer=streamer)
-    pieces = [call.args[0].flatten() for call in streamer.put.call_args_list]
-    assert torch.equal(torch.cat(pieces), tokens[0]) and len(pieces) == 9
-    streamer.end.assert_called_once()
+def stop_at_48(tokens: torch.Tensor, scores: Any, **ignored: Any) -> torch.Tensor:
+    return torch.full((len(tokens),), tokens.shape[1] >= 48)
 
 
-def text_streamer(run: Run) -> None:
-    streamer = TextIteratorStreamer(tiny_tokenizer(), skip_prompt=True, timeout=10)
-    tokens = run.generate(run.new_cache(), prompts(40), max_new_tokens=8, streamer=streamer)
-    assert "".join(streamer).split() == [word(token) for token in tokens[0, 40:].tolist()]
-
-
-def stopping_criteria(run: Run) -> None:
-    wanted = run.plain(prompts(), 5)
-    criteria = StoppingCriteriaList([lambda tokens, scores, **ignored: torch.full((2,), tokens.shape[1] >= 45)])
-    assert torch.equal(run.generate(run.new_cache(), prompts(), max_new_tokens=20, stopping_criteria=criteria), wanted)
+def forbid_last_token(tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    return scores.scatter(1, tokens[:, -1:], -torch.inf)
 
 
 def stop_strings(run: Run) -> None:
@@ -382,11 +372,6 @@ def stop_strings(run: Run) -> None:
     assert torch.equal(stopped, wanted[:, :length])
 
 
-def max_time(run: Run) -> None:
-    wanted = run.plain(prompts(), 1)
-    assert torch.equal(run.generate(run.new_cache(), prompts(), max_new_tokens=8, max_time=1e-9), wanted)
-
-
 def end_of_sequence(run: Run) -> None:
     """A row that has ended is fed padding from there on; the other one goes on as if nothing had happened."""
     wanted = run.plain(prompts(), 10)
@@ -395,20 +380,6 @@ def end_of_sequence(run: Run) -> None:
     length = 41 + wanted[0, 40:].tolist().index(end)
     assert torch.equal(ended[1], wanted[1])
     assert torch.equal(ended[0, :length], wanted[0, :length]) and not ended[0, length:].any()
-
-
-def logits_processor(run: Run) -> None:
-    # No token follows itself.
-    processors = LogitsProcessorList([lambda tokens, scores: scores.scatter(1, tokens[:, -1:], -torch.inf)])
-    tokens = run.generate(run.new_cache(), prompts(), max_new_tokens=8, logits_processor=processors)
-    assert not (tokens[:, 40:] == tokens[:, 39:-1]).any()
-
-
-def no_repeat_ngram(run: Run) -> None:
-    tokens = run.generate(run.new_cache(), prompts(40), max_new_tokens=PAST_A_ZONE, no_repeat_ngram_size=2)[0].tolist()
-    pairs = list(zip(tokens, tokens[1:], strict=False))
-    generated = pairs[39:]
-    assert all(pair not in pairs[: 39 + index] for index, pair in enumerate(generated))
 
 
 # Prompts of every kind.
@@ -570,15 +541,15 @@ MODES = (
     Mode("beam search", generates(new_tokens=PAST_A_ZONE, num_beams=2)),
     Mode("beam search, `num_return_sequences`", generates(num_beams=3, num_return_sequences=2)),
     Mode("beam sampling", generates(num_beams=3, do_sample=True, temperature=1.5)),
-    Mode("own streamer", own_streamer),
-    Mode("`TextIteratorStreamer`", text_streamer),
-    Mode("own stopping criteria", stopping_criteria),
+    Mode("own streamer", as_plain(40, streamer=Mock())),
+    Mode("`TextIteratorStreamer`", as_plain(40, streamer=TextIteratorStreamer(tiny_tokenizer()))),
+    Mode("own stopping criteria", as_plain(max_new_tokens=20, stopping_criteria=StoppingCriteriaList([stop_at_48]))),
     Mode("`stop_strings`", stop_strings),
-    Mode("`max_time`", max_time),
+    Mode("`max_time`", as_plain(max_time=600.0)),
     Mode("`eos_token_id`, rows ending apart", end_of_sequence),
-    Mode("own logits processor", logits_processor),
+    Mode("own logits processor", generates(logits_processor=LogitsProcessorList([forbid_last_token]))),
     Mode("`repetition_penalty`", generates(repetition_penalty=1.5)),
-    Mode("`no_repeat_ngram_size`", no_repeat_ngram),
+    Mode("`no_repeat_ngram_size`", generates(40, new_tokens=PAST_A_ZONE, no_repeat_ngram_size=2)),
     Mode("`guidance_scale`", generates(40, new_tokens=6, guidance_scale=1.5)),
     Mode("`output_scores`, `output_logits`, `return_dict_in_generate`", without_dictionary),
     Mode("`output_attentions`", generates(new_tokens=4, output_attentions=True), attention="eager"),

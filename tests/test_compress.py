@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from caches import QUICK_CASES, CacheCase, every_cache
+from caches import CacheCase, every_cache
 from models import build_model, random_tokens, tiny_model
 from modes import held_positions
 
@@ -48,23 +48,6 @@ def test_generated_tokens_are_evicted_down_to_the_budget(
 
 
 @torch.no_grad()
-def test_compressed_between_two_intervals_is_as_if_it_had_been_the_interval() -> None:
-    model = tiny_model("llama")
-    tokens = random_tokens(1, 48)
-    caches = [SnapKVCache(model.config, 12, window_size=8, eviction_interval=interval) for interval in (8, 30)]
-    for cache in caches:
-        model(tokens[:, :40], past_key_values=cache)
-        for column in range(40, 48):
-            model(tokens[:, column : column + 1], past_key_values=cache)
-    assert caches[0].num_kept_tokens() == [12] * 3 and caches[1].num_kept_tokens() == [20] * 3
-    caches[1].compress()
-    assert held_sets(caches[0]) == held_sets(caches[1])
-    following = random_tokens(1, 1)
-    logits = [model(following, past_key_values=cache).logits for cache in caches]
-    torch.testing.assert_close(*logits, atol=1e-5, rtol=0)
-
-
-@torch.no_grad()
 @every_cache
 def test_any_number_of_questions_on_copies(case: CacheCase) -> None:
     """
@@ -85,20 +68,6 @@ def test_any_number_of_questions_on_copies(case: CacheCase) -> None:
         answers = [model.generate(prompt, past_key_values=one, **settings) for one in (copy.deepcopy(cache), alone)]
         assert torch.equal(*answers)
     assert held_sets(cache) == held
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("case", [case for case in QUICK_CASES if not case.from_model][:2], ids=lambda case: case.name)
-def test_recorded_tokens_are_settled(case: CacheCase) -> None:
-    model = tiny_model("llama")
-    tokens = random_tokens(1, 40)
-    cache, plain = case.build(model), case.build(model)
-    cache.activate_past_recording()
-    model(tokens, past_key_values=cache)
-    assert cache.num_kept_tokens() == [40] * 3
-    cache.compress()
-    model(tokens, past_key_values=plain)
-    assert cache.num_kept_tokens() == plain.num_kept_tokens() and held_sets(cache) == held_sets(plain)
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ def model_of(name: str = "llama", dtype: torch.dtype = torch.float32, attention:
     return build_model(name, seed=3, attention=attention).to(dtype)
 
 
-@pair_with_caches("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pair_with_caches("dtype", [torch.bfloat16, torch.float16])
 def test_large_budgets_are_dynamic_cache_and_tight_ones_keep_the_dtype(dtype: torch.dtype, case: CacheCase) -> None:
     for name in ("llama", "qwen3_moe"):
         model, rows = model_of(name, dtype), random_rows(LENGTHS)

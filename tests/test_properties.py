@@ -33,7 +33,6 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 import pyramid_cache
 from pyramid_cache import H2OCache, PolicyCache, PyramidCache, SnapKVCache, StreamingLLMCache
-from pyramid_cache.caches.pyramid import PyramidSettings
 from pyramid_cache.engine.budget import Budget
 from pyramid_cache.engine.cache import CompressedCache
 from pyramid_cache.engine.layer import CompressedLayer
@@ -142,10 +141,10 @@ class ReferenceLayer:
 
     is_scored = False
 
-    def __init__(self, policy: "Policy", layer_idx: int) -> None:
-        self.policy = policy
+    def __init__(self, budgets: "Budgets", layer_idx: int) -> None:
+        self.budgets = budgets
         self.layer_idx = layer_idx
-        self.held: list[list[Triple]] = [[] for _ in range(policy.setup.kv_heads)]
+        self.held: list[list[Triple]] = [[] for _ in range(budgets.setup.kv_heads)]
         self.kept: int | None = None
         self.has_slots = self.has_exceeded = False
         self.length = self.num_spare = self.num_prompt = self.num_generated = 0
@@ -154,6 +153,20 @@ class ReferenceLayer:
     @property
     def num_held(self) -> int:
         return len(self.held[0])
+
+    @property
+    def most_slots(self) -> float:
+        """How many slots the layer has at most, by the method's documentation."""
+        return self.most_kept + self.budgets.costs[2]
+
+    def most_kept_tokens(self) -> int | None:
+        """How many of the row's tokens the layer keeps."""
+        budgets = self.budgets
+        if budgets.amount == 1.0 and isinstance(budgets.amount, float):
+            return None
+        if budgets.num_tokens is not None:
+            return budgets.num_tokens
+        return max(math.floor(Fraction(str(budgets.amount)) * self.length), 1)
 
     def update(
         self, new: list[list[Triple]], query: np.ndarray, is_step: bool, is_first: bool, observed: Observed
@@ -171,9 +184,9 @@ class ReferenceLayer:
             `(kv_heads, group, new, head_dim)`; None without new tokens.
         """
         self.length += len(new[0])
-        self.num_spare = self.policy.num_waiting if is_step else 0
+        self.num_spare = self.budgets.num_waiting if is_step else 0
         if not is_step:
-            self.kept = self.policy.num_kept(self)
+            self.kept = self.most_kept_tokens()
             self.begin()
         self.held = [old + triples for old, triples in zip(self.held, new, strict=True)]
         output = None
@@ -239,8 +252,8 @@ class H2OReferenceLayer(ReferenceLayer):
 
     is_scored = True
 
-    def __init__(self, policy: "Policy", layer_idx: int) -> None:
-        super().__init__(policy, layer_idx)
+    def __init__(self, budgets: "Budgets", layer_idx: int) -> None:
+        super().__init__(budgets, layer_idx)
         self.scores: list[dict[int, float]] = [{} for _ in self.held]
 
     def note(self, probabilities: list[np.ndarray], is_step: bool) -> None:
@@ -249,7 +262,7 @@ class H2OReferenceLayer(ReferenceLayer):
                 scores[triple.position] = scores.get(triple.position, 0.0) + float(amount)
 
     def chosen(self, head: int, observed: set[int]) -> set[int]:
-        ratio = Fraction(str(self.policy.setup.settings["heavy_ratio"]))
+        ratio = Fraction(str(self.budgets.setup.settings["heavy_ratio"]))
         first_recent = self.length - (self.kept - math.floor(ratio * self.kept))
         positions = [triple.position for triple in self.held[head]]
         recent = {position for position in positions if position >= first_recent}
@@ -260,17 +273,17 @@ class H2OReferenceLayer(ReferenceLayer):
 class StreamingLLMReferenceLayer(ReferenceLayer):
     """The first tokens and a rolling window; where keys are rotated, by positions inside the cache."""
 
-    def __init__(self, policy: "Policy", layer_idx: int) -> None:
-        super().__init__(policy, layer_idx)
-        self.num_sinks = policy.setup.settings["num_sink_tokens"]
-        self.window = policy.setup.settings["budget"] - self.num_sinks
+    def __init__(self, budgets: "Budgets", layer_idx: int) -> None:
+        super().__init__(budgets, layer_idx)
+        self.num_sinks = budgets.setup.settings["num_sink_tokens"]
+        self.window = budgets.setup.settings["budget"] - self.num_sinks
         self.sink_shift = 0
 
     def is_near(self, position: int, query_position: int) -> bool:
         return position < self.num_sinks or position > query_position - self.window
 
     def attend(self, query: np.ndarray, is_first: bool) -> tuple[np.ndarray, list[np.ndarray]]:
-        is_dense = is_first and self.policy.setup.settings["prefill"] == "dense"
+        is_dense = is_first and self.budgets.setup.settings["prefill"] == "dense"
         outputs = []
         positions = [triple.position for triple in self.held[0]]
         allowed = np.array(
@@ -280,7 +293,7 @@ class StreamingLLMReferenceLayer(ReferenceLayer):
             ]
         )
         for head, triples in enumerate(self.held):
-            if not self.policy.setup.is_rotary:
+            if not self.budgets.setup.is_rotary:
                 outputs.append(attend(query[head], triples, allowed)[0])
                 continue
             keys, parts = np.array([triple.key for triple in triples]), []
@@ -307,13 +320,31 @@ class PyramidReferenceLayer(ReferenceLayer):
 
     zone_length = 16
 
-    def __init__(self, policy: "PyramidPolicy", layer_idx: int) -> None:
-        super().__init__(policy, layer_idx)
-        self.schedule = policy.schedule
+    def __init__(self, budgets: "Budgets", layer_idx: int) -> None:
+        super().__init__(budgets, layer_idx)
+        self.schedule = budgets.schedule
         self.prompt_length = self.num_zones = 0
         self.num_recent = 1
         self.prompt_scores: dict[int, float] = {}
         self.zone_scores: dict[int, float] = {}
+
+    @property
+    def most_slots(self) -> float:
+        return self.most_prompt + self.most_generated + 16
+
+    @property
+    def token_budget(self) -> Budget:
+        num_tokens = self.budgets.num_tokens
+        return self.schedule.budget if num_tokens is None else Budget("tokens", num_tokens)
+
+    def most_kept_tokens(self) -> int | None:
+        if self.schedule.is_unlimited:
+            return None
+        if self.length == 0:
+            return 1
+        kept = self.schedule.num_kept(self.length, self.token_budget)[self.layer_idx]
+        may_grow = self.budgets.num_tokens is not None and self.schedule.preset is None and kept == self.length
+        return max(kept, self.budgets.num_tokens) if may_grow else kept
 
     def weight(self, distance: int) -> float:
         """How much a query counts that is so many tokens after the start of the recent window."""
@@ -339,7 +370,7 @@ class PyramidReferenceLayer(ReferenceLayer):
         """A prompt within a budget of tokens first grows up to it."""
         if self.kept is not None:
             self.prompt_length = max(self.length, self.kept)
-            self.num_recent = self.schedule.num_recent(self.prompt_length, self.policy.token_budget)
+            self.num_recent = self.schedule.num_recent(self.prompt_length, self.token_budget)
         self.num_zones, self.zone_scores = 0, {}
 
     def evict(self, is_step: bool, observed: Observed) -> None:
@@ -369,18 +400,25 @@ class PyramidReferenceLayer(ReferenceLayer):
     @property
     def num_kept_of_zone(self) -> int:
         """The share of a zone that stays falls as half a cosine from 0.9 to, in the end, a tenth of that."""
-        share = 0.1 + 0.9 * (math.cos(math.pi * self.layer_idx / self.policy.setup.num_layers) + 1) / 2
+        share = 0.1 + 0.9 * (math.cos(math.pi * self.layer_idx / self.budgets.setup.num_layers) + 1) / 2
         return max(int(0.9 * self.zone_length * share), 1)
 
 
 class ScoredReferenceLayer(ReferenceLayer):
     """What a score ranks highest: of a prompt at once, of generated tokens when as many have come as may wait."""
 
-    def __init__(self, policy: "ScoredPolicy", layer_idx: int) -> None:
-        super().__init__(policy, layer_idx)
-        self.score = policy.score
+    def __init__(self, budgets: "Budgets", layer_idx: int) -> None:
+        super().__init__(budgets, layer_idx)
+        self.score = score_of(budgets.setup.cache_class, budgets.setup.settings)
         self.is_scored = bool(self.score.window_size)
         self.attention: list[dict[int, float]] = [{} for _ in self.held]
+
+    def most_kept_tokens(self) -> int | None:
+        mean = super().most_kept_tokens()
+        if mean is None:
+            return None
+        num_layers, schedule = self.budgets.setup.num_layers, self.budgets.schedule
+        return max(schedule.num_tokens(self.length, Budget("tokens", mean), self.layer_idx, num_layers), 1)
 
     def note(self, probabilities: list[np.ndarray], is_step: bool) -> None:
         """Each of the last queries takes over its share of the window."""
@@ -411,7 +449,7 @@ class ScoredReferenceLayer(ReferenceLayer):
 
     def compress(self, observed: Observed) -> None:
         if self.kept is not None:
-            self.kept, self.num_spare = self.policy.num_kept(self), 0
+            self.kept, self.num_spare = self.most_kept_tokens(), 0
             self.has_exceeded = self.exceeds
             self.evict(False, observed)
 
@@ -437,15 +475,14 @@ def bytes_per_token(kv_heads: int, head_dim: int, costs: tuple[int, int, float])
     return kv_heads * (2 * head_dim * ITEMSIZE + costs[1]) + costs[0]
 
 
-class Policy:
-    """What all layers and rows of a cache have in common: budgets.
+class Budgets:
+    """What all layers and rows of a cache have in common.
 
     Attributes:
+        per_token: Bytes of a token in one layer of one row.
         num_waiting: Generated tokens that may wait to go.
         num_tokens: The budget in tokens per layer, unless it is a fraction.
     """
-
-    layer_class: type[ReferenceLayer] = H2OReferenceLayer
 
     def __init__(self, setup: Setup, cache: CompressedCache) -> None:
         self.setup = setup
@@ -453,80 +490,24 @@ class Policy:
         self.per_token = bytes_per_token(setup.kv_heads, setup.head_dim, self.costs)
         self.num_waiting = setup.settings.get("eviction_interval", 1) - 1
         self.num_tokens: int | None = None
-        self.budget = setup.settings.get("budget")
+        self.amount = setup.settings.get("budget")
+        is_pyramid = setup.cache_class is PyramidCache
+        self.schedule: Any = cache.compressed_layers[0].settings if is_pyramid else getattr(cache, "policy", None)
 
     def start(self, batch_size: int) -> None:
         """The first tokens of a batch are about to come."""
-        if isinstance(self.budget, int):
-            self.num_tokens = self.budget
-        elif isinstance(self.budget, str):
-            num_bytes = int(self.budget.removesuffix("B"))
+        if isinstance(self.amount, int):
+            self.num_tokens = self.amount
+        elif isinstance(self.amount, str):
+            num_bytes = int(self.amount.removesuffix("B"))
             self.num_tokens = num_bytes // (self.setup.num_layers * batch_size * self.per_token) - self.costs[2]
 
-    def num_kept(self, layer: ReferenceLayer) -> int | None:
-        """How many of a row's tokens a layer keeps."""
-        if self.budget == 1.0 and isinstance(self.budget, float):
-            return None
-        if self.num_tokens is not None:
-            return self.num_tokens
-        return max(math.floor(Fraction(str(self.budget)) * layer.length), 1)
 
-    def most_slots(self, layer: ReferenceLayer) -> float:
-        """How many slots a layer has at most, by the method's documentation."""
-        return layer.most_kept + self.costs[2]
-
-
-class StreamingLLMPolicy(Policy):
-    layer_class = StreamingLLMReferenceLayer
-
-
-class PyramidPolicy(Policy):
-    layer_class = PyramidReferenceLayer
-
-    def __init__(self, setup: Setup, cache: CompressedCache) -> None:
-        super().__init__(setup, cache)
-        self.schedule: PyramidSettings = cache.compressed_layers[0].settings
-
-    @property
-    def token_budget(self) -> Budget:
-        return self.schedule.budget if self.num_tokens is None else Budget("tokens", self.num_tokens)
-
-    def num_kept(self, layer: ReferenceLayer) -> int | None:
-        if self.schedule.is_unlimited:
-            return None
-        if layer.length == 0:
-            return 1
-        kept = self.schedule.num_kept(layer.length, self.token_budget)[layer.layer_idx]
-        may_grow = self.num_tokens is not None and self.schedule.preset is None and kept == layer.length
-        return max(kept, self.num_tokens) if may_grow else kept
-
-    def most_slots(self, layer: ReferenceLayer) -> float:
-        return layer.most_prompt + layer.most_generated + 16
-
-
-class ScoredPolicy(Policy):
-    """Caches of which a score is all there is to say."""
-
-    layer_class = ScoredReferenceLayer
-
-    def __init__(self, setup: Setup, cache: PolicyCache) -> None:
-        super().__init__(setup, cache)
-        self.score = score_of(setup.cache_class, setup.settings)
-        self.schedule = cache.policy
-
-    def num_kept(self, layer: ReferenceLayer) -> int | None:
-        mean = super().num_kept(layer)
-        if mean is None:
-            return None
-        budget = Budget("tokens", mean)
-        return max(self.schedule.num_tokens(layer.length, budget, layer.layer_idx, self.setup.num_layers), 1)
-
-
-POLICIES: dict[type[CompressedCache], type[Policy]] = {
-    H2OCache: Policy,
-    PyramidCache: PyramidPolicy,
-    StreamingLLMCache: StreamingLLMPolicy,
-    **{getattr(pyramid_cache, name): ScoredPolicy for name in SCORES},
+LAYERS: dict[type[CompressedCache], type[ReferenceLayer]] = {
+    H2OCache: H2OReferenceLayer,
+    PyramidCache: PyramidReferenceLayer,
+    StreamingLLMCache: StreamingLLMReferenceLayer,
+    **{getattr(pyramid_cache, name): ScoredReferenceLayer for name in SCORES},
 }
 
 
@@ -569,7 +550,7 @@ class Reference:
 
     def __init__(self, setup: Setup, cache: CompressedCache) -> None:
         self.setup = setup
-        self.policy = POLICIES[setup.cache_class](setup, cache)
+        self.budgets = Budgets(setup, cache)
         self.reset(setup.batch_size, setup.padding)
 
     def reset(self, batch_size: int, padding: tuple[int, ...]) -> None:
@@ -577,7 +558,7 @@ class Reference:
         self.rows = [
             Row(
                 columns - least,
-                [self.policy.layer_class(self.policy, index) for index in range(self.setup.num_layers)],
+                [LAYERS[self.setup.cache_class](self.budgets, index) for index in range(self.setup.num_layers)],
             )
             for columns in padding[:batch_size]
         ]
@@ -606,7 +587,7 @@ class Reference:
     def update(self, chunk: Chunk, observed: list[list[Observed]]) -> list[list[np.ndarray | None]]:
         """Takes a chunk in; gives for each layer and row `(kv_heads, group, tokens, head_dim)`."""
         if self.is_empty:
-            self.policy.start(len(self.rows))
+            self.budgets.start(len(self.rows))
             self.is_empty = False
         if self.is_recording:
             self.recorded.append(chunk)
@@ -683,7 +664,7 @@ class Reference:
         if self.is_empty:
             return
         # One copy for each: `deepcopy` of the list would copy a row that stands twice only once.
-        self.rows = [copy.deepcopy(self.rows[row], {id(self.policy): self.policy}) for row in rows]
+        self.rows = [copy.deepcopy(self.rows[row], {id(self.budgets): self.budgets}) for row in rows]
         self.recorded = [chunk.rows(rows) for chunk in self.recorded]
 
     def error_of_crop(self, num_columns: int) -> type[Exception] | None:
@@ -1010,8 +991,7 @@ class Run:
             if rows[0].has_slots:
                 tensors = [getattr(layer, name, None) for name in (*layer.slot_tensors, "sink_keys")]
                 held = sum(tensor.untyped_storage().nbytes() for tensor in tensors if tensor is not None)
-                most_slots = reference.policy.most_slots(rows[0])
-                assert held <= len(rows) * most_slots * reference.policy.per_token
+                assert held <= len(rows) * rows[0].most_slots * reference.budgets.per_token
 
 
 def stored(layer: CompressedLayer) -> tuple[np.ndarray, np.ndarray]:
@@ -1084,25 +1064,20 @@ ARGUMENTS = {
 }
 
 
-@st.composite
-def budgets(
-    draw: st.DrawFn, cache_class: type[CompressedCache], arguments: dict[str, Any], sizes: dict[str, int]
-) -> float | int | str:
-    """A budget of each kind that a cache takes: fractions, tokens, bytes, all."""
-    costs = costs_of(cache_class, arguments)
-    kinds = ["tokens"] if cache_class is StreamingLLMCache else ["tokens", "fraction", "bytes", "all"]
-    kind = draw(st.sampled_from(kinds))
-    if kind == "all":
-        return 1.0
-    if kind == "fraction":
-        return draw(st.sampled_from([0.15, 0.29, 0.5, 0.75, 0.9, 0.97]))
-    if kind == "tokens":
-        least = arguments.get("num_sink_tokens", 0) + 1
-        return draw(st.integers(least, least + 11 if cache_class is StreamingLLMCache else 20))
+def budgets_of(
+    cache_class: type[CompressedCache], arguments: dict[str, Any], sizes: dict[str, int]
+) -> st.SearchStrategy[float | int | str]:
+    """A budget of each kind that a cache takes: tokens, fractions, bytes, all."""
+    costs, least = costs_of(cache_class, arguments), arguments.get("num_sink_tokens", 0) + 1
+    if cache_class is StreamingLLMCache:
+        return st.integers(least, least + 11)
     # For three rows, beside the spare slots.
-    num_tokens = draw(st.integers(1, 8)) + costs[2]
-    num_bytes = 3 * sizes["num_layers"] * num_tokens * bytes_per_token(sizes["kv_heads"], sizes["head_dim"], costs)
-    return f"{num_bytes + draw(st.integers(0, 200))}B"
+    per_slot = 3 * sizes["num_layers"] * bytes_per_token(sizes["kv_heads"], sizes["head_dim"], costs)
+    amounts = st.builds(
+        lambda slots, rest: f"{per_slot * (slots + costs[2]) + rest}B", st.integers(1, 8), st.integers(0, 200)
+    )
+    fractions = st.sampled_from([0.15, 0.29, 0.5, 0.75, 0.9, 0.97])
+    return st.one_of(st.integers(least, 20), fractions, amounts, st.just(1.0))
 
 
 @st.composite
@@ -1121,7 +1096,7 @@ def setups(draw: st.DrawFn, cache_class: type[CompressedCache]) -> Setup:
         arguments["preset"] = draw(st.sampled_from(["llama-2-7b", "llama-2-13b", "llama-2-70b"]))
         del arguments["recent_ratio"]
     else:
-        arguments["budget"] = draw(budgets(cache_class, arguments, sizes))
+        arguments["budget"] = draw(budgets_of(cache_class, arguments, sizes))
     return Setup(
         cache_class,
         arguments,
