@@ -163,7 +163,7 @@ def test_sinks_that_move(rope: str, prefill: str, tmp_path: Path, monkeypatch: p
     """Angles that are counted anew every 20 tokens, frequencies of both kinds, and a model without any."""
     monkeypatch.setattr(streaming_llm, "REBASE_INTERVAL", 20)
     model = {"longrope": longrope_model, "none": lambda: tiny_model("gpt2")}.get(rope, lambda: tiny_model(rope))()
-    case = CacheCase("", StreamingLLMCache, {}, {"budget": 12, "prefill": prefill})
+    case = CacheCase("streaming", {"budget": 12, "prefill": prefill})
     cache, mask = filled(case, model, "tight", 10)
     assert (cache.layers[0].base == 60) == (rope != "none")
     cache.save(tmp_path / "cache")
