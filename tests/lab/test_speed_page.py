@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from pages import DOCS
-
 from pyramid_cache.lab.bench.caches_command import SUITES
 
 

@@ -191,19 +191,16 @@ def run(options: argparse.Namespace) -> int:
 
     with ProgressBar(Console(stderr=True)) as progress:
         if measurement == "ops":
-            record = measure_ops(options, progress, options.json)
-        elif suite is None and options.save_tokens is not None:
+            records = [measure_ops(options, progress, options.json)]
+        elif measurement == "caches" and options.save_tokens is not None:
             _, tokens = build_model(options.model, torch.device("cpu"), "float32", options.seed, progress)
             options.save_tokens.write_text(json.dumps(tokens[: max(options.lengths)].tolist()), encoding="utf-8")
             return 0
         else:
             records = measure_caches(runs, progress, options.json)
-    if measurement == "ops":
-        bench_report.show_ops(record)
-        return 0
     for record in records:
-        bench_report.show_caches(record)
-    if suite is None and options.plot is not None:
+        bench_report.show(record)
+    if measurement == "caches" and options.plot is not None:
         bench_report.draw(record, options.plot)
     return 0
 
@@ -224,7 +221,7 @@ def measure_caches(
     """
     records: list[dict[str, Any]] = []
     for options in runs:
-        target = options.device or default_device()
+        target = options.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = options.dtype or ("float32" if target.type == "cpu" else "bfloat16")
         if options.largest_batch and target.type != "cuda":
             raise ValueError(f"--largest-batch fills the memory of a CUDA device, which {target} is not.")
@@ -250,12 +247,11 @@ def measure_ops(options: argparse.Namespace, progress: ProgressCallback, path: P
     The record of `bench ops`: "rows" of `op_times.as_row`, "copy_bytes_per_second", "ratios" and what `describe_run`
     has. It is written to `path` after each row.
     """
-    target = options.device or default_device()
+    target = options.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if target.type not in OP_DEFAULTS:
         raise ValueError(f"The ops have kernels for cpu and cuda, not for {target.type}. Choose one by --device.")
     settings = {"device": target, "batch_size": options.batch_size, "window": options.window, "rounds": options.rounds}
-    for name, default in OP_DEFAULTS[target.type].items():
-        settings[name] = default if getattr(options, name) is None else getattr(options, name)
+    settings |= {name: getattr(options, name) or default for name, default in OP_DEFAULTS[target.type].items()}
     sizes = {name: settings[name] for name in ("batch_size", "heads", "kv_heads", "head_dim", "window")}
     is_cut = target.type == "cuda" and options.lengths is None
     longest_prefill = LONGEST_PREFILL if is_cut else math.inf
@@ -275,10 +271,6 @@ def measure_ops(options: argparse.Namespace, progress: ProgressCallback, path: P
         record["rows"].append(measure_op(op, shape, bandwidth, options.rounds))
         write_record(record, record, path)
     return record
-
-
-def default_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def write_record(record: dict[str, Any], written: dict[str, Any], path: Path | None) -> None:

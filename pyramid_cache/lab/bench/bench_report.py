@@ -37,7 +37,7 @@ CACHES_TABLE = {
     "step\nms": "{step_ms:,.3f}",
     "step\nratio": "{step_ratio:.2f}×{step_range}",
     "tokens/s": "{tokens_per_second:.1f}",
-    "tokens/s\nratio": "{tokens_ratio:.2f}×",
+    "rate\nratio": "{tokens_ratio:.2f}×",
     "device\nMiB a row": "{device_mib:,.1f}",
     "bytes\nratio": "{bytes_ratio:.2f}×",
     "host\nMiB a row": "{host_mib:,.1f}",
@@ -70,7 +70,7 @@ def print_table(console: Console, columns: dict[str, str], rows: list[dict[str, 
     table = Table(header_style="bold")
     for header in cells:
         is_text = header in TEXT_COLUMNS
-        table.add_column(header, justify="left" if is_text else "right", no_wrap=not is_text)
+        table.add_column(header, justify="left" if is_text else "right", no_wrap=not is_text, overflow="fold")
     for line in zip(*cells.values(), strict=True):
         table.add_row(*line)
     if rows:
@@ -87,32 +87,28 @@ def fill(cell: str, row: dict[str, Any]) -> str:
         return ""
 
 
-def show_ops(record: dict[str, Any]) -> None:
-    """Prints a record of `bench ops`."""
+def show(record: dict[str, Any]) -> None:
+    """Prints a record of `bench caches` or `bench ops`."""
     console, rows = report_console(), record["rows"]
-    print_heading(console, record, f"copies {record['copy_bytes_per_second'] / 1e9:,.0f} GB/s, read and written")
-    print_table(console, OPS_TABLE, rows)
-    rounds = [row["rounds"] for row in rows]
-    note = (
-        f"Medians of {min(rounds)} to {max(rounds)} rounds, in which attention alone and attention with scores take "
-        "turns. Ratios are of these medians. The spread is of the times of whichever varies more. Moved bytes are "
-        "queries, keys, values, log-sum-exps, scores and output once each."
-    )
-    if any(row["recomputes_lse"] for row in rows):
-        note += " Where no attention gives its log-sum-exps, those of the rows that score are computed beside it."
-    console.print(Text(note + busy_note(record["machine"]), style="dim"))
-
-
-def show_caches(record: dict[str, Any]) -> None:
-    """Prints a record of `bench caches`."""
-    console = report_console()
-    print_heading(console, record, record["model"])
-    print_caches(console, record["rows"])
-    note = (
-        "Medians over rounds, in which all caches take their turn. Ratios are to DynamicCache in the same run, with "
-        "those of single rounds in brackets. Prefill is the time of the rows that were read. Bytes are what a row "
-        "holds at the end."
-    )
+    if "model" in record:
+        print_heading(console, record, record["model"])
+        print_caches(console, rows)
+        note = (
+            "Medians over rounds, in which all caches take their turn. Ratios are to DynamicCache in the same run, with "
+            "those of single rounds in brackets. Prefill is the time of the rows that were read. Bytes are what a row "
+            "holds at the end."
+        )
+    else:
+        print_heading(console, record, f"copies {record['copy_bytes_per_second'] / 1e9:,.0f} GB/s, read and written")
+        print_table(console, OPS_TABLE, rows)
+        rounds = sorted(row["rounds"] for row in rows)
+        note = (
+            f"Medians of {rounds[0]} to {rounds[-1]} rounds, in which attention alone and attention with scores take "
+            "turns. Ratios are of these medians. The spread is of the times of whichever varies more. Moved bytes are "
+            "queries, keys, values, log-sum-exps, scores and output once each."
+        )
+        if any(row["recomputes_lse"] for row in rows):
+            note += " Where no attention gives its log-sum-exps, those of the rows that score are computed beside it."
     console.print(Text(note + busy_note(record["machine"]), style="dim"))
 
 

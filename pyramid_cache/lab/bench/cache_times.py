@@ -57,11 +57,10 @@ def contenders_of(names: Iterable[str], budgets: Iterable[BudgetLike]) -> list[C
 @dataclass
 class Measured:
     """
-    One cache with prompts of one length and one number of rows. Each round has the seconds of reading `prefill_rows` rows,
-    of which other rows are copies, and the median seconds of a decode step. `device_bytes` and `host_bytes` are held at
-    the end. Peaks are those of a CUDA device, without the model. `bound` is the memory that limits the largest batch,
-    "device" or "host". `stages` has the shares of ops in the time of steps. `fetched_bytes` are read from the host per
-    step, by all rows together. `failure` says why there are no figures.
+    One cache with prompts of one length and one number of rows. Each round has the seconds of reading `prefill_rows`
+    rows, of which other rows are copies, and the median seconds of a decode step. Bytes are held at the end. Peaks are
+    those of a CUDA device, without the model. `bound` is the memory that limits the largest batch. `stages` has the
+    shares of ops in the time of steps. `fetched_bytes` are read from the host per step, by all rows together.
     """
 
     cache: str
@@ -121,8 +120,7 @@ class Bench:
         # What comes behind a prompt: at each batch size the warm-up, the timed steps and the first and last token.
         runs = len(options.batch_sizes) + options.largest_batch
         self.num_later = runs * (WARM_UP_STEPS + options.new_tokens + 2) + PROFILED_STEPS + 2
-        longest = max(options.lengths)
-        final = longest + self.num_later
+        longest, final = max(options.lengths), max(options.lengths) + self.num_later
         limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or final
         if longest > len(tokens):
             raise ValueError(f"--lengths {longest} exceeds the {len(tokens):,} tokens that there are to read.")
@@ -157,14 +155,11 @@ class Bench:
 
     def _baseline_of(self, measured: Measured) -> Measured | None:
         """The baseline with the same prompts and rows; for a largest batch, the largest batch of the baseline."""
-        found = [
-            other
-            for other in self.measured.values()
-            if other.cache == BASELINE and other.length == measured.length and other.failure is None
-        ]
-        if measured.is_largest_batch:
-            return next((other for other in found if other.is_largest_batch), None)
-        return next((other for other in found if other.batch_size == measured.batch_size), None)
+        for other in self.measured.values():
+            is_alike = other.is_largest_batch if measured.is_largest_batch else other.batch_size == measured.batch_size
+            if other.cache == BASELINE and other.length == measured.length and other.failure is None and is_alike:
+                return other
+        return None
 
     def _measure(self, contender: Contender, length: int, is_last: bool) -> None:
         """One cache with prompts of one length, at all batch sizes."""
@@ -286,7 +281,7 @@ class FetchCounter:
 
 def stage_shares(events: Iterable[Any], device_type: str) -> dict[str, float]:
     """
-    The shares of the ops of this library, torch's attention, linear layers and the rest, in the averages of a profiler.
+    The shares of the ops of this library, attention, linear layers and the rest, in the averages of a torch profiler.
     On CUDA they are shares of the time of the device, where kernels that run at once count twice.
     """
     totals: dict[str, float] = {}
@@ -323,8 +318,8 @@ def split_bytes(cache: Cache) -> tuple[int, int]:
 
 def as_row(measured: Measured, baseline: Measured | None) -> dict[str, Any]:
     """
-    The fields of `Measured`, and ratios to the baseline: of medians over the rounds, with the least and the greatest of
-    a round; of the tokens per second of all rows, also between largest batches; of the bytes of a row on the device.
+    The fields of `Measured`, and ratios to the baseline: of medians over the rounds, with the least and greatest of a
+    round; of the tokens per second of all rows, also between largest batches; of the bytes of a row on the device.
     """
     names = ("tokens_per_second", "prefill_ratio", "prefill_ratio_range", "step_ratio", "step_ratio_range")
     row = asdict(measured) | dict.fromkeys((*names, "tokens_ratio", "bytes_ratio"))

@@ -58,11 +58,9 @@ def oracle_rows() -> Iterator[dict[str, Any]]:
         given = attention_with_lse("sdpa", query, key, value, scaling=scaling)
         if given is None:
             raise RuntimeError("torch's attention gives no log-sum-exps for bfloat16 on this device.")
-        lse, group_sum = given[1], not is_weighted
-        by_kernel = functools.partial(
-            attention_scores, query, key, lse, scaling=scaling, row_weights=weights, group_sum=group_sum
-        )
-        by_attention = functools.partial(transposed_flash_scores, query, key, lse, weights, scaling, group_sum)
+        inputs, settings = (query, key, given[1]), {"scaling": scaling, "group_sum": not is_weighted}
+        by_kernel = functools.partial(attention_scores, *inputs, row_weights=weights, **settings)
+        by_attention = functools.partial(transposed_flash_scores, *inputs, weights, **settings)
         attention_seconds, kernel_seconds = median_seconds(by_attention, by_kernel)
         scores, expected = by_kernel().double(), by_attention().double()
         given_out = HEADS * (length if weights is None else float(weights.double().sum()))

@@ -38,11 +38,8 @@ OUTCOMES = {"failure": "failed", "error": "error", "skipped": "skipped"}
 
 def run(path: Path | None, chosen: list[str] | None = None) -> dict[str, Any]:
     """
-    Runs parts of the suite, all by default, and prints the results. The record is written to `path` after every part.
-
-    Returns:
-        `dict`: "chosen_parts"; "parts", each of `run_part`; "is_complete", whether all chosen parts have run; "driver"
-            and "cuda", their versions; and what `describe_run` has.
+    Runs parts of the suite, all by default, and prints the results. The record is written to `path` after every part; it
+    has "parts", each of `run_part`, and "is_complete", whether all chosen parts have run.
     """
     unknown = [name for name in chosen or [] if name not in PART_LIMITS]
     if unknown:
@@ -75,10 +72,8 @@ def run(path: Path | None, chosen: list[str] | None = None) -> dict[str, Any]:
 
 def run_part(name: str, root: Path, result_path: Path, limit_seconds: float) -> dict[str, Any]:
     """
-    Runs one part in a process of its own, which writes `result_path`: JSON, or the XML of `pytest --junitxml`.
-
-    Returns:
-        `dict`: "wall_seconds"; "failures", one line each; "result"; and "output_tail" where there are failures.
+    Runs one part in a process of its own, which writes `result_path`: JSON, or the XML of `pytest --junitxml`. Returns
+    its "wall_seconds", "result" and "failures", one line each, and where there are any the "output_tail".
     """
     print(f"== {name}", flush=True)
     start = time.perf_counter()
@@ -103,7 +98,7 @@ def run_part(name: str, root: Path, result_path: Path, limit_seconds: float) -> 
     except (OSError, ElementTree.ParseError):
         failures.append("no results were written")
     part = {"wall_seconds": time.perf_counter() - start, "failures": failures, "result": result}
-    return part | ({"output_tail": lines[-TAIL_LINES:]} if failures else {})
+    return part | ({"output_tail": lines} if failures else {})
 
 
 def command_of(name: str, root: Path, result_path: Path) -> list[str]:
@@ -114,8 +109,10 @@ def command_of(name: str, root: Path, result_path: Path) -> list[str]:
     files = [path for path in sorted((root / "tests").rglob("test_*.py")) if "mark.cuda" in path.read_text()]
     if not files:
         raise FileNotFoundError(f"{root / 'tests'} holds no tests marked cuda: run this from the repository.")
-    options = f"-m cuda -n{TEST_PROCESSES} --dist=load -v --tb=short --no-header --color=no".split()
-    options += ["--continue-on-collection-errors", f"--junitxml={result_path}", "--override-ini=junit_family=xunit1"]
+    options = (
+        f"-m cuda -n{TEST_PROCESSES} --dist=load -v --tb=short --no-header --color=no -o junit_family=xunit1".split()
+    )
+    options += ["--continue-on-collection-errors", f"--junitxml={result_path}"]
     return [sys.executable, "-m", "pytest", *options, *(str(path.relative_to(root)) for path in files)]
 
 

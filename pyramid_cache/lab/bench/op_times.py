@@ -63,10 +63,8 @@ class Shape:
 @dataclass(frozen=True)
 class Case:
     """
-    Args:
-        attention (`functools.partial`): `sdpa` of query, key and value.
-        with_scores (`Callable`): Returns the same output, and scores `(batch, kv_heads, keys)`.
-        recomputes_lse (`bool`): Whether no attention kernel gives the log-sum-exps, so that they are computed again.
+    `sdpa`, and what returns the same output with scores, `(batch, kv_heads, keys)`. `recomputes_lse` says that no
+    attention kernel gives the log-sum-exps, so that they are computed again.
     """
 
     attention: functools.partial
@@ -153,6 +151,7 @@ def eviction_step(shape: Shape, query: torch.Tensor, key: torch.Tensor, value: t
     slots_shape = (shape.batch_size, shape.kv_heads, shape.length)
     positions = torch.rand(slots_shape, device=shape.device).argsort(dim=-1).int()
     scores = torch.rand(slots_shape, device=shape.device)
+    int32 = {"dtype": torch.int32, "device": shape.device}
     numbers = {"next_position": shape.length + 1, "num_recent": shape.length // 2}
     step = functools.partial(
         decode_attention_and_evict,
@@ -165,10 +164,7 @@ def eviction_step(shape: Shape, query: torch.Tensor, key: torch.Tensor, value: t
         scores=scores,
         has_empty_slots=False,
         scaling=shape.head_dim**-0.5,
-        **{
-            name: torch.full((shape.batch_size, 1, 1), number, dtype=torch.int32, device=shape.device)
-            for name, number in numbers.items()
-        },
+        **{name: torch.full((shape.batch_size, 1, 1), number, **int32) for name, number in numbers.items()},
     )
     return lambda: (step()[0], scores)
 
@@ -203,12 +199,8 @@ def measure_op(op: str, shape: Shape, bandwidth: float, most_rounds: int) -> dic
 
 def as_row(op: str, shape: Shape, times: Times, graph_times: Times | None, bandwidth: float) -> dict[str, Any]:
     """
-    The figures of one op at one shape: medians over the rounds, and their ratios.
-
-    Args:
-        times (`tuple`): Seconds of attention alone and of attention with scores, in each round.
-        graph_times (`tuple`, *optional*): The same in a CUDA graph. Without, its figures are None.
-        bandwidth (`float`): From `copy_bandwidth`.
+    The figures of one op at one shape: medians over the rounds, and their ratios. Times are seconds of attention alone
+    and of attention with scores in each round, without and with a CUDA graph. `bandwidth` is that of `copy_bandwidth`.
     """
     attention, with_scores = map(statistics.median, times)
     num_bytes = bytes_moved(op, shape)

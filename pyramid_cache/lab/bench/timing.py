@@ -52,12 +52,8 @@ def time_in_turns(
     now: Callable[[], float] = time.perf_counter,
 ) -> tuple[list[float], list[float]]:
     """
-    The seconds of two functions in each round. Which of them goes first changes from round to round.
-
-    Args:
-        measure (`Callable`): Takes a function and returns the seconds of a call, such as `seconds_of`.
-        budget_seconds (`float`): No round begins after this time, except the first `LEAST_ROUNDS`.
-        now (`Callable`): The clock of the budget.
+    The seconds of two functions in each round, as `measure` gives them. Which goes first changes from round to round.
+    No round begins after `budget_seconds` by the clock `now`, except the first `LEAST_ROUNDS`.
     """
     first(), second()  # kernels are compiled before the clock starts
     times: tuple[list[float], list[float]] = ([], [])
