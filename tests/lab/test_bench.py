@@ -24,189 +24,185 @@ def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "CPU_TURN_SECONDS", 1e-4)
 
 
-@pytest.fixture
-def cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine that says it has a GPU."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Imaginary GPU")
-
-
 def small_shape(dtype: torch.dtype = torch.float32) -> Shape:
     return Shape(40, dtype, CPU, batch_size=2, heads=4, kv_heads=2, head_dim=16, window=5)
 
 
-class TestTiming:
-    @pytest.mark.parametrize(
-        "seconds, budget, most, rounds",
-        [
-            (1.0, 0.0, 200, 5),  # five rounds, however long they take
-            (1.0, 13.0, 200, 7),  # two seconds per round: the seventh begins after 12
-            (0.25, 3.0, 200, 6),
-            (0.001, 100.0, 9, 9),
-        ],
-    )
-    def test_functions_take_turns_until_the_budget_is_used_up(
-        self, seconds: float, budget: float, most: int, rounds: int
-    ) -> None:
-        calls: list[str] = []
-        first, second = lambda: calls.append("a"), lambda: calls.append("b")
-
-        def measure(run: Callable[[], object]) -> float:
-            run()
-            return 1.0 if run is first else 2.0
-
-        limits = {"budget_seconds": budget, "most_rounds": most, "now": lambda: seconds * (len(calls) - 2)}
-        times = timing.time_in_turns(first, second, measure, **limits)
-        assert times == ([1.0] * rounds, [2.0] * rounds)
-        # The first call of each is not measured. Then the order changes from round to round.
-        assert "".join(calls) == "ab" + ("abba" * rounds)[: 2 * rounds]
-
-    def test_torch_takes_times_on_the_cpu_with_the_threads_of_the_process(self) -> None:
-        seen = []
-        seconds = timing.seconds_of(lambda: seen.append(torch.get_num_threads()), CPU)
-        assert 0 < seconds < 0.1
-        assert set(seen) == {torch.get_num_threads()}
-        assert timing.copy_bandwidth(CPU) > 0
-
-    def test_triton_takes_times_on_cuda(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        testing = pytest.importorskip("triton.testing")
-        monkeypatch.setattr(testing, "do_bench", lambda run, **settings: run() if settings["rep"] else 0)
-        monkeypatch.setattr(testing, "do_bench_cudagraph", lambda run, **settings: 2 * run())
-        device = torch.device("cuda", 0)
-        monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
-        assert timing.seconds_of(lambda: 3.0, device) == 3e-3
-        assert timing.seconds_of(lambda: 3.0, device, in_graph=True) == 6e-3
-        monkeypatch.setitem(sys.modules, "triton", None)
-        with pytest.raises(ValueError, match="triton, which is missing: pip install triton"):
-            timing.seconds_of(lambda: 3.0, device)
-
-
-class TestOps:
-    @pytest.mark.parametrize("op", OPS)
-    def test_both_ways_give_the_output_and_the_scores_are_the_probabilities(self, op: str) -> None:
-        case = build_case(op, small_shape())
-        query, key, value = case.attention.args
-        output, scores = case.with_scores()
-        if op == "decode_scores_and_evict":
-            before = scores.clone()
-            output, scores = case.with_scores()
-            # Scores grow by the probabilities, but those of the slot that is written to begin anew at 0.
-            is_written = scores == before
-            assert (is_written.sum(dim=-1) == 1).all()
-            scores = torch.where(is_written, scores, scores - before)
-        # After the call: a new token that is written in place is attended to as well.
-        torch.testing.assert_close(output, case.attention())
-        rows = query.shape[2]
-        grouped = query.double().view(2, 2, 2, rows, 16)
-        logits = grouped @ key.double()[:, :, None].transpose(-1, -2) / 4
-        if rows > 1:
-            logits = logits.masked_fill(torch.ones(rows, 40, dtype=torch.bool).triu_(1), float("-inf"))
-        probabilities = logits.softmax(dim=-1)
-        expected = probabilities[..., -5 if op == "window_scores" else -rows :, :].sum(dim=(2, 3))
-        torch.testing.assert_close(scores.double(), expected, rtol=1e-4, atol=1e-5)
-        # Output, `(batch, rows, heads, head_dim)`, against the same probabilities.
-        weighted = probabilities @ value.double()[:, :, None]
-        torch.testing.assert_close(output.double(), weighted.flatten(1, 2).transpose(1, 2), rtol=1e-4, atol=1e-5)
-
-    def test_bytes(self) -> None:
-        """At 9 of 3 heads of 64 and 64 tokens in float32, and half of them where only log-sum-exps and scores are float32."""
-        shape = Shape(64, torch.float32, CPU, batch_size=1, heads=9, kv_heads=3, head_dim=64, window=64)
-        query, key, lse, scores = 147_456, 49_152, 2_304, 768
-        prefill = query + key + key + query + lse + scores
-        decode = 2_304 + key + key + 2_304 + 36 + scores
-        assert [bytes_moved(op, shape) for op in OPS] == [prefill, prefill, decode, decode + 2 * scores]
-        whole, half = (bytes_moved("all_row_scores", small_shape(dtype)) for dtype in (torch.float32, torch.bfloat16))
-        float32_bytes = 2 * 4 * 40 * 4 + 2 * 2 * 40 * 4
-        assert half - float32_bytes == (whole - float32_bytes) / 2
-
-    def test_memory_that_is_needed_is_refused_to_the_byte(self) -> None:
-        """One set of inputs with its output, another output, and room for the ops."""
-        for op in OPS:
-            needed = (1 << 28) + 2 * bytes_moved(op, small_shape())
-            for available in (None, needed):
-                op_times.check_memory(op, small_shape(), available)
-            with pytest.raises(ValueError, match="Lower --lengths or --batch-size"):
-                op_times.check_memory(op, small_shape(), needed - 1)
-
-    def test_figures_by_hand(self) -> None:
-        shape = Shape(131072, torch.bfloat16, torch.device("cuda"), 1, heads=32, kv_heads=8, head_dim=128, window=64)
-        times, graph_times = ([2e-3, 4e-3, 3e-3], [5e-3, 6e-3, 9e-3]), ([1e-3, 1e-3], [1.05e-3, 1.05e-3])
-        row = op_times.as_row("decode_scores", shape, times, graph_times, bandwidth=1e12)
-        num_bytes = 2 * 32 * 128 * 2 + 2 * 8 * 131072 * 128 * 2 + 32 * 4 + 8 * 131072 * 4
-        assert row["bytes"] == num_bytes == 541_081_728
-        assert (row["attention_seconds"], row["with_scores_seconds"], row["rounds"]) == (3e-3, 6e-3, 3)
-        assert (row["attention_seconds_minimum"], row["with_scores_seconds_minimum"]) == (2e-3, 5e-3)
-        assert (row["ratio_to_attention"], row["overhead_percent"]) == (2.0, 100.0)
-        assert row["spread"] == pytest.approx(2 / 3)  # 2 of 3 ms; 4 of 6 ms is as much
-        assert row["bandwidth_fraction"] == pytest.approx(541_081_728 / 6e-3 / 1e12)
-        assert (row["graph_rounds"], row["graph_seconds"], row["attention_graph_seconds"]) == (2, 1.05e-3, 1e-3)
-        assert row["graph_ratio_to_attention"] == pytest.approx(1.05)
-        assert row["graph_bandwidth_fraction"] == pytest.approx(541_081_728 / 1.05e-3 / 1e12)
-        without = op_times.as_row("decode_scores", shape, times, None, bandwidth=1e12)
-        assert without == row | {name: None for name in row if "graph" in name}
-
-    def test_graphs_run_every_set_of_inputs(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """With three sets of inputs, a call of the graph is a third of what is timed."""
-        monkeypatch.setattr(op_times, "num_copies", lambda op, shape: 3)
-        monkeypatch.setattr(op_times, "seconds_of", lambda run, device, in_graph=False: 6.0 if in_graph else 4.0)
-        row = op_times.measure_op("decode_scores", small_shape(), 1e9, 5)
-        assert (row["attention_seconds"], row["attention_graph_seconds"], row["graph_seconds"]) == (4.0, 2.0, 2.0)
-
-    def test_prompts_without_a_chosen_length_end_at_the_longest_prefill(self) -> None:
-        sizes = {"batch_size": 1, "heads": 4, "kv_heads": 2, "head_dim": 16, "window": 5}
-        shapes = op_times.build_shapes([40, 80], ["float32"], CPU, 40, **sizes)
-        assert [(op, shape.length) for op, shape in shapes] == [(op, 40) for op in OPS] + [(op, 80) for op in OPS[2:]]
-
-    def test_on_the_cpu(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        path = tmp_path / "record.json"
-        arguments = ["bench", "--json", str(path), "ops", "--device", "cpu", "--lengths", "64,96", "--rounds", "5"]
-        assert main([*arguments, "--dtype", "float32", "bfloat16", "--batch-size", "2", "--window", "8"]) == 0
-        record = json.loads(path.read_text())
-        assert {"command", "device", "threads", "versions", "machine", "ratios"} <= set(record)
-        assert {"torch", "triton", "transformers"} <= set(record["versions"])
-        assert record["threads"] == torch.get_num_threads()
-        assert "--lengths 64,96 --dtype float32 bfloat16 --heads 9 --kv-heads 3 --head-dim 64" in record["command"]
-        rows = record["rows"]
-        wanted = [(op, length, dtype) for length in (64, 96) for dtype in ("float32", "bfloat16") for op in OPS]
-        assert [(row["op"], row["length"], row["dtype"]) for row in rows] == wanted
-        lines = [line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
-        for row, line in zip(rows, lines, strict=True):
-            assert (row["heads"], row["kv_heads"], row["head_dim"]) == (9, 3, 64)
-            assert (row["batch_size"], row["window"], row["rounds"]) == (2, 8, 5)
-            ratio = row["with_scores_seconds"] / row["attention_seconds"]
-            moved = row["bytes"] / row["with_scores_seconds"] / record["copy_bytes_per_second"]
-            assert (row["ratio_to_attention"], row["bandwidth_fraction"]) == pytest.approx((ratio, moved))
-            assert row["graph_seconds"] is None and not row["recomputes_lse"]
-            assert [cell.strip() for cell in line] == [
-                *(row["op"], str(row["length"]), row["dtype"], f"{row['attention_seconds'] * 1e3:,.3f}"),
-                *(f"{row['with_scores_seconds'] * 1e3:,.3f}", f"{ratio:.2f}×", f"{100 * (ratio - 1):+.1f} %"),
-                *(f"{row['spread']:.0%}", f"{row['bytes'] / 2**20:,.1f}", f"{moved:.1%}"),
-            ]
-
-
 @pytest.mark.parametrize(
-    "arguments, message",
-    [
-        ("ops --dtype int8", "invalid choice: 'int8'"),
-        ("ops --lengths 64,x", "'x' is no whole number of at least 1"),
-        ("ops --rounds 4", "'4' is no whole number of at least 5"),
-        ("ops --device meta", "'meta' cannot be used"),
-        pytest.param("ops --device cuda", "'cuda' cannot be used", marks=needs_no_cuda),
-        ("", "give `caches`, `ops` or --suite"),
-        ("--parts ops", "give `caches`, `ops` or --suite"),
-        ("--suite gpu ops", "give --suite or ops, not both"),
-        ("--suite cpu caches", "give --suite or caches, not both"),
-        ("--parts ops ops", "--parts are parts of `bench --suite gpu`"),
-        ("--suite cpu --parts ops", "--parts are parts of `bench --suite gpu`"),
-        ("--suite gpu --parts ops,speed", "'speed' is none of tests, ops, caches, oracle, gather"),
-        pytest.param("--suite gpu", "needs a CUDA device", marks=needs_no_cuda),
-        ("ops --device cpu --heads 5 --kv-heads 3", "5 query heads cannot share 3 KV heads"),
-        ("ops --device cpu --lengths 32", "A window of 64 rows is longer than 32 tokens"),
-        ("ops --device cpu --lengths 99999999999", "Lower --lengths"),
-        ("ops --device cpu --json missing/record.json", "a file in a folder that exists"),
-    ],
+    "seconds, budget, most, rounds",
+    # Five rounds, however long they take; of two seconds per round, the seventh begins after 12.
+    [(1.0, 0.0, 200, 5), (1.0, 13.0, 200, 7), (0.25, 3.0, 200, 6), (0.001, 100.0, 9, 9)],
 )
+def test_functions_take_turns_until_the_budget_is_used_up(
+    seconds: float, budget: float, most: int, rounds: int
+) -> None:
+    calls: list[str] = []
+
+    def measure(run: Callable[[], object]) -> float:
+        run()
+        return 1.0 if calls[-1] == "a" else 2.0
+
+    limits = {"budget_seconds": budget, "most_rounds": most, "now": lambda: seconds * (len(calls) - 2)}
+    times = timing.time_in_turns(lambda: calls.append("a"), lambda: calls.append("b"), measure, **limits)
+    assert times == ([1.0] * rounds, [2.0] * rounds)
+    # The first call of each is not measured. Then the order changes from round to round.
+    assert "".join(calls) == "ab" + ("abba" * rounds)[: 2 * rounds]
+
+
+def test_torch_takes_times_on_the_cpu_and_triton_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = []
+    assert 0 < timing.seconds_of(lambda: threads.append(torch.get_num_threads()), CPU) < 0.1
+    assert set(threads) == {torch.get_num_threads()}
+    assert timing.copy_bandwidth(CPU) > 0
+    testing = pytest.importorskip("triton.testing")
+    monkeypatch.setattr(testing, "do_bench", lambda run, warmup, rep, return_mode: run())
+    monkeypatch.setattr(testing, "do_bench_cudagraph", lambda run, rep, return_mode: 2 * run())
+    monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
+    device = torch.device("cuda", 0)
+    assert timing.seconds_of(lambda: 3.0, device) == 3e-3
+    assert timing.seconds_of(lambda: 3.0, device, in_graph=True) == 6e-3
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(ValueError, match="triton, which is missing: pip install triton"):
+        timing.seconds_of(lambda: 3.0, device)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_both_ways_give_the_output_and_the_scores_are_the_probabilities(op: str) -> None:
+    case = build_case(op, small_shape())
+    query, key, value = case.attention.args
+    output, scores = case.with_scores()
+    if op == "decode_scores_and_evict":
+        before = scores.clone()
+        output, scores = case.with_scores()
+        # Scores grow by the probabilities, but those of the slot that is written to begin anew at 0.
+        is_written = scores == before
+        assert (is_written.sum(dim=-1) == 1).all()
+        scores = torch.where(is_written, scores, scores - before)
+    # After the call: a new token that is written in place is attended to as well.
+    torch.testing.assert_close(output, case.attention())
+    rows = query.shape[2]
+    grouped = query.double().view(2, 2, 2, rows, 16)
+    logits = grouped @ key.double()[:, :, None].transpose(-1, -2) / 4
+    if rows > 1:
+        logits = logits.masked_fill(torch.ones(rows, 40, dtype=torch.bool).triu_(1), float("-inf"))
+    probabilities = logits.softmax(dim=-1)
+    expected = probabilities[..., -5 if op == "window_scores" else -rows :, :].sum(dim=(2, 3))
+    torch.testing.assert_close(scores.double(), expected, rtol=1e-4, atol=1e-5)
+    # Output, `(batch, rows, heads, head_dim)`, against the same probabilities.
+    weighted = probabilities @ value.double()[:, :, None]
+    torch.testing.assert_close(output.double(), weighted.flatten(1, 2).transpose(1, 2), rtol=1e-4, atol=1e-5)
+
+
+def test_bytes_moved() -> None:
+    """At 9 of 3 heads of 64 and 64 tokens in float32. Log-sum-exps and scores stay float32 in half precision."""
+    shape = Shape(64, torch.float32, CPU, batch_size=1, heads=9, kv_heads=3, head_dim=64, window=64)
+    query, key, lse, scores = 147_456, 49_152, 2_304, 768
+    prefill = query + key + key + query + lse + scores
+    decode = 2_304 + key + key + 2_304 + 36 + scores
+    assert [bytes_moved(op, shape) for op in OPS] == [prefill, prefill, decode, decode + 2 * scores]
+    whole, half = (bytes_moved("all_row_scores", small_shape(dtype)) for dtype in (torch.float32, torch.bfloat16))
+    float32_bytes = 2 * 4 * 40 * 4 + 2 * 2 * 40 * 4
+    assert half - float32_bytes == (whole - float32_bytes) / 2
+
+
+def test_memory_that_is_needed_is_refused_to_the_byte() -> None:
+    """One set of inputs with its output, another output, and room for the ops."""
+    for op in OPS:
+        needed = (1 << 28) + 2 * bytes_moved(op, small_shape())
+        for available in (None, needed):
+            op_times.check_memory(op, small_shape(), available)
+        with pytest.raises(ValueError, match="Lower --lengths or --batch-size"):
+            op_times.check_memory(op, small_shape(), needed - 1)
+
+
+def test_figures_by_hand() -> None:
+    shape = Shape(131072, torch.bfloat16, torch.device("cuda"), 1, heads=32, kv_heads=8, head_dim=128, window=64)
+    times, graph_times = ([2e-3, 4e-3, 3e-3], [5e-3, 6e-3, 9e-3]), ([1e-3, 1e-3], [1.05e-3, 1.05e-3])
+    row = op_times.as_row("decode_scores", shape, times, graph_times, bandwidth=1e12)
+    num_bytes = 2 * 32 * 128 * 2 + 2 * 8 * 131072 * 128 * 2 + 32 * 4 + 8 * 131072 * 4
+    assert row["bytes"] == num_bytes == 541_081_728
+    assert (row["attention_seconds"], row["with_scores_seconds"], row["rounds"]) == (3e-3, 6e-3, 3)
+    assert (row["attention_seconds_minimum"], row["with_scores_seconds_minimum"]) == (2e-3, 5e-3)
+    assert (row["ratio_to_attention"], row["overhead_percent"]) == (2.0, 100.0)
+    assert row["spread"] == pytest.approx(2 / 3)  # 2 of 3 ms; 4 of 6 ms is as much
+    assert row["bandwidth_fraction"] == pytest.approx(541_081_728 / 6e-3 / 1e12)
+    assert (row["graph_rounds"], row["graph_seconds"], row["attention_graph_seconds"]) == (2, 1.05e-3, 1e-3)
+    assert row["graph_ratio_to_attention"] == pytest.approx(1.05)
+    assert row["graph_bandwidth_fraction"] == pytest.approx(541_081_728 / 1.05e-3 / 1e12)
+    without = op_times.as_row("decode_scores", shape, times, None, bandwidth=1e12)
+    assert without == row | {name: None for name in row if "graph" in name}
+
+
+def test_graphs_run_every_set_of_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With three sets of inputs, a call of the graph is a third of what is timed."""
+    monkeypatch.setattr(op_times, "num_copies", lambda op, shape: 3)
+    monkeypatch.setattr(op_times, "seconds_of", lambda run, device, in_graph=False: 6.0 if in_graph else 4.0)
+    row = op_times.measure_op("decode_scores", small_shape(), 1e9, 5)
+    assert (row["attention_seconds"], row["attention_graph_seconds"], row["graph_seconds"]) == (4.0, 2.0, 2.0)
+
+
+def test_prompts_without_a_chosen_length_end_at_the_longest_prefill() -> None:
+    sizes = {"batch_size": 1, "heads": 4, "kv_heads": 2, "head_dim": 16, "window": 5}
+    shapes = op_times.build_shapes([40, 80], ["float32"], CPU, 40, **sizes)
+    assert [(op, shape.length) for op, shape in shapes] == [(op, 40) for op in OPS] + [(op, 80) for op in OPS[2:]]
+
+
+def test_ops_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "record.json"
+    arguments = ["bench", "--json", str(path), "ops", "--device", "cpu", "--lengths", "64,96", "--rounds", "5"]
+    assert main([*arguments, "--dtype", "float32", "bfloat16", "--batch-size", "2", "--window", "8"]) == 0
+    record = json.loads(path.read_text())
+    assert {"command", "device", "threads", "versions", "machine", "ratios"} <= set(record)
+    assert {"torch", "triton", "transformers"} <= set(record["versions"])
+    assert record["threads"] == torch.get_num_threads()
+    assert "--lengths 64,96 --dtype float32 bfloat16 --heads 9 --kv-heads 3 --head-dim 64" in record["command"]
+    rows = record["rows"]
+    wanted = [(op, length, dtype) for length in (64, 96) for dtype in ("float32", "bfloat16") for op in OPS]
+    assert [(row["op"], row["length"], row["dtype"]) for row in rows] == wanted
+    lines = [line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    for row, line in zip(rows, lines, strict=True):
+        assert (row["heads"], row["kv_heads"], row["head_dim"]) == (9, 3, 64)
+        assert (row["batch_size"], row["window"], row["rounds"]) == (2, 8, 5)
+        ratio = row["with_scores_seconds"] / row["attention_seconds"]
+        moved = row["bytes"] / row["with_scores_seconds"] / record["copy_bytes_per_second"]
+        assert (row["ratio_to_attention"], row["bandwidth_fraction"]) == pytest.approx((ratio, moved))
+        assert row["graph_seconds"] is None and not row["recomputes_lse"]
+        assert [cell.strip() for cell in line] == [
+            *(row["op"], str(row["length"]), row["dtype"], f"{row['attention_seconds'] * 1e3:,.3f}"),
+            *(f"{row['with_scores_seconds'] * 1e3:,.3f}", f"{ratio:.2f}×", f"{100 * (ratio - 1):+.1f} %"),
+            *(f"{row['spread']:.0%}", f"{row['bytes'] / 2**20:,.1f}", f"{moved:.1%}"),
+        ]
+
+
+REFUSED = [
+    ("", "give `caches`, `ops` or --suite"),
+    ("--suite gpu ops", "give --suite or ops, not both"),
+    ("--suite cpu --json x caches", "give --suite or caches, not both"),
+    ("--parts ops ops", "--parts are parts of `bench --suite gpu`"),
+    ("--suite cpu --parts ops", "--parts are parts of `bench --suite gpu`"),
+    ("--suite gpu --parts ops,speed", "'speed' is none of tests, ops, caches, oracle, gather"),
+    pytest.param("--suite gpu", "needs a CUDA device", marks=needs_no_cuda),
+    ("ops --dtype int8", "invalid choice: 'int8'"),
+    ("ops --rounds 4", "'4' is no whole number of at least 5"),
+    ("ops --device meta", "'meta' cannot be used"),
+    ("ops --device cpu --heads 5 --kv-heads 3", "5 query heads cannot share 3 KV heads"),
+    ("ops --device cpu --lengths 32", "A window of 64 rows is longer than 32 tokens"),
+    ("ops --device cpu --lengths 99999999999", "Lower --lengths"),
+    ("ops --device cpu --json missing/record.json", "a file in a folder that exists"),
+    ("caches --caches h3o", "'h3o' is no cache"),
+    ("caches --budgets 1.5", "1.5"),
+    ("caches --lengths 64,x", "'x' is no whole number of at least 1"),
+    ("caches --model tiny --device cpu --largest-batch", "--largest-batch fills the memory of a CUDA device"),
+    ("caches --model tiny --device cpu --lengths 131072", "but the model was made for 131,072"),
+    ("caches --model tiny --device cpu --lengths 500000", "exceeds the 131,072 tokens that there"),
+    ("caches --model tiny --device cpu --caches offloaded", "choose another device than the cpu"),
+    ("caches --plot picture.doc", "must end in one of"),
+    ("caches --plot missing/picture.png", "a file in a folder that exists"),
+    ("caches --save-tokens missing/tokens.json", "a file in a folder that exists"),
+]
+
+
+@pytest.mark.parametrize("arguments, message", REFUSED)
 def test_what_cannot_be_measured_is_refused(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     try:
         status = main(["bench", *arguments.split()])
@@ -244,7 +240,7 @@ def test_tests_that_ran_before_the_limit_are_told_by_name(tmp_path: Path, monkey
     (folder / "test_unreadable.py").write_text("import no_such_package\nimport pytest\nmark = pytest.mark.cuda\n")
     (folder / "test_not_asked_for.py").write_text("import no_such_package\n")
     monkeypatch.setattr(gpu_suite, "TEST_PROCESSES", 1)
-    part = gpu_suite.run_part("tests", tmp_path, tmp_path / "results.xml", 20)
+    part = gpu_suite.run_part("tests", tmp_path, tmp_path / "results.xml", 12)
     outcomes = part["result"]["outcomes"]
     assert outcomes == {
         "tests/test_some.py::TestSome::test_passes[a b]": "passed",
@@ -252,10 +248,10 @@ def test_tests_that_ran_before_the_limit_are_told_by_name(tmp_path: Path, monkey
         "tests/test_some.py::test_fails": "failed",
         "tests/test_some.py::test_is_skipped": "skipped",
         "tests/test_some.py::test_is_in_error": "error",
-        "tests.test_unreadable": "error",
+        "tests/test_unreadable.py": "error",
     }
     failed = [f"{name}: {outcome}" for name, outcome in outcomes.items() if outcome in ("failed", "error")]
-    assert part["failures"] == ["stopped after 20 s", *failed]
+    assert part["failures"] == ["stopped after 12 s", *failed]
     assert any("assert 1 == 2" in line for line in part["output_tail"])
 
 
@@ -273,53 +269,45 @@ def test_part_without_results_says_why(tmp_path: Path, monkeypatch: pytest.Monke
     assert part["output_tail"] == ["started"]
 
 
-def test_parts_go_on_after_a_failure_and_all_is_written_after_each(
-    cuda: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("chosen", ["tests,ops,caches,oracle,gather", "oracle, tests"])
+def test_parts_run_in_order_and_all_is_written_after_each(
+    chosen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Imaginary GPU")
+    assert sum(gpu_suite.PART_LIMITS.values()) <= 9 * 60
     path = tmp_path / "record.json"
     row = op_times.as_row("decode_scores", small_shape(), ([1.0], [1.5]), None, 1e9)
     case = '<testcase classname="tests.test_a" name="test_b" file="tests/test_a.py" />'
     # Each part notes what the file held when it began.
-    write = "import pathlib, sys; path = pathlib.Path(sys.argv[1]); path.write_text(sys.argv[2]); "
-    note = "seen = pathlib.Path(sys.argv[3]); print(seen.read_text().count('wall_seconds') if seen.exists() else 0); "
+    code = "import pathlib, sys; path = pathlib.Path(sys.argv[1]); path.write_text(sys.argv[2]); "
+    code += "seen = pathlib.Path(sys.argv[3]); print(seen.read_text().count('wall_seconds') if seen.exists() else 0); "
 
     def command_of(name: str, root: Path, result_path: Path) -> list[str]:
         text = f"<testsuites>{case}</testsuites>" if name == "tests" else json.dumps({"rows": [row]})
-        code = write + note + ("sys.exit('no such kernel')" if name == "oracle" else "")
-        return [sys.executable, "-c", code, str(result_path), text, str(path)]
+        end = "sys.exit('no such kernel')" if name == "oracle" else ""
+        return [sys.executable, "-c", code + end, str(result_path), text, str(path)]
 
     monkeypatch.setattr(gpu_suite, "command_of", command_of)
-    assert main(["bench", "--suite", "gpu", "--json", str(path)]) == 1
+    assert main(["bench", "--suite", "gpu", "--parts", chosen, "--json", str(path)]) == 1
     record = json.loads(path.read_text())
-    assert record["is_complete"]
-    assert record["command"] == "pyramid-cache bench --suite gpu"
-    assert record["device"] == "Imaginary GPU"
-    assert list(record["parts"]) == ["tests", "ops", "caches", "oracle", "gather"]
+    names = [name for name in ("tests", "ops", "caches", "oracle", "gather") if name in chosen]
+    assert record["chosen_parts"] == list(record["parts"]) == names
+    assert (record["is_complete"], record["device"]) == (True, "Imaginary GPU")
+    assert record["command"] == f"pyramid-cache bench --suite gpu --parts {','.join(names)}"
     failures = {name: part["failures"] for name, part in record["parts"].items() if part["failures"]}
     assert failures == {"oracle": ["exit status 1: no such kernel"]}
-    assert record["parts"]["oracle"]["output_tail"] == ["3", "no such kernel"]
+    assert record["parts"]["oracle"]["output_tail"] == [str(names.index("oracle")), "no such kernel"]
     assert record["parts"]["tests"]["result"]["outcomes"] == {"tests/test_a.py::test_b": "passed"}
-    assert record["parts"]["ops"]["result"]["rows"] == [row]
     printed = capsys.readouterr().out
-    for name, seen in zip(record["parts"], range(5), strict=True):
-        assert f"== {name}\n{seen}\n" in printed
-    for text in ("Imaginary GPU", "1 passed, 0 failed", "s: exit status 1: no such kernel", "1.50×"):
+    for index, name in enumerate(names):
+        assert f"== {name}\n{index}\n" in printed
+    for text in ("Imaginary GPU", "1 passed, 0 failed", "s: exit status 1: no such kernel"):
         assert text in printed
-
-
-def test_chosen_parts_run_in_the_order_of_the_suite(
-    cuda: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert sum(gpu_suite.PART_LIMITS.values()) <= 9 * 60
-    path, seen = tmp_path / "record.json", []
-    done = {"wall_seconds": 1.0, "failures": [], "result": {}}
-    monkeypatch.setattr(gpu_suite, "run_part", lambda name, *rest: seen.append((name, rest[-1])) or done)
-    assert main(["bench", "--suite", "gpu", "--parts", "gather, ops", "--json", str(path)]) == 0
-    record = json.loads(path.read_text())
-    assert seen == [(name, gpu_suite.PART_LIMITS[name]) for name in ("ops", "gather")]
-    assert record["chosen_parts"] == list(record["parts"]) == ["ops", "gather"]
-    assert record["is_complete"]
-    assert record["command"] == "pyramid-cache bench --suite gpu --parts ops,gather"
+    if "ops" in names:
+        assert record["parts"]["ops"]["result"]["rows"] == [row]
+        assert "1.50×" in printed
 
 
 @pytest.mark.parametrize("factor, status", [(1.0, 0), (1.01, 1), (float("nan"), 1)])
@@ -372,8 +360,7 @@ def test_writing_follows_links_and_leaves_nothing_behind(tmp_path: Path) -> None
     target.write_text("old")
     link.symlink_to(target)
     write_json({"a": 1}, link)
-    assert link.is_symlink()
-    assert json.loads(target.read_text()) == {"a": 1}
+    assert link.is_symlink() and json.loads(target.read_text()) == {"a": 1}
     assert sorted(tmp_path.iterdir()) == [link, target]
 
 

@@ -1,4 +1,4 @@
-"""`pyramid-cache bench caches`: figures by hand, what is counted against what the ops are given, and what is refused."""
+"""`pyramid-cache bench caches`: figures by hand, and what is counted against what the ops are given."""
 
 import json
 from pathlib import Path
@@ -152,16 +152,16 @@ def test_caches_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         assert row["failure"] is None
         assert len(row["step_seconds"]) == len(row["prefill_seconds"]) == 2
         assert row["prefill_rows"] == (batch_size if name in ("static", "quantized") else 1)
-        assert row["bytes_ratio"] == row["device_bytes"] / rows["dynamic", batch_size]["device_bytes"]
+        assert row["bytes_ratio"] == pytest.approx(row["device_bytes"] / rows["dynamic", batch_size]["device_bytes"])
         assert sum(row["stages"].values()) == pytest.approx(1)
         assert (row["fetched_bytes"] is not None) == name.startswith("shadow")
         assert (row["host_bytes"] > 0) == name.startswith("shadow")
         assert row["is_largest_batch"] is False and row["decode_peak_bytes"] is None
-    # Two layers, keys and values of two heads of 16 numbers of 4 bytes. A run is 2 + 4 steps and the first; behind that of
-    # one row are 4 steps and the first of a profile, then the run of three rows.
+    # Two layers, keys and values of two heads of 16 numbers of 4 bytes. A run is 2 + 4 steps and the first. Behind the
+    # run of one row are 4 steps and the first of a profile, then the run of three rows.
     token = 2 * 2 * 2 * 16 * 4
     assert [rows["dynamic", size]["device_bytes"] for size in (1, 3)] == [607 * token, 3 * (607 + 5 + 7) * token]
-    # Half a byte a number of the prompt, with a scale and a shift of 4 bytes for 64 of them; later tokens as they are.
+    # Half a byte a number of the prompt, a scale and a shift of 4 bytes for 64 of them; later tokens as they are.
     assert rows["quantized", 1]["device_bytes"] == 600 * token // 8 + 600 * token // 4 // 64 * 8 + 7 * token
     assert 0.2 < rows["h2o:0.25", 3]["bytes_ratio"] < 0.3
     # The window of 150 or 100 tokens does not grow with what is generated.
@@ -215,26 +215,3 @@ def test_tokens_are_written_for_other_programs(tmp_path: Path) -> None:
     path = tmp_path / "tokens.json"
     assert main(["bench", "caches", "--model", "tiny", "--lengths", "30,50", "--save-tokens", str(path)]) == 0
     assert json.loads(path.read_text()) == tiny_model()[1][:50].tolist()
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        ("--caches h3o", "'h3o' is no cache"),
-        ("--budgets 1.5", "budget"),
-        ("--budgets x", "budget"),
-        ("--model tiny --device cpu --largest-batch", "--largest-batch fills the memory of a CUDA device"),
-        ("--model tiny --device cpu --lengths 131072", "but the model was made for 131,072"),
-        ("--model tiny --device cpu --lengths 500000", "exceeds the 131,072 tokens that there"),
-        ("--model tiny --device cpu --caches offloaded", "choose another device than the cpu"),
-        ("--plot picture.doc", "must end in one of"),
-        ("--plot missing/picture.png", "a file in a folder that exists"),
-        ("--save-tokens missing/tokens.json", "a file in a folder that exists"),
-    ],
-)
-def test_what_cannot_be_measured_is_refused(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    try:
-        assert main(["bench", "caches", *arguments.split()]) == 2
-    except SystemExit as caught:
-        assert caught.code == 2
-    assert message in " ".join(capsys.readouterr().err.split())

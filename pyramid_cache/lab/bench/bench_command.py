@@ -1,6 +1,7 @@
 """`pyramid-cache bench`: its options, its suites, and the records that it writes."""
 
 import argparse
+import functools
 import json
 import math
 from collections.abc import Callable
@@ -149,7 +150,8 @@ def add_ops_options(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", default=1, help="rows (default: %(default)s)", **number)
     add("--window", default=64, help="rows that window_scores takes scores from (default: %(default)s)", **number)
     rounds = f"rounds at most; long calls get fewer, at least {LEAST_ROUNDS} (default: %(default)s)"
-    add("--rounds", type=enough_rounds, default=200, metavar="N", help=rounds)
+    enough = functools.partial(positive_int, least=LEAST_ROUNDS)
+    add("--rounds", type=enough, default=200, metavar="N", help=rounds)
     lengths = "tokens (default: 2048,8192 on cpu; 8192,32768,131072 on cuda, the last for decoding only)"
     add("--lengths", type=positive_ints, metavar="N,N,...", help=lengths)
     dtypes = "one or more (default: float32 and bfloat16 on cpu, bfloat16 on cuda)"
@@ -157,11 +159,6 @@ def add_ops_options(parser: argparse.ArgumentParser) -> None:
     add("--heads", help="query heads (default: 9 on cpu, 32 on cuda)", **number)
     add("--kv-heads", help="KV heads (default: 3 on cpu, 8 on cuda)", **number)
     add("--head-dim", help="dimensions of a head (default: 64 on cpu, 128 on cuda)", **number)
-
-
-def enough_rounds(text: str) -> int:
-    """Reads `--rounds`: fewer give no median to rely on."""
-    return positive_int(text, least=LEAST_ROUNDS)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -27,10 +27,7 @@ def shape_config(name: str) -> LlamaConfig:
 def build_model(
     name: str | None, device: torch.device, dtype: str, seed: int, progress: ProgressCallback
 ) -> tuple[PreTrainedModel, torch.Tensor]:
-    """
-    A model by its shape, folder or hub id, the demo's model by default; and tokens for it to read, `(tokens,)`: random
-    ones for a shape, those of the novel for a real model.
-    """
+    """The model of a shape, folder or hub id, by default the demo's; and tokens, random or a novel, `(tokens,)`."""
     torch.manual_seed(seed)
     if name in SHAPES:
         with torch.device(device):

@@ -49,12 +49,7 @@ STAGES_TABLE = {
     "what steps take their time for": "{shares}",
 }
 TEXT_COLUMNS = ("op", "cache", "what steps take their time for")
-# Key of the ratio, title.
-PANELS = (
-    ("prefill_ratio", "reading the prompt"),
-    ("tokens_ratio", "tokens per second"),
-    ("bytes_ratio", "bytes on the device, a row"),
-)
+PANELS = {"prefill_ratio": "reading the prompt", "tokens_ratio": "tokens per second", "bytes_ratio": "bytes of a row"}
 
 
 def print_heading(console: Console, record: dict[str, Any], *facts: str) -> None:
@@ -104,11 +99,11 @@ def show(record: dict[str, Any]) -> None:
         rounds = sorted(row["rounds"] for row in rows)
         note = (
             f"Medians of {rounds[0]} to {rounds[-1]} rounds, in which attention alone and attention with scores take "
-            "turns. Ratios are of these medians. The spread is of the times of whichever varies more. Moved bytes are "
+            "turns. Ratios are of these medians. The spread is that of whichever varies more. Moved bytes are those of "
             "queries, keys, values, log-sum-exps, scores and output once each."
         )
         if any(row["recomputes_lse"] for row in rows):
-            note += " Where no attention gives its log-sum-exps, those of the rows that score are computed beside it."
+            note += " Where no attention gives its log-sum-exps, those of scored rows are computed beside it."
     console.print(Text(note + busy_note(record["machine"]), style="dim"))
 
 
@@ -176,7 +171,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
     cells = list(dict.fromkeys((row["length"], row["batch_size"]) for row in rows))
     figure = Figure(figsize=(12, 2.0 + 0.3 * len(labels) * max(len(cells), 2) / 2), layout="constrained")
     height = 0.8 / len(cells)
-    for axis, (key, title) in zip(figure.subplots(1, len(PANELS), sharey=True), PANELS, strict=True):
+    for axis, (key, title) in zip(figure.subplots(1, len(PANELS), sharey=True), PANELS.items(), strict=True):
         for index, (length, batch_size) in enumerate(cells):
             own = [row for row in rows if (row["length"], row["batch_size"]) == (length, batch_size) and row[key]]
             places = [labels.index(row["label"]) + (index + 0.5) * height - 0.4 for row in own]

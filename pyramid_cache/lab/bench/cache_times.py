@@ -99,10 +99,7 @@ class Reading:
 
 
 class Bench:
-    """
-    Measures caches in a model. All prompts are the first of the tokens, `(tokens,)`. `options` are those of `bench
-    caches`. `note` gets all rows whenever one has changed.
-    """
+    """Measures caches in a model with the options of `bench caches`. `note` gets all rows whenever one has changed."""
 
     def __init__(
         self,
@@ -174,9 +171,8 @@ class Bench:
                     reading = self._read(contender, length, batch_size, 1 if is_copied else batch_size)
                 self._note_decoding(contender, reading, length, batch_size, is_last)
             if is_last and self.options.largest_batch and copies_rows:
-                device_free = free_memory(self.device) + torch.cuda.memory_reserved(self.device)
-                device_free -= torch.cuda.memory_allocated(self.device)
-                free = device_free, free_memory(torch.device("cpu")) or 0
+                unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+                free = free_memory(self.device) + unused, free_memory(torch.device("cpu")) or 0
                 cache = reading.cache
                 batch_size, bound = largest_batch(split_bytes(cache), batch_size, len(cache.layers), *free)
                 if batch_size > len(reading.ids):
@@ -239,10 +235,7 @@ class Bench:
 def largest_batch(
     held: tuple[int, int], batch_size: int, num_layers: int, device_free: int, host_free: int
 ) -> tuple[int, str]:
-    """
-    The rows for which there is memory, and whether "device" or "host" limits them. `held` are the bytes that the cache
-    holds with `batch_size` rows, on the device and on the host.
-    """
+    """The rows for which there is memory, and what limits them: "device" or "host". `held` is of `split_bytes`."""
     device_bytes, host_bytes = held
     # While rows are copied, one layer is there twice.
     copies = 1 + 1 / num_layers

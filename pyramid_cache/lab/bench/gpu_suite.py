@@ -37,10 +37,7 @@ OUTCOMES = {"failure": "failed", "error": "error", "skipped": "skipped"}
 
 
 def run(path: Path | None, chosen: list[str] | None = None) -> dict[str, Any]:
-    """
-    Runs parts of the suite, all by default, and prints the results. The record is written to `path` after every part; it
-    has "parts", each of `run_part`, and "is_complete", whether all chosen parts have run.
-    """
+    """Runs parts of the suite, all by default, and prints the results. The record is written after every part."""
     unknown = [name for name in chosen or [] if name not in PART_LIMITS]
     if unknown:
         raise ValueError(f"--parts: {unknown[0]!r} is none of {', '.join(PART_LIMITS)}.")
@@ -66,7 +63,12 @@ def run(path: Path | None, chosen: list[str] | None = None) -> dict[str, Any]:
             record["machine"]["load_average_after"] = load_average()
             if path is not None:
                 write_json(record, path)
-    show(record)
+    try:
+        from pyramid_cache.lab.bench import bench_report
+
+        bench_report.show_suite(record)
+    except ModuleNotFoundError as error:  # a GPU machine may lack the packages that draw tables
+        print(f"No tables: the package `{error.name}` is missing. The figures are in the file of --json.")
     return record
 
 
@@ -97,6 +99,7 @@ def run_part(name: str, root: Path, result_path: Path, limit_seconds: float) -> 
             result = json.loads(result_path.read_text(encoding="utf-8"))
     except (OSError, ElementTree.ParseError):
         failures.append("no results were written")
+    print(f"{name}: {'; '.join(failures) or 'passed'}", flush=True)
     part = {"wall_seconds": time.perf_counter() - start, "failures": failures, "result": result}
     return part | ({"output_tail": lines} if failures else {})
 
@@ -145,18 +148,18 @@ def run_process(command: list[str], folder: Path, limit_seconds: float) -> tuple
 
 
 def read_outcomes(path: Path) -> dict[str, str]:
-    """The outcome of each test in a file of `pytest --junitxml`: passed, failed, error or skipped."""
-    outcomes = {}
+    """The outcomes in a file of `pytest --junitxml` (passed, failed, error, skipped) by test, or by broken file."""
+    outcomes: dict[str, str] = {}
     for case in ElementTree.parse(path).iter("testcase"):
+        file, group, name = (case.get(key, "") for key in ("file", "classname", "name"))
+        if not file:
+            continue  # a test that was interrupted
+        classes = group.removeprefix(file.removesuffix(".py").replace("/", ".")).replace(".", "::")
+        test = f"{file}{classes}::{name}" if group else file
         found = [OUTCOMES[child.tag] for child in case if child.tag in OUTCOMES]
-        file, name = case.get("file"), case.get("name", "")
-        if file is not None:
-            module = file.removesuffix(".py").replace("/", ".")
-            classes = case.get("classname", "").removeprefix(module).replace(".", "::")
-            name = f"{file}{classes}::{name}"
-        # A test can pass and its teardown can fail: one entry each.
-        if outcomes.get(name, "passed") == "passed":
-            outcomes[name] = found[0] if found else "passed"
+        # The call and the teardown of a test have entries of their own if the teardown fails.
+        if outcomes.get(test, "passed") == "passed":
+            outcomes[test] = found[0] if found else "passed"
     return outcomes
 
 
@@ -166,15 +169,3 @@ def driver_version() -> str | None:
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         return subprocess.check_output(command, text=True, timeout=30).splitlines()[0].strip()
     return None
-
-
-def show(record: dict[str, Any]) -> None:
-    """Prints the tables, or one line per part on a GPU machine that lacks the packages for tables."""
-    try:
-        from pyramid_cache.lab.bench import bench_report
-    except ModuleNotFoundError as error:
-        print(f"No tables: the package `{error.name}` is missing. The figures are in the file of --json.")
-        for name, part in record["parts"].items():
-            print(f"{name}: {'; '.join(part['failures']) or 'passed'}, {part['wall_seconds']:.0f} s")
-    else:
-        bench_report.show_suite(record)

@@ -31,10 +31,6 @@ WORKSPACE_BYTES = 1 << 28
 FLUSHED_CACHE_SIZES = 4
 # For each pair of functions. Long calls exceed it, as at least five rounds are run.
 BUDGET_SECONDS = {"cpu": 4.0, "cuda": 1.0}
-GRAPH_FIGURES = (
-    *("graph_rounds", "attention_graph_seconds", "graph_seconds"),
-    *("graph_ratio_to_attention", "graph_bandwidth_fraction"),
-)
 Times = tuple[list[float], list[float]]
 
 
@@ -62,10 +58,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Case:
-    """
-    `sdpa`, and what returns the same output with scores, `(batch, kv_heads, keys)`. `recomputes_lse` says that no
-    attention kernel gives the log-sum-exps, so that they are computed again.
-    """
+    """Attention, and the same with scores, `(batch, kv_heads, keys)`, which may have to compute log-sum-exps again."""
 
     attention: functools.partial
     with_scores: Callable[[], tuple[torch.Tensor, torch.Tensor]]
@@ -73,10 +66,7 @@ class Case:
 
 
 def bytes_moved(op: str, shape: Shape) -> int:
-    """
-    Bytes of queries, keys, values, log-sum-exps, scores and output. A decode step that updates scores in place also
-    reads them, and the positions of the slots.
-    """
+    """Bytes of queries, keys, values, log-sum-exps, scores and output. Eviction also reads scores and positions."""
     rows = shape.length if op in PREFILL_OPS else 1
     per_head = shape.batch_size * shape.head_dim * shape.dtype.itemsize
     queries_and_output = 2 * shape.heads * rows * per_head
@@ -226,4 +216,5 @@ def as_row(op: str, shape: Shape, times: Times, graph_times: Times | None, bandw
         attention, with_scores = map(statistics.median, graph_times)
         ratio, fraction = with_scores / attention, num_bytes / with_scores / bandwidth
         graph_figures = (len(graph_times[0]), attention, with_scores, ratio, fraction)
-    return row | dict(zip(GRAPH_FIGURES, graph_figures, strict=True))
+    names = "graph_rounds attention_graph_seconds graph_seconds graph_ratio_to_attention graph_bandwidth_fraction"
+    return row | dict(zip(names.split(), graph_figures, strict=True))

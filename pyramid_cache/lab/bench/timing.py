@@ -23,10 +23,8 @@ COPY_ROUNDS = 7
 
 def seconds_of(run: Callable[[], object], device: torch.device, in_graph: bool = False) -> float:
     """
-    The median seconds of a call in one turn.
-
-    On CUDA the second-level cache is emptied before each call. With `in_graph` a CUDA graph launches the calls without
-    Python in between, and the cache is not emptied: give a function that reads more than the cache holds.
+    The median seconds of a call in one turn. On CUDA the second-level cache is emptied before each call. With
+    `in_graph` a CUDA graph launches the calls, and the function must read more than that cache holds.
     """
     if device.type == "cpu":
         timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
