@@ -33,9 +33,7 @@ def small_shape(dtype: torch.dtype = torch.float32) -> Shape:
     # Five rounds, however long they take; of two seconds per round, the seventh begins after 12.
     [(1.0, 0.0, 200, 5), (1.0, 13.0, 200, 7), (0.25, 3.0, 200, 6), (0.001, 100.0, 9, 9)],
 )
-def test_functions_take_turns_until_the_budget_is_used_up(
-    seconds: float, budget: float, most: int, rounds: int
-) -> None:
+def test_turns_go_on_for_the_budget(seconds: float, budget: float, most: int, rounds: int) -> None:
     calls: list[str] = []
 
     def measure(run: Callable[[], object]) -> float:
@@ -69,7 +67,7 @@ def test_torch_takes_times_on_the_cpu_and_triton_on_cuda(monkeypatch: pytest.Mon
 @pytest.mark.parametrize("op", OPS)
 def test_both_ways_give_the_output_and_the_scores_are_the_probabilities(op: str) -> None:
     case = build_case(op, small_shape())
-    query, key, value = case.attention.args
+    query, key, _ = case.attention.args
     output, scores = case.with_scores()
     if op == "decode_scores_and_evict":
         before = scores.clone()
@@ -81,36 +79,27 @@ def test_both_ways_give_the_output_and_the_scores_are_the_probabilities(op: str)
     # After the call: a new token that is written in place is attended to as well.
     torch.testing.assert_close(output, case.attention())
     rows = query.shape[2]
-    grouped = query.double().view(2, 2, 2, rows, 16)
-    logits = grouped @ key.double()[:, :, None].transpose(-1, -2) / 4
+    logits = query.double().view(2, 2, 2, rows, 16) @ key.double()[:, :, None].transpose(-1, -2) / 4
     if rows > 1:
         logits = logits.masked_fill(torch.ones(rows, 40, dtype=torch.bool).triu_(1), float("-inf"))
-    probabilities = logits.softmax(dim=-1)
-    expected = probabilities[..., -5 if op == "window_scores" else -rows :, :].sum(dim=(2, 3))
+    expected = logits.softmax(dim=-1)[..., -5 if op == "window_scores" else -rows :, :].sum(dim=(2, 3))
     torch.testing.assert_close(scores.double(), expected, rtol=1e-4, atol=1e-5)
-    # Output, `(batch, rows, heads, head_dim)`, against the same probabilities.
-    weighted = probabilities @ value.double()[:, :, None]
-    torch.testing.assert_close(output.double(), weighted.flatten(1, 2).transpose(1, 2), rtol=1e-4, atol=1e-5)
 
 
 def test_bytes_moved() -> None:
-    """At 9 of 3 heads of 64 and 64 tokens in float32. Log-sum-exps and scores stay float32 in half precision."""
+    """At 9 of 3 heads of 64 and 64 tokens in float32."""
     shape = Shape(64, torch.float32, CPU, batch_size=1, heads=9, kv_heads=3, head_dim=64, window=64)
     query, key, lse, scores = 147_456, 49_152, 2_304, 768
     prefill = query + key + key + query + lse + scores
     decode = 2_304 + key + key + 2_304 + 36 + scores
     assert [bytes_moved(op, shape) for op in OPS] == [prefill, prefill, decode, decode + 2 * scores]
-    whole, half = (bytes_moved("all_row_scores", small_shape(dtype)) for dtype in (torch.float32, torch.bfloat16))
-    float32_bytes = 2 * 4 * 40 * 4 + 2 * 2 * 40 * 4
-    assert half - float32_bytes == (whole - float32_bytes) / 2
 
 
 def test_memory_that_is_needed_is_refused_to_the_byte() -> None:
     """One set of inputs with its output, another output, and room for the ops."""
     for op in OPS:
         needed = (1 << 28) + 2 * bytes_moved(op, small_shape())
-        for available in (None, needed):
-            op_times.check_memory(op, small_shape(), available)
+        op_times.check_memory(op, small_shape(), needed)
         with pytest.raises(ValueError, match="Lower --lengths or --batch-size"):
             op_times.check_memory(op, small_shape(), needed - 1)
 
@@ -149,29 +138,24 @@ def test_prompts_without_a_chosen_length_end_at_the_longest_prefill() -> None:
 
 def test_ops_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "record.json"
-    arguments = ["bench", "--json", str(path), "ops", "--device", "cpu", "--lengths", "64,96", "--rounds", "5"]
-    assert main([*arguments, "--dtype", "float32", "bfloat16", "--batch-size", "2", "--window", "8"]) == 0
+    arguments = f"bench --json {path} ops --device cpu --lengths 64,96 --rounds 5 --batch-size 2 --window 8"
+    assert main([*arguments.split(), "--dtype", "float32", "bfloat16"]) == 0
     record = json.loads(path.read_text())
-    assert {"command", "device", "threads", "versions", "machine", "ratios"} <= set(record)
+    assert {"device", "machine", "ratios"} <= set(record)
     assert {"torch", "triton", "transformers"} <= set(record["versions"])
     assert record["threads"] == torch.get_num_threads()
     assert "--lengths 64,96 --dtype float32 bfloat16 --heads 9 --kv-heads 3 --head-dim 64" in record["command"]
-    rows = record["rows"]
     wanted = [(op, length, dtype) for length in (64, 96) for dtype in ("float32", "bfloat16") for op in OPS]
-    assert [(row["op"], row["length"], row["dtype"]) for row in rows] == wanted
     lines = [line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
-    for row, line in zip(rows, lines, strict=True):
-        assert (row["heads"], row["kv_heads"], row["head_dim"]) == (9, 3, 64)
-        assert (row["batch_size"], row["window"], row["rounds"]) == (2, 8, 5)
-        ratio = row["with_scores_seconds"] / row["attention_seconds"]
+    for row, shape, line in zip(record["rows"], wanted, lines, strict=True):
+        assert (row["op"], row["length"], row["dtype"]) == shape
+        sizes = ("heads", "kv_heads", "head_dim", "batch_size", "window", "rounds", "graph_seconds", "recomputes_lse")
+        assert [row[name] for name in sizes] == [9, 3, 64, 2, 8, 5, None, False]
         moved = row["bytes"] / row["with_scores_seconds"] / record["copy_bytes_per_second"]
-        assert (row["ratio_to_attention"], row["bandwidth_fraction"]) == pytest.approx((ratio, moved))
-        assert row["graph_seconds"] is None and not row["recomputes_lse"]
-        assert [cell.strip() for cell in line] == [
-            *(row["op"], str(row["length"]), row["dtype"], f"{row['attention_seconds'] * 1e3:,.3f}"),
-            *(f"{row['with_scores_seconds'] * 1e3:,.3f}", f"{ratio:.2f}×", f"{100 * (ratio - 1):+.1f} %"),
-            *(f"{row['spread']:.0%}", f"{row['bytes'] / 2**20:,.1f}", f"{moved:.1%}"),
-        ]
+        assert row["bandwidth_fraction"] == pytest.approx(moved)
+        times = [f"{row[f'{name}_seconds'] * 1e3:,.3f}" for name in ("attention", "with_scores")]
+        ratio = f"{row['with_scores_seconds'] / row['attention_seconds']:.2f}×"
+        assert [cell.strip() for cell in line[:6]] == [row["op"], str(row["length"]), row["dtype"], *times, ratio]
 
 
 REFUSED = [
@@ -182,13 +166,11 @@ REFUSED = [
     ("--suite cpu --parts ops", "--parts are parts of `bench --suite gpu`"),
     ("--suite gpu --parts ops,speed", "'speed' is none of tests, ops, caches, oracle, gather"),
     pytest.param("--suite gpu", "needs a CUDA device", marks=needs_no_cuda),
-    ("ops --dtype int8", "invalid choice: 'int8'"),
     ("ops --rounds 4", "'4' is no whole number of at least 5"),
     ("ops --device meta", "'meta' cannot be used"),
     ("ops --device cpu --heads 5 --kv-heads 3", "5 query heads cannot share 3 KV heads"),
     ("ops --device cpu --lengths 32", "A window of 64 rows is longer than 32 tokens"),
     ("ops --device cpu --lengths 99999999999", "Lower --lengths"),
-    ("ops --device cpu --json missing/record.json", "a file in a folder that exists"),
     ("caches --caches h3o", "'h3o' is no cache"),
     ("caches --budgets 1.5", "1.5"),
     ("caches --lengths 64,x", "'x' is no whole number of at least 1"),
@@ -197,7 +179,6 @@ REFUSED = [
     ("caches --model tiny --device cpu --lengths 500000", "exceeds the 131,072 tokens that there"),
     ("caches --model tiny --device cpu --caches offloaded", "choose another device than the cpu"),
     ("caches --plot picture.doc", "must end in one of"),
-    ("caches --plot missing/picture.png", "a file in a folder that exists"),
     ("caches --save-tokens missing/tokens.json", "a file in a folder that exists"),
 ]
 
@@ -301,13 +282,10 @@ def test_parts_run_in_order_and_all_is_written_after_each(
     assert record["parts"]["oracle"]["output_tail"] == [str(names.index("oracle")), "no such kernel"]
     assert record["parts"]["tests"]["result"]["outcomes"] == {"tests/test_a.py::test_b": "passed"}
     printed = capsys.readouterr().out
-    for index, name in enumerate(names):
-        assert f"== {name}\n{index}\n" in printed
-    for text in ("Imaginary GPU", "1 passed, 0 failed", "s: exit status 1: no such kernel"):
+    texts = [f"== {name}\n{index}\n" for index, name in enumerate(names)]
+    for text in (*texts, "Imaginary GPU", "1 passed, 0 failed", "s: exit status 1: no such kernel"):
         assert text in printed
-    if "ops" in names:
-        assert record["parts"]["ops"]["result"]["rows"] == [row]
-        assert "1.50×" in printed
+    assert ("1.50×" in printed) == ("ops" in names)
 
 
 @pytest.mark.parametrize("factor, status", [(1.0, 0), (1.01, 1), (float("nan"), 1)])

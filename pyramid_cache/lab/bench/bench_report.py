@@ -89,9 +89,9 @@ def show(record: dict[str, Any]) -> None:
         print_heading(console, record, record["model"])
         print_caches(console, rows)
         note = (
-            "Medians over rounds, in which all caches take their turn. Ratios are to DynamicCache in the same run, with "
-            "those of single rounds in brackets. Prefill is the time of the rows that were read. Bytes are what a row "
-            "holds at the end."
+            "Medians over rounds, in which all caches take their turn. Ratios are to DynamicCache in the same run; "
+            "brackets have those of single rounds. Prefill is the time of the rows that were read. Bytes are what a "
+            "row holds at the end."
         )
     else:
         print_heading(console, record, f"copies {record['copy_bytes_per_second'] / 1e9:,.0f} GB/s, read and written")
@@ -99,11 +99,11 @@ def show(record: dict[str, Any]) -> None:
         rounds = sorted(row["rounds"] for row in rows)
         note = (
             f"Medians of {rounds[0]} to {rounds[-1]} rounds, in which attention alone and attention with scores take "
-            "turns. Ratios are of these medians. The spread is that of whichever varies more. Moved bytes are those of "
+            "turns. Ratios are of these medians. The spread is that of whichever varies more. Moved bytes are "
             "queries, keys, values, log-sum-exps, scores and output once each."
         )
         if any(row["recomputes_lse"] for row in rows):
-            note += " Where no attention gives its log-sum-exps, those of scored rows are computed beside it."
+            note += " Where attention gives no log-sum-exps, those of scored rows are computed beside it."
     console.print(Text(note + busy_note(record["machine"]), style="dim"))
 
 
