@@ -7,6 +7,7 @@ does not spoil the next. The record is written after every part.
 
 import collections
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -123,7 +124,9 @@ def run_process(command: list[str], folder: Path, limit_seconds: float) -> tuple
     """Runs a command and prints its output; returns its status, None if it was stopped, and its last lines."""
     settings = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
     output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8", "errors": "replace"}
-    process = subprocess.Popen(command, cwd=folder, env=settings, **output)
+    # Background jobs of a shell ignore the interrupt that ends a part at its limit, and so would the part.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, cwd=folder, env=settings, preexec_fn=heed, **output)
     last_lines: collections.deque[str] = collections.deque(maxlen=TAIL_LINES)
 
     def pass_on() -> None:
