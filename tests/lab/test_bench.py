@@ -193,7 +193,7 @@ def test_what_cannot_be_measured_is_refused(arguments: str, message: str, capsys
 # The suite.
 
 TESTS = """
-import time
+import os, signal, time
 import pytest
 pytestmark = pytest.mark.cuda
 class TestSome:
@@ -207,18 +207,21 @@ def broken():
     yield
     raise OSError("no fixture")
 def test_is_in_error(broken): pass
-def test_hangs(): time.sleep(600)
+def test_hangs():
+    time.sleep(1)
+    os.kill(os.getppid(), signal.SIGINT)  # as the suite does at the limit of a part
+    time.sleep(600)
 """
 
 
-def test_tests_that_ran_before_the_limit_are_told_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tests_that_ran_before_an_interrupt_are_told_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "tests"
     folder.mkdir()
     (folder / "test_some.py").write_text(TESTS)
     (folder / "test_unreadable.py").write_text("import no_such_package\nimport pytest\nmark = pytest.mark.cuda\n")
     (folder / "test_not_asked_for.py").write_text("import no_such_package\n")
     monkeypatch.setattr(gpu_suite, "TEST_PROCESSES", 1)
-    part = gpu_suite.run_part("tests", tmp_path, tmp_path / "results.xml", 12)
+    part = gpu_suite.run_part("tests", tmp_path, tmp_path / "results.xml", 300)
     outcomes = part["result"]["outcomes"]
     assert outcomes == {
         "tests/test_some.py::TestSome::test_passes[a b]": "passed",
@@ -229,22 +232,26 @@ def test_tests_that_ran_before_the_limit_are_told_by_name(tmp_path: Path, monkey
         "tests/test_unreadable.py": "error",
     }
     failed = [f"{name}: {outcome}" for name, outcome in outcomes.items() if outcome in ("failed", "error")]
-    assert part["failures"] == ["stopped after 12 s", *failed]
+    assert part["failures"][0].startswith("exit status 2: ") and part["failures"][1:] == failed
     assert any("assert 1 == 2" in line for line in part["output_tail"])
 
 
-def test_part_without_results_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_are_stopped_at_their_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "import pathlib, signal, sys, time; result = pathlib.Path(sys.argv[1]); print('started', flush=True)\n"
+    heeds = "try: time.sleep(600)\nexcept KeyboardInterrupt: result.write_text('{}')"
+    ignores = "signal.signal(signal.SIGINT, signal.SIG_IGN); result.write_text('<testsuites><testsu'); time.sleep(600)"
+    run = {"oracle": code + heeds, "tests": code + ignores}
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu_suite, "command_of", lambda name, root, path: [sys.executable, "-c", run[name], str(path)])
+        patch.setattr(gpu_suite, "END_SECONDS", 5)
+        interrupted = gpu_suite.run_part("oracle", tmp_path, tmp_path / "whole.json", 5)
+        killed = gpu_suite.run_part("tests", tmp_path, tmp_path / "half.xml", 5)
+    assert interrupted["failures"] == ["stopped after 5 s"]
+    # Half a file is no result.
+    assert killed["failures"] == ["stopped after 5 s", "no results were written"]
+    assert (killed["result"], killed["output_tail"]) == ({"outcomes": {}}, ["started"])
     part = gpu_suite.run_part("tests", tmp_path, tmp_path / "none.xml", 60)
     assert "holds no tests marked cuda" in part["failures"][0]
-    assert part["result"] == {"outcomes": {}}
-    # A process that does not heed the interrupt is killed, and its half a file is no result.
-    code = "import pathlib, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); print('started', flush=True)\n"
-    code += "pathlib.Path(sys.argv[1]).write_text('<testsuites><testsu')\nwhile True: pass"
-    monkeypatch.setattr(gpu_suite, "command_of", lambda name, root, path: [sys.executable, "-c", code, str(path)])
-    monkeypatch.setattr(gpu_suite, "END_SECONDS", 0.2)
-    part = gpu_suite.run_part("tests", tmp_path, tmp_path / "half.xml", 2)
-    assert part["failures"] == ["stopped after 2 s", "no results were written"]
-    assert part["output_tail"] == ["started"]
 
 
 @pytest.mark.parametrize("chosen", ["tests,ops,caches,oracle,gather", "oracle, tests"])
@@ -298,7 +305,7 @@ def test_parts_find_wrong_results(factor: float, status: int, tmp_path: Path, mo
     monkeypatch.setattr(gpu_parts, "ORACLE_CASES", ((96, False), (96, True)))
     monkeypatch.setattr(gpu_parts, "HOST_TOKENS", 256)
     monkeypatch.setattr(gpu_parts, "GATHER_PLACES", (2, 5))
-    monkeypatch.setattr(gpu_parts, "TIMES", {"budget_seconds": 0.0, "most_rounds": 5})
+    monkeypatch.setattr(gpu_parts, "TIMES", (0.0, 5))
     monkeypatch.setattr(gpu_parts, "attention_scores", lambda *args, **named: scores(*args, **named) * factor)
     monkeypatch.setattr(gpu_parts, "gather_values", gather_values)
     found = {}

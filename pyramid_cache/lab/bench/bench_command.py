@@ -125,10 +125,10 @@ def add_caches_options(parser: argparse.ArgumentParser) -> None:
         help="fractions of the prompt (0.25), tokens per layer (512) or bytes (256MiB). Each cache of this library is "
         "measured with each of them (default: %(default)s)",
     )
-    numbers = {"metavar": "N,N,...", "type": positive_ints}
+    numbers: dict[str, Any] = {"metavar": "N,N,...", "type": positive_ints}
     add("--lengths", default="2048", help="tokens of the prompts (default: %(default)s)", **numbers)
     add("--batch-sizes", default="1", help="rows (default: %(default)s)", **numbers)
-    number = {"metavar": "N", "type": positive_int}
+    number: dict[str, Any] = {"metavar": "N", "type": positive_int}
     add("--new-tokens", default=16, help="decode steps that are timed (default: %(default)s)", **number)
     add("--rounds", default=2, help="rounds, in which all caches take their turn (default: %(default)s)", **number)
     rows = "batch: read the prompt with all rows; one: read it with one row and copy that row (default: %(default)s)"
@@ -145,7 +145,7 @@ def add_caches_options(parser: argparse.ArgumentParser) -> None:
 def add_ops_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options that `measure_ops` reads."""
     add = parser.add_argument
-    number = {"metavar": "N", "type": positive_int}
+    number: dict[str, Any] = {"metavar": "N", "type": positive_int}
     add("--device", type=device, help="cpu or cuda (default: cuda if there is one, else cpu)")
     add("--batch-size", default=1, help="rows (default: %(default)s)", **number)
     add("--window", default=64, help="rows that window_scores takes scores from (default: %(default)s)", **number)

@@ -1,5 +1,7 @@
 """The models that `bench caches` measures with: real ones, and published shapes with random weights."""
 
+from typing import Any
+
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedModel
 
@@ -20,8 +22,8 @@ SHAPES = {
 
 def shape_config(name: str) -> LlamaConfig:
     """The config of one of `SHAPES`. What costs no time, such as the kind of RoPE, is that of any Llama."""
-    longest = 4096 if name == "llama-2-13b" else NUM_TOKENS
-    return LlamaConfig(max_position_embeddings=longest, **dict(zip(SIZES.split(), SHAPES[name], strict=True)))
+    sizes: dict[str, Any] = dict(zip(SIZES.split(), SHAPES[name], strict=True))
+    return LlamaConfig(max_position_embeddings=4096 if name == "llama-2-13b" else NUM_TOKENS, **sizes)
 
 
 def build_model(

@@ -113,17 +113,20 @@ def command_of(name: str, root: Path, result_path: Path) -> list[str]:
     files = [path for path in sorted((root / "tests").rglob("test_*.py")) if "mark.cuda" in path.read_text()]
     if not files:
         raise FileNotFoundError(f"{root / 'tests'} holds no tests marked cuda: run this from the repository.")
-    options = (
-        f"-m cuda -n{TEST_PROCESSES} --dist=load -v --tb=short --no-header --color=no -o junit_family=xunit1".split()
-    )
-    options += ["--continue-on-collection-errors", f"--junitxml={result_path}"]
+    options = f"-m cuda -n{TEST_PROCESSES} --dist=load -v --tb=short --no-header --color=no".split()
+    options += ["--continue-on-collection-errors", f"--junitxml={result_path}", "-o", "junit_family=xunit1"]
     return [sys.executable, "-m", "pytest", *options, *(str(path.relative_to(root)) for path in files)]
 
 
 def run_process(command: list[str], folder: Path, limit_seconds: float) -> tuple[int | None, list[str]]:
     """Runs a command and prints its output; returns its status, None if it was stopped, and its last lines."""
     settings = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
-    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8", "errors": "replace"}
+    output: dict[str, Any] = {
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.STDOUT,
+        "encoding": "utf-8",
+        "errors": "replace",
+    }
     # Background jobs of a shell ignore the interrupt that ends a part at its limit, and so would the part.
     heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(command, cwd=folder, env=settings, preexec_fn=heed, **output)

@@ -141,20 +141,22 @@ def eviction_step(shape: Shape, query: torch.Tensor, key: torch.Tensor, value: t
     slots_shape = (shape.batch_size, shape.kv_heads, shape.length)
     positions = torch.rand(slots_shape, device=shape.device).argsort(dim=-1).int()
     scores = torch.rand(slots_shape, device=shape.device)
-    int32 = {"dtype": torch.int32, "device": shape.device}
-    numbers = {"next_position": shape.length + 1, "num_recent": shape.length // 2}
+    numbers = torch.tensor([shape.length + 1, shape.length // 2], dtype=torch.int32, device=shape.device)
+    next_position, num_recent = numbers[:, None, None, None].repeat(1, shape.batch_size, 1, 1)
     step = functools.partial(
         decode_attention_and_evict,
         query,
-        *(shape.random(shape.kv_heads, 1) for _ in range(2)),
+        shape.random(shape.kv_heads, 1),
+        shape.random(shape.kv_heads, 1),
         positions.argmin(dim=-1, keepdim=True),
         key=key,
         value=value,
         positions=positions,
         scores=scores,
+        next_position=next_position,
+        num_recent=num_recent,
         has_empty_slots=False,
         scaling=shape.head_dim**-0.5,
-        **{name: torch.full((shape.batch_size, 1, 1), number, **int32) for name, number in numbers.items()},
     )
     return lambda: (step()[0], scores)
 
@@ -170,17 +172,17 @@ def measure_op(op: str, shape: Shape, bandwidth: float, most_rounds: int) -> dic
     """One row; see `as_row`. A decode step on CUDA is also timed in a CUDA graph, each call of it on other inputs."""
     cases = [build_case(op, shape) for _ in range(num_copies(op, shape))]
     measure = functools.partial(seconds_of, device=shape.device)
-    limits = {"budget_seconds": BUDGET_SECONDS[shape.device.type], "most_rounds": most_rounds}
-    times = time_in_turns(cases[0].attention, cases[0].with_scores, measure, **limits)
+    limits = BUDGET_SECONDS[shape.device.type], most_rounds
+    times = time_in_turns(cases[0].attention, cases[0].with_scores, measure, *limits)
     graph_times = None
     if len(cases) > 1:
-        in_graph = time_in_turns(
+        attention, with_scores = time_in_turns(
             lambda: [case.attention() for case in cases],
             lambda: [case.with_scores() for case in cases],
             functools.partial(measure, in_graph=True),
-            **limits,
+            *limits,
         )
-        graph_times = tuple([seconds / len(cases) for seconds in part] for part in in_graph)
+        graph_times = [seconds / len(cases) for seconds in attention], [time / len(cases) for time in with_scores]
     row = as_row(op, shape, times, graph_times, bandwidth)
     call = cases[0].attention
     kernel = SDPBackend(torch._fused_sdp_choice(*call.args, **call.keywords, enable_gqa=True)).name
@@ -194,11 +196,8 @@ def as_row(op: str, shape: Shape, times: Times, graph_times: Times | None, bandw
     """
     attention, with_scores = map(statistics.median, times)
     num_bytes = bytes_moved(op, shape)
-    names = ("batch_size", "heads", "kv_heads", "head_dim", "window")
-    row = {"op": op, "length": shape.length, "dtype": shape.dtype_name} | {
-        name: getattr(shape, name) for name in names
-    }
-    row |= {
+    sizes = {name: getattr(shape, name) for name in ("batch_size", "heads", "kv_heads", "head_dim", "window")}
+    row = {"op": op, "length": shape.length, "dtype": shape.dtype_name, **sizes} | {
         "rounds": len(times[0]),
         "attention_seconds": attention,
         "with_scores_seconds": with_scores,

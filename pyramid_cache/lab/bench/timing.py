@@ -44,7 +44,6 @@ def time_in_turns(
     first: Callable[[], object],
     second: Callable[[], object],
     measure: Callable[[Callable[[], object]], float],
-    *,
     budget_seconds: float,
     most_rounds: int,
     now: Callable[[], float] = time.perf_counter,
