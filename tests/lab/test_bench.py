@@ -326,7 +326,7 @@ def test_parts_that_are_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ([124928], [2048], ["shadow"]),
     ]
     runs = [f"--model tiny --device cpu --caches shadow --budgets 32 --lengths {n} --rounds 1" for n in (300, 320)]
-    monkeypatch.setattr(gpu_parts, "LONG_PROMPTS", runs)
+    monkeypatch.setattr(bench_command, "LONG_PROMPTS", runs)
     assert gpu_parts.main("caches", tmp_path / "rows.json") == 0
     record = json.loads((tmp_path / "rows.json").read_text())
     assert [[row["length"] for row in run["rows"]] for run in record["runs"]] == [[300, 300], [320, 320]]

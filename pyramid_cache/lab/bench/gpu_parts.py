@@ -9,14 +9,7 @@ from typing import Any
 
 import torch
 
-from pyramid_cache.lab.bench.bench_command import (
-    LONG_PROMPTS,
-    add_caches_options,
-    add_ops_options,
-    measure_caches,
-    measure_ops,
-    parse,
-)
+from pyramid_cache.lab.bench import bench_command as bench
 from pyramid_cache.lab.bench.timing import seconds_of, time_in_turns
 from pyramid_cache.lab.terminal import write_json
 from pyramid_cache.ops import attention_scores
@@ -113,11 +106,12 @@ def announce(description: str, *progress: int | None) -> None:
 def main(name: str, path: Path) -> int:
     """Runs a part, and writes its rows so far after each; returns 1 where a row is not what it must be."""
     if name == "ops":
-        measure_ops(parse(add_ops_options, f"--device {DEVICE}"), announce, path)
+        bench.measure_ops(bench.parse(bench.add_ops_options, f"--device {DEVICE}"), announce, path)
         return 0
     failures = []
     if name == "caches":
-        records = measure_caches([parse(add_caches_options, text) for text in LONG_PROMPTS], announce, path)
+        runs = [bench.parse(bench.add_caches_options, text) for text in bench.LONG_PROMPTS]
+        records = bench.measure_caches(runs, announce, path)
         for row in (row for record in records for row in record["rows"] if row["failure"]):
             failures.append(f"{row['label']}, {row['length']:,} tokens: {row['failure']}")
     else:
