@@ -243,12 +243,12 @@ def test_parts_are_stopped_at_their_limit(tmp_path: Path, monkeypatch: pytest.Mo
     run = {"oracle": code + heeds, "tests": code + ignores}
     with monkeypatch.context() as patch:
         patch.setattr(gpu_suite, "command_of", lambda name, root, path: [sys.executable, "-c", run[name], str(path)])
-        patch.setattr(gpu_suite, "END_SECONDS", 5)
-        interrupted = gpu_suite.run_part("oracle", tmp_path, tmp_path / "whole.json", 5)
-        killed = gpu_suite.run_part("tests", tmp_path, tmp_path / "half.xml", 5)
-    assert interrupted["failures"] == ["stopped after 5 s"]
+        patch.setattr(gpu_suite, "END_SECONDS", 2)
+        interrupted = gpu_suite.run_part("oracle", tmp_path, tmp_path / "whole.json", 3)
+        killed = gpu_suite.run_part("tests", tmp_path, tmp_path / "half.xml", 3)
+    assert interrupted["failures"] == ["stopped after 3 s"]
     # Half a file is no result.
-    assert killed["failures"] == ["stopped after 5 s", "no results were written"]
+    assert killed["failures"] == ["stopped after 3 s", "no results were written"]
     assert (killed["result"], killed["output_tail"]) == ({"outcomes": {}}, ["started"])
     part = gpu_suite.run_part("tests", tmp_path, tmp_path / "none.xml", 60)
     assert "holds no tests marked cuda" in part["failures"][0]
