@@ -1,11 +1,12 @@
 """Measure what NVIDIA's kvpress takes to read a prompt and to decode, beside DynamicCache in its own environment.
 
     pyramid-cache bench caches --lengths 4096 --batch-sizes 1,4 --save-tokens tokens.json
-    kvpress-env/bin/python examples/bench_kvpress.py --tokens tokens.json --model SmolLM2-135M-Instruct --out kvpress-times.json
+    kvpress-env/bin/python examples/bench_kvpress.py --tokens tokens.json --model MODEL --out times.json
 
-The environment is that of `evaluate_kvpress.py`, and this script knows nothing of `pyramid_cache` either. Each press runs as
-its README says, `with press(model): model.generate(...)`, on the first tokens of the file; the times are those of the logits of
-each token, and ratios are to DynamicCache in the same round, so that they can be set beside those of `bench caches`.
+The environment is that of `evaluate_kvpress.py`, and this script knows nothing of `pyramid_cache` either. Each press
+runs as its README says, `with press(model): model.generate(...)`, on the first tokens of the file; the times are those
+of the logits of each token, and ratios are to DynamicCache in the same round, so that they can be set beside those of
+`bench caches`.
 """
 
 import argparse
@@ -103,9 +104,7 @@ def main() -> None:
     settings = vars(options) | {name: Path(vars(options)[name]).name for name in ("tokens", "model", "out")}
     rows: list[dict[str, Any]] = []
     record = {"rows": rows, "settings": settings, "threads": torch.get_num_threads(), "versions": versions}
-    print(
-        "| press | tokens | rows | prefill s | ratio | step ms | ratio | bytes ratio |\n|---|---|---|---|---|---|---|---|"
-    )
+    print(f"| press | tokens | rows | prefill s | ratio | step ms | ratio | bytes ratio |\n{'|---' * 8}|")
     for length in options.lengths:
         for batch_size in options.batch_sizes:
             ids = tokens[:length].expand(batch_size, -1)
@@ -117,8 +116,10 @@ def main() -> None:
                 row = as_row(name, length, batch_size, rounds, found[FULL])
                 rows.append(row)
                 print(
-                    f"| {name} | {length:,} | {batch_size} | {row['prefill_seconds']:.2f} | {row['prefill_seconds_ratio']:.2f} | "
-                    f"{row['step_seconds'] * 1e3:.1f} | {row['step_seconds_ratio']:.2f} | {row['bytes_ratio']:.2f} |",
+                    f"| {name} | {length:,} | {batch_size} "
+                    f"| {row['prefill_seconds']:.2f} | {row['prefill_seconds_ratio']:.2f} "
+                    f"| {row['step_seconds'] * 1e3:.1f} | {row['step_seconds_ratio']:.2f} "
+                    f"| {row['bytes_ratio']:.2f} |",
                     flush=True,
                 )
             options.out.write_text(json.dumps(record, indent=2) + "\n")

@@ -2,7 +2,7 @@
 
     pyramid-cache eval --out answers
     pyramid-cache eval --tasks needles-8-1024,needles-1-4096 --save-cases cases.json
-    kvpress-env/bin/python examples/evaluate_kvpress.py --cases cases.json --model SmolLM2-135M-Instruct --out kvpress.json
+    kvpress-env/bin/python examples/evaluate_kvpress.py --cases cases.json --model MODEL --out kvpress.json
     python examples/compare_with_kvpress.py answers/results.json kvpress.json
 
 kvpress has its own environment: see `evaluate_kvpress.py`.

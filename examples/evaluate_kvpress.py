@@ -1,26 +1,27 @@
 """Measure NVIDIA's kvpress on recall cases given as token ids.
 
-kvpress needs transformers < 5.3, which `pyramid_cache` does not run on. So this script knows nothing of `pyramid_cache`:
-it runs in an environment of its own and reads the cases from a file.
+kvpress needs transformers < 5.3, which `pyramid_cache` does not run on. So this script knows nothing of
+`pyramid_cache`: it runs in an environment of its own and reads the cases from a file.
 
     python -m venv kvpress-env && kvpress-env/bin/pip install "kvpress==0.5.5" "transformers<5.3" torch
-    kvpress-env/bin/python examples/evaluate_kvpress.py --cases cases.json --model SmolLM2-135M-Instruct --out kvpress.json
+    kvpress-env/bin/python examples/evaluate_kvpress.py --cases cases.json --model MODEL --out kvpress.json
 
 The cases file holds token ids, so that tokenizers of different versions cannot differ:
 
     {"contexts": [{"task": "needles-8-1024", "ids": [...], "questions": [{"ids": [...], "answer": [...]}]}]}
 
 Two protocols. `context`: the context is read and compressed, then question and answer follow on the compressed cache.
-`question`: context and question are read together and compressed, then the answer follows; the first token of the answer
-comes from the dense reading there, as it does when `generate` runs under a press, so it is the same for each press.
+`question`: context and question are read together and compressed, then the answer follows; the first token of the
+answer comes from the dense reading there, as it does when `generate` runs under a press, so it is the same for each
+press.
 
-A press compresses a layer in a hook, once the layer has attended to the whole prompt. What it drops is thus still seen by
-the layers above, and one dense reading of a prompt serves all presses and budgets: each gets the same hidden states, keys
-and values. `--check` compares that with kvpress's own `with press(model)`, key by key.
+A press compresses a layer in a hook, once the layer has attended to the whole prompt. What it drops is thus still seen
+by the layers above, and one dense reading of a prompt serves all presses and budgets: each gets the same hidden
+states, keys and values. `--check` compares that with kvpress's own `with press(model)`, key by key.
 
-Tokens after the prompt keep their true positions, as in kvpress's pipeline. PyramidKV leaves layers with different lengths;
-transformers 5.2 makes one mask for all layers, of the first one's length, and fails on a question of more than one token.
-Each layer gets a mask of its own length here, or PyramidKV could not be measured.
+Tokens after the prompt keep their true positions, as in kvpress's pipeline. PyramidKV leaves layers with different
+lengths; transformers 5.2 makes one mask for all layers, of the first one's length, and fails on a question of more
+than one token. Each layer gets a mask of its own length here, or PyramidKV could not be measured.
 """
 
 import argparse
@@ -79,7 +80,7 @@ HeadIndices = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # batch, head and
 
 @dataclass
 class Compressed:
-    """What a press left of a prompt: keys and values of each layer, `(1, kv_heads, kept, head_dim)`, and masked keys."""
+    """What a press left of a prompt: keys and values by layer, `(1, kv_heads, kept, head_dim)`, and masked keys."""
 
     keys: list[torch.Tensor] = field(default_factory=list)
     values: list[torch.Tensor] = field(default_factory=list)
@@ -99,7 +100,7 @@ class Compressed:
         return statistics.mean(kept) / prompt_tokens
 
     def to_cache(self) -> DynamicCache:
-        """A cache that starts from these tensors; it appends to copies, so this object serves any number of questions."""
+        """A cache that starts from these tensors and appends to copies, so that this object serves many questions."""
         return DynamicCache(list(zip(self.keys, self.values, strict=True)))
 
 
@@ -126,7 +127,7 @@ def summed_attention(
 ) -> torch.Tensor:
     """Causal attention probabilities, summed over the last queries in blocks.
 
-    ObservedAttentionPress takes the sum over queries of what eager attention returns. Summed blocks are the same to it,
+    ObservedAttentionPress takes the sum over queries of what eager attention returns. Summed blocks are the same,
     and a prompt of 4,096 tokens does not need 604 MB for each layer.
 
     Args:
@@ -161,7 +162,7 @@ def read(model: PreTrainedModel, ids: Sequence[int], before: Dense | None = None
     Args:
         model: Language model with `sdpa` attention.
         ids: Token ids.
-        before: What came before them. Causal attention makes a context read once as good as one read with each question.
+        before: What came before them. With causal attention a context need not be read again with each question.
 
     Returns:
         The whole prompt, with what came before.
@@ -262,8 +263,8 @@ def follow(
 ) -> tuple[torch.Tensor, bool]:
     """Read tokens after a compressed prompt.
 
-    AdaKVPress masks a key by one fake key that all queries of a call must point away from. Where kvpress finds none for all
-    tokens at once, they are read one by one, as its pipeline reads answers.
+    AdaKVPress masks a key by one fake key that all queries of a call point away from. Where kvpress finds none for
+    all tokens at once, they are read one by one, as its pipeline reads answers.
 
     Args:
         model: Language model.
@@ -389,7 +390,7 @@ def check(
         settings: Presses and budgets.
 
     Returns:
-        For each setting the largest difference of keys or values over all layers, and the fraction of kept keys in common.
+        For each setting the largest difference of keys or values in any layer, and the share of kept keys in common.
         ObservedAttention's probabilities come from eager attention there, and round differently.
     """
     ids, dense = context["ids"], read(model, context["ids"])

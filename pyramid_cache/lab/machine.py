@@ -27,6 +27,29 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     }
 
 
+def describe_run(command: str, device: torch.device) -> dict[str, Any]:
+    """What a record of a measurement begins with: its command, what it ran on and the versions."""
+    machine = describe_machine(device)
+    return {
+        "command": command,
+        "device": machine["accelerator"] or machine["processor"],
+        "threads": torch.get_num_threads(),
+        "machine": machine,
+        "versions": describe_versions("pyramid_cache", "torch", "transformers", "triton"),
+    }
+
+
+def free_memory(device: torch.device) -> int | None:
+    """The bytes that can be allocated on a device; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):  # not Linux
+        return None
+
+
 def load_average() -> float | None:
     """The processes that wanted a core in the last minute, where the system counts them."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None

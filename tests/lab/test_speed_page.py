@@ -1,6 +1,7 @@
 """docs/speed.md has the figures of the records in docs/results."""
 
 import argparse
+import itertools
 import json
 import re
 from collections.abc import Sequence
@@ -8,51 +9,39 @@ from typing import Any
 
 from pages import DOCS
 
-from pyramid_cache.lab.bench.caches_command import SUITES
+from pyramid_cache.lab.bench.bench_command import SUITES, add_caches_options, parse
 
 
 PAGE = DOCS / "speed.md"
-COMMAND = "python tests/test_speed_page.py --write"
+COMMAND = "python tests/lab/test_speed_page.py --write"
 # What a table is of: the record behind a marker in the page.
 MARKED = re.compile(r"<!-- times: (\S+) -->\n.*?<!-- end of times -->", re.DOTALL)
 
 
 def rows_of(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of `bench caches`, or of examples/bench_kvpress.py, under the same names."""
-    if "versions" in record and "kvpress" in record["versions"]:
-        return [
-            {
-                "label": row["press"],
-                "length": row["length"],
-                "batch_size": row["batch_size"],
-                "prefill_ratio": row["prefill_seconds_ratio"],
-                "tokens_ratio": 1 / row["step_seconds_ratio"],
-                "bytes_ratio": row["bytes_ratio"],
-            }
-            for row in record["rows"]
-        ]
-    return record["rows"]
+    """The rows of `bench caches`, or of examples/bench_kvpress.py under the same names."""
+    if "kvpress" not in record["versions"]:
+        return record["rows"]
+    names = {"label": "press", "prefill_ratio": "prefill_seconds_ratio"}
+    return [
+        row | {name: row[key] for name, key in names.items()} | {"tokens_ratio": 1 / row["step_seconds_ratio"]}
+        for row in record["rows"]
+    ]
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """A line per cache: for each length the ratio of the time of one row's prompt, of tokens/s by rows, and of bytes of one row."""
-    lengths = sorted({row["length"] for row in rows})
-    batch_sizes = sorted({row["batch_size"] for row in rows})
-    batches = " / ".join(map(str, batch_sizes))
-    titles = [
-        title
-        for length in lengths
-        for title in (f"{length:,}: read", f"tokens/s, {batches} row{'s' * (batch_sizes[-1] > 1)}", "bytes")
-    ]
+    """A line per cache: at each length the time of one row's prompt, tokens/s by rows and bytes of one row."""
+    lengths, batch_sizes = (sorted({row[name] for row in rows}) for name in ("length", "batch_size"))
+    tokens = f"tokens/s, {' / '.join(map(str, batch_sizes))} row{'s' * (batch_sizes[-1] > 1)}"
+    titles = [title for length in lengths for title in (f"{length:,}: read", tokens, "bytes")]
     lines = [f"| cache | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
     found = {(row["label"], row["length"], row["batch_size"]): row for row in rows}
     for label in dict.fromkeys(row["label"] for row in rows):
         cells = []
         for length in lengths:
             own = [found[label, length, batch_size] for batch_size in batch_sizes]
-            cells.append(f"{own[0]['prefill_ratio']:.2f}")
-            cells.append(" / ".join(f"{row['tokens_ratio']:.2f}" for row in own))
-            cells.append(f"{own[0]['bytes_ratio']:.2f}")
+            rates = " / ".join(f"{row['tokens_ratio']:.2f}" for row in own)
+            cells += [f"{own[0]['prefill_ratio']:.2f}", rates, f"{own[0]['bytes_ratio']:.2f}"]
         lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -76,29 +65,15 @@ def test_tables_are_those_of_the_records() -> None:
 def test_the_record_is_of_the_suite() -> None:
     name = MARKED.findall(PAGE.read_text())[0]
     record = json.loads((DOCS / "results" / name).read_text())
-    [suite] = SUITES["cpu"]
-    assert f"--lengths {','.join(map(str, suite['lengths']))} " in record["command"]
+    suite = parse(add_caches_options, SUITES["cpu"][0])
+    assert f"--lengths {','.join(map(str, suite.lengths))} " in record["command"]
     measured = {(row["cache"].partition(":")[0], row["length"], row["batch_size"]) for row in record["rows"]}
-    assert measured == {
-        (cache, length, batch_size)
-        for cache in suite["caches"]
-        for length in suite["lengths"]
-        for batch_size in suite["batch_sizes"]
-    }
+    assert measured == set(itertools.product(suite.caches, suite.lengths, suite.batch_sizes))
 
 
 def test_a_table_by_hand() -> None:
-    rows = [
-        {
-            "label": "A",
-            "length": 8,
-            "batch_size": size,
-            "prefill_ratio": 1.5,
-            "tokens_ratio": size,
-            "bytes_ratio": 0.25,
-        }
-        for size in (1, 2)
-    ]
+    figures = {"label": "A", "length": 8, "prefill_ratio": 1.5, "bytes_ratio": 0.25}
+    rows = [figures | {"batch_size": size, "tokens_ratio": size} for size in (1, 2)]
     assert table(rows).splitlines() == [
         "| cache | 8: read | tokens/s, 1 / 2 rows | bytes |",
         "|---|---|---|---|",

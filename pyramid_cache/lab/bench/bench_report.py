@@ -1,0 +1,187 @@
+"""What `pyramid-cache bench` shows: tables for the terminal, and a picture of the caches beside DynamicCache."""
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from pyramid_cache.lab.machine import busy_note
+from pyramid_cache.lab.terminal import report_console
+
+
+# Tables: the header of each column, and its cell in a row, which is empty where a value is None.
+OPS_TABLE = {
+    "op": "{op}",
+    "length": "{length:,}",
+    "dtype": "{dtype}",
+    "attention\nms": "{attention_seconds_ms:,.3f}",
+    "+ scores\nms": "{with_scores_seconds_ms:,.3f}",
+    "ratio": "{ratio_to_attention:.2f}×",
+    "overhead": "{overhead_percent:+.1f} %",
+    "spread": "{spread:.0%}",
+    "moved\nMiB": "{bytes_mib:,.1f}",
+    "of copy": "{bandwidth_fraction:.1%}",
+    "in a graph\n+ scores ms": "{graph_seconds_ms:,.3f}",
+    "graph\nratio": "{graph_ratio_to_attention:.2f}×",
+    "graph\nof copy": "{graph_bandwidth_fraction:.1%}",
+}
+CACHES_TABLE = {
+    "cache": "{label}",
+    "length": "{length:,}",
+    "rows": "{size}",
+    "prefill\ns": "{prefill:.2f}",
+    "prefill\nratio": "{prefill_ratio:.2f}×{prefill_range}",
+    "step\nms": "{step_ms:,.3f}",
+    "step\nratio": "{step_ratio:.2f}×{step_range}",
+    "tokens/s": "{tokens_per_second:.1f}",
+    "rate\nratio": "{tokens_ratio:.2f}×",
+    "device\nMiB a row": "{device_mib:,.1f}",
+    "bytes\nratio": "{bytes_ratio:.2f}×",
+    "host\nMiB a row": "{host_mib:,.1f}",
+    "peak\nMiB": "{peak_mib:,.0f}",
+}
+STAGES_TABLE = {
+    **{header: CACHES_TABLE[header] for header in ("cache", "length", "rows")},
+    "from the host\nMiB a step": "{fetched_bytes_mib:,.2f}",
+    "what steps take their time for": "{shares}",
+}
+TEXT_COLUMNS = ("op", "cache", "what steps take their time for")
+PANELS = {"prefill_ratio": "reading the prompt", "tokens_ratio": "tokens per second", "bytes_ratio": "bytes of a row"}
+
+
+def print_heading(console: Console, record: dict[str, Any], *facts: str) -> None:
+    """Prints what the figures of a record are figures of."""
+    versions = [f"{name} {record['versions'][name]}" for name in ("torch", "transformers", "triton")]
+    console.print(" · ".join((record["device"], f"{record['threads']} threads", *versions, *facts)), style="bold")
+
+
+def print_table(console: Console, columns: dict[str, str], rows: list[dict[str, Any]]) -> None:
+    """Prints a table without empty columns, or nothing where there are no rows."""
+    cells = {header: [fill(cell, row) for row in rows] for header, cell in columns.items()}
+    cells = {header: texts for header, texts in cells.items() if any(texts)}
+    table = Table(header_style="bold")
+    for header in cells:
+        is_text = header in TEXT_COLUMNS
+        table.add_column(header, justify="left" if is_text else "right", no_wrap=not is_text, overflow="fold")
+    for line in zip(*cells.values(), strict=True):
+        table.add_row(*line)
+    if rows:
+        console.print(table)
+
+
+def fill(cell: str, row: dict[str, Any]) -> str:
+    """The text of a cell, in which figures of the row are also known in milliseconds and MiB."""
+    numbers = {name: value for name, value in row.items() if isinstance(value, (int, float))}
+    scaled = {f"{name}_ms": value * 1e3 for name, value in numbers.items()}
+    try:
+        return cell.format(**row, **scaled, **{f"{name}_mib": value / 2**20 for name, value in numbers.items()})
+    except (KeyError, TypeError):  # a value is None
+        return ""
+
+
+def show(record: dict[str, Any]) -> None:
+    """Prints a record of `bench caches` or `bench ops`."""
+    console, rows = report_console(), record["rows"]
+    if "model" in record:
+        print_heading(console, record, record["model"])
+        print_caches(console, rows)
+        note = (
+            "Medians over rounds, in which all caches take their turn. Ratios are to DynamicCache in the same run; "
+            "brackets have those of single rounds. Prefill is the time of the rows that were read. Bytes are what a "
+            "row holds at the end."
+        )
+    else:
+        print_heading(console, record, f"copies {record['copy_bytes_per_second'] / 1e9:,.0f} GB/s, read and written")
+        print_table(console, OPS_TABLE, rows)
+        rounds = sorted(row["rounds"] for row in rows)
+        note = (
+            f"Medians of {rounds[0]} to {rounds[-1]} rounds, in which attention alone and attention with scores take "
+            "turns. Ratios are of these medians. The spread is that of whichever varies more. Moved bytes are "
+            "queries, keys, values, log-sum-exps, scores and output once each."
+        )
+        if any(row["recomputes_lse"] for row in rows):
+            note += " Where attention gives no log-sum-exps, those of scored rows are computed beside it."
+    console.print(Text(note + busy_note(record["machine"]), style="dim"))
+
+
+def print_caches(console: Console, rows: list[dict[str, Any]]) -> None:
+    """Prints a row per cache, length and batch, the reasons of those that failed, and stages where there are any."""
+    found = []
+    for row in rows:
+        size = f"{row['batch_size']}{' (largest)' if row['is_largest_batch'] else ''}"
+        if row["failure"] is not None:
+            console.print(
+                f"{row['label']}, {row['length']:,} tokens, {size} rows failed: {row['failure']}", style="red"
+            )
+            continue
+        shares = sorted(row["stages"].items(), key=lambda item: (item[0] == "other", -item[1]))
+        peaks = [row[name] for name in ("prefill_peak_bytes", "decode_peak_bytes") if row[name] is not None]
+        cells = {
+            "size": size,
+            "prefill": statistics.median(row["prefill_seconds"]),
+            "prefill_range": range_text(row["prefill_ratio_range"]),
+            "step": statistics.median(row["step_seconds"]),
+            "step_range": range_text(row["step_ratio_range"]),
+            "device": row["device_bytes"] / row["batch_size"],
+            "host": row["host_bytes"] / row["batch_size"] or None,
+            "peak": max(peaks, default=None),
+            "shares": ", ".join(f"{stage} {share:.0%}" for stage, share in shares),
+        }
+        found.append(row | cells)
+    print_table(console, CACHES_TABLE, found)
+    print_table(console, STAGES_TABLE, [row for row in found if row["stages"]])
+
+
+def range_text(extremes: list[float] | None) -> str:
+    """The least and greatest ratio of a round where they differ."""
+    least, greatest = (f"{ratio:.2f}" for ratio in extremes or (1, 1))
+    return "" if least == greatest else f" ({least}-{greatest})"
+
+
+def show_suite(record: dict[str, Any]) -> None:
+    """Prints a record of `bench --suite gpu`: the outcome of each part, and what it measured."""
+    console = report_console()
+    print_heading(console, record, f"driver {record['driver']}")
+    for name, part in record["parts"].items():
+        result, outcome = part["result"], "; ".join(part["failures"]) or "passed"
+        style = "red" if part["failures"] else "green"
+        console.print(f"{name}, {part['wall_seconds']:.0f} s: {outcome}", style=style, markup=False)
+        rows = result.get("rows", [])
+        if name == "tests":
+            outcomes = list(result["outcomes"].values())
+            counts = [f"{outcomes.count(outcome)} {outcome}" for outcome in ("passed", "failed", "error", "skipped")]
+            console.print("tests marked `cuda`: " + ", ".join(counts))
+        elif name == "ops":
+            print_table(console, OPS_TABLE, rows)
+        for run in result.get("runs", []):
+            print_caches(console, run["rows"])
+        if name in ("oracle", "gather") and rows:
+            print_table(console, {key: f"{{{key}!s:.9}}" for key in rows[0]}, rows)
+
+
+def draw(record: dict[str, Any], path: Path) -> None:
+    """Draws the ratios of each cache in a record of `bench caches`, one bar for each length and batch."""
+    from matplotlib.figure import Figure
+
+    rows = [row for row in record["rows"] if row["failure"] is None]
+    labels = list(dict.fromkeys(row["label"] for row in rows))
+    cells = list(dict.fromkeys((row["length"], row["batch_size"]) for row in rows))
+    figure = Figure(figsize=(12, 2.0 + 0.3 * len(labels) * max(len(cells), 2) / 2), layout="constrained")
+    height = 0.8 / len(cells)
+    for axis, (key, title) in zip(figure.subplots(1, len(PANELS), sharey=True), PANELS.items(), strict=True):
+        for index, (length, batch_size) in enumerate(cells):
+            own = [row for row in rows if (row["length"], row["batch_size"]) == (length, batch_size) and row[key]]
+            places = [labels.index(row["label"]) + (index + 0.5) * height - 0.4 for row in own]
+            bars = [row[key] for row in own]
+            axis.barh(places, bars, height, label=f"{length:,} tokens, batch {batch_size}")
+        axis.axvline(1, color="black", linewidth=0.8, linestyle=":")
+        axis.set(title=title, xlabel="ratio to DynamicCache", yticks=range(len(labels)), yticklabels=labels)
+        axis.spines[["top", "right"]].set_visible(False)
+    axis.invert_yaxis()
+    legend = axis.get_legend_handles_labels()
+    figure.legend(*legend, loc="outside lower center", ncols=4, frameon=False, fontsize="small")
+    figure.suptitle(f"{record['model']}, {record['device']}", fontsize="medium")
+    figure.savefig(path, dpi=120)
