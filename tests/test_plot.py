@@ -1,16 +1,15 @@
 """What figures of caches show, read back from their axes."""
 
-import io
+import itertools
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from caches import CACHE_CASES, CacheCase, every_cache, parametrize_cases
+from caches import CacheCase, every_cache
 from kept_caches import hand_made_cache
 from matplotlib.axes import Axes
 from matplotlib.container import BarContainer, ErrorbarContainer
@@ -33,13 +32,12 @@ from pyramid_cache import (
     H2OCache,
     MassiveActivationCache,
     PyramidCache,
-    ShadowKVCache,
     SnapKVCache,
     StreamingLLMCache,
     TOVACache,
 )
 from pyramid_cache.engine.cache import CompressedCache
-from pyramid_cache.engine.kept import kept_positions, kept_tokens, share_of_heads
+from pyramid_cache.engine.kept import kept_positions, kept_tokens
 from pyramid_cache.plot import ScoreRecorder, plot_budgets, plot_kept_positions, plot_kept_tokens, plot_scores
 from pyramid_cache.plot.figure import MAX_CELLS, shrink
 
@@ -54,10 +52,6 @@ MAPS = {
     1: [[0.5, 0, 0, 0, 0.5, 0, 1], [0, 0, 0, 0, 0, 0, 1]],
 }
 WITHOUT_SCORES = ("StreamingLLM", "KeyDiff", "Knorm", "ExpectedAttention", "ShadowKV")
-
-
-def has_scores(case: CacheCase) -> bool:
-    return not case.name.startswith(WITHOUT_SCORES)
 
 
 def bars(axes: Axes) -> list[tuple[float, float]]:
@@ -84,18 +78,7 @@ def map_of(axes: Axes) -> np.ndarray:
     return np.ma.filled(axes.images[0].get_array().astype(float), np.nan)
 
 
-def drawn(figure: Figure) -> bytes:
-    """The picture, which draws everything."""
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png")
-    return picture.getvalue()
-
-
 class TestMechanics:
-    def test_positions_become_shares_of_heads(self) -> None:
-        positions = torch.tensor([[4, 0, -1], [0, 2, 1]])
-        assert share_of_heads(positions, 6).tolist() == [1.0, 0.5, 0.5, 0.0, 0.5, 0.0]
-
     def test_layers_of_transformers_hold_the_latest_tokens(self) -> None:
         config = Gemma3TextConfig(
             num_hidden_layers=2, sliding_window=4, layer_types=["sliding_attention", "full_attention"]
@@ -107,8 +90,7 @@ class TestMechanics:
         assert kept_positions(cache, 6).tolist() == [[0, 0, 0, 1, 1, 1], [1, 1, 1, 1, 1, 1]]
         # Of a row with padding, which is shorter than the window.
         assert kept_positions(cache, 2).tolist() == [[1, 1], [1, 1]]
-
-    def test_kept_tokens_are_those_of_the_head_that_holds_most(self) -> None:
+        # Of a layer of this library, the head that holds most counts.
         assert kept_tokens(hand_made_cache(HELD, 7)) == [3, 1]
 
     def test_neighbours_are_averaged_without_what_is_missing(self) -> None:
@@ -130,62 +112,41 @@ class TestKeptTokens:
         labels = {"kept, mean over KV heads and rows", "range over KV heads and rows", "tokens seen"}
         assert set(legend_texts(axes)) == labels
 
-    def test_no_range_where_all_hold_as_much(self) -> None:
+        # No range where all hold as much.
         [axes] = plot_kept_tokens(hand_made_cache([[[[0, 1]]], [[[1, -1]]]], 2)).axes
         assert bars(axes) == [(0, 2), (1, 1)]
         assert "range over KV heads and rows" not in legend_texts(axes)
 
-    def test_heads_of_different_lengths(self) -> None:
-        model = tiny_model("llama")
-        cache = AdaKVCache(model.config, budget=12, floor_ratio=0.0, window_size=4, eviction_interval=3)
-        generate(model, cache, random_rows((40,)), 1)
-        [axes] = plot_kept_tokens(cache).axes
-        assert bars(axes) == [(0, 12), (1, 12), (2, 12)]
-        for layer_idx, ((_, low), (_, high)) in enumerate(ranges_of_bars(axes)):
-            counts = [len([p for p in head if p >= 0]) for head in cache.positions(layer_idx)[0].tolist()]
-            assert (low, high) == (min(counts), max(counts)) and low < high
-
-    def test_layers_of_hybrid_models_are_grey(self) -> None:
-        model = build_model("gemma3")
-        cache = H2OCache(model.config, budget=12)
-        generate(model, cache, random_rows((30,)), 2)
-        [axes] = plot_kept_tokens(cache).axes
-        # A window of 8 holds 7 tokens beside the next one.
-        assert bars(axes) == [(0, 12), (1, 7), (2, 12)]
-        colors = [container[0].get_facecolor() for container in axes.containers]
-        assert colors[0] != colors[1] and "layers of transformers" in legend_texts(axes)
-
-    def test_what_shadowkv_shows_is_its_buffer(self) -> None:
-        model = tiny_model("llama")
-        [case] = [case for case in CACHE_CASES if case.cache_class is ShadowKVCache]
-        cache = case.build(model)
-        generate(model, cache, random_rows((40,)), 1)
-        [axes] = plot_kept_tokens(cache).axes
-        assert bars(axes) == [(index, number) for index, number in enumerate(cache.num_kept_tokens())]
-        assert max(cache.num_kept_tokens()) < 40
-        assert axes.get_title() == "ShadowKVCache: 40 tokens seen, none of them lost"
-        assert "in the buffer, mean over KV heads and rows" in legend_texts(axes)
-        axes, color_axes = plot_kept_positions(cache).axes
-        assert color_axes.get_ylabel() == "share of KV heads\nthat have it in the buffer"
+    def test_layers_of_hybrid_models(self) -> None:
+        """Grey bars; in a map what they hold, or nothing; no line of budgets."""
+        kept, nothing = [1.0, 1.0, *[0.0] * 24, *[1.0] * 4], [-1.0] * 30
+        for name, expected_bars, expected_map in (
+            # A window of 8 holds 7 tokens beside the next one.
+            ("gemma3", [(0, 6), (1, 7), (2, 6)], [kept, [0.0] * 23 + [1.0] * 7, kept]),
+            ("jamba", [(0, 0), (1, 6), (2, 0)], [nothing, kept, nothing]),  # layers that hold no tokens one by one
+        ):
+            model = build_model(name)
+            cache = StreamingLLMCache(model.config, budget=6, num_sink_tokens=2)
+            generate(model, cache, random_rows((30,)), 1)
+            [axes] = plot_kept_tokens(cache).axes
+            assert bars(axes) == expected_bars
+            colors = {container[0].get_facecolor() for container in axes.containers}
+            assert len(colors) == 2 and "layers of transformers" in legend_texts(axes)
+            values = map_of(plot_kept_positions(cache).axes[0])
+            assert np.nan_to_num(values, nan=-1.0).tolist() == expected_map
+        [axes] = plot_budgets(H2OCache(build_config("gemma3"), budget=5), prompt_length=9).axes
+        assert list(axes.lines[0].get_xdata()) == [0, 2]
 
 
 class TestKeptPositions:
-    @pytest.mark.parametrize("row, expected_row", [(0, 0), (1, 1), (-1, 1)])
-    def test_map_is_the_share_of_heads(self, row: int, expected_row: int) -> None:
-        axes, color_axes = plot_kept_positions(hand_made_cache(HELD, 7), row=row).axes
-        assert map_of(axes).tolist() == MAPS[expected_row]
-        assert axes.images[0].get_clim() == (0, 1)
-        assert axes.get_xlim() == (0, 7) and axes.get_ylim() == (1.5, -0.5)  # the first layer on top
-        assert axes.get_xlabel() == f"position in row {expected_row}" and axes.get_ylabel() == "layer"
-        assert color_axes.get_ylabel() == "share of KV heads that keep it"
-
-    def test_padding_does_not_count(self) -> None:
-        model = tiny_model("llama")
-        cache = StreamingLLMCache(model.config, budget=6, num_sink_tokens=2)
-        generate(model, cache, random_rows((20, 13)), 1)
-        axes, _ = plot_kept_positions(cache, row=1).axes
-        # Two sinks and the latest four of 13 tokens.
-        assert map_of(axes).tolist() == [[1, 1, *[0] * 7, 1, 1, 1, 1]] * 3
+    def test_map_is_the_share_of_heads(self) -> None:
+        for row, expected_row in ((0, 0), (1, 1), (-1, 1)):
+            axes, color_axes = plot_kept_positions(hand_made_cache(HELD, 7), row=row).axes
+            assert map_of(axes).tolist() == MAPS[expected_row]
+            assert axes.images[0].get_clim() == (0, 1)
+            assert axes.get_xlim() == (0, 7) and axes.get_ylim() == (1.5, -0.5)  # the first layer on top
+            assert axes.get_xlabel() == f"position in row {expected_row}" and axes.get_ylabel() == "layer"
+            assert color_axes.get_ylabel() == "share of KV heads that keep it"
 
     def test_of_many_positions_neighbours_are_averaged(self) -> None:
         num_seen = 2 * MAX_CELLS + 1
@@ -197,25 +158,10 @@ class TestKeptPositions:
         assert axes.get_xlabel() == "position (means of 3 neighbours)"
         left, right, *_ = axes.images[0].get_extent()
         assert (left, right) == (0, 2049) and axes.get_xlim() == (0, 2049)
-
-    def test_cells_of_fewer_positions_reach_beyond_the_axis(self) -> None:
-        num_seen = MAX_CELLS + 1
-        axes, _ = plot_kept_positions(hand_made_cache([[[[num_seen - 1]]]], num_seen)).axes
-        assert map_of(axes)[0, -1] == 1  # alone in its cell
-        assert axes.images[0].get_extent()[1] == num_seen + 1 and axes.get_xlim() == (0, num_seen)
-
-    @pytest.mark.parametrize("name, others", [("gemma3", {1: [0.0] * 23 + [1.0] * 7}), ("jamba", {0: None, 2: None})])
-    def test_layers_of_transformers(self, name: str, others: dict[int, list[float] | None]) -> None:
-        model = build_model(name)
-        cache = StreamingLLMCache(model.config, budget=6, num_sink_tokens=2)
-        generate(model, cache, random_rows((30,)), 1)
-        values = map_of(plot_kept_positions(cache).axes[0])
-        for layer_idx in range(3):
-            expected = others.get(layer_idx, [1.0, 1.0, *[0.0] * 24, *[1.0] * 4])
-            if expected is None:
-                assert np.isnan(values[layer_idx]).all()
-            else:
-                assert values[layer_idx].tolist() == expected
+        # The last cell of 1,025 positions has one of them alone, and reaches beyond the axis.
+        axes, _ = plot_kept_positions(hand_made_cache([[[[MAX_CELLS]]]], MAX_CELLS + 1)).axes
+        assert map_of(axes)[0, -1] == 1
+        assert axes.images[0].get_extent()[1] == MAX_CELLS + 2 and axes.get_xlim() == (0, MAX_CELLS + 1)
 
 
 class TestBudgets:
@@ -247,14 +193,10 @@ class TestBudgets:
         for cache in caches:
             generate(model, cache, random_rows((40, 20)), 4)
         [axes] = plot_budgets(*caches).axes
-        # Rows of 43 and 23 tokens. Both of 24 KiB over 3 layers, each with a slot to spare: 2 KV heads of 2 * 16 * 4 + 8
-        # bytes make 272 a token, and 8,192 bytes a layer for 2 rows 15 tokens.
+        # Rows of 43 and 23 tokens. Both of 24 KiB over 3 layers, each with a slot to spare: 2 KV heads of 2 * 16 * 4 +
+        # 8 bytes make 272 a token, and 8,192 bytes a layer for 2 rows 15 tokens.
         assert [line.get_ydata().tolist() for line in axes.lines] == [[7.5] * 3, [26.5] * 3, [33] * 3, [14] * 3]
         assert legend_texts(axes) == [f"H2OCache(budget={budget!r})" for budget in (0.25, 30, 1.0, "24KiB")]
-
-    def test_hybrid_models_have_their_own_layers_left_out(self) -> None:
-        [axes] = plot_budgets(H2OCache(build_config("gemma3"), budget=5), prompt_length=9).axes
-        assert list(axes.lines[0].get_xdata()) == [0, 2]
 
     def test_labels(self) -> None:
         caches = [
@@ -268,9 +210,9 @@ class TestBudgets:
         [axes] = plot_budgets(*caches, prompt_length=100, labels=["a", "b", "c"]).axes
         assert legend_texts(axes) == ["a", "b", "c"]
 
-    @pytest.mark.parametrize(
-        "arguments, message",
-        [
+    def test_refuses(self) -> None:
+        caches = [H2OCache(self.CONFIG, budget=budget) for budget in (0.25, "24KiB")]
+        for arguments, message in (
             ({"labels": ["one"]}, r"`labels=\['one'\]` must be a label for each of the 2 caches"),
             ({"labels": "ab"}, "`labels='ab'` must be"),
             ({"prompt_length": 0}, "`prompt_length=0` must be a positive number of tokens"),
@@ -278,41 +220,57 @@ class TestBudgets:
             ({"prompt_length": 9.0}, "`prompt_length=9.0` must be"),
             ({"prompt_length": 9}, "How many tokens the 24,576 bytes of the H2OCache come to .* run the model"),
             ({}, "The H2OCache holds nothing yet: run the model with it first"),
-        ],
-    )
-    def test_refuses(self, arguments: dict[str, Any], message: str) -> None:
-        caches = [H2OCache(self.CONFIG, budget=budget) for budget in (0.25, "24KiB")]
-        with pytest.raises(ValueError, match=message):
-            plot_budgets(*caches, **arguments)
-
-    def test_refuses_none(self) -> None:
+        ):
+            with pytest.raises(ValueError, match=message):
+                plot_budgets(*caches, **arguments)
         with pytest.raises(ValueError, match="give one cache at least"):
             plot_budgets()
 
 
 class TestWholeCache:
     @every_cache
-    def test_every_cache_is_drawn(self, case: CacheCase) -> None:
+    def test_every_cache_is_drawn_and_recorded(self, case: CacheCase) -> None:
         model = tiny_model("llama")
-        cache = case.build(model)
-        generate(model, cache, random_rows((40, 28)), 5)
-        figure = cache.plot(row=1)
-        assert isinstance(figure, Figure)
-        tokens, positions, _ = figure.axes
-        expected = [sum((cache.positions(i) >= 0).sum(-1).flatten().tolist()) / 4 for i in range(3)]
-        assert bars(tokens) == [(index, height) for index, height in enumerate(expected)]
-        shares = torch.zeros(3, 32)
-        for layer_idx in range(3):
-            for head in range(2):
-                for position in cache.positions(layer_idx)[1, head].tolist():
-                    if position >= 0:
-                        shares[layer_idx, position] += 0.5
+        cache, other = case.build(model), case.build(model)
+        name, adds_up_scores = type(cache).__name__, not case.name.startswith(WITHOUT_SCORES)
+        if not adds_up_scores:
+            with pytest.raises(ValueError, match=f"{name} adds up no scores: .*`plot_kept_positions`"):
+                ScoreRecorder(cache)
+        recorder = ScoreRecorder(cache, row=1) if adds_up_scores else None
+        sequences = generate_with(model, cache, recorder, 26)
+        tokens, positions, color_axes = cache.plot(row=1).axes
+        counts = [(cache.positions(i) >= 0).sum(-1).flatten().tolist() for i in range(3)]
+        assert bars(tokens) == [(index, sum(held) / 4) for index, held in enumerate(counts)]
+        ranges = [[[i, min(held)], [i, max(held)]] for i, held in enumerate(counts) if min(held) < max(held)]
+        assert not ranges or np.array(ranges_of_bars(tokens)) == pytest.approx(np.array(ranges))
+        shares = torch.zeros(3, 53)  # of the second row, of 28 + 25 tokens
+        for layer_idx, head in itertools.product(range(3), range(2)):
+            for position in cache.positions(layer_idx)[1, head].tolist():
+                if position >= 0:
+                    shares[layer_idx, position] += 0.5
         assert map_of(positions).tolist() == shares.tolist()
-        assert type(cache).__name__ in figure.get_suptitle()
-        assert drawn(figure).startswith(b"\x89PNG")
-        assert figure._repr_png_().startswith(b"\x89PNG")
+        lost = "" if case.evicts else ", none of them lost"
+        assert tokens.figure.get_suptitle() == f"{name}: 65 tokens seen{lost}"
+        held = "kept" if case.evicts else "in the buffer"
+        assert f"{held}, mean over KV heads and rows" in legend_texts(tokens)
+        assert color_axes.get_ylabel().endswith("that keep it" if case.evicts else "that have it in the buffer")
+        assert tokens.figure._repr_png_().startswith(b"\x89PNG")
         [axes] = plot_budgets(cache).axes
         assert len(axes.lines[0].get_ydata()) == 3
+        if recorder is None:
+            assert all(layer.held_scores() is None for layer in cache.layers)
+            with pytest.raises(ValueError, match=f"{name} adds up no scores"):
+                plot_scores(cache, 0)
+            return
+        # Recording changes nothing, and its last line is what `plot_scores` draws.
+        assert torch.equal(sequences, generate_with(model, other, None, 26))
+        assert recorder.num_seen == list(range(28, 54)) and list(recorder.scores) == [0, 1, 2]
+        for layer_idx in range(3):
+            [line] = plot_scores(cache, layer_idx, row=1).axes[0].lines
+            drawn = torch.full((53,), torch.nan)
+            drawn[line.get_xdata()] = torch.tensor(line.get_ydata(), dtype=torch.float32)
+            assert recorder.table(layer_idx)[-1].nan_to_num(-1).equal(drawn.nan_to_num(-1))
+        assert isinstance(recorder.plot(), Figure)
 
     @pytest.mark.slow
     def test_nothing_touches_pyplot_and_importing_needs_no_matplotlib(self) -> None:
@@ -328,13 +286,12 @@ class TestWholeCache:
 
     def test_missing_matplotlib_says_what_to_install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delitem(sys.modules, "pyramid_cache.plot.notebook_figure", raising=False)
-        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-        for draw in (CompressedCache.plot, plot_kept_tokens, plot_kept_positions, plot_budgets):
-            with pytest.raises(ImportError, match=re.escape("pip install 'pyramid_cache[plot]'")):
-                draw(hand_made_cache(HELD, 7))
-
-    def test_what_matplotlib_lacks_itself_is_not_called_matplotlib(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.delitem(sys.modules, "pyramid_cache.plot.notebook_figure", raising=False)
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, "matplotlib.figure", None)
+            for draw in (CompressedCache.plot, plot_kept_tokens, plot_kept_positions, plot_budgets):
+                with pytest.raises(ImportError, match=re.escape("pip install 'pyramid_cache[plot]'")):
+                    draw(hand_made_cache(HELD, 7))
+        # What matplotlib lacks itself is not called matplotlib.
         monkeypatch.delitem(sys.modules, "matplotlib.figure")
         monkeypatch.setitem(sys.modules, "PIL", None)
         monkeypatch.delitem(sys.modules, "matplotlib.image")
@@ -342,42 +299,30 @@ class TestWholeCache:
             plot_kept_tokens(hand_made_cache(HELD, 7))
         assert "pyramid_cache[plot]" not in str(caught.value)
 
-    @pytest.mark.parametrize(
-        "draw",
-        [CompressedCache.plot, plot_kept_tokens, plot_kept_positions, plot_budgets, lambda c: plot_scores(c, 0)],
-    )
-    def test_refuses_what_holds_nothing_or_is_another_cache(self, draw: Callable) -> None:
-        empty = H2OCache(build_config("llama"), budget=4)
-        with pytest.raises(ValueError, match="The H2OCache holds nothing yet: run the model with it first"):
-            draw(empty)
-        filled = hand_made_cache(HELD, 7)
+    def test_refuses_what_holds_nothing_or_is_another_cache_and_rows_that_are_not_there(self) -> None:
+        empty, filled, broken = H2OCache(build_config("llama"), budget=4), *(hand_made_cache(HELD, 7) for _ in "ab")
         filled.reset()
-        with pytest.raises(ValueError, match="holds nothing yet"):
-            draw(filled)
-        broken = hand_made_cache(HELD, 7)
         broken.layers[0].num_seen = 8
-        with pytest.raises(RuntimeError, match="An earlier forward pass broke off"):
-            draw(broken)
-        if draw is CompressedCache.plot:
-            return
-        with pytest.raises(ValueError, match="A DynamicCache is no cache of pyramid_cache"):
-            draw(DynamicCache())
-        with pytest.raises(ValueError, match="Give its `self_attention_cache`"):
-            draw(EncoderDecoderCache(filled, DynamicCache()))
+        refusals: list[tuple[Any, type[Exception], str]] = [
+            (empty, ValueError, "The H2OCache holds nothing yet: run the model with it first"),
+            (filled, ValueError, "holds nothing yet"),
+            (broken, RuntimeError, "An earlier forward pass broke off"),
+            (DynamicCache(), ValueError, "A DynamicCache is no cache of pyramid_cache"),
+            (EncoderDecoderCache(filled, DynamicCache()), ValueError, "Give its `self_attention_cache`"),
+        ]
+        drawing = [CompressedCache.plot, plot_kept_tokens, plot_kept_positions, plot_budgets, scores_of_layer_0]
+        for draw in drawing:
+            for cache, kind, message in refusals[:3] if draw is CompressedCache.plot else refusals:
+                with pytest.raises(kind, match=message):
+                    draw(cache)
+        for row in (2, -3, True, 0.0, "0", None):
+            for draw in (CompressedCache.plot, plot_kept_positions, scores_of_layer_0):
+                with pytest.raises(ValueError, match=re.escape(f"There is no row {row!r}: the cache holds 2 rows")):
+                    draw(hand_made_cache(HELD, 7), row=row)
 
-    @pytest.mark.parametrize("row", [2, -3, True, 0.0, "0", None])
-    def test_refuses_rows_that_are_not_there(self, row: Any) -> None:
-        cache = hand_made_cache(HELD, 7)
-        for draw in (cache.plot, lambda row: plot_kept_positions(cache, row), lambda row: plot_scores(cache, 0, row)):
-            with pytest.raises(ValueError, match=re.escape(f"There is no row {row!r}: the cache holds 2 rows")):
-                draw(row)
 
-
-def attention_of(model: Any, rows: list[torch.Tensor], layer_idx: int) -> torch.Tensor:
-    """The attention `(batch, heads, queries, keys)` of a full forward pass over rows of one length."""
-    model.set_attn_implementation("eager")
-    with torch.no_grad():
-        return model(torch.stack(rows), output_attentions=True).attentions[layer_idx]
+def scores_of_layer_0(cache: CompressedCache, row: Any = 0) -> Figure:
+    return plot_scores(cache, 0, row)
 
 
 class TestScores:
@@ -400,43 +345,49 @@ class TestScores:
         assert axes.lines[0].get_xydata().tolist() == [[0, 0.5], [4, 1], [6, 1.0625]]
         [axes] = plot_scores(cache, 1).axes
         assert axes.lines[0].get_xydata().tolist() == [[6, 0.5]]
-        drawn(axes.figure)
+        axes.figure._repr_png_()
 
-    def test_a_score_of_zero_has_its_place(self) -> None:
-        cache = hand_made_cache([[[[0, 1]]]], 2, [[[[0.0, 0.0]]]])
-        [axes] = plot_scores(cache, 0).axes
+    def test_a_score_of_zero_has_its_place_and_the_lowest_colour(self) -> None:
+        [axes] = plot_scores(hand_made_cache([[[[0, 1]]]], 2, [[[[0.0, 0.0]]]]), 0).axes
         assert axes.lines[0].get_xydata().tolist() == [[0, 0], [1, 0]]
-        drawn(axes.figure)
+        axes.figure._repr_png_()
+        recorder = ScoreRecorder(hand_made_cache([[[[0, 1]]]], 2, [[[[0.0, 8.0]]]]))
+        recorder.record()
+        image = recorder.plot().axes[0].images[0]
+        colors = image.cmap(image.norm(image.get_array()))[0]
+        assert colors[0].tolist() == list(image.cmap(0.0)) and colors[1].tolist() == list(image.cmap(1.0))
 
-    @pytest.mark.parametrize("budget", [12, 4096])
-    def test_of_h2o_are_sums_of_attention(self, budget: int) -> None:
-        rows = random_rows((25, 25))
-        cache = H2OCache(tiny_model("llama").config, budget=budget)
-        generate(tiny_model("llama"), cache, rows, 1)
-        model = build_model("llama", seed=sum(b"llama"))
-        for layer_idx in range(3):
-            attention = attention_of(model, rows, layer_idx).unflatten(1, (2, 2))
-            compare_held(cache, layer_idx, attention.sum(dim=(2, 3)))
-
-    @pytest.mark.parametrize(
-        "cache_class, window_size",
-        [(SnapKVCache, 4), (AdaKVCache, 4), (MassiveActivationCache, 4), (TOVACache, 1)],
-    )
-    @pytest.mark.parametrize("budget", [12, 4096])
-    def test_of_windows_are_means_of_attention(
-        self, cache_class: type[CompressedCache], window_size: int, budget: int
-    ) -> None:
-        rows = random_rows((25, 25))
-        settings = {} if cache_class is TOVACache else {"window_size": window_size}
-        cache = cache_class(tiny_model("llama").config, budget=budget, **settings)
-        generate(tiny_model("llama"), cache, rows, 1)
-        model = build_model("llama", seed=sum(b"llama"))
-        for layer_idx in range(3):
-            attention = attention_of(model, rows, layer_idx)[:, :, -window_size:].unflatten(1, (2, 2)).mean(dim=(2, 3))
-            if cache_class is TOVACache:
-                attention = attention.mean(dim=1, keepdim=True).expand(-1, 2, -1)
-            compare_held(cache, layer_idx, attention)
-        assert str(window_size) in plot_scores(cache, 1).axes[0].get_ylabel()
+    def test_are_sums_or_means_of_attention(self) -> None:
+        rows, model = random_rows((25, 25)), build_model("llama", seed=sum(b"llama"))
+        model.set_attn_implementation("eager")
+        with torch.no_grad():
+            attentions = model(torch.stack(rows), output_attentions=True).attentions  # (batch, heads, queries, keys)
+        for cache_class, window_size in (
+            (H2OCache, None),
+            (SnapKVCache, 4),
+            (AdaKVCache, 4),
+            (MassiveActivationCache, 4),
+            (TOVACache, 1),
+        ):
+            settings = {} if cache_class in (H2OCache, TOVACache) else {"window_size": window_size}
+            for budget in (12, 4096):
+                cache = cache_class(tiny_model("llama").config, budget=budget, **settings)
+                generate(tiny_model("llama"), cache, rows, 1)
+                for layer_idx, attention in enumerate(attentions):
+                    by_group = attention.unflatten(1, (2, 2))
+                    if window_size is None:
+                        expected = by_group.sum(dim=(2, 3))
+                    else:
+                        expected = by_group[:, :, :, -window_size:].mean(dim=(2, 3))
+                    if cache_class is TOVACache:
+                        expected = expected.mean(dim=1, keepdim=True).expand(-1, 2, -1)
+                    positions, scores = cache.positions(layer_idx), cache.layers[layer_idx].held_scores()
+                    held = positions >= 0
+                    assert scores.shape == positions.shape and held.any() and scores[~held].isnan().all()
+                    found = expected.gather(-1, positions.clamp(min=0))
+                    torch.testing.assert_close(scores[held], found[held], rtol=1e-4, atol=1e-6)
+            if window_size is not None:
+                assert str(window_size) in plot_scores(cache, 1).axes[0].get_ylabel()
 
     def test_of_pyramid_are_those_of_generated_tokens_until_they_are_judged(self) -> None:
         """Every query attends evenly to what is held, so that scores are sums of weights over numbers of tokens."""
@@ -491,51 +442,28 @@ class TestScores:
         assert scores.shape == cache.positions(0).shape == (1, 2, 16)
         assert scores[..., :-3].nan_to_num(-1).equal(before.nan_to_num(-1)) and scores[..., -3:].isnan().all()
 
-    @parametrize_cases(case for case in CACHE_CASES if not has_scores(case))
-    def test_caches_without_are_refused(self, case: CacheCase) -> None:
+    def test_caches_that_scored_nothing_say_why(self) -> None:
         model = tiny_model("llama")
-        cache = case.build(model)
-        with pytest.raises(ValueError, match=f"{type(cache).__name__} adds up no scores: .*`plot_kept_positions`"):
-            ScoreRecorder(cache)
-        generate(model, cache, random_rows((40,)), 2)
-        assert all(layer.held_scores() is None for layer in cache.layers)
-        with pytest.raises(ValueError, match=f"{type(cache).__name__} adds up no scores"):
-            plot_scores(cache, 0)
+        for cache in (H2OCache(model.config, budget=1.0), PyramidCache(model.config, budget=0.4)):
+            recorder = ScoreRecorder(cache)
+            generate_with(model, cache, recorder, 1)
+            with pytest.raises(ValueError, match="Layer 1 of the .* has scored no token of row 0 .* or lower"):
+                plot_scores(cache, 1)
+            with pytest.raises(ValueError, match="has scored no token"):
+                recorder.plot()
 
-    @pytest.mark.parametrize("build", [lambda c: H2OCache(c, budget=1.0), lambda c: PyramidCache(c, budget=0.4)])
-    def test_caches_that_scored_nothing_say_why(self, build: Callable) -> None:
-        model = tiny_model("llama")
-        cache = build(model.config)
-        recorder = ScoreRecorder(cache)
-        generate_with(model, cache, recorder, 1)
-        with pytest.raises(
-            ValueError, match="Layer 1 of the .* has scored no token of row 0 .* Generate more, or lower"
-        ):
-            plot_scores(cache, 1)
-        with pytest.raises(ValueError, match="has scored no token"):
-            recorder.plot()
-
-    @pytest.mark.parametrize("layer_idx", [2, -1, True, "0", 0.0])
-    def test_refuses_layers_that_are_not_there(self, layer_idx: Any) -> None:
+    def test_refuses_layers_that_are_not_there(self) -> None:
         cache = hand_made_cache(HELD, 7, self.SCORES)
-        with pytest.raises(ValueError, match=re.escape(f"There is no layer {layer_idx!r}: the cache has 2 layers")):
-            plot_scores(cache, layer_idx)
-        with pytest.raises(ValueError, match=re.escape(f"There is no layer {layer_idx!r}")):
-            ScoreRecorder(cache, [layer_idx])
-
-    def test_refuses_layers_of_transformers(self) -> None:
+        for layer_idx in (2, -1, True, "0", 0.0):
+            message = re.escape(f"There is no layer {layer_idx!r}: the cache has 2 layers")
+            for draw in (plot_scores, lambda cache, layer_idx: ScoreRecorder(cache, [layer_idx])):
+                with pytest.raises(ValueError, match=message):
+                    draw(cache, layer_idx)
+        for layer_indices in ([], 0, "0"):
+            with pytest.raises(ValueError, match=re.escape(f"`layer_indices={layer_indices!r}` must be a list")):
+                ScoreRecorder(cache, layer_indices)
         with pytest.raises(ValueError, match="Layer 1 is a DynamicSlidingWindowLayer of transformers, which holds no"):
             ScoreRecorder(H2OCache(build_config("gemma3"), budget=5), [1])
-
-
-def compare_held(cache: CompressedCache, layer_idx: int, expected: torch.Tensor) -> None:
-    """Compares the scores of what a layer holds with those of all tokens, `(batch, kv_heads, tokens)`."""
-    positions, scores = cache.positions(layer_idx), cache.layers[layer_idx].held_scores()
-    assert scores.shape == positions.shape
-    held = positions >= 0
-    assert held.any() and scores[~held].isnan().all()
-    found = expected.gather(-1, positions.clamp(min=0))
-    torch.testing.assert_close(scores[held], found[held], rtol=1e-4, atol=1e-6)
 
 
 def generate_with(model: Any, cache: CompressedCache, recorder: ScoreRecorder | None, new_tokens: int) -> torch.Tensor:
@@ -551,23 +479,6 @@ def generate_with(model: Any, cache: CompressedCache, recorder: ScoreRecorder | 
 
 
 class TestRecorder:
-    @parametrize_cases(case for case in CACHE_CASES if has_scores(case))
-    def test_records_after_each_forward_pass_what_plot_scores_draws(self, case: CacheCase) -> None:
-        model = tiny_model("llama")
-        cache = case.build(model)
-        recorder = ScoreRecorder(cache, row=1)
-        sequences = generate_with(model, cache, recorder, 26)
-        other = case.build(model)
-        assert torch.equal(sequences, generate_with(model, other, None, 26))
-        assert recorder.num_seen == list(range(28, 54)) and list(recorder.scores) == [0, 1, 2]
-        for layer_idx in range(3):
-            [line] = plot_scores(cache, layer_idx, row=1).axes[0].lines
-            last = recorder.table(layer_idx)[-1]
-            drawn_scores = torch.full((53,), torch.nan)
-            drawn_scores[line.get_xdata()] = torch.tensor(line.get_ydata(), dtype=torch.float32)
-            assert last.nan_to_num(-1).equal(drawn_scores.nan_to_num(-1))
-        drawn(recorder.plot())
-
     def test_table_follows_a_loop_of_ones_own(self) -> None:
         model = tiny_model("llama")
         cache = H2OCache(model.config, budget=12)
@@ -610,29 +521,13 @@ class TestRecorder:
             prompt_lookup_num_tokens=3,
             logits_processor=[recorder],
         )
-        assert len(recorder.num_seen) > 1 and drawn(recorder.plot())
+        assert len(recorder.num_seen) > 1 and recorder.plot()._repr_png_()
 
-    def test_a_score_of_zero_has_the_lowest_colour(self) -> None:
-        cache = hand_made_cache([[[[0, 1]]]], 2, [[[[0.0, 8.0]]]])
-        recorder = ScoreRecorder(cache)
-        recorder.record()
-        image = recorder.plot().axes[0].images[0]
-        colors = image.cmap(image.norm(image.get_array()))[0]
-        assert colors[0].tolist() == list(image.cmap(0.0)) and colors[1].tolist() == list(image.cmap(1.0))
-
-    @pytest.mark.parametrize("layer_indices", [[], 0, "0"])
-    def test_refuses_no_layers(self, layer_indices: Any) -> None:
-        with pytest.raises(ValueError, match=re.escape(f"`layer_indices={layer_indices!r}` must be a list")):
-            ScoreRecorder(hand_made_cache(HELD, 7), layer_indices)
-
-    def test_refuses_to_draw_what_was_not_recorded(self) -> None:
-        recorder = ScoreRecorder(hand_made_cache(HELD, 7), [1])
+    def test_refuses_what_was_not_recorded_and_rows_that_are_not_there(self) -> None:
+        recorder = ScoreRecorder(hand_made_cache(HELD, 7), [1], row=2)
         with pytest.raises(ValueError, match=r"Nothing has been recorded yet: pass `logits_processor=\[recorder\]`"):
             recorder.plot()
         with pytest.raises(ValueError, match=r"Layer 0 was not recorded, but \[1\] were"):
             recorder.table(0)
-
-    def test_refuses_a_row_that_is_not_there(self) -> None:
-        recorder = ScoreRecorder(hand_made_cache(HELD, 7), row=2)
         with pytest.raises(ValueError, match="There is no row 2"):
             recorder.record()

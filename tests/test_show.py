@@ -124,25 +124,21 @@ def test_counts_of_every_cache_follow_a_loop(case: CacheCase) -> None:
 
 
 class TestGroups:
-    @pytest.mark.parametrize(
-        "text, sizes",
-        [
+    def test_tokens_of_a_character_stay_together(self) -> None:
+        for text, sizes in (
             ("aé€😀b", [1, 2, 3, 4, 1]),
             ("é", [2]),
             ("日本\n語", [3, 3, 1, 3]),
             ("e\u0301", [1, 2]),  # a letter and an accent of its own
             ("  a ", [1, 1, 1, 1]),
-        ],
-    )
-    def test_tokens_of_a_character_stay_together(self, text: str, sizes: list[int]) -> None:
-        token_ids = encode(text)[0].tolist()
-        groups = group_tokens(byte_tokenizer(), token_ids)
-        assert [group.stop - group.start for group in groups] == sizes
-        assert "".join(group.text for group in groups) == text
-        assert groups[0].start == 0 and groups[-1].stop == len(token_ids)
-        assert all(left.stop == right.start for left, right in zip(groups, groups[1:], strict=False))
-
-    def test_a_text_may_end_inside_a_character(self) -> None:
+        ):
+            token_ids = encode(text)[0].tolist()
+            groups = group_tokens(byte_tokenizer(), token_ids)
+            assert [group.stop - group.start for group in groups] == sizes
+            assert "".join(group.text for group in groups) == text
+            assert groups[0].start == 0 and groups[-1].stop == len(token_ids)
+            assert all(left.stop == right.start for left, right in zip(groups, groups[1:], strict=False))
+        # A text may end inside a character.
         groups = group_tokens(byte_tokenizer(), encode("a😀")[0, :-1].tolist())
         assert [(group.start, group.stop, group.text) for group in groups] == [(0, 1, "a"), (1, 4, "\ufffd")]
 
@@ -152,15 +148,14 @@ class TestGroups:
         assert max(group.stop - group.start for group in groups) == 16 and len(groups) == 4
         assert "".join(group.text for group in groups) == "\ufffd" * 50 + "b"
 
-    @pytest.mark.parametrize("text", ["It is a truth", "It is! a é😀 truth", "It", "😀"])
-    def test_tokenizers_that_mark_words(self, text: str) -> None:
+    def test_tokenizers_that_mark_words(self) -> None:
         tokenizer = sentence_tokenizer()
-        token_ids = tokenizer(text, add_special_tokens=False).input_ids
-        assert tokenizer.decode(token_ids) == text
-        groups = group_tokens(tokenizer, token_ids)
-        assert "".join(group.text for group in groups) == text
-        if text == "It is a truth":
-            assert [group.text for group in groups] == ["It", " is", " a", " tr", "uth"]
+        for text in ("It is a truth", "It is! a é😀 truth", "It", "😀"):
+            token_ids = tokenizer(text, add_special_tokens=False).input_ids
+            assert tokenizer.decode(token_ids) == text
+            groups = [group.text for group in group_tokens(tokenizer, token_ids)]
+            assert "".join(groups) == text
+            assert text != "It is a truth" or groups == ["It", " is", " a", " tr", "uth"]
 
 
 class TestStyle:
@@ -179,17 +174,15 @@ class TestStyle:
         assert contrast("#ffffff", [255, 255, 255]) == pytest.approx(1)
         assert contrast("#777777", [255, 255, 255]) == pytest.approx(4.48, abs=0.005)  # the known one
 
-    @pytest.mark.parametrize(
-        "numbers, text", [([], ""), ([3], "3"), ([0, 1, 2, 7], "0-2, 7"), ([1, 3, 4], "1, 3-4"), ([5, 6], "5-6")]
-    )
-    def test_ranges(self, numbers: list[int], text: str) -> None:
-        assert ranges(numbers) == text
+    def test_ranges(self) -> None:
+        for numbers, text in (([], ""), ([3], "3"), ([0, 1, 2, 7], "0-2, 7"), ([1, 3, 4], "1, 3-4"), ([5, 6], "5-6")):
+            assert ranges(numbers) == text
 
 
 class TestRefusals:
-    @pytest.mark.parametrize(
-        "input_ids, message",
-        [
+    def test_input_ids(self) -> None:
+        cache = hand_made_cache([[[[0]], [[1]]]], 7)
+        for input_ids, message in (
             (torch.ones(2, 9, dtype=torch.long), "`input_ids` have 9 tokens, but the cache has seen 7"),
             (torch.ones(3, 7, dtype=torch.long), r"`input_ids` are torch.int64 \(3, 7\), but the cache holds 2 rows"),
             (torch.ones(7, dtype=torch.long), r"`input_ids` are torch.int64 \(1, 7\), but the cache holds 2 rows"),
@@ -198,15 +191,21 @@ class TestRefusals:
             (torch.ones(2, 0, dtype=torch.long), "`input_ids` have no tokens"),
             ("a text", r"`input_ids` must be a tensor \(batch, tokens\) of integers, but is a str"),
             (None, "`input_ids` must be a tensor .*, but is a NoneType"),
-        ],
-    )
-    def test_input_ids(self, input_ids: Any, message: str) -> None:
-        cache = hand_made_cache([[[[0]], [[1]]]], 7)
-        with pytest.raises(ValueError, match=message):
-            cache.show(byte_tokenizer(), input_ids)
+            # No tokens: labels, or another tokenizer's.
+            (torch.tensor([[5, -100], [1, 1]]), "hold -100, which is none of the"),
+            (torch.tensor([[5, 10**7], [1, 1]]), "hold 10000000, which is none of the"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                cache.show(byte_tokenizer(), input_ids)
+        with pytest.raises(ValueError, match="There is no row 2: the cache holds 2 rows"):
+            cache.show(byte_tokenizer(), torch.ones(2, 7, dtype=torch.long), row=2)
+        cache.reset()
+        with pytest.raises(ValueError, match="The H2OCache holds nothing yet"):
+            cache.show(byte_tokenizer(), torch.ones(2, 7, dtype=torch.long))
 
     def test_padding_that_is_not_in_front(self) -> None:
-        """The second row has two tokens less: three of padding, a turn of one token, two of padding, and a turn of two."""
+        """The second row has two tokens less: three of padding, a turn of one token, two of padding, and a turn of "
+        "two."""
         cache = hand_made_cache([[[[0]], [[1]]]], 8)
         cache.layers[0].row_lengths = [8, 3]
         input_ids = torch.tensor([[9] * 8, [0, 0, 0, 5, 0, 0, 6, 7]])
@@ -223,29 +222,15 @@ class TestRefusals:
         with pytest.raises(ValueError, match="Give the `attention_mask` as well"):
             cache.show(byte_tokenizer(), input_ids[:, :3], row=1)
 
-    @pytest.mark.parametrize(
-        "mask, message",
-        [
+        for mask, message in (
             ([[1] * 9] * 2, "`attention_mask` has 9 columns, but `input_ids` have 8"),
             ([[1] * 8] * 2, "shows 8 tokens of row 1 in 8 columns, but the cache has seen 3 in 8"),
             ([[0] * 6 + [1] * 2] * 2, "shows 2 tokens of row 1 in 8 columns, but the cache has seen 3 in 8"),
             ([[1] * 8], r"`attention_mask` are torch.int64 \(1, 8\), but the cache holds 2 rows"),
             ([[0.0] * 8] * 2, "`attention_mask` are torch.float32"),
-        ],
-    )
-    def test_masks(self, mask: list[list[int]], message: str) -> None:
-        cache = hand_made_cache([[[[0]], [[1]]]], 8)
-        cache.layers[0].row_lengths = [8, 3]
-        with pytest.raises(ValueError, match=message):
-            cache.show(byte_tokenizer(), torch.ones(2, 8, dtype=torch.long), row=1, attention_mask=torch.tensor(mask))
-
-    def test_rows_and_empty_caches(self) -> None:
-        cache = hand_made_cache([[[[0]], [[1]]]], 7)
-        with pytest.raises(ValueError, match="There is no row 2: the cache holds 2 rows"):
-            cache.show(byte_tokenizer(), torch.ones(2, 7, dtype=torch.long), row=2)
-        cache.reset()
-        with pytest.raises(ValueError, match="The H2OCache holds nothing yet"):
-            cache.show(byte_tokenizer(), torch.ones(2, 7, dtype=torch.long))
+        ):
+            with pytest.raises(ValueError, match=message):
+                cache.show(byte_tokenizer(), input_ids, row=1, attention_mask=torch.tensor(mask))
 
 
 @pytest.mark.slow
@@ -266,11 +251,3 @@ def test_the_page_runs_and_prints_what_it_shows() -> None:
     texts = [re.sub("[⟦⟧]", "", text).partition("\n")[2] for text in (printed, shown)]
     assert texts[0] == texts[1]
     assert len(names["recorder"].num_seen) == 40
-
-
-@pytest.mark.parametrize("token_id", [-100, 10**7])
-def test_ids_that_are_no_tokens_are_refused(token_id: int) -> None:
-    input_ids = encode("abc")
-    input_ids[0, 1] = token_id
-    with pytest.raises(ValueError, match=f"hold {token_id}, which is none of the"):
-        cache_of([[0, 1]], 3).show(byte_tokenizer(), input_ids)

@@ -1,6 +1,6 @@
 """
-Figures of what caches hold. Each function returns a `matplotlib.figure.Figure`, which notebooks show and `savefig` writes;
-none opens a window, and matplotlib is imported when one is called.
+Figures of what caches hold. Each function returns a `matplotlib.figure.Figure`: notebooks show it, `savefig` writes
+it. No function opens a window. matplotlib is imported when one is called.
 """
 
 from pyramid_cache.plot.kept import plot_budgets, plot_kept_positions, plot_kept_tokens

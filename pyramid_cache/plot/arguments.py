@@ -1,4 +1,4 @@
-"""What callers may hand to the functions that draw and show: each function raises ValueError for anything else."""
+"""What the functions that draw and show take: checks of caches, rows and layers, and what they all ask of a cache."""
 
 import operator
 
@@ -12,7 +12,7 @@ def compressed_layers(cache: Cache) -> list[CompressedLayer]:
     The layers of a cache that evict, in the order of the model.
 
     Raises:
-        ValueError: It is no cache of this library.
+        ValueError: The cache is not of this library.
     """
     layers = [layer for layer in getattr(cache, "layers", ()) if isinstance(layer, CompressedLayer)]
     if not layers:
@@ -24,7 +24,7 @@ def compressed_layers(cache: Cache) -> list[CompressedLayer]:
 def require_filled(cache: Cache) -> None:
     """
     Raises:
-        ValueError: It is no cache of this library, or holds nothing yet.
+        ValueError: The cache is not of this library, or is empty.
         RuntimeError: The last forward pass with it broke off.
     """
     compressed_layers(cache)
@@ -34,7 +34,7 @@ def require_filled(cache: Cache) -> None:
 
 
 def as_row(row: int, batch_size: int) -> int:
-    """The index of a row, counted from the end if it is negative."""
+    """The index of a row; a negative one counts from the end."""
     try:
         index = operator.index(row)
     except TypeError:
@@ -45,7 +45,7 @@ def as_row(row: int, batch_size: int) -> int:
 
 
 def as_layer(layer_idx: int, cache: Cache) -> CompressedLayer:
-    """The layer at an index of the model, if it is one that evicts."""
+    """The layer at an index of the model, which must be one that evicts."""
     layers = cache.layers
     if isinstance(layer_idx, bool) or not isinstance(layer_idx, int) or not 0 <= layer_idx < len(layers):
         raise ValueError(f"There is no layer {layer_idx!r}: the cache has {len(layers)} layers, counted from 0.")
@@ -53,3 +53,14 @@ def as_layer(layer_idx: int, cache: Cache) -> CompressedLayer:
     if not isinstance(layer, CompressedLayer):
         raise ValueError(f"Layer {layer_idx} is a {type(layer).__name__} of transformers, which holds no scores.")
     return layer
+
+
+def tokens_seen(cache: Cache, row: int | None = None) -> int:
+    """How many tokens a row has seen, without padding; without `row`, the longest row."""
+    rows = slice(None) if row is None else slice(row, row + 1)
+    return max(max(layer.num_seen_per_row[rows]) for layer in compressed_layers(cache))
+
+
+def loses_tokens(cache: Cache) -> bool:
+    """Whether a layer loses the tokens that it does not hold. `ShadowKVCache` loses none."""
+    return all(layer.evicts for layer in compressed_layers(cache))

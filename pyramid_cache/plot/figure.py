@@ -10,21 +10,21 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
-# Okabe and Ito's colours (https://jfly.uni-koeln.de/color/), which people with any colour vision tell apart; the yellow one
-# is left out, too pale for lines on white.
+# Okabe and Ito's colours (https://jfly.uni-koeln.de/color/): people with any colour vision can tell them apart. Their
+# yellow is left out because it is too pale for lines on white.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 LINE_STYLES = ("-", "--", "-.", ":")
 MARKERS = "osD^vPX"
 OTHER_LAYERS_COLOR = "#b5b5b5"
-# A map has no more columns than a figure has pixels for it, at `DPI`: of nine inches, over seven are the map's. Those of a
+# A map is over seven inches wide, of nine. It has no more columns than that has pixels at `DPI`; the columns of a
 # longer one are means of neighbours, so that none is lost.
 MAX_CELLS = 1024
 DPI = 150
 
 
-def new_figure(width: float, height: float) -> "Figure":
+def new_figure(height: float) -> "Figure":
     """
-    An empty figure of a size in inches.
+    An empty figure, nine inches wide.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -37,11 +37,11 @@ def new_figure(width: float, height: float) -> "Figure":
         raise ModuleNotFoundError(
             "Figures need the package `matplotlib`; run: pip install 'pyramid_cache[plot]'", name=error.name
         ) from error
-    return NotebookFigure(figsize=(width, height), dpi=DPI, layout="constrained")
+    return NotebookFigure(figsize=(9, height), dpi=DPI, layout="constrained")
 
 
 def tidy(axes: "Axes") -> None:
-    """Leaves out the lines above and to the right, and has layers counted in whole numbers."""
+    """Removes the lines above and to the right, and counts layers or positions in whole numbers."""
     from matplotlib.ticker import MaxNLocator
 
     axes.spines[["top", "right"]].set_visible(False)
@@ -50,10 +50,10 @@ def tidy(axes: "Axes") -> None:
 
 def draw_map(axes: "Axes", values: torch.Tensor, **settings: Any) -> "AxesImage":
     """
-    Draws rows of values over positions, the first row on top; what is NaN is grey.
+    Draws rows of values over positions, with the first row on top.
 
     Args:
-        values (`torch.Tensor`): `(rows, positions)` float32.
+        values (`torch.Tensor`): `(rows, positions)` float32. NaN is grey.
         settings: Of `Axes.imshow`, and `bad`, another colour for NaN.
     """
     from matplotlib import colormaps
@@ -70,7 +70,7 @@ def draw_map(axes: "Axes", values: torch.Tensor, **settings: Any) -> "AxesImage"
         extent=(0, cells.shape[1] * positions_per_cell, cells.shape[0] * rows_per_cell - 0.5, -0.5),
         **settings,
     )
-    # The last cells may be of fewer.
+    # The last cells may stand for fewer rows and positions than the others.
     axes.set(xlim=(0, num_positions), ylim=(num_rows - 0.5, -0.5))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True))
@@ -78,7 +78,7 @@ def draw_map(axes: "Axes", values: torch.Tensor, **settings: Any) -> "AxesImage"
 
 
 def position_label(num_positions: int) -> str:
-    """What the axis of a map's positions is called."""
+    """The label of the axis of positions of a map."""
     size = cell_size(num_positions)
     return "position" if size == 1 else f"position (means of {size} neighbours)"
 
@@ -90,8 +90,8 @@ def cell_size(length: int) -> int:
 
 def shrink(values: torch.Tensor, cell_size: int) -> torch.Tensor:
     """
-    `(rows, columns)` to the means of as many neighbouring columns each, the last of those that are left. NaN does not count; of
-    nothing but NaN the mean is NaN.
+    `(rows, columns)` to `(rows, cells)`: the means of `cell_size` neighbouring columns; the last cell may have fewer.
+    NaN is left out of a mean, and the mean of nothing but NaN is NaN.
     """
     missing = -values.shape[1] % cell_size
     padded = torch.nn.functional.pad(values, (0, missing), value=torch.nan)

@@ -1,6 +1,7 @@
 """The text of a prompt, coloured by how many layers hold each token."""
 
 import html
+import itertools
 import unicodedata
 from dataclasses import dataclass
 
@@ -8,27 +9,28 @@ import torch
 from transformers import Cache, PreTrainedTokenizerBase
 
 from pyramid_cache.engine.kept import kept_positions
-from pyramid_cache.plot.arguments import as_row, compressed_layers, require_filled
+from pyramid_cache.plot.arguments import as_row, compressed_layers, loses_tokens, require_filled, tokens_seen
 
 
-# From what no layer holds to what all do; the second is of one hue at any strength, so that it is told by lightness alone.
+# The colours of tokens that no layer and that all layers hold. Both have one hue: only the lightness tells shades
+# apart.
 PALEST, STRONGEST = (255, 255, 255), (8, 81, 156)
 # The lightest grey that is legible on white (a contrast of 4.5).
 FORGOTTEN_COLOR = "#767676"
 NUM_LEGEND_STEPS = 5
-# More tokens than any character needs. What is no text at all must not become a single group, which takes time that grows
-# with the square of its length.
+# More tokens than any character needs. Bytes that are no text must not become one group: the time to decode a group
+# grows with the square of its length.
 MAX_GROUP_TOKENS = 16
 
 
 @dataclass(frozen=True)
 class TokenGroup:
     """
-    Tokens whose text cannot be told apart: one, or several that make up a character between them.
+    The token at position `start`, or the tokens up to `stop` that make up a character together.
 
     Attributes:
-        start, stop (`int`): Their positions, without the last.
-        text (`str`): What they say.
+        start, stop (`int`): Positions; `stop` is the first one after the group.
+        text (`str`): The text of the tokens.
     """
 
     start: int
@@ -42,15 +44,15 @@ class KeptText:
     A text with the layers that hold its tokens. A notebook shows it in colour, `print` as plain text.
 
     Attributes:
-        name (`str`): Of the cache.
+        name (`str`): The class of the cache.
         groups (`list[TokenGroup]`): The text.
         tokens (`list[str]`): The tokens, as the tokenizer writes them.
-        is_held (`torch.Tensor`): `(layers, tokens)` bool: whether a KV head of the layer holds the token. Those behind the
-            last column have not been seen yet.
-        layer_indices (`list[int]`): Which layers of the model the rows are.
-        num_model_layers (`int`): How many layers the model has.
-        num_behind (`int`): How many tokens the cache has seen behind these.
-        is_lost (`bool`): Whether what a layer does not hold is lost to it.
+        is_held (`torch.Tensor`): `(layers, tokens)` bool: whether a KV head of the layer holds the token. Tokens after
+            the last column have not been seen yet.
+        layer_indices (`list[int]`): The indices of these layers in the model.
+        num_model_layers (`int`): The number of layers of the model.
+        num_behind (`int`): How many tokens the cache has seen after these.
+        is_lost (`bool`): Whether a layer loses the tokens that it does not hold.
     """
 
     name: str
@@ -69,17 +71,17 @@ class KeptText:
 
     @property
     def num_layers_per_token(self) -> list[int]:
-        """How many of them hold each token that has been seen."""
+        """How many of these layers hold each token that has been seen."""
         return self.is_held.sum(dim=0).tolist()
 
     @property
     def held_by(self) -> str:
-        """What tokens are that a layer holds."""
+        """How a token relates to a layer that holds it."""
         return "kept by" if self.is_lost else "in the buffer of"
 
     @property
     def heading(self) -> str:
-        """What is counted."""
+        """The counts, and what they leave out."""
         counts = self.num_layers_per_token
         num_all, num_none = counts.count(self.num_layers), counts.count(0)
         heading = f"{self.name}, {len(counts):,} tokens: {num_all:,} {self.held_by} all {self.num_layers} layers, "
@@ -87,21 +89,22 @@ class KeptText:
         if not self.is_lost:
             heading += " None is lost: what is in the buffer is what a step attends to."
         if self.num_layers < self.num_model_layers:
-            heading += f" {self.num_layers} of the model's {self.num_model_layers} layers count: the others are transformers' own."
+            heading += f" {self.num_layers} of the model's {self.num_model_layers} layers count:"
+            heading += " the others are transformers' own."
         if self.num_behind:
             heading += f" {self.num_behind:,} tokens behind these are not shown."
         return heading
 
     def __str__(self) -> str:
-        """The text, with what no layer holds in brackets that hardly any text has."""
-        counts, parts, is_open = self.num_layers_per_token, [], False
-        for group in self.groups:
-            is_forgotten = group.stop <= len(counts) and not any(counts[group.start : group.stop])
-            if is_forgotten != is_open:
-                parts.append("⟦" if is_forgotten else "⟧")
-                is_open = is_forgotten
-            parts.append(group.text)
-        parts.append("⟧" if is_open else "")
+        """The text, with tokens that no layer holds in brackets that hardly any text has."""
+        counts, parts = self.num_layers_per_token, []
+
+        def is_forgotten(group: TokenGroup) -> bool:
+            return group.stop <= len(counts) and not any(counts[group.start : group.stop])
+
+        for forgotten, groups in itertools.groupby(self.groups, key=is_forgotten):
+            text = "".join(group.text for group in groups)
+            parts.append(f"⟦{text}⟧" if forgotten else text)
         return f"{self.heading} ⟦{self.held_by.capitalize()} no layer⟧.\n\n{''.join(parts)}"
 
     __repr__ = __str__
@@ -116,28 +119,24 @@ class KeptText:
             '<div style="background:#ffffff;color:#000000;padding:0.5em">'
             f'<div style="font-family:sans-serif;margin-bottom:0.5em">{html.escape(self.heading)}<br>'
             f"layers: {legend}</div>"
-            f'<pre style="background:#ffffff;color:#000000;white-space:pre-wrap;overflow-wrap:anywhere">\n{text}</pre></div>'
+            '<pre style="background:#ffffff;color:#000000;white-space:pre-wrap;overflow-wrap:anywhere">'
+            f"\n{text}</pre></div>"
         )
 
     def as_html(self, group: TokenGroup) -> str:
-        """Tokens as a span with a tooltip."""
-        text, counts = html.escape(visible(group.text)), self.num_layers_per_group(group)
+        """A group as a span with a tooltip; its colour is that of the mean of its tokens that have been seen."""
+        is_held = self.is_held[:, group.start : group.stop]
         tooltip = "&#10;".join(html.escape(self.describe(position)) for position in range(group.start, group.stop))
-        style = style_of(sum(counts) / len(counts) / self.num_layers) if counts else "border:1px dotted #767676"
-        return f'<span title="{tooltip}" style="{style}">{text}</span>'
-
-    def num_layers_per_group(self, group: TokenGroup) -> list[int]:
-        """How many layers hold each of its tokens that has been seen."""
-        return self.is_held[:, group.start : group.stop].sum(dim=0).tolist()
+        style = style_of(is_held.double().mean().item()) if is_held.numel() else "border:1px dotted #767676"
+        return f'<span title="{tooltip}" style="{style}">{html.escape(visible(group.text))}</span>'
 
     def describe(self, position: int) -> str:
-        """What the tooltip says of a token."""
+        """A line of a tooltip."""
         token = f"{self.tokens[position]!r}, position {position}"
         if position >= self.is_held.shape[1]:
             return f"{token}: not seen yet"
-        holding = self.is_held[:, position].nonzero().flatten().tolist()
-        layers = ranges([self.layer_indices[index] for index in holding])
-        which = f": {layers}" if holding else ""
+        holding = [self.layer_indices[index] for index in self.is_held[:, position].nonzero().flatten().tolist()]
+        which = f": {ranges(holding)}" if holding else ""
         return f"{token}: {self.held_by} {len(holding)} of {self.num_layers} layers{which}"
 
 
@@ -155,12 +154,10 @@ def read_kept_text(
     strange = [token_id for token_id in token_ids if not 0 <= token_id < len(tokenizer)]
     if strange:
         raise ValueError(
-            f"`input_ids` hold {strange[0]}, which is none of the {len(tokenizer)} tokens of the tokenizer. Give what the model read, "
-            "and not labels."
+            f"`input_ids` hold {strange[0]}, which is none of the {len(tokenizer)} tokens of the tokenizer. Give what "
+            "the model read, and not labels."
         )
-    layers = compressed_layers(cache)
-    num_seen = max(layer.num_seen_per_row[row] for layer in layers)
-    indices = [layer.place.layer_idx for layer in layers]
+    num_seen, indices = tokens_seen(cache, row), [layer.place.layer_idx for layer in compressed_layers(cache)]
     return KeptText(
         name=type(cache).__name__,
         groups=group_tokens(tokenizer, token_ids),
@@ -169,7 +166,7 @@ def read_kept_text(
         layer_indices=indices,
         num_model_layers=len(cache.layers),
         num_behind=max(num_seen - len(token_ids), 0),
-        is_lost=all(layer.evicts for layer in layers),
+        is_lost=loses_tokens(cache),
     )
 
 
@@ -181,20 +178,20 @@ def tokens_of_row(cache: Cache, input_ids: torch.Tensor, row: int, attention_mas
         ValueError: They do not fit what the cache has seen.
     """
     input_ids = as_rows("input_ids", input_ids, cache.batch_size)
-    num_columns, num_seen = input_ids.shape[1], cache.get_seq_length()
+    num_columns, num_seen, row_length = input_ids.shape[1], cache.get_seq_length(), tokens_seen(cache, row)
     if num_columns > num_seen + 1:
         raise ValueError(
-            f"`input_ids` have {num_columns} tokens, but the cache has seen {num_seen}. Give what it has seen: the prompt, or the "
-            "sequences that `generate` returned, which have one token more."
+            f"`input_ids` have {num_columns} tokens, but the cache has seen {num_seen}. Give what it has seen: the "
+            "prompt, or the sequences that `generate` returned, which have one token more."
         )
-    row_length = max(layer.num_seen_per_row[row] for layer in compressed_layers(cache))
     if attention_mask is None:
         num_padding = num_seen - row_length
         padding = input_ids[row, :num_padding]
         if num_padding >= num_columns or (padding != padding[:1]).any():
             raise ValueError(
-                f"The cache has seen {num_seen} columns, and {row_length} tokens of row {row} in them, but the first {num_padding} "
-                f"of the {num_columns} `input_ids` of the row are not padding. Give the `attention_mask` as well."
+                f"The cache has seen {num_seen} columns, and {row_length} tokens of row {row} in them, but the first "
+                f"{num_padding} of the {num_columns} `input_ids` of the row are not padding. Give the "
+                "`attention_mask` as well."
             )
         return input_ids[row, num_padding:].tolist()
     mask = as_rows("attention_mask", attention_mask, cache.batch_size)
@@ -205,20 +202,19 @@ def tokens_of_row(cache: Cache, input_ids: torch.Tensor, row: int, attention_mas
     num_tokens = int(is_token[:num_seen].sum())
     if num_tokens > row_length or (num_columns >= num_seen and num_tokens < row_length) or not num_tokens:
         raise ValueError(
-            f"`attention_mask` shows {num_tokens} tokens of row {row} in {min(num_columns, num_seen)} columns, but the cache has seen "
-            f"{row_length} in {num_seen}. Give the mask that the model was given."
+            f"`attention_mask` shows {num_tokens} tokens of row {row} in {min(num_columns, num_seen)} columns, but "
+            f"the cache has seen {row_length} in {num_seen}. Give the mask that the model was given."
         )
     return input_ids[row, is_token].tolist()
 
 
 def as_rows(name: str, tensor: torch.Tensor, batch_size: int) -> torch.Tensor:
-    """Integers `(batch, tokens)` on the CPU; one row may be given as `(tokens,)`."""
+    """Integers `(batch, tokens)` on the CPU; a single row may be given as `(tokens,)`."""
     try:
         rows = torch.as_tensor(tensor).cpu()
     except (TypeError, ValueError, RuntimeError):
-        raise ValueError(
-            f"`{name}` must be a tensor (batch, tokens) of integers, but is a {type(tensor).__name__}."
-        ) from None
+        kind = type(tensor).__name__
+        raise ValueError(f"`{name}` must be a tensor (batch, tokens) of integers, but is a {kind}.") from None
     rows = rows[None] if rows.dim() == 1 else rows
     if rows.dim() != 2 or rows.is_floating_point() or rows.is_complex() or rows.shape[0] != batch_size:
         raise ValueError(
@@ -232,8 +228,8 @@ def as_rows(name: str, tensor: torch.Tensor, batch_size: int) -> torch.Tensor:
 
 def group_tokens(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> list[TokenGroup]:
     """
-    The text of each token, in the context of those before it: tokenizers drop the space in front of a text's first word.
-    Tokens that end inside a character are grouped with those that complete it.
+    The text of each token, decoded after the group before it: tokenizers drop the space in front of a text's first
+    word. Tokens that end inside a character share a group with those that complete it.
     """
 
     def decode(start: int, stop: int) -> str:
@@ -243,7 +239,7 @@ def group_tokens(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> li
     context, start = 0, 0
     for stop in range(1, len(token_ids) + 1):
         before, text = decode(context, start), decode(context, stop)
-        # What is no whole character decodes to U+FFFD; what is still none after the last token stays one.
+        # An incomplete character decodes to U+FFFD. If the last token does not complete it, U+FFFD stays.
         if text.endswith("\ufffd") and stop < min(len(token_ids), start + MAX_GROUP_TOKENS):
             continue
         groups.append(TokenGroup(start, stop, text[len(before) :]))
@@ -252,31 +248,25 @@ def group_tokens(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> li
 
 
 def visible(text: str) -> str:
-    """The text with control characters written out, which HTML has no place for; tabs and newlines stay."""
-    return "".join(
-        repr(character)[1:-1] if unicodedata.category(character) == "Cc" and character not in "\t\n" else character
-        for character in text
-    )
+    """The text with control characters written out, because HTML cannot hold them; tabs and newlines stay."""
+    return "".join(repr(c)[1:-1] if unicodedata.category(c) == "Cc" and c not in "\t\n" else c for c in text)
 
 
 def style_of(share: float) -> str:
-    """The colours of a token that this share of the layers holds, as CSS."""
+    """The colours, as CSS, of a token that this share of the layers holds."""
     background = [round(pale + share * (strong - pale)) for pale, strong in zip(PALEST, STRONGEST, strict=True)]
     color = FORGOTTEN_COLOR if not share else max(("#000000", "#ffffff"), key=lambda text: contrast(text, background))
     return f"background:#{bytes(background).hex()};color:{color}"
 
 
 def contrast(color: str, background: list[int]) -> float:
-    """The contrast ratio of two colours as WCAG 2 defines it, from 1 to 21."""
-    lights = sorted((luminance(list(bytes.fromhex(color[1:]))), luminance(background)))
-    return (lights[1] + 0.05) / (lights[0] + 0.05)
-
-
-def luminance(color: list[int]) -> float:
-    """The relative luminance of an sRGB colour."""
-    channels = [level / 255 for level in color]
-    linear = [level / 12.92 if level <= 0.04045 else ((level + 0.055) / 1.055) ** 2.4 for level in channels]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    """The contrast ratio of two sRGB colours as WCAG 2 defines it, from 1 to 21."""
+    lights = []
+    for levels in (bytes.fromhex(color[1:]), background):
+        channels = [level / 255 for level in levels]
+        linear = [level / 12.92 if level <= 0.04045 else ((level + 0.055) / 1.055) ** 2.4 for level in channels]
+        lights.append(0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2])
+    return (max(lights) + 0.05) / (min(lights) + 0.05)
 
 
 def ranges(numbers: list[int]) -> str:

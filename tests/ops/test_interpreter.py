@@ -27,16 +27,14 @@ def version(module) -> tuple[int, int]:
     version(triton) < (3, 7) and version(numpy) >= (2, 4),
     reason="the interpreter of Triton before 3.7 fails with NumPy 2.4 and later",
 )
-# Modules of kernel tests are found by their names.
-@pytest.mark.parametrize("name", sorted(file.name for file in FOLDER.glob("test_*kernels.py")))
-def test_kernels_in_the_interpreter(name: str, tmp_path: Path) -> None:
-    # The interpreter is chosen when Triton is imported.
+def test_kernels_in_the_interpreter(tmp_path: Path) -> None:
+    """One process for all modules of kernel tests, which are found by their names. Triton chooses it at its import."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
     environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    report = tmp_path / "report.xml"
-    command = [sys.executable, "-m", "pytest", FOLDER / name, "-m", "cuda", "-n0", "-p", "no:cacheprovider"]
+    report, modules = tmp_path / "report.xml", sorted(FOLDER.glob("test_*kernels.py"))
+    command = [sys.executable, "-m", "pytest", *modules, "-m", "cuda", "-n0", "-p", "no:cacheprovider", "-q", "-rs"]
     run = subprocess.run(
-        [*command, "-q", "-rs", "--durations=5", f"--junitxml={report}"],
+        [*command, "--durations=15", f"--junitxml={report}"],
         env=environment,
         cwd=FOLDER.parent.parent,
         stdout=subprocess.PIPE,
@@ -46,6 +44,7 @@ def test_kernels_in_the_interpreter(name: str, tmp_path: Path) -> None:
     print(run.stdout)
     assert run.returncode == 0, run.stdout
     cases = list(ElementTree.parse(report).iter("testcase"))
+    assert {case.get("classname").split(".")[-1] for case in cases} == {module.stem for module in modules}
     skipped = [case.find("skipped") for case in cases if case.find("skipped") is not None]
     assert len(cases) > len(skipped), run.stdout
     # What a GPU alone can run says so; nothing else may be left out.

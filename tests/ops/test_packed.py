@@ -1,7 +1,6 @@
 """Decoding over packed heads, against a softmax in float64 over each head's tokens on their own."""
 
-import math
-
+import exact
 import pytest
 import torch
 
@@ -28,67 +27,25 @@ def build(name: str, dtype: torch.dtype = torch.float32) -> tuple:
     def states(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator).to(dtype)
 
-    return (
-        states(batch, kv_heads * group, 1, head_dim),
-        states(sum(lengths), head_dim),
-        states(sum(lengths), value_dim),
-        lengths,
-        states(batch, kv_heads, latest, head_dim),
-        states(batch, kv_heads, latest, value_dim),
-    )
+    query = states(batch, kv_heads * group, 1, head_dim)
+    packed = states(sum(lengths), head_dim), states(sum(lengths), value_dim)
+    return query, *packed, lengths, *(states(batch, kv_heads, latest, width) for width in (head_dim, value_dim))
 
 
-def head_by_head(
-    query: torch.Tensor,
-    packed_key: torch.Tensor,
-    packed_value: torch.Tensor,
-    lengths: list[int],
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scaling: float,
-    softcap: float | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The same by its definition."""
-    batch, heads = query.shape[:2]
-    kv_heads, latest = key.shape[1:3]
-    group = heads // kv_heads
-    output = torch.zeros(batch, 1, heads, value.shape[3], dtype=torch.float64)
-    packed_sums = torch.zeros(sum(lengths), dtype=torch.float64)
-    latest_sums = torch.zeros(batch, kv_heads, latest, dtype=torch.float64)
-    start = 0
-    for row in range(batch):
-        for head in range(kv_heads):
-            stop = start + lengths[row * kv_heads + head]
-            keys = torch.cat([packed_key[start:stop], key[row, head]]).double()
-            values = torch.cat([packed_value[start:stop], value[row, head]]).double()
-            for member in range(head * group, (head + 1) * group):
-                logits = [float(scaling * (query[row, member, 0].double() * one).sum()) for one in keys]
-                if softcap:
-                    logits = [softcap * math.tanh(logit / softcap) for logit in logits]
-                weights = torch.tensor([math.exp(logit) for logit in logits], dtype=torch.float64)
-                weights /= weights.sum()
-                output[row, 0, member] = weights @ values
-                packed_sums[start:stop] += weights[: stop - start]
-                latest_sums[row, head] += weights[stop - start :]
-            start = stop
-    return output, packed_sums, latest_sums
-
-
-@pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("softcap", [None, 1.5])
-@pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize("backend", ["cpu", "as_one"])
-def test_equals_softmax_head_by_head(backend: str, name: str, softcap: float | None, dtype: torch.dtype) -> None:
-    arguments = build(name, dtype)
-    scaling = arguments[0].shape[-1] ** -0.5
-    if backend == "cpu":
-        found = decode_packed_attention(*arguments, scaling=scaling, softcap=softcap)
-    else:
-        found = decode_as_one(*arguments, scaling, softcap)
-    wanted = head_by_head(*arguments, scaling, softcap)
-    assert found[0].dtype == dtype and found[1].dtype == found[2].dtype == torch.float32
-    for ours, theirs in zip(found, wanted, strict=True):
-        torch.testing.assert_close(ours.double(), theirs, atol=TOLERANCES[dtype], rtol=TOLERANCES[dtype])
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_equals_softmax_head_by_head(dtype: torch.dtype) -> None:
+    for name in SHAPES:
+        arguments = build(name, dtype)
+        scaling = arguments[0].shape[-1] ** -0.5
+        for softcap in (None, 1.5):
+            wanted = exact.packed_decode(*arguments, scaling, softcap)
+            for found in (
+                decode_packed_attention(*arguments, scaling=scaling, softcap=softcap),
+                decode_as_one(*arguments, scaling, softcap),
+            ):
+                assert found[0].dtype == dtype and found[1].dtype == found[2].dtype == torch.float32
+                for ours, theirs in zip(found, wanted, strict=True):
+                    torch.testing.assert_close(ours.double(), theirs, atol=TOLERANCES[dtype], rtol=TOLERANCES[dtype])
 
 
 def test_logits_beyond_the_range_of_exponentials() -> None:
@@ -100,20 +57,14 @@ def test_logits_beyond_the_range_of_exponentials() -> None:
 
 def test_gradients_are_those_of_the_definition() -> None:
     arguments = [tensor.double() if isinstance(tensor, torch.Tensor) else tensor for tensor in build("grouped")]
-    for index in (0, 1, 2, 4, 5):
-        arguments[index].requires_grad_()
-    tensors = [argument for argument in arguments if isinstance(argument, torch.Tensor)]
-    found = torch.autograd.grad(decode_packed_attention(*arguments, scaling=0.3)[0].square().sum(), tensors)
-
-    query, packed_key, packed_value, lengths, key, value = arguments
-    keys, values = packed_key.split(lengths), packed_value.split(lengths)
-    outputs = []
-    for segment in range(len(lengths)):
-        row, head = divmod(segment, 3)
-        all_keys = torch.cat([keys[segment], key[row, head]])
-        all_values = torch.cat([values[segment], value[row, head]])
-        outputs.append(torch.softmax(0.3 * query[row, 2 * head : 2 * head + 2, 0] @ all_keys.T, dim=-1) @ all_values)
-    wanted = torch.autograd.grad(torch.cat(outputs).square().sum(), tensors)
+    tensors = [argument.requires_grad_() for argument in arguments if isinstance(argument, torch.Tensor)]
+    found, wanted = (
+        torch.autograd.grad(output.square().sum(), tensors)
+        for output in (
+            decode_packed_attention(*arguments, scaling=0.3)[0],
+            exact.packed_decode(*arguments, 0.3)[0],
+        )
+    )
     for ours, theirs in zip(found, wanted, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
@@ -133,26 +84,23 @@ def test_starts_that_are_given_are_those_that_would_be_made() -> None:
 def test_packed_tokens_know_where_their_segments_begin() -> None:
     is_kept = torch.tensor([[[1, 0, 1], [0, 0, 0]], [[1, 1, 1], [0, 1, 0]]], dtype=torch.bool)
     packed = PackedTokens.of({"positions": torch.arange(12).view(2, 2, 3)}, is_kept)
-    assert packed.lengths == [2, 0, 3, 1] and packed.starts.tolist() == [0, 2, 2, 5, 6]
-    same = packed.map_rows(lambda tensor: tensor)
-    assert same.lengths == [2, 0, 3, 1] and same.starts.tolist() == [0, 2, 2, 5, 6]
+    for same in (packed, packed.map_rows(lambda tensor: tensor)):
+        assert same.lengths == [2, 0, 3, 1] and same.starts.tolist() == [0, 2, 2, 5, 6]
     moved = packed.map_rows(lambda tensor: tensor[[1, 1, 0]])
     assert moved.lengths == [3, 1, 3, 1, 2, 0] and moved.starts.tolist() == [0, 3, 4, 7, 8, 10, 10]
     assert moved.tensors["positions"].tolist() == [6, 7, 8, 10, 6, 7, 8, 10, 0, 2]
     assert packed.map_rows(lambda tensor: tensor[:0]).starts.tolist() == [0]
 
 
-@pytest.mark.parametrize("has_starts", [False, True])
-def test_is_an_op_that_compilers_know(has_starts: bool) -> None:
+def test_is_an_op_that_compilers_know() -> None:
     arguments = build("grouped")
-    starts = segment_starts(arguments[3], torch.device("cpu")) if has_starts else None
-    arguments = (*arguments, 0.3, 2.0, starts)
-    torch.library.opcheck(torch.ops.pyramid_cache.decode_packed_attention.default, arguments)
+    for starts in (None, segment_starts(arguments[3], torch.device("cpu"))):
+        op = torch.ops.pyramid_cache.decode_packed_attention.default
+        torch.library.opcheck(op, (*arguments, 0.3, 2.0, starts))
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
+def test_shapes_that_do_not_fit() -> None:
+    for changes, message in (
         ({3: [3, 0, 7]}, "`lengths` has 3 numbers for 2 rows of 3 KV heads"),
         ({3: [3, 0, 7, 1, 5, 3]}, r"`packed_key` must have the shape \(19, 8\), but has \(18, 8\)"),
         ({4: torch.zeros(2, 3, 0, 8), 5: torch.zeros(2, 3, 0, 6)}, "at least the token of the query"),
@@ -160,11 +108,9 @@ def test_is_an_op_that_compilers_know(has_starts: bool) -> None:
         ({2: torch.zeros(18, 5)}, r"`packed_value` must have the shape \(18, 6\)"),
         ({6: torch.zeros(6, dtype=torch.int64)}, r"`starts` must have the shape \(7\), but has \(6,\)"),
         ({6: torch.zeros(7, dtype=torch.int32)}, "`starts` must be torch.int64, but is torch.int32"),
-    ],
-)
-def test_shapes_that_do_not_fit(changes: dict[int, object], message: str) -> None:
-    arguments = [*build("grouped"), None]
-    for index, value in changes.items():
-        arguments[index] = value
-    with pytest.raises(ValueError, match=message):
-        decode_packed_attention(*arguments[:6], scaling=0.3, starts=arguments[6])
+    ):
+        arguments = [*build("grouped"), None]
+        for index, value in changes.items():
+            arguments[index] = value
+        with pytest.raises(ValueError, match=message):
+            decode_packed_attention(*arguments[:6], scaling=0.3, starts=arguments[6])

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from shadow_step import inverse_frequencies, loaded_tokens, random_incoming, step, step_tensors
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import GlmConfig, LlamaConfig
 from transformers.models.glm import modeling_glm
@@ -46,41 +47,24 @@ def slow_key(
     return key
 
 
-def random_incoming(batch: int, kv_heads: int, places: int, chunks: int) -> torch.Tensor:
-    """A plan `(batch, kv_heads, places)` that loads the last chunk, leaves some places alone, and differs by head."""
-    incoming = torch.stack([torch.randperm(chunks)[:places] for _ in range(batch * kv_heads)])
-    incoming[torch.rand(incoming.shape) < 0.3] = -1
-    incoming[incoming == chunks - 1] = -1
-    incoming[:, places // 2] = chunks - 1
-    return incoming.view(batch, kv_heads, places)
-
-
-def inverse_frequencies(rotary_dim: int, device: str = "cpu") -> torch.Tensor:
-    """As Llama has them."""
-    return 1 / 10000 ** (torch.arange(0, rotary_dim, 2, device=device).float() / max(rotary_dim, 1))
-
-
-@pytest.mark.parametrize("num_chunks", [3, 11, 16])
-@pytest.mark.parametrize("mask_heads", [None, "one", "all"])
 @pytest.mark.parametrize("batch, heads, kv_heads, rows", [(1, 3, 3, 1), (3, 6, 2, 1), (3, 4, 1, 5)])
-def test_selected_chunks_are_those_of_the_loop(
-    batch: int, heads: int, kv_heads: int, rows: int, mask_heads: str | None, num_chunks: int
-) -> None:
-    query, landmarks = torch.randn(batch, heads, rows, 20), torch.randn(batch, kv_heads, 11, 20)
-    mask = None
-    if mask_heads is not None:
-        mask = torch.rand(batch, kv_heads if mask_heads == "all" else 1, 11) < 0.6
-        mask[-1, -1] = False
-    selected = shadow.select_chunks(query, landmarks, num_chunks=num_chunks, scaling=0.4, mask=mask)
-    assert selected.shape == (batch, kv_heads, num_chunks) and selected.dtype == torch.int64
-    everything = torch.ones(batch, kv_heads, 11, dtype=torch.bool)
-    allowed = everything if mask is None else everything & mask
-    for row in range(batch):
-        wanted = slow_selection(query[row].double(), landmarks[row].double(), allowed[row], num_chunks, 0.4)
-        for head in range(kv_heads):
-            found = selected[row, head].tolist()
-            assert set(found) - {-1} == wanted[head]
-            assert found[len(wanted[head]) :] == [-1] * (num_chunks - len(wanted[head]))
+def test_selected_chunks_are_those_of_the_loop(batch: int, heads: int, kv_heads: int, rows: int) -> None:
+    for num_chunks, mask_heads in ((3, kv_heads), (11, 1), (11, kv_heads), (16, None), (3, None)):
+        query, landmarks = torch.randn(batch, heads, rows, 20), torch.randn(batch, kv_heads, 11, 20)
+        mask = None
+        if mask_heads is not None:
+            mask = torch.rand(batch, mask_heads, 11) < 0.6
+            mask[-1, -1] = False
+        selected = shadow.select_chunks(query, landmarks, num_chunks=num_chunks, scaling=0.4, mask=mask)
+        assert selected.shape == (batch, kv_heads, num_chunks) and selected.dtype == torch.int64
+        everything = torch.ones(batch, kv_heads, 11, dtype=torch.bool)
+        allowed = everything if mask is None else everything & mask
+        for row in range(batch):
+            wanted = slow_selection(query[row].double(), landmarks[row].double(), allowed[row], num_chunks, 0.4)
+            for head in range(kv_heads):
+                found = selected[row, head].tolist()
+                assert set(found) - {-1} == wanted[head]
+                assert found[len(wanted[head]) :] == [-1] * (num_chunks - len(wanted[head]))
 
 
 def test_selection_takes_query_rows_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +109,7 @@ def test_plan_of_an_example() -> None:
 
 
 @pytest.mark.parametrize(
-    "batch, kv_heads, rank, head_dim, rotary_dim, interleaved, chunk_size, attention_scaling",
+    "batch, kv_heads, rank, head_dim, rotary_dim, interleaved, chunk_size, scaling",
     [
         (1, 3, 5, 64, 64, False, 8, 1.0),
         (3, 1, 40, 80, 32, False, 5, 1.25),
@@ -134,7 +118,7 @@ def test_plan_of_an_example() -> None:
         (1, 2, 5, 64, 0, False, 8, 1.0),
     ],
 )
-def test_reconstructed_keys_are_those_of_the_loop(
+def test_what_a_plan_loads_is_what_the_loop_loads(
     batch: int,
     kv_heads: int,
     rank: int,
@@ -142,40 +126,31 @@ def test_reconstructed_keys_are_those_of_the_loop(
     rotary_dim: int,
     interleaved: bool,
     chunk_size: int,
-    attention_scaling: float,
+    scaling: float,
 ) -> None:
+    """Keys that are multiplied and turned one by one, and values that are copied."""
     tokens, places = 3 * chunk_size + 2, 3
-    low_rank = torch.randn(batch, tokens, rank) / rank**0.5
-    basis = torch.randn(batch, kv_heads, rank, head_dim)
+    low_rank, basis = torch.randn(batch, tokens, rank) / rank**0.5, torch.randn(batch, kv_heads, rank, head_dim)
     incoming = random_incoming(batch, kv_heads, places, 4)
     positions = torch.randint(0, 100_000, (batch, tokens), dtype=torch.int32)
     frequencies = inverse_frequencies(rotary_dim)
-    # A slice of a larger buffer, whose heads and slots are the other way round in memory.
-    whole = torch.randn(batch, places * chunk_size + 7, kv_heads, head_dim).transpose(1, 2)
-    wanted = whole.double()
-    for row in range(batch):
-        for head in range(kv_heads):
-            for place, chunk in enumerate(incoming[row, head].tolist()):
-                for offset in range(chunk_size):
-                    token = chunk * chunk_size + offset
-                    if chunk >= 0 and token < tokens:
-                        key = low_rank[row, token].double() @ basis[row, head].double()
-                        turned = slow_key(
-                            key, positions[row, token].item(), frequencies, attention_scaling, interleaved
-                        )
-                        wanted[row, head, 3 + place * chunk_size + offset] = torch.tensor(turned, dtype=torch.float64)
-    shadow.reconstruct_keys(
-        whole[:, :, 3 : 3 + places * chunk_size],
-        low_rank,
-        basis,
-        incoming,
-        positions,
-        frequencies,
-        chunk_size=chunk_size,
-        attention_scaling=attention_scaling,
-        interleaved=interleaved,
-    )
-    torch.testing.assert_close(whole.double(), wanted, rtol=0, atol=1e-5)
+    values = torch.randn(batch, tokens, kv_heads, head_dim).transpose(1, 2)
+    # Slices of larger buffers, whose heads and slots are the other way round in memory.
+    keys, found = torch.randn(2, batch, places * chunk_size + 7, kv_heads, head_dim).transpose(2, 3)
+    wanted_keys, wanted = keys.double(), found.clone()
+    for row, head, slot, token in loaded_tokens(incoming, chunk_size, tokens):
+        key = low_rank[row, token].double() @ basis[row, head].double()
+        turned = slow_key(key, positions[row, token].item(), frequencies, scaling, interleaved)
+        wanted_keys[row, head, 3 + slot] = torch.tensor(turned, dtype=torch.float64)
+        wanted[row, head, 3 + slot] = values[row, head, token]
+    part, options = slice(3, 3 + places * chunk_size), {"attention_scaling": scaling, "interleaved": interleaved}
+    inputs = (low_rank, basis, incoming, positions, frequencies)
+    shadow.reconstruct_keys(keys[:, :, part], *inputs, chunk_size=chunk_size, **options)
+    torch.testing.assert_close(keys.double(), wanted_keys, rtol=0, atol=1e-5)
+    for dtype in (torch.float32, torch.bfloat16):
+        buffer = torch.where(wanted == found, found, 0.0).to(dtype)
+        shadow.gather_values(buffer[:, :, part], values.to(dtype), incoming, chunk_size=chunk_size)
+        assert torch.equal(buffer, wanted.to(dtype))
 
 
 @pytest.mark.parametrize("dtype, stored", [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)])
@@ -249,90 +224,28 @@ def test_keys_of_low_rank_come_back_as_the_model_rotated_them(family: str) -> No
     torch.testing.assert_close(buffer, wanted, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("batch, kv_heads, value_dim, chunk_size", [(1, 3, 64, 8), (3, 2, 80, 5)])
-def test_gathered_values_are_those_of_the_loop(
-    batch: int, kv_heads: int, value_dim: int, chunk_size: int, dtype: torch.dtype
-) -> None:
-    tokens, places = 4 * chunk_size + 3, 4
-    values = torch.randn(batch, tokens, kv_heads, value_dim, dtype=dtype).transpose(1, 2)
-    incoming = random_incoming(batch, kv_heads, places, 5)
-    whole = torch.randn(batch, kv_heads, places * chunk_size + 7, value_dim, dtype=dtype)
-    wanted = whole.clone()
-    for row in range(batch):
-        for head in range(kv_heads):
-            for place, chunk in enumerate(incoming[row, head].tolist()):
-                for offset in range(chunk_size):
-                    token = chunk * chunk_size + offset
-                    if chunk >= 0 and token < tokens:
-                        wanted[row, head, 3 + place * chunk_size + offset] = values[row, head, token]
-    shadow.gather_values(whole[:, :, 3 : 3 + places * chunk_size], values, incoming, chunk_size=chunk_size)
-    assert torch.equal(whole, wanted)
-
-
-def step_arguments(device: str = "cpu") -> dict[str, torch.Tensor]:
-    """What a decode step of a cache has: 21 tokens in chunks of 4, of which 3 fit into the middle of the buffers."""
-    return {
-        "query": torch.randn(2, 4, 1, 16, device=device),
-        "landmarks": torch.randn(2, 2, 6, 16, device=device),
-        "mask": torch.rand(2, 1, 6, device=device) < 0.8,
-        "held": torch.full((2, 2, 3), -1, device=device),
-        "low_rank": torch.randn(2, 21, 5, device=device),
-        "basis": torch.randn(2, 2, 5, 16, device=device),
-        "positions": torch.arange(21, dtype=torch.int32, device=device).repeat(2, 1),
-        "inverse_frequencies": inverse_frequencies(16, device),
-        "values": torch.randn(2, 2, 21, 16),
-        "keys_buffer": torch.zeros(2, 2, 20, 16, device=device),
-        "values_buffer": torch.zeros(2, 2, 20, 16, device=device),
-    }
-
-
-def step(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-    """
-    A decode step of a cache up to its attention; changes `held` and the buffers. `narrow`, as a slice of a fake CUDA
-    tensor asks for a torch that was built with CUDA.
-    """
-    wanted = shadow.select_chunks(
-        tensors["query"], tensors["landmarks"], num_chunks=3, scaling=0.25, mask=tensors["mask"]
-    )
-    incoming = shadow.plan_chunks(tensors["held"], wanted)
-    shadow.reconstruct_keys(
-        tensors["keys_buffer"].narrow(2, 4, 12),
-        tensors["low_rank"],
-        tensors["basis"],
-        incoming,
-        tensors["positions"],
-        tensors["inverse_frequencies"],
-        chunk_size=4,
-    )
-    shadow.gather_values(tensors["values_buffer"].narrow(2, 4, 12), tensors["values"], incoming, chunk_size=4)
-    return incoming
-
-
 def test_operators_are_well_registered() -> None:
-    tensors = step_arguments()
+    tensors = step_tensors()
     incoming = random_incoming(2, 2, 3, 6)
     ops = torch.ops.pyramid_cache
-    buffer = tensors["keys_buffer"][:, :, 4:16]
-    factors = (tensors["positions"], tensors["inverse_frequencies"])
+    buffer = tensors["keys_buffer"][:, :, 4:28]
+    rotation = (tensors["positions"], tensors["inverse_frequencies"], 1.0, False, 8)
     for op, arguments in (
         (ops.select_chunks, (tensors["query"], tensors["landmarks"], tensors["mask"], 3, 0.25)),
-        (ops.select_chunks, (tensors["query"], tensors["landmarks"], None, 9, 0.25)),
+        (ops.select_chunks, (tensors["query"], tensors["landmarks"], None, 130, 0.25)),
         (ops.plan_chunks, (torch.tensor([[[3, 1, -1]]]), torch.tensor([[[1, 0, 2]]]))),
-        (ops.reconstruct_keys, (buffer, tensors["low_rank"], tensors["basis"], incoming, *factors, 1.0, False, 4)),
-        (ops.gather_values, (buffer, tensors["values"], incoming, 4)),
+        (ops.reconstruct_keys, (buffer, tensors["low_rank"], tensors["basis"], incoming, *rotation)),
+        (ops.gather_values, (buffer, tensors["values"], incoming, 8)),
     ):
         torch.library.opcheck(op.default, arguments)
 
 
 def test_a_step_is_one_graph() -> None:
     compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
-    ours, theirs = step_arguments(), {}
-    for name, tensor in ours.items():
-        theirs[name] = tensor.clone()
+    ours = step_tensors()
+    theirs = {name: tensor.clone() for name, tensor in ours.items()}
     for _ in range(3):
-        ours["query"] = torch.randn(2, 4, 1, 16)
-        theirs["query"] = ours["query"]
+        ours["query"] = theirs["query"] = torch.randn(2, 8, 1, 64)
         assert torch.equal(compiled(theirs), step(ours))
         for name in ("held", "keys_buffer", "values_buffer"):
             assert torch.equal(theirs[name], ours[name]), name
@@ -341,10 +254,10 @@ def test_a_step_is_one_graph() -> None:
 
 def test_a_step_on_a_fake_gpu_takes_values_from_the_host() -> None:
     with FakeTensorMode():
-        tensors = step_arguments("cuda")
+        tensors = step_tensors("cuda")
         assert tensors["values"].device.type == "cpu"
         incoming = step(tensors)
-    assert incoming.shape == (2, 2, 3) and incoming.dtype == torch.int64 and incoming.device.type == "cuda"
+    assert incoming.shape == (2, 2, 24) and incoming.dtype == torch.int64 and incoming.device.type == "cuda"
 
 
 def test_values_in_pageable_memory_are_refused_for_a_gpu() -> None:

@@ -1,51 +1,15 @@
-"""
-The Triton kernels of a ShadowKV cache against their specification: on a GPU, or in Triton's interpreter
-(`TRITON_INTERPRET=1 pytest -m cuda`), which computes wrong products of bfloat16.
-"""
-
-import os
+"""The Triton kernels of a ShadowKV cache against their specification."""
 
 import pytest
 import torch
+from kernel_device import BF16, DEVICE, F16, F32, IS_INTERPRETED, MARKS, needs_gpu, on_gpu
+from shadow_step import CHUNK_SIZE, PART, inverse_frequencies, random_incoming, select, step, step_tensors
+
+from pyramid_cache.ops import shadow, shadow_reference, triton_shadow
 
 
-pytest.importorskip("triton", reason="there is no Triton to run kernels with")
-HAS_GPU = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
-if not HAS_GPU and os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("there is no CUDA device, and TRITON_INTERPRET=1 is not set", allow_module_level=True)
-
-from pyramid_cache.ops import shadow, shadow_reference, triton_shadow  # noqa: E402
-
-
-pytestmark = pytest.mark.cuda
-DEVICE = "cuda" if HAS_GPU else "cpu"
-needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a GPU: its memory or its streams are tested")
-
-DTYPES = [
-    (torch.float32, torch.float32, torch.float32),
-    (torch.float16, torch.float16, torch.float16),
-    (torch.float32, torch.float16, torch.float32),
-    (torch.bfloat16, torch.bfloat16, torch.bfloat16),
-    (torch.bfloat16, torch.bfloat16, torch.float32),
-    (torch.float16, torch.int8, torch.float16),
-    (torch.float32, torch.int8, torch.float32),
-]
-
-
-def random_incoming(batch: int, kv_heads: int, places: int, chunks: int) -> torch.Tensor:
-    """A plan `(batch, kv_heads, places)` that leaves some places and a whole head alone, and loads the last chunk."""
-    incoming = torch.stack([torch.randperm(chunks)[:places] for _ in range(batch * kv_heads)])
-    incoming[torch.rand(incoming.shape) < 0.4] = -1
-    incoming[0] = -1
-    incoming[1:, places // 2] = -1
-    incoming[1:][incoming[1:] == chunks - 1] = -1
-    incoming[1:, places // 2] = chunks - 1
-    return incoming.view(batch, kv_heads, places)
-
-
-def inverse_frequencies(rotary_dim: int) -> torch.Tensor:
-    """As Llama has them."""
-    return 1 / 10000 ** (torch.arange(0, rotary_dim, 2).float() / max(rotary_dim, 1))
+pytestmark = MARKS
+I8 = torch.int8
 
 
 def assert_rounded_alike(found: torch.Tensor, wanted: torch.Tensor) -> None:
@@ -54,16 +18,16 @@ def assert_rounded_alike(found: torch.Tensor, wanted: torch.Tensor) -> None:
     torch.testing.assert_close(found.cpu(), wanted, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("places, chunks", [(1, 2), (21, 30), (32, 50), (100, 150), (1024, 1600)])
+@pytest.mark.parametrize("places, chunks", [(1, 2), (21, 30), (100, 150), on_gpu(1024, 1600)])
 def test_plans_are_those_of_the_specification(places: int, chunks: int) -> None:
     batch, kv_heads = (1, 1) if places == 1024 else (3, 2)
     held = torch.full((batch, kv_heads, places), -1)
     # A buffer's books may be a slice with its places apart.
     held_here = torch.full((batch, kv_heads, 2 * places), -1, device=DEVICE)[..., ::2]
-    for step in range(2 if places == 1024 else 8):
+    for turn in range(4 if places == 100 else 8):
         wanted = torch.stack([torch.randperm(chunks)[:places] for _ in range(batch * kv_heads)])
         wanted = wanted.view(batch, kv_heads, places)
-        if step % 2:
+        if turn % 2:
             wanted[torch.rand(wanted.shape) < 0.1] = -1
         incoming = shadow_reference.plan_chunks(held, wanted)
         found = triton_shadow.plan_chunks(held_here, wanted.to(DEVICE))
@@ -71,19 +35,31 @@ def test_plans_are_those_of_the_specification(places: int, chunks: int) -> None:
         assert torch.equal(held_here.cpu(), held)
 
 
-@pytest.mark.parametrize("buffer_dtype, low_rank_dtype, basis_dtype", DTYPES)
 @pytest.mark.parametrize(
-    "batch, kv_heads, rank, head_dim, rotary_dim, interleaved, chunk_size",
+    "dtypes, batch, kv_heads, rank, head_dim, rotary_dim, interleaved, chunk_size",
     [
-        (1, 2, 5, 64, 64, False, 8),
-        (2, 1, 160, 128, 128, True, 8),
-        (1, 3, 40, 80, 32, False, 5),
-        (2, 2, 33, 80, 20, True, 5),
-        (1, 2, 40, 256, 256, False, 8),
-        (1, 2, 5, 64, 0, False, 3),
+        ((F32, F32, F32), 1, 2, 5, 64, 64, False, 8),
+        ((F16, F16, F16), 2, 1, 160, 128, 128, True, 8),
+        ((F32, F16, F32), 1, 3, 40, 80, 32, False, 5),
+        ((F16, I8, F16), 2, 2, 33, 80, 20, True, 5),
+        ((F32, I8, F32), 1, 2, 40, 256, 256, False, 8),
+        ((F32, F32, F32), 1, 2, 5, 64, 0, False, 3),
+        *(
+            on_gpu(dtypes, *shape)
+            for dtypes in ((BF16, BF16, BF16), (BF16, BF16, F32), (F16, F16, F16), (F32, I8, F32))
+            for shape in (
+                (1, 2, 5, 64, 64, False, 8),
+                (2, 1, 160, 128, 128, True, 8),
+                (1, 3, 40, 80, 32, False, 5),
+                (2, 2, 33, 80, 20, True, 5),
+                (1, 2, 40, 256, 256, False, 8),
+                (1, 2, 5, 64, 0, False, 3),
+            )
+        ),
     ],
 )
 def test_reconstructed_keys_are_those_of_the_specification(
+    dtypes: tuple[torch.dtype, ...],
     batch: int,
     kv_heads: int,
     rank: int,
@@ -91,15 +67,11 @@ def test_reconstructed_keys_are_those_of_the_specification(
     rotary_dim: int,
     interleaved: bool,
     chunk_size: int,
-    buffer_dtype: torch.dtype,
-    low_rank_dtype: torch.dtype,
-    basis_dtype: torch.dtype,
 ) -> None:
-    if torch.bfloat16 in (buffer_dtype, low_rank_dtype, basis_dtype) and not HAS_GPU:
-        pytest.skip("needs a GPU: the interpreter computes wrong products of bfloat16")
+    buffer_dtype, low_rank_dtype, basis_dtype = dtypes
     places, tokens = 11, 13 * chunk_size - 2
     # Products are of numbers about one; what is stored in a byte is larger, and the basis smaller.
-    size = 40 * rank**0.5 if low_rank_dtype == torch.int8 else 1
+    size = 40 * rank**0.5 if low_rank_dtype == I8 else 1
     low_rank = (size * torch.randn(batch, tokens, rank) / rank**0.5).to(low_rank_dtype)
     # As in the paper's code: the rank is the last dimension in memory.
     basis = torch.randn(batch, kv_heads, head_dim, rank) / size
@@ -120,8 +92,9 @@ def test_reconstructed_keys_are_those_of_the_specification(
     assert_rounded_alike(found, wanted)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("batch, kv_heads, value_dim, chunk_size", [(1, 3, 64, 8), (3, 1, 80, 5), (1, 2, 256, 50)])
+@pytest.mark.parametrize(
+    "batch, kv_heads, value_dim, chunk_size, dtype", [(1, 3, 64, 8, F32), (3, 1, 80, 5, BF16), (1, 2, 256, 50, F16)]
+)
 def test_gathered_values_are_those_of_the_specification(
     batch: int, kv_heads: int, value_dim: int, chunk_size: int, dtype: torch.dtype
 ) -> None:
@@ -134,7 +107,7 @@ def test_gathered_values_are_those_of_the_specification(
     shadow_reference.gather_values(wanted[:, :, part], values, incoming, chunk_size)
     # Heads that follow each other, and tokens that do.
     for source in (values, values.transpose(1, 2).contiguous().transpose(1, 2)):
-        places_of_source = [source.to(DEVICE), source.pin_memory()] if HAS_GPU else [source]
+        places_of_source = [source] if IS_INTERPRETED else [source.to(DEVICE), source.pin_memory()]
         for here in places_of_source:
             found = start.to(DEVICE, copy=True)
             triton_shadow.gather_values(found[:, :, part], here, incoming.to(DEVICE), chunk_size)
@@ -172,57 +145,13 @@ def test_offsets_may_exceed_32_bits(kv_heads: int, head_stride: int, token_strid
     assert torch.equal(buffer.cpu(), wanted)
 
 
-def step_tensors() -> dict[str, torch.Tensor]:
-    """What a decode step of a cache has, on the CPU: 1,000 tokens in chunks of 8, of which 24 fit into the buffers."""
-    return {
-        "query": torch.randn(2, 8, 1, 64),
-        "landmarks": torch.randn(2, 2, 125, 64),
-        "held": torch.full((2, 2, 24), -1),
-        "low_rank": torch.randn(2, 1000, 40),
-        "basis": torch.randn(2, 2, 40, 64) / 40**0.5,
-        "positions": torch.arange(1000, dtype=torch.int32).repeat(2, 1),
-        "inverse_frequencies": inverse_frequencies(64),
-        "values": torch.randn(2, 2, 1000, 64),
-        "keys_buffer": torch.zeros(2, 2, 24 * 8, 64),
-        "values_buffer": torch.zeros(2, 2, 24 * 8, 64),
-    }
-
-
-def step(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-    """A decode step of a cache up to its attention; changes `held` and the buffers."""
-    wanted = shadow.select_chunks(tensors["query"], tensors["landmarks"], num_chunks=24, scaling=0.125)
-    incoming = shadow.plan_chunks(tensors["held"], wanted)
-    inputs = [tensors[name] for name in ("low_rank", "basis")]
-    rotation = [tensors[name] for name in ("positions", "inverse_frequencies")]
-    shadow.reconstruct_keys(tensors["keys_buffer"], *inputs, incoming, *rotation, chunk_size=8)
-    shadow.gather_values(tensors["values_buffer"], tensors["values"], incoming, chunk_size=8)
-    return incoming
-
-
-def assert_buffers_hold(tensors: dict[str, torch.Tensor], wanted: torch.Tensor) -> None:
-    """The chunks `(batch, kv_heads, places)` that were wanted, each in whatever place `held` says."""
-    held = tensors["held"].cpu()
-    assert torch.equal(held.sort(dim=-1).values, wanted.sort(dim=-1).values)
-    keys, values = torch.zeros(2, 2, 24 * 8, 64), torch.zeros(2, 2, 24 * 8, 64)
-    cpu = {name: tensor.cpu() for name, tensor in tensors.items()}
-    inputs = [cpu[name] for name in ("low_rank", "basis")]
-    rotation = [cpu[name] for name in ("positions", "inverse_frequencies")]
-    shadow_reference.reconstruct_keys(keys, *inputs, held, *rotation, 1.0, False, 8)
-    shadow_reference.gather_values(values, cpu["values"], held, 8)
-    assert_rounded_alike(tensors["keys_buffer"], keys)
-    assert torch.equal(cpu["values_buffer"], values)
-
-
 @needs_gpu
 @pytest.mark.parametrize("runs", ["eager", "compiled", "graph"])
 def test_steps_on_a_gpu_follow_the_query(runs: str) -> None:
-    tensors = {
-        name: tensor.pin_memory() if name == "values" else tensor.cuda() for name, tensor in step_tensors().items()
-    }
-    run = lambda: step(tensors)  # noqa: E731
-    if runs == "compiled":
-        compiled = torch.compile(step, fullgraph=True)
-        run = lambda: compiled(tensors)  # noqa: E731
+    tensors = step_tensors("cuda")
+    tensors["values"] = tensors["values"].pin_memory()
+    function = torch.compile(step, fullgraph=True) if runs == "compiled" else step
+    run = lambda: function(tensors)  # noqa: E731
     if runs == "graph":
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -238,22 +167,33 @@ def test_steps_on_a_gpu_follow_the_query(runs: str) -> None:
         tensors["query"].mul_(0.5).add_(torch.randn(2, 8, 1, 64, device="cuda"))
         run()
         torch.cuda.synchronize()
-        wanted = shadow.select_chunks(tensors["query"].cpu(), tensors["landmarks"].cpu(), num_chunks=24, scaling=0.125)
-        assert_buffers_hold(tensors, wanted)
+        cpu = {name: tensor.cpu() for name, tensor in tensors.items()}
+        # Each chunk that is wanted lies in whatever place `held` says.
+        held, wanted = cpu["held"], select(cpu)
+        assert torch.equal(held.sort(dim=-1).values, wanted.sort(dim=-1).values)
+        keys, values = torch.zeros(2, 2, 2, PART.stop - PART.start, 64)
+        factors = [cpu[name] for name in ("low_rank", "basis")]
+        rotation = [cpu[name] for name in ("positions", "inverse_frequencies")]
+        shadow_reference.reconstruct_keys(keys, *factors, held, *rotation, 1.0, False, CHUNK_SIZE)
+        shadow_reference.gather_values(values, cpu["values"], held, CHUNK_SIZE)
+        is_loaded = held.ge(0).repeat_interleave(CHUNK_SIZE, dim=-1)
+        assert_rounded_alike(cpu["keys_buffer"][:, :, PART][is_loaded], keys[is_loaded])
+        assert torch.equal(cpu["values_buffer"][:, :, PART][is_loaded], values[is_loaded])
 
 
 @needs_gpu
 def test_operators_are_well_registered_on_a_gpu() -> None:
     tensors = {name: tensor.cuda() for name, tensor in step_tensors().items()}
     incoming = random_incoming(2, 2, 24, 125).cuda()
+    keys, values = (tensors[name][:, :, PART] for name in ("keys_buffer", "values_buffer"))
     ops = torch.ops.pyramid_cache
     factors = (tensors["positions"], tensors["inverse_frequencies"], 1.0, False, 8)
     for op, arguments in (
         (ops.select_chunks, (tensors["query"], tensors["landmarks"], None, 24, 0.125)),
         (ops.plan_chunks, (tensors["held"], incoming)),
-        (ops.reconstruct_keys, (tensors["keys_buffer"], tensors["low_rank"], tensors["basis"], incoming, *factors)),
+        (ops.reconstruct_keys, (keys, tensors["low_rank"], tensors["basis"], incoming, *factors)),
         # On the device: opcheck copies its arguments, and a copy of pinned memory is not pinned.
-        (ops.gather_values, (tensors["values_buffer"], tensors["values"], incoming, 8)),
+        (ops.gather_values, (values, tensors["values"], incoming, 8)),
     ):
         torch.library.opcheck(op.default, arguments)
 
@@ -263,4 +203,4 @@ def test_pageable_values_are_refused_on_a_gpu() -> None:
     tensors = step_tensors()
     incoming = random_incoming(2, 2, 24, 125).cuda()
     with pytest.raises(ValueError, match=r"pageable.*\.pin_memory\(\)"):
-        shadow.gather_values(tensors["values_buffer"].cuda(), tensors["values"], incoming, chunk_size=8)
+        shadow.gather_values(tensors["values_buffer"][:, :, PART].cuda(), tensors["values"], incoming, chunk_size=8)

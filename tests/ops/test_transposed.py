@@ -1,5 +1,6 @@
 """Scores by attention with queries and keys exchanged, against sums over a float64 matrix."""
 
+import exact
 import pytest
 import torch
 
@@ -13,33 +14,29 @@ CUDA_TOLERANCE = 3e-4
 DTYPES = list(TOLERANCES)
 
 
-def in_float64(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    lse: torch.Tensor,
-    row_weights: torch.Tensor | None,
-    scaling: float,
-) -> torch.Tensor:
-    """`(batch, heads, keys)`, what every key gets from the rows from its own on."""
-    group = query.shape[1] // key.shape[1]
-    logits = query.double() @ key.double().repeat_interleave(group, dim=1).transpose(2, 3) * scaling
-    probabilities = (logits - lse.double()[..., None]).exp().tril()
-    probabilities = probabilities.masked_fill(lse.isinf()[..., None], 0.0)
-    if row_weights is not None:
-        probabilities = probabilities * row_weights.double()[:, None, :, None]
-    return probabilities.sum(dim=2)
-
-
 def make_inputs(
     dtype: torch.dtype, rows: int, head_dim: int, group: int, device: str = "cpu"
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
     """Query, key and the log-sum-exp of causal attention, for a batch of 2 and 2 KV heads."""
     query = torch.randn(2, 2 * group, rows, head_dim, device=device).mul(2).to(dtype)
     key = torch.randn(2, rows, 2, head_dim, device=device).to(dtype).transpose(1, 2)
-    scaling = head_dim**-0.5
-    logits = query.double() @ key.double().repeat_interleave(group, dim=1).transpose(2, 3) * scaling
-    future = torch.ones(rows, rows, dtype=torch.bool, device=device).triu(1)
-    return query, key, logits.masked_fill(future, float("-inf")).logsumexp(dim=-1).float(), scaling
+    return query, key, causal_lse(query, key, head_dim**-0.5), head_dim**-0.5
+
+
+def causal_lse(query: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.Tensor:
+    rows = query.shape[2]
+    return exact.attention(query, key, scaling, exact.causal(rows, rows, device=query.device))[1].float()
+
+
+def wanted_scores(
+    query: torch.Tensor, key: torch.Tensor, lse: torch.Tensor, weights: torch.Tensor | None, scaling: float
+) -> torch.Tensor:
+    """`(batch, heads, keys)`: of the log-sum-exp that is given, in which a row may attend to nothing."""
+    rows = query.shape[2]
+    allowed = exact.causal(rows, rows, device=query.device)
+    probabilities, true_lse = exact.attention(query, key, scaling, allowed)
+    share = (true_lse - lse.double()).exp().masked_fill(lse.isinf(), 0.0)
+    return exact.scores_of(probabilities * share[..., None], key.shape[1], weights, group_sum=False)
 
 
 def weights_of(rows: int, kind: str, device: str = "cpu") -> torch.Tensor | None:
@@ -63,39 +60,38 @@ def check(scores: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) -> Non
     assert error <= (CUDA_TOLERANCE if scores.is_cuda else TOLERANCES[dtype])
 
 
-@pytest.mark.parametrize("weights", ["none", "one_for_all", "per_row"])
-@pytest.mark.parametrize(("rows", "head_dim", "group"), [(1, 16, 1), (37, 64, 3), (131, 80, 2), (300, 128, 4)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_scores(dtype: torch.dtype, rows: int, head_dim: int, group: int, weights: str) -> None:
-    query, key, lse, scaling = make_inputs(dtype, rows, head_dim, group)
-    row_weights = weights_of(rows, weights)
-    wanted = in_float64(query, key, lse, row_weights, scaling)
-    check(transposed_flash_scores(query, key, lse, row_weights, scaling, False), wanted, dtype)
-    summed = transposed_flash_scores(query, key, lse, row_weights, scaling, True)
-    check(summed, wanted.view(2, 2, group, rows).sum(dim=2), dtype)
+def test_scores(dtype: torch.dtype) -> None:
+    for rows, head_dim, group in ((1, 16, 1), (37, 64, 3), (131, 80, 2), (300, 128, 4)):
+        query, key, lse, scaling = make_inputs(dtype, rows, head_dim, group)
+        for kind in ("none", "one_for_all", "per_row"):
+            weights = weights_of(rows, kind)
+            wanted = wanted_scores(query, key, lse, weights, scaling)
+            check(transposed_flash_scores(query, key, lse, weights, scaling, False), wanted, dtype)
+            summed = transposed_flash_scores(query, key, lse, weights, scaling, True)
+            check(summed, wanted.view(2, 2, group, rows).sum(dim=2), dtype)
 
 
-@pytest.mark.parametrize("infinity", [float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rows_that_attend_to_nothing_add_nothing(dtype: torch.dtype, infinity: float) -> None:
-    query, key, lse, scaling = make_inputs(dtype, 37, 64, 3)
-    lse[0, :, :5] = infinity
-    lse[1, 2, 30:] = infinity
-    weights = weights_of(37, "per_row")
-    scores = transposed_flash_scores(query, key, lse, weights, scaling, False)
-    assert (scores[1, 2, 30:] == 0).all()
-    check(scores, in_float64(query, key, lse, weights, scaling), dtype)
+def test_rows_that_attend_to_nothing_add_nothing(dtype: torch.dtype) -> None:
+    for infinity in (float("inf"), float("-inf")):
+        query, key, lse, scaling = make_inputs(dtype, 37, 64, 3)
+        lse[0, :, :5] = infinity
+        lse[1, 2, 30:] = infinity
+        weights = weights_of(37, "per_row")
+        scores = transposed_flash_scores(query, key, lse, weights, scaling, False)
+        assert (scores[1, 2, 30:] == 0).all()
+        check(scores, wanted_scores(query, key, lse, weights, scaling), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_large_log_sum_exps_keep_their_precision(dtype: torch.dtype) -> None:
     """Logits up to 300: eight bits of the log-sum-exp alone would leave scores wrong by a factor."""
-    query, key, lse, scaling = make_inputs(dtype, 64, 64, 1)
+    query, key, _, scaling = make_inputs(dtype, 64, 64, 1)
     query = query * 32
-    logits = query.double() @ key.double().transpose(2, 3) * scaling
-    lse = logits.masked_fill(torch.ones(64, 64, dtype=torch.bool).triu(1), float("-inf")).logsumexp(dim=-1).float()
+    lse = causal_lse(query, key, scaling)
     scores = transposed_flash_scores(query, key, lse, None, scaling, False)
-    wanted = in_float64(query, key, lse, None, scaling)
+    wanted = wanted_scores(query, key, lse, None, scaling)
     # Sums in float32 of terms up to 2,000, times the scaling; what rounds to zero by far is left out.
     kept = wanted > 1e-6
     torch.testing.assert_close(scores.double()[kept], wanted[kept], atol=0, rtol=2e-4)
@@ -112,11 +108,11 @@ def test_what_it_cannot_compute_is_refused() -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("weights", ["none", "per_row"])
-@pytest.mark.parametrize(("rows", "head_dim", "group"), [(37, 64, 3), (1031, 80, 2), (2048, 128, 4)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_scores_on_cuda(dtype: torch.dtype, rows: int, head_dim: int, group: int, weights: str) -> None:
-    query, key, lse, scaling = make_inputs(dtype, rows, head_dim, group, device="cuda")
-    row_weights = weights_of(rows, weights, device="cuda")
-    wanted = in_float64(query, key, lse, row_weights, scaling)
-    check(transposed_flash_scores(query, key, lse, row_weights, scaling, False), wanted, dtype)
+def test_scores_on_cuda(dtype: torch.dtype) -> None:
+    for rows, head_dim, group in ((37, 64, 3), (1031, 80, 2), (2048, 128, 4)):
+        query, key, lse, scaling = make_inputs(dtype, rows, head_dim, group, device="cuda")
+        for kind in ("none", "per_row"):
+            weights = weights_of(rows, kind, device="cuda")
+            wanted = wanted_scores(query, key, lse, weights, scaling)
+            check(transposed_flash_scores(query, key, lse, weights, scaling, False), wanted, dtype)

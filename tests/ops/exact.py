@@ -1,0 +1,93 @@
+"""Attention in float64 by its definition, on any device: the ops, their kernels and log-sum-exps are compared with "
+"it."""
+
+import torch
+
+
+def causal(rows: int, keys: int, key_mask: torch.Tensor | None = None, device: str = "cpu") -> torch.Tensor:
+    """`(batch or 1, 1, rows, keys)` bool, aligned bottom-right; `key_mask` `(batch, keys)` is False for padding."""
+    allowed = torch.ones(rows, keys, dtype=torch.bool, device=device).tril(keys - rows)[None, None]
+    return allowed if key_mask is None else allowed & key_mask[:, None, None]
+
+
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    scaling: float,
+    allowed: torch.Tensor,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Probabilities `(batch, heads, rows, keys)` and log-sum-exps `(batch, heads, rows)`, of which the sinks `(heads,)`
+    take a part; zeros and minus infinity for a row without keys.
+    """
+    key = key.double().repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    logits = torch.einsum("bhqd,bhkd->bhqk", query.double(), key) * scaling
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    logits = logits.masked_fill(~allowed, float("-inf"))
+    lse = logits.logsumexp(dim=-1)
+    if sinks is not None:
+        lse = torch.logaddexp(lse, sinks.double()[:, None].expand_as(lse))
+    return (logits - lse[..., None]).exp().nan_to_num(0.0), lse
+
+
+def output_of(probabilities: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """`(batch, rows, heads, value_dim)`."""
+    value = value.double().repeat_interleave(probabilities.shape[1] // value.shape[1], dim=1)
+    return torch.einsum("bhqk,bhkd->bqhd", probabilities, value)
+
+
+def scores_of(
+    probabilities: torch.Tensor, kv_heads: int, row_weights: torch.Tensor | None = None, group_sum: bool = True
+) -> torch.Tensor:
+    """Weighted sums over rows: `(batch, kv_heads, keys)`, or `(batch, heads, keys)` without `group_sum`."""
+    if row_weights is not None:
+        probabilities = probabilities * row_weights.double()[:, None, :, None]
+    scores = probabilities.sum(dim=2)
+    return scores.unflatten(1, (kv_heads, -1)).sum(dim=2) if group_sum else scores
+
+
+def decode(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    scaling: float,
+    softcap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What `decode_attention` returns: output, log-sum-exps `(batch, heads)`, sums of probabilities of each group."""
+    kv_heads = key.shape[1]
+    allowed = key.new_ones(1, 1, key.shape[2], dtype=torch.bool) if mask is None else mask
+    if allowed.shape[1] != 1:
+        allowed = allowed.repeat_interleave(query.shape[1] // kv_heads, dim=1)
+    probabilities, lse = attention(query, key, scaling, allowed[:, :, None], softcap, sinks)
+    return output_of(probabilities, value), lse[..., 0], scores_of(probabilities, kv_heads)
+
+
+def packed_decode(
+    query: torch.Tensor,
+    packed_key: torch.Tensor,
+    packed_value: torch.Tensor,
+    lengths: list[int],
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float,
+    softcap: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What `decode_packed_attention` returns, segment by segment."""
+    kv_heads, group = key.shape[1], query.shape[1] // key.shape[1]
+    outputs, packed_sums, latest_sums = [], [], []
+    segments = zip(packed_key.split(lengths), packed_value.split(lengths), strict=True)
+    for segment, (packed_keys, packed_values) in enumerate(segments):
+        row, head = divmod(segment, kv_heads)
+        keys, values = torch.cat([packed_keys, key[row, head]]), torch.cat([packed_values, value[row, head]])
+        queries = query[row : row + 1, head * group : (head + 1) * group]
+        output, _, sums = decode(queries, keys[None, None], values[None, None], None, None, scaling, softcap)
+        outputs.append(output[0, 0])
+        packed_sums.append(sums[0, 0, : lengths[segment]])
+        latest_sums.append(sums[0, 0, lengths[segment] :])
+    output = torch.cat(outputs).view(query.shape[0], 1, query.shape[1], -1)
+    return output, torch.cat(packed_sums), torch.stack(latest_sums).view(key.shape[:3])
