@@ -285,7 +285,6 @@ class TestWholeCache:
         subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
     def test_missing_matplotlib_says_what_to_install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.delitem(sys.modules, "pyramid_cache.plot.notebook_figure", raising=False)
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, "matplotlib.figure", None)
             for draw in (CompressedCache.plot, plot_kept_tokens, plot_kept_positions, plot_budgets):

@@ -204,8 +204,7 @@ class TestRefusals:
             cache.show(byte_tokenizer(), torch.ones(2, 7, dtype=torch.long))
 
     def test_padding_that_is_not_in_front(self) -> None:
-        """The second row has two tokens less: three of padding, a turn of one token, two of padding, and a turn of "
-        "two."""
+        """The second row has a turn of one token and one of two, each behind some padding."""
         cache = hand_made_cache([[[[0]], [[1]]]], 8)
         cache.layers[0].row_lengths = [8, 3]
         input_ids = torch.tensor([[9] * 8, [0, 0, 0, 5, 0, 0, 6, 7]])

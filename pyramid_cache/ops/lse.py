@@ -1,15 +1,23 @@
 """
-Attention with the log-sum-exp that it normalised by, out of one run of the attention the user chose.
+Attention with the log-sum-exp that it normalised by, from one run of the attention that the user chose.
 
-Every fused attention kernel has the log-sum-exp of each row at hand, for the backward pass, but transformers asks none of them
-for it. The adapter here calls the kernel behind an `attn_implementation` as transformers would, and asks. Packages are found by
-importing them; what they return is told apart by dtype and shape, since the tuples differ between packages and versions.
+Every fused attention kernel computes the log-sum-exp of each row for the backward pass, but transformers does not ask
+for it. The adapter here calls the kernel behind an `attn_implementation` as transformers would, and asks. It finds
+packages by importing them, and tells their results apart by dtype and shape, since the tuples differ between packages
+and versions.
 
-What was looked up, in the packages' sources: flash-attn 2 (`flash_attn_func(..., return_attn_probs=True)` gives output,
-log-sum-exp and a third that is None without dropout), flash-attn 3 (two of them; versions before 2025 without being asked, and
-`fa3_fwd` has no softcap), flash-attn 4 (`return_lse=True`; the place of `cu_seqlens_q` among the arguments has moved, so it goes
-by name). All are causal and bottom-right aligned, and give float32 natural logarithms with the scaling inside, `(batch, heads,
-rows)`, or `(heads, total rows)` for packed rows, as do torch's own ops.
+The sources of the packages say: flash-attn 2 (`flash_attn_func(..., return_attn_probs=True)`) gives output,
+log-sum-exp and a third result that is None without dropout. flash-attn 3 gives the first two; versions before 2025 do
+so without being asked, and `fa3_fwd` has no softcap. flash-attn 4 has `return_lse=True`, and `cu_seqlens_q` goes by
+name because its place among the arguments has moved. All are causal and aligned bottom-right. Their log-sum-exps are
+float32 natural logarithms with the scaling inside, `(batch, heads, rows)`, or `(heads, total rows)` for packed rows,
+as are those of torch's own ops.
+
+For torch's kernels the adapter calls private ops of `torch.ops.aten`, because no public function of torch 2.11
+replaces one: `scaled_dot_product_attention` returns no log-sum-exp; `torch.nn.attention.varlen.varlen_attn` runs on
+CUDA alone, for packed rows, and in torch 2.11 takes no shared KV heads (`enable_gqa`); `flex_attention(...,
+return_aux=AuxRequest(lse=True))` makes the whole matrix in eager mode, cannot be compiled with log-sum-exps on the
+CPU, and on CUDA is another kernel than sdpa's.
 """
 
 import functools
@@ -109,8 +117,9 @@ class FlashKernel:
 
     Attributes:
         name (`str`): What errors call it.
-        run (`Callable`): From query, key and value, `(batch, tokens, heads, head_dim)` without a `Packing` and `(total, heads,
-            head_dim)` with one, that `Packing` or None, scaling and softcap to the tuple that the kernel returns.
+        run (`Callable`): From query, key and value, `(batch, tokens, heads, head_dim)` without a `Packing` and
+            `(total, heads, head_dim)` with one, that `Packing` or None, scaling and softcap to the tuple that the
+            kernel returns.
         has_softcap, has_packing (`bool`): Whether it takes these.
         dtypes (`tuple[torch.dtype, ...]`): What it computes in.
     """
@@ -135,30 +144,30 @@ def attention_with_lse(
     softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """
-    Causal attention, bottom-right aligned (row `i` sees the keys up to `keys - rows + i`), by the kernel that the model's
-    attention function would run, with its log-sum-exps. No dropout, no sliding window and no attention sinks.
+    Causal attention by the kernel that the model's attention function would run, with its log-sum-exps. It is aligned
+    bottom-right: row `i` sees the keys up to `keys - rows + i`. No dropout, no sliding window and no attention sinks.
 
     Args:
         implementation (`str`): The model's `attn_implementation`: "sdpa", "flash_attention_2", "flash_attention_3",
-            "flash_attention_4", or one of the kernels of kernels-community that transformers loads in their place. For other
-            names, "eager" and "paged|..." among them, there is no provider.
+            "flash_attention_4", or one of the kernels of kernels-community that transformers loads in their place. For
+            other names, "eager" and "paged|..." among them, there is no provider.
         query (`torch.Tensor`): `(batch, heads, rows, head_dim)`, the last `rows` queries of the sequence.
         key, value (`torch.Tensor`): `(batch, kv_heads, keys, head_dim)`, `rows <= keys`; the values may be narrower.
         scaling (`float`): Factor on the logits.
-        mask (`torch.Tensor`, *optional*): bool `(batch or 1, 1, rows, keys)`, what the model passes to sdpa. It must say what
-            causality and `key_mask` say, which is what the kernels that take no mask go by.
-        key_mask (`torch.Tensor`, *optional*): bool `(batch, keys)`, False for columns of padding; the queries are the last
-            `rows` columns.
-        row_present (`list[int]`, *optional*): The number of True columns of each row of `key_mask`. Without it, kernels that
-            take packed rows wait for the device to count.
+        mask (`torch.Tensor`, *optional*): bool `(batch or 1, 1, rows, keys)`, what the model passes to sdpa. It must
+            agree with causality and `key_mask`: kernels that take no mask go by these.
+        key_mask (`torch.Tensor`, *optional*): bool `(batch, keys)`, False for columns of padding; the queries are the
+            last `rows` columns.
+        row_present (`list[int]`, *optional*): The number of True columns of each row of `key_mask`. Without it,
+            kernels that take packed rows wait for the device to count.
         softcap (`float`, *optional*): Logits are `softcap * tanh(logits / softcap)`.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]` or None: The output `(batch, rows, heads, value_dim)`, contiguous, zeros for
-        queries of padding (sdpa on the CPU: whatever the mask shows them); and the log-sum-exps `(batch, heads, rows)`
-        float32, minus infinity for queries of padding and rows that attend to nothing. None where no provider computes this
-        attention as the implementation would: then the caller runs the model's own function, and has `row_lse` for the
-        log-sum-exps.
+        `tuple[torch.Tensor, torch.Tensor]` or None: The contiguous output `(batch, rows, heads, value_dim)` and the
+        float32 log-sum-exps `(batch, heads, rows)`. Queries of padding have zeros as output (sdpa on the CPU: whatever
+        the mask shows them). They and rows that attend to nothing have minus infinity as log-sum-exp. None where no
+        provider computes this attention as the implementation would: then the caller runs the model's own function,
+        and has `row_lse` for the log-sum-exps.
 
     Raises:
         ValueError: For shapes that do not fit.
@@ -238,8 +247,8 @@ def _is_cast(query: torch.Tensor) -> bool:
 
 def _is_flash_on_cpu(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
     """
-    Whether `scaled_dot_product_attention` takes the flash kernel on the CPU (the conditions of torch's `sdp_utils_cpp.cpp`).
-    The values must be as wide as the keys, and every last dimension dense.
+    Whether `scaled_dot_product_attention` takes the flash kernel on the CPU (the conditions of torch's
+    `sdp_utils_cpp.cpp`). The values must be as wide as the keys, and every last dimension dense.
     """
     return (
         query.dtype in (torch.float32, *HALF_DTYPES)
@@ -266,9 +275,9 @@ def _is_efficient_enabled() -> bool:
 
 def _is_cudnn_chosen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
     """
-    Whether `scaled_dot_product_attention` runs causal attention of as many queries as keys by cuDNN, as it does on an H100,
-    where that takes half the time of torch's flash kernel. Torch is asked: its answer depends on the device, the version of
-    cuDNN, shapes and strides, and what the user turned off or prefers.
+    Whether `scaled_dot_product_attention` runs causal attention of as many queries as keys by cuDNN, as it does on an
+    H100, where that takes half the time of torch's flash kernel. Torch is asked: its answer depends on the device, the
+    version of cuDNN, shapes and strides, and what the user turned off or prefers.
     """
     # Compilers cannot trace into the question, and elsewhere torch has no answer to it for tensors without contents.
     if query.shape[2] != key.shape[2] or torch.compiler.is_compiling() or not torch.backends.cudnn.is_available():
@@ -279,7 +288,7 @@ def _is_cudnn_chosen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 
 @torch.compiler.assume_constant_result
 def _has_torch_flash(device: torch.device) -> bool:
-    """Whether torch was built with its flash kernels and the device runs them. What ROCm has under the name is another."""
+    """Whether torch was built with its flash kernels and the device runs them. ROCm has another of that name."""
     return (
         torch.version.hip is None
         and torch.backends.cuda.is_flash_attention_available()
@@ -291,7 +300,12 @@ def _has_torch_flash(device: torch.device) -> bool:
 
 
 def cpu_attention_with_lse(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, mask: torch.Tensor | None = None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float,
+    mask: torch.Tensor | None = None,
+    key_mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     The kernel that `scaled_dot_product_attention` runs on the CPU, called so that it also returns its log-sum-exp.
@@ -300,45 +314,39 @@ def cpu_attention_with_lse(
         query (`torch.Tensor`): `(batch, heads, rows, head_dim)`.
         key, value (`torch.Tensor`): `(batch, kv_heads, keys, head_dim)`.
         scaling (`float`): Factor on the logits.
-        mask (`torch.Tensor`, *optional*): bool `(batch or 1, 1, rows, keys)`, True where attention is allowed. Without, it is
-            causal for as many keys as rows, and a single row sees every key.
+        mask (`torch.Tensor`, *optional*): bool `(batch or 1, 1, rows, keys)`, True where attention is allowed.
+            Without, it is causal for as many keys as rows, and a single row sees every key.
+        key_mask (`torch.Tensor`, *optional*): bool `(batch, keys)`, False for the padding that `mask` leaves out. The
+            queries are the last `rows` columns.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: output `(batch, rows, heads, head_dim)` and log-sum-exp `(batch, heads, rows)`,
-        minus infinity for a row without keys.
+        `tuple[torch.Tensor, torch.Tensor]`: output `(batch, rows, heads, head_dim)` and log-sum-exp `(batch, heads,
+        rows)`, minus infinity for a row without keys and for queries of padding.
     """
-    output, lse = _run_on_cpu(query, key, value, scaling, mask)
+    # The kernel's own causality is aligned top-left, and its mask must be additive in the dtype of the query.
+    is_causal, bias = mask is None and query.shape[2] > 1, None
     if mask is not None:
-        # The kernel gives zero for a row without keys.
+        bias = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, float("-inf"))
+    output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, is_causal, attn_mask=bias, scale=scaling
+    )
+    # The kernel gives zero for a row without keys. A token sees itself: only queries of padding can be without keys,
+    # so that a `key_mask` saves looking through the whole mask.
+    if key_mask is not None:
+        lse = _without_padding(lse, key_mask)
+    elif mask is not None:
         lse = lse.masked_fill(~mask.any(dim=-1), float("-inf"))
-    return output, lse
+    return output.transpose(1, 2).contiguous(), lse
 
 
 def _attend_on_cpu(attention: Attention) -> tuple[torch.Tensor, torch.Tensor]:
     call = attention
     mask = None if call.is_square else call.allowed()
-    if call.key_mask is None:
-        return cpu_attention_with_lse(call.query, call.key, call.value, call.scaling, mask)
-    output, lse = _run_on_cpu(call.query, call.key, call.value, call.scaling, mask)
-    # A token sees itself, so that only queries of padding can be without keys: no need to look through the whole mask.
-    return output, _without_padding(lse, call.key_mask)
-
-
-def _run_on_cpu(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, mask: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    # The kernel's own causality is aligned top-left, and its mask must be additive in the dtype of the query.
-    is_causal = mask is None and query.shape[2] > 1
-    if mask is not None:
-        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, float("-inf"))
-    output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, 0.0, is_causal, attn_mask=mask, scale=scaling
-    )
-    return output.transpose(1, 2).contiguous(), lse
+    return cpu_attention_with_lse(call.query, call.key, call.value, call.scaling, mask, call.key_mask)
 
 
 def _without_padding(lse: torch.Tensor, key_mask: torch.Tensor) -> torch.Tensor:
-    """Minus infinity in `(batch, heads, rows)` log-sum-exps where the query, of the last `rows` columns, is padding."""
+    """Minus infinity in `(batch, heads, rows)` log-sum-exps of padding; the queries are the last `rows` columns."""
     return lse.masked_fill(~key_mask[:, None, key_mask.shape[1] - lse.shape[2] :], float("-inf"))
 
 
@@ -347,8 +355,8 @@ def _without_padding(lse: torch.Tensor, key_mask: torch.Tensor) -> torch.Tensor:
 
 def cudnn_attention(attention: Attention) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    CuDNN's attention, of as many queries as keys, since its causality is aligned top-left. It takes shared KV heads, and its
-    log-sum-exps, in natural logarithms with the scaling inside, have a last dimension of 1 and any strides.
+    CuDNN's attention, of as many queries as keys, since its causality is aligned top-left. It takes shared KV heads,
+    and its log-sum-exps, in natural logarithms with the scaling inside, have a last dimension of 1 and any strides.
     """
     output, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
         attention.query, attention.key, attention.value, None, True, 0.0, True, False, scale=attention.scaling
@@ -358,8 +366,8 @@ def cudnn_attention(attention: Attention) -> tuple[torch.Tensor, torch.Tensor]:
 
 def efficient_attention(attention: Attention) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Torch's memory-efficient kernel. It takes no shared KV heads, its own causality is aligned top-left (attention.cu passes
-    `CustomMaskType::CausalFromTopLeft`), and it rounds the rows of its log-sum-exps up to a multiple of 32.
+    Torch's memory-efficient kernel. It takes no shared KV heads, its own causality is aligned top-left (attention.cu
+    passes `CustomMaskType::CausalFromTopLeft`), and it rounds the rows of its log-sum-exps up to a multiple of 32.
     """
     query, key, value = attention.query, attention.key, attention.value
     group = query.shape[1] // key.shape[1]
@@ -424,8 +432,8 @@ def flash_attention(kernel: FlashKernel, attention: Attention) -> tuple[torch.Te
 
 def _pack(attention: Attention) -> Packing | None:
     """
-    The packing that leaves padding out, without waiting for the device where `row_present` is given; None without padding.
-    What is left is aligned at its end as before, since the queries are the last columns.
+    The packing that leaves padding out, without waiting for the device where `row_present` is given; None without
+    padding. What is left is aligned at its end as before, since the queries are the last columns.
     """
     key_mask, rows, keys = attention.key_mask, attention.num_rows, attention.num_keys
     if key_mask is None:
@@ -444,8 +452,8 @@ def _pack(attention: Attention) -> Packing | None:
         key_index=key_index,
         query_ends=key_ends if is_whole else _ends(query_mask),
         key_ends=key_ends,
-        # Told of one query at most, kernels lay the heads of a group out as queries and take for granted that every row has
-        # its one (`seqlenq_ngroups_swapped` in flash_api.cpp), which a row that ends in padding has not.
+        # Told of one query at most, kernels lay the heads of a group out as queries and take for granted that every
+        # row has its one (`seqlenq_ngroups_swapped` in flash_api.cpp), which a row that ends in padding has not.
         max_queries=max(2, *queries),
         max_keys=max(present),
     )
@@ -472,15 +480,14 @@ def _find_lse(
     name: str, results: Any, output_shape: tuple[int, ...], lse_shape: tuple[int, ...]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The output, which is the first of the results, and the one among the others that can only be the log-sum-exp."""
-    tensors = (
-        [result for result in results if isinstance(result, torch.Tensor)] if isinstance(results, tuple | list) else []
-    )
+    several = results if isinstance(results, tuple | list) else ()
+    tensors = [result for result in several if isinstance(result, torch.Tensor)]
     found = [tensor for tensor in tensors[1:] if tensor.dtype == torch.float32 and tuple(tensor.shape) == lse_shape]
     if len(found) != 1 or tuple(tensors[0].shape) != output_shape:
         kinds = [f"{tensor.dtype} {tuple(tensor.shape)}" for tensor in tensors] or type(results).__name__
         raise RuntimeError(
-            f"{name} was expected to return an output of shape {output_shape} and a float32 log-sum-exp of shape {lse_shape}, "
-            f"but returned {kinds}. Use another version of it, or attn_implementation='sdpa'."
+            f"{name} was expected to return an output of shape {output_shape} and a float32 log-sum-exp of shape "
+            f"{lse_shape}, but returned {kinds}. Use another version of it, or attn_implementation='sdpa'."
         )
     return tensors[0], found[0]
 
@@ -500,13 +507,13 @@ def _run_torch_flash(
     return torch.ops.aten._flash_attention_forward(query, key, value, *ends, 0.0, True, False, scale=scaling)
 
 
-# flash-attn 2 as torch brings it along: shared KV heads, causal bottom-right (torch's own `attention/bias.py` relies on that).
-# The schemas of torch 2.11 and 2.13 differ in what follows `scale` only, all of it optional.
+# flash-attn 2 as torch brings it along: shared KV heads, causal bottom-right (torch's own `attention/bias.py` relies
+# on that). The schemas of torch 2.11 and 2.13 differ in what follows `scale` only, all of it optional.
 TORCH_FLASH = FlashKernel("torch's flash attention", _run_torch_flash, has_softcap=False, has_packing=True)
 
 
-# The generation of flash-attention behind an implementation; the kernels are those that transformers takes where the package is
-# not installed (`FLASH_ATTN_KERNEL_FALLBACK`). A kernel of any other name computes what only its author knows.
+# The generation of flash-attention behind an implementation. transformers takes these kernels where the package is not
+# installed (`FLASH_ATTN_KERNEL_FALLBACK`). A kernel of any other name computes what only its author knows.
 GENERATIONS = {
     "flash_attention_2": 2,
     "kernels-community/flash-attn2": 2,
@@ -524,7 +531,7 @@ MODULES: dict[int, dict[str, tuple[torch.dtype, ...]]] = {
     4: {"flash_attn.cute": HALF_DTYPES},
 }
 
-# What the packages call it to return the log-sum-exp. Early versions of flash-attn 3 have no such argument and always do.
+# The argument that asks for the log-sum-exp. Early versions of flash-attn 3 have none, and always return it.
 LSE_ARGUMENTS = ("return_attn_probs", "return_lse", "return_softmax_lse")
 
 _probed: dict[int, FlashKernel | None] = {}

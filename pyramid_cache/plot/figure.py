@@ -1,5 +1,6 @@
 """What all figures have in common: colours, axes, and maps over positions."""
 
+import io
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,19 +25,27 @@ DPI = 150
 
 def new_figure(height: float) -> "Figure":
     """
-    An empty figure, nine inches wide.
+    An empty figure, nine inches wide. Notebooks show it without `pyplot`, which would keep it alive and might open a
+    window.
 
     Raises:
         ImportError: matplotlib is missing.
     """
     try:
-        from pyramid_cache.plot.notebook_figure import NotebookFigure
+        from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] != "matplotlib":
             raise
         raise ModuleNotFoundError(
             "Figures need the package `matplotlib`; run: pip install 'pyramid_cache[plot]'", name=error.name
         ) from error
+
+    class NotebookFigure(Figure):
+        def _repr_png_(self) -> bytes:
+            picture = io.BytesIO()
+            self.savefig(picture, format="png")
+            return picture.getvalue()
+
     return NotebookFigure(figsize=(9, height), dpi=DPI, layout="constrained")
 
 

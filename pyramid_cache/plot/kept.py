@@ -53,11 +53,10 @@ def plot_kept_tokens(cache: Cache) -> "Figure":
         RuntimeError: The last forward pass broke off.
     """
     require_filled(cache)
-    figure = new_figure(3)
-    axes = figure.subplots()
+    axes = new_figure(3).subplots()
     draw_kept_tokens(axes, cache)
     axes.set_title(title_of(cache))
-    return figure
+    return axes.figure
 
 
 def plot_kept_positions(cache: Cache, row: int = 0) -> "Figure":
@@ -79,11 +78,10 @@ def plot_kept_positions(cache: Cache, row: int = 0) -> "Figure":
     """
     require_filled(cache)
     row = as_row(row, cache.batch_size)
-    figure = new_figure(3.8)
-    axes = figure.subplots()
+    axes = new_figure(3.8).subplots()
     draw_kept_positions(axes, cache, row)
     axes.set_title(title_of(cache))
-    return figure
+    return axes.figure
 
 
 def plot_budgets(*caches: Cache, labels: Sequence[str] | None = None, prompt_length: int | None = None) -> "Figure":
@@ -117,8 +115,7 @@ def plot_budgets(*caches: Cache, labels: Sequence[str] | None = None, prompt_len
             require_filled(cache)
         else:
             require_budgets_in_tokens(cache)
-    figure = new_figure(4)
-    axes = figure.subplots()
+    axes = new_figure(4).subplots()
     for index, (cache, label) in enumerate(zip(caches, labels or distinct_labels(caches), strict=True)):
         layers = compressed_layers(cache)
         num_layers = len(layers)
@@ -137,7 +134,7 @@ def plot_budgets(*caches: Cache, labels: Sequence[str] | None = None, prompt_len
     axes.set(title=f"What layers may keep of {of_what}", xlabel="layer", ylabel="tokens per KV head", ylim=(0, None))
     axes.legend(frameon=False, fontsize="small")
     tidy(axes)
-    return figure
+    return axes.figure
 
 
 def require_budgets_in_tokens(cache: Cache) -> None:

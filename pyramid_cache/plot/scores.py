@@ -44,12 +44,11 @@ def plot_scores(cache: Cache, layer_idx: int, row: int = 0) -> "Figure":
     by_head = scores_by_position(layer, row)
     if by_head.isnan().all():
         raise ValueError(why_no_scores(cache, layer_idx, row))
-    figure = new_figure(3.5)
-    axes = figure.subplots()
+    axes = new_figure(3.5).subplots()
     draw_scores(axes, by_head)
     of_row = f", row {row}" if cache.batch_size > 1 else ""
     axes.set(title=f"{type(cache).__name__}: scores of layer {layer_idx}{of_row}", ylabel=label)
-    return figure
+    return axes.figure
 
 
 def label_of_scores(cache: Cache, layer: CompressedLayer) -> str:

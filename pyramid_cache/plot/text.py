@@ -25,13 +25,7 @@ MAX_GROUP_TOKENS = 16
 
 @dataclass(frozen=True)
 class TokenGroup:
-    """
-    The token at position `start`, or the tokens up to `stop` that make up a character together.
-
-    Attributes:
-        start, stop (`int`): Positions; `stop` is the first one after the group.
-        text (`str`): The text of the tokens.
-    """
+    """The token at position `start`, or the tokens from there to before `stop` that make up a character together."""
 
     start: int
     stop: int

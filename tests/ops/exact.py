@@ -1,5 +1,4 @@
-"""Attention in float64 by its definition, on any device: the ops, their kernels and log-sum-exps are compared with "
-"it."""
+"""Attention in float64 by its definition, on any device, which the ops and their kernels are compared with."""
 
 import torch
 

@@ -1,5 +1,4 @@
-"""What tests of ShadowKV's ops share: plans of chunks, frequencies, and a decode step of a cache up to its "
-"attention."""
+"""What tests of the ops of ShadowKV share: plans of chunks, frequencies, and a decode step up to its attention."""
 
 from collections.abc import Iterator
 

@@ -164,8 +164,7 @@ def evict_arguments(dtype: torch.dtype, head_dim: int, slots: int, **options) ->
 
 
 def packed_arguments(dtype: torch.dtype, head_dim: int, longest: int, **options) -> tuple:
-    """Arguments of `decode_packed_attention` for 2 KV heads in each of 2 rows, with the latest tokens in some of 64 "
-    "slots."""
+    """Arguments of `decode_packed_attention` for 2 rows of 2 KV heads, with the latest tokens in some of 64 slots."""
     lengths = [longest, longest // 7, 0, 17]
     query = empty(2, 2 * options.get("group", 4), 1, head_dim, dtype=dtype)
     packed_key, packed_value = (empty(sum(lengths), head_dim, dtype=dtype) for _ in range(2))

@@ -184,8 +184,7 @@ class Kernels:
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends: tuple | None, scale: float, causal: bool,
         softcap: float = 0.0,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-        """A batch `(batch, tokens, heads, dim)`, or, with the ends of its rows, packed tokens `(total, heads, "
-        "dim)`."""
+        """A batch `(batch, tokens, heads, dim)`; with the ends of its rows, packed tokens `(total, heads, dim)`."""
         self.num_runs += 1
         self.softcaps.append(softcap)
         assert causal and q.shape[-1] == k.shape[-1] == v.shape[-1] and k.stride(-1) == v.stride(-1) == 1
