@@ -11,9 +11,9 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable
-from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -129,52 +129,66 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
-def score_arguments(dtype: torch.dtype, head_dim: int, keys: int, rows: int, **options) -> tuple:
-    """Arguments of `attention_scores` for 8 query heads and 2 KV heads, laid out as models do."""
+# Each function calls an op as a cache does, with tensors without contents: 8 query heads over 2 KV heads, two rows.
+
+
+def run_scores(dtype: torch.dtype, head_dim: int, keys: int, rows: int = 0, **options) -> None:
+    rows = rows or keys
     query = empty(2, keys, 8, head_dim, dtype=dtype).transpose(1, 2)[:, :, keys - rows :]
-    key = empty(2, 2, keys, head_dim, dtype=dtype)
-    lse = empty(2, 8, keys)[..., keys - rows :]
+    key, lse = empty(2, 2, keys, head_dim, dtype=dtype), empty(2, 8, keys)[..., keys - rows :]
     weights = empty(1, rows) if options.get("weights") else None
     start = empty(2, dtype=torch.int32) if options.get("start") else None
-    return query, key, lse, weights, start, 0.1, options.get("softcap"), options.get("group_sum", True)
+    rest = (0.1, options.get("softcap"), options.get("group_sum", True))
+    triton_scores.attention_scores(query, key, lse, weights, start, *rest)
 
 
-def decode_arguments(dtype: torch.dtype, head_dim: int, slots: int, **options) -> tuple:
-    """Arguments of `decode_attention` for 2 KV heads."""
-    heads = 2 * options.get("group", 4)
-    query = empty(2, heads, 1, head_dim, dtype=dtype)
-    key, value = (empty(2, 2, slots, head_dim, dtype=dtype) for _ in range(2))
-    mask = empty(2, 1, slots, dtype=torch.bool) if options.get("mask") else None
-    sinks = empty(heads) if options.get("sinks") else None
-    return query, key, value, mask, sinks, 0.1, options.get("softcap")
+def decode_states(dtype: torch.dtype, head_dim: int, slots: int, group: int = 4) -> list[torch.Tensor]:
+    return [empty(2, 2 * group, 1, head_dim, dtype=dtype), *(empty(2, 2, slots, head_dim, dtype=dtype) for _ in "kv")]
 
 
-def evict_arguments(dtype: torch.dtype, head_dim: int, slots: int, **options) -> tuple:
-    """Arguments of `decode_attention_and_evict` for 2 KV heads."""
-    query, key, value, _, sinks, scaling, softcap = decode_arguments(dtype, head_dim, slots, **options)
+def run_decode(dtype: torch.dtype, head_dim: int, slots: int, group: int = 4, mask: bool = False) -> None:
+    states = decode_states(dtype, head_dim, slots, group)
+    is_held, sinks = (empty(2, 1, slots, dtype=torch.bool), empty(2 * group)) if mask else (None, None)
+    triton_scores.decode_attention(*states, is_held, sinks, 0.1, None)
+
+
+def run_evict(dtype: torch.dtype, head_dim: int, slots: int, has_empty_slots: bool = True) -> None:
+    query, key, value = decode_states(dtype, head_dim, slots)
     new = empty(2, 1, 2, head_dim, dtype=dtype).transpose(1, 2)
     slot, number = empty(2, 2, 1, dtype=torch.int64), empty(2, 1, 1, dtype=torch.int32)
-    evicts = empty(2, dtype=torch.bool) if options.get("evicts") else None
     positions, scores = empty(2, 2, slots, dtype=torch.int32), empty(2, 2, slots)
-    has_empty_slots = options.get("has_empty_slots", True)
-    return (
-        query, new, new, slot, number, number, evicts, sinks, key, value, positions, scores, scaling, softcap,
-        has_empty_slots
-    )  # fmt: skip
+    # Full caches of padded batches, of models with attention sinks and a softcap.
+    evicts, sinks, softcap = (None, None, None) if has_empty_slots else (empty(2, dtype=torch.bool), empty(8), 30.0)
+    triton_scores.decode_attention_and_evict(
+        query,
+        new,
+        new,
+        slot,
+        number,
+        number,
+        evicts,
+        sinks,
+        key,
+        value,
+        positions,
+        scores,
+        0.1,
+        softcap,
+        has_empty_slots,
+    )
 
 
-def packed_arguments(dtype: torch.dtype, head_dim: int, longest: int, **options) -> tuple:
-    """Arguments of `decode_packed_attention` for 2 rows of 2 KV heads, with the latest tokens in some of 64 slots."""
+def run_packed(dtype: torch.dtype, head_dim: int, longest: int, group: int = 4, softcap: float | None = None) -> None:
+    """The latest tokens are in some of 64 slots."""
     lengths = [longest, longest // 7, 0, 17]
-    query = empty(2, 2 * options.get("group", 4), 1, head_dim, dtype=dtype)
     packed_key, packed_value = (empty(sum(lengths), head_dim, dtype=dtype) for _ in range(2))
-    key, value = (empty(2, 2, 64, head_dim, dtype=dtype)[:, :, : 1 + longest % 64] for _ in range(2))
+    query, key, value = decode_states(dtype, head_dim, 64, group)
+    latest = (tensor[:, :, : 1 + longest % 64] for tensor in (key, value))
     starts = empty(5, dtype=torch.int64)
-    return query, packed_key, packed_value, lengths, key, value, 0.1, options.get("softcap"), starts
+    triton_packed.decode_packed_attention(query, packed_key, packed_value, lengths, *latest, 0.1, softcap, starts)
 
 
 def run_shadow(dtype: torch.dtype, head_dim: int, tokens: int) -> None:
-    """Calls the ops that fill the buffers of ShadowKV."""
     buffer = empty(2, 2, 1024, head_dim, dtype=dtype)
     incoming = triton_shadow.plan_chunks(*(empty(2, 2, 128, dtype=torch.int64) for _ in range(2)))
     low_rank, basis = empty(2, tokens, 160, dtype=dtype), empty(2, 2, 160, head_dim, dtype=dtype)
@@ -184,54 +198,37 @@ def run_shadow(dtype: torch.dtype, head_dim: int, tokens: int) -> None:
     triton_shadow.gather_values(buffer, empty(2, 2, tokens, head_dim, dtype=dtype), incoming, 8)
 
 
-# What calls each op: with a dtype, a head_dim and a length, it launches every kernel that these choose. A module of
-# kernels joins the tests by its lines here.
-CALLS: dict[str, Callable[[torch.dtype, int, int], object]] = {
-    "all rows": lambda dtype, head_dim, length: triton_scores.attention_scores(
-        *score_arguments(dtype, head_dim, length, length)
-    ),
-    "window": lambda dtype, head_dim, length: triton_scores.attention_scores(
-        *score_arguments(dtype, head_dim, length, 24, weights=True, start=True)
-    ),
-    "decode": lambda dtype, head_dim, length: triton_scores.decode_attention(
-        *decode_arguments(dtype, head_dim, length, mask=True, sinks=True)
-    ),
-    "decode and evict": lambda dtype, head_dim, length: triton_scores.decode_attention_and_evict(
-        *evict_arguments(dtype, head_dim, length)
-    ),
-    "packed decode": lambda dtype, head_dim, length: triton_packed.decode_packed_attention(
-        *packed_arguments(dtype, head_dim, length)
-    ),
-    "shadow": run_shadow,
+# Functions with a length and options, which together launch every kernel. A module of kernels joins the tests here.
+CALLS: dict[str, tuple[Callable, int, dict[str, Any]]] = {
+    "all rows": (run_scores, 9000, {}),
+    "window": (run_scores, 2000, {"rows": 24, "weights": True, "start": True}),
+    "decode": (run_decode, 3000, {"mask": True}),
+    "decode and evict": (run_evict, 3000, {}),
+    "packed decode": (run_packed, 9000, {}),
+    "shadow": (run_shadow, 9000, {}),
 }
-LENGTHS = {"all rows": 9000, "window": 2000, "packed decode": 9000, "shadow": 9000}  # else 3,000
 # Kernels that are no different for other dtypes, and rare options.
-RARE_CALLS: dict[str, Callable[[torch.dtype, int, int], object]] = {
-    "small": lambda dtype, head_dim, length: triton_scores.attention_scores(
-        *score_arguments(dtype, head_dim, 300, 300)
-    ),
-    "scores with softcap": lambda dtype, head_dim, length: triton_scores.attention_scores(
-        *score_arguments(dtype, head_dim, 2000, 2000, softcap=50.0, weights=True, group_sum=False)
-    ),
-    "large group": lambda dtype, head_dim, length: triton_scores.decode_attention(
-        *decode_arguments(dtype, head_dim, length, group=48)
-    ),
-    "packed decode of a large group": lambda dtype, head_dim, length: triton_packed.decode_packed_attention(
-        *packed_arguments(dtype, head_dim, length, group=48, softcap=30.0)
-    ),
-    "long eviction": lambda dtype, head_dim, length: triton_scores.decode_attention_and_evict(
-        *evict_arguments(dtype, head_dim, 3 * length, has_empty_slots=False, evicts=True, softcap=30.0, sinks=True)
-    ),
+RARE_CALLS: dict[str, tuple[Callable, int, dict[str, Any]]] = {
+    "small": (run_scores, 300, {}),
+    "scores with softcap": (run_scores, 2000, {"softcap": 50.0, "weights": True, "group_sum": False}),
+    "large group": (run_decode, 3000, {"group": 48}),
+    "packed decode of a large group": (run_packed, 3000, {"group": 48, "softcap": 30.0}),
+    "long eviction": (run_evict, 9000, {"has_empty_slots": False}),
 }
+
+
+def launches_of(name: str, dtype: torch.dtype, head_dim: int, length: int | None = None) -> list[Launch]:
+    run, own_length, options = (CALLS | RARE_CALLS)[name]
+    return caught_launches(lambda: run(dtype, head_dim, length or own_length, **options))
 
 
 def check(name: str, dtype: torch.dtype, head_dim: int, capability: int) -> list[str]:
     """Compiles what a call launches, prints what it needs, and gives the lines where that is too much."""
-    call, length, failures = (CALLS | RARE_CALLS)[name], LENGTHS.get(name, 3000), []
+    failures = []
     table = triton_scores.HOPPER_SCORE_BLOCKS if capability == 90 else triton_scores.SCORE_BLOCKS
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton_scores, "score_blocks", lambda device: table)
-        launches = {launch.key: launch for launch in caught_launches(lambda: call(dtype, head_dim, length))}
+        launches = {launch.key: launch for launch in launches_of(name, dtype, head_dim)}
     assert launches, "nothing was launched"
     for launch in launches.values():
         _, used = launch.compile(capability)
@@ -276,7 +273,7 @@ def test_kernels_do_not_spill(name: str) -> None:
 
 @pytest.mark.slow
 def test_spills_are_seen() -> None:
-    [launch] = caught_launches(lambda: CALLS["all rows"](torch.bfloat16, 128, 9000))
+    [launch] = launches_of("all rows", torch.bfloat16, 128)
     launch.options["maxnreg"] = 64
     _, used = launch.compile(90)
     assert used["stack"] > 0
@@ -285,9 +282,10 @@ def test_spills_are_seen() -> None:
 def test_no_length_is_compiled_anew() -> None:
     # Multiples of 16 and not, and splits of other numbers: the compiler could take each of them for a case of its own.
     for name in (*CALLS, "long eviction"):
-        variants = []
-        for length in (5000, 5001, 5008, 6016, 7777):
-            call = partial((CALLS | RARE_CALLS)[name], torch.float16, 64, length)
-            variants.append([launch.key for launch in caught_launches(call)])
+        long = 10 if name == "long eviction" else 1
+        variants = [
+            [launch.key for launch in launches_of(name, torch.float16, 64, long * length)]
+            for length in (5000, 5001, 5008, 6016, 7777)
+        ]
         assert variants[0]
         assert all(variant == variants[0] for variant in variants), name

@@ -6,9 +6,6 @@ import pytest
 import torch
 from shadow_step import inverse_frequencies, loaded_tokens, random_incoming, step, step_tensors
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import GlmConfig, LlamaConfig
-from transformers.models.glm import modeling_glm
-from transformers.models.llama import modeling_llama
 
 from pyramid_cache.ops import shadow, shadow_reference
 
@@ -179,49 +176,6 @@ def test_factors_and_landmarks_of_one_byte_are_the_numbers_that_they_stand_for(s
     assert torch.equal(*buffers)
     chosen = [shadow.select_chunks(query, each, num_chunks=4, scaling=1.0) for each in (landmarks, landmarks.float())]
     assert torch.equal(*chosen)
-
-
-@pytest.mark.parametrize("family", ["llama", "llama with yarn", "glm"])
-def test_keys_of_low_rank_come_back_as_the_model_rotated_them(family: str) -> None:
-    kv_heads, head_dim, tokens, rank = 3, 64, 45, 24
-    sizes = {"hidden_size": 6 * head_dim, "num_attention_heads": 6, "num_key_value_heads": kv_heads}
-    if family == "glm":
-        config = GlmConfig(**sizes, head_dim=head_dim)
-        rotary, apply = modeling_glm.GlmRotaryEmbedding(config), modeling_glm.apply_rotary_pos_emb
-    else:
-        config = LlamaConfig(**sizes)
-        if family == "llama with yarn":
-            config.rope_parameters = {
-                "rope_type": "yarn",
-                "rope_theta": 10000.0,
-                "factor": 4.0,
-                "original_max_position_embeddings": 2048,
-            }
-        rotary, apply = modeling_llama.LlamaRotaryEmbedding(config), modeling_llama.apply_rotary_pos_emb
-    # Two rows of one batch at different positions, as with left padding.
-    positions = torch.stack([torch.arange(tokens), torch.arange(tokens) + 4000])
-    keys = torch.randn(2, tokens, rank).double() @ torch.randn(2, rank, kv_heads * head_dim).double() / rank**0.5
-    left, singular, right = torch.linalg.svd(keys, full_matrices=False)
-    low_rank = (left * singular[:, None])[..., :rank].float()
-    basis = right[:, :rank].view(2, rank, kv_heads, head_dim).transpose(1, 2).float()
-    unrotated = keys.float().view(2, tokens, kv_heads, head_dim).transpose(1, 2)
-    _, rotated = apply(unrotated, unrotated, *rotary(unrotated, positions))
-    incoming = torch.stack([torch.randperm(9) for _ in range(6)]).view(2, kv_heads, 9)
-    buffer = torch.empty(2, kv_heads, tokens, head_dim)
-    shadow.reconstruct_keys(
-        buffer,
-        low_rank,
-        basis,
-        incoming,
-        positions.int(),
-        rotary.inv_freq,
-        chunk_size=5,
-        attention_scaling=rotary.attention_scaling,
-        interleaved=family == "glm",
-    )
-    columns = (incoming[..., None] * 5 + torch.arange(5)).flatten(2)
-    wanted = rotated.gather(2, columns[..., None].expand(-1, -1, -1, head_dim))
-    torch.testing.assert_close(buffer, wanted, rtol=0, atol=1e-5)
 
 
 def test_operators_are_well_registered() -> None:
