@@ -43,7 +43,7 @@ def causal_lse(query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, to
 
 
 @pytest.mark.parametrize(
-    "dtype, heads, kv_heads, rows, keys, head_dim, options",
+    "case",
     [
         (F32, 2, 2, 37, 37, 64, ""),
         (F32, 6, 2, 33, 101, 96, "start weights heads_last"),
@@ -52,18 +52,17 @@ def causal_lse(query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, to
         (F16, 3, 1, 1, 130, 80, "start"),
         (F16, 8, 2, 65, 200, 128, "weights start per_head heads_last"),
         (F16, 3, 3, 70, 71, 256, "start"),
-        on_gpu(F32, 8, 1, 40, 75, 128, "weights per_head"),
-        on_gpu(F16, 8, 1, 150, 150, 64, "softcap weights"),
-        on_gpu(BF16, 8, 2, 150, 300, 128, "start weights heads_last"),
-        on_gpu(BF16, 3, 1, 99, 99, 80, "softcap per_head"),
-        on_gpu(BF16, 4, 4, 300, 513, 256, "start"),
-        on_gpu(BF16, 32, 8, 3000, 3001, 128, "start"),
-        on_gpu(F32, 9, 3, 1500, 1500, 64, "weights"),
+        on_gpu((F32, 8, 1, 40, 75, 128, "weights per_head")),
+        on_gpu((F16, 8, 1, 150, 150, 64, "softcap weights")),
+        on_gpu((BF16, 8, 2, 150, 300, 128, "start weights heads_last")),
+        on_gpu((BF16, 3, 1, 99, 99, 80, "softcap per_head")),
+        on_gpu((BF16, 4, 4, 300, 513, 256, "start")),
+        on_gpu((BF16, 32, 8, 3000, 3001, 128, "start")),
+        on_gpu((F32, 9, 3, 1500, 1500, 64, "weights")),
     ],
 )
-def test_scores(
-    dtype: torch.dtype, heads: int, kv_heads: int, rows: int, keys: int, head_dim: int, options: str
-) -> None:
+def test_scores(case: tuple) -> None:
+    dtype, heads, kv_heads, rows, keys, head_dim, options = case
     query, key = random(2, heads, rows, head_dim, dtype=dtype), random(2, kv_heads, keys, head_dim, dtype=dtype)
     query, key = laid_out(options, query, key)
     key_start, key_mask = None, None
@@ -119,27 +118,26 @@ def test_rows_that_do_not_count_add_nothing_whatever_they_hold() -> None:
 
 
 @pytest.mark.parametrize(
-    "dtype, heads, kv_heads, slots, head_dim, value_dim, options",
+    "case",
     [
         (F32, 2, 2, 1, 64, 64, ""),
         (F32, 6, 2, 333, 96, 64, "mask sinks"),
         (F32, 20, 1, 130, 128, 128, "mask sinks"),
         (F32, 4, 2, 90, 64, 40, "softcap shared_mask dims_first high_sinks"),
         (F16, 3, 1, 257, 80, 256, "sinks softcap heads_last"),
-        on_gpu(F32, 4, 1, 100, 256, 80, "softcap shared_mask heads_last"),
-        on_gpu(F32, 40, 1, 50, 64, 40, "softcap shared_mask dims_first"),
-        on_gpu(F16, 8, 1, 500, 64, 64, "mask"),
-        on_gpu(F16, 8, 2, 1100, 128, 128, "shared_mask"),
-        on_gpu(BF16, 8, 2, 1025, 128, 128, "mask sinks softcap"),
-        on_gpu(BF16, 3, 3, 77, 256, 256, ""),
-        on_gpu(BF16, 48, 1, 300, 96, 64, "shared_mask heads_last"),
-        on_gpu(BF16, 32, 8, 70_001, 128, 128, "mask"),
-        on_gpu(F32, 9, 3, 20_000, 64, 64, "sinks"),
+        on_gpu((F32, 4, 1, 100, 256, 80, "softcap shared_mask heads_last")),
+        on_gpu((F32, 40, 1, 50, 64, 40, "softcap shared_mask dims_first")),
+        on_gpu((F16, 8, 1, 500, 64, 64, "mask")),
+        on_gpu((F16, 8, 2, 1100, 128, 128, "shared_mask")),
+        on_gpu((BF16, 8, 2, 1025, 128, 128, "mask sinks softcap")),
+        on_gpu((BF16, 3, 3, 77, 256, 256, "")),
+        on_gpu((BF16, 48, 1, 300, 96, 64, "shared_mask heads_last")),
+        on_gpu((BF16, 32, 8, 70_001, 128, 128, "mask")),
+        on_gpu((F32, 9, 3, 20_000, 64, 64, "sinks")),
     ],
 )
-def test_decode(
-    dtype: torch.dtype, heads: int, kv_heads: int, slots: int, head_dim: int, value_dim: int, options: str
-) -> None:
+def test_decode(case: tuple) -> None:
+    dtype, heads, kv_heads, slots, head_dim, value_dim, options = case
     query = 2 * random(2, heads, 1, head_dim, dtype=dtype)
     key, value = (random(2, kv_heads, slots, width, dtype=dtype) for width in (head_dim, value_dim))
     query, key, value = laid_out(options, query, key, value)
@@ -166,15 +164,15 @@ def test_empty_slots_and_empty_heads(head_blocks: tuple[int, ...] | None) -> Non
     mask[1, 1] = False
     blocks = None if head_blocks is None else triton_scores.DecodeBlocks(*head_blocks)
     expected = exact.decode(query, key, value, mask, None, 0.125, None)
-    for empty in (float("nan"), float("inf")):
-        key, value = (tensor.masked_fill(~mask[..., None], empty) for tensor in (key, value))
-        found = triton_scores.decode_attention(query, key, value, mask, None, 0.125, None, blocks=blocks)
-        for one, other in zip(found, expected, strict=True):
-            torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5)
-        output, lse, probabilities = found
-        assert (output[1, :, 3:] == 0).all()
-        assert (lse[1, 3:] == float("-inf")).all()
-        assert (probabilities[1, 1] == 0).all()
+    empty = torch.where(torch.rand(2, 2, 200, 1) > 0.5, float("nan"), float("inf")).to(DEVICE)
+    key, value = (torch.where(mask[..., None], tensor, empty) for tensor in (key, value))
+    found = triton_scores.decode_attention(query, key, value, mask, None, 0.125, None, blocks=blocks)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5)
+    output, lse, probabilities = found
+    assert (output[1, :, 3:] == 0).all()
+    assert (lse[1, 3:] == float("-inf")).all()
+    assert (probabilities[1, 1] == 0).all()
 
 
 def test_a_head_that_is_not_a_number_leaves_the_others_alone() -> None:
@@ -281,28 +279,19 @@ def search_tile_by_tile(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "dtype, group, kv_heads, slots, head_dim, value_dim, num_empty, options",
+    "case",
     [
         (F32, 1, 2, 45, 64, 64, 1, "tiles"),
         (F32, 4, 1, 70, 32, 80, 9, "sinks evicts"),
         (F16, 3, 1, 83, 64, 32, 5, "softcap tiles"),
         (F16, 20, 1, 33, 64, 64, 1, "sinks"),
-        on_gpu(BF16, 4, 2, 2100, 128, 128, 50, "evicts"),
-        on_gpu(BF16, 4, 2, 2100, 128, 128, 50, "evicts tiles"),
-        on_gpu(BF16, 8, 1, 700, 256, 64, 1, "softcap sinks"),
+        on_gpu((BF16, 4, 2, 2100, 128, 128, 50, "evicts")),
+        on_gpu((BF16, 4, 2, 2100, 128, 128, 50, "evicts tiles")),
+        on_gpu((BF16, 8, 1, 700, 256, 64, 1, "softcap sinks")),
     ],
 )
-def test_steps_of_eviction(
-    dtype: torch.dtype,
-    group: int,
-    kv_heads: int,
-    slots: int,
-    head_dim: int,
-    value_dim: int,
-    num_empty: int,
-    options: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_steps_of_eviction(case: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    dtype, group, kv_heads, slots, head_dim, value_dim, num_empty, options = case
     if "tiles" in options:
         search_tile_by_tile(monkeypatch)
     found, expected = (Cache(kv_heads, slots, head_dim, value_dim, one, num_empty) for one in (dtype, F32))
@@ -313,9 +302,9 @@ def test_steps_of_eviction(
     sinks = random(kv_heads * group) if "sinks" in options else None
     tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == F32 else {"rtol": 1e-2, "atol": 1e-2}
     # The interpreter takes as long for one head as for all of a group.
-    for step in range(40 if not IS_INTERPRETED else 7 if group <= 16 else 3):
+    for step in range(40 if not IS_INTERPRETED else 5 if group <= 16 else 2):
         # At times all of a row is recent, and at times it is told not to evict: it fills a slot more each time.
-        num_recent = torch.tensor([3, 9999 if num_empty >= 5 and step % 7 == 3 else 0], dtype=torch.int32)
+        num_recent = torch.tensor([3, 9999 if num_empty >= 5 and step % 5 == 3 else 0], dtype=torch.int32)
         tensors = (
             random(2, kv_heads * group, 1, head_dim, dtype=dtype),
             heads_last(random(2, kv_heads, 1, head_dim, dtype=dtype)),
@@ -323,7 +312,7 @@ def test_steps_of_eviction(
         )
         rest = (
             num_recent.view(2, 1, 1).to(DEVICE),
-            torch.tensor([True, step % 7 != 5], device=DEVICE) if "evicts" in options else None,
+            torch.tensor([True, step % 5 != 4], device=DEVICE) if "evicts" in options else None,
             sinks,
             4.0 if "softcap" in options else None,
             num_empty > 1 or step % 2 == 0,

@@ -5,7 +5,7 @@ from itertools import product
 import exact
 import pytest
 import torch
-from kernel_device import BF16, DEVICE, F16, F32, MARKS, assert_near, far_apart, on_gpu
+from kernel_device import BF16, DEVICE, F16, F32, IS_INTERPRETED, MARKS, assert_near, far_apart, on_gpu
 from models import build_model, left_pad, random_rows
 
 from pyramid_cache import AdaKVCache
@@ -68,7 +68,7 @@ def check(found: tuple[torch.Tensor, ...], arguments: tuple, scaling: float, sof
 
 
 @pytest.mark.parametrize(
-    "dtype, batch, lengths, group, head_dim, value_dim, latest, options",
+    "case",
     [
         (F32, 2, [0, 333, 70, 1], 1, 64, 64, 1, ""),
         (F32, 2, [0, 0, 0, 0], 8, 64, 64, 3, ""),
@@ -76,24 +76,16 @@ def check(found: tuple[torch.Tensor, ...], arguments: tuple, scaling: float, sof
         (F32, 1, [130], 20, 64, 40, 2, "softcap"),
         (F16, 1, [257, 90, 31, 64], 3, 96, 256, 33, "softcap heads_last"),
         (F16, 1, [1100, 10], 4, 128, 128, 5, ""),
-        on_gpu(F32, 1, [5, 0, 64, 200], 3, 96, 64, 20, "softcap"),
-        on_gpu(F16, 2, [500, 0], 8, 64, 64, 17, ""),
-        on_gpu(BF16, 2, [1025, 0, 77, 300], 3, 128, 128, 40, "softcap"),
-        on_gpu(BF16, 2, [999, 64], 8, 64, 256, 3, "heads_last"),
-        on_gpu(BF16, 1, [70_001, 3, 0, 9000, 20_000, 1, 12, 500], 4, 128, 128, 64, ""),
-        on_gpu(F32, 1, [30_000, 64, 7000], 3, 64, 64, 9, ""),
+        on_gpu((F32, 1, [5, 0, 64, 200], 3, 96, 64, 20, "softcap")),
+        on_gpu((F16, 2, [500, 0], 8, 64, 64, 17, "")),
+        on_gpu((BF16, 2, [1025, 0, 77, 300], 3, 128, 128, 40, "softcap")),
+        on_gpu((BF16, 2, [999, 64], 8, 64, 256, 3, "heads_last")),
+        on_gpu((BF16, 1, [70_001, 3, 0, 9000, 20_000, 1, 12, 500], 4, 128, 128, 64, "")),
+        on_gpu((F32, 1, [30_000, 64, 7000], 3, 64, 64, 9, "")),
     ],
 )
-def test_decode(
-    dtype: torch.dtype,
-    batch: int,
-    lengths: list[int],
-    group: int,
-    head_dim: int,
-    value_dim: int,
-    latest: int,
-    options: str,
-) -> None:
+def test_decode(case: tuple) -> None:
+    dtype, batch, lengths, group, head_dim, value_dim, latest, options = case
     arguments = list(arguments_of(dtype, lengths, group, head_dim, value_dim, latest, batch))
     arguments[0] *= 2
     if "heads_last" in options:
@@ -116,7 +108,7 @@ def test_any_number_of_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_packed, "packed_kernel", RecordedGrids())
     # Tiles of 16. For one program nothing is cut. Of 16, half are set aside for parts that are not full: the others
     # have 577 / 8 tokens each, which are 5 tiles. For 20,000 every tile is a part of its own.
-    for multiprocessors, num_splits in ((1, 1 + 1), (8, 1 + 5), (10_000, 2 + 25)):
+    for multiprocessors, num_splits in ((1, 1 + 1), (8, 1 + 5), (10_000, 2 + 25))[: 2 if IS_INTERPRETED else 3]:
         monkeypatch.setattr(triton_packed, "num_multiprocessors", lambda device, number=multiprocessors: number)
         check(run(arguments, 0.25, blocks=DecodeBlocks(16, num_warps=4, num_stages=2)), arguments, 0.25)
         assert grids.pop() == (4 * num_splits,)
@@ -187,8 +179,8 @@ def test_answers_of_a_cache_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Padded rows, beams and an eviction: what the layer keeps of its tokens and lengths is what the kernels need."""
     model = build_model("llama", num_hidden_layers=1)
     input_ids, attention_mask = left_pad(random_rows((40, 23), seed=3))
-    settings = {"max_new_tokens": 5, "num_beams": 2, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    caches = [AdaKVCache(model.config, 12, window_size=8, eviction_interval=3) for _ in range(2)]
+    settings = {"max_new_tokens": 4, "num_beams": 2, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    caches = [AdaKVCache(model.config, 12, window_size=8, eviction_interval=2) for _ in range(2)]
     wanted = model.generate(input_ids, attention_mask=attention_mask, past_key_values=caches[0], **settings)
     num_calls = 0
 
@@ -202,7 +194,7 @@ def test_answers_of_a_cache_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     found = model.to(DEVICE).generate(
         input_ids.to(DEVICE), attention_mask=attention_mask.to(DEVICE), past_key_values=caches[1], **settings
     )
-    assert num_calls == 4
+    assert num_calls == 3
     assert torch.equal(found.cpu(), wanted)
     # Whatever the rounding, which decides in what order the beams of a prompt end.
     ours, theirs = (sorted(cache.positions(0).tolist()) for cache in (caches[1], caches[0]))

@@ -106,7 +106,7 @@ def test_plan_of_an_example() -> None:
 
 
 @pytest.mark.parametrize(
-    "batch, kv_heads, rank, head_dim, rotary_dim, interleaved, chunk_size, scaling",
+    "case",
     [
         (1, 3, 5, 64, 64, False, 8, 1.0),
         (3, 1, 40, 80, 32, False, 5, 1.25),
@@ -115,17 +115,9 @@ def test_plan_of_an_example() -> None:
         (1, 2, 5, 64, 0, False, 8, 1.0),
     ],
 )
-def test_what_a_plan_loads_is_what_the_loop_loads(
-    batch: int,
-    kv_heads: int,
-    rank: int,
-    head_dim: int,
-    rotary_dim: int,
-    interleaved: bool,
-    chunk_size: int,
-    scaling: float,
-) -> None:
+def test_what_a_plan_loads_is_what_the_loop_loads(case: tuple) -> None:
     """Keys that are multiplied and turned one by one, and values that are copied."""
+    batch, kv_heads, rank, head_dim, rotary_dim, interleaved, chunk_size, scaling = case
     tokens, places = 3 * chunk_size + 2, 3
     low_rank, basis = torch.randn(batch, tokens, rank) / rank**0.5, torch.randn(batch, kv_heads, rank, head_dim)
     incoming = random_incoming(batch, kv_heads, places, 4)

@@ -36,7 +36,7 @@ def test_plans_are_those_of_the_specification(places: int, chunks: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "dtypes, batch, kv_heads, rank, head_dim, rotary_dim, interleaved, chunk_size",
+    "case",
     [
         ((F32, F32, F32), 1, 2, 5, 64, 64, False, 8),
         ((F16, F16, F16), 2, 1, 160, 128, 128, True, 8),
@@ -45,7 +45,7 @@ def test_plans_are_those_of_the_specification(places: int, chunks: int) -> None:
         ((F32, I8, F32), 1, 2, 40, 256, 256, False, 8),
         ((F32, F32, F32), 1, 2, 5, 64, 0, False, 3),
         *(
-            on_gpu(dtypes, *shape)
+            on_gpu((dtypes, *shape))
             for dtypes in ((BF16, BF16, BF16), (BF16, BF16, F32), (F16, F16, F16), (F32, I8, F32))
             for shape in (
                 (1, 2, 5, 64, 64, False, 8),
@@ -58,16 +58,8 @@ def test_plans_are_those_of_the_specification(places: int, chunks: int) -> None:
         ),
     ],
 )
-def test_reconstructed_keys_are_those_of_the_specification(
-    dtypes: tuple[torch.dtype, ...],
-    batch: int,
-    kv_heads: int,
-    rank: int,
-    head_dim: int,
-    rotary_dim: int,
-    interleaved: bool,
-    chunk_size: int,
-) -> None:
+def test_reconstructed_keys_are_those_of_the_specification(case: tuple) -> None:
+    dtypes, batch, kv_heads, rank, head_dim, rotary_dim, interleaved, chunk_size = case
     buffer_dtype, low_rank_dtype, basis_dtype = dtypes
     places, tokens = 11, 13 * chunk_size - 2
     # Products are of numbers about one; what is stored in a byte is larger, and the basis smaller.
