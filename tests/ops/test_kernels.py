@@ -302,9 +302,10 @@ def test_steps_of_eviction(case: tuple, monkeypatch: pytest.MonkeyPatch) -> None
     sinks = random(kv_heads * group) if "sinks" in options else None
     tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == F32 else {"rtol": 1e-2, "atol": 1e-2}
     # The interpreter takes as long for one head as for all of a group.
-    for step in range(40 if not IS_INTERPRETED else 5 if group <= 16 else 2):
+    num_steps, period = (40, 10) if not IS_INTERPRETED else (5 if group <= 16 else 2, 5)
+    for step in range(num_steps):
         # At times all of a row is recent, and at times it is told not to evict: it fills a slot more each time.
-        num_recent = torch.tensor([3, 9999 if num_empty >= 5 and step % 5 == 3 else 0], dtype=torch.int32)
+        num_recent = torch.tensor([3, 9999 if num_empty >= 5 and step % period == 3 else 0], dtype=torch.int32)
         tensors = (
             random(2, kv_heads * group, 1, head_dim, dtype=dtype),
             heads_last(random(2, kv_heads, 1, head_dim, dtype=dtype)),
@@ -312,7 +313,7 @@ def test_steps_of_eviction(case: tuple, monkeypatch: pytest.MonkeyPatch) -> None
         )
         rest = (
             num_recent.view(2, 1, 1).to(DEVICE),
-            torch.tensor([True, step % 5 != 4], device=DEVICE) if "evicts" in options else None,
+            torch.tensor([True, step % period != 4], device=DEVICE) if "evicts" in options else None,
             sinks,
             4.0 if "softcap" in options else None,
             num_empty > 1 or step % 2 == 0,
