@@ -51,7 +51,7 @@ def causal_lse(query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, to
         (F32, 2, 1, 17, 40, 40, "start dims_first softcap"),
         (F16, 3, 1, 1, 130, 80, "start"),
         (F16, 8, 2, 65, 200, 128, "weights start per_head heads_last"),
-        (F16, 3, 3, 70, 71, 256, "start"),
+        on_gpu((F16, 3, 3, 70, 71, 256, "start")),
         on_gpu((F32, 8, 1, 40, 75, 128, "weights per_head")),
         on_gpu((F16, 8, 1, 150, 150, 64, "softcap weights")),
         on_gpu((BF16, 8, 2, 150, 300, 128, "start weights heads_last")),
@@ -122,7 +122,7 @@ def test_rows_that_do_not_count_add_nothing_whatever_they_hold() -> None:
     [
         (F32, 2, 2, 1, 64, 64, ""),
         (F32, 6, 2, 333, 96, 64, "mask sinks"),
-        (F32, 20, 1, 130, 128, 128, "mask sinks"),
+        on_gpu((F32, 20, 1, 130, 128, 128, "mask sinks")),
         (F32, 4, 2, 90, 64, 40, "softcap shared_mask dims_first high_sinks"),
         (F16, 3, 1, 257, 80, 256, "sinks softcap heads_last"),
         on_gpu((F32, 4, 1, 100, 256, 80, "softcap shared_mask heads_last")),
