@@ -9,12 +9,14 @@ from pyramid_cache.ops import shadow
 
 def random_incoming(batch: int, kv_heads: int, places: int, chunks: int) -> torch.Tensor:
     """
-    A plan `(batch, kv_heads, places)` that differs by head, loads the last chunk and leaves some places alone, and,
-    where there are several heads, all places of the first.
+    A plan `(batch, kv_heads, places)` that loads the last chunk, and leaves alone a number of places that differs by
+    head; where there are several heads, all places of the first.
     """
     incoming = torch.stack([torch.randperm(chunks)[:places] for _ in range(batch * kv_heads)])
-    incoming[torch.rand(incoming.shape) < 0.3] = -1
     incoming[incoming == chunks - 1] = -1
+    others = [place for place in range(places) if place != places // 2]
+    for head, plan in enumerate(incoming):
+        plan[others[: head % places]] = -1
     incoming[:, places // 2] = chunks - 1
     if len(incoming) > 1:
         incoming[0] = -1

@@ -88,13 +88,22 @@ def test_scores_are_sums_of_the_whole_matrix(shape, dtype) -> None:
 
 def test_scores_of_a_gpu_without_triton(monkeypatch) -> None:
     """By flash-attention where every row counts alike and scores, else by the specification."""
-    for rows, weights in ((61, None), (61, torch.linspace(0, 1, 61)[None]), (30, None)):
+    rising, start = torch.linspace(0, 1, 61)[None], torch.tensor([0, 9], dtype=torch.int32)
+    for rows, *options in (
+        (61, None, None, None),
+        (61, rising, None, None),
+        (61, None, start, None),
+        (61, None, None, 9.0),
+        (30, None, None, None),
+    ):
         query, key, _ = states(9, 3, 64, rows, 61, torch.float32)
         probabilities, lse = causal_lse(query, key)
         expected, calls = probabilities.sum(dim=2), []
         monkeypatch.setattr(reference, "attention_scores", lambda *given, e=expected, c=calls: c.append(given) or e)
-        found = scores.attention_scores_without_kernels(query, key, lse, weights, None, 0.125, None, False)
-        assert bool(calls) == (rows < 61 or weights is not None)
+        weights, key_start, softcap = options
+        arguments = (query, key, lse, weights, key_start, 0.125, softcap, False)
+        found = scores.attention_scores_without_kernels(*arguments)
+        assert calls == ([] if rows == 61 and options == [None] * 3 else [arguments])
         assert (found - expected).abs().max() <= 2e-5 * 61
 
 
