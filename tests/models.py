@@ -148,14 +148,14 @@ ROPE_VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def build_config(name: str, **overrides: Any) -> PreTrainedConfig:
-    """The config of a family or architecture above, or of `llama_<variant>` for a variant in `ROPE_VARIANTS`."""
-    if name not in FAMILIES and name in ALL_ARCHITECTURES:
-        model_type, differences = ALL_ARCHITECTURES[name]
+    """The config of a family or architecture above, of `llama_<variant>` for a variant in `ROPE_VARIANTS`, or of a model type."""
+    variant = name.removeprefix("llama_")
+    if name not in FAMILIES and variant not in ROPE_VARIANTS:
+        model_type, differences = ALL_ARCHITECTURES.get(name, (name, {}))
         plain = AutoConfig.for_model(model_type)
         known = {*vars(plain), *type(plain).attribute_map, "num_key_value_heads", "initializer_range"}
         settings = {key: value for key, value in COMMON.items() if key in known}
         return AutoConfig.for_model(model_type, **settings | differences | overrides)
-    variant = name.removeprefix("llama_")
     if variant in ROPE_VARIANTS:
         rope = ROPE_VARIANTS[variant]
         trained = rope.get("original_max_position_embeddings", 2048)

@@ -217,6 +217,10 @@ class HoldingPolicy(Policy):
         """Queries or keys `(heads, length, head_dim)` as attention sees them."""
         return states
 
+    def reaches(self, position: int) -> bool:
+        """Whether a token was not lost on the way to the layer."""
+        return True
+
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
     ) -> torch.Tensor:
@@ -224,11 +228,11 @@ class HoldingPolicy(Policy):
         self.layer, self.scaling = layer, scaling
         self.query, self.key, self.value = query, self.turn(key), value
         groups = self.turn(query).view(kv_heads, -1, length, head_dim)
-        output = torch.empty_like(groups)
+        output = torch.zeros_like(groups)
         held: list[list[int]] = [[] for _ in range(kv_heads)]
         self.held[layer] = [[] for _ in range(kv_heads)]
         given = torch.zeros(kv_heads, length, length, dtype=torch.float64)
-        for position in range(length):
+        for position in filter(self.reaches, range(length)):
             held = [[*tokens, position] for tokens in held]
             for head, tokens in enumerate(held):
                 output[head, :, position], probabilities = attend_one(
@@ -599,10 +603,19 @@ def pyramid_select(scores: dict[int, float], number: int, num_sink_tokens: int, 
 
 
 class PyramidPolicy(HoldingPolicy):
-    """PyramidInfer without pruned hidden states: a layer's keys are chosen once for all its heads.
+    """PyramidInfer: a layer's keys are chosen once for all its heads.
 
     Of the prompt each layer keeps a given number. Of the generated tokens the newest `window` are left alone. Whenever a
     zone of 16 has gathered before them, each layer thins it out, the deeper the more, and never looks at it again.
+
+    Args:
+        prompt_length: Tokens of the prompt.
+        kept_per_layer: Prompt tokens that each layer holds.
+        window: Tokens of the recent window, R + 1.
+        num_sink_tokens: First tokens, always kept.
+        distance_weight: Weight of the newest query.
+        pruning: "" if all of the prompt reaches each layer. "own" if a layer passes on what it holds, as in the paper; "next"
+            if it holds all that it was given and passes on what the next one holds, as in the authors' code.
     """
 
     def __init__(
@@ -612,100 +625,35 @@ class PyramidPolicy(HoldingPolicy):
         window: int,
         num_sink_tokens: int = 4,
         distance_weight: float = 1.2,
+        pruning: str = "",
     ) -> None:
         super().__init__(prompt_length)
         self.kept_per_layer = kept_per_layer
         self.window = window
         self.num_sink_tokens = num_sink_tokens
         self.distance_weight = distance_weight
+        self.pruning = pruning
+        self.passed_on = list(range(prompt_length))  # by the layer before
         self.num_settled = 0
 
+    def reaches(self, position: int) -> bool:
+        return position >= self.prompt_length or position in self.passed_on
+
     def evict(self, position: int, held: list[list[int]], given: torch.Tensor) -> list[list[int]]:
-        tokens = held[0]
+        tokens, num_layers = held[0], len(self.kept_per_layer)
         rows = given.mean(dim=0)[position + 1 - self.window : position + 1]
-        zone = tokens[self.num_settled : self.num_settled + 16]
         if position == self.prompt_length - 1:
             scores = pyramid_window_scores(rows[:, tokens], tokens, self.distance_weight)
-            number = self.kept_per_layer[self.layer]
-            tokens = pyramid_select(scores, number, self.num_sink_tokens, tokens[-self.window :])
+            number = self.kept_per_layer[min(self.layer + (self.pruning == "next"), num_layers - 1)]
+            chosen = pyramid_select(scores, number, self.num_sink_tokens, tokens[-self.window :])
+            self.passed_on = chosen if self.pruning else self.passed_on
+            tokens = tokens if self.pruning == "next" else chosen
             self.num_settled = len(tokens)
         elif len(tokens) - self.num_settled >= 16 + self.window:
-            share = 0.9 * (math.cos(math.pi * self.layer / len(self.kept_per_layer)) + 1) / 2 + 0.1
+            zone = tokens[self.num_settled : self.num_settled + 16]
+            share = 0.9 * (math.cos(math.pi * self.layer / num_layers) + 1) / 2 + 0.1
             scores = pyramid_window_scores(rows[:, zone], zone, self.distance_weight)
             kept = best(scores, max(int(16 * 0.9 * share), 1))
             tokens = tokens[: self.num_settled] + kept + tokens[self.num_settled + 16 :]
             self.num_settled += len(kept)
         return [tokens] * len(held)
-
-
-@torch.no_grad()
-def run_pruned_llama(
-    model: PreTrainedModel,
-    tokens: torch.Tensor,
-    prompt_length: int,
-    kept_per_layer: list[int],
-    window: int,
-    prune_own_layer: bool = True,
-) -> tuple[torch.Tensor, list[list[int]]]:
-    """PyramidInfer on a Llama, layer by layer: each layer runs only on the prompt's tokens that the one before kept.
-
-    Args:
-        model: A Llama; it runs with eager attention, whose probabilities choose the tokens.
-        tokens: The prompt and what follows it, `(length,)`.
-        prompt_length: Tokens of the prompt.
-        kept_per_layer: Prompt tokens that each layer holds in its cache.
-        window: Tokens of the recent window, R + 1.
-        prune_own_layer: Whether a layer holds what it passes on, as in the paper, or all that it was given, as in the
-            authors' code.
-
-    Returns:
-        Logits of the last token of the prompt and of every token after it `(1 + later, vocabulary)`, and the prompt
-        positions that each layer holds.
-    """
-    later = list(range(prompt_length, len(tokens)))
-    alive = list(range(prompt_length))
-    hidden = model.model.embed_tokens(tokens[None])
-    kept_positions = []
-    with attention_implementation(model, "eager"):
-        passed_on = kept_per_layer if prune_own_layer else [*kept_per_layer[1:], kept_per_layer[-1]]
-        for layer, number in zip(model.model.layers, passed_on, strict=True):
-            # The choice: the prompt's tokens alone.
-            _, probabilities = _run_layer(model, layer, hidden[:, : len(alive)], alive, alive, len(alive))
-            rows = probabilities[0].mean(dim=0)[-window:]
-            chosen = pyramid_select(pyramid_window_scores(rows, alive, 1.2), number, 4, alive[-window:])
-            # The layer's output: prompt tokens see all that are alive, later ones what the cache holds.
-            held = chosen if prune_own_layer else alive
-            output, _ = _run_layer(model, layer, hidden, alive + later, held, len(alive))
-            hidden = output[:, [*(alive.index(position) for position in chosen), *range(len(alive), output.shape[1])]]
-            alive = chosen
-            kept_positions.append(held)
-        logits = model.lm_head(model.model.norm(hidden))[0]
-    return logits[len(alive) - 1 :], kept_positions
-
-
-def _run_layer(
-    model: PreTrainedModel,
-    layer: torch.nn.Module,
-    hidden: torch.Tensor,
-    positions: list[int],
-    kept: list[int],
-    num_prompt: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One decoder layer over tokens at `positions`, of which the first `num_prompt` are the prompt's.
-
-    Later tokens see, of the prompt, only `kept`. Returns the layer's output and its attention probabilities.
-    """
-    mask = torch.full((len(positions), len(positions)), -math.inf).triu(1)
-    hidden_columns = [column for column in range(num_prompt) if positions[column] not in kept]
-    mask[num_prompt:, hidden_columns] = -math.inf
-    position_ids = torch.tensor([positions])
-    seen: list[torch.Tensor] = []
-    handle = layer.self_attn.register_forward_hook(lambda module, args, output: seen.append(output[1]))
-    try:
-        embeddings = model.model.rotary_emb(hidden, position_ids)
-        output = layer(
-            hidden, attention_mask=mask[None, None], position_ids=position_ids, position_embeddings=embeddings
-        )
-    finally:
-        handle.remove()
-    return output, seen[0]

@@ -53,19 +53,6 @@ def require_different_heads(cache: PolicyCache) -> None:
 # The choice.
 
 
-def test_best_of_all_heads_by_hand() -> None:
-    inf = float("inf")
-    priority = torch.tensor([[[9.0, 8.0, 7.0, 1.0, inf], [2.0, 3.0, 0.5, 0.1, inf]]])
-    # Six of ten: both last tokens, 9, 8, 7, and then 3 of the other head.
-    kept = best_of_all_heads(priority, [3], 0.0)
-    assert kept.int().tolist() == [[[1, 1, 1, 0, 1], [0, 1, 0, 0, 1]]]
-    # Three quarters of three are two that each head keeps; the same here, but with four tokens each it is three.
-    assert best_of_all_heads(priority, [3], 0.75).int().tolist() == [[[1, 1, 1, 0, 1], [0, 1, 0, 0, 1]]]
-    assert best_of_all_heads(priority, [4], 0.75).int().tolist() == [[[1, 1, 1, 1, 1], [1, 1, 0, 0, 1]]]
-    # A floor of one gives each head the same.
-    assert best_of_all_heads(priority, [2], 1.0).int().tolist() == [[[1, 0, 0, 0, 1], [0, 1, 0, 0, 1]]]
-
-
 def slow_choice(worth: dict[tuple[int, int], float], kv_heads: int, number: int, floor: int) -> set[tuple[int, int]]:
     """The (head, token) that stay: the best `floor` of each head, then the best of all, `number` for each head in all."""
     order = sorted(worth, key=lambda place: -worth[place])
@@ -91,7 +78,9 @@ def test_best_of_all_heads_against_a_loop() -> None:
 
 
 class AdaKVPolicy(ScoredPolicy):
-    """Heads compete for what all of them keep together, once one layer holds too much."""
+    """Heads compete for what all of them keep together, but for a share that each is sure of."""
+
+    floor_ratio = 0.2
 
     def evict(self, position: int, held: list[list[int]], given: torch.Tensor) -> list[list[int]]:
         self.observe(position, given)
@@ -101,17 +90,20 @@ class AdaKVPolicy(ScoredPolicy):
         worth = {}
         for head, tokens in enumerate(held):
             worth |= {(head, token): score for token, score in self.worth(position, head, tokens).items()}
-        kept = slow_choice(worth, len(held), number, int(0.2 * number))
+        kept = slow_choice(worth, len(held), number, int(self.floor_ratio * number))
         return [sorted(token for other, token in kept if other == head) for head in range(len(held))]
 
 
 def test_heads_keep_what_they_attend_to_most_together() -> None:
     """Padded rows, with an answer during which some evict several times, against the reference alone."""
-    model, rows = tiny_model("llama"), random_rows((50, 31), seed=3)
-    cache = AdaKVCache(model.config, budget=14, **SETTINGS)
-    trace = drive(model, cache, rows, random_tokens(2, 23, seed=4))
-    policies = [AdaKVPolicy(SnapKVScore(8, 3), len(row), [14] * 3, 5) for row in rows]
-    compare_with_policies(model, trace, rows, policies)
+    model, rows, later = tiny_model("llama"), random_rows((50, 31), seed=3), random_tokens(2, 23, seed=4)
+    for floor_ratio in (None, 0.5, 1.0):
+        settings = {} if floor_ratio is None else {"floor_ratio": floor_ratio}
+        trace = drive(model, AdaKVCache(model.config, budget=14, **SETTINGS, **settings), rows, later)
+        policies = [AdaKVPolicy(SnapKVScore(8, 3), len(row), [14] * 3, 5) for row in rows]
+        for policy in policies:
+            policy.floor_ratio = floor_ratio or 0.2
+        compare_with_policies(model, trace, rows, policies)
 
 
 # The logits.

@@ -15,7 +15,7 @@ from reference import HoldingPolicy, Rotation, best, compare_with_policies, with
 from pyramid_cache import ExpectedAttentionCache
 from pyramid_cache.caches import expected_attention
 from pyramid_cache.caches.expected_attention import ExpectedAttentionPolicy
-from pyramid_cache.engine.policy import PromptView, ScoringView
+from pyramid_cache.engine.policy import PromptView
 
 
 class ExpectedAttention(HoldingPolicy):
@@ -143,44 +143,6 @@ def test_later_turns_add_to_the_statistics(monkeypatch: pytest.MonkeyPatch) -> N
     """As if all turns' queries had been seen at once; those of generated tokens do not count."""
     monkeypatch.setattr(expected_attention, "QUERIES_PER_CHUNK", 4)
     check("llama", (3, 21, 14), [1, 1, 9, 1, 1, 1, 1, 1, 6, 1], 10, 4)
-
-
-def view_of(state: dict[str, torch.Tensor], key: list, value: list, length: int) -> ScoringView:
-    """One layer with one KV head, which holds the first tokens of one row."""
-    positions = torch.arange(len(key), dtype=torch.int32)[None, None]
-    numbers = [torch.tensor([[[number]]], dtype=torch.int32) for number in (length, 2)]
-    tensors = [torch.tensor(states, dtype=torch.float32)[None, None] for states in (key, value)]
-    return ScoringView(*tensors, positions, *numbers, None, state, 0)
-
-
-def test_scores_by_hand() -> None:
-    """The means of exponentials are 2, 3 and 2 · 3 = 6 of 11; the norms of the values 5, 1 and 1 / 2."""
-    policy = ExpectedAttentionPolicy(num_sink_tokens=0)
-    state = {
-        "query_count": torch.tensor([[7.0]]),
-        "query_mean": torch.tensor([[[math.log(2), 0.0]]]),
-        "query_covariance": torch.tensor([[[0.0, 0.0, 2 * math.log(3)]]]),
-        "rotation": torch.tensor([[[0.0, 0.0], [1.0, 2.0]]]),
-    }
-    view = view_of(state, [[1, 0], [0, 1], [1, 1]], [[3, 4], [1, 0], [0, 0.5]], length=3)
-    torch.testing.assert_close(policy.score(view), torch.tensor([[[10 / 11, 3 / 11, 3 / 11]]]))
-    # The first token stays and the others share all attention between them.
-    scores = ExpectedAttentionPolicy(num_sink_tokens=1, epsilon=0.5).score(view)
-    torch.testing.assert_close(scores, torch.tensor([[[math.inf, 3 / 9 + 0.5, (6 / 9 + 0.5) / 2]]]))
-
-
-def test_the_future_by_hand() -> None:
-    """A quarter turn for each position: after five tokens the mean points where it would after one."""
-    state = {
-        "query_count": torch.tensor([[7.0]]),
-        "query_mean": torch.tensor([[[math.log(2), 0.0]]]),
-        "rotation": torch.tensor([[[math.pi / 2, math.pi / 2], [-2.0, 1.0]]]),
-    }
-    for num_future_positions, exponentials in ((1, [1, 2, 0.5]), (2, [2**-0.5, 2**0.5, 2**-0.5]), (4, [1, 1, 1])):
-        policy = ExpectedAttentionPolicy(num_future_positions, num_sink_tokens=0, use_covariance=False)
-        scores = policy.score(view_of(state, [[1, 0], [0, 1], [0, -1]], [[1, 0]] * 3, length=5))
-        wanted = torch.tensor(exponentials) / sum(exponentials)
-        torch.testing.assert_close(scores, wanted[None, None])
 
 
 def test_statistics_by_hand() -> None:

@@ -98,26 +98,12 @@ HAND_CASES = {
         [[(7.0, 0.0), (1.0, 0.0), (0.0, 2.0), (3.0, 0.0), (-1.0, 0.0), (0.0, -5.0)]],
         [[{2, 3, 4}], [{3, 4, 5}]],
     ),
-    # The mean over heads is 0.3, 0.1, 0.15, 0.35, 0.1, and the last token stays.
-    "TOVA": (
-        TOVACache,
-        {"budget": 3},
-        [attended(0.5, 0.1, 0.2, 0.1, 0.1), attended(0.1, 0.1, 0.1, 0.6, 0.1)],
-        [[{0, 3, 4}, {0, 3, 4}]],
-    ),
     # The newest token stays, whatever it gets; at the next it goes, for it has least.
     "TOVA while generating": (
         TOVACache,
         {"budget": 3, "eviction_interval": 1},
         [attended(5, 1, 2, 3, 1, 4), attended(5, 1, 2, 3, 1, 4)],
         [[{0, 2, 3}] * 2, [{0, 3, 4}] * 2, [{0, 3, 5}] * 2],
-    ),
-    # Beside the window, sums over neighbours are 33, 34, 32, 12, 26, 25: what is next to a peak stays with it.
-    "SnapKV": (
-        SnapKVCache,
-        {"budget": 4, "window_size": 2, "kernel_size": 3},
-        [attended(3, 30, 1, 1, 10, 15, 50, 50)],
-        [[{0, 1, 6, 7}]],
     ),
     # 30 and 15 beside the window. With two tokens more, the window is theirs, and of 30, 15, 50, 5 the two that get most stay.
     "SnapKV while generating": (

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from models import FAMILIES, Trace, build_model, drive, random_rows, random_tokens, tiny_model, uniform_attention_model
-from reference import PyramidPolicy, compare_with_policies, run_pruned_llama
+from reference import PyramidPolicy, compare_with_policies
 from transformers import PreTrainedModel
 
 from pyramid_cache import PyramidCache
@@ -32,22 +32,35 @@ def check(
     model: PreTrainedModel,
     lengths: tuple[int, ...],
     num_later: int,
-    budget: float = 0.45,
-    recent: dict[str, float] | None = None,
-    **settings: Any,
+    budget: float | None = 0.45,
+    pruning: str = "",
+    settings: dict[str, Any] | None = None,
+    **scoring: Any,
 ) -> Trace:
-    """Each row of a run with a new cache against the reference alone; returns the run."""
-    rows = random_rows(lengths, seed=3)
-    cache = PyramidCache(model.config, budget=budget, **recent or {}, **settings)
+    """Each row of a run with a new cache against the reference alone; returns the run.
+
+    Args:
+        model: The model; the cache is given it where `pruning` is not empty.
+        lengths: Of the prompts.
+        num_later: Tokens after them.
+        budget: A share of the prompt; None if a preset has it.
+        pruning: See `PyramidPolicy`.
+        settings: Further arguments of the cache.
+        scoring: Those that the cache and the reference have in common.
+    """
+    rows, settings = random_rows(lengths, seed=3), settings or {}
+    given = settings if budget is None else {"budget": budget, **settings}
+    cache = PyramidCache(model if pruning else model.config, **given, **scoring)
     trace = drive(model, cache, rows, random_tokens(len(rows), num_later, seed=4))
-    windows = [recent_window(length, budget, **recent or {}) for length in lengths]
-    kept = [kept_of_prompt(trace, row, budget) for row in range(len(rows))]
-    policies = [PyramidPolicy(*sizes, **settings) for sizes in zip(lengths, kept, windows, strict=True)]
+    layers, policies = range(model.config.num_hidden_layers), []
+    for row, length in enumerate(lengths):
+        kept = [len(trace.held(0, layer, row, 0)) for layer in layers]
+        assert budget is None or kept == kept_of_prompt(trace, row, budget)
+        window = recent_window(length, budget or 1.0, settings.get("recent_ratio", 0.2))
+        policies.append(PyramidPolicy(length, kept, window, pruning=pruning, **scoring))
     compare_with_policies(model, trace, rows, policies)
-    longest = [
-        max(len(trace.held(num_later, layer, row, 0)) for row in range(len(rows))) for layer in range(len(kept[0]))
-    ]
-    assert cache.num_kept_tokens() == longest
+    held = [[len(trace.held(num_later, layer, row, 0)) for row in range(len(rows))] for layer in layers]
+    assert cache.num_kept_tokens() == [max(numbers) for numbers in held]
     return trace
 
 
@@ -77,7 +90,7 @@ def test_settings_and_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")
     for budget, length in ((0.2, 66), (0.3, 67), (0.5, 71), (0.8, 66)):
         check(model, (length,), 5, budget)
-    check(model, (71, 60), 5, 0.4, {"recent_ratio": 0.1}, num_sink_tokens=2, distance_weight=3.0)
+    check(model, (71, 60), 5, 0.4, settings={"recent_ratio": 0.1}, num_sink_tokens=2, distance_weight=3.0)
     monkeypatch.setattr(cpu, "TILE_ELEMENTS", 2000)
     check(model, (213, 141), 3, 0.3)
 
@@ -130,42 +143,22 @@ def test_schedule_by_hand() -> None:
     assert pyramid_schedule(100, 300, shape, 5) == (100, 100, 100)
 
 
-def check_pruned(model: PreTrainedModel, lengths: tuple[int, ...], window_budget: float, **settings: Any) -> list[int]:
-    """Rows of a run with pruned hidden states against the written-out forward; returns what layers kept of the first."""
-    rows, prune_own_layer = random_rows(lengths, seed=9), settings.get("prune_own_layer", "preset" not in settings)
-    trace = drive(model, PyramidCache(model, **settings), rows, random_tokens(len(rows), 6, seed=10))
-    for index, row in enumerate(rows):
-        length = len(row)
-        numbers = [len(trace.held(0, layer, index, 0)) for layer in range(model.config.num_hidden_layers)]
-        tokens = torch.cat([row, trace.tokens[index]])
-        window = recent_window(length, window_budget)
-        logits, kept = run_pruned_llama(model, tokens, length, numbers, window, prune_own_layer)
-        for layer, wanted in enumerate(kept):
-            for head in range(model.config.num_key_value_heads):
-                for step in range(7):
-                    assert trace.held(step, layer, index, head) == [*wanted, *range(length, length + step)]
-        torch.testing.assert_close(trace.logits[index], logits, atol=1e-4, rtol=0)
-        if "budget" in settings:
-            kept_of_prompt(trace, index, settings["budget"])
-    return [len(trace.held(0, layer, 0, 0)) for layer in range(model.config.num_hidden_layers)]
-
-
-@pytest.mark.parametrize("family", ["llama", "llama_multi_head", "llama_multi_query"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_pruned_hidden_states(family: str) -> None:
-    """Given a model, each layer runs on what the one before kept: positions and logits of the written-out forward."""
-    for lengths, budget in (((59,), 0.7), ((43, 59, 66), 0.45)):
-        check_pruned(tiny_model(family), lengths, budget, budget=budget)
+    """Given a model, each layer runs on what the one before kept."""
+    check(tiny_model(family), (43, 59, 66), 6, 0.45, "own")
 
 
 def test_settings_of_pruned_hidden_states() -> None:
     """All let the first layer keep everything, and the others pay for it; a preset is the authors' code, which prunes so."""
     model = build_model("llama", num_hidden_layers=6)
-    numbers = check_pruned(model, (59,), 0.6, budget=0.6, first_pruned_layer=1)
-    assert numbers[0] == 59 > numbers[1]
-    numbers = check_pruned(model, (59,), 0.6, budget=0.6, prune_own_layer=False)
-    assert numbers[0] == 59 > numbers[1]
-    numbers = check_pruned(model, (130,), 1.0, preset="llama-2-13b")
-    assert numbers[0] == 130 > numbers[-1]
+    for length, budget, pruning, settings in (
+        (59, 0.6, "own", {"first_pruned_layer": 1}),
+        (59, 0.6, "next", {"prune_own_layer": False}),
+        (130, None, "next", {"preset": "llama-2-13b"}),
+    ):
+        trace = check(model, (length,), 6, budget, pruning, settings)
+        assert len(trace.held(0, 0, 0, 0)) == length > len(trace.held(0, 5, 0, 0))
 
 
 # What the authors' loop gives for a prompt of 400 tokens: the context shrinks every so many layers, until it would be no

@@ -405,6 +405,7 @@ def test_values_in_a_file_are_the_same(tmp_path: Path) -> None:
     for layer, other in zip(in_file.compressed_layers, twin.compressed_layers, strict=True):
         assert other.host_values.untyped_storage().filename is not None
         assert torch.equal(layer.host_values, other.host_values)
+        assert layer.host_values.data_ptr() != other.host_values.data_ptr()
     tokens, mask = random_tokens(2, 115, seed=9), torch.arange(115) >= torch.tensor([[0], [5]])
     assert torch.equal(*(read(model, cache, tokens, [1], mask) for cache in (twin, before)))
     assert in_file.get_seq_length() == 114 and twin.get_seq_length() == 115
