@@ -11,7 +11,7 @@ from reference import PyramidPolicy, compare_with_policies
 from transformers import PreTrainedModel
 
 from pyramid_cache import PyramidCache
-from pyramid_cache.engine.budget import cosine_decay, pyramid_schedule
+from pyramid_cache.engine.budget import Budget, cosine_decay, pyramid_schedule
 from pyramid_cache.ops import cpu
 
 
@@ -132,6 +132,12 @@ def test_schedule_meets_any_total_exactly() -> None:
             assert len(kept) == depth and sum(kept) == total
             assert list(kept) == sorted(kept, reverse=True)
             assert minimum <= kept[-1] and kept[0] <= length
+
+
+def test_a_share_is_the_decimal_number_that_was_written() -> None:
+    """0.29 of 100 is 29, though 0.29 * 100 is below it."""
+    assert Budget("fraction", 0.29).num_tokens(100) == 29 > 0.29 * 100
+    assert Budget("fraction", 0.29).num_tokens(99) == 28
 
 
 def test_schedule_by_hand() -> None:
