@@ -405,6 +405,16 @@ def test_hidden_states_tell_where_keys_and_values_do_not() -> None:
     assert not any(token.reason == "hidden states" for rows in other.massive_tokens().values() for token in rows[0])
 
 
+def test_the_outputs_of_probed_layers_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen = massive_model(magnitude=1e4), {}
+    cache = MassiveActivationCache(model, budget=14, window_size=4)
+    monkeypatch.setattr(cache, "observe_output", lambda index, states: seen.update({index: states}))
+    with torch.no_grad():
+        output = model(torch.randint(8, 101, (1, 30)), past_key_values=cache, output_hidden_states=True)
+    assert sorted(seen) == [1, 2]
+    assert all(torch.equal(states, output.hidden_states[index + 1]) for index, states in seen.items())
+
+
 @pytest.mark.parametrize("from_model", [False, True])
 def test_generated_tokens_are_looked_at(from_model: bool) -> None:
     """The massive token is generated at position 50, and outlives 40 more in a budget of 14."""
