@@ -171,8 +171,8 @@ class MaskPolicy(Policy):
 def masks_of(trace: Trace, row: int, kv_heads: int) -> list[torch.Tensor]:
     """For each layer `(kv_heads, length, length)`: what each query of a row could see.
 
-    The prompt's queries see every earlier token. A later query sees what was held before its step, and the tokens of its
-    own step up to itself.
+    The prompt's queries see every earlier token. A later query sees what was held before its step, and the tokens of
+    its own step up to itself.
     """
     prompt = trace.lengths[row]
     length = prompt + sum(trace.pieces)
@@ -342,8 +342,9 @@ class StreamingLLMPolicy(Policy):
         return output.view(-1, length, head_dim)
 
 
-# Caches that keep what a score says (`PolicyCache`). Their scores are written here once, as loops over tokens. What a cache
-# of them holds is worked out from these by `ScoredPolicy` below, and by the references of test_properties.py and test_soak.py.
+# Caches that keep what a score says (`PolicyCache`). Their scores are written here once, as loops over tokens. What a
+# cache of them holds is worked out from these by `ScoredPolicy` below, and by the references of test_properties.py and
+# test_soak.py.
 
 
 @dataclass
@@ -354,7 +355,8 @@ class HeldTokens:
         positions: Of the tokens, rising.
         keys: As attention sees them, `(held, head_dim)` float64.
         values: `(held, head_dim)` float64.
-        attention: What the last queries gave to each token: the mean over a window of queries and over the heads that count.
+        attention: What the last queries gave to each token: the mean over a window of queries and over the heads that
+            count.
         length: Tokens that the row has seen.
         num_kept: Tokens that stay.
     """
@@ -446,7 +448,7 @@ class KnormScore(ReferenceScore):
 
 
 class RKVScore(ReferenceScore):
-    """The share of attention of a token or a neighbour, less how much its key points where others do; the last stay."""
+    """The share of attention of a token or a neighbour, less how much its key is like others; the last stay."""
 
     has_exact_ties = False  # of two keys each points as much where the other does
 
@@ -473,7 +475,7 @@ class RKVScore(ReferenceScore):
         return scores
 
     def redundancy(self, keys: np.ndarray) -> list[float]:
-        """Each token blames each other one for the cosine of their keys, but not the latest of those that are alike."""
+        """Each token blames each other one for the cosine of their keys, but not the latest that is alike."""
         number = len(keys)
         blame = [0.0] * number
         for judge in range(number):
@@ -529,7 +531,8 @@ def choose(
 
 
 class ScoredPolicy(HoldingPolicy):
-    """A prompt loses at once what a score ranks lowest. Generated tokens come in until `eviction_interval` of them exceed
+    """
+    A prompt loses at once what a score ranks lowest. Generated tokens come in until `eviction_interval` of them exceed
     what a layer keeps, and then as many go.
 
     Where scores are the same within rounding, it goes along with what row `row` of `trace` held, if there is one.
@@ -552,7 +555,7 @@ class ScoredPolicy(HoldingPolicy):
         self.attention = torch.zeros(0)  # (kv_heads, length)
 
     def observe(self, position: int, given: torch.Tensor) -> None:
-        """Takes down what the last queries give to each token; arguments as those of `evict`, for each token that comes."""
+        """Takes down what the last queries give to each token; to be called after each, with arguments of `evict`."""
         is_prompt, window = position < self.prompt_length, self.score.window_size
         if window:
             given = given.mean(dim=0).expand_as(given) if self.score.heads_share_tokens else given
@@ -596,7 +599,7 @@ def pyramid_window_scores(rows: torch.Tensor, columns: list[int], distance_weigh
 
 
 def pyramid_select(scores: dict[int, float], number: int, num_sink_tokens: int, recent: list[int]) -> list[int]:
-    """The `number` positions that PyramidInfer keeps: the first ones, the recent window, and the best of the others."""
+    """The `number` positions that PyramidInfer keeps: sinks, the recent window, and the best of the others."""
     kept = set(sorted(scores)[:num_sink_tokens]) | set(recent)
     others = {position: score for position, score in scores.items() if position not in kept}
     return sorted(kept | set(best(others, number - len(kept))))
@@ -605,8 +608,8 @@ def pyramid_select(scores: dict[int, float], number: int, num_sink_tokens: int, 
 class PyramidPolicy(HoldingPolicy):
     """PyramidInfer: a layer's keys are chosen once for all its heads.
 
-    Of the prompt each layer keeps a given number. Of the generated tokens the newest `window` are left alone. Whenever a
-    zone of 16 has gathered before them, each layer thins it out, the deeper the more, and never looks at it again.
+    Of the prompt each layer keeps a given number. Of the generated tokens the newest `window` are left alone. Whenever
+    a zone of 16 has gathered before them, each layer thins it out, the deeper the more, and never looks at it again.
 
     Args:
         prompt_length: Tokens of the prompt.
@@ -614,8 +617,8 @@ class PyramidPolicy(HoldingPolicy):
         window: Tokens of the recent window, R + 1.
         num_sink_tokens: First tokens, always kept.
         distance_weight: Weight of the newest query.
-        pruning: "" if all of the prompt reaches each layer. "own" if a layer passes on what it holds, as in the paper; "next"
-            if it holds all that it was given and passes on what the next one holds, as in the authors' code.
+        pruning: "" if all of the prompt reaches each layer. "own" if a layer passes on what it holds, as in the paper;
+            "next" if it holds all that it was given and passes on what the next one holds, as in the authors' code.
     """
 
     def __init__(

@@ -54,7 +54,7 @@ def require_different_heads(cache: PolicyCache) -> None:
 
 
 def slow_choice(worth: dict[tuple[int, int], float], kv_heads: int, number: int, floor: int) -> set[tuple[int, int]]:
-    """The (head, token) that stay: the best `floor` of each head, then the best of all, `number` for each head in all."""
+    """The (head, token) that stay: the best `floor` of each head, then the best of all, `number` per head in all."""
     order = sorted(worth, key=lambda place: -worth[place])
     chosen = {place for head in range(kv_heads) for place in [other for other in order if other[0] == head][:floor]}
     rest = [place for place in order if place not in chosen]

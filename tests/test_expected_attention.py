@@ -1,5 +1,4 @@
-"""ExpectedAttentionCache against Expected Attention written as loops in float64, and on numbers so few that they can be
-worked out by hand."""
+"""ExpectedAttentionCache against Expected Attention written as loops in float64."""
 
 import contextlib
 import math
@@ -73,7 +72,7 @@ class ExpectedAttention(HoldingPolicy):
         """What each token that a head holds is worth.
 
         Args:
-            queries: That were observed, before they are turned, with the scaling in them, `(group, observed, head_dim)`.
+            queries: That were observed, not turned, times the scaling, `(group, observed, head_dim)`.
             keys: Of all positions, turned, `(length, head_dim)`.
             values: Of all positions.
             held: Positions.

@@ -46,7 +46,7 @@ def test_settings_and_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_equal_scores_by_hand() -> None:
-    """Even attention makes the oldest the heavy hitters. Where all of it goes to one token, of equals the older goes first."""
+    """Even attention makes the oldest heavy hitters. If one token gets all of it, of equals the older goes first."""
     model = SyntheticModel(1, 2, 2, 4)
     for magnitude, heavy in ((0.0, [0, 1, 2, 3]), (1e4, [0, 13, 14, 15])):
         cache = H2OCache(model.config, budget=8, heavy_ratio=0.5)

@@ -1,4 +1,4 @@
-"""Massive tokens, the spread of attention and MassiveActivationCache, against loops, hand-computed numbers and a model."""
+"""Massive tokens, the spread of attention and MassiveActivationCache, against loops and hand-computed numbers."""
 
 import json
 import math
@@ -43,7 +43,7 @@ def positions_of(is_token: torch.Tensor) -> torch.Tensor:
 
 class TestHiddenStates:
     def test_definition(self) -> None:
-        """Row 0 has median 1: 1000 is massive, 999 is not. Row 1 has median 0.05: beyond 100 counts, 1000 times 0.05 not."""
+        """Row 0 has median 1: 1000 is massive, 999 is not. Row 1 has median 0.05: what exceeds 100 is massive."""
         states = torch.ones(2, 4, 5)
         states[1] = 0.05
         states[0, 1, 3], states[0, 2, 0] = -1000, 999
@@ -109,7 +109,7 @@ def slow_massive(
 class TestKeysAndValues:
     @pytest.mark.parametrize("num_sinks, has_rope", [(0, True), (3, False), (11, True)])
     def test_against_loops(self, num_sinks: int, has_rope: bool) -> None:
-        """Planted: short values with equal keys (found), short values with other keys, and equal keys with long values."""
+        """Planted: short values with equal keys (found) or other keys, and equal keys with long values."""
         torch.manual_seed(num_sinks)
         batch_size, kv_heads, num_columns, head_dim = 3, 2, 47, 8
         key, value = torch.randn(2, batch_size, kv_heads, num_columns, head_dim).unbind()
@@ -223,8 +223,8 @@ class TestBudgets:
 
     def test_shares_by_support_of_all_layers(self) -> None:
         for total, minimum, expected in (
-            # Assured are 100, 30, 60 and 90 of 100 tokens, 280 in all. Of 240 the second gets its 30, the third its 60, and
-            # the others half of what is left each.
+            # Assured are 100, 30, 60 and 90 of 100 tokens, 280 in all. Of 240 the second gets its 30, the third its
+            # 60, and the others half of what is left each.
             (240, 1, (75, 30, 60, 75)),
             (240, 999, (60, 60, 60, 60)),
             (120, 1, (30, 30, 30, 30)),
@@ -235,7 +235,8 @@ class TestBudgets:
             assert support_schedule(100, total, (0.6, 0.1, 0.2, 0.3), minimum) == expected
 
     def test_shares_by_support_of_layers_so_far(self) -> None:
-        # Two layers alike: half of what is left each, whether it is much or little. The last one gets all that is left.
+        # Two layers alike: half of what is left each, whether it is much or little. The last one gets all that is
+        # left.
         assert online_budget(100, 190, 2, [0.3], 1) == 95
         assert online_budget(100, 40, 2, [0.3], 1) == 20
         assert online_budget(100, 40, 1, [0.3, 0.1], 1) == 40
@@ -244,7 +245,8 @@ class TestBudgets:
         assert online_budget(100, 120, 3, [0.1, 0.2], 1) == 40
         # Of 160 it is 160 * 0.2 / (0.2 + 2 * 0.15) = 64.
         assert online_budget(100, 160, 3, [0.1, 0.2], 1) == 64
-        # A layer that needs less than an equal share leaves the rest to others, which need 0.2 on average: 200 * 0.1 / 0.5.
+        # A layer that needs less than an equal share leaves the rest to others, which need 0.2 on average: 200 * 0.1 /
+        # 0.5.
         assert online_budget(100, 200, 3, [0.3, 0.1], 1) == 40
         assert online_budget(100, 120, 3, [0.3, 0.1], 1) == 30  # it is assured of three times its support
         # The minimum is kept for the layers above, and for itself.
@@ -280,7 +282,7 @@ class TestBudgets:
 
 
 class MassiveScore(ReferenceScore):
-    """Massive and recent tokens stay; others are worth their attention, their own and the passage's, times value norm."""
+    """Massive and recent tokens stay. Others are worth their and the passage's attention times value norm."""
 
     def __init__(self, massive: set[int], window_size: int, kernel_size: int) -> None:
         self.massive = massive
@@ -318,7 +320,7 @@ class FollowingPolicy(ScoredPolicy):
 
 
 def test_held_tokens_and_logits_are_those_of_the_reference() -> None:
-    """Of a prompt and an answer with a massive token at position 34, and a padded row without any, which keeps its first."""
+    """An answer has a massive token at position 34; a padded row has none, and keeps its first tokens."""
     model = massive_model(magnitude=1e4)
     rows, later = [torch.randint(8, 101, (length,)) for length in (30, 23)], torch.randint(8, 101, (2, 25))
     rows[0][6] = later[0, 4] = MASSIVE_TOKEN
@@ -387,7 +389,7 @@ def test_sinks_anywhere_are_found_and_kept_in_all_rows() -> None:
 
 
 def test_hidden_states_tell_where_keys_and_values_do_not() -> None:
-    """With values as long as any, only the exact detector sees the tokens: from the probes at the outputs of 1 and 2 of 4 on."""
+    """With long values only the exact detector sees the tokens, above the probed outputs of layers 1 and 2."""
     model = massive_model(magnitude=1e4)
     for layer in model.model.layers:
         layer.self_attn.v_proj.weight.data[:, 0] *= 100
@@ -490,7 +492,8 @@ def test_a_profile_sets_the_budgets(tmp_path: Path) -> None:
     cache = MassiveActivationCache(model, budget=0.65, profile=path, window_size=2)
     ids, mask = prompts_with([{7}], [300])
     read(model, cache, ids, mask)
-    # 780 in all: three times their support for the second and the third layer, and half of what is left for the others.
+    # 780 in all: three times their support for the second and the third layer, and half of what is left for the
+    # others.
     assert cache.num_kept_tokens() == [255, 90, 180, 255]
     assert cache.output_probes.index_of(decoder_layers(model)[1]) == 1
     cache.save(tmp_path / "cache.safetensors")
@@ -610,8 +613,9 @@ def test_without_massive_tokens_a_real_model_fails(
     default_model: tuple[PreTrainedModel, list[torch.Tensor]],
 ) -> None:
     """
-    Of 511 tokens each layer keeps 32 on average. With massive tokens forced out of them, and others in, perplexity explodes;
-    with as many others forced out nothing happens. docs/massive-activations.md has the numbers (`-s` prints them).
+    Of 511 tokens each layer keeps 32 on average. With massive tokens forced out of them, and others in, perplexity
+    explodes; with as many others forced out nothing happens. docs/massive-activations.md has the numbers (`-s` prints
+    them).
     """
     model, texts = default_model
     losses: dict[str, list[float]] = {}

@@ -1,4 +1,4 @@
-"""Caches that keep what a score says: against the loop-written ones, and on numbers so few that they can be worked out by hand."""
+"""Caches that keep what a score says, against the loop-written ones and on numbers worked out by hand."""
 
 import itertools
 import math
@@ -49,7 +49,7 @@ def check(cache_class: type[PolicyCache], family: str, lengths: tuple[int, ...],
 
 @every_class
 def test_held_positions_and_logits(cache_class: type[PolicyCache]) -> None:
-    """Padded rows: with an answer of more tokens than may wait, and prompts that grow up to a budget, each at its own step."""
+    """Padded rows whose answers have more tokens than may wait; prompts that grow up to a budget; the defaults."""
     settings = SETTINGS[cache_class]
     check(cache_class, "llama", (23, 37, 30), 14, budget=0.3, eviction_interval=5, **settings)
     trace = check(cache_class, "llama", (3, 9, 17), 16, budget=12, eviction_interval=4, **settings)
@@ -80,8 +80,8 @@ def attended(*weights: float) -> list[tuple[float, float]]:
     return [(math.log(weight) * math.sqrt(2), 0.0) for weight in weights]
 
 
-# One layer whose held tokens can be worked out on paper: the cache, its settings, one key `(x, y)` for each token or such a list
-# for each KV head, and the positions that each head holds after the prompt and after each later token.
+# One layer whose held tokens can be worked out on paper: the cache, its settings, one key `(x, y)` for each token or
+# such a list for each KV head, and the positions that each head holds after the prompt and after each later token.
 HAND_CASES = {
     # Of 3, 1, 2 the lower two; 0.5 comes in; with 4 there are two too many, and of 1, 2, 0.5, 4 the lower two stay.
     "Knorm": (
@@ -90,8 +90,8 @@ HAND_CASES = {
         [on_a_line(3, -1, 2, 0.5, -4)],
         [[{1, 2}], [{1, 2, 3}], [{1, 3}]],
     ),
-    # The directions' mean is (0.4, 0.2): (-1, 0) and (0, 1) are the least like it, and of the equal ones the newest stays.
-    # Then the mean of (0, 1), (1, 0), (-1, 0), (0, -1) is nothing, all are as unlike it, and the oldest goes.
+    # The directions' mean is (0.4, 0.2): (-1, 0) and (0, 1) are the least like it, and of the equal ones the newest
+    # stays. Then the mean of (0, 1), (1, 0), (-1, 0), (0, -1) is nothing, all are as unlike it, and the oldest goes.
     "KeyDiff": (
         KeyDiffCache,
         {"budget": 3, "eviction_interval": 1},
@@ -105,7 +105,8 @@ HAND_CASES = {
         [attended(5, 1, 2, 3, 1, 4), attended(5, 1, 2, 3, 1, 4)],
         [[{0, 2, 3}] * 2, [{0, 3, 4}] * 2, [{0, 3, 5}] * 2],
     ),
-    # 30 and 15 beside the window. With two tokens more, the window is theirs, and of 30, 15, 50, 5 the two that get most stay.
+    # 30 and 15 beside the window. With two tokens more, the window is theirs, and of 30, 15, 50, 5 the two that get
+    # most stay.
     "SnapKV while generating": (
         SnapKVCache,
         {"budget": 4, "window_size": 2, "kernel_size": 1, "eviction_interval": 2},
@@ -132,7 +133,7 @@ def test_by_hand(name: str) -> None:
 
 
 def filled(total: int, line: list[Fraction], least: int, most: int) -> list[float]:
-    """Water poured into glasses as wide as a line says, none holding less than `least` or more than `most`: levels by bisection."""
+    """Shares of a total in proportion to a line, none below `least` or above `most`, by bisection."""
     low, high = 0.0, max(most / width for width in line)
     for _ in range(100):
         scale = (low + high) / 2
@@ -143,7 +144,7 @@ def filled(total: int, line: list[Fraction], least: int, most: int) -> list[floa
 
 @pytest.mark.parametrize("beta", [1.0, 2.0, 20.0])
 def test_layers_share_what_uniform_ones_would_keep(beta: float) -> None:
-    """In proportion to the paper's line where the prompt is long enough; always as many in all, and never more than there is."""
+    """In proportion to the paper's line if the prompt is long enough; always as many in all, within the prompt."""
     sizes = itertools.product((1, 2, 3, 30), (5, 40, 77, 1024), (1, 2, 7, 39, 40, 76, 200, 600, 1000))
     for num_layers, prompt_length, mean in sizes:
         policy, budget = PyramidKVPolicy(window_size=8, beta=beta), Budget("tokens", mean)

@@ -67,8 +67,8 @@ def check(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_held_positions_and_logits(family: str) -> None:
     """
-    Padded rows whose generated tokens are thinned in zones of sixteen. Rows of different length have windows of different
-    length, so each compresses at its own steps.
+    Padded rows whose generated tokens are thinned in zones of sixteen. Rows of different length have windows of
+    different length, so each compresses at its own steps.
     """
     lengths = (45, 33)
     trace = check(tiny_model(family), lengths, 46)
@@ -156,7 +156,7 @@ def test_pruned_hidden_states(family: str) -> None:
 
 
 def test_settings_of_pruned_hidden_states() -> None:
-    """All let the first layer keep everything, and the others pay for it; a preset is the authors' code, which prunes so."""
+    """In all of them the first layer keeps everything. A preset is the authors' code."""
     model = build_model("llama", num_hidden_layers=6)
     for length, budget, pruning, settings in (
         (59, 0.6, "own", {"first_pruned_layer": 1}),
@@ -167,8 +167,8 @@ def test_settings_of_pruned_hidden_states() -> None:
         assert len(trace.held(0, 0, 0, 0)) == length > len(trace.held(0, 5, 0, 0))
 
 
-# What the authors' loop gives for a prompt of 400 tokens: the context shrinks every so many layers, until it would be no
-# longer than 64, and the recent window of 81 is never touched.
+# What the authors' loop gives for a prompt of 400 tokens: the context shrinks every so many layers, until it would be
+# no longer than 64, and the recent window of 81 is never touched.
 @pytest.mark.parametrize(
     "preset, decay_ratio, interval",
     [

@@ -45,8 +45,9 @@ def view_of(key: list[list[float]], positions: list[int], attention: list[float]
 def test_redundancy_by_hand() -> None:
     """Three keys that point one way and two at right angles: of the three, the latest is blamed for nothing.
 
-    Of the three, at positions 0, 2 and 3, all blame the others, but 0 and 2 do not blame 3, nor 3 the next latest, 2. So 0 is
-    blamed twice, 2 once, and all else never; a cosine counts a fifth in a row of five. The last token stays anyway.
+    Of the three, at positions 0, 2 and 3, all blame the others, but 0 and 2 do not blame 3, nor 3 the next latest, 2.
+    So 0 is blamed twice, 2 once, and all else never; a cosine counts a fifth in a row of five. The last token stays
+    anyway.
     """
     keys = [[5.0, 0.0, 0.0], [2.0, 0.0, 0.0], [0.0, 3.0, 0.0], [0.5, 0.0, 0.0], [9.0, 9.0, 9.0], [0.0, 0.0, 1.0]]
     view = view_of(keys, [2, 0, 1, 3, -1, 4], [0.0] * 6, num_kept=1)

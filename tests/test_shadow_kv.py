@@ -168,7 +168,7 @@ class ReferenceShadow:
         return logits
 
     def attend(self, query: torch.Tensor, scaling: float) -> tuple[torch.Tensor, list[set[int]]]:
-        """The output `(heads, head_dim)` of one query `(heads, head_dim)`, and the tokens that each KV head attended to."""
+        """The output and query are `(heads, head_dim)`; also the tokens that each KV head attended to."""
         outputs, attended, size = [], [], self.chunk_size
         for head, queries in enumerate(query.double().unflatten(0, (len(self.keys), -1))):
             chunks = self.keys[head, : self.num_shadow].unflatten(0, (-1, size))
@@ -190,7 +190,7 @@ class ReferenceShadow:
 
 
 def test_landmarks_by_hand() -> None:
-    """Of five dimensions the first and the fourth are one pair, the second and the fifth another; the third is alone."""
+    """Of five dimensions the first and fourth are a pair, the second and fifth another; the third is alone."""
     chunk = torch.tensor([[[[[1.0, 0, 5, 2, 0], [3.0, 0, 5, 2, 8]]]]])
     mean = [2.0, 0, 5, 2, 4]  # and deviations of 1, 0, 0, 0 and 4
     query = torch.tensor([1.0, -2, 3, -4, 5])
@@ -517,7 +517,7 @@ def test_tokens_are_taken_back_out_of_the_shadow() -> None:
 
 @torch.no_grad()
 def test_no_step_sees_what_was_taken_back() -> None:
-    """Rows of which chunks that were outliers go, rows that are exact again, and rows of which only the tail gets shorter."""
+    """Rows that lose chunks that were outliers, that are exact again, or that lose tokens of the tail alone."""
     model, tokens = tiny_model("llama"), random_tokens(1, 200, seed=1)
     for num_back, is_exact in ((60, False), (110, True), (3, False)):
         cache = shadow_cache(model, budget=16, rank=FULL_RANK, num_outlier_chunks=5)
@@ -614,8 +614,9 @@ def test_a_layer_of_llama_8b_takes_the_bytes_of_the_formula(
     quantize: str | None, least_ratio: float, num_tokens: int, budget: int
 ) -> None:
     """
-    Tensors without numbers: a prompt, and steps until chunks have moved. Section 3.2 of the paper, with its third term mended and
-    spreads beside the means; outliers as there, 24 chunks for 1,024 tokens of the budget.
+    Tensors without numbers: a prompt, and steps until chunks have moved. The formula is that of section 3.2 of the
+    paper, with its third term mended and spreads beside the means. Outliers are as there, 24 chunks for 1,024 tokens
+    of the budget.
     """
     rank, chunk_size, num_bands, num_tail = 160, 8, 4, 32 + 32 + 8
     num_outlier_chunks = budget // 1024 * 24

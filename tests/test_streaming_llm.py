@@ -38,7 +38,7 @@ def check(
 @every_prefill
 @pytest.mark.parametrize("family", ROTATIONS)
 def test_rows_are_those_of_the_reference(family: str, prefill: str) -> None:
-    """One row is longer than the window, one fills it while generating, one starts inside it; all go three windows on."""
+    """One row is longer than the window, one fills it later, one starts inside it; all go three windows on."""
     check(tiny_model(family), (17, 29, 6), [1] * 36, prefill=prefill)
 
 
@@ -102,8 +102,8 @@ def test_moving_the_base_changes_nothing(family: str, monkeypatch: pytest.Monkey
 @every_prefill
 def test_longrope_keeps_the_short_frequencies(prefill: str) -> None:
     """
-    Beyond the original length the model rotates by its long factors. What the cache holds never reaches that far, so it
-    must be as if the model had only the short ones; a dense prefill still reads the prompt as the model does.
+    Beyond the original length the model rotates by its long factors. What the cache holds never reaches that far, so
+    it must be as if the model had only the short ones; a dense prefill still reads the prompt as the model does.
     """
 
     def phi3(long_factor: float) -> PreTrainedModel:
@@ -126,8 +126,8 @@ def test_longrope_keeps_the_short_frequencies(prefill: str) -> None:
 @pytest.mark.slow
 def test_positions_beyond_the_precision_of_the_model() -> None:
     """
-    With one layer, logits depend on the sinks and the window alone: after 100,000 tokens they must be those of a prompt
-    that consists of just these. The model's own angles are off by 6e-3 radians there.
+    With one layer, logits depend on the sinks and the window alone. After 100,000 tokens they must be those of a
+    prompt that consists of just these. The model's own angles are off by 6e-3 radians there.
     """
     model = build_model("llama", num_hidden_layers=1)
     tokens, later, length = random_tokens(100_000, seed=23), random_tokens(40, seed=24), 64
