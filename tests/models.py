@@ -148,7 +148,7 @@ ROPE_VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def build_config(name: str, **overrides: Any) -> PreTrainedConfig:
-    """The config of a family, an architecture, `llama_<variant>` for a variant in `ROPE_VARIANTS`, or any model type."""
+    """The config of a family, an architecture, `llama_<variant>` of `ROPE_VARIANTS`, or any model type."""
     variant = name.removeprefix("llama_")
     if name not in FAMILIES and variant not in ROPE_VARIANTS:
         model_type, differences = ALL_ARCHITECTURES.get(name, (name, {}))
