@@ -45,6 +45,8 @@ COMMON: dict[str, Any] = {
     "eos_token_id": None,
 }
 
+HALF_ROTARY = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}
+
 # name: (config class, what differs from COMMON)
 FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "llama": (LlamaConfig, {}),
@@ -55,23 +57,12 @@ FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "qwen3": (Qwen3Config, {}),
     "gemma": (GemmaConfig, {}),
     "phi3": (Phi3Config, {"hidden_size": 64}),
-    "glm4": (
-        Glm4Config,
-        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
-    ),
+    "glm4": (Glm4Config, HALF_ROTARY),
 }
 
 # What mixtures of experts need beside COMMON, by whatever names.
-EXPERTS: dict[str, Any] = {
-    "num_experts": 4,
-    "num_local_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 32,
-}
-HYBRID: dict[str, Any] = {
-    "sliding_window": 8,
-    "layer_types": ["full_attention", "sliding_attention", "full_attention"],
-}
+EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+HYBRID = {"sliding_window": 8, "layer_types": ["full_attention", "sliding_attention", "full_attention"]}
 LATENT: dict[str, Any] = {
     "q_lora_rank": 24,
     "kv_lora_rank": 16,
@@ -84,9 +75,6 @@ LATENT: dict[str, Any] = {
     "n_group": 1,
     "topk_group": 1,
     "first_k_dense_replace": 1,
-}
-HALF_ROTARY: dict[str, Any] = {
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 }
 
 # Further architectures. name: (model type, what differs from those settings of COMMON that its config knows)
@@ -107,25 +95,13 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm3": ("smollm3", {"no_rope_layer_interval": 2}),
     "jamba": (
         "jamba",
-        {
-            **EXPERTS,
-            "attn_layer_period": 2,
-            "attn_layer_offset": 1,
-            "mamba_d_state": 8,
-            "mamba_dt_rank": 4,
-            "use_mamba_kernels": False,
-        },
+        {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8, "mamba_dt_rank": 4}
+        | {**EXPERTS, "use_mamba_kernels": False},
     ),
     "bamba": (
         "bamba",
-        {
-            "attn_layer_indices": [1],
-            "mamba_n_heads": 4,
-            "mamba_d_head": 24,
-            "mamba_n_groups": 1,
-            "mamba_d_state": 8,
-            "mamba_chunk_size": 16,
-        },
+        {"attn_layer_indices": [1], "mamba_n_heads": 4, "mamba_d_head": 24, "mamba_n_groups": 1}
+        | {"mamba_d_state": 8, "mamba_chunk_size": 16},
     ),
     "llama4": (
         "llama4_text",
@@ -172,14 +148,14 @@ ROPE_VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def build_config(name: str, **overrides: Any) -> PreTrainedConfig:
-    """The config of a family or architecture above, or of `llama_<variant>` for a variant in `ROPE_VARIANTS`."""
-    if name not in FAMILIES and name in ALL_ARCHITECTURES:
-        model_type, differences = ALL_ARCHITECTURES[name]
-        known = vars(AutoConfig.for_model(model_type)).keys() | {"num_key_value_heads", "initializer_range"}
-        known |= type(AutoConfig.for_model(model_type)).attribute_map.keys()
+    """The config of a family, an architecture, `llama_<variant>` of `ROPE_VARIANTS`, or any model type."""
+    variant = name.removeprefix("llama_")
+    if name not in FAMILIES and variant not in ROPE_VARIANTS:
+        model_type, differences = ALL_ARCHITECTURES.get(name, (name, {}))
+        plain = AutoConfig.for_model(model_type)
+        known = {*vars(plain), *type(plain).attribute_map, "num_key_value_heads", "initializer_range"}
         settings = {key: value for key, value in COMMON.items() if key in known}
         return AutoConfig.for_model(model_type, **settings | differences | overrides)
-    variant = name.removeprefix("llama_")
     if variant in ROPE_VARIANTS:
         rope = ROPE_VARIANTS[variant]
         trained = rope.get("original_max_position_embeddings", 2048)
@@ -223,30 +199,6 @@ def uniform_attention_model(**overrides: Any) -> PreTrainedModel:
     model = build_model("llama", **overrides)
     for layer in model.model.layers:
         layer.self_attn.q_proj.weight.data.zero_()
-    return model
-
-
-def first_token_attention_model(first_token: int = 1) -> PreTrainedModel:
-    """A Llama in which every query gives all its attention to occurrences of one token: other keys get exactly 0.
-
-    Args:
-        first_token: The token that draws all attention; meant to stand first in the prompt and nowhere else.
-    """
-    # With so large a base the second rotary frequency turns by 1e-6 a position: that dimension hardly sees positions.
-    model = build_model("llama", rope_parameters={"rope_type": "default", "rope_theta": 1e48})
-    embedding = model.model.embed_tokens.weight.data
-    embedding[:, 0] = 1.0
-    embedding[:, 1] = 0.0
-    embedding[first_token, 1] = 1.0
-    for layer in model.model.layers:
-        layer.input_layernorm.weight.data.fill_(1.0)
-        # Nothing is added to the residual stream, so that every layer sees the embeddings.
-        layer.self_attn.o_proj.weight.data.zero_()
-        layer.mlp.down_proj.weight.data.zero_()
-        for projection, source in ((layer.self_attn.q_proj, 0), (layer.self_attn.k_proj, 1)):
-            projection.weight.data.zero_()
-            # Dimension 1 of each head of sixteen: the second rotary frequency.
-            projection.weight.data[1::16, source] = 100.0
     return model
 
 
@@ -336,12 +288,17 @@ def drive(
     if pieces is None:
         pieces = [1] * (continuation if isinstance(continuation, int) else continuation.shape[1])
     logits, positions, tokens = [], [], []
-    for step in range(len(pieces) + 1):
-        position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+    for step, piece in enumerate([0, *pieces]):
+        if step:
+            start = sum(pieces[: step - 1])
+            is_greedy = isinstance(continuation, int)
+            input_ids = logits[-1].argmax(-1, keepdim=True) if is_greedy else continuation[:, start : start + piece]
+            tokens.append(input_ids)
+            attention_mask = torch.cat([attention_mask, torch.ones_like(input_ids)], dim=-1)
         output = model(
             input_ids=input_ids,
             attention_mask=attention_mask if with_mask else None,
-            position_ids=position_ids,
+            position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :],
             past_key_values=cache,
             use_cache=True,
         )
@@ -349,13 +306,5 @@ def drive(
         positions.append([layer.held_positions().clone() for layer in cache.compressed_layers])
         if after_step is not None:
             after_step(step)
-        if step < len(pieces):
-            if isinstance(continuation, int):
-                input_ids = logits[-1].argmax(-1, keepdim=True)
-            else:
-                start = sum(pieces[:step])
-                input_ids = continuation[:, start : start + pieces[step]]
-            tokens.append(input_ids)
-            attention_mask = torch.cat([attention_mask, torch.ones_like(input_ids)], dim=-1)
     fed = torch.cat(tokens, dim=-1) if tokens else torch.zeros(len(rows), 0, dtype=torch.long)
     return Trace(torch.stack(logits, dim=1), positions, fed, [len(row) for row in rows], pieces)

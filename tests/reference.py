@@ -10,9 +10,9 @@ import contextlib
 import inspect
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ ATTENTION_NAME = "loop_written_reference"
 TIE = 1e-5
 
 
-class Policy(Protocol):
+class Policy:
     """What `run_policy` calls for each layer."""
 
     def attend(
@@ -43,7 +43,7 @@ class Policy(Protocol):
         Returns:
             Output `(heads, length, head_dim)`.
         """
-        ...
+        raise NotImplementedError
 
 
 # The policy of the forward that is running; attention functions get no other channel.
@@ -142,20 +142,20 @@ def attend_one(
     return (probabilities @ value.float()).to(query.dtype), probabilities
 
 
-class MaskPolicy:
-    """Attention under given boolean masks: the sequence with some keys hidden from some queries, nothing more."""
+class MaskPolicy(Policy):
+    """The sequence with some keys hidden from some queries, nothing more.
+
+    Args:
+        masks: For each layer `(kv_heads, length, length)`, true where a query (row) sees a key (column). Without masks
+            every query sees every earlier key.
+    """
 
     def __init__(self, masks: list[torch.Tensor] | None = None) -> None:
-        """Args:
-        masks: For each layer `(kv_heads, length, length)`, true where a query (row) sees a key (column). Without
-            masks every query sees every earlier key.
-        """
         self.masks = masks
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
     ) -> torch.Tensor:
-        """See `Policy`."""
         kv_heads, length, _ = key.shape
         group = query.shape[0] // kv_heads
         causal = torch.ones(length, length, dtype=torch.bool).tril()
@@ -171,8 +171,8 @@ class MaskPolicy:
 def masks_of(trace: Trace, row: int, kv_heads: int) -> list[torch.Tensor]:
     """For each layer `(kv_heads, length, length)`: what each query of a row could see.
 
-    The prompt's queries see every earlier token; a later query sees what was held before its step, and the tokens of its
-    own step up to itself.
+    The prompt's queries see every earlier token. A later query sees what was held before its step, and the tokens of
+    its own step up to itself.
     """
     prompt = trace.lengths[row]
     length = prompt + sum(trace.pieces)
@@ -197,64 +197,111 @@ def best(scores: dict[int, float], number: int) -> list[int]:
     return sorted(ranked[:number])
 
 
-class H2OPolicy:
-    """H2O: the last tokens and the keys that gathered most attention from all queries so far, per key head.
+class HoldingPolicy(Policy):
+    """Each token attends to what its head holds and to itself; from the end of the prompt on, heads evict after it.
 
     Attributes:
         held: `held[layer][head][step]`, the positions held after the prompt (step 0) and after each later token.
-        scores: `scores[layer][head]`, the final accumulated attention of every held key.
+        layer: The layer that is running.
+        query: Its queries `(heads, length, head_dim)`, as they came.
+        key: Its keys `(kv_heads, length, head_dim)`, as attention sees them.
+        value: Its values `(kv_heads, length, head_dim)`.
+        scaling: Factor of its attention logits.
     """
 
-    def __init__(self, prompt_length: int, budget: int, heavy_ratio: float) -> None:
+    def __init__(self, prompt_length: int) -> None:
         self.prompt_length = prompt_length
-        self.budget = budget
-        self.heavy = int(budget * heavy_ratio)
-        self.recent = budget - self.heavy
         self.held: dict[int, list[list[list[int]]]] = {}
-        self.scores: dict[int, list[dict[int, float]]] = {}
+
+    def turn(self, states: torch.Tensor) -> torch.Tensor:
+        """Queries or keys `(heads, length, head_dim)` as attention sees them."""
+        return states
+
+    def reaches(self, position: int) -> bool:
+        """Whether a token was not lost on the way to the layer."""
+        return True
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
     ) -> torch.Tensor:
-        """See `Policy`."""
         kv_heads, length, head_dim = key.shape
-        groups = query.view(kv_heads, -1, length, head_dim)
-        output = torch.empty_like(groups)
-        self.held[layer], self.scores[layer] = [], []
-        for head in range(kv_heads):
-            held: list[int] = []
-            history: list[list[int]] = []
-            scores = torch.zeros(length, dtype=torch.float32)
-            for position in range(length):
-                held = [*held, position]
+        self.layer, self.scaling = layer, scaling
+        self.query, self.key, self.value = query, self.turn(key), value
+        groups = self.turn(query).view(kv_heads, -1, length, head_dim)
+        output = torch.zeros_like(groups)
+        held: list[list[int]] = [[] for _ in range(kv_heads)]
+        self.held[layer] = [[] for _ in range(kv_heads)]
+        given = torch.zeros(kv_heads, length, length, dtype=torch.float64)
+        for position in filter(self.reaches, range(length)):
+            held = [[*tokens, position] for tokens in held]
+            for head, tokens in enumerate(held):
                 output[head, :, position], probabilities = attend_one(
-                    groups[head, :, position], key[head, held], value[head, held], scaling
+                    groups[head, :, position], self.key[head, tokens], value[head, tokens], scaling
                 )
-                scores[held] += probabilities.mean(dim=0)
-                if position < self.prompt_length - 1:
-                    continue
-                held = self._evict(held, position, scores.tolist())
-                history.append(held)
-            self.held[layer].append(history)
-            self.scores[layer].append({position: scores[position].item() for position in held})
+                given[head, position, tokens] = probabilities.double().mean(dim=0)
+            if position >= self.prompt_length - 1:
+                held = self.evict(position, held, given)
+                for history, tokens in zip(self.held[layer], held, strict=True):
+                    history.append(tokens)
         return output.view_as(query)
 
-    def _evict(self, held: list[int], newest: int, scores: list[float]) -> list[int]:
-        """What is held when the token `newest` has attended."""
-        if len(held) <= self.budget:
+    def evict(self, position: int, held: list[list[int]], given: torch.Tensor) -> list[list[int]]:
+        """What each head holds after a token.
+
+        Args:
+            position: Of the token.
+            held: What each head holds before, the token among it.
+            given: `(kv_heads, length, length)`: what each query so far gave to each key, the mean over its group.
+        """
+        raise NotImplementedError
+
+
+def compare_with_policies(
+    model: PreTrainedModel,
+    trace: Trace,
+    rows: list[torch.Tensor],
+    policies: Sequence["HoldingPolicy | StreamingLLMPolicy"],
+    tolerance: float = 1e-4,
+) -> None:
+    """Each row of a run with a cache against its policy alone: what is held after each step, and the logits."""
+    ends = [sum(trace.pieces[:step]) for step in range(len(trace.pieces) + 1)]
+    for index, (row, policy) in enumerate(zip(rows, policies, strict=True)):
+        logits = run_policy(model, torch.cat([row, trace.tokens[index]]), policy)
+        for layer, heads in policy.held.items():
+            for head, history in enumerate(heads):
+                for step, end in enumerate(ends):
+                    held = trace.held(step, layer, index, head)
+                    assert held == history[end], f"row {index}, layer {layer}, head {head}, step {step}"
+        wanted = logits[[len(row) - 1 + end for end in ends]]
+        torch.testing.assert_close(trace.logits[index], wanted, atol=tolerance, rtol=0)
+
+
+class H2OPolicy(HoldingPolicy):
+    """The last tokens and the keys that gathered most attention from all queries so far, per key head."""
+
+    def __init__(self, prompt_length: int, budget: int, heavy_ratio: float = 0.5) -> None:
+        super().__init__(prompt_length)
+        self.budget = budget
+        self.recent = budget - int(budget * heavy_ratio)
+
+    def evict(self, position: int, held: list[list[int]], given: torch.Tensor) -> list[list[int]]:
+        if len(held[0]) <= self.budget:
             return held
-        recent = [position for position in held if position > newest - self.recent]
-        others = {position: scores[position] for position in held if position <= newest - self.recent}
-        return best(others, self.budget - len(recent)) + recent
+        kept = []
+        for tokens, scores in zip(held, given.sum(dim=1).tolist(), strict=True):
+            recent = [token for token in tokens if token > position - self.recent]
+            others = {token: scores[token] for token in tokens if token <= position - self.recent}
+            kept.append(best(others, self.budget - len(recent)) + recent)
+        return kept
 
 
-class StreamingLLMPolicy:
-    """StreamingLLM: the first tokens and a rolling window, at the positions they have inside the cache.
+class StreamingLLMPolicy(Policy):
+    """The first tokens and a rolling window, at the positions they have inside the cache.
 
     It must be run `without_rotation`, for it rotates queries and keys itself, anew for every query.
 
     Attributes:
-        held: `held[step]`, the positions held after the prompt (step 0) and after each later token.
+        held: As in `HoldingPolicy`.
     """
 
     def __init__(
@@ -270,7 +317,7 @@ class StreamingLLMPolicy:
         self.window_length = window_length
         self.num_sink_tokens = num_sink_tokens
         self.dense_prefill = dense_prefill
-        self.held: list[list[int]] = []
+        self.held: dict[int, list[list[list[int]]]] = {}
 
     def visible(self, position: int) -> list[int]:
         """The sinks and the window that ends with `position`."""
@@ -280,10 +327,9 @@ class StreamingLLMPolicy:
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
     ) -> torch.Tensor:
-        """See `Policy`."""
         kv_heads, length, head_dim = key.shape
         output = torch.empty(kv_heads, query.shape[0] // kv_heads, length, head_dim)
-        self.held = [self.visible(position) for position in range(self.prompt_length - 1, length)]
+        self.held[layer] = [[self.visible(position) for position in range(self.prompt_length - 1, length)]] * kv_heads
         for position in range(length):
             dense = self.dense_prefill and position < self.prompt_length
             seen = list(range(position + 1)) if dense else self.visible(position)
@@ -296,7 +342,7 @@ class StreamingLLMPolicy:
         return output.view(-1, length, head_dim)
 
 
-# Caches that keep what a score says (`PolicyCache`). Their scores are written here once, as loops over tokens; what a
+# Caches that keep what a score says (`PolicyCache`). Their scores are written here once, as loops over tokens. What a
 # cache of them holds is worked out from these by `ScoredPolicy` below, and by the references of test_properties.py and
 # test_soak.py.
 
@@ -309,7 +355,8 @@ class HeldTokens:
         positions: Of the tokens, rising.
         keys: As attention sees them, `(held, head_dim)` float64.
         values: `(held, head_dim)` float64.
-        attention: What the last queries gave to each token: the mean over a window of queries and over the heads that count.
+        attention: What the last queries gave to each token: the mean over a window of queries and over the heads that
+            count.
         length: Tokens that the row has seen.
         num_kept: Tokens that stay.
     """
@@ -325,6 +372,12 @@ class HeldTokens:
         """Which tokens are among the last `window_size` of the row: half of what stays at most, but one at least."""
         window_size = min(window_size, max(self.num_kept // 2, 1))
         return [position >= self.length - window_size for position in self.positions]
+
+    def passages(self, window_size: int, kernel_size: int) -> tuple[list[bool], list[list[float]]]:
+        """Which tokens are recent; and for each token the attention of its passage, that of recent tokens as 0."""
+        is_recent, reach = self.is_recent(window_size), kernel_size // 2
+        given = [0.0 if recent else amount for recent, amount in zip(is_recent, self.attention, strict=True)]
+        return is_recent, [given[max(index - reach, 0) : index + reach + 1] for index in range(len(given))]
 
 
 class ReferenceScore:
@@ -355,15 +408,9 @@ class SnapKVScore(ReferenceScore):
         self.kernel_size = kernel_size
 
     def scores(self, held: HeldTokens) -> list[float]:
-        """See `ReferenceScore`."""
-        is_recent = held.is_recent(self.window_size)
-        reach, scores = self.kernel_size // 2, []
-        for index, recent in enumerate(is_recent):
-            total = 0.0
-            for neighbour in range(max(index - reach, 0), min(index + reach + 1, len(is_recent))):
-                total += 0.0 if is_recent[neighbour] else held.attention[neighbour]
-            scores.append(math.inf if recent else total / self.kernel_size)
-        return scores
+        is_recent, passages = held.passages(self.window_size, self.kernel_size)
+        averages = [sum(passage) / self.kernel_size for passage in passages]
+        return [math.inf if recent else average for recent, average in zip(is_recent, averages, strict=True)]
 
 
 class TOVAScore(ReferenceScore):
@@ -373,10 +420,8 @@ class TOVAScore(ReferenceScore):
     heads_share_tokens = True
 
     def scores(self, held: HeldTokens) -> list[float]:
-        """See `ReferenceScore`."""
-        return [
-            math.inf if recent else amount for recent, amount in zip(held.is_recent(1), held.attention, strict=True)
-        ]
+        pairs = zip(held.is_recent(1), held.attention, strict=True)
+        return [math.inf if recent else amount for recent, amount in pairs]
 
 
 class KeyDiffScore(ReferenceScore):
@@ -385,7 +430,6 @@ class KeyDiffScore(ReferenceScore):
     has_exact_ties = False  # of two keys each is as far from their mean as the other
 
     def scores(self, held: HeldTokens) -> list[float]:
-        """See `ReferenceScore`."""
         # A key of zeros points nowhere.
         directions = [key / math.sqrt(key @ key) if key.any() else key for key in held.keys]
         mean = sum(directions) / len(directions)
@@ -400,12 +444,11 @@ class KnormScore(ReferenceScore):
     tie = 1 / 4096
 
     def scores(self, held: HeldTokens) -> list[float]:
-        """See `ReferenceScore`."""
         return [-math.log2(math.sqrt(key @ key)) if key.any() else math.inf for key in held.keys]
 
 
 class RKVScore(ReferenceScore):
-    """The share of attention of a token or a neighbour, less how much its key points where others do; the last stay."""
+    """The share of attention of a token or a neighbour, less how much its key is like others; the last stay."""
 
     has_exact_ties = False  # of two keys each points as much where the other does
 
@@ -422,19 +465,17 @@ class RKVScore(ReferenceScore):
         self.similarity_threshold = similarity_threshold
 
     def scores(self, held: HeldTokens) -> list[float]:
-        """See `ReferenceScore`."""
-        is_recent = held.is_recent(self.window_size)
-        given = [0.0 if recent else amount for recent, amount in zip(is_recent, held.attention, strict=True)]
-        redundancy = self.redundancy(held.keys)
-        reach, scores = self.kernel_size // 2, []
+        is_recent, passages = held.passages(self.window_size, self.kernel_size)
+        given = [amount for recent, amount in zip(is_recent, held.attention, strict=True) if not recent]
+        redundancy, scores = self.redundancy(held.keys), []
         for index, recent in enumerate(is_recent):
-            importance = max(given[max(index - reach, 0) : index + reach + 1]) / (sum(given) or 1.0)
+            importance = max(passages[index]) / (sum(given) or 1.0)
             score = self.importance_weight * importance - (1 - self.importance_weight) * redundancy[index]
             scores.append(math.inf if recent else score)
         return scores
 
     def redundancy(self, keys: np.ndarray) -> list[float]:
-        """Each token blames each other one for the cosine of their keys, but not the latest of those that are alike."""
+        """Each token blames each other one for the cosine of their keys, but not the latest that is alike."""
         number = len(keys)
         blame = [0.0] * number
         for judge in range(number):
@@ -472,18 +513,16 @@ def score_of(cache_class: type, settings: dict[str, Any]) -> ReferenceScore:
 def choose(
     scores: dict[int, float], number: int, observed: set[int], has_exact_ties: bool = True, tie: float = TIE
 ) -> set[int]:
-    """The `number` positions of highest score, the newer of equals (`has_exact_ties`, `tie`: see `ReferenceScore`). Of near ties, which float32 may rank otherwise, those
-    that the cache was observed to hold come first."""
+    """The `number` positions of highest score, the newer of equals (`has_exact_ties`, `tie`: see `ReferenceScore`).
+
+    Of near ties, which float32 may rank otherwise, those that the cache was observed to hold come first.
+    """
     ranked = sorted(scores, key=lambda position: (scores[position], position), reverse=True)
-    if number >= len(ranked):
-        return set(ranked)
-    if number <= 0:
-        return set()
+    if number <= 0 or number >= len(ranked):
+        return set(ranked if number > 0 else ())
     lowest, next_lower = scores[ranked[number - 1]], scores[ranked[number]]
-    if math.isinf(lowest) or (has_exact_ties and lowest == next_lower):
-        return set(ranked[:number])
-    tolerance = tie * max(1.0, abs(lowest))
-    if lowest - next_lower > tolerance:
+    tolerance = 0.0 if math.isinf(lowest) else tie * max(1.0, abs(lowest))
+    if math.isinf(lowest) or (has_exact_ties and lowest == next_lower) or lowest - next_lower > tolerance:
         return set(ranked[:number])
     certain = [position for position in ranked if scores[position] > lowest + tolerance]
     near = [position for position in ranked if abs(scores[position] - lowest) <= tolerance]
@@ -491,14 +530,12 @@ def choose(
     return set((certain + near)[:number])
 
 
-class ScoredPolicy:
-    """A prompt loses at once what a score ranks lowest; generated tokens come in until `eviction_interval` of them exceed
+class ScoredPolicy(HoldingPolicy):
+    """
+    A prompt loses at once what a score ranks lowest. Generated tokens come in until `eviction_interval` of them exceed
     what a layer keeps, and then as many go.
 
     Where scores are the same within rounding, it goes along with what row `row` of `trace` held, if there is one.
-
-    Attributes:
-        held: `held[layer][head][step]`, the positions held after the prompt (step 0) and after each later token.
     """
 
     def __init__(
@@ -510,71 +547,39 @@ class ScoredPolicy:
         trace: Trace | None = None,
         row: int = 0,
     ) -> None:
+        super().__init__(prompt_length)
         self.score = score
-        self.prompt_length = prompt_length
         self.kept = kept_per_layer
         self.eviction_interval = eviction_interval
         self.trace, self.row = trace, row
-        self.held: dict[int, list[list[list[int]]]] = {}
+        self.attention = torch.zeros(0)  # (kv_heads, length)
 
-    def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
-    ) -> torch.Tensor:
-        """See `Policy`."""
-        kv_heads, length, head_dim = key.shape
-        groups = query.view(kv_heads, -1, length, head_dim)
-        output = torch.empty_like(groups)
-        held: list[list[int]] = [[] for _ in range(kv_heads)]
-        attention = torch.zeros(kv_heads, length, dtype=torch.float64)
-        self.held[layer] = [[] for _ in range(kv_heads)]
-        for position in range(length):
-            is_prompt = position < self.prompt_length
-            given = torch.zeros(kv_heads, length, dtype=torch.float64)
-            for head in range(kv_heads):
-                held[head].append(position)
-                seen = held[head]
-                output[head, :, position], probabilities = attend_one(
-                    groups[head, :, position], key[head, seen], value[head, seen], scaling
-                )
-                given[head, seen] = probabilities.double().mean(dim=0)
-            window = self.score.window_size
-            if window and position >= self.prompt_length - window:
-                given = given.mean(dim=0).expand(kv_heads, -1) if self.score.heads_share_tokens else given
-                attention = attention * (1 if is_prompt else 1 - 1 / window) + given / window
-            most = self.kept[layer] if is_prompt else self.kept[layer] + self.eviction_interval - 1
-            if position < self.prompt_length - 1:
-                continue
-            for head in range(kv_heads):
-                if len(held[head]) > most:
-                    step = position + 1 - self.prompt_length
-                    observed = [] if self.trace is None else self.trace.held(step, layer, self.row, head)
-                    tokens = self._held_tokens(
-                        layer, held[head], position + 1, key[head], value[head], attention[head]
-                    )
-                    scores = dict(zip(held[head], self.score.scores(tokens), strict=True))
-                    kept = choose(scores, self.kept[layer], set(observed), self.score.has_exact_ties, self.score.tie)
-                    held[head] = [seen for seen in held[head] if seen in kept]
-                self.held[layer][head].append(list(held[head]))
-        return output.view_as(query)
+    def observe(self, position: int, given: torch.Tensor) -> None:
+        """Takes down what the last queries give to each token; to be called after each, with arguments of `evict`."""
+        is_prompt, window = position < self.prompt_length, self.score.window_size
+        if window:
+            given = given.mean(dim=0).expand_as(given) if self.score.heads_share_tokens else given
+            first = max(position + 1 - window, 0) if is_prompt else position
+            faded = 0 if is_prompt else self.attention * (1 - 1 / window)
+            self.attention = faded + given[:, first : position + 1].sum(dim=1) / window
 
-    def _held_tokens(
-        self,
-        layer: int,
-        held: list[int],
-        length: int,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention: torch.Tensor,
-    ) -> HeldTokens:
-        """What a score looks at, `length` tokens having been seen."""
-        return HeldTokens(
-            held,
-            key[held].double().numpy(),
-            value[held].double().numpy(),
-            attention[held].tolist(),
-            length,
-            self.kept[layer],
-        )
+    def worth(self, position: int, head: int, tokens: list[int]) -> dict[int, float]:
+        """What each token that a head holds is worth."""
+        attention = self.attention[head, tokens].tolist() if self.score.window_size else []
+        keys, values = (states[head, tokens].double().numpy() for states in (self.key, self.value))
+        held = HeldTokens(tokens, keys, values, attention, position + 1, self.kept[self.layer])
+        return dict(zip(tokens, self.score.scores(held), strict=True))
+
+    def evict(self, position: int, held: list[list[int]], given: torch.Tensor) -> list[list[int]]:
+        self.observe(position, given)
+        number, step = self.kept[self.layer], position + 1 - self.prompt_length
+        if len(held[0]) <= number + (self.eviction_interval - 1 if step else 0):
+            return held
+        kept, ties = [], (self.score.has_exact_ties, self.score.tie)
+        for head, tokens in enumerate(held):
+            observed = [] if self.trace is None else self.trace.held(step, self.layer, self.row, head)
+            kept.append(sorted(choose(self.worth(position, head, tokens), number, set(observed), *ties)))
+        return kept
 
 
 def pyramid_window_scores(rows: torch.Tensor, columns: list[int], distance_weight: float) -> dict[int, float]:
@@ -594,35 +599,27 @@ def pyramid_window_scores(rows: torch.Tensor, columns: list[int], distance_weigh
 
 
 def pyramid_select(scores: dict[int, float], number: int, num_sink_tokens: int, recent: list[int]) -> list[int]:
-    """The positions PyramidInfer keeps: sinks, the recent window, and the best of the others, `number` in all.
-
-    Args:
-        scores: Score of every position, those of sinks and window unused.
-        number: Positions to keep.
-        num_sink_tokens: The first positions, always kept.
-        recent: The recent window, always kept.
-    """
-    ordered = sorted(scores)
-    kept = set(ordered[:num_sink_tokens]) | set(recent)
+    """The `number` positions that PyramidInfer keeps: sinks, the recent window, and the best of the others."""
+    kept = set(sorted(scores)[:num_sink_tokens]) | set(recent)
     others = {position: score for position, score in scores.items() if position not in kept}
     return sorted(kept | set(best(others, number - len(kept))))
 
 
-class PyramidPolicy:
-    """PyramidInfer without pruned hidden states: a layer's keys are chosen once for all its heads.
+class PyramidPolicy(HoldingPolicy):
+    """PyramidInfer: a layer's keys are chosen once for all its heads.
 
-    Of the prompt each layer keeps a given number. Of the generated tokens the newest `window` are left alone; whenever
+    Of the prompt each layer keeps a given number. Of the generated tokens the newest `window` are left alone. Whenever
     a zone of 16 has gathered before them, each layer thins it out, the deeper the more, and never looks at it again.
 
-    Attributes:
-        kept: `kept[layer]`, the prompt's positions held after the prompt.
-        held: `held[layer][step]`, the positions held after the prompt (step 0) and after each later token.
-        scores: `scores[layer]`, the score of every position of the prompt.
+    Args:
+        prompt_length: Tokens of the prompt.
+        kept_per_layer: Prompt tokens that each layer holds.
+        window: Tokens of the recent window, R + 1.
+        num_sink_tokens: First tokens, always kept.
+        distance_weight: Weight of the newest query.
+        pruning: "" if all of the prompt reaches each layer. "own" if a layer passes on what it holds, as in the paper;
+            "next" if it holds all that it was given and passes on what the next one holds, as in the authors' code.
     """
-
-    zone_length = 16
-    generated_ratio = 0.9
-    generated_decay = 0.1
 
     def __init__(
         self,
@@ -631,141 +628,35 @@ class PyramidPolicy:
         window: int,
         num_sink_tokens: int = 4,
         distance_weight: float = 1.2,
+        pruning: str = "",
     ) -> None:
-        self.prompt_length = prompt_length
+        super().__init__(prompt_length)
         self.kept_per_layer = kept_per_layer
         self.window = window
         self.num_sink_tokens = num_sink_tokens
         self.distance_weight = distance_weight
-        self.kept: list[list[int]] = [[] for _ in kept_per_layer]
-        self.held: list[list[list[int]]] = [[] for _ in kept_per_layer]
-        self.scores: list[dict[int, float]] = [{} for _ in kept_per_layer]
+        self.pruning = pruning
+        self.passed_on = list(range(prompt_length))  # by the layer before
+        self.num_settled = 0
 
-    def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
-    ) -> torch.Tensor:
-        """See `Policy`."""
-        kv_heads, length, head_dim = key.shape
-        groups = query.view(kv_heads, -1, length, head_dim)
-        output = torch.empty_like(groups)
-        rows = torch.zeros(length, length)  # probabilities averaged over all heads
-        thinned: list[int] = []  # generated tokens that are settled
-        fresh: list[int] = []  # generated tokens after them
-        for position in range(length):
-            generated = position >= self.prompt_length
-            fresh += [position] if generated else []
-            seen = self.kept[layer] + thinned + fresh if generated else list(range(position + 1))
-            for head in range(kv_heads):
-                output[head, :, position], probabilities = attend_one(
-                    groups[head, :, position], key[head, seen], value[head, seen], scaling
-                )
-                rows[position, seen] += probabilities.sum(dim=0) / query.shape[0]
-            if position == self.prompt_length - 1:
-                prompt = list(range(self.prompt_length))
-                self.scores[layer] = self._score(rows, position, prompt)
-                self.kept[layer] = pyramid_select(
-                    self.scores[layer], self.kept_per_layer[layer], self.num_sink_tokens, prompt[-self.window :]
-                )
-            if generated and len(fresh) >= self.zone_length + self.window:
-                zone, fresh = fresh[: self.zone_length], fresh[self.zone_length :]
-                thinned += best(self._score(rows, position, zone), self.generated_number(layer))
-            if position >= self.prompt_length - 1:
-                self.held[layer].append(self.kept[layer] + thinned + fresh)
-        return output.view_as(query)
+    def reaches(self, position: int) -> bool:
+        return position >= self.prompt_length or position in self.passed_on
 
-    def generated_number(self, layer: int) -> int:
-        """How many of a zone of generated tokens a layer keeps."""
-        depth = layer / len(self.kept_per_layer)
-        share = (1 - self.generated_decay) * (math.cos(math.pi * depth) + 1) / 2 + self.generated_decay
-        return max(int(self.zone_length * self.generated_ratio * share), 1)
-
-    def _score(self, rows: torch.Tensor, newest: int, columns: list[int]) -> dict[int, float]:
-        """Scores of some positions by the window of queries that ends with `newest`."""
-        window = rows[newest + 1 - self.window : newest + 1]
-        return pyramid_window_scores(window[:, columns], columns, self.distance_weight)
-
-
-@torch.no_grad()
-def run_pruned_llama(
-    model: PreTrainedModel,
-    tokens: torch.Tensor,
-    prompt_length: int,
-    kept_per_layer: list[int],
-    window: int,
-    num_sink_tokens: int = 4,
-    distance_weight: float = 1.2,
-    prune_own_layer: bool = True,
-) -> tuple[torch.Tensor, list[list[int]]]:
-    """PyramidInfer on a Llama, layer by layer: each layer runs only on the prompt's tokens that the one before kept.
-
-    Args:
-        model: A Llama; it runs with eager attention, whose probabilities choose the tokens.
-        tokens: The prompt and what follows it, `(length,)`.
-        prompt_length: Tokens of the prompt.
-        kept_per_layer: Prompt tokens that each layer holds in its cache.
-        window: Tokens of the recent window, R + 1.
-        num_sink_tokens: First tokens, always kept.
-        distance_weight: Weight of the newest query.
-        prune_own_layer: Whether a layer holds what it passes on, as in the paper, or all that it was given, as in the
-            authors' code.
-
-    Returns:
-        Logits of the last token of the prompt and of every token after it `(1 + later, vocabulary)`, and the prompt
-        positions that each layer holds.
-    """
-    later = list(range(prompt_length, len(tokens)))
-    alive = list(range(prompt_length))
-    hidden = model.model.embed_tokens(tokens[None])
-    kept_positions = []
-    with attention_implementation(model, "eager"):
-        passed_on = kept_per_layer if prune_own_layer else [*kept_per_layer[1:], kept_per_layer[-1]]
-        for layer, number in zip(model.model.layers, passed_on, strict=True):
-            # The choice: the prompt's tokens alone.
-            prompt_hidden = hidden[:, : len(alive)]
-            _, probabilities = _run_layer(model, layer, prompt_hidden, alive, alive, len(alive))
-            rows = probabilities[0].mean(dim=0)[-window:]
-            scores = pyramid_window_scores(rows, alive, distance_weight)
-            chosen = pyramid_select(scores, number, num_sink_tokens, alive[-window:])
-            # The layer's output: prompt tokens see all that are alive, later ones what the cache holds.
-            held = chosen if prune_own_layer else alive
-            output, _ = _run_layer(model, layer, hidden, alive + later, held, len(alive))
-            index = [alive.index(position) for position in chosen]
-            index += range(len(alive), len(alive) + len(later))
-            hidden = output[:, index]
-            alive = chosen
-            kept_positions.append(held)
-        logits = model.lm_head(model.model.norm(hidden))[0]
-    return logits[len(alive) - 1 :], kept_positions
-
-
-def _run_layer(
-    model: PreTrainedModel,
-    layer: torch.nn.Module,
-    hidden: torch.Tensor,
-    positions: list[int],
-    kept: list[int],
-    num_prompt: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One decoder layer over tokens at `positions`, of which the first `num_prompt` are the prompt's.
-
-    Later tokens see, of the prompt, only `kept`. Returns the layer's output and its attention probabilities.
-    """
-    length = len(positions)
-    mask = torch.full((length, length), -math.inf).triu(1)
-    for row in range(num_prompt, length):
-        for column in range(num_prompt):
-            if positions[column] not in kept:
-                mask[row, column] = -math.inf
-    position_ids = torch.tensor([positions])
-    seen: list[torch.Tensor] = []
-    handle = layer.self_attn.register_forward_hook(lambda module, args, output: seen.append(output[1]))
-    try:
-        output = layer(
-            hidden,
-            attention_mask=mask[None, None],
-            position_ids=position_ids,
-            position_embeddings=model.model.rotary_emb(hidden, position_ids),
-        )
-    finally:
-        handle.remove()
-    return output, seen[0]
+    def evict(self, position: int, held: list[list[int]], given: torch.Tensor) -> list[list[int]]:
+        tokens, num_layers = held[0], len(self.kept_per_layer)
+        rows = given.mean(dim=0)[position + 1 - self.window : position + 1]
+        if position == self.prompt_length - 1:
+            scores = pyramid_window_scores(rows[:, tokens], tokens, self.distance_weight)
+            number = self.kept_per_layer[min(self.layer + (self.pruning == "next"), num_layers - 1)]
+            chosen = pyramid_select(scores, number, self.num_sink_tokens, tokens[-self.window :])
+            self.passed_on = chosen if self.pruning else self.passed_on
+            tokens = tokens if self.pruning == "next" else chosen
+            self.num_settled = len(tokens)
+        elif len(tokens) - self.num_settled >= 16 + self.window:
+            zone = tokens[self.num_settled : self.num_settled + 16]
+            share = 0.9 * (math.cos(math.pi * self.layer / num_layers) + 1) / 2 + 0.1
+            scores = pyramid_window_scores(rows[:, zone], zone, self.distance_weight)
+            kept = best(scores, max(int(16 * 0.9 * share), 1))
+            tokens = tokens[: self.num_settled] + kept + tokens[self.num_settled + 16 :]
+            self.num_settled += len(kept)
+        return [tokens] * len(held)

@@ -4,13 +4,13 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from models import FAMILIES, build_model, random_tokens, tiny_model
-from reference import attention_implementation
+from models import FAMILIES, build_model, drive, random_rows, random_tokens, tiny_model
+from reference import ScoredPolicy, SnapKVScore, attention_implementation, compare_with_policies
 from test_masked_dense import compare_with_masked_dense
 from test_memory import held_bytes
 from transformers import DynamicCache, PreTrainedConfig
 
-from pyramid_cache import AdaKVCache, Policy, PolicyCache, SnapKVCache
+from pyramid_cache import AdaKVCache, Policy, PolicyCache
 from pyramid_cache.engine.attention import AttentionCall
 from pyramid_cache.engine.policy import ScoringView
 from pyramid_cache.engine.ragged import RaggedLayer, best_of_all_heads
@@ -53,97 +53,77 @@ def require_different_heads(cache: PolicyCache) -> None:
 # The choice.
 
 
-def test_best_of_all_heads_by_hand() -> None:
-    inf = float("inf")
-    priority = torch.tensor([[[9.0, 8.0, 7.0, 1.0, inf], [2.0, 3.0, 0.5, 0.1, inf]]])
-    # Six of ten: both last tokens, 9, 8, 7, and then 3 of the other head.
-    kept = best_of_all_heads(priority, [3], 0.0)
-    assert kept.int().tolist() == [[[1, 1, 1, 0, 1], [0, 1, 0, 0, 1]]]
-    # Three quarters of three are two that each head keeps; the same here, but with four tokens each it is three.
-    assert best_of_all_heads(priority, [3], 0.75).int().tolist() == [[[1, 1, 1, 0, 1], [0, 1, 0, 0, 1]]]
-    assert best_of_all_heads(priority, [4], 0.75).int().tolist() == [[[1, 1, 1, 1, 1], [1, 1, 0, 0, 1]]]
-    # A floor of one gives each head the same.
-    assert best_of_all_heads(priority, [2], 1.0).int().tolist() == [[[1, 0, 0, 0, 1], [0, 1, 0, 0, 1]]]
+def slow_choice(worth: dict[tuple[int, int], float], kv_heads: int, number: int, floor: int) -> set[tuple[int, int]]:
+    """The (head, token) that stay: the best `floor` of each head, then the best of all, `number` per head in all."""
+    order = sorted(worth, key=lambda place: -worth[place])
+    chosen = {place for head in range(kv_heads) for place in [other for other in order if other[0] == head][:floor]}
+    rest = [place for place in order if place not in chosen]
+    return chosen | set(rest[: kv_heads * number - len(chosen)])
 
 
-@pytest.mark.parametrize("floor_ratio", [0.0, 0.2, 0.5, 1.0])
-def test_best_of_all_heads_against_a_loop(floor_ratio: float) -> None:
+def test_best_of_all_heads_against_a_loop() -> None:
     generator = torch.Generator().manual_seed(1)
-    for _ in range(30):
+    for index in range(60):
+        floor_ratio = (0.0, 0.2, 0.5, 1.0)[index % 4]
         kv_heads, num_tokens = (int(torch.randint(1, most, (), generator=generator)) for most in (5, 30))
         kept = [int(torch.randint(1, num_tokens + 1, (), generator=generator)) for _ in range(2)]
         priority = torch.randn(2, kv_heads, num_tokens, generator=generator)
         priority[:, 0] += 2
         found = best_of_all_heads(priority, kept, floor_ratio)
         for row, number in enumerate(kept):
-            chosen = set()
-            for head in range(kv_heads):
-                order = sorted(range(num_tokens), key=lambda token: -float(priority[row, head, token]))
-                chosen |= {(head, token) for token in order[: int(floor_ratio * number + 1e-9)]}
-            rest = [(head, token) for head in range(kv_heads) for token in range(num_tokens)]
-            rest = sorted(set(rest) - chosen, key=lambda place: -float(priority[row][place]))
-            chosen |= set(rest[: kv_heads * number - len(chosen)])
+            places = [(head, token) for head in range(kv_heads) for token in range(num_tokens)]
+            worth = {place: float(priority[row][place]) for place in places}
+            chosen = slow_choice(worth, kv_heads, number, int(floor_ratio * number + 1e-9))
             assert {tuple(place) for place in found[row].nonzero().tolist()} == chosen
 
 
-@torch.no_grad()
-def test_the_prompt_keeps_what_heads_attend_to_most_together() -> None:
-    model = tiny_model("llama")
-    tokens = random_tokens(1, 50)
-    cache = AdaKVCache(model.config, budget=14, **SETTINGS)
-    model(tokens, past_key_values=cache)
-    with attention_implementation(model, "eager"):
-        attentions = model(tokens, output_attentions=True).attentions
-    kv_heads = model.config.num_key_value_heads
-    for layer_idx, probabilities in enumerate(attentions):
+class AdaKVPolicy(ScoredPolicy):
+    """Heads compete for what all of them keep together, but for a share that each is sure of."""
+
+    floor_ratio = 0.2
+
+    def evict(self, position: int, held: list[list[int]], given: torch.Tensor) -> list[list[int]]:
+        self.observe(position, given)
+        number, num_spare = self.kept[self.layer], 0 if position < self.prompt_length else self.eviction_interval - 1
+        if sum(len(tokens) for tokens in held) <= len(held) * (number + num_spare):
+            return held
         worth = {}
-        for head in range(kv_heads):
-            of_head = probabilities[0].unflatten(0, (kv_heads, -1))[head, :, -8:].mean(dim=(0, 1))
-            recent = range(50 - 7, 50)  # half of the budget, though the window has eight
-            context = [0.0 if token in recent else float(of_head[token]) for token in range(50)]
-            for token in range(50):
-                around = [context[near] for near in (token - 1, token, token + 1) if 0 <= near < 50]
-                worth[head, token] = float("inf") if token in recent else sum(around) / 3
-        chosen = set()
-        for head in range(kv_heads):
-            best = sorted(range(50), key=lambda token, head=head: -worth[head, token])[:2]
-            chosen |= {(head, token) for token in best}
-        rest = sorted(set(worth) - chosen, key=lambda place: -worth[place])
-        chosen |= set(rest[: kv_heads * 14 - len(chosen)])
-        held = cache.positions(layer_idx)[0]
-        found = {(head, token) for head in range(kv_heads) for token in held[head].tolist() if token >= 0}
-        assert found == chosen
+        for head, tokens in enumerate(held):
+            worth |= {(head, token): score for token, score in self.worth(position, head, tokens).items()}
+        kept = slow_choice(worth, len(held), number, int(self.floor_ratio * number))
+        return [sorted(token for other, token in kept if other == head) for head in range(len(held))]
 
 
-def test_a_floor_of_one_is_snapkv() -> None:
-    model = tiny_model("llama")
-    tokens = random_tokens(2, 44)
-    arguments = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    caches = AdaKVCache(model.config, 12, floor_ratio=1.0, **SETTINGS), SnapKVCache(model.config, 12, **SETTINGS)
-    answers = [model.generate(tokens, past_key_values=cache, **arguments) for cache in caches]
-    assert torch.equal(*answers)
-    for layer_idx in range(model.config.num_hidden_layers):
-        assert torch.equal(*(cache.positions(layer_idx).sort(dim=-1).values for cache in caches))
+def test_heads_keep_what_they_attend_to_most_together() -> None:
+    """Padded rows, with an answer during which some evict several times, against the reference alone."""
+    model, rows, later = tiny_model("llama"), random_rows((50, 31), seed=3), random_tokens(2, 23, seed=4)
+    for floor_ratio in (None, 0.5, 1.0):
+        settings = {} if floor_ratio is None else {"floor_ratio": floor_ratio}
+        trace = drive(model, AdaKVCache(model.config, budget=14, **SETTINGS, **settings), rows, later)
+        policies = [AdaKVPolicy(SnapKVScore(8, 3), len(row), [14] * 3, 5) for row in rows]
+        for policy in policies:
+            policy.floor_ratio = floor_ratio or 0.2
+        compare_with_policies(model, trace, rows, policies)
 
 
 # The logits.
 
 
-@pytest.mark.parametrize("lengths", [(41,), (23, 41, 32)], ids=["one", "padded"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_logit_equals_the_masked_run(family: str, lengths: tuple[int, ...]) -> None:
+def test_every_logit_equals_the_masked_run(family: str) -> None:
+    """Padded rows, with later turns and steps between them."""
     model = tiny_model(family)
     cache = LopsidedCache(model.config, 0.3)
-    compare_with_masked_dense(model, cache, lengths, pieces=[1] * 34)
+    compare_with_masked_dense(model, cache, (23, 41, 32), pieces=[1] * 12 + [7, 1, 1, 1, 12, 3, *[1] * 9])
     require_different_heads(cache)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_later_turns_and_steps_between_them(attention: str) -> None:
+def test_one_row_equals_the_masked_run(attention: str) -> None:
     model = tiny_model("llama")
     with attention_implementation(model, attention):
         cache = LopsidedCache(model.config, 9)
-        compare_with_masked_dense(model, cache, (23, 41, 32), pieces=[1, 1, 7, 1, 1, 1, 12, 3, *[1] * 9])
+        compare_with_masked_dense(model, cache, (41,), pieces=[1, 1, 7, *[1] * 20])
         require_different_heads(cache)
 
 
@@ -151,22 +131,21 @@ def test_later_turns_and_steps_between_them(attention: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("budget", [0.5, 0.25, 0.1])
-def test_bytes_are_those_of_the_budget_although_heads_differ(budget: float) -> None:
+def test_bytes_are_those_of_the_budget_although_heads_differ() -> None:
     model = build_model("llama", head_dim=64, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2)
-    tokens = random_tokens(2, 2048)
-    full, cache = DynamicCache(config=model.config), LopsidedCache(model.config, budget)
-    for filled in (full, cache):
-        model(tokens, past_key_values=filled, logits_to_keep=1)
-    require_different_heads(cache)
-    counts = counts_of_heads(cache, 0)
-    assert (counts.sum(dim=-1) == 2 * int(budget * 2048)).all()
-    share = held_bytes(cache) / held_bytes(full)
-    assert budget * 0.999 <= share <= budget * 1.03
-    assert cache.nbytes == held_bytes(cache)
-    # With each head padded to the longest, keys and values alone would take more.
-    padded = 2 * 2 * int(counts.max()) * 2 * 64 * 4
-    assert sum(tensor.nbytes for tensor in cache.compressed_layers[0].packed.tensors.values()) < 0.8 * padded
+    tokens, full = random_tokens(2, 2048), DynamicCache(config=model.config)
+    model(tokens, past_key_values=full, logits_to_keep=1)
+    for budget in (0.5, 0.1):
+        cache = LopsidedCache(model.config, budget)
+        model(tokens, past_key_values=cache, logits_to_keep=1)
+        require_different_heads(cache)
+        counts = counts_of_heads(cache, 0)
+        assert (counts.sum(dim=-1) == 2 * int(budget * 2048)).all()
+        assert budget * 0.999 <= held_bytes(cache) / held_bytes(full) <= budget * 1.03
+        assert cache.nbytes == held_bytes(cache)
+        # With each head padded to the longest, keys and values alone would take more.
+        padded = 2 * 2 * int(counts.max()) * 2 * 64 * 4
+        assert sum(tensor.nbytes for tensor in cache.compressed_layers[0].packed.tensors.values()) < 0.8 * padded
 
 
 @torch.no_grad()
@@ -174,12 +153,10 @@ def test_a_long_answer_takes_no_more() -> None:
     model = tiny_model("llama")
     cache = AdaKVCache(model.config, budget=12, **SETTINGS)
     model(random_tokens(1, 40), past_key_values=cache)
-    most = 0
     for token in random_tokens(80, 1):
         model(token[None], past_key_values=cache)
         assert max(cache.num_kept_tokens()) < 12 + 5
-        most = max(most, max(counts_of_heads(cache, 0).flatten().tolist()))
-    assert most <= 2 * 12 + 5
+        assert max(counts_of_heads(cache, 0).flatten().tolist()) <= 2 * 12 + 5
     cache.compress()
     assert cache.num_kept_tokens() == [12] * model.config.num_hidden_layers
 
@@ -199,7 +176,7 @@ def test_learned_sinks_are_refused() -> None:
         layer._check_call(call)
 
 
-@pytest.mark.parametrize("floor_ratio", [-0.1, 1.1, "0.2", None, True])
-def test_a_floor_must_be_a_share(floor_ratio: object) -> None:
-    with pytest.raises(ValueError, match=f"`floor_ratio={floor_ratio!r}` must be between 0"):
-        AdaKVCache(tiny_model("llama").config, budget=9, floor_ratio=floor_ratio)
+def test_a_floor_must_be_a_share() -> None:
+    for floor_ratio in (-0.1, 1.1, "0.2", None, True):
+        with pytest.raises(ValueError, match=f"`floor_ratio={floor_ratio!r}` must be between 0"):
+            AdaKVCache(tiny_model("llama").config, budget=9, floor_ratio=floor_ratio)

@@ -1,123 +1,70 @@
-"""ExpectedAttentionCache against Expected Attention written as loops in float64, and on numbers so few that they can be
-worked out by hand."""
+"""ExpectedAttentionCache against Expected Attention written as loops in float64."""
 
 import contextlib
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from models import Trace, build_model, drive, random_rows, random_tokens, tiny_model
-from reference import attend_one, best, run_policy, without_rotation
-from transformers import PreTrainedModel
+from models import build_model, drive, random_rows, random_tokens, tiny_model
+from reference import HoldingPolicy, Rotation, best, compare_with_policies, without_rotation
 
 from pyramid_cache import ExpectedAttentionCache
 from pyramid_cache.caches import expected_attention
 from pyramid_cache.caches.expected_attention import ExpectedAttentionPolicy
-from pyramid_cache.engine.policy import PromptView, ScoringView
+from pyramid_cache.engine.policy import PromptView
 
 
-class Rotary:
-    """Rotary embedding in float64, pair by pair.
-
-    Args:
-        num_pairs: Of dimensions that turn, the first of a head.
-        is_interleaved: Whether neighbours are a pair, instead of the first and the second half.
-        base: Of the frequencies.
-    """
-
-    def __init__(self, num_pairs: int, is_interleaved: bool = False, base: float = 1e4) -> None:
-        self.frequencies = [base ** (-pair / num_pairs) for pair in range(num_pairs)]
-        if is_interleaved:
-            self.pairs = [(2 * pair, 2 * pair + 1) for pair in range(num_pairs)]
-        else:
-            self.pairs = [(pair, pair + num_pairs) for pair in range(num_pairs)]
-
-    def matrix(self, head_dim: int, position: int) -> np.ndarray:
-        """What turns a vector `(head_dim,)` to a position."""
-        matrix = np.eye(head_dim)
-        for (first, second), frequency in zip(self.pairs, self.frequencies, strict=True):
-            cosine, sine = math.cos(position * frequency), math.sin(position * frequency)
-            matrix[first, first], matrix[first, second] = cosine, -sine
-            matrix[second, first], matrix[second, second] = sine, cosine
-        return matrix
-
-    def turn(self, states: torch.Tensor) -> torch.Tensor:
-        """States `(heads, length, head_dim)` at positions 0, 1, ..."""
-        turned = states.double().numpy().copy()
-        for position in range(states.shape[1]):
-            turned[:, position] = turned[:, position] @ self.matrix(states.shape[2], position).T
-        return torch.from_numpy(turned).float()
-
-
-class ExpectedAttention:
+class ExpectedAttention(HoldingPolicy):
     """The method for one row, run `without_rotation`: statistics anew from all queries of the turns so far.
 
-    Attributes:
-        held: `held[layer][head][step]`, the positions held after the prompt (step 0) and after each later step.
+    Heads evict after whole turns, and after single tokens that exceed the budget by `eviction_interval`.
     """
 
     def __init__(
         self,
-        rotary: Rotary,
+        rotation: Callable[[torch.Tensor, list[int]], torch.Tensor],
         prompt_length: int,
         pieces: list[int],
         budget: int,
         eviction_interval: int,
         *,
-        future: int = 512,
-        sinks: int = 4,
+        num_future_positions: int = 512,
+        num_sink_tokens: int = 4,
         use_covariance: bool = True,
         epsilon: float = 0.0,
     ) -> None:
-        self.rotary = rotary
-        self.pieces = [prompt_length, *pieces]
+        super().__init__(prompt_length)
+        self.rotation = rotation
+        ends = [prompt_length + sum(pieces[:step]) for step in range(len(pieces) + 1)]
+        self.pieces = dict(zip(ends, [prompt_length, *pieces], strict=True))  # by the number of tokens after them
         self.budget = budget
         self.eviction_interval = eviction_interval
-        self.future = future
-        self.sinks = sinks
+        self.future = num_future_positions
+        self.sinks = num_sink_tokens
         self.use_covariance = use_covariance
         self.epsilon = epsilon
-        self.held: dict[int, list[list[list[int]]]] = {}
 
-    def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
-    ) -> torch.Tensor:
-        """See `reference.Policy`."""
-        kv_heads, length, head_dim = key.shape
-        group = query.shape[0] // kv_heads
-        turned_query, turned_key = self.rotary.turn(query), self.rotary.turn(key)
-        output = torch.empty_like(query)
-        self.held[layer] = []
-        for head in range(kv_heads):
-            members = list(range(head * group, (head + 1) * group))
-            held: list[int] = []
-            history: list[list[int]] = []
-            observed: list[int] = []
-            start = 0
-            for step, piece in enumerate(self.pieces):
-                for position in range(start, start + piece):
-                    held.append(position)
-                    output[members, position], _ = attend_one(
-                        turned_query[members, position], turned_key[head, held], value[head, held], scaling
-                    )
-                end = start + piece
-                is_turn = step == 0 or piece > 1
-                if is_turn:
-                    observed += [position for position in range(start, end) if position >= self.sinks]
-                if len(held) > self.budget + (0 if is_turn else self.eviction_interval - 1):
-                    scores = self.scores(
-                        query[members][:, observed].double().numpy() * scaling,
-                        turned_key[head].double().numpy(),
-                        value[head].double().numpy(),
-                        held,
-                        end,
-                    )
-                    held = best(scores, self.budget)
-                history.append(list(held))
-                start = end
-            self.held[layer].append(history)
-        return output
+    def turn(self, states: torch.Tensor) -> torch.Tensor:
+        return self.rotation(states, list(range(states.shape[1])))
+
+    def evict(self, position: int, held: list[list[int]], given: torch.Tensor) -> list[list[int]]:
+        end = position + 1
+        is_turn = end == self.prompt_length or self.pieces.get(end, 0) > 1
+        num_spare = 0 if is_turn else self.eviction_interval - 1
+        if end not in self.pieces or len(held[0]) <= self.budget + num_spare:
+            return held
+        turns = [(last - piece, last) for last, piece in self.pieces.items() if piece > 1 and last <= end]
+        observed = [token for first, last in turns for token in range(max(first, self.sinks), last)]
+        queries, keys = self.query.unflatten(0, (len(held), -1)).double().numpy(), self.key.double().numpy()
+        scaled = queries[:, :, observed] * self.scaling
+        values = self.value.double().numpy()
+        return [
+            best(self.scores(scaled[head], keys[head], values[head], tokens, end), self.budget)
+            for head, tokens in enumerate(held)
+        ]
 
     def scores(
         self, queries: np.ndarray, keys: np.ndarray, values: np.ndarray, held: list[int], length: int
@@ -125,16 +72,16 @@ class ExpectedAttention:
         """What each token that a head holds is worth.
 
         Args:
-            queries: That were observed, before they are turned, with the scaling in them, `(group, observed, head_dim)`.
+            queries: That were observed, not turned, times the scaling, `(group, observed, head_dim)`.
             keys: Of all positions, turned, `(length, head_dim)`.
             values: Of all positions.
             held: Positions.
             length: Tokens that the row has seen.
         """
         group, observed, head_dim = queries.shape
-        turn = np.zeros((head_dim, head_dim))
-        for position in range(length, length + self.future):
-            turn += self.rotary.matrix(head_dim, position) / self.future
+        # What turns a vector to each of the positions to come: where it takes the axes.
+        axes = torch.eye(head_dim)[:, None].expand(-1, self.future, -1)
+        turn = self.rotation(axes, list(range(length, length + self.future))).double().mean(dim=1).T.numpy()
         judged = [position for position in held if position >= self.sinks]
         expected = dict.fromkeys(judged, 0.0)
         for member in range(group):
@@ -159,107 +106,42 @@ class ExpectedAttention:
         return scores
 
 
-def compare_with_reference(
-    model: PreTrainedModel, trace: Trace, rows: list[torch.Tensor], rotary: Rotary, budgets: list[int], **settings: int
+def check(
+    family: str, lengths: tuple[int, ...], pieces: list[int], budget: float, eviction_interval: int, **settings: Any
 ) -> None:
-    """Each row of a run with the cache against the reference alone: what is held after each step, and the logits."""
-    ends = [sum(trace.pieces[:step]) for step in range(len(trace.pieces) + 1)]
-    for index, row in enumerate(rows):
-        policy = ExpectedAttention(rotary, len(row), trace.pieces, budgets[index], **settings)
-        with without_rotation(model) if rotary.frequencies else contextlib.nullcontext():
-            logits = run_policy(model, torch.cat([row, trace.tokens[index]]), policy)
-        for layer, heads in policy.held.items():
-            for head, history in enumerate(heads):
-                for step, wanted in enumerate(history):
-                    held = trace.held(step, layer, index, head)
-                    assert held == wanted, f"row {index}, layer {layer}, head {head}, step {step}"
-        wanted_logits = logits[[len(row) - 1 + end for end in ends]]
-        torch.testing.assert_close(trace.logits[index], wanted_logits, atol=1e-4, rtol=0)
+    """Each row of a run with a new cache against the reference alone."""
+    model, rows, has_rope = tiny_model(family), random_rows(lengths, seed=3), family != "gpt2"
+    rotation = Rotation(model) if has_rope else lambda states, positions: states
+    cache = ExpectedAttentionCache(model.config, budget=budget, eviction_interval=eviction_interval, **settings)
+    trace = drive(model, cache, rows, random_tokens(len(rows), sum(pieces), seed=4), pieces=pieces)
+    budgets = [budget if isinstance(budget, int) else int(budget * length) for length in lengths]
+    policies = [
+        ExpectedAttention(rotation, *sizes, eviction_interval, **settings)
+        for sizes in zip(lengths, [pieces] * len(rows), budgets, strict=True)
+    ]
+    with without_rotation(model) if has_rope else contextlib.nullcontext():
+        compare_with_policies(model, trace, rows, policies)
 
 
-ROTARIES = {
-    "llama": Rotary(8),
-    # The first half of a head turns, neighbours with each other.
-    "glm4": Rotary(4, is_interleaved=True),
-    "gpt2": Rotary(0),
-}
-
-
-@pytest.mark.parametrize("family", ROTARIES)
+@pytest.mark.parametrize("family", ["llama", "glm4", "gpt2"])
 def test_held_positions_and_logits(family: str) -> None:
     """Padded rows with answers during which some evict several times, whatever the layout of RoPE."""
-    lengths = (23, 37, 30)
-    model, rows = tiny_model(family), random_rows(lengths, seed=3)
-    cache = ExpectedAttentionCache(model.config, budget=0.3, eviction_interval=5)
-    trace = drive(model, cache, rows, random_tokens(len(rows), 12, seed=4))
-    budgets = [int(0.3 * length) for length in lengths]
-    compare_with_reference(model, trace, rows, ROTARIES[family], budgets, eviction_interval=5)
+    check(family, (23, 37, 30), [1] * 12, 0.3, 5)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
+def test_settings() -> None:
+    for settings in (
         {"num_future_positions": 1},
         {"num_future_positions": 9, "num_sink_tokens": 0, "epsilon": 0.05},
         {"num_sink_tokens": 2, "use_covariance": False},
-    ],
-    ids=lambda settings: "-".join(settings),
-)
-def test_settings(settings: dict) -> None:
-    model, rows = tiny_model("llama"), random_rows((19, 33), seed=5)
-    cache = ExpectedAttentionCache(model.config, budget=9, eviction_interval=3, **settings)
-    trace = drive(model, cache, rows, random_tokens(2, 10, seed=6))
-    names = {"num_future_positions": "future", "num_sink_tokens": "sinks"}
-    wanted = {names.get(name, name): value for name, value in settings.items()}
-    compare_with_reference(model, trace, rows, ROTARIES["llama"], [9, 9], eviction_interval=3, **wanted)
+    ):
+        check("llama", (19, 33), [1] * 10, 9, 3, **settings)
 
 
 def test_later_turns_add_to_the_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if all turns' queries had been seen at once; those of generated tokens do not count."""
     monkeypatch.setattr(expected_attention, "QUERIES_PER_CHUNK", 4)
-    model, rows = tiny_model("llama"), random_rows((3, 21, 14), seed=8)
-    cache = ExpectedAttentionCache(model.config, budget=10, eviction_interval=4)
-    pieces = [1, 1, 9, 1, 1, 1, 1, 1, 6, 1]
-    trace = drive(model, cache, rows, random_tokens(3, sum(pieces), seed=9), pieces=pieces)
-    compare_with_reference(model, trace, rows, ROTARIES["llama"], [10] * 3, eviction_interval=4)
-
-
-def view_of(state: dict[str, torch.Tensor], key: list, value: list, length: int) -> ScoringView:
-    """One layer with one KV head, which holds the first tokens of one row."""
-    positions = torch.arange(len(key), dtype=torch.int32)[None, None]
-    numbers = [torch.tensor([[[number]]], dtype=torch.int32) for number in (length, 2)]
-    tensors = [torch.tensor(states, dtype=torch.float32)[None, None] for states in (key, value)]
-    return ScoringView(*tensors, positions, *numbers, None, state, 0)
-
-
-def test_scores_by_hand() -> None:
-    """The means of exponentials are 2, 3 and 2 · 3 = 6 of 11; the norms of the values 5, 1 and 1 / 2."""
-    policy = ExpectedAttentionPolicy(num_sink_tokens=0)
-    state = {
-        "query_count": torch.tensor([[7.0]]),
-        "query_mean": torch.tensor([[[math.log(2), 0.0]]]),
-        "query_covariance": torch.tensor([[[0.0, 0.0, 2 * math.log(3)]]]),
-        "rotation": torch.tensor([[[0.0, 0.0], [1.0, 2.0]]]),
-    }
-    view = view_of(state, [[1, 0], [0, 1], [1, 1]], [[3, 4], [1, 0], [0, 0.5]], length=3)
-    torch.testing.assert_close(policy.score(view), torch.tensor([[[10 / 11, 3 / 11, 3 / 11]]]))
-    # The first token stays and the others share all attention between them.
-    scores = ExpectedAttentionPolicy(num_sink_tokens=1, epsilon=0.5).score(view)
-    torch.testing.assert_close(scores, torch.tensor([[[math.inf, 3 / 9 + 0.5, (6 / 9 + 0.5) / 2]]]))
-
-
-def test_the_future_by_hand() -> None:
-    """A quarter turn for each position: after five tokens the mean points where it would after one."""
-    state = {
-        "query_count": torch.tensor([[7.0]]),
-        "query_mean": torch.tensor([[[math.log(2), 0.0]]]),
-        "rotation": torch.tensor([[[math.pi / 2, math.pi / 2], [-2.0, 1.0]]]),
-    }
-    for num_future_positions, exponentials in ((1, [1, 2, 0.5]), (2, [2**-0.5, 2**0.5, 2**-0.5]), (4, [1, 1, 1])):
-        policy = ExpectedAttentionPolicy(num_future_positions, num_sink_tokens=0, use_covariance=False)
-        scores = policy.score(view_of(state, [[1, 0], [0, 1], [0, -1]], [[1, 0]] * 3, length=5))
-        wanted = torch.tensor(exponentials) / sum(exponentials)
-        torch.testing.assert_close(scores, wanted[None, None])
+    check("llama", (3, 21, 14), [1, 1, 9, 1, 1, 1, 1, 1, 6, 1], 10, 4)
 
 
 def test_statistics_by_hand() -> None:
@@ -280,16 +162,13 @@ def test_statistics_by_hand() -> None:
     torch.testing.assert_close(state["query_covariance"].flatten(), torch.tensor([26 / 3, 0.0]))
 
 
-@pytest.mark.parametrize("use_covariance", [True, False])
-def test_memory_is_what_the_formula_says(use_covariance: bool) -> None:
-    model = build_model("llama")
-    cache = ExpectedAttentionCache(model.config, budget=12, eviction_interval=4, use_covariance=use_covariance)
-    drive(model, cache, random_rows((33, 21)), random_tokens(2, 3))
-    heads, kv_heads, head_dim, batch = 4, 2, 16, 2
-    statistics = heads * head_dim * (head_dim + 3) // 2 if use_covariance else heads * head_dim
-    for layer in cache.compressed_layers:
-        names = ("keys", "values", "positions")
-        slots = sum(getattr(layer, name).untyped_storage().nbytes() for name in names)
-        assert slots == batch * kv_heads * (12 + 4) * (2 * head_dim * 4 + 4)
-        held = [layer.state[name].untyped_storage().nbytes() for name in layer.policy.state_names]
-        assert sum(held) == batch * 4 * (statistics + 2 * head_dim + 1)
+def test_memory_is_what_the_formula_says() -> None:
+    model, (heads, kv_heads, head_dim, batch) = build_model("llama"), (4, 2, 16, 2)
+    for use_covariance, statistics in ((True, heads * head_dim * (head_dim + 3) // 2), (False, heads * head_dim)):
+        cache = ExpectedAttentionCache(model.config, budget=12, eviction_interval=4, use_covariance=use_covariance)
+        drive(model, cache, random_rows((33, 21)), random_tokens(2, 3))
+        for layer in cache.compressed_layers:
+            slots = sum(getattr(layer, name).untyped_storage().nbytes() for name in ("keys", "values", "positions"))
+            assert slots == batch * kv_heads * (12 + 4) * (2 * head_dim * 4 + 4)
+            held = [layer.state[name].untyped_storage().nbytes() for name in layer.policy.state_names]
+            assert sum(held) == batch * 4 * (statistics + 2 * head_dim + 1)

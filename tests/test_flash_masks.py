@@ -1,24 +1,11 @@
 """Attention functions that take 2-D padding masks, as flash-attention does, played by one that runs on the CPU."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
+from caches import CacheCase, every_cache
 from models import build_model, drive, random_rows, random_tokens
-from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import flash_attention_mask
-
-from pyramid_cache import H2OCache, PyramidCache, SnapKVCache, StreamingLLMCache
-
-
-CACHES: dict[str, Callable[[PreTrainedModel], Cache]] = {
-    "pyramid_config": lambda model: PyramidCache(model.config, budget=0.4),
-    "pyramid_model": lambda model: PyramidCache(model, budget=0.4),
-    "h2o": lambda model: H2OCache(model.config, budget=14),
-    "snapkv": lambda model: SnapKVCache(model.config, budget=14, window_size=4, eviction_interval=4),
-    "streaming_llm": lambda model: StreamingLLMCache(model.config, budget=14),
-    "streaming_llm_dense": lambda model: StreamingLLMCache(model.config, budget=14, prefill="dense"),
-}
 
 
 def attend_like_flash(
@@ -44,18 +31,19 @@ def attend_like_flash(
 
 
 @pytest.mark.parametrize("lengths", [(43,), (43, 29, 50)], ids=["one", "padded"])
-@pytest.mark.parametrize("name", CACHES)
-def test_tokens_and_logits_are_those_of_sdpa(name: str, lengths: tuple[int, ...]) -> None:
+@every_cache
+def test_other_attention_gives_what_sdpa_gives(case: CacheCase, lengths: tuple[int, ...]) -> None:
+    """Logits and held positions through turns, with attention like flash-attention's and with eager attention."""
     AttentionInterface.register("flash_on_cpu", attend_like_flash)
     AttentionMaskInterface.register("flash_on_cpu", flash_attention_mask)
-    sdpa, flash = build_model("llama"), build_model("llama")
-    flash.config._attn_implementation = "flash_on_cpu"  # the setter for users would look for flash-attention itself
     rows, pieces = random_rows(lengths, seed=31), [1] * 6 + [7] + [1] * 4
-    later = random_tokens(len(rows), sum(pieces), seed=32)
-    output, wanted = (drive(model, CACHES[name](model), rows, later, pieces=pieces) for model in (flash, sdpa))
-    torch.testing.assert_close(output.logits, wanted.logits, atol=1e-4, rtol=0)
-    for step in range(len(pieces) + 1):
-        for layer in range(3):
-            for row in range(len(rows)):
-                for head in range(2):
-                    assert output.held(step, layer, row, head) == wanted.held(step, layer, row, head)
+    later, traces = random_tokens(len(rows), sum(pieces), seed=32), []
+    for attention in ("sdpa", "flash_on_cpu", "eager"):
+        model = build_model("llama")
+        model.config._attn_implementation = attention  # the setter for users would look for flash-attention itself
+        traces.append(drive(model, case.build(model), rows, later, pieces=pieces))
+    for trace in traces[1:]:
+        torch.testing.assert_close(trace.logits, traces[0].logits, atol=1e-4, rtol=0)
+        for found, wanted in zip(trace.positions, traces[0].positions, strict=True):
+            for one, other in zip(found, wanted, strict=True):
+                assert torch.equal(one.sort().values, other.sort().values)
