@@ -113,8 +113,9 @@ def beside_encoder(cache: Cache) -> EncoderDecoderCache:
 
 def generate(name: str, cache: Cache | None, **settings: Any) -> torch.Tensor:
     """The tokens for a decoder prompt in two rows."""
+    model = model_of(name)  # which is made with a seed of its own
     set_seed(0)
-    return model_of(name).generate(
+    return model.generate(
         **encoder_inputs(name),
         decoder_input_ids=decoder_prompts(),
         past_key_values=cache,
