@@ -5,7 +5,6 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache as remember
 from functools import partial
@@ -285,151 +284,132 @@ def assert_same(results: list[torch.Tensor], wanted: list[torch.Tensor], name: s
         assert torch.equal(result, expected), name
 
 
-@remember
-def undisturbed(case: CacheCase, budget: str, is_padded: bool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """What a cache gives for the prompt and for the rest if nothing bad happens."""
-    model = tiny_model("llama")
-    scene = Scene(model, case.build(model, budget), is_padded)
-    return scene.read_prompt(), scene.go_on()
-
-
 CacheCase.__hash__ = lambda case: hash(case.name)
 
 
-@dataclass(frozen=True)
-class BadCall:
-    """A bad call.
-
-    Attributes:
-        on: The cache before: "fresh", "filled" with a prompt, or "padded".
-        after: The cache afterwards: "usable", as if nothing had happened, or refused until "reset". "either" where it
-            depends on the cache when the error is noticed.
-        budget: The settings of the cache.
-    """
-
-    name: str
-    call: Callable[[Scene], Any]
-    match: str
-    error: Errors = ValueError
-    on: str = "filled"
-    after: str = "usable"
-    budget: str = "tight"
-
-    def on_scene(self, scene: Scene) -> tuple[str, Callable[[], Any], str, Errors]:
-        """As `assert_refused` takes it."""
-        return self.name, partial(self.call, scene), self.match, self.error
+@remember
+def undisturbed(case: CacheCase, on: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """What a cache gives for the prompt and for the rest if nothing bad happens."""
+    model = tiny_model("llama")
+    scene = Scene(model, case.build(model, "large" if on == "large" else "tight"), is_padded=on == "padded")
+    return scene.read_prompt(), scene.go_on()
 
 
-Rows = Iterable[tuple[str, Callable[[Scene], Any], str]]
+Calls = dict[tuple[str, Errors], list[tuple[str, Callable[[Scene], Any]]]]
 
 
-def usable(rows: Rows, error: Errors = ValueError, on: str = "filled", budget: str = "tight") -> list[BadCall]:
-    """Calls that leave the cache as it was, each with its name and message."""
-    return [BadCall(*row, error, on, "usable", budget) for row in rows]
-
-
-def fatal(rows: Rows, error: Errors = ValueError, on: str = "filled", budget: str = "tight") -> list[BadCall]:
-    """Calls after which the cache asks for a reset."""
-    return [BadCall(*row, error, on, "reset", budget) for row in rows]
-
-
-def states(*shape: int) -> torch.Tensor:
-    """Random keys or values."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(3))
-
-
-def method(name: str, *arguments: Any) -> Callable[[Scene], Any]:
+def of_cache(name: str, *arguments: Any) -> Callable[[Scene], Any]:
     """A call of a method of the cache."""
     return lambda scene: getattr(scene.cache, name)(*arguments)
 
 
+def by_model(seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> Callable[[Scene], Any]:
+    """The next step by another model."""
+    return lambda scene: scene.step(model=build_model("llama", seed=seed, **overrides).to(dtype))
+
+
+def attend_twice(scene: Scene) -> None:
+    """A module asks the cache for attention without having handed it keys."""
+    module = scene.model.model.layers[0].self_attn
+    call = AttentionCall(sdpa_attention_forward, module, torch.zeros(2, 4, 1, 16), GOOD, GOOD, None, {})
+    scene.cache.layers[0].attend(call)
+
+
 # Calls of methods of the scene.
-forward, step, prompt, generated = (
-    partial(methodcaller, name) for name in ("forward", "step", "read_prompt", "generate")
-)
-GOOD = states(2, 2, 1, 16)
+forward, step, prompt = (partial(methodcaller, name) for name in ("forward", "step", "read_prompt"))
+generated = partial(methodcaller, "generate")
+
+GOOD = torch.ones(2, 2, 1, 16)
+# Keys and values that no cache takes.
+NO_STATES: list[tuple[str, Any, Any]] = [
+    ("NoneType", None, GOOD),
+    ("NoneType", GOOD, None),
+    ("list", GOOD.tolist(), GOOD.tolist()),
+    (r"\(2, 1, 16\)", GOOD[0], GOOD[0]),
+    (r"\(\)", torch.tensor(1.0), torch.tensor(1.0)),
+    (r"\(2, 2, 0, 16\)", GOOD[:, :, :0], GOOD[:, :, :0]),
+    (r"\(0, 2, 1, 16\)", GOOD[:0], GOOD[:0]),
+    ("int64", GOOD.long(), GOOD.long()),
+    ("complex64", GOOD.to(torch.complex64), GOOD.to(torch.complex64)),
+    (r"\(2, 2, 1, 16\).*\(2, 2, 3, 16\)", GOOD, GOOD.expand(2, 2, 3, 16)),
+    (r"\(2, 2, 1, 16\).*\(2, 4, 1, 16\)", GOOD, GOOD.repeat(1, 2, 1, 1)),
+    (r"\(2, 2, 1, 16\).*\(2, 1, 16\)", GOOD, GOOD[0]),
+    ("cpu.*meta", GOOD, GOOD.to("meta")),
+]
+# And those that do not fit what a filled cache holds.
+OTHER_STATES: list[tuple[str, Any, Any]] = [
+    ("2 rows.*given 1", GOOD[:1], GOOD[:1]),
+    ("2 KV heads.*1 of width 16", GOOD[:, :1], GOOD[:, :1]),
+    ("width 16.*width 8", GOOD[..., :8], GOOD[..., :8]),
+    ("16 .values.*width 16 and 8", GOOD, GOOD[..., :8]),
+    ("float32.*float64", GOOD.double(), GOOD.double()),
+    ("float32.*float64", GOOD, GOOD.double()),
+    ("cpu.*meta", GOOD.to("meta"), GOOD.to("meta")),
+]
+NO_ROWS: list[tuple[str, Any]] = [
+    ("2.*2 rows", torch.tensor([0, 2])),
+    ("-3.*2 rows", torch.tensor([0, -3])),
+    ("float32", torch.tensor([0.0, 1.0])),
+    ("complex64", torch.tensor([0j, 1j])),
+    ("no row", torch.tensor([], dtype=torch.long)),
+    (r"\(1, 2\)", torch.tensor([[0, 1]])),
+    (r"\(\)", torch.tensor(1)),
+    ("3.*2 rows", torch.tensor([True, False, True])),
+    ("no row", torch.tensor([False, False])),
+    *(("7.*2 rows", [0, 7]), ("no row", []), ("None", None), ("01", "01"), ("set|0, 1", {0, 1})),
+]
+NO_LAYERS = (3, 99, -1, "0", None, 1.0, [0])
 NO_CROPS = (3, True, 1.5, -1.5, math.nan, "2", None, [-1], torch.tensor(3), torch.tensor(-1.5), 10**30)
 NO_REPEATS = (0, -1, 1.5, 2.0, "2", None, torch.tensor([1, 2]), torch.tensor(2.0), [2], math.nan)
-NO_LAYERS = (99, -1, "0", None, 1.0, [0])
-NO_ROWS = (
-    (torch.tensor([0, 2]), "2.*2 rows"),
-    (torch.tensor([0, -3]), "-3.*2 rows"),
-    (torch.tensor([0.0, 1.0]), "float32"),
-    (torch.tensor([0j, 1j]), "complex64"),
-    (torch.tensor([], dtype=torch.long), "no row"),
-    (torch.tensor([[0, 1]]), r"\(1, 2\)"),
-    (torch.tensor(1), r"\(\)"),
-    (torch.tensor([True]), "1.*2 rows"),
-    (torch.tensor([True, False, True]), "3.*2 rows"),
-    (torch.tensor([False, False]), "no row"),
-    *(([0, 7], "7.*2 rows"), ([], "no row"), (None, "None"), ("01", "01"), ({0, 1}, "set|0, 1")),
-)
-# Keys and values that no cache takes.
-NO_STATES = (
-    (None, GOOD, "NoneType"),
-    (GOOD, None, "NoneType"),
-    (GOOD.tolist(), GOOD.tolist(), "list"),
-    (GOOD[0], GOOD[0], r"\(2, 1, 16\)"),
-    (torch.tensor(1.0), torch.tensor(1.0), r"\(\)"),
-    (GOOD[:, :, :0], GOOD[:, :, :0], r"\(2, 2, 0, 16\)"),
-    (GOOD[:0], GOOD[:0], r"\(0, 2, 1, 16\)"),
-    (GOOD.long(), GOOD.long(), "int64"),
-    (GOOD.to(torch.complex64), GOOD.to(torch.complex64), "complex64"),
-    (GOOD, states(2, 2, 3, 16), r"\(2, 2, 1, 16\).*\(2, 2, 3, 16\)"),
-    (GOOD, states(2, 4, 1, 16), r"\(2, 2, 1, 16\).*\(2, 4, 1, 16\)"),
-    (GOOD, GOOD.to("meta"), "cpu.*meta"),
-)
-# And those that do not fit what a filled cache holds.
-OTHER_STATES = (
-    (GOOD[:1], GOOD[:1], "2 rows.*given 1"),
-    (GOOD[:, :1], GOOD[:, :1], "2 KV heads.*1 of width 16"),
-    (GOOD[..., :8], GOOD[..., :8], "width 16.*width 8"),
-    (GOOD, GOOD[..., :8], "16 .values.*width 16 and 8"),
-    (GOOD.double(), GOOD.double(), "float32.*float64"),
-    (GOOD, GOOD.double(), "float32.*float64"),
-    (GOOD.to("meta"), GOOD.to("meta"), "cpu.*meta"),
-)
 
-METHOD_CALLS: list[BadCall] = [
-    *usable((f"crop({value!r})", method("crop", value), f"crop.*{shown(value)}.*negative") for value in NO_CROPS),
-    *usable(
-        ((f"crop({n}) of evicted", method("crop", n), f"crop.*{n}.*undone") for n in (-1, -40)), NotImplementedError
-    ),
-    *(
-        bad
-        for on in ("filled", "padded")
-        for n in (-41, -(10**30))
-        for bad in usable([(f"crop({n})", method("crop", n), f"crop.*{n}.*only 40 tokens")], on=on, budget="large")
-    ),
-    *usable(
-        (f"{name}({value!r})", method(name, value), match)
-        for name in ("reorder_cache", "batch_select_indices")
-        for value, match in NO_ROWS
-    ),
-    *usable(
-        (f"batch_repeat_interleave({value!r})", method("batch_repeat_interleave", value), shown(value))
-        for value in NO_REPEATS
-    ),
-    *usable(
-        (f"positions({value!r})", method("positions", value), f"layer.*{shown(value)}")
-        for value in (3, *NO_LAYERS, torch.tensor([0, 1]), slice(0, 1))
-    ),
-    *usable([("positions of nothing", method("positions", 0), "holds nothing yet")], on="fresh"),
-    *(
-        bad
-        for on, no_states in (("fresh", NO_STATES), ("filled", NO_STATES + OTHER_STATES))
-        for bad in [
-            *usable([("update of layer 3", method("update", GOOD, GOOD, 3), "3 layers.*layer 3")], on=on),
-            *usable(
-                ((f"layer {n!r}", method("update", GOOD, GOOD, n), f"layer.*{shown(n)}") for n in NO_LAYERS), on=on
-            ),
-            *usable(((match, method("update", *pair, 0), match) for *pair, match in no_states), on=on),
-        ]
-    ),
-    *usable(
-        (f"{n} rows", forward(random_tokens(n, length)), f"2 rows.*{n}") for n, length in ((1, 5), (3, 1), (4, 5))
-    ),
-]
+# By the cache before and the error: messages and calls. A cache is "fresh", "filled" with a prompt, "padded" if the
+# prompt was, or "large" if there was room for it.
+HARMLESS: Calls = {
+    ("fresh", ValueError): [
+        ("holds nothing yet", of_cache("positions", 0)),
+        *((f"layer.*{shown(value)}", of_cache("update", GOOD, GOOD, value)) for value in NO_LAYERS),
+        *((match, of_cache("update", *pair, 0)) for match, *pair in NO_STATES),
+    ],
+    ("filled", ValueError): [
+        *((f"layer.*{shown(value)}", of_cache("update", GOOD, GOOD, value)) for value in NO_LAYERS),
+        *((match, of_cache("update", *pair, 0)) for match, *pair in NO_STATES + OTHER_STATES),
+        *((match, of_cache("reorder_cache", value)) for match, value in NO_ROWS),
+        *((match, of_cache("batch_select_indices", value)) for match, value in NO_ROWS),
+        *((shown(value), of_cache("batch_repeat_interleave", value)) for value in NO_REPEATS),
+        *((f"layer.*{shown(value)}", of_cache("positions", value)) for value in (*NO_LAYERS, slice(0, 1))),
+        *((f"crop.*{shown(value)}.*negative", of_cache("crop", value)) for value in NO_CROPS),
+        *((f"2 rows.*{n}", forward(random_tokens(n, length))) for n, length in ((1, 5), (3, 1), (4, 5))),
+        ("2 KV heads.*1", by_model(num_key_value_heads=1)),
+        ("width 16.*width 8", by_model(head_dim=8)),
+        ("float32.*bfloat16", by_model(dtype=torch.bfloat16)),
+        ("float32.*float64", by_model(dtype=torch.float64)),
+        (r"\(2, 2, 3, 16\).*\(2, 2, 1, 16\)", step(positions=torch.tensor([[40, 41, 42]]))),
+        ("no new tokens: the cache has seen 40", forward(MORE[:, :0])),
+        # A question alone, behind a context that the cache has read: `generate` takes it for the whole history.
+        ("seen 40, .*Give it the history with new tokens behind it", generated(random_tokens(2, 20))),
+        ("2 rows.*given 6", generated(FULL, num_beams=3)),
+        ("2 rows.*given 4", generated(FULL, num_return_sequences=2, do_sample=True)),
+        ("2 rows.*given 1", generated(FULL[:1])),
+        ("max_new_tokens", generated(FULL, max_new_tokens=0)),
+        ("max_length", generated(FULL, max_new_tokens=None, max_length=10)),
+        ("tuple", lambda scene: scene.generate(FULL, past_key_values=(scene.cache,))),
+    ],
+    ("filled", NotImplementedError): [
+        ("crop.*-1.*undone", of_cache("crop", -1)),
+        ("-40.*undone", of_cache("crop", -40)),
+    ],
+    ("filled", RuntimeError): [
+        ("given 0 tokens and asked for 1", attend_twice),
+        ("size of tensor", step(positions=torch.full((3, 1), 40))),
+    ],
+    ("filled", AttributeError): [
+        ("list", lambda scene: scene.model(PROMPT, past_key_values=[scene.cache])),
+        ("Cache", lambda scene: scene.model(PROMPT, scene.cache)),
+    ],
+    ("filled", IndexError): [("out of range", forward(MORE[:, :1] + 1000))],
+    ("filled", (RuntimeError, ValueError)): [("split_size|chunk", generated(FULL, prefill_chunk_size=0))],
+    ("large", ValueError): [(f"crop.*{n}.*only 40 tokens", of_cache("crop", n)) for n in (-41, -(10**30))],
+}
 
 
 def update(scene: Scene, *layers: int) -> None:
@@ -438,23 +418,15 @@ def update(scene: Scene, *layers: int) -> None:
         scene.cache.update(GOOD, GOOD, layer)
 
 
-def attend_twice(scene: Scene) -> None:
-    """A module asks the cache for attention without having handed it keys."""
-    module = scene.model.model.layers[0].self_attn
-    call = AttentionCall(sdpa_attention_forward, module, states(2, 4, 1, 16), GOOD, GOOD, None, {})
-    scene.cache.layers[0].attend(call)
-
-
 # Where a forward pass can break off so that some layers have seen its tokens and others have not.
-SECOND = "before the second layer"
-BREAKS: dict[str, Callable[[PreTrainedModel], torch.nn.Module]] = {
-    SECOND: lambda model: model.model.layers[1],
-    "after the attention of the first layer": lambda model: model.model.layers[0].self_attn.o_proj,
-    "before the last layer": lambda model: model.model.layers[2].input_layernorm,
-}
+BREAKS: list[Callable[[PreTrainedModel], torch.nn.Module]] = [
+    lambda model: model.model.layers[1],
+    lambda model: model.model.layers[0].self_attn.o_proj,
+    lambda model: model.model.layers[2].input_layernorm,
+]
 
 
-def break_off(scene: Scene, module: torch.nn.Module, error: type[BaseException], call: Callable[[], Any]) -> None:
+def break_off(scene: Scene, module: torch.nn.Module, call: Callable[[], Any], error: type = KeyboardInterrupt) -> None:
     """A call in which something goes wrong just before a module of the model runs."""
 
     def fail(*_: Any) -> None:
@@ -468,13 +440,13 @@ def break_off(scene: Scene, module: torch.nn.Module, error: type[BaseException],
         handle.remove()
 
 
-def broken_off(place: str, then: Callable[[Scene], Any], error: type = KeyboardInterrupt, length: int = 1):
+def broken_off(then: Callable[[Scene], Any], place: int = 0, length: int = 1) -> Callable[[Scene], Any]:
     """The next tokens break off, or the prompt of a fresh cache; then something else is called."""
 
     def call(scene: Scene) -> None:
         is_fresh = scene.cache.get_seq_length() == 0
         read = scene.read_prompt if is_fresh else lambda: scene.step(length)
-        break_off(scene, BREAKS[place](scene.model), error, read)
+        break_off(scene, BREAKS[place](scene.model), read, KeyboardInterrupt if length == 1 else RuntimeError)
         then(scene)
 
     return call
@@ -485,78 +457,6 @@ def fail_in_attention(scene: Scene) -> None:
     with patch.object(scene.cache.layers[1], "attend_step", side_effect=MemoryError), pytest.raises(MemoryError):
         scene.step()
     scene.step()
-
-
-def by_model(seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> Callable[[Scene], Any]:
-    """The next step by another model."""
-    return lambda scene: scene.step(model=build_model("llama", seed=seed, **overrides).to(dtype))
-
-
-BROKEN = r"broke off.*reset\(\)"
-ORDER_CALLS: list[BadCall] = [
-    *fatal(
-        [
-            ("update twice", lambda scene: update(scene, 0, 0), r"broke off in the attention of layer 0.*reset\(\)"),
-            ("out of memory", fail_in_attention, r"broke off in the attention of layer 1.*reset\(\)"),
-            (
-                "update of all layers without attention",
-                lambda scene: update(scene, 0, 1, 2),
-                "layer 0 did not go through.*attn_implementation='sdpa'",
-            ),
-            ("a later layer alone", lambda scene: [update(scene, 2), scene.step()], "reset"),
-            ("generate after a break", broken_off(SECOND, generated(FULL)), BROKEN),
-            (
-                "a copy after a break",
-                broken_off(SECOND, lambda scene: Scene(scene.model, copy.deepcopy(scene.cache)).step()),
-                BROKEN,
-            ),
-            *(
-                (f"{error.__name__} {place}", broken_off(place, Scene.step, error, length), r"broke off.*\[4.,.* 40\]")
-                for place in BREAKS
-                for error, length in ((RuntimeError, 1), (KeyboardInterrupt, 4))
-            ),
-        ],
-        RuntimeError,
-    ),
-    *fatal(
-        [
-            ("update twice", lambda scene: update(scene, 0, 0), r"broke off in the attention of layer 0.*reset\(\)"),
-            *(
-                (f"prompt {place}", broken_off(place, Scene.read_prompt), r"broke off.*\[40, .*0\]")
-                for place in BREAKS
-            ),
-        ],
-        RuntimeError,
-        "fresh",
-    ),
-    *fatal(
-        [(f"crop({n}) after a break", broken_off(SECOND, method("crop", n)), BROKEN) for n in (-1, 0)],
-        RuntimeError,
-        budget="large",
-    ),
-    *usable([("attention without update", attend_twice, "given 0 tokens and asked for 1")], RuntimeError),
-    *fatal(
-        [
-            ("another model, twin", by_model(seed=5), "another model"),
-            ("another model, deeper", by_model(num_hidden_layers=4), "another model"),
-        ]
-    ),
-    *fatal(
-        [
-            ("another model, deeper", by_model(num_hidden_layers=4), "3 layers.*4"),
-            ("another model, shallower", by_model(num_hidden_layers=2), "3 layers.*2"),
-        ],
-        on="fresh",
-    ),
-    *usable(
-        [
-            ("another model, other heads", by_model(num_key_value_heads=1), "2 KV heads.*1"),
-            ("another model, other width", by_model(head_dim=8), "width 16.*width 8"),
-            ("another model, half", by_model(dtype=torch.bfloat16), "float32.*bfloat16"),
-            ("another model, double", by_model(dtype=torch.float64), "float32.*float64"),
-        ]
-    ),
-]
 
 
 AttentionInterface.register("own_attention", sdpa_attention_forward)
@@ -614,230 +514,155 @@ ONES = torch.ones(2, 41, dtype=torch.long)
 PADDED = ONES.clone()
 PADDED[1, :PADDING] = 0
 SQUARE = torch.ones(40, 40, dtype=torch.bool)
-
-WINDOW = causal(2, 1, 5, 45) & ~causal(2, 1, 5, 45).tril(20)
-MASK_CALLS: list[BadCall] = [
-    # Too short: transformers takes what is missing for padding.
-    *fatal(
-        (
-            f"{columns} columns for {length} tokens",
-            step(length, mask=ONES[:, :1].expand(-1, columns)),
-            f"mask covers {columns} tokens.*{40 + length}",
-        )
-        for columns, length in ((1, 1), (24, 1), (40, 1), (5, 5), (41, 5))
-    ),
-    *fatal(
-        [
-            ("no column at all", step(mask=ONES[:, :0]), "mask covers 0 tokens.*41"),
-            ("all zero", step(mask=torch.zeros_like(ONES)), "mask covers 0 tokens.*41"),
-            ("additive, 2-D", step(mask=torch.zeros(2, 41)), "mask covers 0 tokens.*41"),
-            ("hides an old token", step(mask=hidden(ONES, 5)), "mask shows.*40, 41.*Pass a mask"),
-            (
-                "hides an old token from 5",
-                step(5, mask=hidden(torch.ones(2, 45), 5)),
-                "mask shows.*39, 40.*Pass a mask",
-            ),
-            ("padding where there was none", step(mask=PADDED), "mask shows.*41, 26.*Pass a mask"),
-            ("hides the new token of a row", step(mask=hidden(ONES, 40)), "mask shows.*40, 41.*Pass a mask"),
-            # Four dimensions: transformers passes such a mask on.
-            ("4-D, 40 columns", step(mask=causal(2, 1, 1, 40)), "mask has 40 columns.*41"),
-            ("4-D, 42 columns", step(mask=causal(2, 1, 1, 42)), "mask has 42 columns.*41"),
-            ("4-D, 3 rows", step(mask=causal(3, 1, 1, 41)), r"mask.*\(3, 1, 1, 41\)"),
-            ("4-D, too few queries", step(5, mask=causal(2, 1, 1, 45)), r"mask.*\(2, 1, 1, 45\)"),
-            ("4-D, too many queries", step(mask=causal(2, 1, 41, 41)), r"mask.*\(2, 1, 41, 41\)"),
-            ("4-D, integers", step(mask=causal(2, 1, 1, 41).long()), "mask.*int64"),
-            ("4-D, all hidden", step(mask=torch.zeros(2, 1, 1, 41, dtype=torch.bool)), "mask covers 0"),
-            ("4-D, hides an old token", step(mask=hidden(causal(2, 1, 1, 41), 3)), "mask shows.*40, 41"),
-            *(
-                (
-                    f"positions {given}",
-                    step(len(given), positions=torch.tensor([given])),
-                    rf"position_ids. end at \[{given[-1]}.*40.*start again",
-                )
-                for given in ([0], [-5], [39], [12.5], [0, 1, 2, 3], [39, 40, 41, 42], [43, 42, 41, 40])
-            ),
-        ]
-    ),
-    *fatal(
-        [
-            ("shows padding", step(mask=ONES), "mask.*40, 25.*Pass a mask"),
-            ("no mask, one token", step(mask=None), "mask.*40 columns.*40, 25.*Pass a mask"),
-            ("shows padding to 5 tokens", step(5, mask=torch.ones(2, 45)), "mask shows.*40, 40.*Pass a mask"),
-            ("no mask, 5 tokens", step(5, mask=None), "mask shows.*40, 40.*Pass a mask"),
-            ("rows of padding exchanged", step(mask=PADDED.flip(0)), "mask shows.*26, 41.*Pass a mask"),
-            (
-                "positions that count the padded row's tokens for none",
-                step(positions=torch.tensor([[40], [24]])),
-                r"position_ids. end at \[40, 24\].*40, 25",
-            ),
-        ],
-        on="padded",
-    ),
-    *fatal([("4-D, a window", step(5, mask=WINDOW), "not causal|mask shows")], (NotImplementedError, ValueError)),
-    *fatal(
-        [
-            ("4-D, bidirectional", step(5, mask=torch.ones(2, 1, 5, 45, dtype=torch.bool)), "not causal"),
-            ("flex_attention", attention_of("flex_attention"), "flex_attention.*sdpa"),
-            ("somebody's attention", attention_of("own_attention"), "own_attention.*sdpa"),
-            ("dropout", in_training, "dropout.*eval"),
-        ],
-        NotImplementedError,
-    ),
-    *fatal([("no attention", attention_of("no_such_attention"), "no_such_attention")], (KeyError, ValueError)),
-    *(
-        BadCall(f"prompt, {name}", prompt(mask=mask), match, error, "fresh", "either")
-        for name, mask, match, error in (
-            ("1 column", ONES[:, :1], "mask covers 1 tokens.*40", ValueError),
-            ("39 columns", ONES[:, :39], "mask covers 39 tokens.*40", ValueError),
-            ("39 columns, 4-D", causal(2, 1, 40, 39), "mask has 39 columns.*40", ValueError),
-            ("41 columns, 4-D", causal(2, 1, 40, 41), "mask has 41 columns.*40", ValueError),
-            ("39 queries", causal(2, 1, 39, 40), r"mask.*\(2, 1, 39, 40\)", ValueError),
-            ("three rows", causal(3, 1, 40, 40), r"mask.*\(3, 1, 40, 40\)", ValueError),
-            ("bidirectional", SQUARE.expand(2, 1, -1, -1), "not causal", NotImplementedError),
-            ("transposed", causal(2, 1, 40, 40).mT, "not causal", NotImplementedError),
-            ("packed", causal(2, 1, 40, 40) & ~SQUARE.tril(-20), "not causal", NotImplementedError),
-            ("a bias", torch.randn(2, 1, 40, 40), "not causal|covers", (NotImplementedError, ValueError)),
-        )
-    ),
-    *fatal(
-        [("right padding", pad_on_the_right, "padded on the right.*Pad on the left")], NotImplementedError, "fresh"
-    ),
-    *usable(
-        [
-            (
-                "three positions for one",
-                step(positions=torch.tensor([[40, 41, 42]])),
-                r"\(2, 2, 3, 16\).*\(2, 2, 1, 16\)",
-            )
-        ]
-    ),
-    *usable(
-        [("positions of three rows", step(positions=torch.full((3, 1), 40)), "size of tensor")],
-        RuntimeError,
-    ),
-]
-
-
+EITHER = (NotImplementedError, ValueError)
+BROKEN = r"broke off.*\[4.,.* 40\].*reset\(\)"
+IN_ATTENTION = r"broke off in the attention of layer {}.*reset\(\)"
 RESTARTED = "start again|mask covers {} tokens"
-GENERATE_CALLS: list[BadCall] = [
-    *usable(
-        [
-            ("beams", generated(FULL, num_beams=3), "2 rows.*given 6"),
-            ("two sequences", generated(FULL, num_return_sequences=2, do_sample=True), "2 rows.*given 4"),
-            ("1 prompt", generated(random_tokens(1, 43)), "2 rows.*given 1"),
-            ("3 prompts", generated(random_tokens(3, 43)), "2 rows.*given 3"),
-            ("no new tokens wanted", generated(FULL, max_new_tokens=0), "max_new_tokens"),
-            ("max_length exceeded", generated(FULL, max_new_tokens=None, max_length=10), "max_length"),
-            ("a tuple", lambda scene: scene.generate(FULL, past_key_values=(scene.cache,)), "tuple"),
-            ("no tokens", forward(MORE[:, :0]), "no new tokens: the cache has seen 40"),
-            # A question alone, behind a context that the cache has read: `generate` takes it for the whole history.
-            (
-                "a question",
-                generated(random_tokens(2, 20)),
-                "seen 40, .*Give it the history with new tokens behind it",
-            ),
-            *(
-                (f"cache_implementation={name!r}", generated(FULL, cache_implementation=name), "cache_implementation")
-                for name in ("static", "dynamic", "quantized", "offloaded")
-            ),
-        ]
-    ),
-    *usable(
-        [
-            ("a list", lambda scene: scene.model(PROMPT, past_key_values=[scene.cache]), "list"),
-            ("the cache as the mask", lambda scene: scene.model(PROMPT, scene.cache), "Cache"),
-        ],
-        AttributeError,
-    ),
-    *usable([("a token out of reach", forward(MORE[:, :1] + 1000), "out of range")], IndexError),
-    *usable([("chunks of 0", generated(FULL, prefill_chunk_size=0), "split_size|chunk")], (RuntimeError, ValueError)),
-    *fatal(
-        [
-            ("no cache wanted", generated(FULL, use_cache=False), "use_cache=False|mask covers 44 tokens"),
-            (
-                "another model",
-                lambda scene: Scene(build_model("llama", seed=5), scene.cache).generate(FULL),
-                "another model",
-            ),
-            *(
-                (
-                    f"prompt of {n} tokens",
-                    generated(random_tokens(2, n, seed=7)),
-                    f"position_ids.*{RESTARTED.format(n)}",
-                )
-                for n in (30, 39, 40)
-            ),
-        ]
-    ),
-    *fatal(
-        # transformers cuts a prompt no longer than what was seen at the wrong end.
-        (
-            (
-                f"prompt of {n} tokens",
-                generated(random_tokens(2, n), attention_mask=PADDED[:, :n]),
-                RESTARTED.format(n),
-            )
-            for n in (30, 39, 40)
+# Masks, positions and attention functions of the next tokens.
+STEPS: Calls = {
+    ("filled", ValueError): [
+        # Too short: transformers takes what is missing for padding.
+        *(
+            (f"mask covers {columns} tokens.*{40 + length}", step(length, mask=ONES[:, :1].expand(-1, columns)))
+            for columns, length in ((1, 1), (40, 1), (5, 5), (41, 5))
         ),
-        on="padded",
-    ),
-]
-ALL_CALLS = METHOD_CALLS + ORDER_CALLS + MASK_CALLS + GENERATE_CALLS
-HARMLESS_CALLS = [bad for bad in ALL_CALLS if bad.after == "usable"]
-FATAL_CALLS = [bad for bad in ALL_CALLS if bad.after != "usable"]
+        ("mask covers 0 tokens.*41", step(mask=ONES[:, :0])),
+        ("mask covers 0 tokens.*41", step(mask=torch.zeros(2, 41))),
+        ("mask shows.*40, 41.*Pass a mask", step(mask=hidden(ONES, 5))),
+        ("mask shows.*39, 40.*Pass a mask", step(5, mask=hidden(torch.ones(2, 45), 5))),
+        ("mask shows.*41, 26.*Pass a mask", step(mask=PADDED)),
+        ("mask shows.*40, 41.*Pass a mask", step(mask=hidden(ONES, 40))),
+        # Four dimensions: transformers passes such a mask on.
+        ("mask has 40 columns.*41", step(mask=causal(2, 1, 1, 40))),
+        ("mask has 42 columns.*41", step(mask=causal(2, 1, 1, 42))),
+        (r"mask.*\(3, 1, 1, 41\)", step(mask=causal(3, 1, 1, 41))),
+        (r"mask.*\(2, 1, 1, 45\)", step(5, mask=causal(2, 1, 1, 45))),
+        (r"mask.*\(2, 1, 41, 41\)", step(mask=causal(2, 1, 41, 41))),
+        ("mask.*int64", step(mask=causal(2, 1, 1, 41).long())),
+        ("mask covers 0", step(mask=torch.zeros(2, 1, 1, 41, dtype=torch.bool))),
+        ("mask shows.*40, 41", step(mask=hidden(causal(2, 1, 1, 41), 3))),
+        *(
+            (rf"position_ids. end at \[{ids[-1]}.*40.*start again", step(len(ids), positions=torch.tensor([ids])))
+            for ids in ([0], [-5], [39], [12.5], [0, 1, 2, 3], [39, 40, 41, 42], [43, 42, 41, 40])
+        ),
+    ],
+    ("padded", ValueError): [
+        ("mask.*40, 25.*Pass a mask", step(mask=ONES)),
+        ("mask.*40 columns.*40, 25.*Pass a mask", step(mask=None)),
+        ("mask shows.*40, 40.*Pass a mask", step(5, mask=torch.ones(2, 45))),
+        ("mask shows.*40, 40.*Pass a mask", step(5, mask=None)),
+        ("mask shows.*26, 41.*Pass a mask", step(mask=PADDED.flip(0))),
+        (r"position_ids. end at \[40, 24\].*40, 25", step(positions=torch.tensor([[40], [24]]))),
+    ],
+    ("filled", NotImplementedError): [("not causal", step(5, mask=torch.ones(2, 1, 5, 45, dtype=torch.bool)))],
+    ("filled", EITHER): [("not causal|mask shows", step(5, mask=causal(2, 1, 5, 45) & ~causal(2, 1, 5, 45).tril(20)))],
+}
+# Calls after which the cache asks for a reset.
+FATAL: Calls = {
+    **STEPS,
+    ("fresh", NotImplementedError): [("padded on the right.*Pad on the left", pad_on_the_right)],
+    ("filled", (NotImplementedError,)): [
+        ("flex_attention.*sdpa", attention_of("flex_attention")),
+        ("own_attention.*sdpa", attention_of("own_attention")),
+        ("dropout.*eval", in_training),
+    ],
+    ("filled", (KeyError, ValueError)): [("no_such_attention", attention_of("no_such_attention"))],
+    ("filled", RuntimeError): [
+        (IN_ATTENTION.format(0), lambda scene: update(scene, 0, 0)),
+        (IN_ATTENTION.format(1), fail_in_attention),
+        ("layer 0 did not go through.*attn_implementation='sdpa'", lambda scene: update(scene, 0, 1, 2)),
+        ("reset", lambda scene: [update(scene, 2), scene.step()]),
+        (BROKEN, broken_off(generated(FULL))),
+        (BROKEN, broken_off(lambda scene: Scene(scene.model, copy.deepcopy(scene.cache)).step())),
+        *((BROKEN, broken_off(Scene.step, place, length)) for place in range(3) for length in (1, 4)),
+    ],
+    ("fresh", RuntimeError): [
+        (IN_ATTENTION.format(0), lambda scene: update(scene, 0, 0)),
+        *((r"broke off.*\[40, .*0\].*reset\(\)", broken_off(Scene.read_prompt, place)) for place in range(3)),
+    ],
+    ("large", RuntimeError): [(BROKEN, broken_off(of_cache("crop", n))) for n in (-1, 0)],
+    ("fresh", ValueError): [
+        ("3 layers.*4", by_model(num_hidden_layers=4)),
+        ("3 layers.*2", by_model(num_hidden_layers=2)),
+    ],
+    ("filled", (ValueError,)): [
+        ("another model", by_model(seed=5)),
+        ("another model", by_model(num_hidden_layers=4)),
+        ("another model", lambda scene: Scene(build_model("llama", seed=5), scene.cache).generate(FULL)),
+        ("use_cache=False|mask covers 44 tokens", generated(FULL, use_cache=False)),
+        *((f"position_ids.*{RESTARTED.format(n)}", generated(random_tokens(2, n, seed=7))) for n in (30, 40)),
+    ],
+    # transformers cuts a prompt no longer than what was seen at the wrong end.
+    ("padded", (ValueError,)): [
+        (RESTARTED.format(n), generated(random_tokens(2, n), attention_mask=PADDED[:, :n])) for n in (30, 39, 40)
+    ],
+}
+# Masks of a prompt. It depends on the cache whether their error is noticed before anything is read.
+PROMPTS: Calls = {
+    ("fresh", ValueError): [
+        ("mask covers 1 tokens.*40", prompt(mask=ONES[:, :1])),
+        ("mask covers 39 tokens.*40", prompt(mask=ONES[:, :39])),
+        ("mask has 39 columns.*40", prompt(mask=causal(2, 1, 40, 39))),
+        ("mask has 41 columns.*40", prompt(mask=causal(2, 1, 40, 41))),
+        (r"mask.*\(2, 1, 39, 40\)", prompt(mask=causal(2, 1, 39, 40))),
+        (r"mask.*\(3, 1, 40, 40\)", prompt(mask=causal(3, 1, 40, 40))),
+    ],
+    ("fresh", NotImplementedError): [
+        ("not causal", prompt(mask=SQUARE.expand(2, 1, -1, -1))),
+        ("not causal", prompt(mask=causal(2, 1, 40, 40).mT)),
+        ("not causal", prompt(mask=causal(2, 1, 40, 40) & ~SQUARE.tril(-20))),
+    ],
+    ("fresh", EITHER): [("not causal|covers", prompt(mask=torch.randn(2, 1, 40, 40)))],
+}
 
 
-def scene_of(case: CacheCase, on: str, budget: str) -> Scene:
+def scene_of(case: CacheCase, on: str, model: PreTrainedModel | None = None) -> Scene:
     """A cache as it is before a call."""
-    model = tiny_model("llama")
-    scene = Scene(model, case.build(model, budget), is_padded=on == "padded")
+    model = model or tiny_model("llama")
+    scene = Scene(model, case.build(model, "large" if on == "large" else "tight"), is_padded=on == "padded")
     if on != "fresh":
-        assert_same(scene.read_prompt(), undisturbed(case, budget, scene.is_padded)[0])
+        scene.read_prompt()
     return scene
 
 
 @every_cache
 def test_calls_that_change_nothing(case: CacheCase) -> None:
     """One cache goes through all of them, and then on as one that never saw them."""
-    num_calls = 0
-    for on, budget in sorted({(bad.on, bad.budget) for bad in HARMLESS_CALLS}):
-        scene = scene_of(case, on, budget)
-        calls = [bad for bad in HARMLESS_CALLS if (bad.on, bad.budget) == (on, budget)]
-        if not case.evicts:  # all can be taken back
-            calls = [bad for bad in calls if not bad.name.endswith("of evicted")]
-        assert_refused(bad.on_scene(scene) for bad in calls)
-        num_calls += len(calls)
-        prompt_logits, later = undisturbed(case, budget, scene.is_padded)
-        if on == "fresh":
-            assert_same(scene.read_prompt(), prompt_logits)
-        assert_same(scene.go_on(), later)
-    assert num_calls > 120
+    for on in ("fresh", "filled", "large"):
+        scene = scene_of(case, on)
+        for (before, error), calls in HARMLESS.items():
+            if before == on:
+                # Where nothing is evicted all can be taken back.
+                calls = [call for call in calls if case.evicts or "undone" not in call[0]]
+                assert_refused((match, partial(call, scene), match, error) for match, call in calls)
+        prompt_logits, later = undisturbed(case, on)
+        assert_same((scene.read_prompt() if on == "fresh" else prompt_logits) + scene.go_on(), prompt_logits + later)
 
 
 # Each call on two caches of the quick tier.
 @every_cache
 def test_calls_that_ask_for_a_reset(case: CacheCase) -> None:
-    for bad in FATAL_CALLS[CACHE_CASES.index(case) % 3 :: 3]:
-        scene = scene_of(case, bad.on, bad.budget)
-        assert_refused([bad.on_scene(scene)])
-        if bad.after == "reset" or scene.cache.get_seq_length() > 0:
-            assert_refused([(f"a step after {bad.name}", scene.step, r"cache\.reset\(\)", RuntimeError)])
+    flat = [(key, call, table is PROMPTS) for table in (FATAL, PROMPTS) for key in table for call in table[key]]
+    for (on, error), (match, call), may_be_unread in flat[CACHE_CASES.index(case) % 3 :: 3]:
+        scene = scene_of(case, on)
+        assert_refused([(match, partial(call, scene), match, error)])
+        if not may_be_unread or scene.cache.get_seq_length() > 0:
+            assert_refused([(f"a step after {match}", scene.step, r"cache\.reset\(\)", RuntimeError)])
             scene.cache.reset()
         assert scene.cache.get_seq_length() == sum(scene.cache.num_kept_tokens()) == 0
-        prompt_logits, later = undisturbed(case, bad.budget, scene.is_padded)
-        assert_same(scene.read_prompt() + scene.go_on(), prompt_logits + later, bad.name)
+        prompt_logits, later = undisturbed(case, on)
+        assert_same(scene.read_prompt() + scene.go_on(), prompt_logits + later, match)
 
 
 @parametrize_cases(case for case in CACHE_CASES if case.cache_class in (H2OCache, SnapKVCache))
 def test_bad_masks_under_eager_attention(case: CacheCase) -> None:
     """The masks that arrive are additive."""
     model = build_model("llama", attention="eager")
-    for bad in MASK_CALLS:
-        if any(word in bad.name for word in ("column", "token", "padding")):
-            scene = Scene(model, case.build(model), is_padded=bad.on == "padded")
-            if bad.on != "fresh":
-                scene.read_prompt()
-            assert_refused([bad.on_scene(scene)])
+    for (on, error), calls in [*STEPS.items(), *PROMPTS.items()]:
+        for match, call in calls:
+            if "Pass a mask" in match or re.match(r"mask (covers [1-9]|has)", match):
+                scene = scene_of(case, on, model)
+                assert_refused([(match, partial(call, scene), match, error)])
 
 
 @every_cache
@@ -845,18 +670,18 @@ def test_a_forward_pass_that_breaks_off_outside_the_layers_leaves_the_cache_whol
     """Before the keys of the first layer its tokens were not read; behind the last layer they were."""
     model = tiny_model("llama")
     scene = Scene(model, case.build(model))
-    prompt_logits, later = undisturbed(case, "tight", False)
+    prompt_logits, later = undisturbed(case, "filled")
     first = model.model.layers[0]
     early = (model.model.embed_tokens, first, first.input_layernorm, first.self_attn.v_proj)
     for module in early:
-        break_off(scene, module, KeyboardInterrupt, scene.read_prompt)
+        break_off(scene, module, scene.read_prompt)
     assert_same(scene.read_prompt(), prompt_logits)
     for module in early:
-        break_off(scene, module, KeyboardInterrupt, scene.step)
+        break_off(scene, module, scene.step)
     assert_same(scene.go_on(), later)
     for module in (model.model.norm, model.lm_head):
         scene.cache.reset()
-        break_off(scene, module, KeyboardInterrupt, scene.read_prompt)
+        break_off(scene, module, scene.read_prompt)
         assert_same(scene.go_on(), later)
 
 
@@ -891,7 +716,7 @@ def test_generate_that_was_broken_off_can_be_taken_up_again(case: CacheCase) -> 
 @every_cache
 def test_assistants_that_are_refused(case: CacheCase) -> None:
     """transformers refuses after it has asked the cache to record: the next `generate` is a plain one again."""
-    scenes = [scene_of(case, "filled", "tight") for _ in range(2)]
+    scenes = [scene_of(case, "filled") for _ in range(2)]
     for assistant in ({"assistant_model": scenes[0].model}, {"prompt_lookup_num_tokens": 3}):
         with pytest.raises(ValueError, match="batch_size = 1"):
             scenes[0].generate(FULL, **assistant)
@@ -927,14 +752,14 @@ def test_a_cache_of_the_twin_of_a_model() -> None:
 @every_cache
 def test_what_dynamic_cache_answers_too(case: CacheCase) -> None:
     """Calls that transformers defines for any number, and masks longer than what was seen."""
-    scene = scene_of(case, "filled", "tight")
+    scene = scene_of(case, "filled")
     other = Scene(scene.model, DynamicCache(config=scene.model.config))
     other.read_prompt()
     for layer in (2, 3, 99, -1):
         assert scene.cache.get_seq_length(layer) == other.cache.get_seq_length(layer)
     scene.step(mask=torch.ones(2, 60))
     scene.cache.reset()
-    prompt_logits, later = undisturbed(case, "tight", False)
+    prompt_logits, later = undisturbed(case, "filled")
     assert_same(scene.read_prompt(), prompt_logits)
     scene.cache.reorder_cache([-1, -2])
     scene.cache.batch_select_indices(torch.tensor([True, True]))
