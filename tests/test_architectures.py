@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache as remember
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -52,33 +53,20 @@ TOLERANCE = 2e-4
 LENGTHS = (25, 37)
 NUM_STEPS = 5
 
-# What stands in for the attention of the forward pass that is running.
-_running: list[Callable[..., tuple[torch.Tensor, torch.Tensor | None]]] = []
-
 LATER = dict.fromkeys(LATER_ARCHITECTURES, hasattr(modeling_gptj, "eager_attention_forward"))
 SERVED = [*FAMILIES, *ARCHITECTURES, *(name for name, is_served in LATER.items() if is_served)]
 REFUSED = [*REFUSED_ARCHITECTURES, *(name for name, is_served in LATER.items() if not is_served)]
 
 
-def _attention_function(
-    module: torch.nn.Module, *args: Any, **kwargs: Any
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    return _running[-1](module, *args, **kwargs)
-
-
-AttentionInterface.register(ORACLE, _attention_function)
 AttentionMaskInterface.register(ORACLE, eager_mask)
 
 
 @contextmanager
 def attention_by(model: PreTrainedModel, function: Callable[..., Any]) -> Iterator[None]:
     """Runs a model with `function` in place of its attention function; masks are made as for eager attention."""
-    _running.append(function)
-    try:
-        with attention_implementation(model, ORACLE), torch.no_grad():
-            yield
-    finally:
-        _running.pop()
+    functions = patch.dict(AttentionInterface._global_mapping, {ORACLE: function})
+    with functions, attention_implementation(model, ORACLE), torch.no_grad():
+        yield
 
 
 def eager(module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
