@@ -14,7 +14,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from pyramid_cache import H2OCache, KnormCache, PyramidCache, SnapKVCache, StreamingLLMCache
 
 
-PROMPT_LENGTH = 4096
+PROMPT_LENGTH = 2048
 BUDGET = 0.25
 HEAD_DIM = 64
 KV_HEADS = 2

@@ -100,6 +100,7 @@ def test_gradients_over_several_steps(case: CacheCase) -> None:
             assert gradient(case.build(model)).isfinite().all()
 
 
+@pytest.mark.slow
 def test_a_compiled_model_with_hooks() -> None:
     """The prompt too, whose hidden states are pruned."""
     model, tokens = build_model("llama", num_hidden_layers=2), random_tokens(1, 42)
