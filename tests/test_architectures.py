@@ -1,7 +1,7 @@
-"""Every architecture with every cache: served as `DynamicCache` and by the policy, or refused by name when it is built.
+"""Every architecture is served as by `DynamicCache` and by the policy, or refused by name when the cache is built.
 
-The oracles run the model's own eager attention, uncached and one row at a time: with the keys masked that the cache had
-evicted, or, for StreamingLLM, with queries and keys that the attention module itself gives at positions inside the cache.
+The oracles run the model's own eager attention, uncached and one row at a time. They mask the keys that the cache had
+evicted. For StreamingLLM, the attention module itself gives queries and keys at positions inside the cache.
 """
 
 import sys
@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache as remember
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
-from caches import CacheCase, every_cache, shadow_within_reach
+from caches import CACHE_CASES, CacheCase, every_cache, shadow_within_reach
 from models import (
     ARCHITECTURES,
     FAMILIES,
@@ -52,35 +53,20 @@ TOLERANCE = 2e-4
 LENGTHS = (25, 37)
 NUM_STEPS = 5
 
-# What stands in for the attention of the forward pass that is running.
-_running: list[Callable[..., tuple[torch.Tensor, torch.Tensor | None]]] = []
-
 LATER = dict.fromkeys(LATER_ARCHITECTURES, hasattr(modeling_gptj, "eager_attention_forward"))
 SERVED = [*FAMILIES, *ARCHITECTURES, *(name for name, is_served in LATER.items() if is_served)]
 REFUSED = [*REFUSED_ARCHITECTURES, *(name for name, is_served in LATER.items() if not is_served)]
 
-every_architecture = pytest.mark.parametrize("name", SERVED)
 
-
-def _attention_function(
-    module: torch.nn.Module, *args: Any, **kwargs: Any
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    return _running[-1](module, *args, **kwargs)
-
-
-AttentionInterface.register(ORACLE, _attention_function)
 AttentionMaskInterface.register(ORACLE, eager_mask)
 
 
 @contextmanager
 def attention_by(model: PreTrainedModel, function: Callable[..., Any]) -> Iterator[None]:
     """Runs a model with `function` in place of its attention function; masks are made as for eager attention."""
-    _running.append(function)
-    try:
-        with attention_implementation(model, ORACLE), torch.no_grad():
-            yield
-    finally:
-        _running.pop()
+    functions = patch.dict(AttentionInterface._global_mapping, {ORACLE: function})
+    with functions, attention_implementation(model, ORACLE), torch.no_grad():
+        yield
 
 
 def eager(module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -94,69 +80,43 @@ def model_of(name: str, attention: str) -> PreTrainedModel:
     return build_model(name, seed=sum(name.encode()), attention=attention)
 
 
-def supported_model(name: str, attention: str) -> PreTrainedModel:
-    """`model_of`, where the architecture has that attention function."""
+def attentions_of(name: str) -> list[str]:
+    """Those that the architecture has."""
     try:
-        return model_of(name, attention)
+        model_of(name, "sdpa")
     except ValueError as error:
-        if "does not support an attention implementation" not in str(error):
-            raise
-        pytest.skip(f"{name} has no {attention}")
+        assert "does not support an attention implementation" in str(error)
+        return ["eager"]
+    return ["sdpa", "eager"]
 
 
-def build_or_skip(case: CacheCase, model: PreTrainedModel, budget: str) -> CompressedCache:
-    """A new cache, unless it was refused with the way out."""
+def reason_to_refuse(case: CacheCase, model: PreTrainedModel) -> str | None:
+    """The message, at the latest of the first prompt, where a served architecture cannot serve a cache."""
+    kept_apart = issubclass(case.cache_class, PolicyCache) and case.cache_class.layer_class is RaggedLayer
+    moving = (StreamingLLMCache, ExpectedAttentionCache, MassiveActivationCache, ShadowKVCache)
+    if kept_apart and model.config.model_type == "gpt_oss":
+        return "learned attention sinks"
+    if issubclass(case.cache_class, moving) and model.config.model_type == "gptj":
+        return "reproduced.*leaves keys at"  # a table of sines has turned them
+    return None
+
+
+def is_refused(case: CacheCase, model: PreTrainedModel) -> bool:
+    """Whether a cache is refused, with its reason. Hidden states that cannot be pruned are refused at once."""
+    reason = reason_to_refuse(case, model)
+    if reason is not None:
+        with torch.no_grad(), pytest.raises(NotImplementedError, match=reason):
+            model(random_tokens(1, 20), past_key_values=case.build(model))
+        return True
     try:
-        return case.build(model, budget)
+        case.build(model)
     except NotImplementedError as error:
         assert case.from_model and type(model).__name__ in str(error) and "`model.config`" in str(error)
-        pytest.skip("hidden states cannot be pruned: build the cache from the config")
+        return True
+    return False
 
 
-def skip_learned_sinks(case: CacheCase, model: PreTrainedModel) -> None:
-    """Skips if heads would hold different numbers of tokens beside learned attention sinks, having seen the refusal."""
-    if issubclass(case.cache_class, PolicyCache) and case.cache_class.layer_class is RaggedLayer:
-        if model.config.model_type == "gpt_oss":
-            with torch.no_grad(), pytest.raises(NotImplementedError, match="learned attention sinks"):
-                model(random_tokens(1, 20), past_key_values=case.build(model))
-            pytest.skip("learned attention sinks: heads must keep equal numbers of tokens")
-
-
-def skip_unmovable_keys(case: CacheCase, model: PreTrainedModel) -> None:
-    """Skips if keys would be moved that a table of sines has turned, having seen the refusal."""
-    moving = (StreamingLLMCache, ExpectedAttentionCache, MassiveActivationCache, ShadowKVCache)
-    if issubclass(case.cache_class, moving):
-        if model.config.model_type == "gptj":
-            with torch.no_grad(), pytest.raises(NotImplementedError, match="reproduced.*leaves keys at"):
-                model(random_tokens(1, 20), past_key_values=case.build(model))
-            pytest.skip("a table of sines: keys must stay at their positions")
-
-
-# Large budgets.
-
-
-@remember
-def plain(name: str, attention: str) -> Any:
-    """What `DynamicCache` gives."""
-    model = supported_model(name, attention)
-    return generate(model, DynamicCache(config=model.config), random_rows(LENGTHS), NUM_STEPS)
-
-
-@every_cache
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@every_architecture
-def test_nothing_to_evict(name: str, attention: str, case: CacheCase) -> None:
-    """Greedy decoding of a left-padded batch is that of `DynamicCache`, bit for bit."""
-    model = supported_model(name, attention)
-    skip_learned_sinks(case, model)
-    skip_unmovable_keys(case, model)
-    output = generate(model, build_or_skip(case, model, "large"), random_rows(LENGTHS), NUM_STEPS)
-    wanted = plain(name, attention)
-    assert torch.equal(output.sequences, wanted.sequences)
-    assert torch.equal(torch.stack(output.logits), torch.stack(wanted.logits))
-
-
-# Tight budgets.
+# What a tight budget must give.
 
 
 def run_masked(
@@ -186,7 +146,7 @@ def run_masked(
 
 
 def check_masked(model: PreTrainedModel, cache: CompressedCache, trace: Trace, rows: list[torch.Tensor]) -> None:
-    """Logits are those of a run without what was evicted, and what stayed is what the policy picks by its attention."""
+    """Logits are those of a run without what was evicted. What stayed is what the policy picks by its attention."""
     layers = cache.compressed_layers
     kv_heads = trace.positions[0][0].shape[1]
     for row, prompt in enumerate(rows):
@@ -221,7 +181,7 @@ def check_masked(model: PreTrainedModel, cache: CompressedCache, trace: Trace, r
 
 
 def check_attention(layer: PolicyLayer, row: int, weights: torch.Tensor, prompt_length: int) -> None:
-    """What the policy is shown is the mean of the window's last queries, of which each newer one takes over a share."""
+    """The policy is shown the mean of the window's last queries, of which each newer one takes over a share."""
     if isinstance(layer, RaggedLayer):
         layer = layer._unpacked()
     window, positions = layer.policy.window_size, layer.held_positions()[row]
@@ -245,8 +205,8 @@ def run_streaming(
 ) -> torch.Tensor:
     """Logits `(length, vocabulary)` of StreamingLLM, which numbers the keys that a query sees from zero.
 
-    Queries and keys at these numbers are not computed here: the attention module is asked for those of all tokens, with
-    the position embeddings that the model makes for each number.
+    Queries and keys at these numbers are not computed here. The attention module is asked for those of all tokens,
+    with the position embeddings that the model makes for each number.
     """
     layers = {layer.place.layer_idx: layer for layer in cache.compressed_layers}
     prefill, window, sinks = (getattr(layers[min(layers)], name) for name in ("prefill", "window", "num_sink_tokens"))
@@ -309,7 +269,7 @@ def has_keys(module: torch.nn.Module) -> bool:
 
 
 def check_all_in_reach(model: PreTrainedModel, rows: list[torch.Tensor], continuation: torch.Tensor) -> None:
-    """Where nothing is evicted, it is left to low ranks and choices what a step sees: with all of both it sees everything."""
+    """With full rank and all chunks chosen, a step of ShadowKV sees everything."""
     with shadow_within_reach(model.config) as cache:
         trace = drive(model, cache, rows, continuation)
     assert all(min(layer.row_shadow) > 0 for layer in cache.compressed_layers)
@@ -317,20 +277,20 @@ def check_all_in_reach(model: PreTrainedModel, rows: list[torch.Tensor], continu
     torch.testing.assert_close(trace.logits, wanted.logits, atol=1e-4, rtol=0)
 
 
-@every_cache
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@every_architecture
-def test_tight_budgets(name: str, attention: str, case: CacheCase) -> None:
-    model = supported_model(name, attention)
-    if attention == "sdpa" and getattr(model.config, "attn_logit_softcapping", None):
-        pytest.skip("transformers' sdpa leaves out the soft cap")
-    skip_learned_sinks(case, model)
-    skip_unmovable_keys(case, model)
+def check_large_budget(model: PreTrainedModel, cache: CompressedCache) -> None:
+    """Greedy decoding of a left-padded batch is that of `DynamicCache`, bit for bit."""
+    caches, rows = (cache, DynamicCache(config=model.config)), random_rows(LENGTHS)
+    output, wanted = (generate(model, each, rows, NUM_STEPS) for each in caches)
+    assert torch.equal(output.sequences, wanted.sequences)
+    assert torch.equal(torch.stack(output.logits), torch.stack(wanted.logits))
+
+
+def check_tight_budget(model: PreTrainedModel, cache: CompressedCache) -> None:
+    """What is evicted is what the method says, and nothing else is missing from the logits."""
     rows, continuation = random_rows(LENGTHS, seed=7), random_tokens(len(LENGTHS), NUM_STEPS, seed=8)
-    if not case.evicts:
+    if isinstance(cache, ShadowKVCache):
         check_all_in_reach(model, rows, continuation)
         return
-    cache = build_or_skip(case, model, "tight")
     trace = drive(model, cache, rows, continuation)
     assert max(cache.num_kept_tokens()) < max(LENGTHS)
     if not isinstance(cache, StreamingLLMCache):
@@ -339,6 +299,27 @@ def test_tight_budgets(name: str, attention: str, case: CacheCase) -> None:
     for row, prompt in enumerate(rows):
         wanted = run_streaming(model, torch.cat([prompt, continuation[row]]), len(prompt), cache)[len(prompt) - 1 :]
         torch.testing.assert_close(trace.logits[row], wanted, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("tier", ["quick", pytest.param("slow", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", SERVED)
+def test_served(name: str, tier: str) -> None:
+    """Quickly with three caches in turn, and with all of the tier where attention or the cache's name are special."""
+    turn, has_all = SERVED.index(name), tier == "slow" or name in ("gemma2", "gpt_oss", "gpt_neox")
+    cases = [case for case in CACHE_CASES if case.tier == tier]
+    attentions = attentions_of(name)
+    for case in cases if has_all else cases[turn % 2 :: 2]:
+        for attention in attentions if has_all else [attentions[turn // 2 % len(attentions)]]:
+            model = model_of(name, attention)
+            try:
+                if not is_refused(case, model):
+                    check_large_budget(model, case.build(model, "large"))
+                    # transformers' sdpa leaves out the soft cap.
+                    if attention == "eager" or not getattr(model.config, "attn_logit_softcapping", None):
+                        check_tight_budget(model, case.build(model))
+            except BaseException as error:
+                error.add_note(f"with {case.name} and {attention}")
+                raise
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "gpt2"])
@@ -363,17 +344,13 @@ def test_the_oracles_are_the_model_when_all_is_seen(name: str) -> None:
 
 
 @every_cache
-@pytest.mark.parametrize("name", REFUSED)
-def test_refused_by_name(name: str, case: CacheCase) -> None:
-    config = build_config(name)
-    source = build_model(name, attention="eager") if case.from_model else config
-    with pytest.raises((NotImplementedError, ValueError), match=f"(?s)'{config.model_type}'.*Use DynamicCache"):
-        case.build_from(source)
-
-
-@every_cache
-def test_layers_that_share_keys_are_refused(case: CacheCase) -> None:
-    """Gemma 3n and 4: the last layers attend to what earlier ones have stored."""
+def test_refused_by_name(case: CacheCase) -> None:
+    for name in REFUSED:
+        config = build_config(name)
+        source = build_model(name, attention="eager") if case.from_model else config
+        with pytest.raises((NotImplementedError, ValueError), match=f"(?s)'{config.model_type}'.*Use DynamicCache"):
+            case.build_from(source)
+    # The last layers of Gemma 3n and 4 attend to what earlier ones have stored.
     for model_type in ("gemma3n_text", "gemma4_text"):
         config = AutoConfig.for_model(model_type, num_hidden_layers=4, num_kv_shared_layers=2)
         with pytest.raises(NotImplementedError, match=f"'{model_type}'.*earlier layers.*DynamicCache"):

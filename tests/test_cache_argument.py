@@ -1,5 +1,6 @@
-"""Caches under the name that transformers gives their argument from 5.24 on, and without it; all other tests use the old name."""
+"""Caches under the name that transformers gives their argument from 5.24 on. Most tests use the old name."""
 
+import contextlib
 import inspect
 import warnings
 from collections.abc import Iterator
@@ -9,7 +10,6 @@ import pytest
 import torch
 from caches import CacheCase, every_cache
 from models import random_tokens, tiny_model
-from modes import tiny_tokenizer, word
 from test_encoder_decoder import decoder_prompts, encoder_inputs, model_of
 from transformers import (
     Cache,
@@ -18,17 +18,10 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaForCausalLM,
     PreTrainedModel,
-    pipeline,
 )
 
 from pyramid_cache import H2OCache
 from pyramid_cache.engine.architectures import CACHE_ARGUMENT
-from pyramid_cache.lab.demo.timed_answers import generate
-from pyramid_cache.lab.evaluation.caches import CACHES
-from pyramid_cache.lab.evaluation.evaluator import Evaluation
-from pyramid_cache.lab.evaluation.tasks import Context, Question
-from pyramid_cache.lab.profile.activations import measure_text
-from pyramid_cache.lab.weights import no_progress
 
 
 SETTINGS: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
@@ -62,42 +55,19 @@ def test_the_name_is_that_of_models_and_of_what_they_return() -> None:
         assert model(PROMPT, **{CACHE_ARGUMENT: cache})[CACHE_ARGUMENT] is cache
 
 
-def test_measurements_do_not_warn_of_what_their_users_never_wrote() -> None:
-    """What an evaluation reads, asks and answers itself, what a profile reads, and what the demo generates."""
-    model = tiny_model("llama")
-    generate(model, PROMPT, DynamicCache(config=model.config), 2)
-    measure_text(model, tiny_tokenizer(), PROMPT[:1], window_size=8)
-    context = Context("made-up", PROMPT[0].tolist(), [Question(LATER[0].tolist(), LATER[1].tolist())])
-    results = Evaluation(model, {name: CACHES[name] for name in ("snapkv", "streaming")}, [0.5]).run(
-        [context], no_progress
-    )
-    assert {result.cache for result in results} == {"dynamic", "snapkv", "streaming"}
-
-
 @named_cache
 @every_cache
-def test_generate(case: CacheCase) -> None:
-    model = tiny_model("llama")
-    cache, other = case.build(model), case.build(model)
-    tokens = model.generate(PROMPT, cache=cache, **SETTINGS)
-    with pytest.warns(FutureWarning, match="past_key_values"):
-        wanted = model.generate(PROMPT, past_key_values=other, **SETTINGS)
-    assert torch.equal(tokens, wanted)
-    assert_same_state(cache, other)
-
-
-@named_cache
-@every_cache
-def test_forward(case: CacheCase) -> None:
-    model = tiny_model("llama")
-    cache, other = case.build(model), case.build(model)
-    for tokens in (PROMPT, LATER):
-        with torch.no_grad():
-            logits = model(tokens, cache=cache).logits[:, -1]
-            with pytest.warns(FutureWarning, match="past_key_values"):
-                wanted = model(tokens, past_key_values=other).logits[:, -1]
-        assert torch.equal(logits, wanted)
-    assert_same_state(cache, other)
+@torch.no_grad()
+def test_both_names(case: CacheCase) -> None:
+    """Of `generate`, and of the model."""
+    model, caches, tokens, logits = tiny_model("llama"), [case.build(tiny_model("llama")) for _ in range(2)], [], []
+    for name, cache in zip(("cache", "past_key_values"), caches, strict=True):
+        with contextlib.nullcontext() if name == "cache" else pytest.warns(FutureWarning, match="past_key_values"):
+            tokens.append(model.generate(PROMPT, **{name: cache}, **SETTINGS))
+        with contextlib.nullcontext() if name == "cache" else pytest.warns(FutureWarning, match="past_key_values"):
+            logits.append(model(LATER, **{name: cache}).logits)
+    assert torch.equal(*tokens) and torch.equal(*logits)
+    assert_same_state(*caches)
 
 
 @torch.no_grad()
@@ -142,16 +112,3 @@ def test_encoder_decoder() -> None:
     assert_same_state(*(cache.self_attention_cache for cache in caches))
     with pytest.raises(ValueError, match=r"`cache=EncoderDecoderCache\(cache, DynamicCache\(\)\)`"):
         model.generate(cache=H2OCache(model.config, budget=12), **settings)
-
-
-@named_cache
-@every_cache
-def test_pipeline(case: CacheCase) -> None:
-    model = tiny_model("llama")
-    wanted = model.generate(PROMPT[:1], cache=case.build(model), **SETTINGS)
-    writer = pipeline("text-generation", model=model, tokenizer=tiny_tokenizer(), device="cpu")
-    text = " ".join(word(token) for token in PROMPT[0].tolist())
-    cache = case.build(model)
-    (answer,) = writer(text, cache=cache, return_tensors=True, **SETTINGS)
-    assert answer["generated_token_ids"] == wanted[0].tolist()
-    assert cache.get_seq_length() == 51

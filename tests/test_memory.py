@@ -11,12 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from pyramid_cache import H2OCache, KnormCache, PyramidCache, SnapKVCache, StreamingLLMCache, TOVACache
+from pyramid_cache import H2OCache, KnormCache, PyramidCache, SnapKVCache, StreamingLLMCache
 
 
-MakeCache = Callable[[PreTrainedModel], Cache]
-
-PROMPT_LENGTH = 4096
+PROMPT_LENGTH = 2048
 BUDGET = 0.25
 HEAD_DIM = 64
 KV_HEADS = 2
@@ -24,16 +22,16 @@ KV_HEADS = 2
 # Keys and values of one layer for the whole prompt, float32, one row.
 LAYER_BYTES = 2 * PROMPT_LENGTH * KV_HEADS * HEAD_DIM * 4
 
-CACHES: dict[str, MakeCache] = {
-    "pyramid_config": lambda model: PyramidCache(model.config, budget=BUDGET),
-    "pyramid_model": lambda model: PyramidCache(model, budget=BUDGET),
-    "h2o": lambda model: H2OCache(model.config, budget=BUDGET),
-    "snapkv": lambda model: SnapKVCache(model.config, budget=BUDGET),
-    "tova": lambda model: TOVACache(model.config, budget=BUDGET),
-    "knorm": lambda model: KnormCache(model.config, budget=BUDGET),
-    "streaming_llm": lambda model: StreamingLLMCache(model.config, budget=PROMPT_LENGTH // 4),
-    "streaming_llm_dense": lambda model: StreamingLLMCache(model.config, budget=PROMPT_LENGTH // 4, prefill="dense"),
+# One of each kind of layer, and of each way to read a prompt.
+CACHES: dict[str, Callable[[PreTrainedModel, int], Cache]] = {
+    "pyramid_config": lambda model, length: PyramidCache(model.config, budget=BUDGET),
+    "pyramid_model": lambda model, length: PyramidCache(model, budget=BUDGET),
+    "h2o": lambda model, length: H2OCache(model.config, budget=BUDGET),
+    "snapkv": lambda model, length: SnapKVCache(model.config, budget=BUDGET),
+    "streaming_llm": lambda model, length: StreamingLLMCache(model.config, budget=length // 4),
+    "streaming_llm_dense": lambda model, length: StreamingLLMCache(model.config, budget=length // 4, prefill="dense"),
 }
+every_cache = pytest.mark.parametrize("name", CACHES)
 
 
 def reachable_tensors(root: object) -> Iterator[torch.Tensor]:
@@ -120,79 +118,57 @@ def large_tensors(model: PreTrainedModel) -> int:
     return count
 
 
-@pytest.mark.parametrize("name", CACHES)
+@every_cache
 def test_a_quarter_of_the_prompt_holds_a_quarter_of_the_bytes(name: str) -> None:
+    """Nothing keeps the rest alive: no living tensor, wherever it is, is as large as the keys of a layer's prompt."""
     model = wide_model(num_layers=2)
-    cache = CACHES[name](model)
+    already = large_tensors(model)
+    cache = CACHES[name](model, PROMPT_LENGTH)
     prefill(model, cache)
+    assert large_tensors(model) == already
     held = held_bytes(cache)
     assert 0.2 * 2 * LAYER_BYTES < held <= 0.26 * 2 * LAYER_BYTES
     memory = cache.memory()
     assert set(memory) == {"cpu"} or set(memory) == {torch.device("cpu")}
-    assert sum(sum(roles.values()) for roles in memory.values()) == held
-    assert cache.nbytes == held
+    assert sum(sum(roles.values()) for roles in memory.values()) == cache.nbytes == held
     (roles,) = memory.values()
     assert set(roles) == {"keys", "values", "bookkeeping"}
     for role in ("keys", "values"):
         assert 0.24 * LAYER_BYTES < roles[role] <= 0.26 * LAYER_BYTES
-
-
-@pytest.mark.parametrize("name", CACHES)
-def test_nothing_keeps_the_prompt_alive(name: str) -> None:
-    """Not even outside the cache: no living tensor is as large as the keys of one layer's prompt."""
-    model = wide_model(num_layers=2)
-    already = large_tensors(model)
-    cache = CACHES[name](model)
-    prefill(model, cache)
-    assert large_tensors(model) == already
     with torch.no_grad():
         model(random_tokens(1, 1), past_key_values=cache)
     assert large_tensors(model) == already
     assert cache.get_seq_length() == PROMPT_LENGTH + 1
 
 
-@pytest.mark.parametrize("name", CACHES)
+@every_cache
 def test_memory_is_right_after_decoding(name: str) -> None:
     model = wide_model(num_layers=2)
-    cache = CACHES[name](model)
+    cache = CACHES[name](model, 257)
     drive(model, cache, random_rows((257, 200)), random_tokens(2, 40))
     assert sum(sum(roles.values()) for roles in cache.memory().values()) == held_bytes(cache) == cache.nbytes
 
 
-@pytest.mark.parametrize("name", CACHES)
+@every_cache
 def test_prefill_holds_one_whole_layer_at_a_time(name: str) -> None:
     """Looked at after every attention and after every layer, the cache holds the end's bytes and one full layer."""
     num_layers, length = 4, 1024
     model = wide_model(num_layers)
-    cache = {
-        **CACHES,
-        "streaming_llm": streaming(length // 4),
-        "streaming_llm_dense": streaming(length // 4, "dense"),
-    }[name](model)
+    cache = CACHES[name](model, length)
     samples: list[int] = []
 
     def sample(*_: Any) -> None:
         samples.append(held_bytes(cache))
 
-    handles = []
     for layer in model.model.layers:
-        handles.append(layer.self_attn.o_proj.register_forward_pre_hook(sample))
-        handles.append(layer.register_forward_hook(sample))
-    try:
-        prefill(model, cache, length)
-    finally:
-        for handle in handles:
-            handle.remove()
+        layer.self_attn.o_proj.register_forward_pre_hook(sample)
+        layer.register_forward_hook(sample)
+    prefill(model, cache, length)
     layer_bytes = LAYER_BYTES * length // PROMPT_LENGTH
     assert len(samples) == 2 * num_layers
     assert max(samples) <= held_bytes(cache) + layer_bytes
     # After a layer is done, what it holds is pruned already, not when the whole prompt is through.
     assert samples[1] <= 0.8 * layer_bytes
-
-
-def streaming(window_length: int, prefill: str = "streaming") -> MakeCache:
-    """StreamingLLM with another window."""
-    return lambda model: StreamingLLMCache(model.config, budget=window_length, prefill=prefill)
 
 
 class LargeResults(TorchDispatchMode):
@@ -226,29 +202,46 @@ class LargeResults(TorchDispatchMode):
 
 # Every row's cache is far larger than any weight's product, so that nothing else in a step is of its size.
 DECODE_SLOTS = 300
-
-BOUNDED_CACHES: dict[str, MakeCache] = {
-    "h2o": lambda model: H2OCache(model.config, budget=DECODE_SLOTS),
-    "streaming_llm": lambda model: StreamingLLMCache(model.config, budget=DECODE_SLOTS),
-    "streaming_llm_dense": lambda model: StreamingLLMCache(model.config, budget=DECODE_SLOTS, prefill="dense"),
+DECODING: dict[str, tuple[type[Cache], dict[str, Any]]] = {
+    "h2o": (H2OCache, {}),
+    "streaming_llm": (StreamingLLMCache, {}),
+    "streaming_llm_dense": (StreamingLLMCache, {"prefill": "dense"}),
+    "snapkv": (SnapKVCache, {"eviction_interval": 3}),
+    "knorm": (KnormCache, {"eviction_interval": 3}),
 }
 
 
 @pytest.mark.parametrize("lengths", [(320, 320), (320, 310)], ids=["equal", "padded"])
-@pytest.mark.parametrize("name", BOUNDED_CACHES)
-def test_a_decode_step_makes_nothing_of_the_size_of_the_cache(name: str, lengths: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("name", DECODING)
+def test_the_same_memory_serves_every_step(name: str, lengths: tuple[int, ...]) -> None:
+    """And a step makes nothing of the size of the cache, but where it gathers what stays into the same slots."""
     model = build_model("llama", head_dim=32)
-    cache = BOUNDED_CACHES[name](model)
-    drive(model, cache, random_rows(lengths), 3)
+    cache_class, settings = DECODING[name]
+    cache = cache_class(model.config, budget=DECODE_SLOTS, **settings)
+    seen: list[dict[int, int]] = []
+    total: list[int] = []
+
+    def note(step: int) -> None:
+        # Bookkeeping (a few numbers a row, the mask's columns) may move; what each head has for each slot may not.
+        per_slot = 4 * 2 * 2 * DECODE_SLOTS
+        seen.append({address: size for address, size in storages(cache).items() if size >= per_slot})
+        total.append(held_bytes(cache))
+
+    drive(model, cache, random_rows(lengths), random_tokens(2, 24), after_step=note)
+    assert len(seen[3]) >= 6  # keys and values of three layers
+    for later in seen[4:]:
+        assert later == seen[3]
+    # All that grows is the reading of the mask, which itself grows by a column a step.
+    assert total[-1] - total[3] <= (0 if lengths[0] == lengths[1] else 2 * 4 * 21) + 64
+    if "eviction_interval" in settings:
+        return
     keys = cache.layers[0].keys
     assert keys.shape[0] == 2 and keys.shape[2] >= DECODE_SLOTS
-    attention_mask = torch.ones(2, 324, dtype=torch.long)
-    attention_mask[1, : lengths[0] - lengths[1]] = 0
-    arguments = {"input_ids": random_tokens(2, 1), "past_key_values": cache}
-    if lengths[0] != lengths[1]:
-        arguments |= {"attention_mask": attention_mask, "position_ids": attention_mask.sum(-1, keepdim=True) - 1}
+    mask = torch.ones(2, 345, dtype=torch.long)
+    mask[1, : lengths[0] - lengths[1]] = 0
+    arguments = {"attention_mask": mask, "position_ids": mask.sum(-1, keepdim=True) - 1} if lengths[1] < 320 else {}
     with torch.no_grad(), LargeResults(keys.numel() // 2, cache, list(model.parameters())) as watch:
-        model(**arguments)
+        model(random_tokens(2, 1), past_key_values=cache, **arguments)
     assert watch.operations > 50
     assert not watch.found
 
@@ -260,35 +253,6 @@ def test_the_watch_sees_dynamic_cache_grow() -> None:
     with torch.no_grad(), LargeResults(cache.layers[0].keys.numel(), cache, list(model.parameters())) as watch:
         model(random_tokens(1, 1), past_key_values=cache)
     assert len(watch.found) >= 6  # keys and values of three layers
-
-
-# Those whose steps gather what stays now and then, into the same slots.
-GATHERING_CACHES: dict[str, MakeCache] = {
-    "snapkv": lambda model: SnapKVCache(model.config, budget=DECODE_SLOTS, eviction_interval=3),
-    "knorm": lambda model: KnormCache(model.config, budget=DECODE_SLOTS, eviction_interval=3),
-}
-
-
-@pytest.mark.parametrize("lengths", [(320, 320), (320, 310)], ids=["equal", "padded"])
-@pytest.mark.parametrize("name", [*BOUNDED_CACHES, *GATHERING_CACHES])
-def test_the_same_memory_serves_every_step(name: str, lengths: tuple[int, ...]) -> None:
-    model = build_model("llama", head_dim=32)
-    cache = (BOUNDED_CACHES | GATHERING_CACHES)[name](model)
-    seen: list[dict[int, int]] = []
-    total: list[int] = []
-
-    def note(step: int) -> None:
-        # Small bookkeeping (a few numbers a row, the mask's columns) may move; what each head has for each slot may not.
-        per_slot = 4 * 2 * 2 * DECODE_SLOTS
-        seen.append({address: size for address, size in storages(cache).items() if size >= per_slot})
-        total.append(held_bytes(cache))
-
-    drive(model, cache, random_rows(lengths), random_tokens(2, 24), after_step=note)
-    assert len(seen[3]) >= 6  # keys and values of three layers
-    for later in seen[4:]:
-        assert later == seen[3]
-    # All that grows is the reading of the mask, which itself grows by a column a step.
-    assert total[-1] - total[3] <= (0 if lengths[0] == lengths[1] else 2 * 4 * 21) + 64
 
 
 def test_h2o_prefill_never_makes_a_square_matrix() -> None:

@@ -2,8 +2,6 @@
 
 import contextlib
 import copy
-import dataclasses
-import doctest
 import hashlib
 import json
 import os
@@ -11,6 +9,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -18,7 +17,7 @@ from unittest.mock import patch
 import pytest
 import safetensors.torch
 import torch
-from caches import CACHE_CASES, CacheCase, every_budget, every_cache, parametrize_cases
+from caches import CACHE_CASES, CacheCase, every_cache
 from models import (
     ARCHITECTURES,
     build_config,
@@ -33,15 +32,15 @@ from models import (
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
+import pyramid_cache
 from pyramid_cache import H2OCache, SnapKVCache, StreamingLLMCache
 from pyramid_cache.caches import streaming_llm
-from pyramid_cache.engine import cache as cache_module
 from pyramid_cache.engine import storage
 from pyramid_cache.engine.cache import CompressedCache
 
 
 LENGTHS = (43, 57, 50)
-TIGHT = {case.name: case for case in CACHE_CASES}
+CASES = {case.name: case for case in CACHE_CASES}
 
 
 def source_of(case: CacheCase, model: PreTrainedModel) -> Any:
@@ -100,54 +99,45 @@ def filled(case: CacheCase, model: PreTrainedModel, budget: str, steps: int) -> 
     return cache, torch.cat([mask, torch.ones(len(rows), steps, dtype=mask.dtype)], dim=-1)
 
 
-# PyramidCache judges a zone of generated tokens 27 steps after the prompt.
-@pytest.mark.parametrize(("steps", "later_steps"), [(0, 20), (30, 5)])
-@every_budget
 @every_cache
-def test_a_loaded_cache_goes_on_bit_for_bit(
-    case: CacheCase, budget: str, steps: int, later_steps: int, tmp_path: Path
-) -> None:
-    model = tiny_model("llama")
-    cache, mask = filled(case, model, budget, steps)
-    untouched = copy.deepcopy(cache)
-    cache.save(tmp_path / "cache")
-    loaded = case.cache_class.load(tmp_path / "cache", source_of(case, model))
-    assert loaded.num_kept_tokens() == cache.num_kept_tokens() and loaded.get_seq_length() == 57 + steps
-    # A layer that grows by a token at a time has room for some more, which is not saved.
-    for role in ("keys", "values"):
-        assert loaded.memory()["cpu"][role] <= cache.memory()["cpu"][role]
-    assert_goes_on_alike(model, [untouched, cache, loaded], mask, later_steps)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@every_cache
-def test_half_precision(case: CacheCase, dtype: torch.dtype, tmp_path: Path) -> None:
-    model = build_model("llama").to(dtype)
-    case = dataclasses.replace(case, from_model=True)  # `to` rounds frequencies
-    cache, mask = filled(case, model, "tight", 3)
-    cache.save(tmp_path / "cache")
-    loaded = case.cache_class.load(tmp_path / "cache", model)
-    assert loaded.layers[0].keys.dtype == dtype
-    assert_goes_on_alike(model, [cache, loaded], mask)
+def test_a_loaded_cache_goes_on_bit_for_bit(case: CacheCase, tmp_path: Path) -> None:
+    """PyramidCache judges a zone of generated tokens 27 steps after the prompt."""
+    half = torch.float16 if CACHE_CASES.index(case) % 2 else torch.bfloat16
+    for dtype, budget, steps, later_steps in (
+        (torch.float32, "tight", 0, 8),
+        (torch.float32, "tight", 30, 5),
+        (torch.float32, "large", 3, 5),
+        (half, "tight", 3, 5),
+    ):
+        model = tiny_model("llama") if dtype == torch.float32 else build_model("llama").to(dtype)
+        given = case if dtype == torch.float32 else replace(case, from_model=True)  # `to` rounds frequencies
+        cache, mask = filled(given, model, budget, steps)
+        untouched = copy.deepcopy(cache)
+        cache.save(tmp_path / "cache")
+        loaded = case.cache_class.load(tmp_path / "cache", source_of(given, model))
+        assert loaded.layers[0].keys.dtype == dtype
+        assert loaded.num_kept_tokens() == cache.num_kept_tokens() and loaded.get_seq_length() == 57 + steps
+        # A layer that grows by a token at a time has room for some more, which is not saved.
+        for role in ("keys", "values"):
+            assert loaded.memory()["cpu"][role] <= cache.memory()["cpu"][role]
+        assert_goes_on_alike(model, [untouched, cache, loaded], mask, later_steps)
 
 
 @pytest.mark.parametrize("name", ["gemma3", "llama4", "bamba"])
-@parametrize_cases(case for case in CACHE_CASES if not case.from_model)
-def test_layers_of_other_kinds(case: CacheCase, name: str, tmp_path: Path) -> None:
+def test_layers_of_other_kinds(name: str, tmp_path: Path) -> None:
     model = tiny_model(name)
-    rows = random_rows((40, 40), seed=1)
-    cache = case.build(model)
-    drive_any(model, cache, rows)
+    cache = H2OCache(model.config, budget=12)
+    feed(model, cache, random_tokens(2, 40))
     cache.save(tmp_path / "cache")
-    loaded = case.cache_class.load(tmp_path / "cache", model.config)
+    loaded = H2OCache.load(tmp_path / "cache", model.config)
     assert [type(layer) for layer in loaded.layers] == [type(layer) for layer in cache.layers]
     assert_goes_on_alike(model, [cache, loaded], torch.ones(2, 40, dtype=torch.long))
 
 
-def drive_any(model: PreTrainedModel, cache: CompressedCache, rows: list[torch.Tensor]) -> None:
-    """Feeds prompts of one length to a cache, some of whose layers may have no positions to record."""
-    with torch.no_grad():
-        model(torch.stack(rows), past_key_values=cache)
+@torch.no_grad()
+def feed(model: PreTrainedModel, cache: CompressedCache, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits of tokens `(batch, new)`; some layers of the model may have no positions to record."""
+    return model(tokens, past_key_values=cache).logits
 
 
 def longrope_model() -> PreTrainedModel:
@@ -157,8 +147,10 @@ def longrope_model() -> PreTrainedModel:
     return build_model("phi3", rope_parameters=rope, max_position_embeddings=128, original_max_position_embeddings=32)
 
 
-@pytest.mark.parametrize("prefill", ["streaming", "dense"])
-@pytest.mark.parametrize("rope", ["llama_yarn", "longrope", "none"])
+@pytest.mark.parametrize(
+    ("rope", "prefill"),
+    [("llama_yarn", "dense"), ("longrope", "streaming"), ("longrope", "dense"), ("none", "streaming")],
+)
 def test_sinks_that_move(rope: str, prefill: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Angles that are counted anew every 20 tokens, frequencies of both kinds, and a model without any."""
     monkeypatch.setattr(streaming_llm, "REBASE_INTERVAL", 20)
@@ -184,32 +176,24 @@ def test_a_budget_in_bytes_stays_what_it_was_for_the_rows_that_it_was_made_for(t
     assert_goes_on_alike(model, [cache, loaded], mask, steps=3)
 
 
-@every_budget
 @every_cache
-def test_whatever_can_be_done_with_a_cache_can_be_done_with_a_loaded_one(
-    case: CacheCase, budget: str, tmp_path: Path
-) -> None:
+def test_whatever_can_be_done_with_a_cache_can_be_done_with_a_loaded_one(case: CacheCase, tmp_path: Path) -> None:
     """Generate from the full history or from new tokens, copy, reorder, repeat, reset, and save again."""
     model, prompt, question = tiny_model("llama"), random_tokens(1, 40), random_tokens(1, 6, seed=1)
-    cache = case.build(model, budget)
-    with torch.no_grad():
-        model(prompt, past_key_values=cache)
+    cache = case.build(model)
+    feed(model, cache, prompt)
     cache.save(tmp_path / "cache")
 
     def load() -> CompressedCache:
         return case.cache_class.load(tmp_path / "cache", source_of(case, model))
 
     history = torch.cat([prompt, question], dim=1)
-    mask = torch.ones_like(history)
-    settings = {"max_new_tokens": 12, "do_sample": False}
-    original = copy.deepcopy(cache)
-    wanted = model.generate(history, attention_mask=mask, past_key_values=original, **settings)[:, 46:]
-    loaded = load()
-    output = model.generate(history, attention_mask=mask, past_key_values=loaded, **settings)[:, 46:]
-    assert output.tolist() == wanted.tolist()
+    settings = {"attention_mask": torch.ones_like(history), "max_new_tokens": 12, "do_sample": False}
+    original, loaded, other = copy.deepcopy(cache), load(), load()
+    wanted = model.generate(history, past_key_values=original, **settings)[:, 46:].tolist()
+    assert model.generate(history, past_key_values=loaded, **settings)[:, 46:].tolist() == wanted
     assert_holds_alike(loaded, original)
-    output = model.generate(question, attention_mask=mask, past_key_values=load(), **settings)[:, 6:]
-    assert output.tolist() == wanted.tolist()
+    assert model.generate(question, past_key_values=other, **settings)[:, 6:].tolist() == wanted
 
     loaded, twin = load(), copy.deepcopy(load())
     loaded.save(tmp_path / "again")
@@ -220,7 +204,7 @@ def test_whatever_can_be_done_with_a_cache_can_be_done_with_a_loaded_one(
     assert_goes_on_alike(model, [cache, loaded, twin], torch.ones(2, 40, dtype=torch.long), steps=3)
     loaded.reset()
     other = model if case.from_model else tiny_model("qwen2")
-    output, wanted = (generate(other, each, [question[0]], 5).logits for each in (loaded, case.build(other, budget)))
+    output, wanted = (generate(other, each, [question[0]], 5).logits for each in (loaded, case.build(other)))
     assert torch.equal(torch.stack(output), torch.stack(wanted))
 
 
@@ -228,11 +212,11 @@ ANSWER = """
 import sys
 import torch
 from models import random_tokens, tiny_model
-from pyramid_cache import {cache}
+from pyramid_cache import StreamingLLMCache
 
 torch.set_num_threads(1)
 model = tiny_model("llama")
-cache = {cache}.load(sys.argv[1], model)
+cache = StreamingLLMCache.load(sys.argv[1], model)
 history = torch.cat([random_tokens(1, 60), random_tokens(1, 6, seed=1)], dim=1)
 print(model.generate(history, past_key_values=cache, max_new_tokens=24, do_sample=False)[0, 66:].tolist())
 """
@@ -241,21 +225,15 @@ print(model.generate(history, past_key_values=cache, max_new_tokens=24, do_sampl
 def test_another_process_answers_from_the_file(tmp_path: Path) -> None:
     model, prompt = tiny_model("llama"), random_tokens(1, 60)
     cache = StreamingLLMCache(model.config, budget=12)
-    with torch.no_grad():
-        model(prompt, past_key_values=cache)
+    feed(model, cache, prompt)
     cache.save(tmp_path / "cache")
     history = torch.cat([prompt, random_tokens(1, 6, seed=1)], dim=1)
     wanted = model.generate(history, past_key_values=cache, max_new_tokens=24, do_sample=False)[0, 66:]
     root = Path(__file__).parents[1]
     environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}"}
-    program = [sys.executable, "-c", ANSWER.format(cache="StreamingLLMCache"), str(tmp_path / "cache")]
+    program = [sys.executable, "-c", ANSWER, str(tmp_path / "cache")]
     printed = subprocess.run(program, env=environment, capture_output=True, text=True, check=True).stdout
     assert json.loads(printed) == wanted.tolist()
-
-
-def test_the_example_runs() -> None:
-    failed, attempted = doctest.testmod(cache_module)
-    assert attempted > 0 and failed == 0
 
 
 # Saving.
@@ -267,15 +245,13 @@ def test_caches_that_cannot_be_saved(tmp_path: Path) -> None:
     path = tmp_path / "cache"
     with pytest.raises(ValueError, match="holds nothing that could be saved: run the model"):
         cache.save(path)
-    with torch.no_grad():
-        model(prompt, past_key_values=cache)
+    feed(model, cache, prompt)
     with pytest.raises(ValueError, match="is a directory"):
         cache.save(tmp_path)
     with pytest.raises(FileNotFoundError, match="no directory .*nowhere"):
         cache.save(tmp_path / "nowhere" / "cache")
     cache.activate_past_recording()
-    with torch.no_grad():
-        model(prompt[:, :5], past_key_values=cache)
+    feed(model, cache, prompt[:, :5])
     with pytest.raises(ValueError, match=r"may still be taken back. Settle them with `cache.crop\(0\)`"):
         cache.save(path)
     cache.crop(-2)
@@ -288,9 +264,14 @@ def test_caches_that_cannot_be_saved(tmp_path: Path) -> None:
     cache.reset()
     with pytest.raises(ValueError, match="holds nothing"):
         cache.save(path)
-    with torch.no_grad():
-        model(prompt, past_key_values=cache)
+    feed(model, cache, prompt)
     with patch.object(cache, "settings", None), pytest.raises(ValueError, match="does not tell its settings"):
+        cache.save(path)
+    # Under autocast keys are rotated in float32. A file that could not be loaded would be noticed too late.
+    cache = SnapKVCache(model.config, budget=8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        feed(model, cache, prompt)
+    with pytest.raises(NotImplementedError, match="filled under autocast.*Cast the model"):
         cache.save(path)
     assert not list(tmp_path.iterdir())
 
@@ -298,9 +279,9 @@ def test_caches_that_cannot_be_saved(tmp_path: Path) -> None:
 def test_what_a_sliding_layer_may_take_back_is_not_saved(tmp_path: Path) -> None:
     model = build_model("gemma3")
     cache = H2OCache(model.config, budget=12)
-    drive_any(model, cache, list(random_tokens(1, 40)))
+    feed(model, cache, random_tokens(1, 40))
     cache.activate_past_recording()
-    drive_any(model, cache, list(random_tokens(1, 5)))
+    feed(model, cache, random_tokens(1, 5))
     with pytest.raises(ValueError, match="taken back"):
         cache.save(tmp_path / "cache")
     cache.crop(-1)
@@ -310,42 +291,33 @@ def test_what_a_sliding_layer_may_take_back_is_not_saved(tmp_path: Path) -> None
     assert_goes_on_alike(model, [cache, loaded], torch.ones(1, 44, dtype=torch.long))
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
 @pytest.mark.parametrize("function", ["save_file", "os.fsync", "os.replace"])
-def test_an_interrupted_save_leaves_the_old_file(
-    function: str, error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cache, _ = filled(CACHE_CASES[2], tiny_model("llama"), "tight", 0)
-    path = tmp_path / "cache"
-    cache.save(path)
-    before = path.read_bytes()
-
-    def fail(*arguments: Any, **named: Any) -> None:
-        if function == "save_file":
-            Path(arguments[1]).write_bytes(b"half of a file")
-        raise error
-
-    monkeypatch.setattr(storage.os if "." in function else storage, function.split(".")[-1], fail)
-    with pytest.raises(error):
-        cache.save(path)
-    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
-
-
-def test_a_full_disk_is_an_operating_system_error(tmp_path: Path) -> None:
-    cache, _ = filled(CACHE_CASES[2], tiny_model("llama"), "tight", 0)
+def test_an_interrupted_save_leaves_the_old_file(function: str, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, cache = saved.read_bytes(), H2OCache.load(saved, tiny_model("llama"))
+    # What safetensors raises when the disk is full becomes an error of the operating system.
     full = storage.SafetensorError("I/O error: No space left on device")
-    with patch.object(storage, "save_file", side_effect=full), pytest.raises(OSError, match="No space left"):
-        cache.save(tmp_path / "cache")
-    assert not list(tmp_path.iterdir())
+    for error, expected in ((KeyboardInterrupt(), KeyboardInterrupt), (OSError(), OSError), (full, OSError)):
+        if error is full and function != "save_file":
+            continue
+
+        def fail(*arguments: Any, error: BaseException = error, **named: Any) -> None:
+            if function == "save_file":
+                Path(arguments[1]).write_bytes(b"half of a file")
+            raise error
+
+        monkeypatch.setattr(storage.os if "." in function else storage, function.split(".")[-1], fail)
+        with pytest.raises(expected, match="No space left" if error is full else ""):
+            cache.save(saved)
+        assert saved.read_bytes() == before and list(saved.parent.iterdir()) == [saved]
 
 
-def test_files_have_the_permissions_of_new_files_and_links_stay_links(tmp_path: Path) -> None:
-    cache, _ = filled(CACHE_CASES[2], tiny_model("llama"), "tight", 0)
-    (tmp_path / "link").symlink_to(tmp_path / "cache")
-    (tmp_path / "other").touch()
-    cache.save(tmp_path / "link")
-    assert (tmp_path / "link").is_symlink() and not (tmp_path / "cache").is_symlink()
-    assert (tmp_path / "cache").stat().st_mode == (tmp_path / "other").stat().st_mode
+def test_files_have_the_permissions_of_new_files_and_links_stay_links(saved: Path) -> None:
+    link, other = saved.parent / "link", saved.parent / "other"
+    link.symlink_to(saved)
+    other.touch()
+    H2OCache.load(saved, tiny_model("llama")).save(link)
+    assert link.is_symlink() and not saved.is_symlink()
+    assert saved.stat().st_mode == other.stat().st_mode
 
 
 # Files that are none of ours, or no longer.
@@ -354,7 +326,7 @@ def test_files_have_the_permissions_of_new_files_and_links_stay_links(tmp_path: 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     """An H2O cache that evicts, with padding, in a file."""
-    cache, _ = filled(TIGHT["H2OCache(config)"], tiny_model("llama"), "tight", 2)
+    cache, _ = filled(CASES["H2OCache(config)"], tiny_model("llama"), "tight", 2)
     cache.save(tmp_path / "cache")
     return tmp_path / "cache"
 
@@ -383,76 +355,50 @@ def rewrite(path: Path, header: dict[str, Any] | str, tensors: dict[str, torch.T
     path.write_bytes(safetensors.torch.save(tensors, metadata))
 
 
-def test_no_file(tmp_path: Path) -> None:
-    config = tiny_model("llama").config
+def test_files_that_hold_no_cache(saved: Path) -> None:
+    """None, none that is whole, those of other programs, of another version and of other caches."""
+    config, folder, whole = tiny_model("llama").config, saved.parent, saved.read_bytes()
     with pytest.raises(FileNotFoundError):
-        H2OCache.load(tmp_path / "nothing", config)
-    with pytest.raises(ValueError, match="is a directory. Give the file"):
-        H2OCache.load(tmp_path, config)
-    os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ValueError, match="no regular file"):
-        H2OCache.load(tmp_path / "pipe", config)
-
-
-@pytest.mark.parametrize("content", [b"", b"\x80\x04N.", b"hello" * 1000, b"\xff" * 64, (2**63).to_bytes(8, "little")])
-def test_files_that_are_no_safetensors(content: bytes, tmp_path: Path) -> None:
-    (tmp_path / "cache").write_bytes(content)
-    with pytest.raises(ValueError, match="no whole safetensors file"):
-        H2OCache.load(tmp_path / "cache", tiny_model("llama").config)
-
-
-def test_foreign_files(saved: Path) -> None:
-    config = tiny_model("llama").config
-    header = json.dumps(header_of(saved))
-    safetensors.torch.save_file({"weight": torch.ones(3)}, saved, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="holds no cache"):
-        H2OCache.load(saved, config)
-    safetensors.torch.save_file({"weight": torch.ones(3)}, saved)
-    with pytest.raises(ValueError, match="holds no cache"):
-        H2OCache.load(saved, config)
-    metadata = {"format": "pyramid_cache", "version": "1", "header": header, "sha256": ""}
-    safetensors.torch.save_file({"weight": torch.ones(3)}, saved, metadata=metadata)
-    with pytest.raises(
-        ValueError, match=f"version '1', but this pyramid_cache reads version '{storage.FORMAT_VERSION}'"
+        H2OCache.load(folder / "nothing", config)
+    os.mkfifo(folder / "pipe")
+    for path, match in ((folder, "is a directory. Give the file"), (folder / "pipe", "no regular file")):
+        with pytest.raises(ValueError, match=match):
+            H2OCache.load(path, config)
+    metadata = {"format": "pyramid_cache", "version": "1", "header": json.dumps(header_of(saved)), "sha256": ""}
+    foreign = (None, {"format": "pt"}, metadata)
+    contents = [safetensors.torch.save({"weight": torch.ones(3)}, metadata=each) for each in foreign]
+    version = f"version '1', but this pyramid_cache reads version '{storage.FORMAT_VERSION}'"
+    for content, match in (
+        *zip(contents, ("holds no cache", "holds no cache", version), strict=True),
+        *((content, "truncated") for content in (whole[: len(whole) // 2], whole[:-1], whole[:200])),
+        *((content, "no whole safetensors file") for content in (b"", b"\x80\x04N.", b"hello" * 1000, b"\xff" * 64)),
+        ((2**63).to_bytes(8, "little"), "no whole safetensors file"),
     ):
-        H2OCache.load(saved, config)
+        saved.write_bytes(content)
+        with pytest.raises(ValueError, match=match):
+            H2OCache.load(saved, config)
+    saved.write_bytes(whole)
+    for name in {case.cache_class.__name__: case for case in CACHE_CASES}.keys() - {"H2OCache"}:
+        with pytest.raises(ValueError, match=f"holds a H2OCache, not a {name}: load .*H2OCache.load"):
+            getattr(pyramid_cache, name).load(saved, tiny_model("llama"))
+    for device in ("nonsense", "cuda:99", "meta", -5, 1.5):
+        with pytest.raises(ValueError, match="device"):
+            H2OCache.load(saved, config, device=device)
 
 
-@every_cache
-def test_a_file_of_another_cache(case: CacheCase, saved: Path) -> None:
-    if case.cache_class is H2OCache:
-        return
-    with pytest.raises(ValueError, match=f"holds a H2OCache, not a {case.cache_class.__name__}: load .*H2OCache.load"):
-        case.cache_class.load(saved, tiny_model("llama"))
-
-
-@pytest.mark.parametrize("length", ["half", "one byte less", "header"])
-def test_truncated_files(length: str, saved: Path) -> None:
-    content = saved.read_bytes()
-    saved.write_bytes(content[: {"half": len(content) // 2, "one byte less": -1, "header": 200}[length]])
-    with pytest.raises(ValueError, match="truncated"):
-        H2OCache.load(saved, tiny_model("llama").config)
-
-
-@pytest.mark.parametrize(
-    ("overrides", "field"),
-    [
-        ({"num_key_value_heads": 4}, "num_key_value_heads"),
-        ({"num_attention_heads": 2}, "num_attention_heads"),
-        ({"head_dim": 8}, "head_dim"),
-        ({"hidden_size": 64}, "hidden_size"),
-        ({"vocab_size": 102}, "vocab_size"),
-        ({"num_hidden_layers": 4}, "num_hidden_layers"),
-        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "rope_parameters"),
-        ({"rms_norm_eps": 1e-3}, "rms_norm_eps"),
-    ],
-)
-def test_models_of_another_architecture(overrides: dict[str, Any], field: str, saved: Path) -> None:
-    with pytest.raises(ValueError, match=f"filled by another model, which has `{field}` .*Load it for the model"):
-        H2OCache.load(saved, build_config("llama", **overrides))
-
-
-def test_a_model_of_another_family(saved: Path) -> None:
+def test_models_of_another_architecture(saved: Path) -> None:
+    for field, value in (
+        ("num_key_value_heads", 4),
+        ("num_attention_heads", 2),
+        ("head_dim", 8),
+        ("hidden_size", 64),
+        ("vocab_size", 102),
+        ("num_hidden_layers", 4),
+        ("rope_parameters", {"rope_type": "default", "rope_theta": 5e5}),
+        ("rms_norm_eps", 1e-3),
+    ):
+        with pytest.raises(ValueError, match=f"filled by another model, which has `{field}` .*Load it for the model"):
+            H2OCache.load(saved, build_config("llama", **{field: value}))
     with pytest.raises(ValueError, match="`model_type` 'llama' instead of 'qwen3'"):
         H2OCache.load(saved, build_config("qwen3"))
     for wrong in ({}, None, "llama"):
@@ -460,13 +406,13 @@ def test_a_model_of_another_family(saved: Path) -> None:
             H2OCache.load(saved, wrong)
 
 
-@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if "gemma2" not in name and "oss" not in name])
-def test_the_architecture_of_a_model_is_that_of_its_saved_config(name: str) -> None:
+def test_the_architecture_of_a_model_is_that_of_its_saved_config() -> None:
     """Nothing that a model adds to its config, and nothing that JSON cannot keep, makes a file foreign."""
-    config, used = build_config(name), tiny_model(name).config
-    reread = type(config).from_dict(json.loads(json.dumps(used.to_dict())))
-    architectures = [storage.architecture_of(each) for each in (config, used, reread)]
-    assert architectures[0] == architectures[1] == architectures[2]
+    for name in ARCHITECTURES.keys() - {"gemma2", "gpt_oss"}:
+        config, used = build_config(name), tiny_model(name).config
+        reread = type(config).from_dict(json.loads(json.dumps(used.to_dict())))
+        architectures = [storage.architecture_of(each) for each in (config, used, reread)]
+        assert architectures[0] == architectures[1] == architectures[2], name
 
 
 def test_fields_that_some_versions_repeat_do_not_tell_models_apart() -> None:
@@ -483,8 +429,7 @@ def test_models_with_other_weights(tmp_path: Path) -> None:
     """Noticed at once where the model is given, and before the first logits where only the config is."""
     model, prompt = build_model("llama"), random_tokens(1, 40)
     cache = H2OCache(model.config, budget=12)
-    with torch.no_grad():
-        model(prompt, past_key_values=cache)
+    feed(model, cache, prompt)
     path = tmp_path / "cache"
     cache.save(path)
     other, tuned, same = build_model("llama", seed=1), copy.deepcopy(model), copy.deepcopy(model)
@@ -494,20 +439,17 @@ def test_models_with_other_weights(tmp_path: Path) -> None:
             H2OCache.load(path, wrong)
     for wrong in (other, tuned):
         loaded = H2OCache.load(path, wrong.config)
-        with pytest.raises(ValueError, match="with other weights"), torch.no_grad():
-            wrong(prompt[:, :1], past_key_values=loaded)
+        with pytest.raises(ValueError, match="with other weights"):
+            feed(wrong, loaded, prompt[:, :1])
         # What was saved before it was used, with or without a model, is still bound to the first one.
         H2OCache.load(path, model.config).save(tmp_path / "again")
         with pytest.raises(ValueError, match="with other weights"):
             H2OCache.load(tmp_path / "again", wrong)
     loaded = H2OCache.load(path, same)
-    with torch.no_grad():
-        logits = same(prompt[:, :1], past_key_values=loaded).logits
-        assert torch.equal(logits, model(prompt[:, :1], past_key_values=cache).logits)
+    assert torch.equal(feed(same, loaded, prompt[:, :1]), feed(model, cache, prompt[:, :1]))
     # After a reset it is a new cache, for whatever model.
     loaded.reset()
-    with torch.no_grad():
-        other(prompt, past_key_values=loaded)
+    feed(other, loaded, prompt)
 
 
 def test_weights_that_are_not_there_are_not_compared(tmp_path: Path) -> None:
@@ -529,18 +471,11 @@ def test_frequencies_that_the_config_does_not_tell(tmp_path: Path) -> None:
     """`model.to(torch.bfloat16)` rounds them: the cache must be loaded for the model that it was built from."""
     model, prompt = build_model("llama").to(torch.bfloat16), random_tokens(1, 40)
     cache = StreamingLLMCache(model, budget=12)
-    with torch.no_grad():
-        model(prompt, past_key_values=cache)
-        cache.save(tmp_path / "cache")
-        model(prompt[:, :1], past_key_values=StreamingLLMCache.load(tmp_path / "cache", model))
-        with pytest.raises(ValueError, match="load the cache with the model instead of its config"):
-            model(prompt[:, :1], past_key_values=StreamingLLMCache.load(tmp_path / "cache", model.config))
-
-
-@pytest.mark.parametrize("device", ["nonsense", "cuda:99", "meta", -5, 1.5])
-def test_devices_that_are_none(device: Any, saved: Path) -> None:
-    with pytest.raises(ValueError, match="device"):
-        H2OCache.load(saved, tiny_model("llama").config, device=device)
+    feed(model, cache, prompt)
+    cache.save(tmp_path / "cache")
+    feed(model, StreamingLLMCache.load(tmp_path / "cache", model), prompt[:, :1])
+    with pytest.raises(ValueError, match="load the cache with the model instead of its config"):
+        feed(model, StreamingLLMCache.load(tmp_path / "cache", model.config), prompt[:, :1])
 
 
 # What contradicts itself though all digests fit.
@@ -563,9 +498,7 @@ def edit_h2o(header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Iterat
         return lambda: (tensors.pop(name), header["tensors"].pop(name))
 
     def positions_with(value: int) -> torch.Tensor:
-        changed = positions.clone()
-        changed[1, 0, 3] = value
-        return changed
+        return positions.index_put((torch.tensor(1), torch.tensor(0), torch.tensor(3)), torch.tensor(value).int())
 
     token = int(positions[1, 0][positions[1, 0] >= 0][-1])
     yield "a token is held twice", put("layers.1.positions", positions_with(token))
@@ -633,16 +566,7 @@ def test_forged_files(saved: Path) -> None:
 
 
 def test_headers_that_are_no_json(saved: Path) -> None:
-    for text in (
-        "",
-        "{",
-        "[]",
-        "null",
-        "[" * 100_000,
-        '{"cache": 1e999}',
-        "9" * 5000,
-        "\ud800".encode("utf-8", "ignore").decode(),
-    ):
+    for text in ("", "{", "[]", "null", "[" * 100_000, '{"cache": 1e999}', "9" * 5000):
         rewrite(saved, text, {"layers.0.keys": torch.ones(1)})
         with pytest.raises(ValueError, match="is damaged, or was not written by `save`: .* Make the cache again"):
             H2OCache.load(saved, tiny_model("llama").config)
@@ -651,9 +575,10 @@ def test_headers_that_are_no_json(saved: Path) -> None:
 # Fuzzing. A file either is refused with a ValueError or is as good as the original.
 
 NASTY: list[Any] = [
-    -1, 0, 1, 2**31, 2**63, -(2**70), 10**400, 0.5, -0.0, 1e308, float("nan"), float("inf"), True, False, None, "", "x",
-    "keys", "1e9GiB", "9" * 400 + "MiB", "torch.float32", [], [[]], {}, {"a": 1}, [-1, 0], [2**40] * 3, [True] * 3, ["1"] * 3,
-]  # fmt: skip
+    *(-1, 0, 1, 2**31, 2**63, -(2**70), 10**400, 0.5, -0.0, 1e308, float("nan"), float("inf"), True, False, None),
+    *("", "x", "keys", "1e9GiB", "9" * 400 + "MiB", "torch.float32"),
+    *([], [[]], {}, {"a": 1}, [-1, 0], [2**40] * 3, [True] * 3, ["1"] * 3),
+]
 
 
 def places_in(node: Any) -> Iterator[tuple[Any, Any]]:
@@ -667,42 +592,16 @@ def places_in(node: Any) -> Iterator[tuple[Any, Any]]:
 def mutate_header(header: dict[str, Any], random_state: random.Random) -> None:
     """Puts something nasty somewhere, takes something away, or swaps two things."""
     places = [place for place in places_in(header) if "architecture" not in place[0]]
-    node, key = random_state.choice(places)
+    (node, key), (other, other_key) = random_state.choices(places, k=2)
     match random_state.choice(["replace", "replace", "replace", "shift", "remove", "swap"]):
         case "shift" if type(node[key]) is int:
             node[key] += random_state.choice([-17, -1, 1, 16])
         case "remove":
             del node[key]
         case "swap":
-            other, other_key = random_state.choice(places)
             node[key], other[other_key] = copy.deepcopy(other[other_key]), copy.deepcopy(node[key])
         case _:
             node[key] = copy.deepcopy(random_state.choice(NASTY))
-
-
-def mutate_tensors(tensors: dict[str, torch.Tensor], random_state: random.Random) -> None:
-    """Changes an element, the shape or the dtype of a tensor that counts something."""
-    name = random_state.choice([name for name, tensor in tensors.items() if not tensor.is_floating_point()])
-    tensor = tensors[name]
-    match random_state.choice(["element", "element", "shift", "shape", "dtype", "swap"]):
-        case "element":
-            tensor.view(-1)[random_state.randrange(tensor.numel())] = random_state.choice(
-                [-(2**31), -1, 0, 1, 60, 2**31 - 1]
-            )
-        case "shift":
-            if tensor.dtype == torch.bool:
-                tensor.logical_not_()
-            else:
-                tensor += random_state.choice([-1, 1])
-        case "shape":
-            tensors[name] = random_state.choice(
-                [tensor[..., :1], tensor[:1], tensor.flatten(), tensor[..., None]]
-            ).contiguous()
-        case "dtype":
-            tensors[name] = tensor.to(random_state.choice([torch.int64, torch.float32, torch.bool]))
-        case "swap":
-            other = random_state.choice(list(tensors))
-            tensors[name], tensors[other] = tensors[other], tensor
 
 
 def load_or_refuse(case: CacheCase, path: Path, model: PreTrainedModel) -> CompressedCache | None:
@@ -714,74 +613,38 @@ def load_or_refuse(case: CacheCase, path: Path, model: PreTrainedModel) -> Compr
         return None
 
 
-@pytest.mark.parametrize("num_mutations", [60, pytest.param(1000, marks=pytest.mark.slow)])
+def test_changed_bytes(saved: Path) -> None:
+    """A flipped bit, a lost and a doubled byte are noticed wherever they are, unless nothing of the cache changed."""
+    model, content = tiny_model("llama"), saved.read_bytes()
+    cache, header_length = H2OCache.load(saved, model), 8 + int.from_bytes(content[:8], "little")
+    places = [*range(0, header_length, header_length // 40), *range(header_length, len(content), len(content) // 60)]
+    num_refused = 0
+    for place in places:
+        flipped = bytes([content[place] ^ 1 << place % 8])
+        for new in (flipped, b"", 2 * content[place : place + 1]):
+            saved.write_bytes(content[:place] + new + content[place + 1 :])
+            loaded = load_or_refuse(CASES["H2OCache(config)"], saved, model)
+            num_refused += loaded is None
+            if loaded is not None:
+                assert_holds_alike(loaded, cache)
+    assert num_refused > 0.9 * 3 * len(places)
+
+
+@pytest.mark.parametrize("num_mutations", [20, pytest.param(500, marks=pytest.mark.slow)])
 @every_cache
-def test_fuzzed_bytes(case: CacheCase, num_mutations: int, tmp_path: Path) -> None:
-    """Flipped bits, lost, doubled and exchanged pieces: noticed wherever they are, unless nothing of the cache changed."""
-    model, path, random_state = tiny_model("llama"), tmp_path / "cache", random.Random(0)
-    cache, _ = filled(case, model, "tight", 4)
+def test_fuzzed_headers_with_fitting_digests(case: CacheCase, num_mutations: int, tmp_path: Path) -> None:
+    """What is not refused may be another cache, but one that can be used."""
+    model, path, random_state, num_refused = tiny_model("llama"), tmp_path / "cache", random.Random(1), 0
+    cache, mask = filled(case, model, "tight", 21)
     cache.save(path)
-    content, num_refused = path.read_bytes(), 0
-    header_length = 8 + int.from_bytes(content[:8], "little")
+    header, tensors = header_of(path), tensors_of(path)
     for _ in range(num_mutations):
-        mutated = bytearray(content)
-        # Half of the mutations hit the header.
-        start = random_state.randrange(random_state.choice([header_length, len(content)]))
-        stop = start + random_state.randrange(1, 40)
-        match random_state.choice(["flip", "flip", "flip", "cut", "double", "overwrite", "truncate"]):
-            case "flip":
-                mutated[start] ^= 1 << random_state.randrange(8)
-            case "cut":
-                del mutated[start:stop]
-            case "double":
-                mutated[start:start] = mutated[start:stop]
-            case "overwrite":
-                mutated[start:stop] = random_state.randbytes(len(mutated[start:stop]))
-            case "truncate":
-                del mutated[start:]
-        path.write_bytes(mutated)
+        mutated = copy.deepcopy(header)
+        mutate_header(mutated, random_state)
+        rewrite(path, mutated, tensors)
         loaded = load_or_refuse(case, path, model)
         num_refused += loaded is None
         if loaded is not None:
-            assert_holds_alike(loaded, cache)
-    assert num_refused > 0.9 * num_mutations
-
-
-@pytest.mark.parametrize("num_mutations", [40, pytest.param(1000, marks=pytest.mark.slow)])
-@every_budget
-@every_cache
-def test_fuzzed_headers_and_tensors_with_fitting_digests(
-    case: CacheCase, budget: str, num_mutations: int, tmp_path: Path
-) -> None:
-    """What is not refused may be another cache, but one that can be used."""
-    model, path, random_state = tiny_model("llama"), tmp_path / "cache", random.Random(1)
-    cache, mask = filled(case, model, budget, 21)
-    cache.save(path)
-    content, num_refused = path.read_bytes(), 0
-    for index in range(num_mutations):
-        path.write_bytes(content)
-        header, tensors = header_of(path), tensors_of(path)
-        if index % 2:
-            mutate_tensors(tensors, random_state)
-            for name, tensor in tensors.items():
-                header["tensors"][name].update(dtype=storage.DTYPE_NAMES[tensor.dtype], shape=list(tensor.shape))
-        else:
-            mutate_header(header, random_state)
-        rewrite(path, header, tensors)
-        loaded = load_or_refuse(case, path, model)
-        num_refused += loaded is None
-        if loaded is not None and index % 4 == 0:
             with contextlib.suppress(ValueError):
                 go_on(model, loaded, mask, later_pieces(3, 2)[4:])
     assert num_refused > 0.6 * num_mutations
-
-
-def test_a_cache_of_two_dtypes_is_not_saved(tmp_path: Path) -> None:
-    """Under autocast keys are rotated in float32. A file that could not be loaded would be noticed too late."""
-    model = build_model("llama")
-    cache = SnapKVCache(model.config, budget=8)
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        model(random_tokens(1, 30), past_key_values=cache)
-    with pytest.raises(NotImplementedError, match="filled under autocast.*Cast the model"):
-        cache.save(tmp_path / "cache.safetensors")
-    assert not list(tmp_path.iterdir())
