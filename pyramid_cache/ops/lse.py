@@ -501,7 +501,7 @@ def _run_torch_flash(
     softcap: None,
 ) -> tuple[Any, ...]:
     if packing is None:
-        ends = (None, None, query.shape[1], key.shape[1])
+        ends: tuple[Any, ...] = (None, None, query.shape[1], key.shape[1])
     else:
         ends = (packing.query_ends, packing.key_ends, packing.max_queries, packing.max_keys)
     return torch.ops.aten._flash_attention_forward(query, key, value, *ends, 0.0, True, False, scale=scaling)
@@ -573,9 +573,9 @@ def kernel_of_module(module: ModuleType, dtypes: tuple[torch.dtype, ...] = HALF_
         scaling: float,
         softcap: float | None,
     ) -> Any:
-        function, arguments = dense, {"softmax_scale": scaling, "causal": True}
+        function = dense if packing is None else packed
+        arguments: dict[str, Any] = {"softmax_scale": scaling, "causal": True}
         if packing is not None:
-            function = packed
             arguments |= {
                 "cu_seqlens_q": packing.query_ends,
                 "cu_seqlens_k": packing.key_ends,

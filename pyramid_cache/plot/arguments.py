@@ -1,6 +1,7 @@
 """What the functions that draw and show take: checks of caches, rows and layers, and what they all ask of a cache."""
 
 import operator
+from typing import Any
 
 from transformers import Cache
 
@@ -21,7 +22,7 @@ def compressed_layers(cache: Cache) -> list[CompressedLayer]:
     return layers
 
 
-def require_filled(cache: Cache) -> None:
+def require_filled(cache: Any) -> None:
     """
     Raises:
         ValueError: The cache is not of this library, or is empty.

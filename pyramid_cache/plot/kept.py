@@ -1,7 +1,7 @@
 """Figures of how many tokens layers hold, and which."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from transformers import Cache
 
@@ -53,10 +53,11 @@ def plot_kept_tokens(cache: Cache) -> "Figure":
         RuntimeError: The last forward pass broke off.
     """
     require_filled(cache)
-    axes = new_figure(3).subplots()
+    figure = new_figure(3)
+    axes = figure.subplots()
     draw_kept_tokens(axes, cache)
     axes.set_title(title_of(cache))
-    return axes.figure
+    return figure
 
 
 def plot_kept_positions(cache: Cache, row: int = 0) -> "Figure":
@@ -78,10 +79,11 @@ def plot_kept_positions(cache: Cache, row: int = 0) -> "Figure":
     """
     require_filled(cache)
     row = as_row(row, cache.batch_size)
-    axes = new_figure(3.8).subplots()
+    figure = new_figure(3.8)
+    axes = figure.subplots()
     draw_kept_positions(axes, cache, row)
     axes.set_title(title_of(cache))
-    return axes.figure
+    return figure
 
 
 def plot_budgets(*caches: Cache, labels: Sequence[str] | None = None, prompt_length: int | None = None) -> "Figure":
@@ -115,7 +117,8 @@ def plot_budgets(*caches: Cache, labels: Sequence[str] | None = None, prompt_len
             require_filled(cache)
         else:
             require_budgets_in_tokens(cache)
-    axes = new_figure(4).subplots()
+    figure = new_figure(4)
+    axes = figure.subplots()
     for index, (cache, label) in enumerate(zip(caches, labels or distinct_labels(caches), strict=True)):
         layers = compressed_layers(cache)
         num_layers = len(layers)
@@ -134,7 +137,7 @@ def plot_budgets(*caches: Cache, labels: Sequence[str] | None = None, prompt_len
     axes.set(title=f"What layers may keep of {of_what}", xlabel="layer", ylabel="tokens per KV head", ylim=(0, None))
     axes.legend(frameon=False, fontsize="small")
     tidy(axes)
-    return axes.figure
+    return figure
 
 
 def require_budgets_in_tokens(cache: Cache) -> None:
@@ -147,7 +150,7 @@ def require_budgets_in_tokens(cache: Cache) -> None:
             )
 
 
-def distinct_labels(caches: Sequence[Cache]) -> list[str]:
+def distinct_labels(caches: Sequence[Any]) -> list[str]:
     """The classes of caches, with the settings in which caches of one class differ."""
     labels = []
     for cache in caches:
@@ -172,7 +175,7 @@ def draw_kept_tokens(axes: "Axes", cache: Cache) -> None:
     own = {layer.place.layer_idx: num_held_by_head(layer).float().cpu() for layer in compressed_layers(cache)}
     means = {index: held.mean().item() for index, held in own.items()}
     label = f"{'kept' if loses_tokens(cache) else 'in the buffer'}, mean over KV heads and rows"
-    axes.bar(means.keys(), means.values(), color=COLORS[0], label=label)
+    axes.bar(list(means), list(means.values()), color=COLORS[0], label=label)
     ranged = [index for index, held in own.items() if held.amin() < held.amax()]
     if ranged:
         below = [means[index] - own[index].amin().item() for index in ranged]
@@ -191,7 +194,7 @@ def draw_kept_tokens(axes: "Axes", cache: Cache) -> None:
         i: latest_tokens(layer) for i, layer in enumerate(cache.layers) if not isinstance(layer, CompressedLayer)
     }
     if others:
-        axes.bar(others.keys(), others.values(), color=OTHER_LAYERS_COLOR, label="layers of transformers")
+        axes.bar(list(others), list(others.values()), color=OTHER_LAYERS_COLOR, label="layers of transformers")
     seen = tokens_seen(cache)
     axes.axhline(seen, color="black", linewidth=0.8, linestyle=":", label="tokens seen")
     # The room above the line is for the legend.

@@ -1,7 +1,7 @@
 """Figures of the scores that layers add up while they run: by position, and over the steps of an answer."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import Cache, LogitsProcessor
@@ -44,11 +44,12 @@ def plot_scores(cache: Cache, layer_idx: int, row: int = 0) -> "Figure":
     by_head = scores_by_position(layer, row)
     if by_head.isnan().all():
         raise ValueError(why_no_scores(cache, layer_idx, row))
-    axes = new_figure(3.5).subplots()
+    figure = new_figure(3.5)
+    axes = figure.subplots()
     draw_scores(axes, by_head)
     of_row = f", row {row}" if cache.batch_size > 1 else ""
     axes.set(title=f"{type(cache).__name__}: scores of layer {layer_idx}{of_row}", ylabel=label)
-    return axes.figure
+    return figure
 
 
 def label_of_scores(cache: Cache, layer: CompressedLayer) -> str:
@@ -156,7 +157,7 @@ class ScoreRecorder(LogitsProcessor):
             )
         for layer_idx in layer_indices:
             label_of_scores(cache, as_layer(layer_idx, cache))
-        self.cache = cache
+        self.cache: Any = cache
         self.row = row
         self.num_seen: list[int] = []
         self.scores: dict[int, list[torch.Tensor]] = {layer_idx: [] for layer_idx in layer_indices}

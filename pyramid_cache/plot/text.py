@@ -227,7 +227,8 @@ def group_tokens(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> li
     """
 
     def decode(start: int, stop: int) -> str:
-        return tokenizer.decode(token_ids[start:stop], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        settings = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+        return str(tokenizer.decode(token_ids[start:stop], **settings))
 
     groups: list[TokenGroup] = []
     context, start = 0, 0
