@@ -24,10 +24,10 @@ from transformers import (
 from pyramid_cache import H2OCache
 from pyramid_cache.engine.architectures import CACHE_ARGUMENT
 from pyramid_cache.lab.demo.timed_answers import generate
-from pyramid_cache.lab.evaluation.caches import CACHES
 from pyramid_cache.lab.evaluation.evaluator import Evaluation
 from pyramid_cache.lab.evaluation.tasks import Context, Question
 from pyramid_cache.lab.profile.activations import measure_text
+from pyramid_cache.lab.registry import CACHES
 from pyramid_cache.lab.weights import no_progress
 
 
