@@ -2,8 +2,8 @@
 
     python examples/evaluate_shadow_kv.py --out shadow.json
 
-Numbers hidden in a novel are asked for behind it, each answer read token by token; the novel goes on for as many tokens as
-`--new-tokens`, read likewise; and in one conversation, five of the numbers are asked for one after the other.
+Three things are measured, each answer read token by token: questions for numbers that are hidden in a novel, the next
+`--new-tokens` of the novel, and a conversation that asks for five of the numbers one after the other.
 """
 
 import argparse
@@ -19,25 +19,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCach
 
 from pyramid_cache import ShadowKVCache
 from pyramid_cache.engine.architectures import CACHE_ARGUMENT
-from pyramid_cache.lab.evaluation.caches import BASELINE, EvaluatedCache
+from pyramid_cache.lab.evaluation.asking import score_answers
 from pyramid_cache.lab.evaluation.evaluator import Evaluation, Result
-from pyramid_cache.lab.evaluation.scores import score_answers
 from pyramid_cache.lab.evaluation.tasks import Context, Haystack, Question, build_contexts, parse_task
 from pyramid_cache.lab.machine import describe_machine, describe_versions
+from pyramid_cache.lab.registry import BASELINE, CacheEntry
 from pyramid_cache.lab.terminal import ProgressBar, check_output, write_json
 from pyramid_cache.lab.weights import fetch_default_model
 
 
 NUM_TURNS = 5
-
-
-def shadow_cache(budget: int, **settings: int) -> EvaluatedCache:
-    """A cache of that budget; without the fraction that others are built by."""
-    return EvaluatedCache(
-        f"ShadowKVCache, {budget}",
-        lambda model, budget, num_tokens, num_later: ShadowKVCache(model.config, budget, **settings),
-        reads_answers_by_step=True,
-    )
 
 
 def continuations(novel: list[int], num_tokens: int, num_new: int, limit: int) -> Iterator[Context]:
@@ -63,9 +54,9 @@ def turns(model: PreTrainedModel, cache: Cache, context: Context) -> list[float]
     return accuracies
 
 
-def means(results: list[Result], label: str) -> dict[str, float]:
-    """Exact match, token accuracy and log-likelihood of one cache."""
-    scores = [score for result in results if result.cache == label for score in result.scores]
+def means(results: list[Result], budget: float) -> dict[str, float]:
+    """Exact match, token accuracy and log-likelihood of the cache of that budget."""
+    scores = [score for result in results if result.budget == budget for score in result.scores]
     return {
         "questions": len(scores),
         "exact_match": statistics.mean(score.is_exact for score in scores),
@@ -82,28 +73,27 @@ def measure(
     for num_tokens, limit in zip(options.lengths, options.contexts, strict=True):
         names = ("rank", "chunk_size", "num_spread_bands")
         settings = {name: getattr(options, name) for name in names}
-        caches = {str(budget): shadow_cache(budget, **settings) for budget in options.sparse_budgets}
-        evaluation = Evaluation(model, caches, [0.5], ["context"])
+        shadow = CacheEntry("shadow", "ShadowKVCache", ShadowKVCache, settings, reads_answers_by_step=True)
+        evaluation = Evaluation(model, {"shadow": shadow}, options.sparse_budgets, ["context"])
         needles = build_contexts(parse_task(f"needles-8-{num_tokens}"), haystack, options.seed, limit)
         found = evaluation.run(needles, progress)
         text = evaluation.run(list(continuations(haystack.novel, num_tokens, options.new_tokens, limit)), progress)
-        for label in (BASELINE, *caches):
+        for budget in (1.0, *options.sparse_budgets):
+            label = BASELINE if budget == 1.0 else str(budget)
             progress(f"{NUM_TURNS} turns behind {num_tokens} tokens, {label}", 0, None)
-            answers = [
-                turns(
-                    model,
+            answers = []
+            for context in needles:
+                cache = (
                     DynamicCache(config=model.config)
-                    if label == BASELINE
-                    else caches[label].build(model, 0.5, num_tokens, 0),
-                    context,
+                    if budget == 1.0
+                    else ShadowKVCache(model.config, budget, **settings)
                 )
-                for context in needles
-            ]
+                answers.append(turns(model, cache, context))
             yield {
                 "num_tokens": num_tokens,
                 "cache": label,
-                **means(found, label),
-                "perplexity": math.exp(-means(text, label)["log_likelihood"]),
+                **means(found, budget),
+                "perplexity": math.exp(-means(text, budget)["log_likelihood"]),
                 "token_accuracy_by_turn": [statistics.mean(turn) for turn in zip(*answers, strict=True)],
             }
 

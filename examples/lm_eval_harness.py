@@ -8,14 +8,17 @@ Tasks and their data come from the hub, or from a folder with YAML files (`--inc
 
 What is compressed, and when:
 
-- `generate_until`: each batch is generated with a new cache, which reads its prompts and evicts as it does for anybody. The first
-  new token follows from a full reading of the prompt (not with StreamingLLMCache), those behind it from what is kept.
-- `loglikelihood`, and with it multiple choice: the context but for its last tokens, one by default (`--held-back`), is read, and
-  the cache evicts down to its budget. Those last tokens and the continuation are then read in one forward pass in view of
-  what is kept: no score follows from a full reading, not even that of a continuation of one token. Each continuation is given
-  to a copy of the cache, and a context that several share is read once. A budget that is a fraction is one of the context
-  without the tokens that are held back, which a larger number makes a question that comes after compression.
-- `loglikelihood_rolling`: refused but for StreamingLLMCache and DynamicCache, as its windows have no context to compress.
+- `generate_until`: each batch is generated with a new cache, which reads its prompts and evicts as it does for
+  anybody. The first new token follows from a full reading of the prompt (not with StreamingLLMCache), those behind it
+  from what is kept.
+- `loglikelihood`, and with it multiple choice: the context but for its last tokens, one by default (`--held-back`), is
+  read, and the cache evicts down to its budget. Those last tokens and the continuation are then read in one forward
+  pass in view of what is kept: no score follows from a full reading, not even that of a continuation of one token.
+  Each continuation is given to a copy of the cache, and a context that several share is read once. A budget that is a
+  fraction is one of the context without the tokens that are held back, which a larger number makes a question that
+  comes after compression.
+- `loglikelihood_rolling`: refused but for StreamingLLMCache and DynamicCache, as its windows have no context to
+  compress.
 """
 
 import argparse
@@ -33,7 +36,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from pyramid_cache import StreamingLLMCache
 from pyramid_cache.engine.architectures import CACHE_ARGUMENT
 from pyramid_cache.engine.cache import CompressedCache
-from pyramid_cache.lab.terminal import check_output, positive_int
+from pyramid_cache.lab.terminal import check_output, positive_int, positive_ints
 
 
 try:
@@ -53,13 +56,14 @@ TokenRequest = tuple[tuple[str, str] | None, list[int], list[int]]
 
 class CacheLM(HFLM):
     """
-    A model of the harness that keeps what a cache keeps; the docstring of this module says what is compressed, and when.
+    A model of the harness that keeps what a cache keeps; the docstring of this module says what is compressed, and
+    when.
 
     Args:
         pretrained (`PreTrainedModel`): A decoder.
         build_cache (`Callable`): Called with the model; makes a new cache.
-        num_held_back (`int`, defaults to 1): Tokens of a context that are read after it was compressed, one at least. Of a
-            shorter context all but its first token.
+        num_held_back (`int`, defaults to 1): Tokens of a context that are read after it was compressed, one at least.
+            Of a shorter context all but its first token.
         settings: Further arguments of `HFLM`, such as `tokenizer` and `batch_size`; that is of `generate_until` only.
 
     Raises:
@@ -95,8 +99,9 @@ class CacheLM(HFLM):
         streams = isinstance(cache, StreamingLLMCache) and cache.settings["prefill"] == "streaming"
         if not streams and not isinstance(cache, DynamicCache):
             raise NotImplementedError(
-                f"`loglikelihood_rolling` with {type(cache).__name__}: windows of text have no context that could be compressed, "
-                "and the figures would be those of the full cache. Use StreamingLLMCache, or a task with contexts."
+                f"`loglikelihood_rolling` with {type(cache).__name__}: windows of text have no context that could be "
+                "compressed, and the figures would be those of the full cache. Use StreamingLLMCache, or a task with "
+                "contexts."
             )
         return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
 
@@ -156,6 +161,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", required=True, help="names of tasks, with commas between them")
     parser.add_argument("--include-path", metavar="FOLDER", help="where YAML files of further tasks are")
+    parser.add_argument(
+        "--ruler-lengths", type=positive_ints, metavar="LIST", help="tokens of RULER's contexts (default: 4096)"
+    )
     parser.add_argument("--limit", type=positive_int, metavar="N", help="documents of each task (default: all)")
     parser.add_argument("--num-fewshot", type=int, metavar="N", help="examples before each (default: the task's)")
     parser.add_argument(
@@ -176,12 +184,16 @@ def main() -> None:
         tokenizer=tokenizer,
         batch_size=options.batch_size,
     )
+    # RULER makes its contexts for the tokenizer, in these lengths.
+    metadata: dict[str, Any] = {"tokenizer": tokenizer.name_or_path}
+    if options.ruler_lengths:
+        metadata["max_seq_lengths"] = options.ruler_lengths
     results = lm_eval.simple_evaluate(
         model=language_model,
         tasks=options.tasks.split(","),
         num_fewshot=options.num_fewshot,
         limit=options.limit,
-        task_manager=TaskManager(include_path=options.include_path),
+        task_manager=TaskManager(include_path=options.include_path, metadata=metadata),
     )
     print(make_table(results))
     if options.json is not None:

@@ -11,9 +11,9 @@ from pyramid_cache.lab.profile import profile_command
 
 
 # What the subcommands import beyond the core dependencies, and the extra that it comes with.
-OPTIONAL_PACKAGES = dict.fromkeys(("accelerate", "filelock", "gguf", "matplotlib", "rich"), "demo") | dict.fromkeys(
-    ("datasets", "rouge", "rouge_score"), "eval"
-)
+OPTIONAL_PACKAGES = dict.fromkeys(("accelerate", "filelock", "gguf", "matplotlib", "rich"), "demo") | {
+    "datasets": "eval"
+}
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -1,4 +1,6 @@
-"""The evaluation: its cases, one reading for many caches, scores against slow loops, and what is certain about results."""
+"""
+The evaluation: its cases, one reading for many caches, scores against slow loops, and what is certain about results.
+"""
 
 import copy
 import json
@@ -14,31 +16,18 @@ import pytest
 import torch
 from caches import CACHE_CASES, CacheCase, parametrize_cases
 from models import build_model, random_tokens, tiny_model
-from text_tokenizers import byte_tokenizer
 from transformers import Cache, DynamicCache, LlamaForCausalLM, PreTrainedModel
 
-from pyramid_cache import H2OCache, SnapKVCache, StreamingLLMCache
+from pyramid_cache import SnapKVCache, StreamingLLMCache
 from pyramid_cache.lab.cli import main
-from pyramid_cache.lab.demo.planted_number import PromptError, read_text
 from pyramid_cache.lab.evaluation import score_tables
-from pyramid_cache.lab.evaluation.asking import groups_of_equal_length
-from pyramid_cache.lab.evaluation.caches import BASELINE, CACHES, EvaluatedCache, from_config
+from pyramid_cache.lab.evaluation.asking import groups_of_equal_length, score_answers
 from pyramid_cache.lab.evaluation.cells import Cell, CellStore
 from pyramid_cache.lab.evaluation.evaluator import Evaluation, Result
 from pyramid_cache.lab.evaluation.reading import Reader, full_cache
 from pyramid_cache.lab.evaluation.recall import load_recall_model
-from pyramid_cache.lab.evaluation.scores import score_answers
-from pyramid_cache.lab.evaluation.tasks import (
-    Context,
-    Haystack,
-    Question,
-    build_contexts,
-    haystack,
-    load_contexts,
-    parse_task,
-    save_contexts,
-)
-from pyramid_cache.lab.evaluation.tasks.needles import PERSONS
+from pyramid_cache.lab.evaluation.tasks import Context, Question, build_contexts, parse_task
+from pyramid_cache.lab.registry import BASELINE, CACHES, CacheEntry, Workload
 from pyramid_cache.lab.weights import no_progress
 
 
@@ -61,7 +50,9 @@ def recall_model() -> LlamaForCausalLM:
 @parametrize_cases(DENSE_CASES)
 @torch.no_grad()
 def test_a_reading_gives_what_the_cache_would_have_read(case: CacheCase) -> None:
-    """A context alone, and a context with a question behind it; the reading serves a second cache as well as a first."""
+    """
+    A context alone, and a context with a question behind it; the reading serves a second cache as well as a first.
+    """
     model, tokens = tiny_model("llama"), random_tokens(1, 60, seed=3)
     reader = Reader(model, tokens[:, :33])
     for reading, length in ((reader.context, 33), (reader.with_question(tokens[:, 33:40]), 40)):
@@ -127,8 +118,9 @@ def test_scores_are_those_of_the_right_tokens() -> None:
 
 
 def test_questions_of_equal_length_are_asked_side_by_side() -> None:
-    questions = [Question([0] * length, [0] * 2) for length in (3, 4, 3, 3, 4, 3)]
-    assert list(groups_of_equal_length(questions, 3)) == [[0, 2, 3], [5], [1, 4]]
+    threads = [(0, [Question([0] * length, [0] * 2)]) for length in (3, 4, 3, 3, 4, 3)]
+    assert list(groups_of_equal_length(threads, 3)) == [[0, 2, 3], [5], [1, 4]]
+    assert list(groups_of_equal_length([*threads[:1], (0, threads[0][1] * 2), *threads[2:3]], 3)) == [[0, 2], [1]]
 
 
 @torch.no_grad()
@@ -156,13 +148,15 @@ def said(model: PreTrainedModel, cache: Cache, prompt: list[int], num_tokens: in
 
 @pytest.mark.parametrize("name", [BASELINE, "snapkv", "pyramid", "shadow", "streaming"])
 def test_scores_are_those_of_generate(name: str) -> None:
-    """Both protocols, on what the cache itself says, on what the full cache says, and on answers with a wrong token."""
+    """
+    Both protocols, on what the cache itself says, on what the full cache says, and on answers with a wrong token.
+    """
     model = tiny_model("llama")
 
     def build(num_tokens: int) -> Cache:
         if name == BASELINE:
             return DynamicCache(config=model.config)
-        return CACHES[name].build(model, 0.5, num_tokens, 9 + 4 - 1)  # behind the longest question
+        return CACHES[name].build(model, 0.5, Workload(num_tokens, num_later=9 + 4 - 1))  # behind the longest question
 
     context = random_tokens(1, 48, seed=5)[0].tolist()
     questions = []
@@ -195,7 +189,7 @@ def test_scores_are_those_of_generate(name: str) -> None:
 @pytest.mark.parametrize("name", ["streaming", "streaming-dense"])
 def test_streams_hold_the_budget_of_the_context_to_the_last_token(name: str) -> None:
     model = tiny_model("llama")
-    cache = CACHES[name].build(model, 0.5, 48, 12)
+    cache = CACHES[name].build(model, 0.5, Workload(48, num_later=12))
     with torch.no_grad():
         model(random_tokens(1, 48), past_key_values=cache)
         model(random_tokens(1, 12), past_key_values=cache)
@@ -203,54 +197,6 @@ def test_streams_hold_the_budget_of_the_context_to_the_last_token(name: str) -> 
 
 
 # Cases.
-
-
-@pytest.fixture
-def short_novel(monkeypatch: pytest.MonkeyPatch) -> str:
-    """The beginning of the novel in place of all of it, which takes seconds to tokenize into bytes."""
-    novel = read_text()[:20_000]
-    monkeypatch.setattr(haystack, "read_text", lambda: novel)
-    return novel
-
-
-def test_needles_are_in_their_context_and_asked_for(short_novel: str) -> None:
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = "{% for message in messages %}[user]{{ message['content'] }}{% endfor %}[model]"
-    task = parse_task("needles-8-4000")
-    contexts = build_contexts(task, Haystack(tokenizer), samples=3)
-    assert len(contexts) == 3 and task.num_contexts == 10 and parse_task("needles-1-4096").num_contexts == 20
-    for context in contexts:
-        text = tokenizer.decode(context.ids)
-        assert len(context.ids) == 4000 and text.startswith("[user]") and "[model]" not in text
-        numbers, places = [], []
-        for question in context.questions:
-            asked, number = tokenizer.decode(question.ids), tokenizer.decode(question.answer)
-            person = asked.split("number of the ")[1].split(" mentioned")[0]
-            assert person in PERSONS
-            assert asked.endswith(f"mentioned in the text?[model]The secret pass number of the {person} is ")
-            needle = f"\n\nThe secret pass number of the {person} is {number}. Remember it.\n\n"
-            assert text.count(needle) == 1 and text.count(number) == 1
-            places.append(text.index(needle))
-            numbers.append(number)
-            text = text.replace(needle, "")
-        assert len(set(numbers)) == len({number[0] for number in numbers}) == 8
-        # Scattered over the whole text, which is left as it was.
-        assert min(places) < 700 and max(places) > 3000 - 8 * len(needle)
-        assert tokenizer.decode(tokenizer(text.removeprefix("[user]"))["input_ids"]) in short_novel
-
-
-def test_cases_depend_on_the_seed_and_not_on_their_number(short_novel: str, tmp_path: Path) -> None:
-    tokenizer = byte_tokenizer()
-    for build in (
-        lambda seed, samples: build_contexts(parse_task("needles-2-1500"), Haystack(tokenizer), seed, samples),
-        lambda seed, samples: build_contexts(parse_task("recall-64"), None, seed, samples),
-    ):
-        many, few, other = build(1, 3), build(1, 2), build(2, 3)
-        assert many[:2] == few
-        assert len({tuple(context.ids) for context in many + other}) == 6
-        save_contexts(many, "some model", tmp_path / "cases.json")
-        assert load_contexts(tmp_path / "cases.json") == many
-        assert json.loads((tmp_path / "cases.json").read_text())["model"] == "some model"
 
 
 def test_recall_asks_for_values_of_the_context() -> None:
@@ -261,30 +207,10 @@ def test_recall_asks_for_values_of_the_context() -> None:
     assert all([values[question.ids[0]]] == question.answer for question in context.questions)
 
 
-@pytest.mark.parametrize(
-    "name, message",
-    [
-        ("needles-10-4096", "at most 9 differ"),
-        ("needles-0-4096", "There is no task"),
-        ("recall-63", "even number"),
-        ("recall-512", "positions for 510"),
-        ("ruler-4096", "needles-N-L"),
-    ],
-)
-def test_tasks_that_cannot_be_are_refused(name: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        parse_task(name)
-
-
-def test_contexts_too_short_for_their_needles_are_refused(short_novel: str) -> None:
-    with pytest.raises(PromptError, match="8 hidden texts and the frame take"):
-        build_contexts(parse_task("needles-8-300"), Haystack(byte_tokenizer()))
-
-
 # What is certain.
 
 
-def evaluate(model: PreTrainedModel, caches: dict[str, EvaluatedCache], budgets: list[float]) -> dict[tuple, Result]:
+def evaluate(model: PreTrainedModel, caches: dict[str, CacheEntry], budgets: list[float]) -> dict[tuple, Result]:
     contexts = build_contexts(parse_task("recall-448"), samples=2)
     results = Evaluation(model, caches, budgets).run(contexts, no_progress)
     assert {result.protocol for result in results} == {"context"}  # answers of one token follow from a full reading
@@ -315,7 +241,7 @@ def test_a_window_forgets_what_is_out_of_it(recall_model: LlamaForCausalLM) -> N
 
 
 def test_a_cache_that_holds_everything_loses_nothing(recall_model: LlamaForCausalLM) -> None:
-    caches = {"h2o": EvaluatedCache("", from_config(H2OCache)), "snapkv": EvaluatedCache("", from_config(SnapKVCache))}
+    caches = {name: CACHES[name] for name in ("h2o", "snapkv")}
     results = evaluate(recall_model, caches, [1.0])
     full = [score.log_likelihood for score in results[BASELINE, 1.0].scores]
     for name in caches:
@@ -364,7 +290,10 @@ def rows_of(arguments: list[str], path: Path) -> list[dict[str, Any]]:
 def test_a_stopped_evaluation_loses_nothing_and_repeats_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Stopped behind each cell in turn, and in the middle of a line, it ends with the very figures of a run without a folder."""
+    """
+    Stopped behind each cell in turn, and in the middle of a line, it ends with the very figures of a run without a
+    folder.
+    """
     wanted = rows_of(RESUMED, tmp_path / "wanted.json")
     folder, cells = tmp_path / "answers", tmp_path / "answers" / "cells.jsonl"
     add, num_added = CellStore.add, 0
@@ -389,19 +318,16 @@ def test_a_stopped_evaluation_loses_nothing_and_repeats_nothing(
     monkeypatch.setattr(Reader, "__init__", None)  # nor to look at
     assert rows_of([*RESUMED, "--out", str(folder)], tmp_path / "found.json") == wanted
     assert json.loads((folder / "results.json").read_text())["rows"] == wanted
+    # Results are those of what is asked for; what else the folder has waits until it is asked for again.
+    few = rows_of([*RESUMED, "--caches", "knorm", "--out", str(folder)], tmp_path / "few.json")
+    assert few == [row for row in wanted if row["cache"] != "streaming"]
     exact = {(row["label"], row["budget"]): f"{row['exact_match']:.2f}" for row in wanted}
-    report = (folder / "score_tables.md").read_text()
+    for other in (["--seed", "1"], ["--dtype", "bfloat16"]):
+        assert main([*RESUMED, "--out", str(folder), *other]) == 2
+        assert f"other settings: {other[0][2:]} " in capsys.readouterr().err.splitlines()[-1]
+    report = (folder / "report.md").read_text()
     assert f"DynamicCache: {exact['DynamicCache', 1.0]} / " in report
     assert f"| KnormCache | {exact['KnormCache', 0.5]} / " in report
-
-
-def test_a_folder_grows_by_caches_and_tasks(tmp_path: Path) -> None:
-    """Results are those of what is asked for; what else the folder has waits until it is asked for again."""
-    folder = ["--out", str(tmp_path / "answers")]
-    few = ["eval", "--tasks", "recall-64", "--caches", "knorm", "--budgets", "0.5", "--samples", "1"]
-    first = rows_of([*few, *folder], tmp_path / "first.json")
-    assert rows_of([*RESUMED, *folder], tmp_path / "all.json") == rows_of(RESUMED, tmp_path / "wanted.json")
-    assert rows_of([*few, *folder], tmp_path / "again.json") == first
 
 
 # Two processes of torch alone, to tell a machine on which they cannot connect from a defect.
@@ -414,7 +340,9 @@ distributed.destroy_process_group()
 
 
 def run_two_processes(*arguments: str) -> tuple[str, str]:
-    """Runs Python twice, in the environment that `torchrun --nproc_per_node 2` gives, to outputs and errors of both."""
+    """
+    Runs Python twice, in the environment that `torchrun --nproc_per_node 2` gives, to outputs and errors of both.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -441,7 +369,7 @@ def run_two_processes(*arguments: str) -> tuple[str, str]:
 def test_processes_share_an_evaluation(tmp_path: Path) -> None:
     """Two with a thread each leave behind what one leaves, byte for byte."""
     arguments = ["eval", "--tasks", "recall-64,recall-66", "--caches", "knorm,streaming", "--samples", "3"]
-    arguments += ["--device", "cpu", "--threads", "1"]
+    arguments += ["--budgets", "0.5", "--device", "cpu", "--threads", "1"]
     num_threads = torch.get_num_threads()
     try:
         wanted = rows_of([*arguments, "--out", str(tmp_path / "one")], tmp_path / "wanted.json")
@@ -455,7 +383,7 @@ def test_processes_share_an_evaluation(tmp_path: Path) -> None:
         pytest.skip(f"torch.distributed does not work here: {reason.splitlines()[-1]}")
     assert not errors
     assert output.count("Exact match") == 1  # one of them reports
-    assert [len((folder / name).read_text().splitlines()) for name in ("cells.jsonl", "cells.1.jsonl")] == [21, 21]
+    assert [len((folder / name).read_text().splitlines()) for name in ("cells.jsonl", "cells.1.jsonl")] == [9, 9]
     record = json.loads(found.read_text())
     assert record["machine"]["processes"] == 2
     assert record["rows"] == wanted
@@ -493,58 +421,34 @@ def test_accelerate_launches_an_evaluation(tmp_path: Path) -> None:
     assert numbers[0] == numbers[1] > 0
 
 
-@pytest.mark.parametrize("name, value", [("--seed", "1"), ("--dtype", "bfloat16")])
-def test_a_folder_of_other_settings_is_refused(
-    name: str, value: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main([*RESUMED, "--out", str(tmp_path / "answers")]) == 0
-    assert main([*RESUMED, "--out", str(tmp_path / "answers"), name, value]) == 2
-    assert f"other settings: {name[2:]} " in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_broken_lines_are_refused(tmp_path: Path) -> None:
-    CellStore(tmp_path, {})
-    (tmp_path / "cells.1.jsonl").write_text('{"key": {"task": "recall-64"}}\n' * 2)
-    with pytest.raises(ValueError, match=r"Line 1 of .*cells.1.jsonl is no result"):
-        CellStore(tmp_path, {})
-
-
-def test_command_saves_cases(tmp_path: Path) -> None:
-    path = tmp_path / "cases.json"
-    assert main(["eval", "--tasks", "recall-64,recall-128", "--samples", "2", "--save-cases", str(path)]) == 0
-    assert [len(context.ids) for context in load_contexts(path)] == [64, 64, 128, 128]
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
+def test_bad_options_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in (
         (["--caches", "lru"], "h2o"),
-        (["--budgets", "1.5"], "fractions between 0 and 1"),
-        (["--budgets", "many"], "fractions between 0 and 1"),
+        (["--caches", "static"], "evicts nothing"),
+        (["--budgets", "1.5"], "budget"),
+        (["--budgets", "512"], "fractions between 0 and 1"),
+        (["--budgets", "many"], "budget"),
         (["--protocols", "later"], "context, question"),
         (["--tasks", "sorting"], "There is no task 'sorting'"),
+        (["--tasks", "recall-64", "--lengths", "64"], "has no effect"),
         (["--save-cases", "cases.json"], "token ids of one model"),
         (["--json", "no/such/folder.json"], "cannot be written"),
-    ],
-)
-def test_bad_options_are_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    try:
-        status = main(["eval", *arguments])
-    except SystemExit as error:  # of the parser
-        status = error.code
-    assert status == 2
-    assert message in capsys.readouterr().err.splitlines()[-1]
+    ):
+        try:
+            status = main(["eval", *arguments])
+        except SystemExit as error:  # of the parser
+            status = error.code
+        assert status == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_command_takes_tasks_by_lengths_and_its_older_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_takes_tasks_by_lengths_classes_and_its_older_name(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
-    arguments = ["--tasks", "recall,recall-32", "--lengths", "64,66", "--caches", "knorm", "--samples", "1"]
+    arguments = ["--tasks", "recall,recall-32", "--lengths", "64,66", "--caches", "KnormCache", "--samples", "1"]
     assert main(["evaluate", *arguments, "--budgets", "0.5", "--json", str(path)]) == 0
     record = json.loads(path.read_text())
     assert [row["task"] for row in record["rows"][::2]] == ["recall-64", "recall-66", "recall-32"]
-    assert record["command"].startswith("pyramid-cache eval ") and "--samples 1" in record["command"]
-    assert main(["eval", "--tasks", "recall-64", "--lengths", "64"]) == 2
-    assert "has no effect" in capsys.readouterr().err
+    assert record["command"].startswith("pyramid-cache eval --caches knorm ") and "--samples 1" in record["command"]
 
 
 # Tables.

@@ -11,13 +11,11 @@ from test_evaluation import said
 from transformers import DynamicCache
 
 from pyramid_cache.lab.cli import main
-from pyramid_cache.lab.evaluation.asking import Writing
-from pyramid_cache.lab.evaluation.caches import BASELINE, CACHES
 from pyramid_cache.lab.evaluation.cells import CellStore
 from pyramid_cache.lab.evaluation.evaluator import Evaluation, batches_of
-from pyramid_cache.lab.evaluation.padding import pad_left, padding_arguments
-from pyramid_cache.lab.evaluation.reading import Reader
+from pyramid_cache.lab.evaluation.reading import pad_left, padding_arguments
 from pyramid_cache.lab.evaluation.tasks import Context, Question
+from pyramid_cache.lab.registry import BASELINE, CACHES
 from pyramid_cache.lab.weights import no_progress
 
 
@@ -39,10 +37,6 @@ def contexts_of(kind: str) -> list[Context]:
             asked = random_tokens(1, num_asked, seed=100 + 10 * index + number)[0].tolist()
             before = sum((question.ids + question.answer for question in questions), []) if kind == "turns" else []
             answer = said(model, DynamicCache(config=model.config), ids + before + asked, 5 - number % 2)
-            if kind == "generated":
-                references = [f" {token}," for token in answer]
-                questions.append(Question(asked, answer[:3], [], [], "all_found", references, [], 5))
-                continue
             answer[2] = (answer[2] + (number == 1)) % model.config.vocab_size
             questions.append(Question(asked, answer, [[0, 2], [2, len(answer)]] if number == 2 else []))
         # The last one has fewer.
@@ -51,14 +45,13 @@ def contexts_of(kind: str) -> list[Context]:
 
 
 def evaluate(contexts: list[Context], batch_size: int, names: list[str]) -> dict[tuple, list]:
-    writing = Writing(lambda ids: "".join(f" {token}," for token in ids))
     caches = {name: CACHES[name] for name in names}
-    evaluation = Evaluation(tiny_model("llama"), caches, [0.4], writing=writing, batch_size=batch_size)
+    evaluation = Evaluation(tiny_model("llama"), caches, [0.4], batch_size=batch_size)
     results = evaluation.run(contexts, no_progress)
     return {(result.protocol, result.cache, result.budget): result for result in results}
 
 
-@pytest.mark.parametrize("kind", ["questions", "turns", "generated"])
+@pytest.mark.parametrize("kind", ["questions", "turns"])
 @pytest.mark.parametrize("name", NAMES)
 def test_batches_give_what_contexts_give_alone(name: str, kind: str) -> None:
     contexts = contexts_of(kind)
@@ -73,12 +66,14 @@ def test_batches_give_what_contexts_give_alone(name: str, kind: str) -> None:
         # Padding takes some room.
         assert together[setting].held_shares == pytest.approx(result.held_shares, abs=0.15)
     full = [score.is_exact for score in together["context", BASELINE, 1.0].scores]
-    assert any(full) and (kind == "generated" or not all(full))
+    assert any(full) and not all(full)
 
 
 @pytest.mark.parametrize("name", ["knorm", "streaming"])
 def test_contexts_are_read_together(name: str) -> None:
-    """Four, three at a time, are one batch of three and one of one; a cache that takes no batches reads each for itself."""
+    """
+    Four, three at a time, are one batch of three and one of one; a cache that takes no batches reads each for itself.
+    """
     contexts = contexts_of("questions")
     model, read = tiny_model("llama"), []
     handle = model.register_forward_pre_hook(lambda module, arguments: read.append(tuple(arguments[0].shape)))
@@ -91,20 +86,6 @@ def test_contexts_are_read_together(name: str) -> None:
     if name == "streaming":  # its own readings, and three of the full cache, which its size is compared with
         wanted += [(1, length) for length in (*LENGTHS, *LENGTHS[:3])]
     assert sorted(prompts) == sorted(wanted)
-
-
-@torch.no_grad()
-def test_a_padded_reading_is_that_of_each_row() -> None:
-    model = tiny_model("llama")
-    rows = [random_tokens(1, length, seed=length)[0].tolist() for length in LENGTHS]
-    question = random_tokens(4, 5, seed=9)
-    reader = Reader(model, *pad_left(rows, model.device))
-    both = reader.with_question(question)
-    for row, ids in enumerate(rows):
-        alone = Reader(model, torch.tensor([ids]))
-        torch.testing.assert_close(reader.context.logits[row], alone.context.logits[0], atol=1e-4, rtol=0)
-        wanted = alone.with_question(question[row : row + 1]).logits[0]
-        torch.testing.assert_close(both.logits[row], wanted, atol=1e-4, rtol=0)
 
 
 def test_padding_by_hand() -> None:

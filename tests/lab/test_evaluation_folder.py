@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: answers scored by hand, reports that no interruption changes, pictures, and a page."""
+"""What an evaluation leaves behind: answers scored by hand, reports that no interruption changes, and pictures."""
 
 import base64
 import csv
@@ -22,15 +22,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from pyramid_cache.engine.architectures import CACHE_ARGUMENT
 from pyramid_cache.lab.cli import main
 from pyramid_cache.lab.evaluation import score_plots
-from pyramid_cache.lab.evaluation.answers import Answer
-from pyramid_cache.lab.evaluation.caches import BASELINE, CACHES
+from pyramid_cache.lab.evaluation.answers import Answer, as_row, collect_answers
 from pyramid_cache.lab.evaluation.cells import Cell, CellKey, CellStore
 from pyramid_cache.lab.evaluation.evaluator import Evaluation
 from pyramid_cache.lab.evaluation.folder import ResultFolder
 from pyramid_cache.lab.evaluation.html_page import page
 from pyramid_cache.lab.evaluation.kept import MAX_COLUMNS, KeptPositions, measure_kept_positions
-from pyramid_cache.lab.evaluation.score_tables import as_row
 from pyramid_cache.lab.evaluation.tasks import Context, Question
+from pyramid_cache.lab.registry import BASELINE, CACHES, Workload, find_entry
 from pyramid_cache.lab.weights import no_progress
 
 
@@ -43,10 +42,10 @@ def ignore(text: str) -> None:
 
 def successor_model() -> LlamaForCausalLM:
     """
-    Says of 16 tokens always the one after the last, whatever came before: the logit of that is 2, those of the others are 0.
+    Says of 16 tokens always the one after the last: the logit of that is 2, those of the others are 0.
 
-    Attention and MLP add nothing, so that the last layer gets the token as a one-hot vector of 16 numbers. Its norm makes the
-    one a 4, and the head halves it.
+    Attention and MLP add nothing, so that the last layer gets the token as a one-hot vector of 16 numbers. Its norm
+    makes the one a 4, and the head halves it.
     """
     config = LlamaConfig(
         vocab_size=16,
@@ -141,11 +140,11 @@ def test_answers_are_those_scored_by_hand(hand_folder: Path) -> None:
         assert row["budget"] == ("1.0" if row["cache"] == BASELINE else "0.5")
     exact = {(row["cache"], row["protocol"]): row["exact_match"] for row in record["rows"]}
     assert set(exact.values()) == {2 / 5, 1 / 4}  # two of five questions, and one of the four in view
-    # Keys and values of one head of 8 numbers of 4 bytes: 64 bytes per token. Questions have a token, the second has two.
+    # Keys and values of one head of 8 numbers of 4 bytes: 64 bytes per token. The second question has two tokens.
     full = [int(row["held_bytes"]) for row in found if row["cache"] == BASELINE]
     assert full == [8 * 64] * 5 + [9 * 64, 10 * 64, 9 * 64, 9 * 64]
     # The other caches say themselves what they hold of the context.
-    cache = CACHES["knorm"].build(successor_model(), 0.5, 8, 0)
+    cache = CACHES["knorm"].build(successor_model(), 0.5, Workload(8))
     with torch.no_grad():
         successor_model()(torch.tensor([HAND_CONTEXT.ids]), **{CACHE_ARGUMENT: cache})
     held = {int(row["held_bytes"]) for row in found if (row["cache"], row["protocol"]) == ("knorm", "context")}
@@ -158,10 +157,8 @@ def test_answers_are_texts_where_there_is_a_tokenizer(tmp_path: Path) -> None:
 
     evaluation = Evaluation(successor_model(), {}, [0.5], ["context"], CellStore(tmp_path, {}))
     context = Context("letters", [1, 2, 3], [Question([3], [4, 7, 8, 9])])
-    evaluation.run([context], no_progress)
-    folder = ResultFolder(tmp_path, ignore)
-    folder.take(evaluation, [context], letters)
-    (answer,) = folder.answers
+    results = evaluation.run([context], no_progress)
+    (answer,) = collect_answers(results, [context], evaluation.model, letters)
     assert answer.answer == 'e",\n'
 
 
@@ -170,8 +167,8 @@ def test_answers_are_texts_where_there_is_a_tokenizer(tmp_path: Path) -> None:
 
 CELL = Cell(CellKey("recall-64", 0, -1, "context", "knorm", 0.5), [1.0], [-0.5], 0.5)
 LINE = (
-    '{"key": {"task": "recall-64", "context": 0, "question": -1, "protocol": "context", "cache": "knorm", "budget": 0.5}, '
-    '"token_accuracy": [1.0], "log_likelihood": [-0.5], "held_share": 0.5}\n'
+    '{"key": {"task": "recall-64", "context": 0, "question": -1, "protocol": "context", "cache": "knorm", '
+    '"budget": 0.5}, "token_accuracy": [1.0], "log_likelihood": [-0.5], "held_share": 0.5}\n'
 )
 
 
@@ -221,72 +218,50 @@ def test_cells_with_too_few_answers_are_named(tmp_path: Path) -> None:
         store_with("context", 3).require_contexts(contexts)
 
 
-@pytest.mark.parametrize(
-    "rest",
-    [
-        '{"key": {"ta',
-        "\x00\x00\x00",
-        "nonsense\n",
-        LINE[:-1],
-        LINE.replace("[1.0]", "[]"),
-        LINE.replace("[1.0]", "[NaN]"),
-    ],
-)
-def test_a_broken_last_line_is_dropped_with_a_word(rest: str, tmp_path: Path) -> None:
+def test_a_broken_last_line_is_dropped_with_a_word(tmp_path: Path) -> None:
     store = CellStore(tmp_path, {})
     store.add(CELL)
     path = tmp_path / "cells.jsonl"
     assert path.read_text() == LINE
-    path.write_text(LINE + rest)
-    said: list[str] = []
-    again = CellStore(tmp_path, {}, announce=said.append)
-    assert list(again.cells.values()) == [CELL]
-    assert len(said) == 1 and f"Dropped the last line of {path}" in said[0]
-    assert path.read_text() == LINE
-    CellStore(tmp_path, {}, announce=said.append)
-    assert len(said) == 1
+    broken = ('{"key": {"ta', "\x00\x00\x00", "nonsense\n", "\n", LINE[:-1], LINE.replace("[1.0]", "[]"))
+    for rest in (*broken, LINE.replace("[1.0]", "[NaN]")):
+        path.write_text(LINE + rest)
+        said: list[str] = []
+        again = CellStore(tmp_path, {}, announce=said.append)
+        assert list(again.cells.values()) == [CELL]
+        assert len(said) == 1 and f"Dropped the last line of {path}" in said[0]
+        assert path.read_text() == LINE
+        CellStore(tmp_path, {}, announce=said.append)
+        assert len(said) == 1
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "nonsense\n",
-        "[]\n",
-        "\n",
-        LINE.replace("[1.0]", "[1.0, 1.0]"),
-        LINE.replace("[1.0]", '["1.0"]'),
-        LINE.replace('"held_share": 0.5', '"held_share": "half"'),
-        LINE.replace('"task"', '"tusk"'),
-    ],
-)
-def test_a_broken_line_elsewhere_is_refused_by_its_number(line: str, tmp_path: Path) -> None:
+def test_a_broken_line_elsewhere_is_refused_by_its_number(tmp_path: Path) -> None:
+    """Also in the file of another process."""
     CellStore(tmp_path, {})
-    path = tmp_path / "cells.jsonl"
-    path.write_text(LINE + line + LINE)
-    with pytest.raises(ValueError, match=rf"Line 2 of .*{path.name} is no result"):
-        CellStore(tmp_path, {})
-    assert path.read_text() == LINE + line + LINE
+    wrong = [("[1.0]", "[1.0, 1.0]"), ("[1.0]", '["1.0"]'), ('"held_share": 0.5', '"held_share": "half"')]
+    lines = [LINE.replace(*pair) for pair in [*wrong, ('"task"', '"tusk"')]]
+    for line in ("nonsense\n", "[]\n", "\n", *lines):
+        for name in ("cells.jsonl", "cells.1.jsonl"):
+            path = tmp_path / name
+            path.write_text(LINE + line + LINE)
+            with pytest.raises(ValueError, match=rf"Line 2 of .*{path.name} is no result"):
+                CellStore(tmp_path, {})
+            assert path.read_text() == LINE + line + LINE
+            path.unlink()
 
 
 def test_other_settings_are_named(tmp_path: Path) -> None:
-    settings = {"model": "a", "seed": 0, "versions": {"torch": "1", "python": "2"}}
+    settings = {"model": "a", "seed": 0, "versions.torch": "1"}
     CellStore(tmp_path, settings).add(CELL)
     CellStore(tmp_path, settings)
-    with pytest.raises(
-        ValueError, match="of other settings: seed 0 instead of 1, versions.torch '1' instead of '3'. Choose"
-    ):
-        CellStore(tmp_path, {"model": "a", "seed": 1, "versions": {"torch": "3", "python": "2"}})
-    with pytest.raises(
-        ValueError, match="of other settings: seed 0 instead of None, length None instead of 2. Choose"
-    ):
-        CellStore(tmp_path, {"model": "a", "length": 2, "versions": {"torch": "1", "python": "2"}})
-
-
-@pytest.mark.parametrize("text", ["", "[]", '{"settings": 3}', '{"model": "a"}'])
-def test_settings_that_are_none_are_refused(text: str, tmp_path: Path) -> None:
-    (tmp_path / "settings.json").write_text(text)
-    with pytest.raises(ValueError, match="settings.json does not hold the settings of an evaluation"):
-        CellStore(tmp_path, {"model": "a"})
+    with pytest.raises(ValueError, match="settings: seed 0 instead of 1, versions.torch '1' instead of '3'. Choose"):
+        CellStore(tmp_path, {"model": "a", "seed": 1, "versions.torch": "3"})
+    with pytest.raises(ValueError, match="settings: seed 0 instead of None, length None instead of 2. Choose"):
+        CellStore(tmp_path, {"model": "a", "length": 2, "versions.torch": "1"})
+    for text in ("", "[]", '{"settings": 3}', '{"model": "a"}'):
+        (tmp_path / "settings.json").write_text(text)
+        with pytest.raises(ValueError, match="settings.json does not hold the settings of an evaluation"):
+            CellStore(tmp_path, {"model": "a"})
 
 
 # What is kept.
@@ -356,7 +331,7 @@ def test_depths_are_averaged_by_fifths(tmp_path: Path) -> None:
 
 
 def score_row(cache: str, budget: float, exact_match: float) -> dict[str, Any]:
-    label = score_plots.label_of(cache)
+    label = find_entry(cache).label
     scores = {"exact_match": exact_match, "token_accuracy": exact_match, "log_likelihood": exact_match - 2}
     row = {"task": "made-up-64", "protocol": "context", "cache": cache, "label": label, "budget": budget}
     return row | scores | {"held_share": budget + 0.01, "num_cases": 4}
@@ -379,17 +354,6 @@ def test_no_two_caches_look_alike() -> None:
     assert len({(color, marker) for color, _, marker in styles}) == len(CACHES)
 
 
-def chunks_of(png: bytes) -> list[str]:
-    """The types of the chunks of a PNG."""
-    assert png.startswith(b"\x89PNG\r\n\x1a\n")
-    place, types = 8, []
-    while place < len(png):
-        (size,) = struct.unpack(">I", png[place : place + 4])
-        types.append(png[place + 4 : place + 8].decode())
-        place += 12 + size
-    return types
-
-
 def test_pictures_say_nothing_of_when_they_were_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [score_row(cache, budget, budget) for cache in CACHES for budget in (0.5, 0.1)]
     rows.insert(0, score_row(BASELINE, 1.0, 0.9))
@@ -401,31 +365,19 @@ def test_pictures_say_nothing_of_when_they_were_drawn(monkeypatch: pytest.Monkey
     monkeypatch.setitem(score_plots.matplotlib.rcParams, "font.size", 20)
     assert score_plots.draw_all(rows, answers, []) == first
     assert score_plots.matplotlib.rcParams["font.size"] == 20
-    for plot in first:
-        types = chunks_of(plot.png)
-        assert types[-1] == "IEND" and not {"tIME", "tEXt", "iTXt", "zTXt"} & set(types)
+    # No time and no texts.
+    assert not [plot.name for plot in first for kind in (b"tIME", b"tEXt", b"iTXt", b"zTXt") if kind in plot.png]
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("names, budgets", [(["h2o"], [0.5]), (list(CACHES)[:2], [0.5]), (["h2o"], [0.5, 0.2, 0.1])])
-def test_few_maps_have_room(names: list[str], budgets: list[float]) -> None:
+def test_few_maps_have_room() -> None:
     """With places of answers and without any, and of a model of one layer."""
-    places = [(name, budget) for name in names for budget in budgets]
-    kept = [KeptPositions("made-up-64", *place, 64, [[1.0] * 64]) for place in places]
-    answers = [answer(*place, 64, 0.5, 1.0) for place in places]
-    pictures = {
-        score_plots.draw_positions(kept, answers),
-        score_plots.draw_positions(kept, []),
-        score_plots.draw_depths(answers),
-    }
-    assert len(pictures) == 3
-
-
-def test_names_of_files_are_safe_and_differ() -> None:
-    named = [
-        score_plots.Plot(name, "", "", b"") for name in ("score-a/b:c-1", "score-a b c-1", "SCORE-A_B_C-1", "depth-..")
-    ]
-    assert list(score_plots.file_names(named)) == ["score-a_b_c-1", "score-a_b_c-1-2", "SCORE-A_B_C-1-3", "depth-.."]
+    for names, budgets in ((["h2o"], [0.5]), (list(CACHES)[:2], [0.5]), (["h2o"], [0.5, 0.2, 0.1])):
+        places = [(name, budget) for name in names for budget in budgets]
+        kept = [KeptPositions("made-up-64", *place, 64, [[1.0] * 64]) for place in places]
+        answers = [answer(*place, 64, 0.5, 1.0) for place in places]
+        pictures = {score_plots.draw_positions(kept, answers), score_plots.draw_positions(kept, [])}
+        assert len(pictures | {score_plots.draw_depths(answers)}) == 3
 
 
 # The page.
@@ -510,15 +462,29 @@ def test_the_page_has_tables_and_pictures_in_it(hand_folder: Path) -> None:
 def test_names_in_the_page_are_text() -> None:
     evil = '<script>alert("&")</script>\'"'
     row = score_row(BASELINE, 1.0, 0.5) | {"task": evil, "label": evil, "protocol": evil}
-    record = {
-        "rows": [row],
-        "settings": {"model": evil, "dtype": evil, "device": evil, evil: evil},
-        "command": evil,
-        "machine": {"processor": evil},
-        "versions": {evil: evil},
-    }
+    settings = {"model": evil, "dtype": evil, "device": evil, evil: evil}
+    record = {"rows": [row], "settings": settings, "command": evil, "machine": {"processor": evil}}
+    record["versions"] = {evil: evil}
     text = page(record, [score_plots.Plot("a", evil, evil, b"")])
     assert Page(text).num_tags["script"] == 1 and "alert(" in text and 'alert("' not in text
+
+
+def test_page_shows_what_a_task_is_measured_by() -> None:
+    """Perplexities alone, and a column for turns."""
+    common = score_row(BASELINE, 1.0, 0.38)
+    rows = [
+        common | {"task": "perplexity-64", "perplexity": 33.31},
+        common | {"task": "turns-2-64", "token_accuracy_by_turn": [0.0, 0.25]},
+    ]
+    text = page(record_of(rows), [])
+    first, second = text.split("<h2")[1:3]
+    assert "33.31" in first and "0.38" not in first and "exact match" not in first
+    assert "0.38" in second and "<td>0.00 0.25</td>" in second
+    assert "the token accuracy of each turn is in a column of its own" in text
+    assert "perplexity is shown instead" in text
+    pictures = [score_plots.draw_scores([row, row | {"cache": "knorm", "budget": 0.5}]) for row in rows]
+    heights = [struct.unpack(">I", png[20:24])[0] for png in pictures]
+    assert heights[0] < heights[1]  # one panel above the other, and one alone
 
 
 def test_leftovers_are_removed(tmp_path: Path) -> None:
@@ -571,7 +537,7 @@ def moments(num_cells: int, generator: random.Random) -> Iterator[tuple[int, flo
 
 @pytest.mark.slow
 def test_an_evaluation_that_is_killed_loses_nothing_and_repeats_nothing(tmp_path: Path) -> None:
-    """Killed at twenty random moments and started again each time, it leaves behind what it leaves if it is not, byte for byte."""
+    """Killed at twenty moments and started again, it leaves behind what it leaves if it is not, byte for byte."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         ["pyramid_cache.lab.cli", "pyramid_cache.lab.evaluation.folder", "transformers.models.llama"]
@@ -613,29 +579,3 @@ def test_an_evaluation_that_is_killed_loses_nothing_and_repeats_nothing(tmp_path
     assert {path.name for path in killed.rglob("*")} == {path.name for path in whole.rglob("*")}
     records = [json.loads((folder / "results.json").read_text()) for folder in (killed, whole)]
     assert records[0]["rows"] == records[1]["rows"]
-
-
-def test_page_shows_what_a_task_is_measured_by() -> None:
-    """Perplexities alone, and a column for turns."""
-    common = {
-        "protocol": "context",
-        "cache": BASELINE,
-        "label": "DynamicCache",
-        "budget": 1.0,
-        "num_cases": 2,
-        "held_share": 1.0,
-    }
-    scores = {"exact_match": 0.0, "token_accuracy": 0.38, "log_likelihood": -3.51}
-    rows = [
-        {"task": "perplexity-64", "perplexity": 33.31, **common, **scores},
-        {"task": "turns-2-64", "token_accuracy_by_turn": [0.0, 0.25], **common, **scores},
-    ]
-    text = page(record_of(rows), [])
-    first, second = text.split("<h2")[1:3]
-    assert "33.31" in first and "0.38" not in first and "exact match" not in first
-    assert "0.38" in second and "<td>0.00 0.25</td>" in second
-    assert "the token accuracy of each turn is in a column of its own" in text
-    assert "perplexity is shown instead" in text
-    pictures = [score_plots.draw_scores([row, row | {"cache": "knorm", "budget": 0.5}]) for row in rows]
-    heights = [struct.unpack(">I", png[20:24])[0] for png in pictures]
-    assert heights[0] < heights[1]  # one panel above the other, and one alone

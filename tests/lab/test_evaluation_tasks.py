@@ -4,6 +4,8 @@ import hashlib
 import json
 import re
 from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,11 +15,10 @@ from text_tokenizers import byte_tokenizer
 from transformers import AutoTokenizer, DynamicCache, PreTrainedTokenizerBase
 
 from pyramid_cache.lab.demo.planted_number import PromptError, read_text
-from pyramid_cache.lab.evaluation.caches import BASELINE, CACHES
-from pyramid_cache.lab.evaluation.cells import ALL_QUESTIONS, CellStore
+from pyramid_cache.lab.evaluation.answers import as_row
+from pyramid_cache.lab.evaluation.asking import score_answers
+from pyramid_cache.lab.evaluation.cells import ALL_QUESTIONS, Cell, CellKey, CellStore
 from pyramid_cache.lab.evaluation.evaluator import Evaluation, Result
-from pyramid_cache.lab.evaluation.figures import figures_of_task
-from pyramid_cache.lab.evaluation.scores import Score, score_answers
 from pyramid_cache.lab.evaluation.tasks import (
     TASK_KINDS,
     Context,
@@ -25,12 +26,13 @@ from pyramid_cache.lab.evaluation.tasks import (
     Question,
     build_contexts,
     haystack,
-    load_contexts,
+    list_tasks,
     parse_task,
     parse_tasks,
     save_contexts,
-    words,
 )
+from pyramid_cache.lab.evaluation.tasks.names import num_contexts
+from pyramid_cache.lab.registry import BASELINE, CACHES, Workload
 from pyramid_cache.lab.weights import fetch_default_model, no_progress
 
 
@@ -38,14 +40,13 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}[{{ message['role'] }}]{{ message['content'] | trim }}[end]{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
-GENERATED = [kind for kind in TASK_KINDS if kind != "recall"]
 
 
 @pytest.fixture
 def novel(monkeypatch: pytest.MonkeyPatch) -> str:
     """The beginning of the novel in place of all of it, which takes seconds to tokenize into bytes."""
     beginning = read_text()[:30_000]
-    for module in (haystack, words):
+    for module in (haystack, list_tasks):
         monkeypatch.setattr(module, "read_text", lambda: beginning)
     return beginning
 
@@ -105,71 +106,55 @@ def test_recorded_cases_of_the_default_model_are_what_they_were() -> None:
 # What contexts are.
 
 
-LENGTHS = {"common-words": 4096, "frequent-words": 6000, "needles-multikey": 2500}
-
-
 @pytest.mark.parametrize("template", [None, CHAT_TEMPLATE])
-@pytest.mark.parametrize("kind", GENERATED)
-def test_contexts_fit_and_depend_on_the_seed_alone(kind: str, template: str | None, novel: str) -> None:
-    length = LENGTHS.get(kind, 2000)
-    (task,) = parse_tasks([kind], [length])
-    many, few = build(task.name, 3, 1, template), build(task.name, 2, 1, template)
-    assert many[:2] == few and len({tuple(context.ids) for context in many + build(task.name, 3, 2, template)}) == 6
-    for context in many:
-        assert length * 0.9 < len(context.ids) <= length and context.task == task.name
-        text = decode(context.ids)
-        assert text.startswith("[user]") == (template is not None and kind != "perplexity")
-        assert "[assistant]" not in text
-        for turn, question in enumerate(context.questions):
-            asked = decode(question.ids)
-            if kind == "perplexity":
-                continue
-            # Nothing of a question comes before its beginning, nothing of an answer after it.
-            begins, ends = asked.split("?", 1)[0], asked[-30:]
-            assert begins.startswith(
-                (".[end][user]" if template else ".\n\n") if context.is_conversation and turn else "\n\n"
-            )
-            assert ("[end][assistant]" if template else "\nAnswer: ") in asked
-            assert not ends.endswith(values_of(question)[0])
+def test_contexts_fit_and_depend_on_the_seed_alone(template: str | None, novel: str) -> None:
+    lengths = {"common-words": 3000, "needles-multikey": 2500}
+    for kind in TASK_KINDS:
+        if kind == "recall":
+            continue
+        length = lengths.get(kind, 2000)
+        (task,) = parse_tasks([kind], [length])
+        many, few, other = (build(task.name, *numbers, template) for numbers in ((2, 1), (1, 1), (2, 2)))
+        assert many[:1] == few and len({tuple(context.ids) for context in many + other}) == 4
+        for context in many:
+            assert length * 0.9 < len(context.ids) <= length and context.task == task.name
+            text = decode(context.ids)
+            assert text.startswith("[user]") == (template is not None and kind != "perplexity")
+            assert "[assistant]" not in text
+            for turn, question in enumerate(context.questions if kind != "perplexity" else ()):
+                asked = decode(question.ids)
+                # Nothing of a question comes before its beginning, nothing of an answer after it.
+                later = ".[end][user]" if template else ".\n\n"
+                assert asked.startswith(later if context.is_conversation and turn else "\n\n")
+                assert ("[end][assistant]" if template else "\nAnswer: ") in asked
+                assert not asked.endswith(values_of(question)[0])
 
 
-@pytest.mark.parametrize(
-    "kind", ["needles", "needles-multikey", "needles-multivalue", "needles-multiquery", "turns", "passkey"]
-)
-def test_numbers_are_in_their_context_once_at_their_depth(kind: str, novel: str) -> None:
-    (task,) = parse_tasks([kind], [3000])
-    for context in build(task.name, 4):
-        text = decode(context.ids)
-        for question in context.questions:
-            asked = decode(question.ids)
-            numbers = values_of(question)
-            assert len(numbers) == len(question.depths) == (task.count if "multi" in kind and "key" not in kind else 1)
-            for number, depth in zip(numbers, question.depths, strict=True):
-                assert number.isdecimal() and text.count(number) == 1
-                # One token is one byte here, and the novel of this test has no others.
-                sentence = text[round(depth * len(context.ids)) :].split("Remember it.")[0]
-                assert sentence.startswith("\n\nThe ") and sentence.endswith(f" is {number}. ")
-                if kind != "passkey":
-                    assert re.fullmatch(r"\n\nThe secret pass number of the (.+) is \d+\. ", sentence)[1] in asked
-                    assert len(number) == 5
-                else:
-                    assert len(number) == 64
+def test_numbers_are_in_their_context_once_at_their_depth(novel: str) -> None:
+    for kind in ("needles-3", "needles-multikey", "needles-multivalue", "needles-multiquery", "turns", "passkey"):
+        (task,) = parse_tasks([kind], [3000])
+        for context in build(task.name, 2):
+            text = decode(context.ids)
+            for question in context.questions:
+                asked, numbers = decode(question.ids), values_of(question)
+                is_several = kind in ("needles-multivalue", "needles-multiquery")
+                assert len(numbers) == len(question.depths) == (task.count if is_several else 1)
+                for number, depth in zip(numbers, question.depths, strict=True):
+                    assert number.isdecimal() and text.count(number) == 1
+                    assert len(number) == (64 if kind == "passkey" else 5)
+                    # One token is one byte here, and the novel of this test has no others.
+                    sentence = text[round(depth * len(context.ids)) :].split("Remember it.")[0]
+                    assert sentence.startswith("\n\nThe ") and sentence.endswith(f" is {number}. ")
+                    if kind != "passkey":
+                        assert re.fullmatch(r"\n\nThe secret pass number of the (.+) is \d+\. ", sentence)[1] in asked
 
 
-def test_other_keys_distract(novel: str) -> None:
-    for context in build("needles-multikey-20-3000", 4):
-        text = decode(context.ids)
-        persons = re.findall(r"secret pass number of the (\w+ \w+) is \d{5}\.", text)
-        assert len(persons) == len(set(persons)) == 20
-        (question,) = context.questions
-        asked = re.search(r"of the (\w+ \w+) mentioned", decode(question.ids))[1].split()
-        others = [person.split() for person in persons if person.split() != asked]
-        assert len(others) == 19
-        assert len({word for person in persons for word in person.split()}) < 40  # persons share words
-
-
-def test_values_are_asked_for_in_the_order_of_the_text_and_keys_in_another(novel: str) -> None:
-    for context in build("needles-multivalue-9-3000", 4):
+def test_persons_and_the_order_of_their_numbers(novel: str) -> None:
+    (context,) = build("needles-multikey-20-3000", 1)
+    persons = re.findall(r"secret pass number of the (\w+ \w+) is \d{5}\.", decode(context.ids))
+    assert len(persons) == len(set(persons)) == 20
+    assert len({word for person in persons for word in person.split()}) < 40  # persons share words
+    for context in build("needles-multivalue-9-3000", 2):
         (question,) = context.questions
         assert question.depths == sorted(question.depths) and len(set(values_of(question))) == 9
         assert len(set(re.findall(r"number of the (\w+ \w+) is", decode(context.ids)))) == 1
@@ -185,7 +170,7 @@ def test_values_are_asked_for_in_the_order_of_the_text_and_keys_in_another(novel
 
 
 def test_variables_are_those_that_a_loop_finds(novel: str) -> None:
-    for context in build("variables-3000", 5):
+    for context in build("variables-3000", 2):
         text = decode(context.ids)
         (question,) = context.questions
         asked = re.search(r"assigned the value (\d{5}) in", decode(question.ids))[1]
@@ -199,9 +184,9 @@ def test_variables_are_those_that_a_loop_finds(novel: str) -> None:
             assert text[round(depth * len(context.ids)) :].startswith(f"\n\nVAR {name} = ")
 
 
-@pytest.mark.parametrize("length, common, others", [(3000, 10, 1), (8000, 30, 3)])
-def test_common_words_are_those_that_come_most_often(length: int, common: int, others: int, novel: str) -> None:
-    for context in build(f"common-words-{length}", 2):
+def test_common_words_are_those_that_come_most_often(novel: str) -> None:
+    for length, common, others in ((3000, 10, 1), (8000, 30, 3)):
+        (context,) = build(f"common-words-{length}", 1)
         text = decode(context.ids)
         listed = re.findall(r"(\d+)\. (\w+)\n", text)
         assert [int(number) for number, _ in listed] == list(range(1, len(listed) + 1))
@@ -219,7 +204,7 @@ def test_common_words_are_those_that_come_most_often(length: int, common: int, o
 
 
 def test_frequent_words_follow_zipf(novel: str) -> None:
-    for context in build("frequent-words-6000", 3):
+    for context in build("frequent-words-6000", 2):
         text = decode(context.ids)
         counts = Counter(text.split("\n\n", 1)[1].split())
         (question,) = context.questions
@@ -234,8 +219,8 @@ def test_frequent_words_follow_zipf(novel: str) -> None:
 
 def test_zipf_counts_by_hand() -> None:
     # 1 + 1/4 + 1/9 = 1.3611, of which 100 and 97 words make 73.5, 18.4 and 8.2, and 71.3, 17.8 and 7.9.
-    assert words.zipf_counts(100, 3) == [73, 18, 8]
-    assert words.zipf_counts(97, 3) == [71, 17, 7]
+    assert list_tasks.zipf_counts(100, 3) == [73, 18, 8]
+    assert list_tasks.zipf_counts(97, 3) == [71, 17, 7]
 
 
 def test_a_key_of_a_json_object_has_the_value(novel: str) -> None:
@@ -262,21 +247,18 @@ def test_a_continuation_is_that_of_the_novel(novel: str) -> None:
     assert len(set(places)) == 4
 
 
-@pytest.mark.parametrize(
-    "name, message",
-    [
+def test_lengths_that_cannot_be_are_refused(novel: str) -> None:
+    for name, message in (
+        ("needles-8-300", "8 hidden texts and the frame take"),
         ("variables-300", "10 hidden texts and the frame take"),
-        ("passkey-100", "1 hidden texts and the frame"),
         ("passkey-100000", "the novel has 30000"),
         ("common-words-500", "no room for 10 words 10 times each"),
         ("frequent-words-200", "no room for frequencies that differ"),
         ("key-value-200", "no room for 2 pairs"),
         ("perplexity-30000", "129 come behind"),
-    ],
-)
-def test_lengths_that_cannot_be_are_refused(name: str, message: str, novel: str) -> None:
-    with pytest.raises(PromptError, match=message):
-        build(name)
+    ):
+        with pytest.raises(PromptError, match=message):
+            build(name)
 
 
 # Names.
@@ -289,49 +271,48 @@ def test_names_have_lengths_or_get_them() -> None:
         *("passkey-500", "needles-multikey-200-999"),
     ]
     assert parse_tasks(["variables-64", "variables"], [64]) == [parse_task("variables-64")]
-    assert [parse_task(name).num_contexts for name in ("turns-8-1024", "turns-1-1024", "passkey-99", "recall-64")] == [
-        10,
-        20,
-        20,
-        4,
-    ]
+    named = ("turns-8-1024", "turns-1-1024", "passkey-99", "recall-64", "needles-8-4000")
+    assert [num_contexts(parse_task(name)) for name in named] == [10, 20, 20, 4, 10]
 
 
-@pytest.mark.parametrize(
-    "names, lengths, message",
-    [
+def test_names_that_cannot_be_are_refused() -> None:
+    for names, lengths, message in (
         (["needles"], [], "'needles' has no length"),
         (["needles-8"], [], "'needles-8' has no length"),
         (["variables-64"], [128], "has no effect"),
+        ([], [], "names no task"),
         (["variables-2-64"], [], "There is no task"),
+        (["ruler-4096"], [], "needles-N-L"),
+        (["needles-0-4096"], [], "There is no task"),
+        (["needles-10-4096"], [], "at most 9 differ"),
         (["needles-multikey-257-64"], [], "N is from 1 to 256"),
         (["needles-multivalue-1-64"], [], "N is from 2 to 9"),
         (["recall"], [63], "even number"),
+        (["recall-512"], [], "positions for 510"),
         (["turns-4-08"], [], "There is no task"),
-    ],
-)
-def test_names_that_cannot_be_are_refused(names: list[str], lengths: list[int], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        parse_tasks(names, lengths)
+    ):
+        with pytest.raises(ValueError, match=message):
+            parse_tasks(names, lengths)
 
 
-def test_contexts_need_a_tokenizer() -> None:
-    with pytest.raises(ValueError, match="need a tokenizer"):
-        build_contexts(parse_task("passkey-500"))
-
-
-def test_cases_of_several_values_and_turns_are_saved(novel: str, tmp_path) -> None:
+def test_cases_are_saved(novel: str, tmp_path: Path) -> None:
+    """Several values, and turns."""
     contexts = build("turns-3-2000", 2) + build("needles-multivalue-3-2000", 2)
     save_contexts(contexts, "some model", tmp_path / "cases.json")
-    assert load_contexts(tmp_path / "cases.json") == contexts
+    record = json.loads((tmp_path / "cases.json").read_text())
+    assert record == {"model": "some model", "contexts": [asdict(context) for context in contexts]}
     assert contexts[0].is_conversation and not contexts[-1].is_conversation
+    with pytest.raises(ValueError, match="need a tokenizer"):
+        build_contexts(parse_task("passkey-500"))
 
 
 # Scores.
 
 
 def test_values_are_found_or_not() -> None:
-    """Six tokens, of which the third is a separator: two values of two tokens, of which one is found, and one of one."""
+    """
+    Six tokens, of which the third is a separator: two values of two tokens, of which one is found, and one of one.
+    """
     logits = torch.full((1, 6, 4), -1.0)
     for place, said_token in enumerate([0, 1, 3, 2, 3, 1]):
         logits[0, place, said_token] = 2.0
@@ -349,76 +330,57 @@ def test_values_are_found_or_not() -> None:
 @pytest.mark.parametrize("name", [BASELINE, "snapkv", "pyramid", "shadow", "streaming"])
 def test_turns_follow_each_other(name: str) -> None:
     """Each turn is what greedy decoding says behind the whole conversation, and its score that of a slow loop."""
-    model = tiny_model("llama")
-    context = random_tokens(1, 48, seed=5)[0].tolist()
-    lengths = (6, 9, 5)
-    asked = [random_tokens(1, length, seed=10 + index)[0].tolist() for index, length in enumerate(lengths)]
-    # The second answer is a wrong one, which the third turn follows all the same.
-    num_later = sum(lengths) + 3 * 4 - 1
-
-    def cache_of(num_tokens: int, later: int):
-        if name == BASELINE:
-            return DynamicCache(config=model.config)
-        return CACHES[name].build(model, 0.5, num_tokens, later)
-
-    questions: list[Question] = []
-    for turn, ids in enumerate(asked):
-        answer = said(
-            model, DynamicCache(config=model.config), context + sum((q.ids + q.answer for q in questions), []) + ids, 4
-        )
-        if turn == 1:
-            answer[2] = (answer[2] + 1) % model.config.vocab_size
+    model, context = tiny_model("llama"), random_tokens(1, 48, seed=5)[0].tolist()
+    history, questions = list(context), []
+    for turn, length in enumerate((6, 9, 5)):
+        ids = random_tokens(1, length, seed=10 + turn)[0].tolist()
+        answer = said(model, DynamicCache(config=model.config), history + ids, 4)
+        # The second answer is a wrong one, which the third turn follows all the same.
+        answer[2] = (answer[2] + (turn == 1)) % model.config.vocab_size
         questions.append(Question(ids, answer))
-    store = CellStore()
-    caches = {} if name == BASELINE else {name: CACHES[name]}
-    results = Evaluation(model, caches, [0.5], store=store).run(
-        [Context("made-up", context, questions, True)], no_progress
-    )
+        history += ids + answer
+    store, caches = CellStore(), {} if name == BASELINE else {name: CACHES[name]}
+    evaluation = Evaluation(model, caches, [0.5], store=store)
+    results = evaluation.run([Context("made-up", context, questions, True)], no_progress)
     found = {result.protocol: result.scores for result in results if result.cache == name}
-    assert {key.question for key in store.cells} == {ALL_QUESTIONS}
-
-    after_context, in_view = (
-        cache_of(48, num_later),
-        cache_of(48 if name == "streaming" else 54, num_later if name == "streaming" else num_later - 6),
-    )
-    with torch.no_grad():
-        model(torch.tensor([context]), past_key_values=after_context)
-        if name == "streaming":
-            model(torch.tensor([context]), past_key_values=in_view)
-        else:
-            model(torch.tensor([context + asked[0]]), past_key_values=in_view)
-            questions_in_view = [Question([], questions[0].answer), *questions[1:]]
-    for protocol, cache, turns in (
-        ("context", after_context, questions),
-        ("question", in_view, questions if name == "streaming" else questions_in_view),
-    ):
+    assert {key.question for key in store.cells} == {ALL_QUESTIONS} and {result.num_turns for result in results} == {3}
+    num_behind = len(history) - 49
+    for protocol in ("context", "question"):
+        # A stream reads the first question behind the context in both protocols.
+        num_read = 54 if protocol == "question" and name != "streaming" else 48
+        cache = DynamicCache(config=model.config)
+        if name != BASELINE:
+            cache = CACHES[name].build(model, 0.5, Workload(num_read, num_later=num_behind - (num_read - 48)))
+        with torch.no_grad():
+            model(torch.tensor([history[:num_read]]), past_key_values=cache)
         carried: list[int] = []
-        for turn, question in enumerate(turns):
-            new = carried + question.ids
+        for turn, question in enumerate(questions):
+            new = carried + (question.ids if turn or num_read == 48 else [])
             if new:
                 wanted = slow_log_likelihood(model, cache, new, question.answer, by_step=name == "shadow")
                 assert found[protocol][turn].log_likelihood == pytest.approx(wanted, abs=1e-4)
-            with torch.no_grad():
-                pieces = (
-                    [new, *([token] for token in question.answer[:-1])]
-                    if name == "shadow"
-                    else [new + question.answer[:-1]]
-                )
-                for piece in pieces:
-                    if piece:
+            read = [new, *([token] for token in question.answer[:-1])]
+            for piece in read if name == "shadow" else [new + question.answer[:-1]]:
+                if piece:
+                    with torch.no_grad():
                         model(torch.tensor([piece]), past_key_values=cache)
             carried = question.answer[-1:]
-    assert len(found["context"]) == len(found["question"]) == 3
-    assert {result.num_turns for result in results} == {3}
-    if name == BASELINE:
-        for protocol in ("context", "question"):
+        assert len(found[protocol]) == 3
+        if name == BASELINE:
             assert [score.is_exact for score in found[protocol]] == [True, False, True]
 
 
 def test_figures_of_tasks_by_hand() -> None:
-    scores = [Score(share, likely) for share, likely in ((1, -1.0), (0.5, -2.0), (1, -3.0), (1, -6.0))]
-    turns = Result("turns-2-1024", "context", "h2o", 0.5, scores, [0.5], num_turns=2)
-    assert figures_of_task(turns) == {"exact_match_by_turn": [1, 0.5], "token_accuracy_by_turn": [1, 0.75]}
-    text = Result("perplexity-1024", "context", "h2o", 0.5, scores, [0.5])
-    assert figures_of_task(text) == {"perplexity": pytest.approx(2.718281828**3)}
-    assert figures_of_task(Result("needles-1-1024", "context", "h2o", 0.5, scores, [0.5])) == {}
+    """Two conversations of two turns, and one text of four continuations."""
+
+    def row_of(task: str, num_turns: int = 1) -> dict[str, object]:
+        cell = Cell(CellKey(task, 0, -1, "context", "h2o", 0.5), [1, 0.5, 1, 1], [-1.0, -2.0, -3.0, -6.0], 0.5)
+        return as_row(Result(task, "context", "h2o", 0.5, num_turns, [cell]))
+
+    needles = row_of("needles-1-1024")
+    assert (needles["exact_match"], needles["token_accuracy"], needles["log_likelihood"]) == (0.75, 0.875, -3)
+    turns = row_of("turns-2-1024", 2)
+    assert turns.pop("exact_match_by_turn") == [1, 0.5] and turns.pop("token_accuracy_by_turn") == [1, 0.75]
+    text = row_of("perplexity-1024")
+    assert text.pop("perplexity") == pytest.approx(2.718281828**3)
+    assert set(turns) == set(text) == set(needles)

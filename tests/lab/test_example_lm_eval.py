@@ -1,4 +1,7 @@
-"""examples/lm_eval_harness.py: with a budget that holds everything it is HFLM, with a small one what the cache's reference says."""
+"""
+examples/lm_eval_harness.py: with a budget that holds everything it is HFLM, with a small one what the cache's
+reference says.
+"""
 
 import json
 from functools import cache as remember
@@ -55,7 +58,8 @@ def write_tasks(folder: Path, documents: list[dict[str, Any]]) -> None:
     )
     generation = (
         "task: local_generation\noutput_type: generate_until\ndoc_to_target: answer\n"
-        "generation_kwargs:\n  until: ['w007']\n  max_gen_toks: 9\n  do_sample: false\nmetric_list:\n  - metric: exact_match\n"
+        "generation_kwargs:\n  until: ['w007']\n  max_gen_toks: 9\n  do_sample: false\nmetric_list:\n  - metric: "
+        "exact_match\n"
     )
     (folder / "choice.yaml").write_text(common + choice)
     (folder / "generation.yaml").write_text(common + generation)
@@ -167,6 +171,126 @@ def test_continuations_are_read_in_view_of_what_is_kept(held_back: int) -> None:
             logits = run_policy(model, tokens, MaskPolicy(masks_of(trace, 0, 2)))[39:].log_softmax(dim=-1)
         wanted = sum(float(row[token]) for row, token in zip(logits, choice, strict=True))
         assert score == pytest.approx(wanted, abs=1e-4)
+
+
+# One task of each public set: the harness's own definition, over rows of the published columns in a local file.
+GSM8K = {"question": "What are 3 times 400?", "answer": "3 * 400 = <<3*400=1200>>1200.\n#### 1,200"}
+PUBLIC: dict[str, tuple[str, dict[str, Any]]] = {
+    "gsm8k": ("gsm8k/gsm8k.yaml", GSM8K),
+    "longbench_hotpotqa": (
+        "longbench/hotpotqa.yaml",
+        {
+            "question": "Who wrote it?",
+            "context": "Jane wrote it.",
+            "answers": ["Jane", "Jane A."],
+            "all_classes": None,
+        },
+    ),
+    "longbench2_govt_single": (
+        "longbench2/govt_single_doc.yaml",
+        {"question": "Which?", "context": "It is three.", "choices": ["one", "two", "three", "four"], "answer": "C"},
+    ),
+    "infinitebench_kv_retrieval": (
+        "infinitebench/infinitebench_kv_retrieval.yaml",
+        {"id": 1, "context": '{"k": "v-1"}', "input": 'Key: "k"', "answer": ["v-1"], "options": []},
+    ),
+}
+# The harness makes RULER's contexts. Its YAML files import a list of six million words and fetch data of nltk, which
+# the tracking of variables does not need.
+RULER_FUNCTIONS = """
+from lm_eval.tasks.ruler.common_utils import aggregate_metrics, process_results
+from lm_eval.tasks.ruler.vt_utils import get_vt_dataset
+"""
+RULER = """
+task: local_ruler_vt
+dataset_path: ""
+output_type: generate_until
+test_split: test
+custom_dataset: !function ruler_functions.get_vt_dataset
+doc_to_text: "{{input}}"
+doc_to_target: "{{outputs}}"
+gen_prefix: "{{gen_prefix}}"
+process_results: !function ruler_functions.process_results
+metric_list:
+  - metric: "4096"
+    aggregation: !function ruler_functions.aggregate_metrics
+    higher_is_better: true
+  - metric: "1000"
+    aggregation: !function ruler_functions.aggregate_metrics
+    higher_is_better: true
+generation_kwargs: {do_sample: false, max_gen_toks: 30, until: []}
+"""
+
+
+def public_tasks(folder: Path) -> tuple[list[str], Any]:
+    """The names of one task of each public set, and the manager that knows them."""
+    (folder / "tokenizer").mkdir()
+    tokenizer().save_pretrained(folder / "tokenizer")
+    splits = {"gsm8k": ("train", "test"), "longbench2_govt_single": ("train",)}
+    for name, (definition, row) in PUBLIC.items():
+        (folder / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+        files = "".join(
+            f"    {split}: {folder / name}.jsonl\n"
+            for split in splits.get(name, (name.removeprefix("infinitebench_"), "test"))
+        )
+        (folder / f"{name}.yaml").write_text(
+            f"include: {Path(lm_eval.__file__).parent / 'tasks' / definition}\ntask: local_{name}\ndataset_path: "
+            "json\n"
+            f"dataset_name: null\ndataset_kwargs:\n  cache_dir: {folder / 'datasets'}\n  data_files:\n{files}"
+        )
+    (folder / "ruler_functions.py").write_text(RULER_FUNCTIONS)
+    (folder / "ruler.yaml").write_text(RULER)
+    metadata = {"tokenizer": str(folder / "tokenizer"), "max_seq_lengths": [1000]}
+    names = ["local_ruler_vt", *(f"local_{name}" for name in PUBLIC)]
+    return names, harness.TaskManager(include_path=str(folder), include_defaults=False, metadata=metadata)
+
+
+def test_public_sets_run_with_a_small_cache(tmp_path: Path) -> None:
+    """Answers of each set are those of `generate` with the same cache, and the set's own metric knows a right one."""
+    names, manager = public_tasks(tmp_path)
+    model, words_of = small_model(), tokenizer()
+
+    def build(model: PreTrainedModel) -> SnapKVCache:
+        return SnapKVCache(model.config, budget=20, window_size=4)
+
+    adapter = cache_model(build)
+    results = lm_eval.simple_evaluate(
+        model=adapter, tasks=names, task_manager=manager, limit=1, num_fewshot=0, bootstrap_iters=0
+    )
+    assert set(results["results"]) == set(names)
+    for name in names:
+        (sample, *_) = results["samples"][name]
+        prompt, settings = sample["arguments"][0]
+        if isinstance(settings, str):  # a letter
+            assert len(sample["resps"]) == 4 and results["results"][name]["acc,none"] in (0, 1)
+            continue
+        num_new = settings.get("max_gen_toks", adapter.max_gen_toks)
+        ids = words_of(prompt, return_tensors="pt")["input_ids"][:, -(adapter.max_length - num_new) :]
+        wanted = model.generate(ids, past_key_values=build(model), max_new_tokens=num_new, do_sample=False)
+        assert (
+            sample["resps"][0][0].split()
+            == words_of.decode(wanted[0, ids.shape[1] :], skip_special_tokens=True).split()
+        )
+
+    tasks = lm_eval.tasks.get_task_dict(names, manager)
+    for name, right, metric in (
+        ("local_gsm8k", "1,200", "exact_match"),
+        ("local_longbench_hotpotqa", "It was Jane", "score"),
+        ("local_infinitebench_kv_retrieval", "The value is v-1.", "score"),
+    ):
+        (document,) = tasks[name].test_docs()
+        scores = [tasks[name].process_results(document, [text])[metric] for text in (right, "nobody knows")]
+        assert scores[0] > 0.4 and scores[1] == 0
+    (document, *_) = tasks["local_ruler_vt"].test_docs()
+    assert len(words_of(document["input"])["input_ids"]) < 1000
+    text = " ".join(document["outputs"]).lower()
+    scores = [
+        tasks["local_ruler_vt"].process_results(document, [said])["1000"] for said in (text, text.split()[0], "")
+    ]
+    assert scores == [1, pytest.approx(1 / len(document["outputs"])), 0]
+    (document,) = tasks["local_longbench2_govt_single"].eval_docs
+    likely = [(-1.0 - abs(index - 2), False) for index in range(4)]
+    assert tasks["local_longbench2_govt_single"].process_results(document, likely)["acc"] == 1
 
 
 def test_contexts_of_one_token_and_too_long_ones() -> None:

@@ -7,10 +7,10 @@ from modes import tiny_tokenizer
 from transformers import DynamicCache
 
 from pyramid_cache.lab.demo.timed_answers import generate
-from pyramid_cache.lab.evaluation.caches import CACHES
 from pyramid_cache.lab.evaluation.evaluator import Evaluation
 from pyramid_cache.lab.evaluation.tasks import Context, Question
 from pyramid_cache.lab.profile.activations import measure_text
+from pyramid_cache.lab.registry import CACHES
 from pyramid_cache.lab.weights import no_progress
 
 

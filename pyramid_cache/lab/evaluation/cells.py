@@ -1,19 +1,20 @@
 """
 What has been measured so far, kept in a folder: an evaluation that is stopped loses nothing and repeats nothing.
 
-A cell is what one cache made of one context, or of one question if that was compressed with it. It is written as soon as it
-is there, one line of JSON each. Processes that share the work write files of their own and read those of all.
+A cell is what one cache made of one context, or of one question if that was compressed with it. It is written as soon
+as it is measured, as one line of JSON. Processes that share the work write files of their own and read those of all.
 """
 
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pyramid_cache.lab.evaluation.lines import append_line, read_lines
+from pyramid_cache.lab.evaluation.asking import Score
 from pyramid_cache.lab.evaluation.tasks.cases import Context
 from pyramid_cache.lab.terminal import write_json
 
@@ -41,6 +42,15 @@ class CellKey:
     cache: str
     budget: float
 
+    def question_numbers(self, context: Context) -> list[int]:
+        """Which questions of its context a cell answers. In view, answers of one token are not measured."""
+        if self.question != ALL_QUESTIONS:
+            return [self.question]
+        measures_all = self.protocol == "context" or context.is_conversation
+        return [
+            number for number, question in enumerate(context.questions) if measures_all or len(question.answer) > 1
+        ]
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -49,13 +59,17 @@ class Cell:
 
     Attributes:
         token_accuracy, log_likelihood (`list[float]`): One per question; see `Score`.
-        held_share (`float`): The bytes that the cache held of those of the full one.
+        held_share (`float`): The bytes that the cache held as a share of the full one's.
     """
 
     key: CellKey
     token_accuracy: list[float]
     log_likelihood: list[float]
     held_share: float
+
+    @property
+    def scores(self) -> list[Score]:
+        return list(map(Score, self.token_accuracy, self.log_likelihood))
 
 
 class CellStore:
@@ -95,51 +109,40 @@ class CellStore:
 
     def require_contexts(self, contexts: Sequence[Context]) -> None:
         """
-        Notes in the folder what the contexts are, so that cells of other ones under the same names are not taken for theirs: a
-        file of a public set may have changed.
+        Notes in the folder what the contexts are, so that cells of other contexts under the same names are not taken
+        for theirs: a data set may have changed.
 
         Raises:
-            ValueError: There are cells of a context that was another one.
+            ValueError: There are cells of a context that was another one, or with too few or too many answers.
         """
         if self.path is None:
             return
         folder = self.path.parent
-        record = read_settings(folder)
-        noted: dict[str, list[str]] = record.setdefault("contexts", {})
-        found: dict[str, list[str]] = {}
-        for context in contexts:
-            found.setdefault(context.task, []).append(digest_of(context))
-        for task, digests in found.items():
-            earlier = noted.get(task, [])
-            for index, (one, other) in enumerate(zip(earlier, digests, strict=False)):
-                if one != other:
-                    raise ValueError(
-                        f"{folder} has results of {task} whose context {index} is another one now: its source has changed. Choose "
-                        "another folder, or delete this one."
-                    )
-            noted[task] = digests if len(digests) > len(earlier) else earlier
-        self._require_answers(contexts)
-        if self.process == 0:
-            write_json(record, folder / SETTINGS_FILE)
-
-    def _require_answers(self, contexts: Sequence[Context]) -> None:
-        """Raises for cells that have not as many answers as there are questions."""
         by_task: dict[str, list[Context]] = {}
         for context in contexts:
             by_task.setdefault(context.task, []).append(context)
+        record = read_settings(folder)
+        noted: dict[str, list[str]] = record.setdefault("contexts", {})
+        for task, found in by_task.items():
+            digests, earlier = [digest_of(context) for context in found], noted.get(task, [])
+            for index, (one, other) in enumerate(zip(earlier, digests, strict=False)):
+                if one != other:
+                    raise ValueError(
+                        f"{folder} has results of {task} whose context {index} is another one now: its source has "
+                        "changed. Choose another folder, or delete this one."
+                    )
+            noted[task] = max(earlier, digests, key=len)
         for key, cell in self.cells.items():
-            if key.context >= len(by_task.get(key.task, ())):
-                continue
-            questions = by_task[key.task][key.context].questions
-            # With the question in view, answers of one token are not measured.
-            counts = {len(questions), sum(len(question.answer) > 1 for question in questions)}
             num_answers = len(cell.token_accuracy)
-            if num_answers not in (counts if key.question == ALL_QUESTIONS else {1}):
-                raise ValueError(
-                    f"A line of the cells in {self.path.parent} has {num_answers} answers to the {len(questions)} questions of context "
-                    f"{key.context} of {key.task} ({key.cache}, {key.budget}, {key.protocol} first). Delete the line: what it was of is "
-                    "measured again."
-                )
+            for context in by_task.get(key.task, [])[key.context : key.context + 1]:
+                if num_answers != len(key.question_numbers(context)):
+                    raise ValueError(
+                        f"A line of the cells in {folder} has {num_answers} answers to the {len(context.questions)} "
+                        f"questions of context {key.context} of {key.task} ({key.cache}, {key.budget}, {key.protocol} "
+                        "first). Delete the line: that cell is measured again."
+                    )
+        if self.process == 0:
+            write_json(record, folder / SETTINGS_FILE)
 
     def __contains__(self, key: CellKey) -> bool:
         return key in self.cells
@@ -152,23 +155,19 @@ class CellStore:
 
 
 def digest_of(context: Context) -> str:
-    """Of all that answers depend on."""
+    """A digest of all that answers depend on."""
     return hashlib.sha256(json.dumps(asdict(context), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def parse_cell(fields: dict[str, Any]) -> Cell:
-    """
-    Reads a cell from JSON.
-
-    Raises:
-        ValueError, TypeError, KeyError, AttributeError: It is none.
-    """
+    """Reads a cell from JSON; raises ValueError, TypeError, KeyError or AttributeError if it is none."""
     cell = Cell(**{**fields, "key": CellKey(**fields["key"])})
     if not cell.token_accuracy or len(cell.token_accuracy) != len(cell.log_likelihood):
         raise ValueError(
-            f"{len(cell.token_accuracy)} token accuracies and {len(cell.log_likelihood)} log-likelihoods, one each per question"
+            f"{len(cell.token_accuracy)} token accuracies and {len(cell.log_likelihood)} log-likelihoods, one each "
+            "per question"
         )
-    # Of what is summed up later, a text would be found only then.
+    # A text among the numbers raises here, and not when they are summed up later.
     if not math.isfinite(sum(cell.token_accuracy) + sum(cell.log_likelihood) + cell.held_share):
         raise ValueError("not all of its numbers are finite")
     return cell
@@ -178,32 +177,27 @@ def check_settings(folder: Path, settings: dict[str, Any], process: int = 0) -> 
     """Raises if cells in the folder are of other settings; notes these if there are none."""
     path = folder / SETTINGS_FILE
     has_cells = any(cells.stat().st_size for cells in folder.glob("cells*.jsonl"))
-    if path.exists():
-        read_settings(folder)  # raises for a file of something else
-    elif has_cells:
+    if has_cells and not path.exists():
         raise ValueError(
-            f"{folder} has results, but no {SETTINGS_FILE} that says what they are of. Choose another folder, or delete this one."
+            f"{folder} has results, but no {SETTINGS_FILE} that says what was measured. Choose another folder, or "
+            "delete this one."
         )
+    noted = read_settings(folder)["settings"] if path.exists() else {}
     if not has_cells:
-        # Those of a run that came to nothing are of no cell.
+        # No cell depends on the settings of a run that measured nothing.
         if process == 0 or not path.exists():
             write_json({"settings": settings}, path)
         return
-    noted = flat(read_settings(folder)["settings"])
-    found = flat(settings)
-    differing = [name for name in {**noted, **found} if noted.get(name) != found.get(name)]
+    differing = [name for name in {**noted, **settings} if noted.get(name) != settings.get(name)]
     if differing:
-        text = ", ".join(f"{name} {noted.get(name)!r} instead of {found.get(name)!r}" for name in differing)
+        text = ", ".join(f"{name} {noted.get(name)!r} instead of {settings.get(name)!r}" for name in differing)
         raise ValueError(f"{folder} has results of other settings: {text}. Choose another folder, or delete this one.")
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
     """
-    Reads the file of settings.
-
-    Returns:
-        `dict`: Under "settings" what all cells depend on, under "contexts" digests of the contexts of each task; of a finished
-            run, its command, machine and versions under "run".
+    Reads the file of settings: under "settings" what all cells depend on, under "contexts" digests of the contexts of
+    each task, and under "run" the command, machine and versions of a finished run.
     """
     path = folder / SETTINGS_FILE
     try:
@@ -216,13 +210,40 @@ def read_settings(folder: Path) -> dict[str, Any]:
     return record
 
 
-def flat(settings: dict[str, Any]) -> dict[str, Any]:
-    """Nested settings by names with dots, such as `versions.torch`, as they read back from JSON."""
-    result: dict[str, Any] = {}
-    for name, value in json.loads(json.dumps(settings)).items():
-        result |= (
-            {f"{name}.{inner}": part for inner, part in flat(value).items()}
-            if isinstance(value, dict)
-            else {name: value}
-        )
-    return result
+# Files of one JSON object per line: what is in them when a process is stopped is kept.
+
+
+def append_line(path: Path, record: dict[str, Any]) -> None:
+    """Adds a record, which is on the disk when this returns."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_lines(
+    path: Path, parse: Callable[[dict[str, Any]], Any], is_own: bool, announce: Callable[[str], None]
+) -> Iterator[Any]:
+    """
+    Reads what `append_line` wrote with a function that makes of a record what is wanted, or raises ValueError,
+    TypeError, KeyError or AttributeError. A broken last line was being written when its process was stopped: it is
+    announced, dropped, and cut off from the process's own file. Any other broken line is a ValueError.
+    """
+    *lines, rest = path.read_bytes().split(b"\n")
+    start, is_broken = 0, bool(rest)
+    for number, line in enumerate(lines, start=1):
+        try:
+            parsed = parse(json.loads(line))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            if number == len(lines) and not rest:
+                is_broken = True
+                break
+            raise ValueError(
+                f"Line {number} of {path} is no result ({error}). Delete the line: its result is measured again."
+            ) from error
+        start += len(line) + 1
+        yield parsed
+    if is_broken:
+        announce(f"Dropped the last line of {path}: it is not whole. Its result is measured again.")
+        if is_own:
+            os.truncate(path, start)

@@ -1,29 +1,26 @@
 """
 Answers to the questions of contexts, from each cache and from the full one.
 
-An answer is scored in one forward pass over its right tokens; where a question has a metric, one is generated as well. If each
-of them is what the model finds most likely, then it is what greedy decoding says as long as the cache evicts nothing more: what
-question and answer themselves drive out is not measured. Of a conversation the right answers are read, and each later turn makes
-a cache evict as it does.
+The right answer is scored in one forward pass over its tokens. If the model finds each of them most likely, then the
+answer is what greedy decoding says, as long as the cache evicts nothing more: what question and answer themselves
+drive out is not measured. In a conversation the right answers are read, and each later turn makes a cache evict as
+usual.
 """
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from transformers import Cache, PreTrainedModel
 
 from pyramid_cache.engine.architectures import CACHE_ARGUMENT
-from pyramid_cache.engine.cache import CompressedCache
-from pyramid_cache.lab.evaluation.asking import Asker, Writing
-from pyramid_cache.lab.evaluation.caches import BASELINE, EvaluatedCache
+from pyramid_cache.lab.evaluation.asking import Score, Thread, ask
 from pyramid_cache.lab.evaluation.cells import ALL_QUESTIONS, Cell, CellKey, CellStore
-from pyramid_cache.lab.evaluation.padding import pad_left, padding_arguments
-from pyramid_cache.lab.evaluation.reading import Reader, Reading, full_cache
-from pyramid_cache.lab.evaluation.scores import Score
-from pyramid_cache.lab.evaluation.tasks import Context
+from pyramid_cache.lab.evaluation.reading import Reader, Reading, full_cache, pad_left, padding_arguments
+from pyramid_cache.lab.evaluation.tasks import Context, Question
+from pyramid_cache.lab.registry import BASELINE, CacheEntry, Workload
 from pyramid_cache.lab.weights import ProgressCallback
 
 
@@ -31,11 +28,13 @@ from pyramid_cache.lab.weights import ProgressCallback
 # "question": context and question are read together and compressed, then comes the answer.
 PROTOCOLS = ("context", "question")
 
-
 # The name of a cache and its budget.
 Setting = tuple[str, float]
+FULL: Setting = (BASELINE, 1.0)
 # Contexts of one task, each with its rank.
 Batch = list[tuple[int, Context]]
+# For each cache and budget, the rows of a batch that are not measured yet.
+Missing = dict[Setting, list[tuple[int, CellKey]]]
 
 
 @dataclass
@@ -46,283 +45,197 @@ class Result:
     Attributes:
         cache (`str`): Its name in `CACHES`, or `BASELINE`.
         budget (`float`): 1.0 for the full cache.
-        scores (`list[Score]`): One per case, in the order of contexts and their questions.
-        held_shares (`list[float]`): One per compression: the bytes that the cache held of those of the full one.
         num_turns (`int`): How many scores one after the other are of the turns of one conversation; 1 for other tasks.
+        cells (`list[Cell]`): In the order of contexts and their questions.
     """
 
     task: str
     protocol: str
     cache: str
     budget: float
-    scores: list[Score] = field(default_factory=list)
-    held_shares: list[float] = field(default_factory=list)
     num_turns: int = 1
+    cells: list[Cell] = field(default_factory=list)
+
+    @property
+    def scores(self) -> list[Score]:
+        """One per case."""
+        return [score for cell in self.cells for score in cell.scores]
+
+    @property
+    def held_shares(self) -> list[float]:
+        """One per compression: the bytes that the cache held as a share of the full one's."""
+        return [cell.held_share for cell in self.cells]
 
 
+@dataclass
 class Evaluation:
     """
     Results of some caches on the contexts of a model.
 
-    Args:
+    Attributes:
         model (`PreTrainedModel`): Reads contexts and answers.
-        caches (`dict[str, EvaluatedCache]`): By name.
-        budgets (`Sequence[float]`): Fractions of the prompt; each cache gets each of them.
+        caches (`Mapping[str, CacheEntry]`): By name.
+        budgets (`Sequence[float]`): Fractions of the prompt, or whole numbers of tokens; each cache gets each of them.
         protocols (`Sequence[str]`): Of `PROTOCOLS`.
-        store (`CellStore`, *optional*): Takes what is measured. What it holds already is not measured again.
-        writing (`Writing`, *optional*): Needed where answers are generated.
+        store (`CellStore`): Takes what is measured. What it holds already is not measured again.
         batch_size (`int`): How many contexts of a task are read at a time, padded on the left.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        caches: dict[str, EvaluatedCache],
-        budgets: Sequence[float],
-        protocols: Sequence[str] = PROTOCOLS,
-        store: CellStore | None = None,
-        writing: Writing | None = None,
-        batch_size: int = 1,
-    ) -> None:
-        self.model = model
-        self.asker = Asker(model, writing)
-        self.caches = caches
-        self.budgets = budgets
-        self.protocols = protocols
-        self.store = CellStore() if store is None else store
-        self.batch_size = batch_size
+    model: PreTrainedModel
+    caches: Mapping[str, CacheEntry]
+    budgets: Sequence[float]
+    protocols: Sequence[str] = PROTOCOLS
+    store: CellStore = field(default_factory=CellStore)
+    batch_size: int = 1
 
     def run(self, contexts: Sequence[Context], progress: ProgressCallback) -> list[Result]:
-        """
-        Asks all questions.
-
-        Args:
-            contexts (`Sequence[Context]`): Of one task or of several.
-            progress (`Callable`): Told of every question and protocol.
-
-        Returns:
-            `list[Result]`: One per task, protocol, cache and budget, the full cache first.
-        """
+        """Asks all questions. There is a result per task, protocol, cache and budget, the full cache first."""
         self.measure(contexts, progress)
         return self.results(contexts)
 
     def measure(
         self, contexts: Sequence[Context], progress: ProgressCallback, process: int = 0, num_processes: int = 1
     ) -> None:
-        """
-        Asks the questions of each `num_processes`-th context from the `process`-th on, as far as the store has no answers.
-        """
+        """Asks the questions of each `num_processes`-th context from the `process`-th on that are not in the store."""
         own = list(enumerate_by_task(contexts))[process::num_processes]
         total = len(self.protocols) * sum(len(context.questions) for _, context in own)
-        counter = itertools.count(1)
+        num_done = 0
         for batch in batches_of(own, self.batch_size):
-            for num_questions in self._ask(batch):
-                for _ in range(num_questions):
-                    progress(batch[0][1].task, next(counter), total)
+            alone = [name for name in self.caches if len(batch) > 1 and not self.caches[name].takes_batches]
+            for num_answered in self._ask(batch, [name for name in self.caches if name not in alone]):
+                num_done += num_answered
+                progress(batch[0][1].task, num_done, total)
+            for place in batch if alone else ():
+                for _ in self._ask([place], alone):
+                    pass
 
     def results(self, contexts: Sequence[Context]) -> list[Result]:
-        """What the store holds of all questions of these contexts, in an order that does not depend on who asked them when."""
+        """What the store holds of these contexts, in an order that does not depend on who asked them when."""
         known = {(context.task, index) for index, context in enumerate_by_task(contexts)}
-        settings = [(BASELINE, 1.0), *itertools.product(self.caches, self.budgets)]
-        tasks = dict.fromkeys(context.task for context in contexts)
-        order = itertools.product(tasks, self.protocols, settings)
-        results = {(*place, *setting): Result(*place, *setting) for *place, setting in order}
-        num_turns = {context.task: len(context.questions) for context in contexts if context.is_conversation}
-        for result in results.values():
-            result.num_turns = num_turns.get(result.task, 1)
+        settings = [FULL, *itertools.product(self.caches, self.budgets)]
+        num_turns = {task.task: len(task.questions) if task.is_conversation else 1 for task in contexts}
+        results = {
+            (task, protocol, *setting): Result(task, protocol, *setting, num_turns[task])
+            for task, protocol, setting in itertools.product(num_turns, self.protocols, settings)
+        }
         for key, cell in sorted(self.store.cells.items()):
             result = results.get((key.task, key.protocol, key.cache, key.budget))
             if result is not None and (key.task, key.context) in known:
-                result.scores += itertools.starmap(Score, zip(cell.token_accuracy, cell.log_likelihood, strict=True))
-                result.held_shares.append(cell.held_share)
-        return [result for result in results.values() if result.scores]
+                result.cells.append(cell)
+        return [result for result in results.values() if result.cells]
 
-    def _ask(self, batch: Batch) -> Iterator[int]:
-        """Asks the questions of some contexts; yields how many are done."""
-        if len(batch) == 1:
-            yield from self._ask_caches(batch, self.caches)
-            return
-        yield from self._ask_caches(batch, {name: row for name, row in self.caches.items() if row.takes_batches})
-        others = {name: row for name, row in self.caches.items() if not row.takes_batches}
-        for single in batch if others else ():
-            for _ in self._ask_caches([single], others):
-                pass
-
-    def _ask_caches(self, batch: Batch, caches: dict[str, EvaluatedCache]) -> Iterator[int]:
-        """Asks the questions of some contexts of some of the caches, and of the full one; yields how many are done."""
+    def _ask(self, batch: Batch, names: Sequence[str]) -> Iterator[int]:
+        """Asks some caches, and the full one, the questions of some contexts; yields how many are done."""
         contexts = [context for _, context in batch]
+        num_questions = sum(len(context.questions) for context in contexts)
+        prompts = [context.ids for context in contexts]
+        threads = [(row, thread) for row, context in enumerate(contexts) for thread in context.threads]
+        streams = [name for name in names if self.caches[name].reading == "stream"]
+        others = [name for name in names if name not in streams]
+        settings = [FULL, *itertools.product(others, self.budgets)]
         # Where all is known already, there is nothing to read.
-        find_reader = functools.cache(lambda: Reader(self.model, *self._pad([context.ids for context in contexts])))
+        find_reader = functools.cache(lambda: Reader(self.model, *pad_left(prompts, self.model.device)))
         if "context" in self.protocols:
-            self._ask_after_context(batch, caches, find_reader)
-            yield sum(len(context.questions) for context in contexts)
+            missing = self._missing(batch, ["context"], ALL_QUESTIONS, settings)
+            self._answer(batch, missing, prompts, threads, lambda: find_reader().context)
+            yield num_questions
         if "question" in self.protocols:
-            num_asked = 0
-            for number in range(max(len(context.questions) for context in contexts)):
+            for number in range(max(len(context.threads) for context in contexts)):
                 chosen = [place for place in batch if number in in_view(place[1])]
                 if chosen:
-                    self._ask_in_view(chosen, number, caches, find_reader if len(chosen) == len(batch) else None)
-                    num_asked += len(chosen)
+                    self._ask_in_view(chosen, number, settings, find_reader if len(chosen) == len(batch) else None)
+                    num_questions -= len(chosen)
                     yield len(chosen)
             # Those of one token, and later turns.
-            yield sum(len(context.questions) for context in contexts) - num_asked
-        self._ask_streams(batch, caches, find_reader)
-
-    def _ask_after_context(
-        self, batch: Batch, caches: dict[str, EvaluatedCache], find_reader: Callable[[], Reader]
-    ) -> None:
-        missing = self._missing(batch, ALL_QUESTIONS, "context", caches, "dense", "own")
-        if not missing:
-            return
-        reader = find_reader()
-        full = full_cache(self.model, reader.context)
-        num_later = max(len_behind(context) for _, context in batch)
-        for setting, keys in missing.items():
-            if setting[0] == BASELINE:
-                cache = full
-            elif caches[setting[0]].reading == "dense":
-                cache = self._fill(setting, reader.context, num_later)
-            else:
-                cache, _ = self._read(setting, [context.ids for _, context in batch], num_later)
-            scores = self._answer_all(setting, cache, batch, reader.padding)
-            for row, key in keys.items():
-                self._note(key, scores[row], num_bytes(cache) / num_bytes(full))
+            yield num_questions
+        # To streams both protocols are the same, but for a budget that counts the question as well.
+        missing = self._missing(batch, self.protocols, ALL_QUESTIONS, itertools.product(streams, self.budgets))
+        self._answer(batch, missing, prompts, threads, lambda: find_reader().context)
 
     def _ask_in_view(
-        self,
-        batch: Batch,
-        number: int,
-        caches: dict[str, EvaluatedCache],
-        find_reader: Callable[[], Reader] | None,
+        self, batch: Batch, number: int, settings: Sequence[Setting], find_reader: Callable[[], Reader] | None
     ) -> None:
         """
-        Asks a question that is read with its context, and the later ones of a conversation behind it. The reader has read the
-        contexts of the batch, if there is one.
+        Asks a question that is read with its context, and the later ones of a conversation behind it. The reader has
+        read the contexts of the batch, if there is one.
         """
-        in_turn = batch[0][1].is_conversation
-        missing = self._missing(batch, ALL_QUESTIONS if in_turn else number, "question", caches, "dense", "own")
-        if not missing:
-            return
-        turns = [context.questions if in_turn else [context.questions[number]] for _, context in batch]
-        firsts = [questions[0].ids for questions in turns]
+        turns = [context.threads[number] for _, context in batch]
+        firsts = [first.ids for first, *_ in turns]
         prompts = [context.ids + first for (_, context), first in zip(batch, firsts, strict=True)]
-        if find_reader is not None and len(set(map(len, firsts))) == 1:
-            reading, padding = find_reader().with_question(self._batch(firsts)), find_reader().padding
-        else:
-            reader = Reader(self.model, *self._pad(prompts))
-            reading, padding = reader.context, reader.padding
-        num_later = max(sum(turn.num_tokens for turn in questions) - len(questions[0].ids) - 1 for questions in turns)
-        full_bytes = num_bytes(full_cache(self.model, reading))
-        for setting, keys in missing.items():
-            logits = reading.logits
-            if setting[0] == BASELINE:
-                cache = full_cache(self.model, reading)
-            elif caches[setting[0]].reading == "dense":
-                cache = self._fill(setting, reading, num_later)
-            else:
-                cache, logits = self._read(setting, prompts, num_later)
-            held_share = num_bytes(cache) / full_bytes
-            scores = self.asker.ask_rows_in_turn(cache, turns, self._is_by_step(setting), logits, padding)
-            for row, key in keys.items():
-                self._note(key, scores[row], held_share)
+        threads = [(row, [replace(first, ids=[]), *later]) for row, (first, *later) in enumerate(turns)]
 
-    def _ask_streams(self, batch: Batch, caches: dict[str, EvaluatedCache], find_reader: Callable[[], Reader]) -> None:
-        """Both protocols at once: they are the same to these caches, but for a budget that counts the question as well."""
-        asked = {
-            "context": [list(range(len(context.questions))) for _, context in batch],
-            "question": [in_view(context, with_turns=True) for _, context in batch],
-        }
-        by_setting: dict[Setting, list[tuple[int, CellKey]]] = {}
-        for protocol in self.protocols:
-            for setting, keys in self._missing(batch, ALL_QUESTIONS, protocol, caches, "stream").items():
-                by_setting.setdefault(setting, []).extend(
-                    (row, key) for row, key in keys.items() if asked[protocol][row]
-                )
-        num_later = max(len_behind(context) for _, context in batch)
-        for setting, places in by_setting.items():
-            if not places:
-                continue
-            reader = find_reader()
-            cache, _ = self._read(setting, [context.ids for _, context in batch], num_later)
-            held_share = num_bytes(cache) / num_bytes(full_cache(self.model, reader.context))
-            scores = self._answer_all(setting, cache, batch, reader.padding)
-            for row, key in places:
-                self._note(key, [scores[row][number] for number in asked[key.protocol][row]], held_share)
+        def find_reading() -> Reading:
+            if find_reader is not None and len(set(map(len, firsts))) == 1:
+                return find_reader().with_question(torch.tensor(firsts, device=self.model.device))
+            return Reader(self.model, *pad_left(prompts, self.model.device)).context
 
-    def _missing(
-        self, batch: Batch, question: int, protocol: str, caches: dict[str, EvaluatedCache], *readings: str
-    ) -> dict[Setting, dict[int, CellKey]]:
-        """
-        What has not been measured of the caches that read prompts in one of these ways, of the full one too if "dense": for each
-        cache and budget the rows of the batch.
-        """
-        names = [name for name, cache in caches.items() if cache.reading in readings]
-        settings = list(itertools.product(names, self.budgets))
-        if "dense" in readings:
-            settings.insert(0, (BASELINE, 1.0))
-        missing = {}
-        for setting in settings:
-            keys = {
-                row: CellKey(context.task, index, question, protocol, *setting)
-                for row, (index, context) in enumerate(batch)
-            }
-            keys = {row: key for row, key in keys.items() if key not in self.store}
-            if keys:
-                missing[setting] = keys
+        question = ALL_QUESTIONS if batch[0][1].is_conversation else number
+        missing = self._missing(batch, ["question"], question, settings)
+        self._answer(batch, missing, prompts, threads, find_reading, is_in_view=True)
+
+    def _missing(self, batch: Batch, protocols: Sequence[str], question: int, settings: Iterable[Setting]) -> Missing:
+        """What has not been measured of some caches and budgets."""
+        missing: Missing = {}
+        for setting, protocol, (row, (index, context)) in itertools.product(settings, protocols, enumerate(batch)):
+            key = CellKey(context.task, index, question, protocol, *setting)
+            if key not in self.store and key.question_numbers(context):
+                missing.setdefault(setting, []).append((row, key))
         return missing
 
-    # Reading.
-
-    def _batch(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
-        return torch.tensor(rows, device=self.model.device)
-
-    def _pad(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return pad_left(rows, self.model.device)
-
-    def _fill(self, setting: Setting, reading: Reading, num_later: int) -> CompressedCache:
-        """A new cache that holds what it keeps of prompts that were read with full attention."""
-        name, budget = setting
-        cache = self.caches[name].build(self.model, budget, reading.num_tokens, num_later)
-        with torch.no_grad():
-            cache.replay(reading.layers)
-        return cache
+    def _answer(
+        self,
+        batch: Batch,
+        missing: Missing,
+        prompts: Sequence[list[int]],
+        threads: Sequence[Thread],
+        find_reading: Callable[[], Reading],
+        is_in_view: bool = False,
+    ) -> None:
+        """
+        Measures what is missing: each cache reads the prompts and is asked the threads behind them. In view, the first
+        question of each thread is part of its prompt.
+        """
+        if not missing:
+            return
+        reading = find_reading()
+        for setting, places in missing.items():
+            cache, logits = self.read(setting, prompts, reading, len_behind([questions for _, questions in threads]))
+            held_share = (reading.nbytes if setting == FULL else cache.nbytes) / reading.nbytes
+            by_step = setting != FULL and self.caches[setting[0]].reads_answers_by_step
+            found = ask(self.model, cache, threads, by_step, logits if is_in_view else None, reading.padding)
+            by_row: dict[int, list[Score]] = {}
+            for (row, _), scores in zip(threads, found, strict=True):
+                by_row.setdefault(row, []).extend(scores)
+            for row, key in places:
+                scores = by_row[row]
+                if key.question == ALL_QUESTIONS:
+                    scores = [scores[number] for number in key.question_numbers(batch[row][1])]
+                accuracies = [score.token_accuracy for score in scores]
+                self.store.add(Cell(key, accuracies, [score.log_likelihood for score in scores], held_share))
 
     @torch.no_grad()
-    def _read(
-        self, setting: Setting, rows: Sequence[list[int]], num_later: int
-    ) -> tuple[CompressedCache, torch.Tensor]:
-        """A new cache that has read prompts itself, and the logits `(rows, vocabulary)` of the last token of each."""
+    def read(
+        self, setting: Setting, prompts: Sequence[list[int]], reading: Reading, num_later: int
+    ) -> tuple[Cache, torch.Tensor]:
+        """
+        A new cache that has read prompts in its own way, and the logits `(rows, vocabulary)` of the last token of
+        each.
+
+        Args:
+            reading (`Reading`): Of the same prompts with full attention.
+            num_later (`int`): Tokens that come behind the prompts at most.
+        """
+        if setting == FULL:
+            return full_cache(self.model, reading), reading.logits
         name, budget = setting
-        ids, padding = self._pad(rows)
-        cache = self.caches[name].build(self.model, budget, ids.shape[1], num_later)
+        entry = self.caches[name]
+        cache = entry.build(self.model, budget, Workload(reading.num_tokens, len(prompts), num_later))
+        if entry.reading == "dense":
+            cache.replay(reading.layers)
+            return cache, reading.logits
+        ids, padding = pad_left(prompts, self.model.device)
         arguments = padding_arguments(padding, 0, ids.shape[1])
         return cache, self.model(ids, **{CACHE_ARGUMENT: cache}, logits_to_keep=1, **arguments).logits[:, -1]
-
-    # Answers.
-
-    def _answer_all(
-        self, setting: Setting, cache: Cache, batch: Batch, padding: torch.Tensor | None
-    ) -> list[list[Score]]:
-        """For each context that a cache has read, scores of the answers to all its questions."""
-        by_step = self._is_by_step(setting)
-        contexts = [context for _, context in batch]
-        if contexts[0].is_conversation:
-            return self.asker.ask_rows_in_turn(
-                cache, [context.questions for context in contexts], by_step, padding=padding
-            )
-        if len(batch) == 1:
-            return [self.asker.ask_each(cache, contexts[0].questions, by_step)]
-        questions = [question for context in contexts for question in context.questions]
-        rows = [row for row, context in enumerate(contexts) for _ in context.questions]
-        scores = iter(self.asker.ask_each(cache, questions, by_step, rows, padding))
-        return [list(itertools.islice(scores, len(context.questions))) for context in contexts]
-
-    def _is_by_step(self, setting: Setting) -> bool:
-        return setting[0] != BASELINE and self.caches[setting[0]].reads_answers_by_step
-
-    def _note(self, key: CellKey, scores: Sequence[Score], held_share: float) -> None:
-        accuracies, likelihoods = zip(*((score.token_accuracy, score.log_likelihood) for score in scores), strict=True)
-        self.store.add(Cell(key, list(accuracies), list(likelihoods), held_share))
 
 
 def enumerate_by_task(contexts: Sequence[Context]) -> Iterator[tuple[int, Context]]:
@@ -339,25 +252,18 @@ def batches_of(contexts: Sequence[tuple[int, Context]], batch_size: int) -> Iter
         yield from (places[start : start + batch_size] for start in range(0, len(places), batch_size))
 
 
-def in_view(context: Context, with_turns: bool = False) -> list[int]:
+def in_view(context: Context) -> list[int]:
     """
-    Which questions are read with the context: those about which a cache that has evicted then has anything to say. The first
-    token of an answer follows from a full reading of the prompt. Of a conversation it is the first question; with its later
-    turns, all.
+    Which threads are read with the context: those about which a cache that has evicted then has anything to say. The
+    first token of an answer follows from a full reading of the prompt.
     """
-    if context.is_conversation:
-        return list(range(len(context.questions) if with_turns else 1))
-    return [number for number, question in enumerate(context.questions) if len(question.answer) > 1 or question.metric]
+    return [
+        number
+        for number, (first, *_) in enumerate(context.threads)
+        if context.is_conversation or len(first.answer) > 1
+    ]
 
 
-def len_behind(context: Context) -> int:
-    """How many tokens a model reads behind a context at most to be asked and scored on all of an answer."""
-    lengths = [question.num_tokens for question in context.questions]
-    return (sum(lengths) if context.is_conversation else max(lengths)) - 1
-
-
-def num_bytes(cache: Cache) -> int:
-    """What a cache takes: a full one its keys and values."""
-    if isinstance(cache, CompressedCache):
-        return cache.nbytes
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+def len_behind(threads: Sequence[Sequence[Question]]) -> int:
+    """How many tokens a model reads behind a prompt at most to be asked and scored on all of an answer."""
+    return max(sum(len(question.ids) + len(question.answer) for question in thread) for thread in threads) - 1

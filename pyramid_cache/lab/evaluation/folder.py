@@ -1,13 +1,14 @@
 """
 The folder that an evaluation leaves behind.
 
-- `cells.jsonl`, and `cells.1.jsonl` and so on of further processes: what was measured, as it was measured; `positions.jsonl`: what
-  each cache kept of an example context;
+- `cells.jsonl`, and `cells.1.jsonl` and so on of further processes: what was measured, written as it was measured;
+- `positions.jsonl`: what each cache kept of an example context;
 - `answers.csv`: every answer; `results.json`: means and cases of each cache;
 - `report.md`, `report.html`, `plots/*.png`: for people; the page has the pictures in it;
-- `settings.json`: what all of it depends on, and the last finished run.
+- `settings.json`: the settings that all of it depends on, and the last finished run.
 
-An evaluation that was stopped any number of times leaves the same answers, pictures and reports behind as one that was not.
+An evaluation that was stopped any number of times leaves the same answers, pictures and reports behind as one that was
+not.
 """
 
 import re
@@ -44,39 +45,34 @@ class ResultFolder:
         self.kept: list[KeptPositions] | None = None
 
     def take(
-        self,
-        evaluation: Evaluation,
-        contexts: Sequence[Context],
-        decode: Callable[[list[int]], str] | None = None,
+        self, evaluation: Evaluation, contexts: Sequence[Context], decode: Callable[[list[int]], str] | None = None
     ) -> None:
         """
-        Takes the answers of a finished evaluation; of the first one also what its caches keep of its first context.
+        Takes the answers of a finished evaluation. For the first one, also measures what its caches keep of its first
+        context.
 
         Args:
             contexts (`Sequence[Context]`): All that the evaluation was given.
             decode (`Callable`, *optional*): Makes texts of right answers, which are numbers without.
         """
-        self.answers += collect_answers(evaluation, contexts, decode)
+        self.answers += collect_answers(evaluation.results(contexts), contexts, evaluation.model, decode)
         if self.kept is None:
             self.kept = measure_kept_positions(evaluation, contexts[0], self.path, self.announce)
 
     def write(self, record: dict[str, Any]) -> list[Path]:
-        """
-        Writes all but the cells, each file in one step.
-
-        Args:
-            record (`dict`): Rows, settings, command, machine and versions.
-
-        Returns:
-            `list[Path]`: The files that are worth a look first.
-        """
+        """Writes all files of a record but the cells, each in one step. Returns those that are worth a look first."""
         plots = draw_all(record["rows"], self.answers, self.kept or [])
         files = {f"plots/{plot.name}.png": plot.png for plot in plots}
         files["answers.csv"] = csv_text(self.answers).encode()
         files["report.md"] = markdown(record).encode()
         files["report.html"] = page(record, plots).encode()
         (self.path / "plots").mkdir(exist_ok=True)
-        self._remove_leftovers(files)
+        # Half-written files of a run that was killed, and pictures of results that the report does not have.
+        for path in [*self.path.glob("*.tmp"), *self.path.glob("plots/*")]:
+            is_half = re.search(r"\.(csv|html|json|md|png)\.[0-9a-f]{16}\.tmp$", path.name)
+            is_picture = re.match(r"(score|depth|positions)-.*\.png$", path.name)
+            if is_half or (is_picture and f"plots/{path.name}" not in files):
+                path.unlink()
         for name, content in files.items():
             with replacing(str(self.path / name)) as temporary_path:
                 Path(temporary_path).write_bytes(content)
@@ -85,12 +81,3 @@ class ResultFolder:
         run["finished"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
         write_json(read_settings(self.path) | {"run": run}, self.path / SETTINGS_FILE)
         return [self.path / "results.json", self.path / "report.html"]
-
-    def _remove_leftovers(self, files: dict[str, bytes]) -> None:
-        """Removes what a run that was killed had half written, and pictures of results that the report does not have."""
-        for path in [*self.path.glob("*.tmp"), *self.path.glob("plots/*.tmp")]:
-            if re.search(r"\.(csv|html|json|md|png)\.[0-9a-f]{16}\.tmp$", path.name):
-                path.unlink()
-        for path in self.path.glob("plots/*.png"):
-            if f"plots/{path.name}" not in files and re.match("(score|depth|positions)-", path.name):
-                path.unlink()

@@ -1,11 +1,14 @@
 """
-One reading of a prompt for many caches.
+One reading of prompts for many caches.
 
-A cache that reads its prompt with full attention sees the same queries, keys and values as any other: it is read once, and
-what each layer got is handed to every cache, which evicts from it what it would have evicted from its own.
+A cache that reads its prompt with full attention sees the same queries, keys and values as any other: it is read once,
+and what each layer got is handed to every cache, which evicts from it what it would have evicted from its own. Prompts
+of several lengths are one batch, padded on the left as `generate` takes them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,8 +17,29 @@ from transformers import DynamicCache, PreTrainedModel
 from pyramid_cache.caches.h2o import H2OCache
 from pyramid_cache.engine.architectures import CACHE_ARGUMENT
 from pyramid_cache.engine.recording import RecordedChunk
-from pyramid_cache.lab.evaluation.padding import padding_arguments
 from pyramid_cache.ops import attention_with_lse, row_lse
+
+
+def pad_left(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """
+    Rows of token ids as one tensor.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor | None]`: `(rows, longest)` token ids, and `(rows,)` how many columns of
+        padding each row begins with; None if no row has any.
+    """
+    longest = max(map(len, rows))
+    padding = [longest - len(row) for row in rows]
+    ids = torch.tensor([[0] * num + list(row) for num, row in zip(padding, rows, strict=True)], device=device)
+    return ids, torch.tensor(padding, device=device) if any(padding) else None
+
+
+def padding_arguments(padding: torch.Tensor | None, num_seen: int, num_new: int) -> dict[str, Any]:
+    """What a model is told of padding `(rows,)` when the cache has seen some columns, padding included."""
+    if padding is None:
+        return {}
+    columns = torch.arange(num_seen + num_new, device=padding.device) - padding[:, None]
+    return {"attention_mask": (columns >= 0).long(), "position_ids": columns[:, num_seen:].clamp(min=0)}
 
 
 @dataclass(frozen=True)
@@ -24,17 +48,24 @@ class Reading:
     A prompt as the layers of a model got it.
 
     Attributes:
-        layers (`list[tuple[torch.nn.Module, RecordedChunk]]`): The attention module of each layer, and the queries, keys,
-            values and log-sum-exps that it had. Caches share these tensors: none writes to them.
+        layers (`list[tuple[torch.nn.Module, RecordedChunk]]`): The attention module of each layer, and the queries,
+            keys, values and log-sum-exps that it had. Caches share these tensors: none writes to them.
         logits (`torch.Tensor`): `(batch, vocabulary)` of the last token.
+        padding (`torch.Tensor`, *optional*): `(batch,)`, how many columns of padding each row begins with.
     """
 
     layers: list[tuple[nn.Module, RecordedChunk]]
     logits: torch.Tensor
+    padding: torch.Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
         return self.layers[0][1].num_columns
+
+    @property
+    def nbytes(self) -> int:
+        """What the full cache takes for the prompt."""
+        return sum(chunk.key.nbytes + chunk.value.nbytes for _, chunk in self.layers)
 
     def followed_by(self, later: "Reading") -> "Reading":
         """Both, as if they had been read in one forward pass."""
@@ -42,7 +73,7 @@ class Reading:
             (module, first.followed_by(last))
             for (_, first), (module, last) in zip(self.layers, later.layers, strict=True)
         ]
-        return Reading(layers, later.logits)
+        return Reading(layers, later.logits, later.padding)
 
 
 class Reader:
@@ -50,9 +81,9 @@ class Reader:
     Reads a context once, and questions behind it.
 
     Args:
-        model (`PreTrainedModel`): Each of its layers has full attention. Its rotary frequencies do not depend on the length
-            of what it reads at a time (as with dynamic or longrope scaling): a question read behind the context is to
-            be what it would be if both were read at once.
+        model (`PreTrainedModel`): Each of its layers has full attention. Its rotary frequencies do not depend on the
+            length of what it reads at a time (as with dynamic or longrope scaling): a question read behind the context
+            is to be what it would be if both were read at once.
         ids (`torch.Tensor`): `(batch, columns)`, the context.
         padding (`torch.Tensor`, *optional*): `(batch,)`, how many columns of padding each row begins with.
 
@@ -66,14 +97,14 @@ class Reader:
         self.cache = H2OCache(model.config, budget=1.0)  # never evicts, and never scores
         if len(self.cache.compressed_layers) < len(self.cache.layers):
             raise NotImplementedError(
-                f"A model of type {model.config.model_type!r} has layers of other kinds than full attention, whose reading "
-                "cannot be shared by caches. Evaluate a model without them."
+                f"A model of type {model.config.model_type!r} has layers of other kinds than full attention, whose "
+                "reading cannot be shared by caches. Evaluate a model without them."
             )
         rope_type = (getattr(model.config, "rope_parameters", None) or {}).get("rope_type", "default")
         if rope_type in ("dynamic", "longrope"):
             raise NotImplementedError(
-                f"The rotary frequencies of this model depend on the length of the prompt ({rope_type!r} scaling), so that a "
-                "context and its questions cannot be read one after the other. Evaluate a model with others."
+                f"The rotary frequencies of this model depend on the length of the prompt ({rope_type!r} scaling), so "
+                "that a context and its questions cannot be read one after the other. Evaluate a model with others."
             )
         self.context = with_lse(self._record(ids))
         self.cache.crop(0)
@@ -83,7 +114,7 @@ class Reader:
         self.cache.activate_past_recording()
         arguments = padding_arguments(self.padding, self.cache.get_seq_length(), ids.shape[1])
         logits = self.model(ids, **{CACHE_ARGUMENT: self.cache}, logits_to_keep=1, **arguments).logits[:, -1]
-        return Reading([layer.last_recorded for layer in self.cache.compressed_layers], logits)
+        return Reading([layer.last_recorded for layer in self.cache.compressed_layers], logits, self.padding)
 
     def with_question(self, ids: torch.Tensor) -> Reading:
         """The context and a question `(batch, tokens)` behind it."""
@@ -95,7 +126,8 @@ class Reader:
 @torch.no_grad()
 def with_lse(reading: Reading) -> Reading:
     """
-    Works out the log-sum-exps of those queries that have none yet, the last ones: caches would each do so. With padding they do.
+    Works out the log-sum-exps of those queries that have none yet, the last ones: caches would each do so. With
+    padding they do.
     """
     if any(chunk.has_padding for _, chunk in reading.layers[:1]):
         return replace(reading, layers=[(module, replace(chunk, lse=None)) for module, chunk in reading.layers])

@@ -1,22 +1,27 @@
-"""The pictures of an evaluation: scores against budgets and bytes, where in a context answers are lost, and what is kept of one."""
+"""
+The pictures of an evaluation: scores against budgets and bytes, where in a context answers are lost, and what is kept
+of one.
+"""
 
 import io
 import math
 import re
 import statistics
 import textwrap
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
 from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 
 from pyramid_cache.lab.evaluation.answers import Answer
-from pyramid_cache.lab.evaluation.caches import BASELINE, BASELINE_LABEL, CACHES
 from pyramid_cache.lab.evaluation.kept import KeptPositions
+from pyramid_cache.lab.evaluation.score_tables import groups
+from pyramid_cache.lab.registry import BASELINE, CACHES, find_entry
 
 
 # Eight colours that differ for colour-blind eyes as well; caches beyond them get dashes and a marker of their own.
@@ -49,19 +54,11 @@ class Plot:
 
 
 def draw_all(rows: Sequence[dict[str, Any]], answers: Sequence[Answer], kept: Sequence[KeptPositions]) -> list[Plot]:
-    """
-    Draws what there is to draw.
-
-    Args:
-        rows (`Sequence[dict]`): Of `report.as_row`.
-        answers (`Sequence[Answer]`): Of the same cases.
-        kept (`Sequence[KeptPositions]`): Of an example context; none where no cache was evaluated.
-    """
+    """Draws the rows of `as_row`, the answers of the same cases, and what caches keep of an example context."""
     plots: list[Plot] = []
     # Defaults, whatever the matplotlibrc of the user says: the same figures are the same picture.
     with style.context("default"):
-        for task, protocol in dict.fromkeys((row["task"], row["protocol"]) for row in rows):
-            here = [row for row in rows if (row["task"], row["protocol"]) == (task, protocol)]
+        for (task, protocol), here in groups(rows).items():
             section = f"{task}, {protocol} first"
             title = f"{section}: scores against the budget and against the bytes kept"
             plots.append(Plot(f"score-{task}-{protocol}", section, title, draw_scores(here)))
@@ -74,30 +71,12 @@ def draw_all(rows: Sequence[dict[str, Any]], answers: Sequence[Answer], kept: Se
         if kept:
             title = f"{kept[0].task}: positions of its first context that each cache keeps"
             plots.append(Plot(f"positions-{kept[0].task}", "What is kept", title, draw_positions(kept, answers)))
-    return [replace(plot, name=name) for name, plot in zip(file_names(plots), plots, strict=True)]
-
-
-def file_names(plots: Sequence[Plot]) -> Iterator[str]:
-    """Names that are names of files everywhere, no two alike."""
-    used: set[str] = set()
-    for plot in plots:
-        name = base = re.sub(r"[^A-Za-z0-9.-]+", "_", plot.name)
-        number = 1
-        while name.lower() in used:
-            number += 1
-            name = f"{base}-{number}"
-        used.add(name.lower())
-        yield name
+    return plots
 
 
 def family_of(answer: Answer) -> str:
     """The task without the length at the end of its name: tasks that differ in nothing else are one picture."""
     return re.sub(r"-\d+$", "", answer.task)
-
-
-def label_of(cache: str) -> str:
-    """What tables call a cache."""
-    return BASELINE_LABEL if cache == BASELINE else CACHES[cache].label
 
 
 def style_of(cache: str) -> dict[str, Any]:
@@ -118,29 +97,30 @@ def as_png(figure: Figure) -> bytes:
 
 
 def draw_scores(rows: Sequence[dict[str, Any]]) -> bytes:
-    """Exact match and log-likelihood, or perplexity, of one task and protocol, against the budget and against the bytes kept."""
-    scores = (("exact_match", "exact match"), ("log_likelihood", "log-likelihood per token"))
+    """
+    Exact match and log-likelihood, or perplexity, of one task and protocol, against the budget and the bytes kept.
+    """
+    scores = {"exact_match": "exact match", "log_likelihood": "log-likelihood per token"}
     if "perplexity" in rows[0]:
-        scores = (("perplexity", "perplexity"),)
+        scores = {"perplexity": "perplexity"}
     figure = Figure(figsize=(11, 7.5 if len(scores) > 1 else 4.5), layout="constrained")
     grid = figure.subplots(len(scores), 2, sharex="col", sharey="row", squeeze=False)
     budgets = sorted({row["budget"] for row in rows if row["cache"] != BASELINE})
-    for axes, (score, label) in zip(grid, scores, strict=True):
+    for axes, (score, label) in zip(grid, scores.items(), strict=True):
         for axis, place in zip(axes, ("budget", "held_share"), strict=True):
             draw_lines(axis, rows, place, score)
         axes[0].set_ylabel(label)
-    if scores[0][0] == "exact_match":
+    if "exact_match" in scores:
         grid[0, 0].set_ylim(-0.03, 1.03)
-    grid[-1, 0].set_xlabel("budget, a fraction of the prompt")
-    grid[-1, 1].set_xlabel("bytes kept, a share of the full cache's")
-    # Budgets differ by factors. Each is a tick; bytes have those of the scale's own choice.
-    for axis in grid[-1]:
-        axis.set_xscale("log")
-        axis.minorticks_off()
-    grid[-1, 0].set_xticks(budgets, [f"{budget:g}" for budget in budgets])
     shares = [row["held_share"] for row in rows]
     ticks = [tick for tick in SHARE_TICKS if min(shares) / 1.3 <= tick <= max(shares) * 1.3]
-    grid[-1, 1].set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    labels = ("budget, a fraction of the prompt", "bytes kept, a share of the full cache's")
+    # Budgets differ by factors.
+    for axis, label, marks in zip(grid[-1], labels, (budgets, ticks), strict=True):
+        axis.set_xlabel(label)
+        axis.set_xscale("log")
+        axis.minorticks_off()
+        axis.set_xticks(marks, [f"{mark:g}" for mark in marks])
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize="small", handlelength=3.2)
     return as_png(figure)
@@ -148,22 +128,14 @@ def draw_scores(rows: Sequence[dict[str, Any]]) -> bytes:
 
 def draw_lines(axis: Axes, rows: Sequence[dict[str, Any]], place: str, score: str) -> None:
     """One line per cache through its budgets."""
+    edge = {"linewidth": 1.4, "markersize": 5.5, "markeredgecolor": "white", "markeredgewidth": 0.4}
     for cache in dict.fromkeys(row["cache"] for row in rows):
         own = sorted((row for row in rows if row["cache"] == cache), key=lambda row: row["budget"])
-        values = [row[score] for row in own]
+        values, label = [row[score] for row in own], find_entry(cache).label
         if cache == BASELINE:
-            axis.axhline(values[0], color=BASELINE_COLOR, linewidth=1.2, linestyle=(0, (6, 3)), label=BASELINE_LABEL)
-            continue
-        axis.plot(
-            [row[place] for row in own],
-            values,
-            **style_of(cache),
-            linewidth=1.4,
-            markersize=5.5,
-            markeredgecolor="white",
-            markeredgewidth=0.4,
-            label=label_of(cache),
-        )
+            axis.axhline(values[0], color=BASELINE_COLOR, linewidth=1.2, linestyle=(0, (6, 3)), label=label)
+        else:
+            axis.plot([row[place] for row in own], values, **style_of(cache), **edge, label=label)
     axis.grid(color="#e4e4e4", linewidth=0.6)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
@@ -172,51 +144,54 @@ def draw_lines(axis: Axes, rows: Sequence[dict[str, Any]], place: str, score: st
 # Maps, one per cache and budget.
 
 
-def map_grid(
-    places: Sequence[tuple[str, float]], width: float, height: float
-) -> tuple[Figure, dict[tuple[str, float], Axes]]:
+def draw_maps(
+    places: Sequence[tuple[str, float]],
+    size: tuple[float, float],
+    draw: Callable[[Axes, tuple[str, float]], AxesImage],
+    labels: tuple[str, str, str],
+) -> bytes:
     """
-    A figure with a row per cache and a column per budget.
+    A picture with a row per cache and a column per budget.
 
     Args:
-        places (`Sequence[tuple[str, float]]`): Caches with budgets. The full cache has a row with one map, if it is among them.
-        width, height (`float`): Of each map, in inches.
+        places (`Sequence[tuple[str, float]]`): Caches with budgets. The full cache has a row with one map, if it is
+            there.
+        size (`tuple[float, float]`): Width and height of each map, in inches.
+        draw (`Callable`): Draws one map.
+        labels (`tuple[str, str, str]`): Of the x axes, the y axes and the colours.
     """
     caches = list(dict.fromkeys(cache for cache, _ in places))
     budgets = list(dict.fromkeys(budget for cache, budget in places if cache != BASELINE)) or [1.0]
-    size = (width * len(budgets) + 1.2, (height + 0.32) * len(caches) + 0.7)
-    figure = Figure(figsize=size, layout="constrained")
+    width, height = size
+    figure_size = (width * len(budgets) + 1.2, (height + 0.32) * len(caches) + 0.7)
+    figure = Figure(figsize=figure_size, layout="constrained")
     grid = figure.subplots(len(caches), len(budgets), squeeze=False)
-    found = {}
+    image, drawn = None, []
     for cache, axes in zip(caches, grid, strict=True):
         for column, (budget, axis) in enumerate(zip(budgets, axes, strict=True)):
             place = (BASELINE, 1.0) if cache == BASELINE else (cache, budget)
             if place not in places or (cache == BASELINE and column > 0):
                 axis.set_axis_off()
                 continue
-            title = label_of(cache) if cache == BASELINE else f"{label_of(cache)}, {budget:g}"
+            title = find_entry(cache).label + ("" if cache == BASELINE else f", {budget:g}")
             axis.set_title(textwrap.fill(title, int(13 * width)), fontsize="small", loc="left", pad=3)
             axis.tick_params(labelsize="small", length=2)
-            found[place] = axis
-    return figure, found
-
-
-def color_bar(figure: Figure, image: Any, axes: Sequence[Axes], label: str) -> None:
-    """What the colours of all maps mean, above them."""
+            image = draw(axis, place)
+            drawn.append(axis)
+    figure.supxlabel(labels[0], fontsize="small")
+    figure.supylabel(labels[1], fontsize="small")
     # A share of the height: titles of maps need the same room in every figure.
     pad = 0.2 / figure.get_figheight()
-    bar = figure.colorbar(image, ax=axes, location="top", shrink=0.4, aspect=30, pad=pad)
+    bar = figure.colorbar(image, ax=drawn, location="top", shrink=0.4, aspect=30, pad=pad)
     bar.ax.tick_params(labelsize="small")
-    bar.set_label(label, fontsize="small")
+    bar.set_label(labels[2], fontsize="small")
+    return as_png(figure)
 
 
 def depth_means(answers: Sequence[Answer]) -> tuple[list[int], dict[tuple[str, float], list[list[float]]]]:
     """
-    Mean token accuracy by depth and length.
-
-    Returns:
-        The lengths of contexts that there are, and for each cache with its budget a row per fifth of the depth, in it a mean per
-        length; NaN where there was no question.
+    Mean token accuracy by depth and length: the lengths of contexts, and for each cache with its budget a row per
+    fifth of the depth, in it a mean per length; NaN where there was no question.
     """
     lengths = sorted({answer.length for answer in answers})
     cells: dict[tuple[str, float], list[list[list[float]]]] = {}
@@ -232,34 +207,24 @@ def depth_means(answers: Sequence[Answer]) -> tuple[list[int], dict[tuple[str, f
 
 
 def draw_depths(answers: Sequence[Answer]) -> bytes:
-    """Mean token accuracy by the depth of the answer in its context and the length of the context, per cache and budget."""
+    """Mean token accuracy by the depth of the answer and the length of its context, per cache and budget."""
     lengths, means = depth_means(answers)
-    figure, axes = map_grid(list(means), width=max(2.9, 0.5 * len(lengths)), height=1.05)
-    image = None
-    for place, axis in axes.items():
-        image = axis.imshow(means[place], aspect="auto", cmap=depth_colors(), vmin=0, vmax=1, interpolation="nearest")
+    # From dark for what is lost to light for what is found; grey where there was no question.
+    colors = matplotlib.colormaps["cividis"].with_extremes(bad="#d9d9d9")
+
+    def draw(axis: Axes, place: tuple[str, float]) -> AxesImage:
+        image = axis.imshow(means[place], aspect="auto", cmap=colors, vmin=0, vmax=1, interpolation="nearest")
         axis.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
         axis.set_yticks([-0.5, NUM_DEPTHS / 2 - 0.5, NUM_DEPTHS - 0.5], ["0 %", "50 %", "100 %"])
-        if len(lengths) <= 6:
-            write_values(axis, means[place])
-    figure.supxlabel("tokens of the context", fontsize="small")
-    figure.supylabel("depth of the answer", fontsize="small")
-    color_bar(figure, image, list(axes.values()), "token accuracy")
-    return as_png(figure)
+        for depth, row in enumerate(means[place] if len(lengths) <= 6 else ()):
+            for length, value in enumerate(row):
+                if not math.isnan(value):
+                    color = "white" if value < 0.55 else "black"
+                    axis.text(length, depth, f"{value:.2f}", ha="center", va="center", fontsize="x-small", color=color)
+        return image
 
-
-def depth_colors() -> "matplotlib.colors.Colormap":
-    """From dark for what is lost to light for what is found; grey where there was no question."""
-    return matplotlib.colormaps["cividis"].with_extremes(bad="#d9d9d9")
-
-
-def write_values(axis: Axes, means: Sequence[Sequence[float]]) -> None:
-    """The values of a map in its cells."""
-    for depth, row in enumerate(means):
-        for length, value in enumerate(row):
-            if not math.isnan(value):
-                color = "white" if value < 0.55 else "black"
-                axis.text(length, depth, f"{value:.2f}", ha="center", va="center", fontsize="x-small", color=color)
+    labels = ("tokens of the context", "depth of the answer", "token accuracy")
+    return draw_maps(list(means), (max(2.9, 0.5 * len(lengths)), 1.05), draw, labels)
 
 
 def draw_positions(kept: Sequence[KeptPositions], answers: Sequence[Answer]) -> bytes:
@@ -268,30 +233,20 @@ def draw_positions(kept: Sequence[KeptPositions], answers: Sequence[Answer]) -> 
     depths = {
         depth for answer in answers if (answer.task, answer.context) == (kept[0].task, 0) for depth in answer.depths
     }
-    places = [depth * kept[0].num_tokens for depth in sorted(depths)]
-    figure, axes = map_grid(list(maps), width=3.6, height=0.95)
-    image = None
-    for place, axis in axes.items():
-        num_layers, num_tokens = len(maps[place].shares), maps[place].num_tokens
-        extent = (0, num_tokens, num_layers - 0.5, -0.5)
-        image = axis.imshow(
-            maps[place].shares, aspect="auto", interpolation="nearest", cmap="Blues", vmin=0, vmax=1, extent=extent
-        )
-        if places:
+    facts = [depth * kept[0].num_tokens for depth in sorted(depths)]
+
+    def draw(axis: Axes, place: tuple[str, float]) -> AxesImage:
+        shares = maps[place].shares
+        extent = (0, maps[place].num_tokens, len(shares) - 0.5, -0.5)
+        settings = {"aspect": "auto", "interpolation": "nearest", "cmap": "Blues", "vmin": 0, "vmax": 1}
+        image = axis.imshow(shares, extent=extent, **settings)
+        if facts:
             # Below the map, so that they hide nothing of what is kept there.
-            axis.plot(
-                places,
-                [-0.04] * len(places),
-                transform=axis.get_xaxis_transform(),
-                color=FACT_COLOR,
-                marker="^",
-                markersize=3,
-                linestyle="",
-                clip_on=False,
-            )
-        axis.set_yticks(sorted({0, num_layers - 1}))
-    legend = " (red: answers to its questions)" if places else ""
-    figure.supxlabel(f"position in the context{legend}", fontsize="small")
-    figure.supylabel("layer", fontsize="small")
-    color_bar(figure, image, list(axes.values()), "share of the KV heads that keep it")
-    return as_png(figure)
+            below = {"transform": axis.get_xaxis_transform(), "clip_on": False, "linestyle": ""}
+            axis.plot(facts, [-0.04] * len(facts), color=FACT_COLOR, marker="^", markersize=3, **below)
+        axis.set_yticks(sorted({0, len(shares) - 1}))
+        return image
+
+    legend = " (red: answers to its questions)" if facts else ""
+    labels = (f"position in the context{legend}", "layer", "share of the KV heads that keep it")
+    return draw_maps(list(maps), (3.6, 0.95), draw, labels)

@@ -1,48 +1,18 @@
-"""What the caches lost: a record for JSON, and a table for the terminal."""
+"""What the caches lost, as tables: for the terminal and for a Markdown file."""
 
 import itertools
-import statistics
 from collections.abc import Sequence
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
-from pyramid_cache.lab.evaluation.caches import BASELINE, BASELINE_LABEL, CACHES
-from pyramid_cache.lab.evaluation.evaluator import Result
+from pyramid_cache.lab.registry import BASELINE
 from pyramid_cache.lab.terminal import report_console
 
 
-DECIMALS = 4
 # Tasks and protocols that a table for the terminal has room for side by side.
 TABLE_COLUMNS = 3
-
-
-def as_row(result: Result) -> dict[str, Any]:
-    """
-    One cache on one task.
-
-    Returns:
-        `dict`: Means over the cases, and under "cases" what they are of: lists, in the order of contexts and their questions.
-        A case is an exact match if its token accuracy is 1.
-    """
-    scores = result.scores
-    return {
-        "task": result.task,
-        "protocol": result.protocol,
-        "cache": result.cache,
-        "label": BASELINE_LABEL if result.cache == BASELINE else CACHES[result.cache].label,
-        "budget": result.budget,
-        "num_cases": len(scores),
-        "exact_match": statistics.mean(score.is_exact for score in scores),
-        "token_accuracy": statistics.mean(score.token_accuracy for score in scores),
-        "log_likelihood": statistics.mean(score.log_likelihood for score in scores),
-        "held_share": statistics.mean(result.held_shares),
-        "cases": {
-            "token_accuracy": [round(score.token_accuracy, DECIMALS) for score in scores],
-            "log_likelihood": [round(score.log_likelihood, DECIMALS) for score in scores],
-        },
-    }
 
 
 def show(record: dict[str, Any]) -> None:
@@ -50,23 +20,21 @@ def show(record: dict[str, Any]) -> None:
     console = report_console()
     settings = record["settings"]
     console.print(f"{models_of(settings)} · {settings['dtype']} on {settings['device']}", style="bold", markup=False)
-    columns = list(dict.fromkeys((row["task"], row["protocol"]) for row in record["rows"]))
+    columns = list(groups(record["rows"]).values())
     for start in range(0, len(columns), TABLE_COLUMNS):
-        chosen = columns[start : start + TABLE_COLUMNS]
-        console.print(table([row for row in record["rows"] if (row["task"], row["protocol"]) in chosen]))
+        console.print(table(sum(columns[start : start + TABLE_COLUMNS], [])))
     console.print(Text(footnote(record), style="dim"))
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
     """One row per budget and cache, one column per task and protocol."""
-    columns = list(dict.fromkeys((row["task"], row["protocol"]) for row in rows))
+    columns = groups(rows)
     by_place = {(row["task"], row["protocol"], row["budget"], row["cache"]): row for row in rows}
     result = Table(header_style="bold")
     result.add_column("cache", no_wrap=True)
     result.add_column("budget", justify="right", no_wrap=True)
     for task, protocol in columns:
-        is_perplexity = any("perplexity" in row for row in rows if row["task"] == task)
-        shown = "perplexity" if is_perplexity else "exact token loglik"
+        shown = "perplexity" if "perplexity" in columns[task, protocol][0] else "exact token loglik"
         result.add_column(f"{task}\n{protocol} first\n{shown}", justify="right", no_wrap=True)
     places = dict.fromkeys((row["budget"], row["cache"]) for row in rows)
     ordered = sorted(places, key=lambda place: -place[0])
@@ -85,32 +53,36 @@ def markdown(record: dict[str, Any]) -> str:
     rows = record["rows"]
     settings, machine = record["settings"], record["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    lines = [
-        f"# {models_of(settings)}, {settings['dtype']} on {settings['device']}",
-        "",
-        footnote(record, "in brackets"),
-        "",
-    ]
-    lines += [f"`{record['command']}`", "", f"{machine['processor']}; {versions}.", ""]
+    lines = [f"# {models_of(settings)}, {settings['dtype']} on {settings['device']}", ""]
+    lines += [footnote(record, "in brackets"), "", f"`{record['command']}`", ""]
+    lines += [f"{machine['processor']}; {versions}.", ""]
     budgets = sorted({row["budget"] for row in rows if row["cache"] != BASELINE}, reverse=True)
-    for task, protocol in dict.fromkeys((row["task"], row["protocol"]) for row in rows):
-        here = [row for row in rows if (row["task"], row["protocol"]) == (task, protocol)]
+    for (task, protocol), here in groups(rows).items():
         full = next(row for row in here if row["cache"] == BASELINE)
         lines += [f"## {task}, {protocol} first", "", f"{full['label']}: {measures(full, ' / ')}", ""]
-        lines += [
-            "| cache | " + " | ".join(f"{budget:g}" for budget in budgets) + " |",
-            "|---" * (len(budgets) + 1) + "|",
-        ]
+        lines.append(as_line("cache", [f"{budget:g}" for budget in budgets]))
+        lines.append("|---" * (len(budgets) + 1) + "|")
         by_cache: dict[str, dict[float, dict[str, Any]]] = {}
         for row in here:
             by_cache.setdefault(row["label"], {})[row["budget"]] = row
-        lines += [
-            f"| {label} | " + " | ".join(measures(found.get(budget), " / ") for budget in budgets) + " |"
-            for label, found in by_cache.items()
-            if label != full["label"]
-        ]
+        for label, found in by_cache.items():
+            if label != full["label"]:
+                lines.append(as_line(label, [measures(found.get(budget), " / ") for budget in budgets]))
         lines.append("")
     return "\n".join(lines)
+
+
+def as_line(name: str, cells: Sequence[str]) -> str:
+    """A line of a Markdown table."""
+    return f"| {name} | {' | '.join(cells)} |"
+
+
+def groups(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """Rows by task and protocol, in the order in which they come."""
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault((row["task"], row["protocol"]), []).append(row)
+    return found
 
 
 def models_of(settings: dict[str, Any]) -> str:
@@ -120,8 +92,8 @@ def models_of(settings: dict[str, Any]) -> str:
 
 def measures(row: dict[str, Any] | None, separator: str = "  ") -> str:
     """
-    Exact match, token accuracy and log-likelihood, with the token accuracy of each turn of a conversation; of a continuation the
-    perplexity alone. Empty for what was not measured.
+    Exact match, token accuracy and log-likelihood, with the token accuracy of each turn of a conversation; for a
+    continuation the perplexity alone. Empty for what was not measured.
     """
     if row is None:
         return ""
@@ -140,11 +112,11 @@ def footnote(record: dict[str, Any], place_of_turns: str | None = None) -> str:
     counts = {row["task"]: row["num_cases"] for row in rows}
     cases = ", ".join(f"{count} of {task}" for task, count in counts.items())
     note = (
-        "Exact match, token accuracy and log-likelihood per token of the right answer; means over the same cases for each "
-        f"cache ({cases}). Context first: the context is compressed before a question is known. Question first: context and "
-        "question are compressed together; the first token of an answer follows from a full reading then, so that answers of "
-        "one token are not measured. Of an answer of several values, token accuracy is the share of them that is found; of a "
-        "generated one, what its metric gives. The budget is a fraction of what is read."
+        "Exact match, token accuracy and log-likelihood per token of the right answer; means over the same cases for "
+        f"each cache ({cases}). Context first: the context is compressed before a question is known. Question first: "
+        "context and question are compressed together; the first token of an answer follows from a full reading then, "
+        "so that answers of one token are not measured. Of an answer of several values, token accuracy is the share "
+        "of them that is found. The budget is a fraction of what is read."
     )
     if any(row["cache"].startswith("streaming") for row in rows):
         note += " The window of StreamingLLMCache has room for question and answer beside it."

@@ -1,4 +1,6 @@
-"""The processes that `accelerate launch` or `torchrun` has started for one evaluation: each has contexts of its own."""
+"""
+The processes that `accelerate launch` or `torchrun` has started for one evaluation: each has contexts of its own.
+"""
 
 import os
 from datetime import timedelta
@@ -14,15 +16,7 @@ PATIENCE = timedelta(days=7)
 
 class Team:
     """
-    Which process this is, and which device is its own.
-
-    Args:
-        device (`torch.device`, *optional*): Asked for; without it the GPU of this process if there is one, else the CPU.
-
-    Attributes:
-        process (`int`): From 0 on. The first one reports.
-        num_processes (`int`): 1 where nothing has started several.
-        device (`torch.device`): To run on.
+    Which process this is, from 0 on, and which device is its own: by default the GPU of this process, or else the CPU.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:

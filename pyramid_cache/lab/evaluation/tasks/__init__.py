@@ -1,12 +1,11 @@
-"""The cases: contexts of token ids with questions and their answers, generated from a seed."""
+"""The generated cases: contexts of token ids with questions and their answers, made from a seed."""
 
-from pyramid_cache.lab.evaluation.tasks.cases import Context, Question, load_contexts, save_contexts
+from pyramid_cache.lab.evaluation.tasks.cases import Context, Question, Task, save_contexts
 from pyramid_cache.lab.evaluation.tasks.haystack import Haystack
 from pyramid_cache.lab.evaluation.tasks.names import (
     DEFAULT_TASKS,
     TASK_FORMS,
     TASK_KINDS,
-    Task,
     build_contexts,
     parse_task,
     parse_tasks,
@@ -22,7 +21,6 @@ __all__ = [
     "Question",
     "Task",
     "build_contexts",
-    "load_contexts",
     "parse_task",
     "parse_tasks",
     "save_contexts",

@@ -1,11 +1,38 @@
-"""What every task gives: contexts of token ids, with questions and their answers."""
+"""A task, and what every task gives: contexts of token ids, with questions and their answers."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from pyramid_cache.lab.terminal import write_json
+
+
+RECALL = "recall"
+
+
+@dataclass(frozen=True)
+class Task:
+    """
+    A task by its parts.
+
+    Attributes:
+        kind (`str`): In `TASK_KINDS`.
+        count (`int`): The N of its name; 0 if it has none.
+        num_tokens (`int`): No context is longer.
+    """
+
+    kind: str
+    count: int
+    num_tokens: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}-{self.count}-{self.num_tokens}" if self.count else f"{self.kind}-{self.num_tokens}"
+
+    @property
+    def is_for_recall_model(self) -> bool:
+        """Whether its tokens are those of the recall model. All others need a tokenizer."""
+        return self.kind == RECALL
 
 
 @dataclass(frozen=True)
@@ -16,30 +43,16 @@ class Question:
     Attributes:
         ids (`list[int]`): Its tokens, which begin right behind the context.
         answer (`list[int]`): The tokens of the right answer.
-        values (`list[list[int]]`): Where the tokens of each value begin and end in an answer of several: it is scored by the
-            share of them that is found. Empty for an answer that is one value.
-        depths (`list[float]`): For each value, the share of the context's tokens that come before the words that tell it.
-            Empty where no single place tells it.
-        metric (`str`): What scores a generated answer, in `METRICS`. Empty for a question of which the right answer is read
-            and no answer is generated.
-        references (`list[str]`): The right answers that the metric compares with.
-        choices (`list[str]`): What an answer may be, for metrics that have to know.
-        max_new_tokens (`int`): How many tokens are generated at most.
+        values (`list[list[int]]`): For an answer of several values, where the tokens of each begin and end. The score
+            is the share of values that is found. Empty for an answer that is one value.
+        depths (`list[float]`): For each value, the share of the context's tokens that come before the words that tell
+            it. Empty where no single place tells it.
     """
 
     ids: list[int]
     answer: list[int]
     values: list[list[int]] = field(default_factory=list)
     depths: list[float] = field(default_factory=list)
-    metric: str = ""
-    references: list[str] = field(default_factory=list)
-    choices: list[str] = field(default_factory=list)
-    max_new_tokens: int = 0
-
-    @property
-    def num_tokens(self) -> int:
-        """Of the question and the longest answer to it."""
-        return len(self.ids) + max(len(self.answer), self.max_new_tokens)
 
 
 @dataclass(frozen=True)
@@ -48,11 +61,11 @@ class Context:
     What is read before the questions.
 
     Attributes:
-        task (`str`): What it belongs to.
+        task (`str`): The name of its task.
         ids (`list[int]`): Its tokens.
         questions (`list[Question]`): One or more.
-        is_conversation (`bool`): Whether each question follows the question before and its right answer. Otherwise each
-            follows the context on its own.
+        is_conversation (`bool`): Whether each question follows the question before and its right answer. Otherwise
+            each follows the context on its own.
     """
 
     task: str
@@ -60,16 +73,12 @@ class Context:
     questions: list[Question]
     is_conversation: bool = False
 
+    @property
+    def threads(self) -> list[list[Question]]:
+        """The questions that follow each other: all of a conversation, else each on its own."""
+        return [self.questions] if self.is_conversation else [[question] for question in self.questions]
+
 
 def save_contexts(contexts: Sequence[Context], model: str, path: Path) -> None:
     """Writes cases so that other programs can be measured on them: `{"model": ..., "contexts": [...]}`."""
     write_json({"model": model, "contexts": [asdict(context) for context in contexts]}, path)
-
-
-def load_contexts(path: Path) -> list[Context]:
-    """Reads what `save_contexts` wrote."""
-    record = json.loads(path.read_text(encoding="utf-8"))
-    return [
-        Context(**{**context, "questions": [Question(**question) for question in context["questions"]]})
-        for context in record["contexts"]
-    ]

@@ -1,14 +1,12 @@
 """Contexts as `datasets.Dataset`: built, saved to a folder, and read back."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pyramid_cache.lab.evaluation.extras import import_package
-from pyramid_cache.lab.evaluation.tasks.cases import Context, Question
+from pyramid_cache.lab.evaluation.tasks.cases import Context, Question, Task
 from pyramid_cache.lab.evaluation.tasks.haystack import Haystack
-from pyramid_cache.lab.evaluation.tasks.names import Task, build_contexts, parse_task
+from pyramid_cache.lab.evaluation.tasks.names import build_contexts, parse_task
 
 
 if TYPE_CHECKING:
@@ -17,16 +15,7 @@ if TYPE_CHECKING:
 
 
 # Columns with an entry for each question, and the attribute of a question that the entry is.
-QUESTION_COLUMNS = {
-    "question_ids": "ids",
-    "answer_ids": "answer",
-    "values": "values",
-    "depths": "depths",
-    "metrics": "metric",
-    "references": "references",
-    "choices": "choices",
-    "max_new_tokens": "max_new_tokens",
-}
+QUESTION_COLUMNS = {"question_ids": "ids", "answer_ids": "answer", "values": "values", "depths": "depths"}
 
 
 def build_dataset(
@@ -35,12 +24,11 @@ def build_dataset(
     """
     The contexts of a generated task, one a row.
 
-    Columns: `task` (str), `seed` and `index` (int), by which the context can be made again; `text` (str) and `input_ids` (list of
-    int), the context; `is_conversation` (bool), whether each question follows the one before; and, with an entry for each
-    question: `question_texts` and `answer_texts` (str), `question_ids` and `answer_ids` (lists of int), `values` (lists of the first
-    token of a value in its answer and the one behind its last), `depths` (lists of the share of the context before each value),
-    and, where an answer is generated, `metrics`, `references`, `choices` and `max_new_tokens`: see `Question`. Texts are empty where
-    there is no tokenizer.
+    Columns: `task` (str), `seed` and `index` (int), by which the context can be made again; `text` (str) and
+    `input_ids` (list of int), the context; `is_conversation` (bool), whether each question follows the one before;
+    and, with an entry for each question: `question_texts` and `answer_texts` (str), `question_ids` and `answer_ids`
+    (lists of int), `values` (lists of the first token of a value in its answer and the one behind its last) and
+    `depths` (lists of the share of the context before each value). Texts are empty where there is no tokenizer.
 
     Args:
         task (`Task` or `str`): Or its name, such as "variables-4096".
@@ -61,7 +49,8 @@ def as_dataset(
     contexts: Sequence[Context], tokenizer: "PreTrainedTokenizerBase | None" = None, seed: int = 0
 ) -> "Dataset":
     """Contexts as the rows of a dataset; see `build_dataset` for its columns."""
-    datasets = import_package("datasets")
+    from datasets import Dataset
+
     rows = []
     for index, context in enumerate(contexts):
         questions = context.questions
@@ -77,34 +66,18 @@ def as_dataset(
         }
         row |= {name: [getattr(question, field) for question in questions] for name, field in QUESTION_COLUMNS.items()}
         rows.append(row)
-    return datasets.Dataset.from_list(rows, features=features())
+    return Dataset.from_list(rows, features=features())
 
 
 def features() -> Any:
     """The types of the columns: lists that are empty in every row have one as well."""
-    datasets = import_package("datasets")
-    number, share, text = (datasets.Value(name) for name in ("int64", "float64", "string"))
-    lists = datasets.List
-    return datasets.Features(
-        {
-            "task": text,
-            "seed": number,
-            "index": number,
-            "text": text,
-            "input_ids": lists(number),
-            "is_conversation": datasets.Value("bool"),
-            "question_texts": lists(text),
-            "answer_texts": lists(text),
-            "question_ids": lists(lists(number)),
-            "answer_ids": lists(lists(number)),
-            "values": lists(lists(lists(number))),
-            "depths": lists(lists(share)),
-            "metrics": lists(text),
-            "references": lists(lists(text)),
-            "choices": lists(lists(text)),
-            "max_new_tokens": lists(number),
-        }
-    )
+    from datasets import Features, List, Value
+
+    number, text = Value("int64"), Value("string")
+    columns = {"task": text, "seed": number, "index": number, "text": text, "input_ids": List(number)}
+    columns |= {"is_conversation": Value("bool"), "question_texts": List(text), "answer_texts": List(text)}
+    columns |= {"question_ids": List(List(number)), "answer_ids": List(List(number))}
+    return Features(columns | {"values": List(List(List(number))), "depths": List(List(Value("float64")))})
 
 
 def as_contexts(dataset: "Dataset") -> list[Context]:
@@ -117,16 +90,13 @@ def as_contexts(dataset: "Dataset") -> list[Context]:
     missing = [name for name in features() if name not in dataset.column_names]
     if missing:
         raise ValueError(
-            f"The dataset has no columns {', '.join(missing)}: it is none of contexts. Make one with build_dataset, or with "
-            "`pyramid-cache eval --save-data`."
+            f"The dataset has no columns {', '.join(missing)}: it is none of contexts. Make one with build_dataset, "
+            "or with `pyramid-cache eval --save-data`."
         )
     contexts = []
     for row in dataset:
         columns = [row[name] for name in QUESTION_COLUMNS]
-        questions = [
-            Question(**dict(zip(QUESTION_COLUMNS.values(), entries, strict=True)))
-            for entries in zip(*columns, strict=True)
-        ]
+        questions = [Question(*entries) for entries in zip(*columns, strict=True)]
         contexts.append(Context(row["task"], row["input_ids"], questions, row["is_conversation"]))
     return contexts
 
@@ -135,7 +105,7 @@ def save_data(
     contexts: Sequence[Context], folder: Path, tokenizer: "PreTrainedTokenizerBase | None" = None, seed: int = 0
 ) -> None:
     """Writes the contexts of a task as a dataset to a folder of its own in `folder`."""
-    as_dataset(contexts, tokenizer, seed).save_to_disk(str(folder_of(folder, contexts[0].task)))
+    as_dataset(contexts, tokenizer, seed).save_to_disk(str(folder / contexts[0].task))
 
 
 def load_data(
@@ -146,24 +116,20 @@ def load_data(
     samples: int | None = None,
 ) -> list[Context]:
     """
-    Reads contexts of a task that `save_data` wrote.
-
-    Args:
-        folder (`Path`): Given to `save_data`.
-        task (`str`): Its name.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): Of the model that is to read the contexts.
-        seed (`int`): That they were made from.
-        samples (`int`, *optional*): How many, from the first on; by default all.
+    Reads the first contexts of a task that `save_data` wrote, or all.
 
     Raises:
-        ValueError: The folder has no such task, or has it of another tokenizer, of another seed or with fewer contexts.
+        ValueError: The folder has no such task, or has it of another tokenizer, of another seed or with fewer
+            contexts.
     """
-    place = folder_of(folder, task)
+    from datasets import load_from_disk
+
+    place = folder / task
     if not place.is_dir():
         found = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
         has = f"It has {', '.join(found)}" if found else "It has none"
         raise ValueError(f"{folder} has no contexts of the task {task!r}. {has}. Make them with --save-data.")
-    dataset = import_package("datasets").load_from_disk(str(place))
+    dataset = load_from_disk(str(place))
     contexts = as_contexts(dataset)
     if samples is not None and samples > len(contexts):
         raise ValueError(f"{place} has {len(contexts)} contexts, not {samples}. Ask for as many at most.")
@@ -174,8 +140,8 @@ def load_data(
     for text, context in zip(dataset["text"], contexts, strict=True):
         if text != text_of(context.ids, tokenizer):
             raise ValueError(
-                f"{place} was made with another tokenizer: its token ids are another text to this model. Make it anew with "
-                "--save-data and the same --model."
+                f"{place} was made with another tokenizer: its token ids are another text to this model. Make it anew "
+                "with --save-data and the same --model."
             )
     return contexts[:samples]
 
@@ -183,8 +149,3 @@ def load_data(
 def text_of(ids: list[int], tokenizer: "PreTrainedTokenizerBase | None") -> str:
     """What tokens say; nothing where there is no tokenizer."""
     return "" if tokenizer is None else tokenizer.decode(ids)
-
-
-def folder_of(folder: Path, task: str) -> Path:
-    """Where a task is within a folder: some names have characters that paths cannot have."""
-    return folder / re.sub(r"[^\w.-]", "_", task)

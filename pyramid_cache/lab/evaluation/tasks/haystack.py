@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from pyramid_cache.lab.demo.planted_number import PromptError, end_of_sentence, frame, read_text
-from pyramid_cache.lab.evaluation.tasks.cases import Question
+from pyramid_cache.lab.evaluation.tasks.cases import Question, Task
 
 
 if TYPE_CHECKING:
@@ -43,19 +43,13 @@ class Haystack:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def hide(
-        self,
-        task: str,
-        num_tokens: int,
-        needles: Sequence[list[int]],
-        generator: random.Random,
-        instruction: str = "",
+        self, task: Task, needles: Sequence[list[int]], generator: random.Random, instruction: str = ""
     ) -> tuple[list[int], list[float]]:
         """
         A stretch of the novel with needles in it.
 
         Args:
-            task (`str`): For the message of an error.
-            num_tokens (`int`): Of the whole context.
+            task (`Task`): Says how long the whole context is.
             needles (`Sequence[list[int]]`): Their tokens. They keep their order.
             generator (`random.Random`): Chooses the stretch and the places.
             instruction (`str`): Comes before the text.
@@ -67,51 +61,40 @@ class Haystack:
             PromptError: The context is too short for the needles, or longer than the novel.
         """
         before = self.before + self.encode(instruction) if instruction else self.before
-        num_text = num_tokens - len(before) - sum(map(len, needles))
+        num_text = task.num_tokens - len(before) - sum(map(len, needles))
         if not len(needles) <= num_text <= len(self.novel):
             raise PromptError(
-                f"The task {task!r} cannot be: {len(needles)} hidden texts and the frame take {num_tokens - num_text} tokens, and "
-                f"the novel has {len(self.novel)}. Choose another length."
+                f"The task {task.name!r} cannot be: {len(needles)} hidden texts and the frame take "
+                f"{task.num_tokens - num_text} tokens, and the novel has {len(self.novel)}. Choose another length."
             )
         start = generator.randrange(len(self.novel) - num_text + 1)
         text = self.novel[start : start + num_text]
-        cuts = self.scatter(text, len(needles), generator)
         ids, depths, stop = list(before), [], 0
-        for cut, needle in zip(cuts, needles, strict=True):
-            ids += text[stop:cut]
-            depths.append(len(ids) / num_tokens)
-            ids += needle
-            stop = cut
-        return ids + text[stop:], depths
-
-    def scatter(self, text: list[int], num_needles: int, generator: random.Random) -> list[int]:
-        """A random place for each needle in its own share of a text, between two sentences if there are two near."""
-        cuts, stop = [], 0
-        for index in range(num_needles):
-            place = int((index + generator.random()) / num_needles * len(text))
+        for index, needle in enumerate(needles):
+            # A random place in the needle's own share of the text, between two sentences if there are two near.
+            place = int((index + generator.random()) / len(needles) * len(text))
             reach = min(MAX_SHIFT, place, len(text) - place)
             cut = place - reach + end_of_sentence(self.tokenizer, text[place - reach : place + reach])
-            stop = max(cut, stop)
-            cuts.append(stop)
-        return cuts
+            start, stop = stop, max(cut, stop)
+            ids += text[start:stop]
+            depths.append(len(ids) / task.num_tokens)
+            ids += needle
+        return ids + text[stop:], depths
 
-    def question(self, text: str, beginning: str) -> list[int]:
-        """A question behind a context, and the beginning of its answer."""
+    def question(self, text: str, beginning: str, is_later: bool = False) -> list[int]:
+        """
+        A question and the beginning of its answer. It stands behind the context, or, if it is a later one of a
+        conversation, behind the answer to the question before, which it ends.
+        """
         if not self.tokenizer.chat_template:
-            return self.encode(f"\n\n{text}\nAnswer: {beginning}")
+            return self.encode(f"{'.' if is_later else ''}\n\n{text}\nAnswer: {beginning}")
         messages = [{"role": "user", "content": f"{MARKER}\n\n{text}"}]
-        framed = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return self.encode(framed.split(MARKER)[1] + beginning)
-
-    def later_question(self, text: str, beginning: str) -> list[int]:
-        """A question behind the answer to another, the end of that answer, and the beginning of its own."""
-        if not self.tokenizer.chat_template:
-            return self.encode(f".\n\n{text}\nAnswer: {beginning}")
-        messages = [
-            {"role": "user", "content": "?"},
-            {"role": "assistant", "content": f"{MARKER}."},
-            {"role": "user", "content": text},
-        ]
+        if is_later:
+            messages = [
+                {"role": "user", "content": "?"},
+                {"role": "assistant", "content": f"{MARKER}."},
+                {"role": "user", "content": text},
+            ]
         framed = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return self.encode(framed.split(MARKER)[1] + beginning)
 
