@@ -89,8 +89,10 @@ class CacheEntry:
             return build_of_transformers(self.name, model, workload)
         settings = dict(self.settings)
         if self.cache_class is library.StreamingLLMCache:
-            least = settings.get("num_sink_tokens", 4) + 1
-            budget = max(tokens_of_budget(budget, model, workload), least) + workload.num_later
+            num_tokens = tokens_of_budget(budget, model, workload)
+            if parse_budget(budget).kind == "tokens":
+                self.cache_class(model.config, num_tokens, **settings)  # refuses too few, whatever is added below
+            budget = max(num_tokens, settings.get("num_sink_tokens", 4) + 1) + workload.num_later
         elif self.cache_class is library.ShadowKVCache and parse_budget(budget).kind != "tokens":
             budget, tail = shadow_settings(tokens_of_budget(budget, model, workload))
             settings = tail | settings
