@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+MODEL_HELP = f"folder or hub id of a causal language model (default: {MODEL_NAME})"
+
+
 @dataclass(frozen=True)
 class LoadedModel:
     """A causal language model, ready for greedy decoding of a given number of tokens."""
@@ -35,6 +38,11 @@ class LoadedModel:
         """The text of generated tokens up to the first that ends the answer."""
         length = next((i for i, token_id in enumerate(token_ids) if token_id in self.end_token_ids), len(token_ids))
         return self.tokenizer.decode(token_ids[:length], skip_special_tokens=True).strip()
+
+    def where(self) -> dict[str, str]:
+        """What a record says of the model: its name, its dtype and its device."""
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        return {"model": self.name, "dtype": dtype, "device": str(self.model.device)}
 
     def require_positions(self, num_tokens: int, option: str) -> None:
         """Raises ValueError if the model was not made for sequences of that length: its answers would mean nothing."""
@@ -64,10 +72,7 @@ def load_model(
     attn_implementation: str | None = None,
 ) -> LoadedModel:
     """
-    Loads a model and its tokenizer from a folder or from the hub.
-
-    Args:
-        dtype (`str`, *optional*): float32 on a CPU and bfloat16 elsewhere if not given.
+    Loads a model and its tokenizer from a folder or from the hub, by default in float32 on a CPU, else in bfloat16.
 
     Raises:
         OSError: There is no such model, or it cannot be read.

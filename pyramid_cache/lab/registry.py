@@ -22,49 +22,29 @@ BASELINE = "dynamic"
 
 @dataclass(frozen=True)
 class Workload:
-    """
-    What a cache is built for.
+    """What a cache is built for."""
 
-    Attributes:
-        num_tokens (`int`): Tokens of the prompt, of which a fraction is taken.
-        batch_size (`int`): Rows.
-        num_later (`int`): Tokens that come behind the prompt at most.
-    """
-
-    num_tokens: int
+    num_tokens: int  # tokens of the prompt, of which a fraction is taken
     batch_size: int = 1
-    num_later: int = 0
+    num_later: int = 0  # tokens that come behind the prompt at most
 
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """
-    A cache that can be measured.
+    """A cache that can be measured."""
 
-    Attributes:
-        name (`str`): What commands call it.
-        label (`str`): What tables call it.
-        cache_class (`type[Cache]`): Its class.
-        settings (`Mapping`): Further arguments of its constructor.
-        from_model (`bool`): Whether the constructor is given the model instead of its config.
-        reading (`str`): How it reads a prompt. "dense": with full attention, after which it evicts; one reading serves
-            all such caches. "stream": each token sees what it would see had the tokens come one by one. "own": in
-            another way.
-        reads_answers_by_step (`bool`): Whether a decode step sees something else than several tokens at once do.
-            Answers are then read token by token, as they would be generated.
-        takes_batches (`bool`): Whether one cache reads prompts of several lengths. Others are built for one length.
-        copies_rows (`bool`): Whether `batch_select_indices` makes many rows of one.
-    """
-
-    name: str
-    label: str
+    name: str  # what commands call it
+    label: str  # what tables call it
     cache_class: type[Cache]
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    from_model: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)  # further arguments of the constructor
+    from_model: bool = False  # the constructor is given the model instead of its config
+    # How it reads a prompt. "dense": with full attention, after which it evicts; one reading serves all such caches.
+    # "stream": each token sees what it would see had the tokens come one by one. "own": in another way.
     reading: Literal["dense", "stream", "own"] = "dense"
+    # A decode step sees something else than several tokens at once do: answers are read token by token.
     reads_answers_by_step: bool = False
-    takes_batches: bool = True
-    copies_rows: bool = True
+    takes_batches: bool = True  # one cache reads prompts of several lengths; others are built for one length
+    copies_rows: bool = True  # `batch_select_indices` makes many rows of one
 
     @property
     def has_budget(self) -> bool:
@@ -73,14 +53,9 @@ class CacheEntry:
 
     def build(self, model: PreTrainedModel, budget: BudgetLike, workload: Workload) -> Cache:
         """
-        A new cache for a model.
-
-        Args:
-            budget: A fraction of the prompt, tokens per layer, or bytes. The caches of transformers ignore it.
-                The window of StreamingLLMCache has room for `num_later` tokens more: other caches evict none
-                meanwhile. For ShadowKVCache a fraction or bytes pay for all that a step attends to; see
-                `shadow_settings`.
-            workload (`Workload`): What it will hold.
+        A new cache for a model. The caches of transformers ignore the budget. The window of StreamingLLMCache has room
+        for `num_later` tokens more: other caches evict none meanwhile. For ShadowKVCache a fraction or bytes pay for
+        all that a step attends to; see `shadow_settings`.
 
         Raises:
             ValueError: The cache refuses the budget, or cannot be built on this device or machine.
@@ -136,8 +111,7 @@ def build_of_transformers(name: str, model: PreTrainedModel, workload: Workload)
         try:
             return QuantizedCache("quanto", model.config)
         except ImportError as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"The cache `quantized` needs the package optimum-quanto: {reason}") from error
+            raise ValueError(f"The cache `quantized` needs the package optimum-quanto: {error}") from error
     if name == "offloaded" and model.device.type == "cpu":
         raise ValueError("The cache `offloaded` moves layers to the host: choose another device than the cpu.")
     return DynamicCache(config=model.config, offloading=name == "offloaded")
@@ -187,21 +161,12 @@ CACHES = {
 }
 # The row that a class's name stands for. `PyramidCache` is built from the model, which prunes the prefill as in its
 # paper.
-BY_CLASS = {entry.label: name for name, entry in CACHES.items() if entry.label.isidentifier()} | {
-    "PyramidCache": "pyramid",
-    "DynamicCache": BASELINE,
-    "StaticCache": "static",
-    "QuantizedCache": "quantized",
-}
+BY_CLASS = {entry.label: name for name, entry in (TRANSFORMERS | CACHES).items() if entry.label.isidentifier()}
+BY_CLASS |= {"PyramidCache": "pyramid", "QuantizedCache": "quantized"}
 
 
 def find_entry(name: str) -> CacheEntry:
-    """
-    The row of a cache, by its short name or by the name of its class.
-
-    Raises:
-        ValueError: There is no such cache.
-    """
+    """The row of a cache, by its short name or by the name of its class; ValueError if there is none."""
     every = TRANSFORMERS | CACHES
     short = BY_CLASS.get(name, name)
     if short not in every:
@@ -210,12 +175,7 @@ def find_entry(name: str) -> CacheEntry:
 
 
 def read_budget(text: str) -> BudgetLike:
-    """
-    Reads a budget on the command line: "512" is tokens, "0.25" a fraction, "256MiB" bytes.
-
-    Raises:
-        ValueError: It is none of them.
-    """
+    """Reads "512" as tokens, "0.25" as a fraction and "256MiB" as bytes; ValueError for anything else."""
     value: BudgetLike = text
     for convert in (float, int):
         try:

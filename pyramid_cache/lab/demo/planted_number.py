@@ -52,9 +52,7 @@ def build_prompts(
     Cuts a text into one prompt per row, each of exactly `prompt_tokens` tokens with a number of its own planted in the
     middle. The rows are different stretches of the text; they overlap where it is too short for that.
 
-    Args:
-        prompt_tokens (`int`): The length of each prompt: frame, text, fact and question together.
-        seed (`int`): Chooses the numbers and, from 1 on, where in the text the first row starts.
+    The seed chooses the numbers and, from 1 on, where in the text the first row starts.
 
     Raises:
         PromptError: The prompt is too short for the question, or the text too short for the prompt.

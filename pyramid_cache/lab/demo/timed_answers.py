@@ -77,9 +77,7 @@ def measure_caches(
     Measures each cache on the same prompts. In each round all caches take their turn, so that whatever else the
     machine does in a minute falls on all of them alike. Before the first round each cache runs once unmeasured.
 
-    Args:
-        names (`list[str]`): Names in the registry. The baseline is put in front if it is missing.
-        budget: The budget of every cache of this library; see `CacheEntry.build`.
+    The baseline is put in front of the names if it is missing.
     """
     names = names if BASELINE in names else [BASELINE, *names]
     model, input_ids = loaded.model, prompts.input_ids.to(loaded.model.device)
@@ -96,8 +94,7 @@ def measure_caches(
         progress(f"{result.entry.label}: warming up", 0, None)
         # On a CPU a piece of the prompt will do; other devices choose their kernels by the shapes.
         piece = input_ids[:, :WARM_UP_PROMPT_TOKENS] if model.device.type == "cpu" else input_ids
-        # A budget can be too small for the piece only. If it is too small for the prompt too, the measured run says
-        # so.
+        # A budget can be too small for the piece only; if it is for the prompt too, the measured run says so.
         with contextlib.suppress(ValueError):
             generate(model, piece, new_cache(result.entry), WARM_UP_NEW_TOKENS)
     for repeat in range(repeats):
@@ -105,13 +102,8 @@ def measure_caches(
             description = f"{result.entry.label}{f', round {repeat + 1} of {repeats}' if repeats > 1 else ''}"
             progress(f"{description}: reading {prompts.num_tokens:,} tokens", 0, None)
             cache = new_cache(result.entry)
-            sequences, stopwatch = generate(
-                model,
-                input_ids,
-                cache,
-                max_new_tokens,
-                lambda done, text=description: progress(f"{text}: answering", done, max_new_tokens),
-            )
+            on_token = lambda done, text=description: progress(f"{text}: answering", done, max_new_tokens)  # noqa: E731
+            sequences, stopwatch = generate(model, input_ids, cache, max_new_tokens, on_token)
             result.prefill_seconds.append(stopwatch.prefill_seconds)
             result.decode_seconds.append(stopwatch.decode_seconds)
             if repeat == 0:
@@ -131,13 +123,8 @@ def generate(
     on_token: Callable[[int], None] = lambda done: None,
 ) -> tuple[torch.Tensor, Stopwatch]:
     """
-    Decodes greedily with a cache.
-
-    Args:
-        input_ids (`torch.Tensor`): `(batch, prompt_tokens)`, without padding.
-
-    Returns:
-        The sequences, `(batch, prompt_tokens + max_new_tokens)`, and when their tokens were there.
+    Decodes greedily with a cache from `(batch, prompt_tokens)` without padding. Returns the sequences, `(batch,
+    prompt_tokens + max_new_tokens)`, and when their tokens were there.
     """
     stopwatch = Stopwatch(model.device, on_token)
     sequences = model.generate(

@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -129,13 +129,7 @@ def watched_outputs(model: PreTrainedModel) -> Iterator[list[OutputFindings]]:
 def measure_text(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, token_ids: torch.Tensor, window_size: int
 ) -> TextFindings:
-    """
-    Reads one text.
-
-    Args:
-        token_ids (`torch.Tensor`): `(1, tokens)`.
-        window_size (`int`): The last queries, and the last tokens that are local to them.
-    """
+    """Reads one text, `(1, tokens)`. The window is that of the last queries, and the tokens that are local to them."""
     cache = ProfilingCache(model, window_size)
     with watched_outputs(model) as outputs:
         model(input_ids=token_ids.to(model.device), **{CACHE_ARGUMENT: cache}, logits_to_keep=1)
@@ -160,10 +154,7 @@ def measure_text(
 def cut_texts(tokenizer: PreTrainedTokenizerBase, text: str, num_tokens: int, num_texts: int) -> list[torch.Tensor]:
     """
     Stretches of a text, spread evenly over it. Each is `(1, num_tokens)` and begins with the token that the tokenizer
-    begins texts with, if there is one.
-
-    Raises:
-        ValueError: The text is too short.
+    begins texts with, if there is one. A text that is too short is refused with ValueError.
     """
     beginning = tokenizer("a")["input_ids"]
     start_ids = beginning[:1] if beginning and beginning[0] == tokenizer.bos_token_id else []
@@ -222,26 +213,17 @@ def summarize_outputs(findings: list[TextFindings]) -> list[dict[str, Any]]:
     ]
 
 
-class Entry(NamedTuple):
-    """A massive activation in the output of a layer."""
-
-    text: int
-    layer: int
-    position: int
-    dimension: int
-    value: float
-
-
 def summarize_massive(findings: list[TextFindings]) -> dict[str, Any]:
     """Which dimensions and tokens are massive, how much, and from which layer's output to which, over all texts."""
     by_dimension, by_token = defaultdict(list), defaultdict(list)
     for text_index, text in enumerate(findings):
         for layer, output in enumerate(text.outputs):
-            for entry in (Entry(text_index, layer, *found) for found in output.entries):
-                by_dimension[entry.dimension].append(entry)
-                by_token[entry.text, entry.position].append(entry)
+            for position, dimension, value in output.entries:
+                token = (text_index, position)
+                by_dimension[dimension].append((token, layer, value))
+                by_token[token].append((dimension, layer, value))
     dimensions = [
-        {"dimension": dimension, "num_tokens": len({(entry.text, entry.position) for entry in own}), **extent(own)}
+        {"dimension": dimension, "num_tokens": len({token for token, _, _ in own}), **extent(own)}
         for dimension, own in sorted(by_dimension.items())
     ]
     tokens = [
@@ -249,7 +231,7 @@ def summarize_massive(findings: list[TextFindings]) -> dict[str, Any]:
             "text": text,
             "position": position,
             "token": findings[text].tokens[position],
-            "dimensions": sorted({entry.dimension for entry in own}),
+            "dimensions": sorted({dimension for dimension, _, _ in own}),
             **extent(own),
         }
         for (text, position), own in sorted(by_token.items())
@@ -262,8 +244,7 @@ def summarize_massive(findings: list[TextFindings]) -> dict[str, Any]:
     }
 
 
-def extent(entries: list[Entry]) -> dict[str, Any]:
-    """The value of largest magnitude, and the first and the last layer."""
-    layers = [entry.layer for entry in entries]
-    largest = max((entry.value for entry in entries), key=abs)
-    return {"largest": largest, "first_layer": min(layers), "last_layer": max(layers)}
+def extent(entries: list[tuple[Any, int, float]]) -> dict[str, Any]:
+    """The value of largest magnitude, and the first and the last layer; entries end with layer and value."""
+    _, layers, values = zip(*entries, strict=True)
+    return {"largest": max(values, key=abs), "first_layer": min(layers), "last_layer": max(layers)}

@@ -8,18 +8,19 @@ from typing import Any
 from pyramid_cache.engine.fingerprint import architecture_of
 from pyramid_cache.engine.profile import FORMAT, VERSION
 from pyramid_cache.lab.demo.planted_number import read_text
-from pyramid_cache.lab.loaded_model import LoadedModel, load_chosen_model
-from pyramid_cache.lab.machine import describe_machine, describe_versions, load_average
+from pyramid_cache.lab.loaded_model import MODEL_HELP, LoadedModel, load_chosen_model
+from pyramid_cache.lab.machine import describe_machine, describe_run
 from pyramid_cache.lab.profile import activations
 from pyramid_cache.lab.terminal import (
     ProgressBar,
     add_machine_options,
+    check_input,
     check_output,
     check_picture,
     positive_int,
+    print_written,
     write_json,
 )
-from pyramid_cache.lab.weights import MODEL_NAME
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -33,24 +34,14 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "layers by this file.",
     )
     add = parser.add_argument
-    add(
-        "model",
-        nargs="?",
-        metavar="MODEL",
-        help=f"folder or hub id of a causal language model (default: {MODEL_NAME})",
-    )
+    add("model", nargs="?", metavar="MODEL", help=MODEL_HELP)
     add("--out", type=Path, required=True, metavar="FILE", help="where the profile goes, as JSON")
     add("--plot", type=Path, metavar="FILE", help="draw it as well: a PNG, or what the name says")
     add("--text", type=Path, metavar="FILE", help="the text to read (default: a novel)")
     add("--tokens", type=positive_int, default=1024, metavar="N", help="length of each stretch (default: 1024)")
     add("--num-texts", type=positive_int, default=8, metavar="K", help="number of stretches (default: 8)")
-    add(
-        "--window",
-        type=positive_int,
-        default=64,
-        metavar="N",
-        help="watched queries at the end of a stretch, and tokens that are local to them (default: 64)",
-    )
+    help_of_window = "watched queries at the end of a stretch, and tokens that are local to them (default: 64)"
+    add("--window", type=positive_int, default=64, metavar="N", help=help_of_window)
     add_machine_options(parser)
     parser.set_defaults(run=run)
 
@@ -63,8 +54,7 @@ def run(options: argparse.Namespace) -> None:
 
     check_output("--out", options.out)
     check_picture("--plot", options.plot)
-    if options.text is not None and not options.text.is_file():
-        raise ValueError(f"--text {options.text} is no file.")
+    check_input("--text", options.text)
     if options.tokens <= options.window:
         raise ValueError(
             f"--tokens {options.tokens} must exceed the window of {options.window}: raise it, or lower --window."
@@ -85,25 +75,23 @@ def run(options: argparse.Namespace) -> None:
     if options.plot is not None:
         profile_report.draw(record, options.plot)
     profile_report.show(record)
-    for path in filter(None, (options.out, options.plot)):
-        messages.print(f"Wrote {path}", highlight=False, soft_wrap=True)
+    print_written(messages, options.out, options.plot)
 
 
 def as_record(
     findings: list[activations.TextFindings], loaded: LoadedModel, options: argparse.Namespace, machine: dict[str, Any]
 ) -> dict[str, Any]:
     """The profile for `--out`; `read_profile` reads the part that caches use."""
-    words = ["pyramid-cache", "profile", loaded.name, "--out", str(options.out)]
-    words += ["--text", str(options.text)] if options.text is not None else []
-    words += ["--tokens", str(options.tokens), "--num-texts", str(options.num_texts), "--window", str(options.window)]
+    words = ["pyramid-cache", "profile", loaded.name]
+    for name in ("out", "text", "tokens", "num_texts", "window"):
+        if (value := getattr(options, name)) is not None:
+            words += [f"--{name.replace('_', '-')}", str(value)]
     return {
         "format": FORMAT,
         "version": VERSION,
         "architecture": architecture_of(loaded.model.config),
         "settings": {
-            "model": loaded.name,
-            "dtype": str(loaded.model.dtype).removeprefix("torch."),
-            "device": str(loaded.model.device),
+            **loaded.where(),
             "text": None if options.text is None else options.text.name,
             "num_tokens": options.tokens,
             "num_texts": options.num_texts,
@@ -113,6 +101,5 @@ def as_record(
         "massive": activations.summarize_massive(findings),
         "layers": activations.summarize_layers(findings),
         "outputs": activations.summarize_outputs(findings),
-        "machine": machine | {"load_average_after": load_average()},
-        "versions": describe_versions("pyramid_cache", "torch", "transformers"),
+        **describe_run(machine),
     }

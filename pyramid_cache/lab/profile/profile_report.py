@@ -14,17 +14,19 @@ from pyramid_cache.lab.terminal import report_console
 MAX_TOKEN_ROWS = 24
 MAGNITUDE_COLORS = {"largest token": "#1f5fa8", "second": "#5b9bd0", "third": "#a9cbe8"}
 CLASS_COLORS = {"uniform": "#d1652a", "local": "#3b8f5a", "concentrated": "#1f5fa8"}
-LAYER_COLUMNS = (
-    "class",
-    "sinks",
-    "local",
-    "support",
-    "keys and\nvalues",
-    "hidden\nstates",
-    "both",
-    "largest\noutput",
-    "median",
-)
+# Columns of the layers: titles, and fields of a layer's record with their formats.
+LAYER_COLUMNS = {
+    "layer": "{layer}",
+    "class": "{kind}",
+    "sinks": "{sink_share:.1%}",
+    "local": "{local_share:.1%}",
+    "support": "{support:.1%}",
+    "keys and\nvalues": "{num_by_keys_and_values}",
+    "hidden\nstates": "{num_by_hidden_states}",
+    "both": "{num_by_both}",
+    "largest\noutput": "{largest[0]:,.0f}",
+    "median": "{median:.2f}",
+}
 
 
 def show(record: dict[str, Any]) -> None:
@@ -37,19 +39,12 @@ def show(record: dict[str, Any]) -> None:
         style="bold",
         markup=False,
     )
-    layers = Table("layer", *LAYER_COLUMNS, header_style="bold")
-    for column in layers.columns:
-        column.justify, column.no_wrap = "left" if column.header == "class" else "right", True
+    layers = Table(header_style="bold")
+    for title in LAYER_COLUMNS:
+        layers.add_column(title, justify="left" if title == "class" else "right", no_wrap=True)
     for row in record["layers"]:
-        output = record["outputs"][row["layer"]]
-        layers.add_row(
-            str(row["layer"]),
-            row["kind"],
-            *(f"{row[name]:.1%}" for name in ("sink_share", "local_share", "support")),
-            *(str(row[f"num_by_{name}"]) for name in ("keys_and_values", "hidden_states", "both")),
-            f"{output['largest'][0]:,.0f}",
-            f"{output['median']:.2f}",
-        )
+        fields = row | record["outputs"][row["layer"]]
+        layers.add_row(*(form.format_map(fields) for form in LAYER_COLUMNS.values()))
     console.print(layers)
     if massive["tokens"]:
         dimensions = ((row["dimension"], row["num_tokens"], row) for row in massive["dimensions"])
@@ -99,10 +94,6 @@ def draw(record: dict[str, Any], path: Path) -> None:
     """
     Draws the largest magnitudes of each layer's output beside what makes one massive. Below are the shares of
     attention and the support of each layer.
-
-    Args:
-        record (`dict`): From `pyramid_cache.lab.profile.profile_command.as_record`.
-        path (`Path`): Where the picture goes.
     """
     from matplotlib.figure import Figure
 
