@@ -55,12 +55,6 @@ def load_average() -> float | None:
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
-def describe_run(machine: dict[str, Any]) -> dict[str, Any]:
-    """What a record says of its run: `machine` from `describe_machine`, the load after the run, and the versions."""
-    versions = describe_versions("pyramid_cache", "torch", "transformers")
-    return {"machine": machine | {"load_average_after": load_average()}, "versions": versions}
-
-
 def busy_note(machine: dict[str, Any]) -> str:
     """A warning where other work took cores from a measurement; empty where none did. From `machine` after the run."""
     load = machine["load_average_after"]

@@ -16,7 +16,7 @@ from rich.text import Text
 from pyramid_cache.lab.demo.planted_number import Prompts
 from pyramid_cache.lab.demo.timed_answers import Result
 from pyramid_cache.lab.loaded_model import LoadedModel
-from pyramid_cache.lab.machine import busy_note, describe_run
+from pyramid_cache.lab.machine import busy_note, describe_versions, load_average
 from pyramid_cache.lab.registry import BASELINE, find_entry
 from pyramid_cache.lab.terminal import report_console
 from pyramid_cache.plot.figure import COLORS, DPI, draw_map
@@ -54,7 +54,8 @@ def as_record(
             "repeats": options.repeats,
             "numbers": prompts.numbers,
         },
-        **describe_run(machine),
+        "machine": machine | {"load_average_after": load_average()},
+        "versions": describe_versions("pyramid_cache", "torch", "transformers"),
     }
 
 

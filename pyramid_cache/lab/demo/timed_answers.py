@@ -36,7 +36,7 @@ class Result:
 
 
 class Stopwatch(LogitsProcessor):
-    """Notes when the logits of each token were there."""
+    """Notes when the logits of each token were there. Those of the first token end the prefill."""
 
     def __init__(self, device: torch.device, on_token: Callable[[int], None]) -> None:
         self.device = device
@@ -55,12 +55,10 @@ class Stopwatch(LogitsProcessor):
 
     @property
     def prefill_seconds(self) -> float:
-        """From the start to the logits of the first token."""
         return self.stamps[1] - self.stamps[0]
 
     @property
     def decode_seconds(self) -> float:
-        """From the logits of the first token to those of the last."""
         return self.stamps[-1] - self.stamps[1]
 
 

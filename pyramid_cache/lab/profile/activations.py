@@ -81,7 +81,7 @@ class OutputFindings:
 
 @dataclass(frozen=True)
 class LayerFindings:
-    """The attention of one layer for one text; see `AttentionSpread`."""
+    """The attention of one layer for one text."""
 
     found: set[int]  # positions that look massive to keys and values
     sink_share: float
@@ -180,19 +180,18 @@ def summarize_layers(findings: list[TextFindings]) -> list[dict[str, Any]]:
     for index in findings[0].layers:
         layers = [text.layers[index] for text in findings]
         exact = [text.outputs[index - 1].positions if index else set() for text in findings]
+        num_exact, num_found = sum(map(len, exact)), sum(len(layer.found) for layer in layers)
         num_both = sum(len(layer.found & positions) for layer, positions in zip(layers, exact, strict=True))
-        num_either = sum(len(layer.found | positions) for layer, positions in zip(layers, exact, strict=True))
-        shares = {
-            name: statistics.mean(getattr(layer, name) for layer in layers)
-            for name in ("sink_share", "local_share", "support")
-        }
+        num_either = num_exact + num_found - num_both
+        names = ("sink_share", "local_share", "support")
+        shares = {name: statistics.mean(getattr(layer, name) for layer in layers) for name in names}
         rows.append(
             {
                 "layer": index,
                 **shares,
                 "kind": layer_class(shares["support"], shares["local_share"]),
-                "num_by_hidden_states": sum(map(len, exact)),
-                "num_by_keys_and_values": sum(len(layer.found) for layer in layers),
+                "num_by_hidden_states": num_exact,
+                "num_by_keys_and_values": num_found,
                 "num_by_both": num_both,
                 "agreement": num_both / num_either if num_either else None,
             }

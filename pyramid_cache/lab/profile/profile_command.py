@@ -9,7 +9,7 @@ from pyramid_cache.engine.fingerprint import architecture_of
 from pyramid_cache.engine.profile import FORMAT, VERSION
 from pyramid_cache.lab.demo.planted_number import read_text
 from pyramid_cache.lab.loaded_model import MODEL_HELP, LoadedModel, load_chosen_model
-from pyramid_cache.lab.machine import describe_machine, describe_run
+from pyramid_cache.lab.machine import describe_machine, describe_versions, load_average
 from pyramid_cache.lab.profile import activations
 from pyramid_cache.lab.terminal import (
     ProgressBar,
@@ -101,5 +101,6 @@ def as_record(
         "massive": activations.summarize_massive(findings),
         "layers": activations.summarize_layers(findings),
         "outputs": activations.summarize_outputs(findings),
-        **describe_run(machine),
+        "machine": machine | {"load_average_after": load_average()},
+        "versions": describe_versions("pyramid_cache", "torch", "transformers"),
     }

@@ -32,13 +32,8 @@ LAYER_COLUMNS = {
 def show(record: dict[str, Any]) -> None:
     """Prints the tables, and then what was found in a sentence."""
     console = report_console()
-    settings, massive = record["settings"], record["massive"]
-    console.print(
-        f"{settings['model']} · {settings['dtype']} · {settings['num_texts']} texts of {settings['num_tokens']:,} "
-        "tokens",
-        style="bold",
-        markup=False,
-    )
+    massive = record["massive"]
+    console.print(title_of(record["settings"]), style="bold", markup=False)
     layers = Table(header_style="bold")
     for title in LAYER_COLUMNS:
         layers.add_column(title, justify="left" if title == "class" else "right", no_wrap=True)
@@ -57,6 +52,11 @@ def show(record: dict[str, Any]) -> None:
         if len(massive["tokens"]) > MAX_TOKEN_ROWS:
             console.print(f"and {len(massive['tokens']) - MAX_TOKEN_ROWS} more tokens")
     console.print(Text(summary(record), style="dim"))
+
+
+def title_of(settings: dict[str, Any]) -> str:
+    texts = f"{settings['num_texts']} texts of {settings['num_tokens']:,} tokens"
+    return f"{settings['model']} · {settings['dtype']} · {texts}"
 
 
 def table_of_massive(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
@@ -99,12 +99,10 @@ def draw(record: dict[str, Any], path: Path) -> None:
 
     figure = Figure(figsize=(9, 7), layout="constrained")
     magnitudes, shares = figure.subplots(2, 1, sharex=True)
-    draw_magnitudes(magnitudes, record["outputs"])
-    draw_shares(shares, record["layers"])
-    for axes in (magnitudes, shares):
+    for axes, draw_part, rows in ((magnitudes, draw_magnitudes, "outputs"), (shares, draw_shares, "layers")):
+        draw_part(axes, record[rows])
         axes.spines[["top", "right"]].set_visible(False)
-    settings = record["settings"]
-    figure.suptitle(f"{settings['model']}, {settings['num_texts']} texts of {settings['num_tokens']:,} tokens")
+    figure.suptitle(title_of(record["settings"]))
     figure.savefig(path, dpi=110)
 
 
