@@ -4,21 +4,11 @@ import importlib
 import os
 import subprocess
 import sys
-from functools import cache as remember
 from pathlib import Path
 from types import ModuleType
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-
-from pyramid_cache.lab.weights import fetch_default_model
-
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-# The chat template of the default model, as it was trained.
-SYSTEM = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
-USER, ASSISTANT, END = "<|im_start|>user\n", "<|im_start|>assistant\n", "<|im_end|>"
-# 30 layers, 3 KV heads of 64 dimensions, keys and values, float32.
-BYTES_PER_TOKEN = 30 * 3 * 64 * 2 * 4
 
 
 def import_example(name: str) -> ModuleType:
@@ -36,10 +26,3 @@ def run_example(name: str, *arguments: object, cwd: Path, status: int = 0) -> su
     assert finished.returncode == status, finished.stderr
     assert "Traceback" not in finished.stderr
     return finished
-
-
-@remember
-def default_model() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """SmolLM2-135M-Instruct in float32, and its tokenizer."""
-    folder = fetch_default_model()
-    return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)

@@ -1,0 +1,266 @@
+"""The scripts chat.py, retrieval.py and serve_batches.py in examples/, and the options that they share."""
+
+import argparse
+import itertools
+import json
+import re
+from functools import cache as remember
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+import torch
+from models import random_tokens, tiny_model
+from running_examples import import_example, run_example
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from pyramid_cache import SnapKVCache, StreamingLLMCache
+from pyramid_cache.lab.demo.planted_number import read_text
+from pyramid_cache.lab.weights import fetch_default_model
+
+
+chat = import_example("chat")
+retrieval = import_example("retrieval")
+script_options = import_example("script_options")
+serving = import_example("serve_batches")
+
+# The chat template of the default model, as it was trained.
+SYSTEM = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+USER, ASSISTANT, END = "<|im_start|>user\n", "<|im_start|>assistant\n", "<|im_end|>"
+# 30 layers, 3 KV heads of 64 dimensions, keys and values, float32.
+BYTES_PER_TOKEN = 30 * 3 * 64 * 2 * 4
+TURNS = (
+    "Hello! My name is Ada, and my cat is called Turing.",
+    "Name three colours.",
+    "What is a language model?",
+    "What is the name of my cat?",
+)
+QUESTIONS = ("Who has taken Netherfield Park?", "How many daughters are there?")
+PROMPTS = (
+    ("Name three colours.", 12),
+    ("What is this about? " + "The sea is wide, and ships are far from home. " * 8, 9),
+    ("What is the capital of France?", 16),
+    ("Which number comes next? " + ", ".join(map(str, range(30))), 12),
+)
+
+
+@remember
+def default_model() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """SmolLM2-135M-Instruct in float32, and its tokenizer."""
+    folder = fetch_default_model()
+    return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def generated(ids: list[int], cache: Any, max_new_tokens: int) -> tuple[list[int], str]:
+    """All tokens after plain `generate` with the default model, and the new ones as text."""
+    model, tokenizer = default_model()
+    settings = {"do_sample": False, "eos_token_id": tokenizer.convert_tokens_to_ids(END)}
+    output = model.generate(torch.tensor([ids]), past_key_values=cache, max_new_tokens=max_new_tokens, **settings)[0]
+    return output.tolist(), tokenizer.decode(output[len(ids) :], skip_special_tokens=True).strip()
+
+
+def count(text: str) -> int:
+    return int(text.replace(",", ""))
+
+
+# chat.py
+
+
+@pytest.mark.slow
+def test_chat_answers_as_new_caches_that_read_the_whole_conversation(tmp_path: Path) -> None:
+    """StreamingLLMCache gives the same answer however the tokens before it came."""
+    model, tokenizer = default_model()
+    (tmp_path / "turns.txt").write_text("\n\n".join(TURNS), encoding="utf-8")
+    options = "--script turns.txt --max-new-tokens 12 --cache StreamingLLMCache --budget 48"
+    printed = run_example("chat.py", *options.split(), cwd=tmp_path).stdout
+    pattern = r"^you: [^\n]*\n(.*?)\n\[([\d,]+) tokens seen, ([\d,]+) kept, ([\d,]+) bytes\]$"
+    found = re.findall(pattern, printed, re.DOTALL | re.MULTILINE)
+    ids, text = [], SYSTEM
+    for turn, (answer, *numbers) in zip(TURNS, found, strict=True):
+        ids += tokenizer(f"{text}{USER}{turn}{END}\n{ASSISTANT}", add_special_tokens=False)["input_ids"]
+        ids, expected = generated(ids, StreamingLLMCache(model.config, budget=48), 12)
+        assert answer.strip() == expected
+        seen, kept, num_bytes = map(count, numbers)
+        assert (seen, kept) == (len(ids) - 1, 48)  # the last token has not been read yet
+        assert 1 <= num_bytes / (48 * BYTES_PER_TOKEN) < 1.1  # positions beside keys and values
+        # An answer that was cut off is ended by the template.
+        text = "\n" if ids[-1] == tokenizer.convert_tokens_to_ids(END) else f"{END}\n"
+
+
+def test_a_later_turn_begins_where_the_answer_ended() -> None:
+    def template(messages: list[dict], **_: object) -> str:
+        said = "".join(f"[{message['role'][0]}:{message['content']}]" for message in messages)
+        return f"SYSTEM{said}[a:"
+
+    tokenizer = Mock(chat_template="any", side_effect=lambda text, **_: {"input_ids": text})
+    tokenizer.apply_chat_template = template
+    assert chat.turn_ids(tokenizer, "Hi", is_first=True) == "SYSTEM[u:Hi][a:"
+    assert chat.turn_ids(tokenizer, "Hi", is_first=False) == "][u:Hi][a:"
+    # Templates that cannot serve are refused.
+    tokenizer.apply_chat_template = lambda messages, **_: messages[-1]["content"]
+    with pytest.raises(ValueError, match="changes earlier answers"):
+        chat.turn_ids(tokenizer, "Hi", is_first=False)
+    with pytest.raises(ValueError, match="no chat template"):
+        chat.turn_ids(Mock(chat_template=None), "Hi", is_first=True)
+
+
+def test_caches_are_built_as_options_say() -> None:
+    model = tiny_model("llama")
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    script_options.add_cache_options(parser, "SnapKVCache", "0.5")
+
+    def new_cache(text: str):
+        return script_options.new_cache(parser.parse_args(text.split()), model)
+
+    for name in script_options.CACHE_NAMES:
+        assert type(new_cache(f"--cache {name}" + " --budget 24" * (name != "DynamicCache"))).__name__ == name
+    assert new_cache("").settings["budget"] == 0.5
+    settings = new_cache("--cache massive --budget 9 --setting eviction_interval=5").settings
+    assert (settings["budget"], settings["eviction_interval"]) == (9, 5)
+    for text, problem in (
+        ("--cache dynamic --budget 9", "DynamicCache keeps everything"),
+        ("--setting rank=4", "SnapKVCache cannot be built from .*unexpected keyword argument 'rank'"),
+        ("--cache StreamingLLMCache", "StreamingLLMCache cannot be built .*'budget'"),
+        ("--cache PolicyCache", "'PolicyCache' is none of DynamicCache, AdaKVCache"),
+        ("--cache static", "'static' is none of"),
+        ("--setting window_size", "is not of the form NAME=VALUE"),
+        ("--setting =3", "is not of the form NAME=VALUE"),
+    ):
+        with pytest.raises((ValueError, argparse.ArgumentError), match=problem):
+            new_cache(text)
+    texts = ("window_size=32", "rank=0.9", "prefill=dense", "follow_attention=True", "a=b=c")
+    assert [script_options.setting(text)[1] for text in texts] == [32, 0.9, "dense", True, "b=c"]
+
+
+# retrieval.py
+
+
+@pytest.mark.slow
+def test_what_is_loaded_answers_as_what_was_read_and_as_a_cache_that_was_never_saved(tmp_path: Path) -> None:
+    model, tokenizer = default_model()
+    options = "--tokens 200 --max-new-tokens 10 --cache SnapKVCache --budget 96 --prefix novel.safetensors".split()
+    read = run_example("retrieval.py", *options, *QUESTIONS, cwd=tmp_path).stdout
+    written = (tmp_path / "novel.safetensors").read_bytes()
+    loaded = run_example("retrieval.py", *options, *QUESTIONS, cwd=tmp_path).stdout
+    document = tokenizer(f"{SYSTEM}{USER}")["input_ids"] + tokenizer(read_text(), verbose=False)["input_ids"][:200]
+    answers = []
+    for question in QUESTIONS:
+        cache = SnapKVCache(model.config, budget=96)
+        with torch.no_grad():
+            model(torch.tensor([document]), past_key_values=cache)
+        ids = document + tokenizer(f"\n\n{question}{END}\n{ASSISTANT}")["input_ids"]
+        answers.append(generated(ids, cache, 10)[1])
+    for output in (read, loaded):
+        found = re.findall(r"^answer: (.*?)\s*(?=^question: |\Z)", output, re.DOTALL | re.MULTILINE)
+        assert found == answers
+        assert f"224 tokens, 96 kept by the layer that keeps most; the file has {len(written):,} bytes" in output
+    seconds = re.search(r"^read the document in (\d+\.\d+) s$", read, re.MULTILINE)
+    again = re.search(r"^loaded .* in \d+\.\d+ s; reading the document took (\d+\.\d+) s$", loaded, re.MULTILINE)
+    assert seconds[1] == again[1]
+    # Positions and a header beside keys and values.
+    assert 1 < len(written) / (96 * BYTES_PER_TOKEN) < 1.1
+    other = run_example("retrieval.py", *options, "--tokens", 199, cwd=tmp_path, status=2)
+    assert "of another document, or of more or less" in other.stderr
+    assert (tmp_path / "novel.safetensors").read_bytes() == written
+
+
+def test_what_a_file_is_of_is_compared() -> None:
+    record = {"document": "d", "cache": "TOVACache", "options": "{}", "file": "f", "seconds_to_read": 1.0}
+    wanted = retrieval.PrefixRecord(**record)
+    path = Path("p.safetensors")
+    wanted.require_same(path, retrieval.PrefixRecord(**record | {"seconds_to_read": 2.0}))
+    for change, message in (
+        ({"document": "e"}, "of another document"),
+        ({"cache": "H2OCache"}, "a H2OCache, not a TOVACache"),
+        ({"options": '{"budget": 1}'}, 'with {"budget": 1}, not with {}'),
+        ({"file": "g"}, "not the one that p.safetensors.json is about"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            wanted.require_same(path, retrieval.PrefixRecord(**record | change))
+
+
+# serve_batches.py
+
+
+@pytest.mark.slow
+def test_answers_are_those_of_each_request_alone(tmp_path: Path) -> None:
+    model, tokenizer = default_model()
+    lines = [json.dumps({"id": prompt, "prompt": prompt, "max_new_tokens": new}) for prompt, new in PROMPTS]
+    (tmp_path / "requests.jsonl").write_text("\n\n".join(lines) + "\n", encoding="utf-8")
+    options = "--requests requests.jsonl --memory 8MiB --budget 48 --setting eviction_interval=8 --cache SnapKVCache"
+    finished = run_example("serve_batches.py", *options.split(), cwd=tmp_path)
+    answers = [json.loads(line) for line in finished.stdout.splitlines()]
+    for (prompt, new), answer in zip(PROMPTS, answers, strict=True):
+        ids = tokenizer(f"{SYSTEM}{USER}{prompt}{END}\n{ASSISTANT}")["input_ids"]
+        _, expected = generated(ids, SnapKVCache(model.config, budget=48, eviction_interval=8), new)
+        assert answer == {"id": prompt, "answer": expected}
+    sizes = [int(size) for size in re.findall(r"^batch of (\d+):", finished.stderr, re.MULTILINE)]
+    assert sum(sizes) == 4 and max(sizes) > 1 and len(sizes) > 1
+
+
+def request(num_prompt: int, num_new: int, name: Any = None) -> Any:
+    return serving.Request(name, list(range(num_prompt)), num_new)
+
+
+def test_requests_are_grouped_by_what_they_take() -> None:
+    # Tokens as bytes: ten of them, four for each request at most.
+    room = serving.Room(limit=10, budget=4, num_layers=1, bytes_per_token=1, num_spare_slots=0)
+    requests = [request(11, 1), request(1, 1), request(8, 1), request(2, 1)]
+    assert serving.batches_of(requests, room, 64) == [[1, 3], [2, 0]]
+    assert serving.batches_of(requests, room, 1) == [[1], [3], [2], [0]]
+    # Two rows of one prompt token each, of which one goes on for three tokens: both take four.
+    small = serving.Room(limit=7, budget=4, num_layers=1, bytes_per_token=1, num_spare_slots=0)
+    assert serving.batches_of([request(1, 1), request(1, 3)], small, 64) == [[0], [1]]
+    # Two layers of three bytes a token, and a spare slot: (2 + 1) * 6 for each.
+    layers = serving.Room(limit=36, budget=9, num_layers=2, bytes_per_token=3, num_spare_slots=1)
+    assert serving.batches_of([request(1, 1)] * 3, layers, 64) == [[0, 1], [2]]
+    assert serving.batches_of([], room, 64) == []
+    # A request that never fits is refused.
+    room = serving.Room(limit=5, budget=8, num_layers=1, bytes_per_token=1, num_spare_slots=1)
+    with pytest.raises(ValueError, match="5 bytes cannot hold request 'long' alone, which takes 6. Raise --memory"):
+        serving.batches_of([request(1, 1), request(4, 1, "long")], room, 64)
+
+
+@pytest.mark.parametrize("use_all, name", zip(itertools.cycle((False, True)), serving.BOUNDED_CACHES, strict=False))
+def test_batches_keep_within_the_limit(name: str, use_all: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny_model("llama")
+    model.generation_config.eos_token_id = None
+    tokenizer = Mock(pad_token_id=0, decode=lambda ids, **_: str(len(ids)))
+    settings = {} if name == "H2OCache" else {"eviction_interval": 8}
+    one = serving.Room.of(model, name, 1, 32, settings)
+    limit = 3 * ((32 + one.num_spare_slots) * one.num_layers * one.bytes_per_token + one.bytes_per_row)
+    requests = [
+        serving.Request(index, random_tokens(length, seed=index).tolist(), 7 + index)
+        for index, length in enumerate((40, 9, 61, 33, 57, 12, 80))
+    ]
+    options = argparse.Namespace(cache=name, use_all=use_all, setting=list(settings.items()), max_batch_size=64)
+    room = serving.Room.of(model, name, limit, 32, settings)
+    answers = list(serving.in_order(serving.serve(model, tokenizer, requests, room, options)))
+    assert answers == [(index, str(7 + index)) for index in range(7)]
+    held = [count(number) for number in re.findall(r"([\d,]+) bytes of", capsys.readouterr().err)]
+    assert len(held) == 3
+    assert 0.5 * limit < max(held) <= limit
+
+
+def test_requests_are_read_and_answers_come_in_their_order() -> None:
+    tokenizer = Mock(chat_template=None, side_effect=lambda text: {"input_ids": [len(word) for word in text.split()]})
+    lines = ['{"prompt": "one three"}', "", '{"prompt": "four", "id": "x", "max_new_tokens": 2}']
+    expected = [serving.Request(1, [3, 5], 9), serving.Request("x", [4], 2)]
+    assert serving.read_requests(lines, tokenizer, 9) == expected
+    for line, message in (
+        ("{", "Line 2 is no JSON"),
+        ('"text"', 'Line 2 is no object with a text as "prompt"'),
+        ('{"prompt": ""}', 'Line 2 is no object with a text as "prompt"'),
+        ('{"prompt": "a", "tokens": 2}', r"Line 2 has \['tokens'\]"),
+        ('{"prompt": "a", "max_new_tokens": 0}', "Line 2: .* is 0, but must be a positive integer"),
+        ('{"prompt": "a", "max_new_tokens": true}', "Line 2: .* is True"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            serving.read_requests(['{"prompt": "a"}', line], tokenizer, 9)
+
+    # Each answer is given as soon as those before it have come.
+    given = []
+    answers = ((given.append(index), (index, str(index)))[1] for index in (1, 3, 0, 2))
+    taken = [(*pair, len(given)) for pair in serving.in_order(answers)]
+    assert taken == [(0, "0", 3), (1, "1", 3), (2, "2", 4), (3, "3", 4)]
