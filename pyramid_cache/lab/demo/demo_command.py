@@ -50,7 +50,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     add("--budgets", type=one_budget, default=0.4, metavar="BUDGET", help=f"{BUDGET_FORMS}; default: 0.4")
     add("--prompt-file", type=Path, metavar="FILE", help="the text to read (default: a novel)")
-    add("--prompt-tokens", type=positive_int, default=3072, metavar="N", help="length of the prompt (default: 3072)")
+    add("--prompt-tokens", type=positive_int, default=3072, metavar="N", help="tokens of the prompt (default: 3072)")
     # The first token ends the prefill, so decoding has a speed from the second on.
     at_least_two = partial(positive_int, least=2)
     add("--max-new-tokens", type=at_least_two, default=32, metavar="N", help="length of the answer (default: 32)")
