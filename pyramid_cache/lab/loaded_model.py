@@ -3,7 +3,7 @@
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import (
@@ -37,7 +37,7 @@ class LoadedModel:
     def answer(self, token_ids: list[int]) -> str:
         """The text of generated tokens up to the first that ends the answer."""
         length = next((i for i, token_id in enumerate(token_ids) if token_id in self.end_token_ids), len(token_ids))
-        return self.tokenizer.decode(token_ids[:length], skip_special_tokens=True).strip()
+        return str(self.tokenizer.decode(token_ids[:length], skip_special_tokens=True)).strip()
 
     def where(self) -> dict[str, str]:
         """What a record says of the model: its name, its dtype and its device."""
@@ -80,7 +80,7 @@ def load_model(
     """
     dtype = dtype or ("float32" if device.type == "cpu" else "bfloat16")
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=getattr(torch, dtype), attn_implementation=attn_implementation
         )
         tokenizer = AutoTokenizer.from_pretrained(folder)

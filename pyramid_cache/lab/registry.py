@@ -7,7 +7,7 @@ A budget is written the same way everywhere: a fraction of the prompt (`0.25`), 
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from transformers import Cache, DynamicCache, PreTrainedModel, QuantizedCache, StaticCache
 
@@ -62,16 +62,16 @@ class CacheEntry:
         """
         if not self.has_budget:
             return build_of_transformers(self.name, model, workload)
-        settings = dict(self.settings)
+        settings, build = dict(self.settings), cast(Any, self.cache_class)
         if self.cache_class is library.StreamingLLMCache:
             num_tokens = tokens_of_budget(budget, model, workload)
             if parse_budget(budget).kind == "tokens":
-                self.cache_class(model.config, num_tokens, **settings)  # refuses too few, whatever is added below
+                build(model.config, num_tokens, **settings)  # refuses too few, whatever is added below
             budget = max(num_tokens, settings.get("num_sink_tokens", 4) + 1) + workload.num_later
         elif self.cache_class is library.ShadowKVCache and parse_budget(budget).kind != "tokens":
             budget, tail = shadow_settings(tokens_of_budget(budget, model, workload))
             settings = tail | settings
-        return self.cache_class(model if self.from_model else model.config, budget, **settings)
+        return build(model if self.from_model else model.config, budget, **settings)
 
 
 def shadow_settings(num_attended: int) -> tuple[int, dict[str, int]]:

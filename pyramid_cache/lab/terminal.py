@@ -136,7 +136,7 @@ class ProgressBar:
         self.description = ""
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
         # Twice a second is enough to look at, and takes no time from a measurement.
-        settings = {"console": console, "transient": True, "refresh_per_second": 2}
+        settings: dict[str, Any] = {"console": console, "transient": True, "refresh_per_second": 2}
         self.bar = Progress(*columns, **settings, disable=not console.is_terminal)
         self.task_id = self.bar.add_task("", total=None)
 

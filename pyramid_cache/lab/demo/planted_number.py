@@ -94,7 +94,7 @@ def frame(tokenizer: "PreTrainedTokenizerBase", question: str = QUESTION) -> tup
     start_ids = []
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": marker + question}]
-        content = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        content = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
     else:
         content = f"{marker}{question}\nAnswer:"
         start_ids = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]

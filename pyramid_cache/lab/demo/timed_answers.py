@@ -4,10 +4,11 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from transformers import Cache, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import Cache, LogitsProcessor, LogitsProcessorList
 
 from pyramid_cache.engine.architectures import CACHE_ARGUMENT
 from pyramid_cache.engine.cache import CompressedCache
@@ -114,7 +115,7 @@ def measure_caches(
 
 
 def generate(
-    model: PreTrainedModel,
+    model: Any,
     input_ids: torch.Tensor,
     cache: Cache,
     max_new_tokens: int,

@@ -147,7 +147,7 @@ def measure_text(
         layers[layer.place.layer_idx] = LayerFindings(
             found, spread.sink_share.item(), spread.local_share.item(), spread.support.item() / num_tokens
         )
-    tokens = {position: tokenizer.decode([int(token_ids[0, position])]) for position in exact}
+    tokens = {position: str(tokenizer.decode([int(token_ids[0, position])])) for position in exact}
     return TextFindings(tokens, outputs, layers)
 
 
