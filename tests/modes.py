@@ -8,6 +8,7 @@ are taken back, and `Run.verify` does the comparison. What a mode promises beyon
 
 import contextlib
 import copy
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache as remember
@@ -162,10 +163,9 @@ class Run:
         """Writes down what the caches of this run are fed."""
         with contextlib.ExitStack() as stack:
             stack.callback(self.model.register_forward_hook(self._write_down, with_kwargs=True).remove)
-            for cache_class in {type(cache) for cache, _ in self.kept}:
-                for name, follow in FOLLOWED_METHODS.items():
-                    method = self._followed(getattr(cache_class, name), follow)
-                    stack.enter_context(patch.object(cache_class, name, method))
+            for cache_class, name in itertools.product({type(cache) for cache, _ in self.kept}, FOLLOWED_METHODS):
+                method = self._followed(getattr(cache_class, name), FOLLOWED_METHODS[name])
+                stack.enter_context(patch.object(cache_class, name, method))
             yield
 
     def _write_down(self, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
@@ -279,60 +279,32 @@ def generates(*lengths: int, new_tokens: int = 8, **settings: Any) -> Callable[[
     return function
 
 
-def without_dictionary(run: Run) -> None:
-    wanted = run.generate(run.new_cache(), prompts(), max_new_tokens=8)
-    bare = {"output_scores": False, "output_logits": False, "return_dict_in_generate": False}
-    assert torch.equal(run.generate(run.new_cache(), prompts(), max_new_tokens=8, **bare), wanted)
-
-
-def sampling(run: Run) -> None:
-    """Drawing again from the scores, with the seed, gives the tokens."""
-    torch.manual_seed(5)
-    tokens = run.generate(
-        run.new_cache(), prompts(), max_new_tokens=8, do_sample=True, temperature=1.5, top_k=20, top_p=0.9
-    )
-    scores = [tensor for tensor in run.numbers if tensor.isinf().any()]
-    torch.manual_seed(5)
-    drawn = [torch.multinomial(step.softmax(-1), num_samples=1) for step in scores]
-    assert torch.equal(torch.cat(drawn, dim=1), tokens[:, -8:])
-
-
-def as_plain(*lengths: int, **settings: Any) -> Callable[[Run], None]:
-    """A mode whose tokens are those of plain decoding."""
+def as_plain(
+    *lengths: int, within: Callable[[], Any] = contextlib.nullcontext, **settings: Any
+) -> Callable[[Run], None]:
+    """A mode whose tokens are those of plain decoding, within a context or not."""
 
     def function(run: Run) -> None:
         wanted = run.plain(prompts(*lengths), 8)
-        assert torch.equal(
-            run.generate(run.new_cache(), prompts(*lengths), **{"max_new_tokens": 8, **settings}), wanted
-        )
+        with within():
+            tokens = run.generate(run.new_cache(), prompts(*lengths), **{"max_new_tokens": 8, **settings})
+        assert torch.equal(tokens, wanted)
 
     return function
 
 
-def several_sequences(run: Run) -> None:
-    """With one seed, copies of the prompts in a batch give the same."""
-    settings = {"max_new_tokens": 8, "do_sample": True, "top_k": 30, "temperature": 2.0}
-    torch.manual_seed(6)
-    together = run.generate(run.new_cache(), prompts(), num_return_sequences=2, **settings)
-    torch.manual_seed(6)
-    input_ids, attention_mask = left_pad([row for row in prompts() for _ in range(2)])
-    copies = {"input_ids": input_ids, "attention_mask": attention_mask, "past_key_values": run.make_cache(run.model)}
-    assert torch.equal(run.model.generate(**copies, **settings), together)
-    assert len({tuple(row) for row in together[:2].tolist()}) == 2
-
-
-def inference_mode(run: Run) -> None:
-    wanted = run.plain(prompts(), 8)
-    with torch.inference_mode():
-        assert torch.equal(run.generate(run.new_cache(), prompts(), max_new_tokens=8), wanted)
+def read(run: Run, row: torch.Tensor, context: Callable[[], Any] = torch.no_grad) -> Cache:
+    """A cache that has read a prompt."""
+    cache = run.new_cache()
+    with run.recording(), context():
+        run.model(input_ids=row[None], past_key_values=cache)
+    return cache
 
 
 def inference_mode_before(run: Run) -> None:
     """A cache that was filled in inference mode and is used outside of it."""
-    cache, row = run.new_cache(), prompts(40)[0]
-    with run.recording(), torch.inference_mode():
-        run.model(input_ids=row[None, :30], past_key_values=cache)
-    run.generate(cache, [row], max_new_tokens=PAST_A_ZONE)
+    row = prompts(40)[0]
+    run.generate(read(run, row[:30], torch.inference_mode), [row], max_new_tokens=PAST_A_ZONE)
 
 
 # What watches or steers the tokens.
@@ -403,38 +375,28 @@ def chunked_prefill(run: Run) -> None:
 # Several turns.
 
 
-def full_history(run: Run) -> None:
-    cache = run.new_cache()
-    tokens = run.generate(cache, prompts(), max_new_tokens=6)
-    _, mask = left_pad(prompts())
-    for turn in range(4):
-        tokens = torch.cat([tokens, random_tokens(2, 9, seed=turn)], dim=1)
-        mask = torch.cat([mask, mask.new_ones(2, tokens.shape[1] - mask.shape[1])], dim=1)
-        tokens = run.generate(cache, input_ids=tokens, attention_mask=mask, max_new_tokens=6)
-    # After a turn the last token of the answer has not been fed, so it comes with the next.
-    assert run.history_of(cache).num_fed == [40, *[1] * 5, *[10, *[1] * 5] * 4]
+def turns(number: int, is_unseen: bool = False) -> Callable[[Run], None]:
+    """A mode of several turns: each hands in the full history, or only what is new with a mask over everything."""
 
+    def function(run: Run) -> None:
+        cache = run.new_cache()
+        tokens = run.generate(cache, prompts(), max_new_tokens=6)
+        _, mask = left_pad(prompts())
+        for turn in range(number):
+            tokens = torch.cat([tokens, random_tokens(2, 9, seed=turn)], dim=1)
+            mask = torch.cat([mask, mask.new_ones(2, tokens.shape[1] - mask.shape[1])], dim=1)
+            fed = tokens[:, cache.get_seq_length() :] if is_unseen else tokens
+            answer = run.generate(cache, input_ids=fed, attention_mask=mask, max_new_tokens=6)
+            tokens = torch.cat([tokens, answer[:, -6:]], dim=1)
+        # After a turn the last token of the answer has not been fed, so it comes with the next.
+        assert run.history_of(cache).num_fed == [40, *[1] * 5, *[10, *[1] * 5] * number]
 
-def new_tokens_and_mask(run: Run) -> None:
-    """The tokens that the cache has not seen, with a mask over everything, give what the full history gives."""
-    full, short = run.new_cache(), run.new_cache()
-    tokens = run.generate(full, prompts(), max_new_tokens=6)
-    run.generate(short, prompts(), max_new_tokens=6)
-    tokens = torch.cat([tokens, random_tokens(2, 9)], dim=1)
-    _, mask = left_pad(prompts())
-    mask = torch.cat([mask, mask.new_ones(2, tokens.shape[1] - 40)], dim=1)
-    wanted = run.generate(full, input_ids=tokens, attention_mask=mask, max_new_tokens=6)
-    unseen = tokens[:, short.get_seq_length() :]
-    answer = run.generate(short, input_ids=unseen, attention_mask=mask, max_new_tokens=6)
-    assert torch.equal(answer[:, -6:], wanted[:, -6:])
-    assert run.history_of(full).num_fed == run.history_of(short).num_fed
+    return function
 
 
 def copied_prefix(run: Run) -> None:
-    prefix = run.new_cache()
     row = prompts(40)[0]
-    with run.recording(), torch.no_grad():
-        run.model(input_ids=row[None], past_key_values=prefix)
+    prefix = read(run, row)
     for seed in range(2):
         question = torch.cat([row, random_tokens(6, seed=seed)])
         run.generate(run.copy_of(prefix), [question], max_new_tokens=6)
@@ -442,12 +404,8 @@ def copied_prefix(run: Run) -> None:
 
 def nothing_new(run: Run) -> None:
     """A prompt that the cache has already seen to its end: there is no logit to go on from."""
-    cache = run.new_cache()
     row = prompts(40)[0]
-    with run.recording(), torch.no_grad():
-        run.model(input_ids=row[None], past_key_values=cache)
-    answer = run.generate(cache, input_ids=row[None], max_new_tokens=4)
-    assert torch.equal(answer, run.plain([row], 4)), "silently wrong tokens"
+    run.generate(read(run, row), input_ids=row[None], max_new_tokens=4)
 
 
 # Decoding that takes tokens back.
@@ -459,55 +417,27 @@ def draft_model() -> PreTrainedModel:
     return build_model("llama", seed=99, num_hidden_layers=1)
 
 
-def assisted_by(find_assistant: Callable[[Run], PreTrainedModel]) -> Callable[[Run], None]:
-    """The tokens are those that the logits say, and the budget is kept after every step."""
+def repeating_prompt() -> torch.Tensor:
+    """A prompt of 42 tokens in which a phrase comes six times, so that there is something to look up."""
+    return random_tokens(7, seed=3).repeat(6)
+
+
+def assisted(settings_of: Callable[[Run], dict[str, Any]], new_tokens: int = 20) -> Callable[[Run], None]:
+    """A mode that guesses: every token is the best of the logits that the pieces which stayed were answered with."""
 
     def function(run: Run) -> None:
         cache = run.new_cache()
-        tokens = run.generate(cache, prompts(40), max_new_tokens=20, assistant_model=find_assistant(run))
-        assert_greedy(run, cache, tokens)
+        tokens = run.generate(cache, [repeating_prompt()], max_new_tokens=new_tokens, **settings_of(run))
+        fed, _, logits = run.history_of(cache).tensors
+        assert torch.equal(fed, tokens[:, :-1])
+        best = logits[:, ~logits[0].isnan().any(dim=-1)].argmax(-1)[:, -20:]
+        assert torch.equal(best, tokens[:, -best.shape[1] :])
 
     return function
 
 
 def sampled_with_draft(run: Run) -> None:
     generates(40, new_tokens=12, assistant_model=draft_model(), do_sample=True)(run)
-
-
-def early_exit(run: Run) -> None:
-    cache = run.new_cache()
-    assert_greedy(run, cache, run.generate(cache, prompts(40), max_new_tokens=12, assistant_early_exit=1))
-
-
-def repeating_prompt() -> torch.Tensor:
-    """A prompt of 42 tokens in which a phrase comes six times, so that there is something to look up."""
-    return random_tokens(7, seed=3).repeat(6)
-
-
-def prompt_lookup(run: Run) -> None:
-    cache = run.new_cache()
-    tokens = run.generate(cache, [repeating_prompt()], max_new_tokens=20, prompt_lookup_num_tokens=3)
-    assert_greedy(run, cache, tokens)
-
-
-def assert_greedy(run: Run, cache: Cache, tokens: torch.Tensor) -> None:
-    """Every token is the best of the logits that the pieces which stayed were answered with."""
-    history = run.history_of(cache)
-    fed, _, logits = history.tensors
-    assert torch.equal(fed, tokens[:, :-1])
-    best = logits[:, ~logits[0].isnan().any(dim=-1)].argmax(-1)[:, -20:]
-    assert torch.equal(best, tokens[:, -best.shape[1] :])
-
-
-# What a cache that is handed in cannot be combined with.
-
-
-def no_use_of_the_cache(run: Run) -> None:
-    row = prompts(40)[0]
-    wanted = run.model.generate(row[None], max_new_tokens=4, do_sample=False)
-    tokens = run.generate(run.new_cache(), input_ids=row[None], max_new_tokens=4, use_cache=False)
-    assert torch.equal(tokens, wanted), "silently wrong tokens"
-    run.kept.clear()
 
 
 @dataclass(frozen=True)
@@ -533,11 +463,12 @@ class Mode:
         return run
 
 
+NO_DICTIONARY = {"output_scores": False, "output_logits": False, "return_dict_in_generate": False}
 MODES = (
     Mode("greedy", generates(new_tokens=PAST_A_ZONE)),
-    Mode("sampling", sampling),
+    Mode("sampling", generates(do_sample=True, temperature=1.5, top_k=20, top_p=0.9)),
     Mode("sampling, `top_k=1`", as_plain(do_sample=True, top_k=1)),
-    Mode("`num_return_sequences`", several_sequences),
+    Mode("`num_return_sequences`", generates(do_sample=True, top_k=30, temperature=2.0, num_return_sequences=2)),
     Mode("beam search", generates(new_tokens=PAST_A_ZONE, num_beams=2)),
     Mode("beam search, `num_return_sequences`", generates(num_beams=3, num_return_sequences=2)),
     Mode("beam sampling", generates(num_beams=3, do_sample=True, temperature=1.5)),
@@ -551,10 +482,10 @@ MODES = (
     Mode("`repetition_penalty`", generates(repetition_penalty=1.5)),
     Mode("`no_repeat_ngram_size`", generates(40, new_tokens=PAST_A_ZONE, no_repeat_ngram_size=2)),
     Mode("`guidance_scale`", generates(40, new_tokens=6, guidance_scale=1.5)),
-    Mode("`output_scores`, `output_logits`, `return_dict_in_generate`", without_dictionary),
+    Mode("`output_scores`, `output_logits`, `return_dict_in_generate`", as_plain(**NO_DICTIONARY)),
     Mode("`output_attentions`", generates(new_tokens=4, output_attentions=True), attention="eager"),
     Mode("`output_hidden_states`", generates(new_tokens=4, output_hidden_states=True)),
-    Mode("`torch.inference_mode()`", inference_mode),
+    Mode("`torch.inference_mode()`", as_plain(within=torch.inference_mode)),
     Mode("cache filled in `torch.inference_mode()`, used outside", inference_mode_before),
     Mode("left-padded batch", generates(5, 60, 33, new_tokens=12)),
     Mode("`inputs_embeds`", input_embeddings),
@@ -562,16 +493,16 @@ MODES = (
     Mode("prompts of one token", generates(1, 1, new_tokens=PAST_A_ZONE)),
     Mode("one new token", generates(new_tokens=1)),
     Mode("`prefill_chunk_size`", chunked_prefill),
-    Mode("next turn: full history", full_history),
-    Mode("next turn: new tokens, mask over everything", new_tokens_and_mask),
+    Mode("next turn: full history", turns(4)),
+    Mode("next turn: new tokens, mask over everything", turns(1, is_unseen=True)),
     Mode("next turn: nothing new", nothing_new, never_fits=True),
     Mode("`copy.deepcopy` of a prefix", copied_prefix),
-    Mode("assisted, another draft model", assisted_by(lambda run: draft_model())),
-    Mode("assisted, the same model as draft", assisted_by(lambda run: run.model)),
+    Mode("assisted, another draft model", assisted(lambda run: {"assistant_model": draft_model()})),
+    Mode("assisted, the same model as draft", assisted(lambda run: {"assistant_model": run.model})),
     Mode("assisted sampling", sampled_with_draft),
-    Mode("assisted, `assistant_early_exit`", early_exit),
-    Mode("prompt lookup", prompt_lookup),
-    Mode("`use_cache=False`", no_use_of_the_cache, never_fits=True),
+    Mode("assisted, `assistant_early_exit`", assisted(lambda run: {"assistant_early_exit": 1}, new_tokens=12)),
+    Mode("prompt lookup", assisted(lambda run: {"prompt_lookup_num_tokens": 3})),
+    Mode("`use_cache=False`", generates(40, new_tokens=4, use_cache=False), never_fits=True),
     Mode("`cache_implementation` as well", generates(new_tokens=4, cache_implementation="dynamic"), never_fits=True),
 )
 

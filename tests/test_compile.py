@@ -2,13 +2,10 @@
 
 import pytest
 import torch
-from caches import CACHE_CASES, QUICK_CASES, CacheCase, every_budget, parametrize_cases
+from caches import CACHE_CASES, QUICK_CASES, CacheCase, parametrize_cases
 from models import build_model, left_pad, random_rows, random_tokens
 from torch._dynamo.utils import counters
 from transformers import Cache, PreTrainedModel
-
-
-cache_of_one_graph = parametrize_cases(case for case in CACHE_CASES if case.has_one_graph)
 
 
 class Decoding:
@@ -66,33 +63,25 @@ def test_a_padded_batch_decodes_in_one_graph(case: CacheCase) -> None:
     assert graphs[0] == 1 and graphs[20] == graphs[-1] <= 4
 
 
-@pytest.mark.slow
-@cache_of_one_graph
-def test_a_bounded_cache_decodes_in_one_graph(case: CacheCase) -> None:
-    for lengths in ((40, 40), (5, 40), (23, 40)):
-        graphs = compare(case, "tight", lengths, "eager", 40)
-        assert graphs[0] == 1 and graphs[20] == graphs[-1] <= 4
+# A budget, lengths of prompts, a backend, a number of steps, and the step from which on there is no new graph.
+RUNS = [
+    ("tight", (40, 40), "eager", 40, 20),
+    ("tight", (5, 40), "eager", 40, 20),
+    ("tight", (23, 40), "eager", 40, 20),
+    # It grows by sixteen tokens at a time: one graph for the steps in which it does, one for the others.
+    ("large", (40, 40), "eager", 60, 35),
+    ("tight", (23, 40), "inductor", 30, 15),
+    ("tight", (20, 20, 20), "inductor", 30, 15),
+]
 
 
 @pytest.mark.slow
-@cache_of_one_graph
-def test_a_cache_that_is_not_full_yet_decodes_in_one_graph(case: CacheCase) -> None:
-    """It grows by sixteen tokens at a time: one graph for the steps in which it does, one for the others."""
-    graphs = compare(case, "large", (40, 40), "eager", 60)
-    assert graphs[35] == graphs[-1] <= 4
-
-
-@pytest.mark.slow
-@every_budget
-@parametrize_cases(case for case in CACHE_CASES if not case.has_one_graph)
-def test_a_cache_that_grows_decodes_too(case: CacheCase, budget: str) -> None:
-    """Its sizes change with every zone of the answer, or with every token, so that there are graph breaks."""
-    compare(case, budget, (23, 40), "eager", 40)
-
-
-@pytest.mark.slow
-@cache_of_one_graph
-def test_generated_code(case: CacheCase) -> None:
-    for lengths in ((23, 40), (20, 20, 20)):
-        graphs = compare(case, "tight", lengths, "inductor", 30)
-        assert graphs[15] == graphs[-1]
+@parametrize_cases(CACHE_CASES)
+def test_every_cache(case: CacheCase) -> None:
+    """Where sizes change with every zone of the answer, or with every token, there are graph breaks."""
+    for budget, lengths, backend, steps, settled in RUNS:
+        if case.has_one_graph:
+            graphs = compare(case, budget, lengths, backend, steps)
+            assert graphs[0] == 1 and graphs[settled] == graphs[-1] <= 4
+        elif backend == "eager":
+            compare(case, budget, lengths, backend, steps)

@@ -5,7 +5,7 @@ from functools import cache as remember
 
 import torch
 from caches import BUDGETS, CacheCase, pair_with_caches
-from models import build_model, generate, left_pad, random_rows, random_tokens
+from models import build_model, generate, left_pad, random_rows
 from transformers import DynamicCache, PreTrainedModel
 
 from pyramid_cache.engine.layer import CompressedLayer
@@ -92,17 +92,6 @@ def count_held(layer: CompressedLayer) -> list[int]:
     return (counts.sum(dim=-1) / counts.shape[1]).tolist()
 
 
-@pair_with_caches("budget", BUDGETS)
-def test_a_spoiled_row_stays_alone_among_beams(budget: str, case: CacheCase) -> None:
-    model = model_of()
-    settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "num_beams": 3}
-    clean, spoiled = (
-        model.generate(**spoiled_embeddings(model, value, 20), past_key_values=case.build(model, budget), **settings)
-        for value in (None, NAN)
-    )
-    assert torch.equal(spoiled[OTHERS], clean[OTHERS])
-
-
 def test_scores_that_are_no_numbers_protect_what_is_protected() -> None:
     """The victim is the oldest token that may go, never an empty slot; of what is chosen, as many stay as ever."""
     scores, positions = torch.full((1, 1, 4), NAN), torch.tensor([[[-1, 7, 3, 5]]])
@@ -124,18 +113,3 @@ def test_the_default_dtype_of_torch_changes_nothing(dtype: torch.dtype, case: Ca
         torch.set_default_dtype(torch.float32)
     assert torch.equal(output.sequences, wanted.sequences)
     torch.testing.assert_close(torch.stack(output.logits), torch.stack(wanted.logits))
-
-
-@pair_with_caches("budget", BUDGETS)
-def test_one_token_at_a_time_after_inference_mode(budget: str, case: CacheCase) -> None:
-    """What was made there is copied once, before the first step outside writes to it."""
-    model, tokens = build_model("llama"), random_tokens(1, 31)
-    outputs = []
-    for mode in (torch.inference_mode, torch.no_grad):
-        cache = case.build(model, budget)
-        with mode():
-            model(tokens[:, :30], past_key_values=cache)
-        outputs.append(
-            model.generate(tokens, past_key_values=cache, max_new_tokens=12, do_sample=False, eos_token_id=None)
-        )
-    assert torch.equal(*outputs)

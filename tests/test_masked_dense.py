@@ -47,18 +47,13 @@ def test_every_logit_equals_the_masked_run(family: str, case: CacheCase) -> None
     compare_with_masked_dense(model, case.build(model), (41, 41), TURNS, with_mask=False)
 
 
-def test_the_masked_run_with_nothing_masked_is_the_model() -> None:
+def test_the_masked_run_is_the_model_and_notices_one_hidden_key() -> None:
     for family in FAMILIES:
-        model = tiny_model(family)
-        tokens = random_tokens(50)
+        model, tokens = tiny_model(family), random_tokens(50)
         with torch.no_grad():
             wanted = model(tokens[None], use_cache=False).logits[0]
         torch.testing.assert_close(run_policy(model, tokens, MaskPolicy()), wanted, atol=TOLERANCE, rtol=0)
-
-
-def test_the_masked_run_notices_one_hidden_key() -> None:
-    model = tiny_model("llama")
-    tokens = random_tokens(30)
+    model, tokens = tiny_model("llama"), random_tokens(30)
     masks = [torch.ones(2, 30, 30, dtype=torch.bool).tril() for _ in range(3)]
     masks[1][1, 29, 12] = False
     difference = run_policy(model, tokens, MaskPolicy(masks)) - run_policy(model, tokens, MaskPolicy())

@@ -14,7 +14,7 @@ import functools
 import inspect
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -27,12 +27,10 @@ from caches import CACHE_CASES
 from hypothesis import given
 from hypothesis import strategies as st
 from reference import SCORES, HeldTokens, choose, score_of
-from synthetic import BareAttention, SyntheticModel
+from synthetic import SyntheticModel
 from test_memory import held_bytes, storages
-from transformers.models.llama.modeling_llama import LlamaAttention
 
-import pyramid_cache
-from pyramid_cache import H2OCache, PolicyCache, PyramidCache, SnapKVCache, StreamingLLMCache
+from pyramid_cache import H2OCache, PolicyCache, PyramidCache, PyramidKVCache, SnapKVCache, StreamingLLMCache
 from pyramid_cache.engine.budget import Budget
 from pyramid_cache.engine.cache import CompressedCache
 from pyramid_cache.engine.layer import CompressedLayer
@@ -54,7 +52,6 @@ class Setup:
         padding: Columns of left padding of each of up to three rows; the least of a batch is taken off all of them.
         attention: The attention function.
         with_mask: Whether there is a mask where none is needed.
-        is_rotary: Whether keys are rotated by their positions.
         seed: Of queries, keys and values.
     """
 
@@ -68,7 +65,6 @@ class Setup:
     padding: tuple[int, ...] = (0, 0, 0)
     attention: str = "sdpa"
     with_mask: bool = False
-    is_rotary: bool = False
     seed: int = 0
 
 
@@ -90,37 +86,23 @@ class Triple:
         return self
 
 
-def attend(
-    query: np.ndarray, triples: Sequence[Triple], allowed: np.ndarray, keys: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+def attend(query: np.ndarray, triples: Sequence[Triple], allowed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Softmax attention in float64.
 
     Args:
         query: `(group, num_queries, head_dim)`.
         triples: What there is to see.
         allowed: `(num_queries, triples)`, who sees what.
-        keys: Their keys `(triples, head_dim)`, where those are not as they arrived.
 
     Returns:
         Output `(group, num_queries, head_dim)` and probabilities `(group, num_queries, triples)`.
     """
-    keys = np.array([triple.key for triple in triples]) if keys is None else keys
+    keys = np.array([triple.key for triple in triples])
     values = np.array([triple.value for triple in triples])
     logits = np.where(allowed, query @ keys.T / math.sqrt(query.shape[-1]), -np.inf)
     weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
     probabilities = weights / weights.sum(axis=-1, keepdims=True)
     return probabilities @ values, probabilities
-
-
-def rotate(states: np.ndarray, positions: Sequence[int], dtype: type = np.float64) -> np.ndarray:
-    """Rotary embedding, as in Llama, of `(..., tokens, head_dim)` states at one position for each token.
-
-    The angles are numbers of `dtype`.
-    """
-    half = states.shape[-1] // 2
-    angles = np.array(positions, dtype)[:, None] * (10000.0 ** -(np.arange(half) / half)).astype(dtype)
-    cosine, sine = (np.tile(function(angles.astype(np.float64)), 2) for function in (np.cos, np.sin))
-    return states * cosine + np.concatenate([-states[..., half:], states[..., :half]], axis=-1) * sine
 
 
 class ReferenceLayer:
@@ -133,10 +115,6 @@ class ReferenceLayer:
         num_spare: Generated tokens that may wait beyond them.
         has_slots: Whether some row of the batch has exceeded what may stay since the layer was empty.
         has_exceeded: Whether this row did, at the last update.
-        num_prompt, num_generated: Tokens held after the last update of several tokens, and beyond them at the last
-            step.
-        most_kept, most_prompt, most_generated: The largest `kept`, `num_prompt` and `num_generated` of all rows there
-            were.
     """
 
     is_scored = False
@@ -147,17 +125,11 @@ class ReferenceLayer:
         self.held: list[list[Triple]] = [[] for _ in range(budgets.setup.kv_heads)]
         self.kept: int | None = None
         self.has_slots = self.has_exceeded = False
-        self.length = self.num_spare = self.num_prompt = self.num_generated = 0
-        self.most_kept = self.most_prompt = self.most_generated = 0
+        self.length = self.num_spare = 0
 
     @property
     def num_held(self) -> int:
         return len(self.held[0])
-
-    @property
-    def most_slots(self) -> float:
-        """How many slots the layer has at most, by the method's documentation."""
-        return self.most_kept + self.budgets.costs[2]
 
     def most_kept_tokens(self) -> int | None:
         """How many of the row's tokens the layer keeps."""
@@ -194,10 +166,7 @@ class ReferenceLayer:
             output, probabilities = self.attend(query, is_first)
             self.note(probabilities, is_step)
         self.has_exceeded = self.exceeds
-        num_before = self.num_held
         self.evict(is_step, observed)
-        self.num_generated = num_before - self.num_prompt if is_step else 0
-        self.num_prompt = self.num_prompt if is_step else self.num_held
         return output
 
     def attend(self, query: np.ndarray, is_first: bool) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -242,10 +211,6 @@ class ReferenceLayer:
     def compress(self, observed: Observed) -> None:
         """Drops what waited to be dropped."""
 
-    def key_position(self, triple: Triple) -> int:
-        """The position by which a held key is rotated."""
-        return triple.position
-
 
 class H2OReferenceLayer(ReferenceLayer):
     """The recent tokens and those with the highest sums of attention probabilities, per KV head."""
@@ -271,48 +236,32 @@ class H2OReferenceLayer(ReferenceLayer):
 
 
 class StreamingLLMReferenceLayer(ReferenceLayer):
-    """The first tokens and a rolling window; where keys are rotated, by positions inside the cache."""
+    """
+    The first tokens and a rolling window, of keys without rotation: test_streaming_llm.py is about positions.
+    """
 
     def __init__(self, budgets: "Budgets", layer_idx: int) -> None:
         super().__init__(budgets, layer_idx)
         self.num_sinks = budgets.setup.settings["num_sink_tokens"]
         self.window = budgets.setup.settings["budget"] - self.num_sinks
-        self.sink_shift = 0
 
     def is_near(self, position: int, query_position: int) -> bool:
         return position < self.num_sinks or position > query_position - self.window
 
     def attend(self, query: np.ndarray, is_first: bool) -> tuple[np.ndarray, list[np.ndarray]]:
         is_dense = is_first and self.budgets.setup.settings["prefill"] == "dense"
-        outputs = []
         positions = [triple.position for triple in self.held[0]]
-        allowed = np.array(
-            [
-                [position <= newer and (is_dense or self.is_near(position, newer)) for position in positions]
-                for newer in positions[-query.shape[2] :]
-            ]
-        )
-        for head, triples in enumerate(self.held):
-            if not self.budgets.setup.is_rotary:
-                outputs.append(attend(query[head], triples, allowed)[0])
-                continue
-            keys, parts = np.array([triple.key for triple in triples]), []
-            for index, is_seen in enumerate(allowed):
-                # Each query and what it sees are at the positions that they have in the cache just then.
-                places = is_seen.cumsum() - 1
-                one = rotate(query[head, :, index : index + 1], [places[-1]])
-                parts.append(attend(one, triples, is_seen[None], rotate(keys, places))[0])
-            outputs.append(np.concatenate(parts, axis=1))
-        return np.stack(outputs), []
+        allowed = [
+            [position <= newer and (is_dense or self.is_near(position, newer)) for position in positions]
+            for newer in positions[-query.shape[2] :]
+        ]
+        results = [attend(query[head], triples, np.array(allowed)) for head, triples in enumerate(self.held)]
+        return np.stack([output for output, _ in results]), []
 
     def evict(self, is_step: bool, observed: Observed) -> None:
         positions = [triple.position for triple in self.held[0]]
         kept = {position for position in positions if self.is_near(position, self.length - 1)}
         self.keep([kept] * len(self.held))
-        self.sink_shift = max(self.length - self.num_sinks - self.window, 0) if is_step else 0
-
-    def key_position(self, triple: Triple) -> int:
-        return triple.position + (self.sink_shift if triple.position < self.num_sinks else 0)
 
 
 class PyramidReferenceLayer(ReferenceLayer):
@@ -327,10 +276,6 @@ class PyramidReferenceLayer(ReferenceLayer):
         self.num_recent = 1
         self.prompt_scores: dict[int, float] = {}
         self.zone_scores: dict[int, float] = {}
-
-    @property
-    def most_slots(self) -> float:
-        return self.most_prompt + self.most_generated + 16
 
     @property
     def token_budget(self) -> Budget:
@@ -507,15 +452,12 @@ LAYERS: dict[type[CompressedCache], type[ReferenceLayer]] = {
     H2OCache: H2OReferenceLayer,
     PyramidCache: PyramidReferenceLayer,
     StreamingLLMCache: StreamingLLMReferenceLayer,
-    **{getattr(pyramid_cache, name): ScoredReferenceLayer for name in SCORES},
 }
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """
-    Tokens of one forward pass for all layers: `(layers, batch, kv_heads, [group,] columns, head_dim)` in float64.
-    """
+    """Tokens of one forward pass: `(layers, batch, kv_heads, [group,] columns, head_dim)` in float64."""
 
     query: np.ndarray
     key: np.ndarray
@@ -532,18 +474,12 @@ class Chunk:
         return Chunk(self.query[:, rows], self.key[:, rows], self.value[:, rows])
 
 
-@dataclass
-class Row:
-    """One row of the batch: columns of padding before its tokens, and what each layer holds."""
-
-    padding: int
-    layers: list[ReferenceLayer]
-
-
 class Reference:
     """All layers of all rows.
 
     Attributes:
+        padding: For each row the columns before its tokens.
+        layers: For each layer, what it holds of each row.
         num_seen: Columns seen and settled, padding included.
         recorded: Chunks that may be taken back.
     """
@@ -554,35 +490,31 @@ class Reference:
         self.reset(setup.batch_size, setup.padding)
 
     def reset(self, batch_size: int, padding: tuple[int, ...]) -> None:
-        least = min(padding[:batch_size])
-        self.rows = [
-            Row(
-                columns - least,
-                [LAYERS[self.setup.cache_class](self.budgets, index) for index in range(self.setup.num_layers)],
-            )
-            for columns in padding[:batch_size]
+        self.padding = [columns - min(padding[:batch_size]) for columns in padding[:batch_size]]
+        layer_class = LAYERS.get(self.setup.cache_class, ScoredReferenceLayer)
+        self.layers = [
+            [layer_class(self.budgets, index) for _ in self.padding] for index in range(self.setup.num_layers)
         ]
         self.is_empty = True
         self.num_seen = 0
         self.recorded: list[Chunk] = []
-        self.is_recording = False
-        self.turn_begins = False
+        self.is_recording = self.turn_begins = False
 
     @property
     def num_columns(self) -> int:
         return self.num_seen + sum(chunk.num_columns for chunk in self.recorded)
 
-    def layers(self, layer_idx: int) -> list[ReferenceLayer]:
-        """One layer of all rows."""
-        return [row.layers[layer_idx] for row in self.rows]
+    @property
+    def rows(self) -> range:
+        return range(len(self.padding))
 
     def is_token(self, num_columns: int) -> torch.Tensor:
         """`(batch, num_columns)` bool, False for padding."""
-        return torch.arange(num_columns) >= torch.tensor([[row.padding] for row in self.rows])
+        return torch.arange(num_columns) >= torch.tensor(self.padding)[:, None]
 
     def fitting(self, num_columns: int) -> int:
         """The next chunk's size: no chunk is padding in all rows."""
-        return max(num_columns, min(row.padding for row in self.rows) + 1 - self.num_columns)
+        return max(num_columns, min(self.padding) + 1 - self.num_columns)
 
     def update(self, chunk: Chunk, observed: list[list[Observed]]) -> list[list[np.ndarray | None]]:
         """Takes a chunk in; gives for each layer and row `(kv_heads, group, tokens, head_dim)`."""
@@ -591,21 +523,18 @@ class Reference:
             self.is_empty = False
         if self.is_recording:
             self.recorded.append(chunk)
-            return [
-                [self._attend_recorded(index, row) for row in range(len(self.rows))]
-                for index in range(self.setup.num_layers)
-            ]
+            return [[self._attend_recorded(index, row) for row in self.rows] for index in range(self.setup.num_layers)]
         # One token in each row, which no row begins with.
-        is_step = chunk.num_columns == 1 and all(row.layers[0].length for row in self.rows)
+        is_step = chunk.num_columns == 1 and all(layer.length for layer in self.layers[0])
         return self._take_in(chunk, is_step, observed)
 
     def _tokens(
-        self, chunk: Chunk, layer_idx: int, row_idx: int, num_before: int
+        self, chunk: Chunk, layer_idx: int, row: int, num_before: int
     ) -> tuple[list[list[Triple]], np.ndarray]:
         """The triples of one row of a chunk, for each KV head, and their queries."""
-        padding = self.rows[row_idx].padding
+        padding = self.padding[row]
         first = min(max(padding - num_before, 0), chunk.num_columns)
-        keys, values = chunk.key[layer_idx, row_idx], chunk.value[layer_idx, row_idx]
+        keys, values = chunk.key[layer_idx, row], chunk.value[layer_idx, row]
         triples = [
             [
                 Triple(num_before + column - padding, keys[head, column], values[head, column])
@@ -613,48 +542,41 @@ class Reference:
             ]
             for head in range(self.setup.kv_heads)
         ]
-        return triples, chunk.query[layer_idx, row_idx, :, :, first:]
+        return triples, chunk.query[layer_idx, row, :, :, first:]
 
     def _take_in(self, chunk: Chunk, is_step: bool, observed: list[list[Observed]]) -> list[list[np.ndarray | None]]:
-        outputs, is_first = [], self.num_seen == 0
-        for index in range(self.setup.num_layers):
-            layers = self.layers(index)
-            outputs.append(
-                [
-                    layer.update(
-                        *self._tokens(chunk, index, row, self.num_seen), is_step, is_first, observed[index][row]
-                    )
-                    for row, layer in enumerate(layers)
-                ]
-            )
-            self._share(layers, is_prompt=not is_step)
+        is_first = self.num_seen == 0
+        outputs = [
+            [
+                layer.update(*self._tokens(chunk, index, row, self.num_seen), is_step, is_first, observed[index][row])
+                for row, layer in enumerate(layers)
+            ]
+            for index, layers in enumerate(self.layers)
+        ]
+        self._share()
         self.num_seen += chunk.num_columns
         return outputs
 
-    def _share(self, layers: list[ReferenceLayer], is_prompt: bool) -> None:
-        """What storage depends on is the largest of all rows."""
-        has_slots = any(layer.has_slots or layer.has_exceeded for layer in layers)
-        for layer in layers:
-            layer.has_slots = has_slots
-            if is_prompt:
-                layer.most_kept = max(other.kept or 0 for other in layers)
-                layer.most_prompt = max(other.num_prompt for other in layers)
-                layer.most_generated = 0
-            layer.most_generated = max(layer.most_generated, *(other.num_generated for other in layers))
+    def _share(self) -> None:
+        """All rows of a layer have slots when one of them has exceeded what may stay."""
+        for layers in self.layers:
+            has_slots = any(layer.has_slots or layer.has_exceeded for layer in layers)
+            for layer in layers:
+                layer.has_slots = has_slots
 
-    def _attend_recorded(self, layer_idx: int, row_idx: int) -> np.ndarray | None:
+    def _attend_recorded(self, layer_idx: int, row: int) -> np.ndarray | None:
         """What the newest recorded tokens of a row see: all that is held, and what was recorded before them."""
-        layer, chunk = copy.copy(self.rows[row_idx].layers[layer_idx]), self.recorded[-1]
-        layer.held = self.held(layer_idx, row_idx)
+        layer, chunk = copy.copy(self.layers[layer_idx][row]), self.recorded[-1]
+        layer.held = self.held(layer_idx, row)
         num_before = self.num_columns - chunk.num_columns
-        new, query = self._tokens(chunk, layer_idx, row_idx, num_before)
+        new, query = self._tokens(chunk, layer_idx, row, num_before)
         return layer.attend(query, num_before == 0)[0] if new[0] else None
 
-    def held(self, layer_idx: int, row_idx: int) -> list[list[Triple]]:
+    def held(self, layer_idx: int, row: int) -> list[list[Triple]]:
         """For each KV head the triples of a row, those that may be taken back included."""
-        held, num_before = self.rows[row_idx].layers[layer_idx].held, self.num_seen
+        held, num_before = self.layers[layer_idx][row].held, self.num_seen
         for chunk in self.recorded:
-            new, _ = self._tokens(chunk, layer_idx, row_idx, num_before)
+            new, _ = self._tokens(chunk, layer_idx, row, num_before)
             held = [old + triples for old, triples in zip(held, new, strict=True)]
             num_before += chunk.num_columns
         return held
@@ -663,8 +585,11 @@ class Reference:
         """The rows at these indices, copied."""
         if self.is_empty:
             return
+        self.padding = [self.padding[row] for row in rows]
         # One copy for each: `deepcopy` of the list would copy a row that stands twice only once.
-        self.rows = [copy.deepcopy(self.rows[row], {id(self.budgets): self.budgets}) for row in rows]
+        self.layers = [
+            [copy.deepcopy(layers[row], {id(self.budgets): self.budgets}) for row in rows] for layers in self.layers
+        ]
         self.recorded = [chunk.rows(rows) for chunk in self.recorded]
 
     def error_of_crop(self, num_columns: int) -> type[Exception] | None:
@@ -675,8 +600,8 @@ class Reference:
             return ValueError
         is_croppable = all(
             not layer.has_slots and not (layer.is_scored and layer.kept is not None)
-            for row in self.rows
-            for layer in row.layers
+            for layers in self.layers
+            for layer in layers
         )
         return None if num_columns <= self.num_columns - self.num_seen or is_croppable else NotImplementedError
 
@@ -688,31 +613,29 @@ class Reference:
             if taken < chunk.num_columns:
                 self.recorded.append(chunk.columns(0, chunk.num_columns - taken))
             num_columns -= taken
-        if not self.is_empty:
-            for row in self.rows:
-                left = max(self.num_seen - num_columns - row.padding, 0)
-                for layer in row.layers if num_columns else ():
-                    layer.take_back(layer.length - left)
+        if num_columns and not self.is_empty:
             self.num_seen -= num_columns
+            for layers in self.layers:
+                for padding, layer in zip(self.padding, layers, strict=True):
+                    layer.take_back(layer.length - max(self.num_seen - padding, 0))
         self.settle(observed)
 
     def compress(self, observed: list[list[Observed]]) -> None:
         """Ends a context: nothing waits any longer."""
         if self.is_recording:
             self.settle(observed)
-        for index in range(0 if self.is_empty else self.setup.num_layers):
-            for row, layer in enumerate(self.layers(index)):
-                layer.compress(observed[index][row])
-            self._share(self.layers(index), is_prompt=False)
-            for layer in self.layers(index):
-                layer.most_kept = max(other.kept or 0 for other in self.layers(index))
+        if not self.is_empty:
+            for layers, rows in zip(self.layers, observed, strict=True):
+                for layer, seen in zip(layers, rows, strict=True):
+                    layer.compress(seen)
+            self._share()
 
     def settle(self, observed: list[list[Observed]]) -> None:
         """Evicts what waited: the first recorded chunk is a prompt, as is one with which some row begins; all other
         tokens are steps."""
         recorded, self.recorded = self.recorded, []
         for chunk in recorded:
-            some_row_begins = any(row.padding >= self.num_seen for row in self.rows)
+            some_row_begins = max(self.padding) >= self.num_seen
             is_prompt = some_row_begins or (self.turn_begins and chunk.num_columns > 1)
             self.turn_begins = False
             if is_prompt:
@@ -722,82 +645,48 @@ class Reference:
                 self._take_in(chunk.columns(column, column + 1), True, observed)
 
 
-# The cache beside its reference.
-
-
 # Models have no state, and their configs take longer to build than a sequence to run.
 build_model = functools.cache(SyntheticModel)
-
-
-@dataclass
-class Pair:
-    """A cache and its reference."""
-
-    cache: CompressedCache
-    reference: Reference
 
 
 class Run:
     """A sequence of operations on a cache and, once it has been copied, on its copy. Each operation is a method.
 
     Attributes:
-        pair: What operations act upon.
-        other: The copy that they leave alone.
-        angles: The type of the angles by which the model rotates queries and keys.
+        cache, reference: What operations act upon.
+        other: The cache and the reference of the copy that they leave alone.
     """
-
-    angles: type = np.float64
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
         self.random = np.random.default_rng(setup.seed)
-        self.model = build_model(
-            setup.num_layers,
-            setup.kv_heads,
-            setup.group,
-            setup.head_dim,
-            setup.attention,
-            LlamaAttention if setup.is_rotary else BareAttention,
-        )
-        cache = setup.cache_class(self.model.config, **setup.settings)
-        self.pair = Pair(cache, Reference(setup, cache))
-        self.other: Pair | None = None
-
-    @property
-    def tolerance(self) -> float:
-        """How far attention and rotated keys may be off."""
-        return 1e-5
+        self.model = build_model(setup.num_layers, setup.kv_heads, setup.group, setup.head_dim, setup.attention)
+        self.cache = setup.cache_class(self.model.config, **setup.settings)
+        self.reference = Reference(setup, self.cache)
+        self.other: tuple[CompressedCache, Reference] | None = None
 
     def draw_chunk(self, num_columns: int) -> Chunk:
         """Random tokens, exact in float32."""
-        setup, batch_size = self.setup, len(self.pair.reference.rows)
-        shape = (setup.num_layers, batch_size, setup.kv_heads, num_columns, setup.head_dim)
+        setup = self.setup
+        shape = (setup.num_layers, len(self.reference.rows), setup.kv_heads, num_columns, setup.head_dim)
         key, value = (self.random.standard_normal(shape, dtype=np.float32) for _ in range(2))
         # Queries are wide, so that attention is far from even.
         query = 2 * self.random.standard_normal((*shape[:3], setup.group, *shape[3:]), dtype=np.float32)
         return Chunk(*(array.astype(np.float64) for array in (query, key, value)))
 
-    def presented(self, states: np.ndarray, positions: torch.Tensor) -> torch.Tensor:
-        """Queries or keys `(batch, heads, columns, head_dim)` as a model hands them to the cache."""
-        if self.setup.is_rotary:
-            pairs = zip(states, positions.tolist(), strict=True)
-            states = np.stack([rotate(row, columns, self.angles) for row, columns in pairs])
-        return torch.tensor(states, dtype=torch.float32)
-
     def observed(self) -> list[list[Observed]]:
         """For each layer, row and KV head the positions that the cache says it holds."""
-        cache = self.pair.cache
         return [
-            [[set(head) - {-1} for head in row] for row in cache.positions(index).tolist()]
+            [[set(head) - {-1} for head in row] for row in self.cache.positions(index).tolist()]
             for index in range(self.setup.num_layers)
-            if not self.pair.reference.is_empty or cache.compressed_layers[index].is_initialized
+            if not self.reference.is_empty or self.cache.compressed_layers[index].is_initialized
         ]
 
     # What can be done to a cache.
 
     def update(self, num_columns: int) -> None:
         """One forward pass, whose output is compared."""
-        setup, reference, cache = self.setup, self.pair.reference, self.pair.cache
+        setup, reference = self.setup, self.reference
         num_columns = reference.fitting(num_columns)
         chunk = self.draw_chunk(num_columns)
         is_token = reference.is_token(reference.num_columns + num_columns)
@@ -805,11 +694,10 @@ class Run:
         mask = self.model.mask(is_token, num_columns, setup.with_mask)
         outputs = []
         for index in range(setup.num_layers):
-            query = chunk.query[index].reshape(len(positions), -1, num_columns, setup.head_dim)
-            query, key = self.presented(query, positions), self.presented(chunk.key[index], positions)
-            value = torch.tensor(chunk.value[index], dtype=torch.float32)
+            states = (torch.tensor(array[index]).float() for array in (chunk.query, chunk.key, chunk.value))
+            query, key, value = (tensor.flatten(1, -3) for tensor in states)
             kwargs = {"position_ids": positions.clamp(min=0)}
-            outputs.append(self.model.run_layer(cache, index, query, key, value, mask, **kwargs))
+            outputs.append(self.model.run_layer(self.cache, index, query, key, value, mask, **kwargs))
         expected = reference.update(chunk, self.observed())
         for index, output in enumerate(outputs):
             assert output.shape == (len(positions), num_columns, setup.kv_heads * setup.group, setup.head_dim)
@@ -818,7 +706,7 @@ class Run:
                     continue
                 found = output[row, num_columns - wanted.shape[2] :].transpose(0, 1).double().numpy()
                 difference = np.abs(found - wanted.reshape(found.shape)).max()
-                assert difference < self.tolerance, f"attention of layer {index}, row {row} is off by {difference:.1e}"
+                assert difference < 1e-5, f"attention of layer {index}, row {row} is off by {difference:.1e}"
 
     def decode(self, num_steps: int) -> None:
         """As many forward passes of one token each."""
@@ -827,95 +715,80 @@ class Run:
 
     def record(self, is_on: bool = True) -> None:
         """From here on tokens may be taken back; or no longer."""
-        cache, reference = self.pair.cache, self.pair.reference
         if is_on:
-            cache.activate_past_recording()
-            reference.turn_begins |= not reference.is_recording
-            reference.is_recording = True
+            self.cache.activate_past_recording()
+            self.reference.turn_begins |= not self.reference.is_recording
+            self.reference.is_recording = True
             return
-        for layer in cache.layers:
+        for layer in self.cache.layers:
             layer.record_past = False
-        reference.is_recording = False
-        reference.settle(self.observed())
+        self.reference.is_recording = False
+        self.reference.settle(self.observed())
 
     def crop(self, num_tokens: int) -> None:
         """Takes tokens back, or must not."""
-        cache, reference = self.pair.cache, self.pair.reference
-        error = reference.error_of_crop(num_tokens)
-        if error is None:
-            cache.crop(-num_tokens)
-            reference.crop(num_tokens, self.observed())
-        else:
-            refuse(cache, error, lambda: cache.crop(-num_tokens))
+        error = self.reference.error_of_crop(num_tokens)
+        if error is not None:
+            with pytest.raises(error):
+                self.cache.crop(-num_tokens)
+            return
+        self.cache.crop(-num_tokens)
+        self.reference.crop(num_tokens, self.observed())
 
     def compress(self) -> None:
         """Ends a context."""
-        self.pair.cache.compress()
-        self.pair.reference.compress(self.observed())
+        self.cache.compress()
+        self.reference.compress(self.observed())
 
-    def select(self, *chosen: int, by_reorder: bool = False) -> None:
-        """Rows by `batch_select_indices`, or by `reorder_cache`."""
-        cache, reference = self.pair.cache, self.pair.reference
-        rows = [row % len(reference.rows) for row in chosen]
-        if by_reorder:
-            rows = (rows * MAX_ROWS)[: len(reference.rows)]
-            cache.reorder_cache(torch.tensor(rows))
-        else:
-            cache.batch_select_indices(torch.tensor(rows))
-        reference.map_rows(rows)
+    def select(self, *chosen: int) -> None:
+        """Rows by `batch_select_indices`."""
+        rows = [row % len(self.reference.rows) for row in chosen]
+        self.cache.batch_select_indices(torch.tensor(rows))
+        self.reference.map_rows(rows)
 
     def reorder(self, *chosen: int) -> None:
-        """As `select`, as many as there are."""
-        self.select(*chosen, by_reorder=True)
+        """As many rows as there are, by `reorder_cache`."""
+        num_rows = len(self.reference.rows)
+        rows = ([row % num_rows for row in chosen] * MAX_ROWS)[:num_rows]
+        self.cache.reorder_cache(torch.tensor(rows))
+        self.reference.map_rows(rows)
 
     def repeat(self, times: int) -> None:
         """Each row several times, side by side."""
-        cache, reference = self.pair.cache, self.pair.reference
-        times = min(times, MAX_ROWS // len(reference.rows))
-        cache.batch_repeat_interleave(times)
-        reference.map_rows([row for row in range(len(reference.rows)) for _ in range(times)])
+        times = min(times, MAX_ROWS // len(self.reference.rows))
+        self.cache.batch_repeat_interleave(times)
+        self.reference.map_rows([row for row in self.reference.rows for _ in range(times)])
 
     def copy(self) -> None:
         """Goes on with a deep copy; what was copied stays as it is."""
-        self.other, self.pair = self.pair, copy.deepcopy(self.pair)
-        assert not set(storages(self.pair.cache)) & set(storages(self.other.cache)), "a copy shares memory"
+        self.other = self.cache, self.reference
+        self.cache, self.reference = copy.deepcopy(self.cache), copy.deepcopy(self.reference)
+        assert not set(storages(self.cache)) & set(storages(self.other[0])), "a copy shares memory"
 
     def switch(self) -> None:
         """Goes on with the other one."""
         if self.other is not None:
-            self.other, self.pair = self.pair, self.other
+            here = self.cache, self.reference
+            (self.cache, self.reference), self.other = self.other, here
 
     def save_and_load(self) -> None:
         """Goes on with what was loaded from a file, which records nothing; what was saved stays as it is."""
-        cache, reference = self.pair.cache, self.pair.reference
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "cache.safetensors"
-            if reference.recorded or not any(row.layers[0].length for row in reference.rows):
-                refuse(cache, ValueError, lambda: cache.save(path))
-                assert not list(Path(folder).iterdir())
+            if self.reference.recorded or not any(layer.length for layer in self.reference.layers[0]):
+                with pytest.raises(ValueError):
+                    self.cache.save(path)
                 return
-            before = copy.deepcopy(cache)
-            cache.save(path)
-            loaded = type(cache).load(path, self.model.config)
-        assert same_state(before, cache), "saving changed the cache"
-        self.other, self.pair = self.pair, Pair(loaded, copy.deepcopy(reference))
-        self.pair.reference.is_recording = self.pair.reference.turn_begins = False
+            self.cache.save(path)
+            loaded = type(self.cache).load(path, self.model.config)
+        self.other = self.cache, self.reference
+        self.cache, self.reference = loaded, copy.deepcopy(self.reference)
+        self.reference.is_recording = self.reference.turn_begins = False
 
     def reset(self, batch_size: int, padding: tuple[int, ...]) -> None:
         """Forgets everything, and begins another batch."""
-        self.pair.cache.reset()
-        self.pair.reference.reset(batch_size, padding)
-
-    def bad_update(self, what: str) -> None:
-        """Tokens that do not fit: another number of rows, heads or dimensions, another type, or a layer too many."""
-        cache, reference, setup = self.pair.cache, self.pair.reference, self.setup
-        if reference.is_empty and what != "layer":
-            return
-        shape = {"rows": len(reference.rows), "heads": setup.kv_heads, "columns": 2, "width": setup.head_dim}
-        shape |= {what: shape[what] + 1} if what in shape else {}
-        states = torch.zeros(*shape.values(), dtype=torch.float64 if what == "dtype" else torch.float32)
-        layer_idx = setup.num_layers if what == "layer" else 0
-        refuse(cache, ValueError, lambda: cache.update(states, states, layer_idx))
+        self.cache.reset()
+        self.reference.reset(batch_size, padding)
 
     # What is checked.
 
@@ -923,75 +796,52 @@ class Run:
         """That the cache holds what its reference holds."""
         self.check_counts()
         self.check_bytes()
-        if not self.pair.reference.is_empty:
+        if not self.reference.is_empty:
             for index in range(self.setup.num_layers):
                 self.check_triples(index)
 
     def check_counts(self) -> None:
         """Tokens seen and held, rows."""
-        cache, reference = self.pair.cache, self.pair.reference
+        cache, reference = self.cache, self.reference
         for index, layer in enumerate(cache.compressed_layers):
             assert cache.get_seq_length(index) == reference.num_columns
             assert cache.get_mask_sizes(3, index) == (reference.num_columns + 3, 0)
             assert layer.record_past == reference.is_recording
-            if reference.is_empty:
-                with pytest.raises(ValueError, match="holds nothing yet"):
-                    cache.positions(index)
-        if reference.is_empty:
-            assert cache.batch_size == -1 and cache.num_kept_tokens() == [0] * len(cache.layers)
-            return
-        assert cache.batch_size == len(reference.rows)
-        rows = range(len(reference.rows))
-        kept = [max(len(reference.held(index, row)[0]) for row in rows) for index in range(len(cache.layers))]
+        kept = [
+            max(len(reference.held(index, row)[0]) for row in reference.rows) for index in range(len(cache.layers))
+        ]
         assert cache.num_kept_tokens() == kept
+        assert cache.batch_size == (-1 if reference.is_empty else len(reference.rows))
 
     def check_triples(self, layer_idx: int) -> None:
         """
         That each slot with a position holds the key and the value that arrived for it, each token once, and no other.
         """
-        cache, reference = self.pair.cache, self.pair.reference
-        layer, positions = cache.compressed_layers[layer_idx], cache.positions(layer_idx)
-        assert positions.shape[:2] == (len(reference.rows), self.setup.kv_heads)
-        keys, values = stored(layer)
-        for row in range(len(reference.rows)):
-            for head, triples in enumerate(reference.held(layer_idx, row)):
+        positions = self.cache.positions(layer_idx)
+        assert positions.shape[:2] == (len(self.reference.rows), self.setup.kv_heads)
+        keys, values = stored(self.cache.compressed_layers[layer_idx])
+        for row in self.reference.rows:
+            for head, triples in enumerate(self.reference.held(layer_idx, row)):
                 slots = {token: slot for slot, token in enumerate(positions[row, head].tolist()) if token >= 0}
                 assert (positions[row, head] >= 0).sum() == len(slots), "a token is held twice"
                 wanted = [triple.position for triple in triples]
                 assert sorted(slots) == wanted, f"layer {layer_idx}, row {row}, head {head} holds other tokens"
-                if not triples:
-                    continue
-                order = [slots[position] for position in wanted]
-                held_keys, held_values = keys[row, head][order], values[row, head][order]
-                arrived = [np.array([getattr(triple, name) for triple in triples]) for name in ("key", "value")]
-                assert np.array_equal(held_values, arrived[1]), "values are mixed up"
-                tolerance = 0.0
-                if self.setup.is_rotary:
-                    key_position, tolerance = reference.rows[row].layers[layer_idx].key_position, self.tolerance
-                    # A long stream counts its angles from a later token.
-                    held_keys = rotate(held_keys, [layer.base - key_position(triple) for triple in triples])
-                assert np.abs(held_keys - arrived[0]).max() <= tolerance, "keys are mixed up"
+                if triples:
+                    order = [slots[position] for position in wanted]
+                    assert np.array_equal(keys[row, head][order], [triple.key for triple in triples])
+                    assert np.array_equal(values[row, head][order], [triple.value for triple in triples])
 
     def check_bytes(self) -> None:
-        """That the cache says what its tensors' storages hold, and holds no more than it says it would."""
-        setup, cache, reference = self.setup, self.pair.cache, self.pair.reference
-        memory = cache.memory()
-        assert cache.nbytes == held_bytes(cache) == sum(sum(roles.values()) for roles in memory.values())
-        if reference.is_empty:
-            return
-        num_triples = sum(
-            len(triples)
-            for index in range(setup.num_layers)
-            for row in range(len(reference.rows))
-            for triples in reference.held(index, row)
-        )
-        assert min(memory["cpu"]["keys"], memory["cpu"]["values"]) >= num_triples * setup.head_dim * ITEMSIZE
-        for index, layer in enumerate(cache.compressed_layers):
-            rows = reference.layers(index)
+        """That the cache says what its tensors' storages hold, and holds no more than a budget of tokens allows."""
+        cache, reference, budgets = self.cache, self.reference, self.reference.budgets
+        assert cache.nbytes == held_bytes(cache) == sum(sum(roles.values()) for roles in cache.memory().values())
+        if budgets.num_tokens is None or isinstance(cache, (PyramidCache, PyramidKVCache)):
+            return  # layers differ
+        for layer, rows in zip(cache.compressed_layers, reference.layers, strict=True):
             if rows[0].has_slots:
                 tensors = [getattr(layer, name, None) for name in (*layer.slot_tensors, "sink_keys")]
                 held = sum(tensor.untyped_storage().nbytes() for tensor in tensors if tensor is not None)
-                assert held <= len(rows) * rows[0].most_slots * reference.budgets.per_token
+                assert held <= len(rows) * (budgets.num_tokens + budgets.costs[2]) * budgets.per_token
 
 
 def stored(layer: CompressedLayer) -> tuple[np.ndarray, np.ndarray]:
@@ -1002,30 +852,6 @@ def stored(layer: CompressedLayer) -> tuple[np.ndarray, np.ndarray]:
         parts += [getattr(chunk, name) for chunk in layer.recorded]
         states.append(torch.cat(parts, dim=2).double().numpy())
     return states[0], states[1]
-
-
-def same_state(left: Any, right: Any) -> bool:
-    """Whether two objects hold the same, tensors bit for bit."""
-    if isinstance(left, torch.Tensor):
-        return isinstance(right, torch.Tensor) and left.dtype == right.dtype and torch.equal(left, right)
-    if type(left) is not type(right):
-        return False
-    if isinstance(left, dict):
-        return left.keys() == right.keys() and all(same_state(value, right[name]) for name, value in left.items())
-    if isinstance(left, (list, tuple)):
-        return len(left) == len(right) and all(map(same_state, left, right))
-    if type(left).__module__.startswith("pyramid_cache"):
-        return same_state(vars(left), vars(right))
-    return bool(left == right)
-
-
-def refuse(cache: CompressedCache, error: type[Exception], act: Callable[[], object]) -> None:
-    """That an act raises just this error, and changes nothing."""
-    before = copy.deepcopy(cache)
-    with pytest.raises(error) as raised:
-        act()
-    assert raised.type is error
-    assert same_state(before, cache), "a refused operation changed the cache"
 
 
 # Random sequences. An operation is the name of a method of `Run`, and its arguments.
@@ -1041,7 +867,6 @@ OTHERS = st.one_of(
     st.tuples(st.just("repeat"), st.integers(1, 3)),
     st.tuples(st.sampled_from(["compress", "copy", "switch", "save_and_load"])),
     st.tuples(st.just("reset"), st.integers(1, 3), PADDING),
-    st.tuples(st.just("bad_update"), st.sampled_from(["rows", "heads", "width", "dtype", "layer"])),
 )
 # At least half of the operations bring tokens: nothing else makes a cache evict.
 OPERATIONS = st.one_of(st.tuples(UPDATES), st.tuples(UPDATES, OTHERS), st.tuples(OTHERS, UPDATES))
@@ -1105,7 +930,6 @@ def setups(draw: st.DrawFn, cache_class: type[CompressedCache]) -> Setup:
         padding=draw(PADDING),
         attention=draw(st.sampled_from(["sdpa", "eager", "flash_on_cpu"])),
         with_mask=draw(st.booleans()),
-        is_rotary=cache_class is StreamingLLMCache and draw(st.booleans()),
         seed=draw(st.integers(0, 2**16)),
     )
 
@@ -1146,22 +970,10 @@ SEQUENCES: dict[str, tuple[Setup, list[Operation]]] = {
         Setup(PyramidCache, {"budget": 2, "num_sink_tokens": 0}, batch_size=2, padding=(0, 4, 0)),
         [("update", 4), ("record",), ("update", 1), ("record", False)],
     ),
-    "only a row that has not begun is left": (
-        Setup(StreamingLLMCache, DENSE_STREAM.settings, batch_size=2, padding=(4, 0, 0)),
-        [("update", 2), ("select", 0), ("save_and_load",), ("update", 4), ("save_and_load",)],
-    ),
     "rows change places while tokens are recorded": (
         Setup(H2OCache, {"budget": 6, "heavy_ratio": 0.5}, batch_size=3, padding=(0, 5, 2)),
         [("update", 9), ("record",), ("update", 4), ("select", 2, 0, 0, 1), ("update", 1), ("repeat", 2)]
-        + [("crop", 3), ("decode", 2), ("crop", 0)],
-    ),
-    "tokens are taken back before anything is evicted": (
-        Setup(StreamingLLMCache, {**DENSE_STREAM.settings, "budget": 9}, batch_size=2, padding=(0, 2, 0)),
-        [("update", 6), ("crop", 3), ("decode", 4), ("crop", 1), ("decode", 9)],
-    ),
-    "one layer could take tokens back, another could not": (
-        Setup(PyramidCache, {"budget": 0.75, "num_sink_tokens": 1, "decay_ratio": 0.1}, num_layers=2),
-        [("update", 16), ("crop", 2), ("decode", 3)],
+        + [("crop", 3), ("decode", 2), ("reset", 2, (0, 3, 0)), ("update", 9), ("crop", 0)],
     ),
     "a context ends while what was generated waits": (
         Setup(SnapKVCache, SNAPKV, batch_size=2),

@@ -22,13 +22,8 @@ NUM_STEPS = 40
 aten = torch.ops.aten
 # What makes the host wait for numbers of a CUDA device; indexing with a mask is looked for beside them.
 ASKING = (
-    aten._local_scalar_dense.default,
-    aten.nonzero.default,
-    aten.masked_select.default,
-    aten.equal.default,
-    aten._unique2.default,
-    aten.unique_dim.default,
-    aten.unique_consecutive.default,
+    *(aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten.equal.default),
+    *(aten._unique2.default, aten.unique_dim.default, aten.unique_consecutive.default),
 )
 INDEXING = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._unsafe_index.Tensor)
 
@@ -50,12 +45,6 @@ class AskedNumbers(TorchDispatchMode):
         return function(*args, **kwargs)
 
 
-def is_from_the_package(frame: Any) -> bool:
-    """Whether a function was called by the package, not by the model or by `numbers_on`."""
-    caller = Path(frame.f_code.co_filename)
-    return caller.is_relative_to(Path(pyramid_cache.__file__).parent) and caller != Path(transfer.__file__)
-
-
 class PlainCopies(TorchFunctionMode):
     """
     Refuses tensors that are made of numbers of the host, in the package wherever they are put, and lists as indices;
@@ -69,7 +58,9 @@ class PlainCopies(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         is_copy = function in (torch.tensor, torch.as_tensor) and not isinstance(args[0], torch.Tensor)
-        is_copy = is_copy and (kwargs.get("device") is not None or is_from_the_package(sys._getframe(1)))
+        caller = Path(sys._getframe(1).f_code.co_filename)  # the package, the model, or `numbers_on`
+        is_ours = caller.is_relative_to(Path(pyramid_cache.__file__).parent) and caller != Path(transfer.__file__)
+        is_copy = is_copy and (kwargs.get("device") is not None or is_ours)
         if function in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
             index = args[1] if isinstance(args[1], tuple) else (args[1],)
             is_copy = any(isinstance(part, list) for part in index)
@@ -106,23 +97,16 @@ def test_steps_ask_for_no_more_than_with_a_dynamic_cache(case: CacheCase) -> Non
 def test_questions_and_copies_are_seen() -> None:
     tensor = torch.arange(3)
     for ask in (
-        lambda: tensor.tolist(),
-        lambda: bool(tensor.any()),
-        lambda: tensor[tensor > 0],
-        lambda: tensor.nonzero(),
-        lambda: torch.equal(tensor, tensor),
-        lambda: tensor.unique(),
-        lambda: tensor.repeat_interleave(tensor),
+        *(tensor.tolist, tensor.nonzero, tensor.unique, tensor.any().__bool__),
+        *(lambda: tensor[tensor > 0], lambda: torch.equal(tensor, tensor), lambda: tensor.repeat_interleave(tensor)),
     ):
         with AskedNumbers() as asked, PlainCopies() as copies:
             ask()
         assert asked.count + copies.count
     in_the_package = compile("torch.tensor([1, 2]).to('cpu')", str(Path(pyramid_cache.__file__)), "eval")
     for copy in (
-        lambda: torch.tensor([1, 2], device="cpu"),
-        lambda: eval(in_the_package, {"torch": torch}),
-        lambda: tensor[[0, 2]],
-        lambda: tensor.__setitem__([0, 2], 1),
+        *(lambda: torch.tensor([1, 2], device="cpu"), lambda: eval(in_the_package, {"torch": torch})),
+        *(lambda: tensor[[0, 2]], lambda: tensor.__setitem__([0, 2], 1)),
     ):
         with PlainCopies(), pytest.raises(AssertionError, match="numbers_on"):
             copy()
