@@ -18,7 +18,7 @@ from unittest.mock import Mock, patch
 import pytest
 import torch
 from caches import CACHE_CASES, QUICK_CASES, CacheCase
-from models import VOCAB_SIZE, build_model, drive, left_pad, random_rows, random_tokens, tiny_model
+from models import VOCAB_SIZE, build_model, drive, generate, left_pad, random_rows, random_tokens, tiny_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -115,14 +115,7 @@ class Run:
 
     def plain(self, rows: list[torch.Tensor], max_new_tokens: int) -> torch.Tensor:
         """What plain greedy decoding gives, to compare with."""
-        input_ids, attention_mask = left_pad(rows)
-        return self.model.generate(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            past_key_values=self.make_cache(self.model),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-        )
+        return generate(self.model, self.make_cache(self.model), rows, max_new_tokens).sequences
 
     def copy_of(self, cache: Cache) -> Cache:
         """A deep copy of a cache, with its history."""
@@ -153,7 +146,8 @@ class Run:
             output = self.model.generate(past_key_values=cache, **{**defaults, **settings})
         if not isinstance(output, torch.Tensor):
             assert cache_among(output) is cache
-            self.numbers += float_tensors(output)
+            leaves = tree_leaves([value for name, value in output.items() if name not in CACHE_NAMES])
+            self.numbers += [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
             output = output.sequences
         self.sequences.append(output)
         return output
@@ -250,12 +244,6 @@ FOLLOWED_METHODS: dict[str, Callable[[History, Any], None]] = {
 }
 
 
-def float_tensors(output: Any) -> list[torch.Tensor]:
-    """The float tensors in the dictionary that `generate` returned, the cache left out."""
-    leaves = tree_leaves([value for name, value in output.items() if name not in CACHE_NAMES])
-    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
-
-
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, message: str = "") -> None:
     """Equal but for the order of float32 sums; -inf, as logits processors write it, being equal to itself."""
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0, msg=lambda text: f"{message}: {text}")
@@ -332,26 +320,6 @@ def stop_at_48(tokens: torch.Tensor, scores: Any, **ignored: Any) -> torch.Tenso
 
 def forbid_last_token(tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
     return scores.scatter(1, tokens[:, -1:], -torch.inf)
-
-
-def stop_strings(run: Run) -> None:
-    """Stops behind the first occurrence of what is the fourth token."""
-    wanted = run.plain(prompts(40), 10)
-    fourth = int(wanted[0, 43])
-    length = 41 + wanted[0, 40:].tolist().index(fourth)
-    settings = {"stop_strings": [word(fourth)], "tokenizer": tiny_tokenizer()}
-    stopped = run.generate(run.new_cache(), prompts(40), max_new_tokens=10, **settings)
-    assert torch.equal(stopped, wanted[:, :length])
-
-
-def end_of_sequence(run: Run) -> None:
-    """A row that has ended is fed padding from there on; the other one goes on as if nothing had happened."""
-    wanted = run.plain(prompts(), 10)
-    end = next(token for token in wanted[0, 40:].tolist() if token not in wanted[1, 40:].tolist())
-    ended = run.generate(run.new_cache(), prompts(), max_new_tokens=10, eos_token_id=end)
-    length = 41 + wanted[0, 40:].tolist().index(end)
-    assert torch.equal(ended[1], wanted[1])
-    assert torch.equal(ended[0, :length], wanted[0, :length]) and not ended[0, length:].any()
 
 
 # Prompts of every kind.
@@ -436,10 +404,6 @@ def assisted(settings_of: Callable[[Run], dict[str, Any]], new_tokens: int = 20)
     return function
 
 
-def sampled_with_draft(run: Run) -> None:
-    generates(40, new_tokens=12, assistant_model=draft_model(), do_sample=True)(run)
-
-
 @dataclass(frozen=True)
 class Mode:
     """A way to call `generate`.
@@ -475,9 +439,9 @@ MODES = (
     Mode("own streamer", as_plain(40, streamer=Mock())),
     Mode("`TextIteratorStreamer`", as_plain(40, streamer=TextIteratorStreamer(tiny_tokenizer()))),
     Mode("own stopping criteria", as_plain(max_new_tokens=20, stopping_criteria=StoppingCriteriaList([stop_at_48]))),
-    Mode("`stop_strings`", stop_strings),
+    Mode("`stop_strings`", generates(40, new_tokens=10, stop_strings=["7"], tokenizer=tiny_tokenizer())),
     Mode("`max_time`", as_plain(max_time=600.0)),
-    Mode("`eos_token_id`, rows ending apart", end_of_sequence),
+    Mode("`eos_token_id`, rows ending apart", generates(new_tokens=10, eos_token_id=[*range(3, 20)])),
     Mode("own logits processor", generates(logits_processor=LogitsProcessorList([forbid_last_token]))),
     Mode("`repetition_penalty`", generates(repetition_penalty=1.5)),
     Mode("`no_repeat_ngram_size`", generates(40, new_tokens=PAST_A_ZONE, no_repeat_ngram_size=2)),
@@ -499,7 +463,7 @@ MODES = (
     Mode("`copy.deepcopy` of a prefix", copied_prefix),
     Mode("assisted, another draft model", assisted(lambda run: {"assistant_model": draft_model()})),
     Mode("assisted, the same model as draft", assisted(lambda run: {"assistant_model": run.model})),
-    Mode("assisted sampling", sampled_with_draft),
+    Mode("assisted sampling", generates(40, new_tokens=12, assistant_model=draft_model(), do_sample=True)),
     Mode("assisted, `assistant_early_exit`", assisted(lambda run: {"assistant_early_exit": 1}, new_tokens=12)),
     Mode("prompt lookup", assisted(lambda run: {"prompt_lookup_num_tokens": 3})),
     Mode("`use_cache=False`", generates(40, new_tokens=4, use_cache=False), never_fits=True),

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from caches import CacheCase, every_cache
-from models import left_pad, random_rows, tiny_model
+from caches import CACHE_CASES, CacheCase, every_cache, parametrize_cases
+from models import drive, left_pad, random_rows, tiny_model
 from modes import Run
 from transformers import Cache
 
@@ -19,6 +19,21 @@ def test_some_rows_held_whole_beside_others(cache_class: type[Cache]) -> None:
     run = Run(tiny_model("llama"), lambda model: cache_class(model.config, budget=52))
     run.generate(run.new_cache(), random_rows(LENGTHS, seed=21), max_new_tokens=24)
     run.verify()
+
+
+@parametrize_cases(case for case in CACHE_CASES if not case.has_own_reference and "streaming" not in case.short_name)
+def test_a_budget_in_bytes_is_filled_and_kept(case: CacheCase) -> None:
+    """With one token more in each layer of each row it would be exceeded."""
+    model, budget = tiny_model("llama"), 60_000
+    settings = {**case.tight, "budget": f"{budget}B"}
+    cache = case.cache_class(model if case.from_model else model.config, **settings)
+    drive(model, cache, random_rows((60, 60, 55)), 6 if case.is_bounded else 0)
+    held, of_a_token = 0, 0.0
+    for layer in cache.compressed_layers:
+        tensors = [getattr(layer, name, None) for name in layer.slot_tensors]
+        num_bytes = sum(tensor.untyped_storage().nbytes() for tensor in tensors if tensor is not None)
+        held, of_a_token = held + num_bytes, of_a_token + num_bytes / layer.keys.shape[2]
+    assert held <= budget < held + of_a_token
 
 
 @every_cache
