@@ -141,15 +141,8 @@ def pair_with_caches(
     name: str, values: Iterable[Any], cases: Sequence[CacheCase] = CACHE_CASES, shift: int = 0
 ) -> pytest.MarkDecorator:
     """
-    Runs a test with every pair of a value and a cache in the slow tier. The quick tier has each value with one cache
-    and each
-    of its caches with one value at least: what a value does and what a cache does seldom depend on each other.
-
-    Args:
-        name: The argument that takes the value; `case` takes the cache.
-        values: What is paired; `name` attributes are their ids.
-        cases: The caches.
-        shift: Another number gives other pairs.
+    Runs a test with every pair of a value and a cache in the slow tier. The quick tier has each value and each of its
+    caches in one pair at least: what a value does and what a cache does seldom depend on each other.
     """
     values = list(values)
     quick = [case for case in cases if case.tier == "quick"]

@@ -1,5 +1,7 @@
 """`torch.compile` of a model's forward: decoding in one graph, without a new one at each step."""
 
+from typing import Any
+
 import pytest
 import torch
 from caches import CACHE_CASES, QUICK_CASES, CacheCase, parametrize_cases
@@ -13,7 +15,7 @@ class Decoding:
 
     def __init__(self, model: PreTrainedModel, cache: Cache, lengths: tuple[int, ...]) -> None:
         self.cache = cache
-        input_ids, self.mask = left_pad(random_rows(lengths))
+        input_ids, self.mask = (tensor.to(model.device) for tensor in left_pad(random_rows(lengths)))
         self.is_padded = len(set(lengths)) > 1
         self.step(model, input_ids)
 
@@ -28,18 +30,26 @@ class Decoding:
         return output.logits[:, -1]
 
 
-def compare(case: CacheCase, budget: str, lengths: tuple[int, ...], backend: str, steps: int) -> list[int]:
+def compare(
+    case: CacheCase,
+    budget: str,
+    lengths: tuple[int, ...],
+    backend: str,
+    steps: int,
+    device: str = "cpu",
+    **options: Any,
+) -> list[int]:
     """
     Decode compiled and not, and return the number of graphs after each step. In the end a cache that another model
     has filled is refused in compiled code too.
     """
     torch._dynamo.reset()
     counters.clear()
-    model = build_model("llama", num_hidden_layers=2)
-    compiled = torch.compile(model, backend=backend, fullgraph=case.has_one_graph)
+    model = build_model("llama", num_hidden_layers=2).to(device)
+    compiled = torch.compile(model, backend=backend, fullgraph=case.has_one_graph, **options)
     one, other = (Decoding(model, case.build(model, budget), lengths) for _ in range(2))
     graphs = []
-    for tokens in random_tokens(steps, len(lengths), 1, seed=2):
+    for tokens in random_tokens(steps, len(lengths), 1, seed=2).to(device):
         output, wanted = one.step(compiled, tokens), other.step(model, tokens)
         graphs.append(counters["stats"]["unique_graphs"])
         # transformers' sdpa repeats keys for compilers where it groups queries otherwise.
@@ -49,7 +59,7 @@ def compare(case: CacheCase, budget: str, lengths: tuple[int, ...], backend: str
         assert torch.equal(one.cache.positions(layer), other.cache.positions(layer))
     assert one.cache.num_kept_tokens() == other.cache.num_kept_tokens()
     assert one.cache.get_seq_length() == other.cache.get_seq_length()
-    stranger = build_model("llama", num_hidden_layers=2, seed=1)
+    stranger = build_model("llama", num_hidden_layers=2, seed=1).to(device)
     foreign = Decoding(stranger, case.build(stranger, budget), lengths)
     with pytest.raises(Exception, match="filled by another model"):
         foreign.step(compiled, tokens)

@@ -1,7 +1,5 @@
 """`cache.compress()`: a context read first and asked later, or read with its question, by the same cache."""
 
-import copy
-
 import pytest
 import torch
 from caches import CacheCase, every_cache
@@ -12,14 +10,9 @@ from pyramid_cache import AdaKVCache, SnapKVCache
 from pyramid_cache.engine.cache import CompressedCache
 
 
-def held_sets(cache: CompressedCache) -> list[list[list[list[int]]]]:
-    """For each layer, row and head, the positions held, in order."""
-    return [held_positions(cache, layer) for layer in range(len(cache.layers))]
-
-
-def heads_of(held: list[list[list[list[int]]]]) -> list[list[int]]:
-    """The heads of all layers and rows, one after the other."""
-    return [head for layer in held for row in layer for head in row]
+def held_heads(cache: CompressedCache) -> list[list[int]]:
+    """The positions that each head of each row and layer holds, in order."""
+    return [head for layer in range(len(cache.layers)) for row in held_positions(cache, layer) for head in row]
 
 
 @torch.no_grad()
@@ -34,38 +27,26 @@ def test_generated_tokens_are_evicted_down_to_the_budget(cache_class: type[Compr
         for token in random_tokens(num_generated, 2):
             model(token[:, None], past_key_values=cache)
         assert cache.num_kept_tokens() == [12 + num_generated % 16] * 3
-        before = held_sets(cache)
+        before = held_heads(cache)
         cache.compress()
         assert cache.num_kept_tokens() == [12] * 3 and cache.nbytes == num_bytes
-        for held, left in zip(heads_of(before), heads_of(held_sets(cache)), strict=True):
+        for held, left in zip(before, held_heads(cache), strict=True):
             # Half of the budget is the latest tokens; the others are of those that were held.
             assert set(left) <= set(held) and (num_generated == 16 or left[-6:] == list(range(44, 50)))
-    assert held_sets(cache) == before
+    assert held_heads(cache) == before
     model(random_tokens(2, 1), past_key_values=cache)
     assert cache.num_kept_tokens() == [13] * 3
 
 
 @torch.no_grad()
 @every_cache
-def test_any_number_of_questions_on_copies(case: CacheCase) -> None:
-    """
-    After a prompt there is nothing left to do. The context is read once; each copy answers as a cache that read it
-    for its question alone.
-    """
-    model, context = tiny_model("llama"), random_tokens(1, 40)
+def test_after_a_prompt_there_is_nothing_left_to_do(case: CacheCase) -> None:
+    model = tiny_model("llama")
     cache = case.build(model)
-    model(context, past_key_values=cache)
-    held, num_bytes = held_sets(cache), cache.nbytes
+    model(random_tokens(1, 40), past_key_values=cache)
+    before = held_heads(cache), cache.nbytes
     cache.compress()
-    assert (held_sets(cache), cache.nbytes) == (held, num_bytes)
-    settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
-    for seed in range(2):
-        prompt = torch.cat([context, random_tokens(1, 5, seed=seed)], dim=1)
-        alone = case.build(model)
-        model(context, past_key_values=alone)
-        answers = [model.generate(prompt, past_key_values=one, **settings) for one in (copy.deepcopy(cache), alone)]
-        assert torch.equal(*answers)
-    assert held_sets(cache) == held
+    assert (held_heads(cache), cache.nbytes) == before
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ import pytest
 import torch
 from caches import BUDGETS, CacheCase, every_cache, pair_with_caches
 from models import build_model, left_pad, random_rows, random_tokens
+from test_compile import compare
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from pyramid_cache.ops import decode_packed_attention
@@ -129,23 +130,7 @@ def test_steps_wait_for_the_device_no_more_than_with_a_dynamic_cache(case: Cache
 @pair_with_caches("mode", ["default", "reduce-overhead"])
 def test_compiled_steps_are_plain_steps(mode: str, case: CacheCase) -> None:
     """Inductor for the device, and CUDA graphs where it makes them."""
-    torch._dynamo.reset()
-    model = build_model("llama", num_hidden_layers=2).to(DEVICE)
-    compiled = torch.compile(model, mode=mode, fullgraph=case.has_one_graph)
-    input_ids = torch.stack([row[:20] for row in ROWS]).to(DEVICE)
-    caches = [case.build(model) for _ in range(2)]
-    with torch.no_grad():
-        for cache in caches:
-            model(input_ids, past_key_values=cache)
-        for step, tokens in enumerate(random_tokens(24, 3, 1, seed=2).to(DEVICE)):
-            position_ids = torch.full((3, 1), 20 + step, device=DEVICE)
-            found, wanted = (
-                runner(tokens, position_ids=position_ids, past_key_values=cache).logits.clone()
-                for runner, cache in zip((compiled, model), caches, strict=True)
-            )
-            torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
-    for layer in range(2):
-        assert torch.equal(caches[0].positions(layer), caches[1].positions(layer))
+    compare(case, "tight", (20, 20, 20), "inductor", 24, DEVICE, mode=mode)
 
 
 @every_cache

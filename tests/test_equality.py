@@ -20,6 +20,8 @@ def assert_bitwise_equal(cache: Cache, family: str, lengths: tuple[int, ...], ne
     output = generate(model, cache, rows, new_tokens)
     assert torch.equal(output.sequences, wanted.sequences)
     assert len(output.logits) == new_tokens
+    # Equality of tokens says little for a model that repeats one token.
+    assert new_tokens < 40 or len(set(output.sequences[0, -new_tokens:].tolist())) >= 5
     for step, (actual, expected) in enumerate(zip(output.logits, wanted.logits, strict=True)):
         assert torch.equal(actual, expected), f"step {step} differs by {(actual - expected).abs().max().item():.1e}"
 
@@ -40,11 +42,3 @@ def test_budgets_that_are_no_number_of_tokens(cache_class: type[Cache]) -> None:
         for lengths in ((33,), (20, 33, 7)):
             cache = cache_class(tiny_model("llama").config, budget=budget)
             assert_bitwise_equal(cache, "llama", lengths, new_tokens)
-
-
-def test_the_models_give_varied_tokens() -> None:
-    """Equality of tokens says little for a model that repeats one token."""
-    for family in FAMILIES:
-        model = tiny_model(family)
-        sequences = generate(model, DynamicCache(config=model.config), random_rows((33,)), 40).sequences
-        assert len(set(sequences[0, 33:].tolist())) >= 5, family

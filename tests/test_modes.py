@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 import torch
 from caches import CACHE_CASES, CacheCase, every_cache
-from models import drive, random_tokens, tiny_model
-from modes import Mode, Run, every_cell, held_positions, prompts, repeating_prompt
+from models import random_tokens, tiny_model
+from modes import Mode, Run, every_cell, held_positions
 from test_compatibility import PAGE, columns_of, table_in
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from pyramid_cache import H2OCache, ShadowKVCache, StreamingLLMCache
-from pyramid_cache.engine.cache import CompressedCache
 from pyramid_cache.engine.layer import CompressedLayer
 from pyramid_cache.lab.demo.planted_number import read_text
 from pyramid_cache.lab.loaded_model import load_model
@@ -43,30 +42,6 @@ def test_large_budget_is_dynamic_cache_bit_for_bit(mode: Mode, case: CacheCase) 
     for found, expected in ((run.sequences, wanted.sequences), (run.numbers, wanted.numbers)):
         assert len(found) == len(expected) and run.sequences
         assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
-
-
-@every_cache
-def test_beams_are_those_of_a_search_that_runs_every_hypothesis_from_the_start(case: CacheCase) -> None:
-    model, row = tiny_model("llama"), prompts(40)[0]
-    settings = {"num_beams": 3, "num_return_sequences": 3, "max_new_tokens": 6, "do_sample": False}
-    tokens = model.generate(row[None], past_key_values=case.build(model), **settings)
-    assert tokens[:, 40:].tolist() == slow_beam_search(model, case, row, num_beams=3, new_tokens=6)
-
-
-def slow_beam_search(
-    model: PreTrainedModel, case: CacheCase, row: torch.Tensor, num_beams: int, new_tokens: int
-) -> list[list[int]]:
-    """The tokens of the best beams, best first; each hypothesis has a cache of its own, filled anew at every step."""
-    beams: list[tuple[float, list[int]]] = [(0.0, [])]
-    for _ in range(new_tokens):
-        candidates = []
-        for total, tokens in beams:
-            fed = torch.tensor([tokens], dtype=torch.long)
-            log_probabilities = drive(model, case.build(model), [row], fed).logits[0, -1].log_softmax(-1)
-            for token in log_probabilities.topk(num_beams).indices.tolist():
-                candidates.append((total + float(log_probabilities[token]), [*tokens, token]))
-        beams = sorted(candidates, reverse=True)[:num_beams]
-    return [tokens for _, tokens in beams]
 
 
 # Prompts that are read in chunks.
@@ -142,38 +117,3 @@ def closeness(
         caches.append([set(head) for heads in held for head in heads])
     common = sum(len(cut & whole) for cut, whole in zip(*caches, strict=True))
     return float(torch.cosine_similarity(*answers).mean()), common / sum(len(whole) for whole in caches[1])
-
-
-# Tokens that are taken back.
-
-
-@every_cache
-def test_assisted_decoding_keeps_the_budget_and_takes_its_first_tokens_for_a_prompt(
-    case: CacheCase, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, prompt = tiny_model("llama"), repeating_prompt()
-    cache = case.build(model)
-    crop = CompressedCache.crop
-    after_crops: list[tuple[int, int, list[list[list[list[int]]]]]] = []
-
-    def spy(cropped: CompressedCache, tokens_to_remove: int) -> None:
-        crop(cropped, tokens_to_remove)
-        held = [held_positions(cropped, layer) for layer in range(3)]
-        after_crops.append((tokens_to_remove, cropped.get_seq_length(), held))
-
-    monkeypatch.setattr(CompressedCache, "crop", spy)
-    tokens = model.generate(
-        prompt[None], past_key_values=cache, max_new_tokens=20, do_sample=False, prompt_lookup_num_tokens=3
-    )
-    assert any(removed < 0 for removed, _, _ in after_crops), "nothing was taken back"
-    _, seen, held = after_crops[0]
-    # Hidden states, which could not be taken back, are not pruned meanwhile.
-    plain = case.build_from(model.config)
-    with torch.no_grad():
-        model(tokens[:, :seen], past_key_values=plain)
-    assert held == [held_positions(plain, layer) for layer in range(3)]
-    if case.is_bounded:
-        for _, _, held in after_crops:
-            assert case.is_full([sum(len(head) for head in layer[0]) // len(layer[0]) for layer in held])
-            if cache.compressed_layers[0].heads_keep_equal_numbers:
-                assert all(len(head) == len(layer[0][0]) for layer in held for head in layer[0])

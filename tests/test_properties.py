@@ -101,6 +101,7 @@ class ReferenceLayer:
 
     Attributes:
         held: For each KV head its triples in order of position.
+        attention: For each KV head what the tokens at these positions were given.
         length: Tokens that the row has seen.
         kept: Tokens that may stay; None: all.
         num_spare: Generated tokens that may wait beyond them.
@@ -116,6 +117,7 @@ class ReferenceLayer:
         self.amount = setup.settings.get("budget")
         self.layer_idx = layer_idx
         self.held: list[list[Triple]] = [[] for _ in range(setup.kv_heads)]
+        self.attention: list[dict[int, float]] = [{} for _ in self.held]
         self.kept: int | None = None
         self.has_slots = self.has_exceeded = False
         self.length = self.num_spare = 0
@@ -161,13 +163,26 @@ class ReferenceLayer:
 
     def attend(self, query: np.ndarray, is_first: bool) -> tuple[np.ndarray, list[np.ndarray]]:
         """Each query sees all that is held up to itself: output, and probabilities for each KV head; see `update`."""
-        num_new, num_seen = query.shape[2], self.num_held
-        allowed = np.tri(num_new, num_seen, num_seen - num_new, dtype=bool)
-        results = [attend(query[head], triples, allowed) for head, triples in enumerate(self.held)]
+        newest = np.arange(self.length - query.shape[2], self.length)
+        results = []
+        for head, triples in enumerate(self.held):
+            positions = np.array([triple.position for triple in triples])
+            allowed = (positions <= newest[:, None]) & self.is_seen(positions, newest[:, None], is_first)
+            results.append(attend(query[head], triples, allowed))
         return np.stack([output for output, _ in results]), [probabilities for _, probabilities in results]
+
+    def is_seen(self, positions: np.ndarray, newest: np.ndarray, is_first: bool) -> np.ndarray | bool:
+        """Which held tokens `(held,)` queries at positions `(new, 1)` may see, if these come later."""
+        return True
 
     def note(self, probabilities: list[np.ndarray], is_step: bool) -> None:
         """Takes `(group, new, held)` attention probabilities of each KV head down."""
+
+    def add_attention(self, received: list[np.ndarray], share_left: float = 1.0) -> None:
+        """Adds what each held token was given, `(held,)` for each KV head, to a share of what it had."""
+        for attention, triples, amounts in zip(self.attention, self.held, received, strict=True):
+            for triple, amount in zip(triples, amounts.tolist(), strict=True):
+                attention[triple.position] = share_left * attention.get(triple.position, 0.0) + amount
 
     def begin(self) -> None:
         """All that has been seen so far is a prompt."""
@@ -207,51 +222,34 @@ class H2OReferenceLayer(ReferenceLayer):
 
     is_scored = True
 
-    def __init__(self, setup: Setup, schedule: Any, layer_idx: int) -> None:
-        super().__init__(setup, schedule, layer_idx)
-        self.scores: list[dict[int, float]] = [{} for _ in self.held]
-
     def note(self, probabilities: list[np.ndarray], is_step: bool) -> None:
-        for scores, triples, received in zip(self.scores, self.held, probabilities, strict=True):
-            for triple, amount in zip(triples, received.sum(axis=1).mean(axis=0), strict=True):
-                scores[triple.position] = scores.get(triple.position, 0.0) + float(amount)
+        self.add_attention([heads.sum(axis=1).mean(axis=0) for heads in probabilities])
 
     def chosen(self, head: int, observed: set[int]) -> set[int]:
         ratio = Fraction(str(self.setup.settings["heavy_ratio"]))
         first_recent = self.length - (self.kept - math.floor(ratio * self.kept))
         positions = [triple.position for triple in self.held[head]]
         recent = {position for position in positions if position >= first_recent}
-        others = {position: self.scores[head][position] for position in positions if position < first_recent}
+        others = {position: self.attention[head][position] for position in positions if position < first_recent}
         return recent | choose(others, self.kept - len(recent), observed)
 
 
 class StreamingLLMReferenceLayer(ReferenceLayer):
-    """
-    The first tokens and a rolling window, of keys without rotation: test_streaming_llm.py is about positions.
-    """
+    """The first tokens and a rolling window. Keys are not rotated: test_streaming_llm.py is about that."""
 
     def __init__(self, setup: Setup, schedule: Any, layer_idx: int) -> None:
         super().__init__(setup, schedule, layer_idx)
         self.num_sinks = setup.settings["num_sink_tokens"]
         self.window = setup.settings["budget"] - self.num_sinks
 
-    def is_near(self, position: int, query_position: int) -> bool:
-        return position < self.num_sinks or position > query_position - self.window
-
-    def attend(self, query: np.ndarray, is_first: bool) -> tuple[np.ndarray, list[np.ndarray]]:
+    def is_seen(self, positions: np.ndarray, newest: np.ndarray, is_first: bool) -> np.ndarray | bool:
         is_dense = is_first and self.setup.settings["prefill"] == "dense"
-        positions = [triple.position for triple in self.held[0]]
-        allowed = [
-            [position <= newer and (is_dense or self.is_near(position, newer)) for position in positions]
-            for newer in positions[-query.shape[2] :]
-        ]
-        results = [attend(query[head], triples, np.array(allowed)) for head, triples in enumerate(self.held)]
-        return np.stack([output for output, _ in results]), []
+        return is_dense or (positions < self.num_sinks) | (positions > newest - self.window)
 
     def evict(self, is_step: bool, observed: Observed) -> None:
-        positions = [triple.position for triple in self.held[0]]
-        kept = {position for position in positions if self.is_near(position, self.length - 1)}
-        self.keep([kept] * len(self.held))
+        positions = np.array([triple.position for triple in self.held[0]])
+        is_kept = self.is_seen(positions, np.array(self.length - 1), is_first=False)
+        self.keep([set(positions[is_kept].tolist())] * len(self.held))
 
 
 class PyramidReferenceLayer(ReferenceLayer):
@@ -343,7 +341,6 @@ class ScoredReferenceLayer(ReferenceLayer):
         super().__init__(setup, schedule, layer_idx)
         self.score = score_of(setup.cache_class, setup.settings)
         self.is_scored = bool(self.score.window_size)
-        self.attention: list[dict[int, float]] = [{} for _ in self.held]
 
     def most_kept_tokens(self) -> int | None:
         mean = super().most_kept_tokens()
@@ -358,10 +355,7 @@ class ScoredReferenceLayer(ReferenceLayer):
         if not window:
             return
         received = [heads.mean(axis=0)[-window:] for heads in probabilities]  # (new in the window, held)
-        for attention, triples, rows in zip(self.attention, self.held, received, strict=True):
-            share_left = 1 - len(rows) / window
-            for triple, amount in zip(triples, rows.sum(axis=0) / window, strict=True):
-                attention[triple.position] = share_left * attention.get(triple.position, 0.0) + float(amount)
+        self.add_attention([rows.sum(axis=0) / window for rows in received], 1 - len(received[0]) / window)
 
     def chosen(self, head: int, observed: set[int]) -> set[int]:
         triples = self.held[head]
@@ -536,7 +530,7 @@ class Run:
         return [
             [[set(head) - {-1} for head in row] for row in self.cache.positions(index).tolist()]
             for index in range(self.setup.num_layers)
-            if not self.reference.is_empty or self.cache.compressed_layers[index].is_initialized
+            if self.cache.compressed_layers[index].is_initialized
         ]
 
     # What can be done to a cache.
@@ -588,7 +582,10 @@ class Run:
     def select(self, *chosen: int) -> None:
         """Rows by `batch_select_indices`."""
         rows = [row % len(self.reference.rows) for row in chosen]
-        self.cache.batch_select_indices(torch.tensor(rows))
+        indices = torch.tensor(rows)
+        if rows == sorted(set(rows)):
+            indices = torch.isin(torch.arange(len(self.reference.rows)), indices)  # a mask says the same
+        self.cache.batch_select_indices(indices)
         self.reference.map_rows(rows)
 
     def reorder(self, *chosen: int) -> None:
@@ -609,8 +606,6 @@ class Run:
         self.cache.reset()
         self.reference.reset(batch_size, padding)
 
-    # What is checked.
-
     def check(self) -> None:
         """That the cache holds what its reference holds."""
         self.check_counts()
@@ -629,9 +624,7 @@ class Run:
         assert cache.batch_size == (-1 if reference.is_empty else len(reference.rows))
 
     def check_triples(self, layer_idx: int) -> None:
-        """
-        That each slot with a position holds the key and the value that arrived for it, each token once, and no other.
-        """
+        """That each slot holds the key and the value that arrived for its position, each token once."""
         positions = self.cache.positions(layer_idx)
         assert positions.shape[:2] == (len(self.reference.rows), self.setup.kv_heads)
         layer = self.cache.compressed_layers[layer_idx]

@@ -81,14 +81,10 @@ def count_asked(model: PreTrainedModel, cache: Cache) -> int:
     return asked.count + copies.count
 
 
-@pytest.fixture(autouse=True)
-def without_the_check_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Position ids are looked at on the CPU alone, where it costs nothing."""
-    monkeypatch.setattr(CompressedLayer, "_check_position_ids", lambda *arguments: None)
-
-
 @every_cache
-def test_steps_ask_for_no_more_than_with_a_dynamic_cache(case: CacheCase) -> None:
+def test_steps_ask_for_no_more_than_with_a_dynamic_cache(case: CacheCase, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Position ids are looked at on the CPU alone, where it costs nothing.
+    monkeypatch.setattr(CompressedLayer, "_check_position_ids", lambda *arguments: None)
     model = build_model("llama")
     wanted = count_asked(model, DynamicCache(config=model.config))
     assert count_asked(model, case.build(model)) <= wanted + case.most_waits(3, NUM_STEPS)
