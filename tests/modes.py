@@ -439,7 +439,7 @@ MODES = (
     Mode("own streamer", as_plain(40, streamer=Mock())),
     Mode("`TextIteratorStreamer`", as_plain(40, streamer=TextIteratorStreamer(tiny_tokenizer()))),
     Mode("own stopping criteria", as_plain(max_new_tokens=20, stopping_criteria=StoppingCriteriaList([stop_at_48]))),
-    Mode("`stop_strings`", generates(40, new_tokens=10, stop_strings=["7"], tokenizer=tiny_tokenizer())),
+    Mode("`stop_strings`", generates(40, new_tokens=10, stop_strings=["6"], tokenizer=tiny_tokenizer())),
     Mode("`max_time`", as_plain(max_time=600.0)),
     Mode("`eos_token_id`, rows ending apart", generates(new_tokens=10, eos_token_id=[*range(3, 20)])),
     Mode("own logits processor", generates(logits_processor=LogitsProcessorList([forbid_last_token]))),
@@ -506,7 +506,6 @@ def first_sentence(message: str) -> str:
 
 # What a cache can be asked to do, by the modes that ask for it: each of them runs with each cache of the quick tier.
 MECHANISMS = {
-    "`num_return_sequences`",
     "beam search",
     "`prefill_chunk_size`",
     "next turn: full history",

@@ -39,6 +39,5 @@ def test_budgets_that_are_no_number_of_tokens(cache_class: type[Cache]) -> None:
     Bytes, and the whole prompt as a fraction: the second token is the last that only the prompt and itself have fed.
     """
     for budget, new_tokens in (("64MiB", 40), (1.0, 2)):
-        for lengths in ((33,), (20, 33, 7)):
-            cache = cache_class(tiny_model("llama").config, budget=budget)
-            assert_bitwise_equal(cache, "llama", lengths, new_tokens)
+        cache = cache_class(tiny_model("llama").config, budget=budget)
+        assert_bitwise_equal(cache, "llama", (20, 33, 7), new_tokens)

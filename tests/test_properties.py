@@ -1,9 +1,9 @@
-"""Random sequences of everything that can be done to a cache, against a reference that holds triples in Python lists.
+"""Random sequences of tokens and of operations on rows, against a reference that holds triples in Python lists.
 
 The reference holds, for each layer, row and KV head, a list of (position, key, value) triples and applies each
 method's rules to it one token at a time, in float64. After every operation the cache must hold the same triples, and
-every attention output must be that of the triples which the query may see. What an operation may not do (`crop` of
-tokens that were evicted) must raise the documented error and change nothing.
+every attention output must be that of the triples which the query may see. A `crop` of tokens that were evicted must
+raise the documented error and change nothing. Recording, copies and files have test files of their own.
 
 A failing sequence is printed as a `Setup` and a list of operations, which `run_sequence` repeats. More sequences:
 `PYRAMID_EXAMPLES=3000 pytest tests/test_properties.py`.

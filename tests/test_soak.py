@@ -80,12 +80,12 @@ def test_generate_leaves_nothing_behind(case: CacheCase) -> None:
 
     class Watch(LogitsProcessor):
         def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-            if input_ids.shape[1] in (43, 63, 102):
+            if input_ids.shape[1] in (33, 53, 82):
                 measured.append((cache.nbytes, count_tensors(), resident_bytes()))
             return scores
 
     input_ids, mask = left_pad(random_rows((23, 9), seed=29))
-    settings = {"max_new_tokens": 80, "do_sample": True, "logits_processor": [Watch()]}
+    settings = {"max_new_tokens": 60, "do_sample": True, "logits_processor": [Watch()]}
     model.generate(input_ids, attention_mask=mask, past_key_values=cache, **settings)
-    assert cache.get_seq_length() == 102 and len(measured) == 3
+    assert cache.get_seq_length() == 82 and len(measured) == 3
     check_flat(measured)

@@ -1,13 +1,14 @@
 """Decode steps do not wait for the device: they ask tensors for no numbers, and bring it none by plain copies."""
 
 import sys
+from functools import cache as remember
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from caches import CacheCase, every_cache
-from models import build_model, random_tokens
+from models import random_tokens, tiny_model
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Cache, DynamicCache, PreTrainedModel
@@ -81,13 +82,17 @@ def count_asked(model: PreTrainedModel, cache: Cache) -> int:
     return asked.count + copies.count
 
 
+@remember
+def asked_by_dynamic_cache() -> int:
+    return count_asked(tiny_model("llama"), DynamicCache(config=tiny_model("llama").config))
+
+
 @every_cache
 def test_steps_ask_for_no_more_than_with_a_dynamic_cache(case: CacheCase, monkeypatch: pytest.MonkeyPatch) -> None:
     # Position ids are looked at on the CPU alone, where it costs nothing.
     monkeypatch.setattr(CompressedLayer, "_check_position_ids", lambda *arguments: None)
-    model = build_model("llama")
-    wanted = count_asked(model, DynamicCache(config=model.config))
-    assert count_asked(model, case.build(model)) <= wanted + case.most_waits(3, NUM_STEPS)
+    model = tiny_model("llama")
+    assert count_asked(model, case.build(model)) <= asked_by_dynamic_cache() + case.most_waits(3, NUM_STEPS)
 
 
 def test_questions_and_copies_are_seen() -> None:
