@@ -1,7 +1,4 @@
-"""
-The caches on a CUDA device: what they give on the CPU, in memory that is really freed, without waiting for the
-device.
-"""
+"""On a CUDA device: what caches give on the CPU, in memory that is really freed, without waiting for the device."""
 
 import itertools
 import warnings

@@ -1,6 +1,6 @@
-"""
-Long streams of generated tokens. Every step of a bounded cache is compared with the lists of test_properties.py. At
-checkpoints neither the cache nor the process may hold more than before.
+"""Long streams: every step of a bounded cache is compared with the lists of test_properties.py.
+
+At checkpoints neither the cache nor the process may hold more than before.
 """
 
 import gc
