@@ -270,9 +270,17 @@ CacheCase.__hash__ = lambda case: hash(case.name)
 @remember
 def undisturbed(case: CacheCase, on: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """What a cache gives for the prompt and for the rest if nothing bad happens."""
-    model = tiny_model("llama")
-    scene = Scene(model, case.build(model, "large" if on == "large" else "tight"), is_padded=on == "padded")
+    scene = scene_of(case, on, is_read=False)
     return scene.read_prompt(), scene.go_on()
+
+
+def scene_of(case: CacheCase, on: str, model: PreTrainedModel | None = None, is_read: bool = True) -> Scene:
+    """A cache as it is before a call."""
+    model = model or tiny_model("llama")
+    scene = Scene(model, case.build(model, "large" if on == "large" else "tight"), is_padded=on == "padded")
+    if is_read and on != "fresh":
+        scene.read_prompt()
+    return scene
 
 
 Calls = dict[tuple[str, Errors], list[tuple[str, Callable[[Scene], Any]]]]
@@ -551,15 +559,6 @@ PROMPTS: Calls = {
 }
 
 
-def scene_of(case: CacheCase, on: str, model: PreTrainedModel | None = None) -> Scene:
-    """A cache as it is before a call."""
-    model = model or tiny_model("llama")
-    scene = Scene(model, case.build(model, "large" if on == "large" else "tight"), is_padded=on == "padded")
-    if on != "fresh":
-        scene.read_prompt()
-    return scene
-
-
 @every_cache
 def test_calls_that_change_nothing(case: CacheCase) -> None:
     """One cache goes through all of them, and then on as one that never saw them."""
@@ -647,8 +646,11 @@ def test_assistants_that_are_refused(case: CacheCase) -> None:
     assert torch.equal(logits, wanted)
 
 
-def test_the_class_in_place_of_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`generate` marks it as the user's before it fails. Caches of the class notice the next start all the same."""
+def test_the_class_and_a_twin_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """
+    `generate` marks a class as the user's cache before it fails. Caches of it notice the next start all the same. The
+    hooks that prune hidden states are on the model that was given: its twin has none.
+    """
     model = tiny_model("llama")
     monkeypatch.setattr(H2OCache, "_is_user_defined", False, raising=False)
     # What stumbles over it first differs between versions of transformers.
@@ -658,16 +660,10 @@ def test_the_class_in_place_of_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     cache.activate_past_recording()
     model.generate(PROMPT, past_key_values=cache, max_new_tokens=2)
     assert not any(layer.record_past for layer in cache.layers)
-
-
-def test_a_cache_of_the_twin_of_a_model() -> None:
-    """Hidden states are pruned by hooks on the model that was given; another one has none."""
-    cache = PyramidCache(build_model("llama", seed=1), budget=0.5)
-    twin = build_model("llama", seed=2)
-    with pytest.raises(ValueError, match="another model"):
-        Scene(twin, cache).read_prompt()
-    with pytest.raises(RuntimeError, match=r"cache\.reset\(\)"):
-        Scene(twin, cache).read_prompt()
+    scene = Scene(build_model("llama", seed=2), PyramidCache(model, budget=0.5))
+    for error, match in ((ValueError, "another model"), (RuntimeError, r"cache\.reset\(\)")):
+        with pytest.raises(error, match=match):
+            scene.read_prompt()
 
 
 @every_cache

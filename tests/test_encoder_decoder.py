@@ -27,20 +27,12 @@ from pyramid_cache.engine.cache import CompressedCache
 TOLERANCE = 1e-4
 PROMPT_LENGTH, NEW_TOKENS = 30, 8
 
-TOKENS: dict[str, Any] = {
-    "vocab_size": 101,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "decoder_start_token_id": 1,
-    "forced_eos_token_id": None,
-}
+TOKENS: dict[str, Any] = dict(zip(("pad_token_id", "bos_token_id", "eos_token_id"), range(3), strict=True))
+TOKENS |= {"vocab_size": 101, "decoder_start_token_id": 1, "forced_eos_token_id": None}
 # More layers in the decoder than in the encoder: a cache that takes the wrong number does not fit.
 LIKE_BART: dict[str, Any] = {
     **TOKENS,
-    "d_model": 48,
-    "init_std": 0.25,
-    "max_position_embeddings": 128,
+    **{"d_model": 48, "init_std": 0.25, "max_position_embeddings": 128},
     **{"encoder_layers": 1, "encoder_attention_heads": 4, "encoder_ffn_dim": 64},
     **{"decoder_layers": 3, "decoder_attention_heads": 4, "decoder_ffn_dim": 64},
 }
@@ -108,6 +100,7 @@ def decoder_prompts() -> torch.Tensor:
 
 
 def beside_encoder(cache: Cache) -> EncoderDecoderCache:
+    """What transformers is given."""
     return EncoderDecoderCache(cache, DynamicCache())
 
 
