@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from caches import CACHE_CASES, CacheCase, every_cache, shadow_within_reach
-from models import COMMON, Trace, random_tokens
+from models import COMMON, Trace, drive, random_tokens
 from reference import masks_of
 from test_architectures import run_masked
 from transformers import (
@@ -152,16 +152,14 @@ def encoder_outputs(name: str) -> dict[str, Any]:
     return {"encoder_outputs": model_of(name).get_encoder()(**inputs), **mask}
 
 
-@torch.no_grad()
 def drive_decoder(name: str, cache: CompressedCache, prompts: torch.Tensor, continuation: torch.Tensor) -> Trace:
     """Feeds the decoder a prompt and then one token at a time."""
-    past, inputs, logits, positions = beside_encoder(cache), encoder_outputs(name), [], []
-    for piece in (prompts, *continuation.split(1, dim=1)):
-        output = model_of(name)(**inputs, decoder_input_ids=piece, past_key_values=past, use_cache=True)
-        logits.append(output.logits[:, -1])
-        positions.append([layer.held_positions().clone() for layer in cache.compressed_layers])
-    lengths = [prompts.shape[1]] * len(prompts)
-    return Trace(torch.stack(logits, dim=1), positions, continuation, lengths, [1] * continuation.shape[1])
+    fixed = {**encoder_outputs(name), "past_key_values": beside_encoder(cache), "use_cache": True}
+
+    def decode(input_ids: torch.Tensor, **ignored: Any) -> Any:
+        return model_of(name)(decoder_input_ids=input_ids, **fixed)
+
+    return drive(decode, cache, list(prompts), continuation, with_mask=False)
 
 
 def streaming_mask(cache: StreamingLLMCache, kv_heads: int, length: int) -> torch.Tensor:
