@@ -178,12 +178,6 @@ OTHERS: list[Callable[[PreTrainedModel], Cache | None]] = [
 ]
 
 
-def assert_equal(outcome: tuple[torch.Tensor, torch.Tensor], wanted: tuple[torch.Tensor, torch.Tensor]) -> None:
-    """Bit for bit, tokens and logits."""
-    for part, wanted_part in zip(outcome, wanted, strict=True):
-        assert torch.equal(part, wanted_part)
-
-
 @pytest.fixture
 def untouched() -> Iterator[None]:
     """transformers as it was before any cache was built."""
@@ -205,7 +199,7 @@ def test_other_caches_are_as_before(case: CacheCase, untouched: None) -> None:
     outcome(model, cache := case.build(model))
     assert cache.get_seq_length() == 40 + NEW_TOKENS - 1
     for other, wanted in zip(waiting, before, strict=True):
-        assert_equal(outcome(model, other), wanted)
+        assert all(map(torch.equal, outcome(model, other), wanted))
     assert vars(AttentionInterface)["get_interface"] is not method
     assert dict(ALL_ATTENTION_FUNCTIONS) == functions
     attention.uninstall()
@@ -213,7 +207,7 @@ def test_other_caches_are_as_before(case: CacheCase, untouched: None) -> None:
     assert vars(AttentionInterface)["get_interface"] is method
     assert dict(ALL_ATTENTION_FUNCTIONS) == functions
     for build, wanted in zip(OTHERS, before, strict=True):
-        assert_equal(outcome(model, build(model)), wanted)
+        assert all(map(torch.equal, outcome(model, build(model)), wanted))
 
 
 @every_cache
@@ -257,7 +251,7 @@ def test_two_threads_on_one_model(case: CacheCase, busy_threads: ThreadPoolExecu
 
     for _ in range(2):
         for together, wanted in zip(busy_threads.map(run, builds), alone, strict=True):
-            assert_equal(together, wanted)
+            assert all(map(torch.equal, together, wanted))
 
 
 def test_two_threads_build_the_first_cache(busy_threads: ThreadPoolExecutor, untouched: None) -> None:
