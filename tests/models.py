@@ -223,7 +223,9 @@ def left_pad(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     return input_ids, attention_mask
 
 
-def generate(model: PreTrainedModel, cache: Cache, rows: list[torch.Tensor], new_tokens: int) -> Any:
+def generate(
+    model: PreTrainedModel, cache: Cache | None, rows: list[torch.Tensor], new_tokens: int, **settings: Any
+) -> Any:
     """Greedy `generate` on left-padded prompts; returns its dictionary with `sequences` and `logits`."""
     input_ids, attention_mask = left_pad(rows)
     return model.generate(
@@ -234,6 +236,7 @@ def generate(model: PreTrainedModel, cache: Cache, rows: list[torch.Tensor], new
         do_sample=False,
         output_logits=True,
         return_dict_in_generate=True,
+        **settings,
     )
 
 

@@ -1,7 +1,11 @@
-"""Bad calls have clear errors. Afterwards the cache goes on as if nothing had happened, or asks for `reset()`."""
+"""
+Bad calls have clear errors. Afterwards the cache goes on as if nothing had happened, or asks for `reset()`. What a
+user may do to a model is no bad call.
+"""
 
 import copy
 import inspect
+import io
 import math
 import re
 from collections.abc import Callable, Iterable
@@ -10,24 +14,25 @@ from functools import cache as remember
 from functools import partial
 from operator import methodcaller
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import numpy as np
 import pytest
 import torch
 from caches import CACHE_CASES, CacheCase, every_cache, parametrize_cases
-from models import build_config, build_model, left_pad, random_rows, random_tokens, tiny_model
+from models import build_config, build_model, generate, left_pad, random_rows, random_tokens, tiny_model
+from reference import attention_implementation
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
     BertConfig,
+    Cache,
     DynamicCache,
     GenerationConfig,
     LlamaConfig,
     PreTrainedModel,
     T5Config,
 )
-from transformers.generation.streamers import BaseStreamer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -137,50 +142,33 @@ def test_impossible_settings(cache_class: type[CompressedCache]) -> None:
 
 
 @every_class
-def test_something_that_is_no_config_of_a_decoder(cache_class: type[CompressedCache]) -> None:
+def test_no_config_of_a_decoder_and_no_such_argument(cache_class: type[CompressedCache]) -> None:
     bert = BertConfig(num_hidden_layers=2, hidden_size=32, num_attention_heads=2, intermediate_size=32)
     sources = (
         ("meta-llama/Llama-2-7b", "config.*str"),
-        (None, "config.*NoneType"),
-        (32, "config.*int"),
         (LlamaConfig, "config.*class LlamaConfig"),
-        (PreTrainedModel, "config.*class PreTrainedModel"),
         (torch.nn.Linear(2, 2), "config.*Linear"),
         (build_config("llama").to_dict(), "config.*dict"),
-        ([build_config("llama")], "config.*list"),
         (GenerationConfig(), "config.*GenerationConfig"),
-        (DynamicCache(), "config.*DynamicCache"),
         (bert, "bert.*encoder"),
         (T5Config(d_model=32, num_layers=2, num_heads=2), "t5.*Use DynamicCache|t5.*encoder-decoder"),
     )
     errors = (ValueError, NotImplementedError)
     assert_refused((match, partial(cache_class, source, budget=12), match, errors) for source, match in sources)
-
-
-@every_class
-def test_arguments_that_do_not_exist(cache_class: type[CompressedCache]) -> None:
     config = build_config("llama")
-    for argument in ("bugdet", "num_sinks", "window_sise", "offloading"):
-        with pytest.raises(TypeError, match=argument):
-            cache_class(config, **{argument: 12}, budget=12)
-    with pytest.raises(TypeError, match="positional"):
-        cache_class(config, 12, 0.5, 4, "dense", 3)
-    with pytest.raises(TypeError, match="config"):
-        cache_class(budget=12)
+    calls = [(name, partial(cache_class, config, budget=12, **{name: 12}), name) for name in ("bugdet", "offloading")]
+    calls += [("four", partial(cache_class, config, 12, 0.5, 4), "positional")]
+    assert_refused((*call, TypeError) for call in [*calls, ("none", partial(cache_class, budget=12), "config")])
 
 
 def test_numbers_of_numpy_are_numbers() -> None:
     model = tiny_model("llama")
     for cache_class, settings in (
         (PyramidCache, {"budget": Fraction(1, 2), "recent_ratio": np.float64(0.25), "decay_ratio": np.float32(0.5)}),
-        (PyramidCache, {"budget": np.int64(16), "num_sink_tokens": np.int32(2), "min_context_length": np.uint8(3)}),
         (PyramidCache, {"budget": np.float32(0.6), "first_pruned_layer": np.int64(1), "distance_weight": 2}),
         (H2OCache, {"budget": np.int64(16), "heavy_ratio": np.float16(0.25)}),
         (StreamingLLMCache, {"budget": np.int64(16), "num_sink_tokens": np.int16(2)}),
-        (
-            PyramidKVCache,
-            {"budget": 16, "window_size": np.int16(6), "kernel_size": np.uint8(3), "beta": np.float32(4)},
-        ),
+        (PyramidKVCache, {"budget": 16, "window_size": np.int16(6), "kernel_size": 3, "beta": np.float32(4)}),
     ):
         plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in settings.items()}
         plain = {name: float(value) if isinstance(value, Fraction) else value for name, value in plain.items()}
@@ -193,15 +181,10 @@ def test_the_largest_settings_keep_everything() -> None:
     other = Scene(model, DynamicCache(config=model.config))
     wanted = other.read_prompt() + other.go_on()
     for cache_class, settings in (
-        (PyramidCache, {"budget": largest}),
         (PyramidCache, {"budget": "9" * 400 + "GiB"}),
         (PyramidCache, {"budget": 1.0, "num_sink_tokens": largest, "min_context_length": largest}),
         (H2OCache, {"budget": largest}),
-        (H2OCache, {"budget": "999999999999GB"}),
-        (
-            PyramidKVCache,
-            dict.fromkeys(("budget", "window_size", "kernel_size", "beta", "eviction_interval"), largest),
-        ),
+        (PyramidKVCache, dict.fromkeys(("budget", "window_size", "beta", "eviction_interval"), largest)),
         (StreamingLLMCache, {"budget": largest, "num_sink_tokens": largest - 1}),
     ):
         scene = Scene(model, cache_class(model.config, **settings))
@@ -209,15 +192,12 @@ def test_the_largest_settings_keep_everything() -> None:
             torch.testing.assert_close(one, other, atol=1e-4, rtol=0)
 
 
-def test_the_steepest_pyramid_meets_its_budget() -> None:
+def test_extreme_budgets() -> None:
+    """The steepest pyramid meets its budget, and bytes that hold no token are refused."""
     for decay_ratio in (1e-30, 1e-300, 5e-324):
         assert pyramid_schedule(100, 150, (1.0, 0.5, decay_ratio), 4) == (97, 49, 4)
-
-
-def test_bytes_that_hold_no_token() -> None:
-    model = tiny_model("llama")
     for cache_class in (PyramidCache, H2OCache):
-        scene = Scene(model, cache_class(model.config, budget="16B"))
+        scene = Scene(tiny_model("llama"), cache_class(build_config("llama"), budget="16B"))
         for _ in range(2):
             with pytest.raises(ValueError, match="16 bytes.*Raise the budget"):
                 scene.read_prompt()
@@ -290,9 +270,17 @@ CacheCase.__hash__ = lambda case: hash(case.name)
 @remember
 def undisturbed(case: CacheCase, on: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """What a cache gives for the prompt and for the rest if nothing bad happens."""
-    model = tiny_model("llama")
-    scene = Scene(model, case.build(model, "large" if on == "large" else "tight"), is_padded=on == "padded")
+    scene = scene_of(case, on, is_read=False)
     return scene.read_prompt(), scene.go_on()
+
+
+def scene_of(case: CacheCase, on: str, model: PreTrainedModel | None = None, is_read: bool = True) -> Scene:
+    """A cache as it is before a call."""
+    model = model or tiny_model("llama")
+    scene = Scene(model, case.build(model, "large" if on == "large" else "tight"), is_padded=on == "padded")
+    if is_read and on != "fresh":
+        scene.read_prompt()
+    return scene
 
 
 Calls = dict[tuple[str, Errors], list[tuple[str, Callable[[Scene], Any]]]]
@@ -322,45 +310,31 @@ generated = partial(methodcaller, "generate")
 GOOD = torch.ones(2, 2, 1, 16)
 # Keys and values that no cache takes.
 NO_STATES: list[tuple[str, Any, Any]] = [
-    ("NoneType", None, GOOD),
     ("NoneType", GOOD, None),
     ("list", GOOD.tolist(), GOOD.tolist()),
     (r"\(2, 1, 16\)", GOOD[0], GOOD[0]),
-    (r"\(\)", torch.tensor(1.0), torch.tensor(1.0)),
     (r"\(2, 2, 0, 16\)", GOOD[:, :, :0], GOOD[:, :, :0]),
-    (r"\(0, 2, 1, 16\)", GOOD[:0], GOOD[:0]),
     ("int64", GOOD.long(), GOOD.long()),
-    ("complex64", GOOD.to(torch.complex64), GOOD.to(torch.complex64)),
-    (r"\(2, 2, 1, 16\).*\(2, 2, 3, 16\)", GOOD, GOOD.expand(2, 2, 3, 16)),
     (r"\(2, 2, 1, 16\).*\(2, 4, 1, 16\)", GOOD, GOOD.repeat(1, 2, 1, 1)),
-    (r"\(2, 2, 1, 16\).*\(2, 1, 16\)", GOOD, GOOD[0]),
     ("cpu.*meta", GOOD, GOOD.to("meta")),
 ]
 # And those that do not fit what a filled cache holds.
 OTHER_STATES: list[tuple[str, Any, Any]] = [
     ("2 rows.*given 1", GOOD[:1], GOOD[:1]),
     ("2 KV heads.*1 of width 16", GOOD[:, :1], GOOD[:, :1]),
-    ("width 16.*width 8", GOOD[..., :8], GOOD[..., :8]),
     ("16 .values.*width 16 and 8", GOOD, GOOD[..., :8]),
-    ("float32.*float64", GOOD.double(), GOOD.double()),
     ("float32.*float64", GOOD, GOOD.double()),
     ("cpu.*meta", GOOD.to("meta"), GOOD.to("meta")),
 ]
 NO_ROWS: list[tuple[str, Any]] = [
-    ("2.*2 rows", torch.tensor([0, 2])),
-    ("-3.*2 rows", torch.tensor([0, -3])),
-    ("float32", torch.tensor([0.0, 1.0])),
-    ("complex64", torch.tensor([0j, 1j])),
-    ("no row", torch.tensor([], dtype=torch.long)),
-    (r"\(1, 2\)", torch.tensor([[0, 1]])),
-    (r"\(\)", torch.tensor(1)),
-    ("3.*2 rows", torch.tensor([True, False, True])),
-    ("no row", torch.tensor([False, False])),
-    *(("7.*2 rows", [0, 7]), ("no row", []), ("None", None), ("01", "01"), ("set|0, 1", {0, 1})),
+    *(("2.*2 rows", torch.tensor([0, 2])), ("-3.*2 rows", torch.tensor([0, -3])), ("7.*2 rows", [0, 7])),
+    *(("float32", torch.tensor([0.0, 1.0])), (r"\(1, 2\)", torch.tensor([[0, 1]]))),
+    *(("3.*2 rows", torch.tensor([True, False, True])), ("no row", torch.tensor([False, False]))),
+    *(("no row", []), ("None", None), ("01", "01")),
 ]
-NO_LAYERS = (3, 99, -1, "0", None, 1.0, [0])
-NO_CROPS = (3, True, 1.5, -1.5, math.nan, "2", None, [-1], torch.tensor(3), torch.tensor(-1.5), 10**30)
-NO_REPEATS = (0, -1, 1.5, 2.0, "2", None, torch.tensor([1, 2]), torch.tensor(2.0), [2], math.nan)
+NO_LAYERS = (3, -1, "0", None, 1.0)
+NO_CROPS = (3, True, -1.5, math.nan, "2", None, torch.tensor(3))
+NO_REPEATS = (0, -1, 2.0, "2", None, torch.tensor([1, 2]), math.nan)
 
 # By the cache before and the error: messages and calls. A cache is "fresh", "filled" with a prompt, "padded" if the
 # prompt was, or "large" if there was room for it.
@@ -382,22 +356,16 @@ HARMLESS: Calls = {
         ("2 KV heads.*1", by_model(num_key_value_heads=1)),
         ("width 16.*width 8", by_model(head_dim=8)),
         ("float32.*bfloat16", by_model(dtype=torch.bfloat16)),
-        ("float32.*float64", by_model(dtype=torch.float64)),
         (r"\(2, 2, 3, 16\).*\(2, 2, 1, 16\)", step(positions=torch.tensor([[40, 41, 42]]))),
         ("no new tokens: the cache has seen 40", forward(MORE[:, :0])),
         # A question alone, behind a context that the cache has read: `generate` takes it for the whole history.
         ("seen 40, .*Give it the history with new tokens behind it", generated(random_tokens(2, 20))),
         ("2 rows.*given 6", generated(FULL, num_beams=3)),
-        ("2 rows.*given 4", generated(FULL, num_return_sequences=2, do_sample=True)),
         ("2 rows.*given 1", generated(FULL[:1])),
         ("max_new_tokens", generated(FULL, max_new_tokens=0)),
-        ("max_length", generated(FULL, max_new_tokens=None, max_length=10)),
         ("tuple", lambda scene: scene.generate(FULL, past_key_values=(scene.cache,))),
     ],
-    ("filled", NotImplementedError): [
-        ("crop.*-1.*undone", of_cache("crop", -1)),
-        ("-40.*undone", of_cache("crop", -40)),
-    ],
+    ("filled", NotImplementedError): [("crop.*-1.*undone", of_cache("crop", -1))],
     ("filled", RuntimeError): [
         ("given 0 tokens and asked for 1", attend_twice),
         ("size of tensor", step(positions=torch.full((3, 1), 40))),
@@ -419,20 +387,12 @@ def update(scene: Scene, *layers: int) -> None:
 
 
 # Where a forward pass can break off so that some layers have seen its tokens and others have not.
-BREAKS: list[Callable[[PreTrainedModel], torch.nn.Module]] = [
-    lambda model: model.model.layers[1],
-    lambda model: model.model.layers[0].self_attn.o_proj,
-    lambda model: model.model.layers[2].input_layernorm,
-]
+BREAKS = ("model.layers.1", "model.layers.0.self_attn.o_proj", "model.layers.2.input_layernorm")
 
 
 def break_off(scene: Scene, module: torch.nn.Module, call: Callable[[], Any], error: type = KeyboardInterrupt) -> None:
     """A call in which something goes wrong just before a module of the model runs."""
-
-    def fail(*_: Any) -> None:
-        raise error("broken off")
-
-    handle = module.register_forward_pre_hook(fail)
+    handle = module.register_forward_pre_hook(Mock(side_effect=error("broken off")))
     try:
         with pytest.raises(error, match="broken off"):
             call()
@@ -446,7 +406,9 @@ def broken_off(then: Callable[[Scene], Any], place: int = 0, length: int = 1) ->
     def call(scene: Scene) -> None:
         is_fresh = scene.cache.get_seq_length() == 0
         read = scene.read_prompt if is_fresh else lambda: scene.step(length)
-        break_off(scene, BREAKS[place](scene.model), read, KeyboardInterrupt if length == 1 else RuntimeError)
+        break_off(
+            scene, scene.model.get_submodule(BREAKS[place]), read, KeyboardInterrupt if length == 1 else RuntimeError
+        )
         then(scene)
 
     return call
@@ -467,29 +429,21 @@ def attention_of(implementation: str) -> Callable[[Scene], Any]:
     """The next step, by the same model under another attention function."""
 
     def call(scene: Scene) -> None:
-        before, config = scene.model.config._attn_implementation, scene.model.config
-        try:
-            config._attn_implementation = implementation
+        with attention_implementation(scene.model, implementation):
             # transformers would compile what makes a mask for flex_attention.
             scene.step(mask=causal(2, 1, 1, 41))
-        finally:
-            config._attn_implementation = before
 
     return call
 
 
 def in_training(scene: Scene) -> None:
     """The next step with attention dropout."""
-    modules = [layer.self_attn for layer in scene.model.model.layers]
     try:
         scene.model.train()
-        for module in modules:
-            module.attention_dropout = 0.5
-        scene.step()
+        with patch.object(scene.model.model.layers[0].self_attn, "attention_dropout", 0.5):
+            scene.step()
     finally:
         scene.model.eval()
-        for module in modules:
-            module.attention_dropout = 0.0
 
 
 def causal(*shape: int) -> torch.Tensor:
@@ -524,13 +478,11 @@ STEPS: Calls = {
         # Too short: transformers takes what is missing for padding.
         *(
             (f"mask covers {columns} tokens.*{40 + length}", step(length, mask=ONES[:, :1].expand(-1, columns)))
-            for columns, length in ((1, 1), (40, 1), (5, 5), (41, 5))
+            for columns, length in ((1, 1), (40, 1), (41, 5))
         ),
         ("mask covers 0 tokens.*41", step(mask=ONES[:, :0])),
-        ("mask covers 0 tokens.*41", step(mask=torch.zeros(2, 41))),
         ("mask shows.*40, 41.*Pass a mask", step(mask=hidden(ONES, 5))),
         ("mask shows.*39, 40.*Pass a mask", step(5, mask=hidden(torch.ones(2, 45), 5))),
-        ("mask shows.*41, 26.*Pass a mask", step(mask=PADDED)),
         ("mask shows.*40, 41.*Pass a mask", step(mask=hidden(ONES, 40))),
         # Four dimensions: transformers passes such a mask on.
         ("mask has 40 columns.*41", step(mask=causal(2, 1, 1, 40))),
@@ -539,18 +491,16 @@ STEPS: Calls = {
         (r"mask.*\(2, 1, 1, 45\)", step(5, mask=causal(2, 1, 1, 45))),
         (r"mask.*\(2, 1, 41, 41\)", step(mask=causal(2, 1, 41, 41))),
         ("mask.*int64", step(mask=causal(2, 1, 1, 41).long())),
-        ("mask covers 0", step(mask=torch.zeros(2, 1, 1, 41, dtype=torch.bool))),
         ("mask shows.*40, 41", step(mask=hidden(causal(2, 1, 1, 41), 3))),
         *(
             (rf"position_ids. end at \[{ids[-1]}.*40.*start again", step(len(ids), positions=torch.tensor([ids])))
-            for ids in ([0], [-5], [39], [12.5], [0, 1, 2, 3], [39, 40, 41, 42], [43, 42, 41, 40])
+            for ids in ([0], [39], [12.5], [39, 40, 41, 42], [43, 42, 41, 40])
         ),
     ],
     ("padded", ValueError): [
         ("mask.*40, 25.*Pass a mask", step(mask=ONES)),
         ("mask.*40 columns.*40, 25.*Pass a mask", step(mask=None)),
         ("mask shows.*40, 40.*Pass a mask", step(5, mask=torch.ones(2, 45))),
-        ("mask shows.*40, 40.*Pass a mask", step(5, mask=None)),
         ("mask shows.*26, 41.*Pass a mask", step(mask=PADDED.flip(0))),
         (r"position_ids. end at \[40, 24\].*40, 25", step(positions=torch.tensor([[40], [24]]))),
     ],
@@ -581,48 +531,32 @@ FATAL: Calls = {
         *((r"broke off.*\[40, .*0\].*reset\(\)", broken_off(Scene.read_prompt, place)) for place in range(3)),
     ],
     ("large", RuntimeError): [(BROKEN, broken_off(of_cache("crop", n))) for n in (-1, 0)],
-    ("fresh", ValueError): [
-        ("3 layers.*4", by_model(num_hidden_layers=4)),
-        ("3 layers.*2", by_model(num_hidden_layers=2)),
-    ],
+    ("fresh", ValueError): [(f"3 layers.*{n}", by_model(num_hidden_layers=n)) for n in (2, 4)],
     ("filled", (ValueError,)): [
         ("another model", by_model(seed=5)),
         ("another model", by_model(num_hidden_layers=4)),
-        ("another model", lambda scene: Scene(build_model("llama", seed=5), scene.cache).generate(FULL)),
         ("use_cache=False|mask covers 44 tokens", generated(FULL, use_cache=False)),
-        *((f"position_ids.*{RESTARTED.format(n)}", generated(random_tokens(2, n, seed=7))) for n in (30, 40)),
+        (f"position_ids.*{RESTARTED.format(40)}", generated(random_tokens(2, 40, seed=7))),
     ],
     # transformers cuts a prompt no longer than what was seen at the wrong end.
     ("padded", (ValueError,)): [
-        (RESTARTED.format(n), generated(random_tokens(2, n), attention_mask=PADDED[:, :n])) for n in (30, 39, 40)
+        (RESTARTED.format(n), generated(random_tokens(2, n), attention_mask=PADDED[:, :n])) for n in (30, 40)
     ],
 }
 # Masks of a prompt. It depends on the cache whether their error is noticed before anything is read.
 PROMPTS: Calls = {
     ("fresh", ValueError): [
-        ("mask covers 1 tokens.*40", prompt(mask=ONES[:, :1])),
         ("mask covers 39 tokens.*40", prompt(mask=ONES[:, :39])),
         ("mask has 39 columns.*40", prompt(mask=causal(2, 1, 40, 39))),
         ("mask has 41 columns.*40", prompt(mask=causal(2, 1, 40, 41))),
         (r"mask.*\(2, 1, 39, 40\)", prompt(mask=causal(2, 1, 39, 40))),
-        (r"mask.*\(3, 1, 40, 40\)", prompt(mask=causal(3, 1, 40, 40))),
     ],
     ("fresh", NotImplementedError): [
         ("not causal", prompt(mask=SQUARE.expand(2, 1, -1, -1))),
-        ("not causal", prompt(mask=causal(2, 1, 40, 40).mT)),
         ("not causal", prompt(mask=causal(2, 1, 40, 40) & ~SQUARE.tril(-20))),
     ],
     ("fresh", EITHER): [("not causal|covers", prompt(mask=torch.randn(2, 1, 40, 40)))],
 }
-
-
-def scene_of(case: CacheCase, on: str, model: PreTrainedModel | None = None) -> Scene:
-    """A cache as it is before a call."""
-    model = model or tiny_model("llama")
-    scene = Scene(model, case.build(model, "large" if on == "large" else "tight"), is_padded=on == "padded")
-    if on != "fresh":
-        scene.read_prompt()
-    return scene
 
 
 @every_cache
@@ -685,30 +619,16 @@ def test_a_forward_pass_that_breaks_off_outside_the_layers_leaves_the_cache_whol
         assert_same(scene.go_on(), later)
 
 
-class Impatient(BaseStreamer):
-    """Breaks `generate` off after some tokens."""
-
-    def __init__(self, patience: int) -> None:
-        self.patience, self.tokens = patience, []
-
-    def put(self, value: torch.Tensor) -> None:
-        self.tokens.append(value.flatten())
-        if len(self.tokens) > self.patience:
-            raise KeyboardInterrupt
-
-    def end(self) -> None:
-        """Never comes."""
-
-
 @every_cache
 def test_generate_that_was_broken_off_can_be_taken_up_again(case: CacheCase) -> None:
     """The last token that was streamed has not been read yet."""
     model, prompt = tiny_model("llama"), PROMPT[:1]
     whole = model.generate(prompt, past_key_values=case.build(model), max_new_tokens=9)
-    cache, streamer = case.build(model), Impatient(4)
+    cache, streamer = case.build(model), Mock()
+    streamer.put.side_effect = [None] * 4 + [KeyboardInterrupt]
     with pytest.raises(KeyboardInterrupt):
         model.generate(prompt, past_key_values=cache, max_new_tokens=9, streamer=streamer)
-    history = torch.cat(streamer.tokens)[None]
+    history = torch.cat([call.args[0].flatten() for call in streamer.put.call_args_list])[None]
     assert history.shape[1] == 44 and cache.get_seq_length() == 43
     assert torch.equal(model.generate(history, past_key_values=cache, max_new_tokens=5), whole)
 
@@ -726,8 +646,11 @@ def test_assistants_that_are_refused(case: CacheCase) -> None:
     assert torch.equal(logits, wanted)
 
 
-def test_the_class_in_place_of_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`generate` marks it as the user's before it fails. Caches of the class notice the next start all the same."""
+def test_the_class_and_a_twin_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """
+    `generate` marks a class as the user's cache before it fails. Caches of it notice the next start all the same. The
+    hooks that prune hidden states are on the model that was given: its twin has none.
+    """
     model = tiny_model("llama")
     monkeypatch.setattr(H2OCache, "_is_user_defined", False, raising=False)
     # What stumbles over it first differs between versions of transformers.
@@ -737,16 +660,10 @@ def test_the_class_in_place_of_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     cache.activate_past_recording()
     model.generate(PROMPT, past_key_values=cache, max_new_tokens=2)
     assert not any(layer.record_past for layer in cache.layers)
-
-
-def test_a_cache_of_the_twin_of_a_model() -> None:
-    """Hidden states are pruned by hooks on the model that was given; another one has none."""
-    cache = PyramidCache(build_model("llama", seed=1), budget=0.5)
-    twin = build_model("llama", seed=2)
-    with pytest.raises(ValueError, match="another model"):
-        Scene(twin, cache).read_prompt()
-    with pytest.raises(RuntimeError, match=r"cache\.reset\(\)"):
-        Scene(twin, cache).read_prompt()
+    scene = Scene(build_model("llama", seed=2), PyramidCache(model, budget=0.5))
+    for error, match in ((ValueError, "another model"), (RuntimeError, r"cache\.reset\(\)")):
+        with pytest.raises(error, match=match):
+            scene.read_prompt()
 
 
 @every_cache
@@ -783,8 +700,8 @@ def test_outputs_of_evicted_tokens_are_refused() -> None:
 
 
 @torch.no_grad()
-def test_crop_is_all_or_nothing() -> None:
-    """The first layer holds the whole prompt and could be cropped, the deeper ones have evicted."""
+def test_crop_is_all_or_nothing_and_counts_tokens() -> None:
+    """The first layer could be cropped, the deeper ones have evicted. Of a padded turn only the tokens count."""
     model = tiny_model("llama")
     cache = PyramidCache(model.config, budget=0.9, min_context_length=0)
     model(PROMPT[:1], past_key_values=cache)
@@ -792,12 +709,7 @@ def test_crop_is_all_or_nothing() -> None:
         cache.crop(-5)
     assert [cache.get_seq_length(layer) for layer in range(3)] == [40, 40, 40]
 
-
-@torch.no_grad()
-def test_crop_of_a_padded_turn() -> None:
-    """Only the tokens among the cropped columns count."""
-    model, rows = tiny_model("llama"), random_rows((9, 4))
-    input_ids, mask = left_pad(rows)
+    input_ids, mask = left_pad(random_rows((9, 4)))
     cache, wanted = H2OCache(model.config, budget=1.0), DynamicCache(config=model.config)
     more = random_tokens(2, 3)
     for each in (cache, wanted):
@@ -819,3 +731,118 @@ def test_position_ids_with_gaps_are_refused_by_streaming_llm() -> None:
     torch.testing.assert_close(shifted, plain, atol=1e-4, rtol=0)
     with pytest.raises(ValueError, match="position_ids"):
         model(tokens, position_ids=2 * positions, past_key_values=StreamingLLMCache(model.config, 12))
+
+
+# Models that are copied, saved, compiled, trained or run in mixed precision, as with `DynamicCache`.
+
+
+def test_a_hooked_model_can_be_copied_saved_and_changed() -> None:
+    """The copy is a model of its own; layers that are put into a hooked model are hooked too."""
+    model, tokens = build_model("llama"), PROMPT[:1]
+    PyramidCache(model)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    with torch.no_grad():
+        wanted = model(tokens, past_key_values=PyramidCache(model)).logits[:, -1]
+        copies = [torch.load(file, weights_only=False), copy.deepcopy(model)]
+        model.model.layers[1] = copy.deepcopy(model.model.layers[1])
+        logits = model(tokens, past_key_values=PyramidCache(model)).logits
+        assert torch.equal(logits[:, -1], wanted) and logits[:, 5:-20].isnan().any()
+        del model
+        for twin, attention in zip(copies, ("sdpa", "eager"), strict=True):
+            twin.set_attn_implementation(attention)
+            output = twin(tokens, past_key_values=PyramidCache(twin)).logits[:, -1]
+            torch.testing.assert_close(output, wanted, atol=1e-4 if attention == "eager" else 0, rtol=0)
+
+
+@parametrize_cases(CACHE_CASES[:4])
+def test_half_precision(case: CacheCase) -> None:
+    """Under autocast, and where unscaled logits exceed the largest float16."""
+    model, rows = build_model("llama"), random_rows((40,))
+    with torch.autocast("cpu", torch.bfloat16):
+        output = generate(model, case.build(model), rows, 5)
+    assert torch.stack(output.logits).isfinite().all()
+    model.half()
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight.data *= 40
+        layer.self_attn.k_proj.weight.data *= 40
+    for cache in (DynamicCache(config=model.config), case.build(model)):
+        assert torch.stack(generate(model, cache, rows, 5).logits).isfinite().all()
+
+
+@every_cache
+def test_gradients_over_several_steps(case: CacheCase) -> None:
+    """
+    Where nothing is evicted they are those of `DynamicCache`. What is written must not be what autograd has saved,
+    also where only queries have gradients. Those keys of a prompt that later tokens attend to get theirs.
+    """
+    model, tokens = build_model("llama"), random_tokens(2, 44)
+
+    def gradient(cache: Cache) -> torch.Tensor:
+        model.zero_grad()
+        loss = model(tokens[:, :30], past_key_values=cache).logits[:, -1].sum()
+        for step in range(30, 44):
+            loss = loss + model(tokens[:, step : step + 1], past_key_values=cache).logits.sum()
+        loss.backward()
+        return model.model.layers[0].self_attn.q_proj.weight.grad.clone()
+
+    for trained in ("", "layers.0.self_attn.q_proj"):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trained in name)
+        wanted = gradient(DynamicCache(config=model.config))
+        torch.testing.assert_close(gradient(case.build(model, "large")), wanted, atol=1e-3, rtol=1e-4)
+        # Those of dropped tokens are not numbers; values from the host have none, which is refused.
+        if not case.from_model and case.evicts:
+            assert gradient(case.build(model)).isfinite().all()
+    if case.cache_class in (PyramidCache, H2OCache) and not case.from_model:
+        model.requires_grad_(True)
+        cache = case.build(model)
+        model(PROMPT[:1], past_key_values=cache, logits_to_keep=1)
+        kept = cache.layers[0].keys
+        kept.retain_grad()
+        model(MORE[:1, :2], past_key_values=cache).logits.sum().backward()
+        assert kept.grad is not None and kept.grad.abs().max() > 0
+
+
+@pytest.mark.slow
+def test_a_compiled_model_with_hooks() -> None:
+    """The prompt too, whose hidden states are pruned."""
+    model, tokens = build_model("llama", num_hidden_layers=2), random_tokens(1, 42)
+    caches, logits = [PyramidCache(model, budget=0.4) for _ in range(2)], []
+    with torch.no_grad():
+        for run, cache in zip((torch.compile(model, backend="eager"), model), caches, strict=True):
+            pieces = [tokens[:, :40], *tokens[:, 40:].split(1, dim=1)]
+            logits.append(torch.cat([run(piece, past_key_values=cache).logits[:, -1] for piece in pieces]))
+    torch.testing.assert_close(*logits, atol=1e-4, rtol=0)
+    assert torch.equal(caches[0].positions(0), caches[1].positions(0))
+
+
+def test_chunked_prefill_of_a_padded_batch() -> None:
+    """The first chunk of a row may be all padding. A stream does not care how it is cut."""
+    model, rows = tiny_model("llama"), random_rows((19, 60))
+    caches = [StreamingLLMCache(model.config, budget=12) for _ in range(2)]
+    cut = generate(model, caches[0], rows, 8, prefill_chunk_size=20).sequences
+    assert torch.equal(cut, generate(model, caches[1], rows, 8).sequences)
+
+
+def test_short_prompts_with_dense_first_layers() -> None:
+    """What the dense layer takes comes off the minimum of the others, which fits any prompt."""
+    model = tiny_model("llama")
+    for length in (20, 50, 400):
+        for settings in ({"budget": 0.5, "prune_own_layer": False}, {"budget": 0.6, "first_pruned_layer": 1}):
+            cache = PyramidCache(model, **settings)
+            with torch.no_grad():
+                logits = model(random_tokens(1, length), past_key_values=cache, logits_to_keep=1).logits
+            kept = cache.num_kept_tokens()
+            assert logits.isfinite().all() and kept[0] == length
+            assert sum(kept) == round(3 * settings["budget"] * length)
+
+
+@torch.no_grad()
+def test_streaming_llm_takes_the_rotation_of_the_model_that_runs() -> None:
+    """A config that differs in what the cache cannot see from outside does no harm."""
+    other = build_config("llama", rope_parameters={"rope_type": "default", "rope_theta": 500.0})
+    model = tiny_model("llama")
+    caches = [StreamingLLMCache(config, budget=12) for config in (other, model.config)]
+    assert torch.equal(*(model(PROMPT, past_key_values=cache).logits for cache in caches))

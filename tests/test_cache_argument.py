@@ -1,6 +1,5 @@
 """Caches under the name that transformers gives their argument from 5.24 on. Most tests use the old name."""
 
-import contextlib
 import inspect
 import warnings
 from collections.abc import Iterator
@@ -11,14 +10,7 @@ import torch
 from caches import CacheCase, every_cache
 from models import random_tokens, tiny_model
 from test_encoder_decoder import decoder_prompts, encoder_inputs, model_of
-from transformers import (
-    Cache,
-    DynamicCache,
-    EncoderDecoderCache,
-    GPT2LMHeadModel,
-    LlamaForCausalLM,
-    PreTrainedModel,
-)
+from transformers import Cache, DynamicCache, EncoderDecoderCache, LlamaForCausalLM, PreTrainedModel
 
 from pyramid_cache import H2OCache
 from pyramid_cache.engine.architectures import CACHE_ARGUMENT
@@ -46,27 +38,19 @@ def assert_same_state(cache: Cache, other: Cache) -> None:
         assert torch.equal(cache.positions(layer), other.positions(layer))
 
 
-def test_the_name_is_that_of_models_and_of_what_they_return() -> None:
-    for model_class in (LlamaForCausalLM, GPT2LMHeadModel):
-        assert CACHE_ARGUMENT in inspect.signature(model_class.forward).parameters
-    model = tiny_model("llama")
-    cache = DynamicCache(config=model.config)
-    with torch.no_grad():
-        assert model(PROMPT, **{CACHE_ARGUMENT: cache})[CACHE_ARGUMENT] is cache
-
-
 @named_cache
 @every_cache
 @torch.no_grad()
 def test_both_names(case: CacheCase) -> None:
     """Of `generate`, and of the model."""
-    model, caches, tokens, logits = tiny_model("llama"), [case.build(tiny_model("llama")) for _ in range(2)], [], []
-    for name, cache in zip(("cache", "past_key_values"), caches, strict=True):
-        with contextlib.nullcontext() if name == "cache" else pytest.warns(FutureWarning, match="past_key_values"):
-            tokens.append(model.generate(PROMPT, **{name: cache}, **SETTINGS))
-        with contextlib.nullcontext() if name == "cache" else pytest.warns(FutureWarning, match="past_key_values"):
-            logits.append(model(LATER, **{name: cache}).logits)
-    assert torch.equal(*tokens) and torch.equal(*logits)
+    model, caches = tiny_model("llama"), [case.build(tiny_model("llama")) for _ in range(2)]
+    tokens = model.generate(PROMPT, cache=caches[0], **SETTINGS)
+    output = model(LATER, cache=caches[0])
+    assert output.cache is caches[0]
+    with pytest.warns(FutureWarning, match="past_key_values"):
+        assert torch.equal(model.generate(PROMPT, past_key_values=caches[1], **SETTINGS), tokens)
+    with pytest.warns(FutureWarning, match="past_key_values"):
+        assert torch.equal(model(LATER, past_key_values=caches[1]).logits, output.logits)
     assert_same_state(*caches)
 
 
@@ -96,6 +80,10 @@ def test_layers_that_are_called_by_position(case: CacheCase) -> None:
             wanted = model.model(tokens, **{CACHE_ARGUMENT: other}).last_hidden_state[:, -1]
         torch.testing.assert_close(states, wanted, atol=1e-5, rtol=0)
     assert_same_state(cache, other)
+
+
+def test_the_name_is_that_of_models() -> None:
+    assert CACHE_ARGUMENT in inspect.signature(LlamaForCausalLM.forward).parameters
 
 
 @named_cache

@@ -57,9 +57,8 @@ def test_pipeline(case: CacheCase) -> None:
 
 def build_adapted() -> PeftModel:
     """A tiny Llama with a LoRA adapter that changes what it says."""
-    config = LoraConfig(
-        r=4, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj", "down_proj"], init_lora_weights=False
-    )
+    modules = ["q_proj", "k_proj", "v_proj", "down_proj"]
+    config = LoraConfig(r=4, lora_alpha=16, target_modules=modules, init_lora_weights=False)
     with torch.random.fork_rng():
         torch.manual_seed(37)
         return get_peft_model(build_model("llama"), config).eval()
@@ -93,12 +92,8 @@ def test_adapter(case: CacheCase) -> None:
             tokens = random_tokens(1, 40 if step == 0 else 1, seed=step)
             output = (adapted if step % 2 else inner)(tokens, past_key_values=cache).logits[:, -1]
             assert torch.equal(output, inner(tokens, past_key_values=expected).logits[:, -1])
-
-
-@every_cache
-def test_merged_adapter(case: CacheCase) -> None:
-    """Merged for a while, and for good: a model of other weights, which the adapter beside them comes close to."""
-    adapted, merged = build_adapted(), build_adapted().merge_and_unload()
+    # Merged for a while, and for good: a model of other weights, which the adapter beside them comes close to.
+    merged = build_adapted().merge_and_unload()
     assert isinstance(merged, PreTrainedModel)
     wanted = generate(merged, case.build(merged), ROWS, NEW_TOKENS)
     for change in (lambda: None, adapted.merge_adapter, adapted.unmerge_adapter):
@@ -169,14 +164,8 @@ class PlacedTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, data: torch.Tensor, device: torch.device) -> "PlacedTensor":
-        return torch.Tensor._make_wrapper_subclass(
-            cls,
-            data.shape,
-            strides=data.stride(),
-            storage_offset=data.storage_offset(),
-            dtype=data.dtype,
-            device="meta",
-        )
+        same = {"strides": data.stride(), "storage_offset": data.storage_offset(), "dtype": data.dtype}
+        return torch.Tensor._make_wrapper_subclass(cls, data.shape, **same, device="meta")
 
     def __init__(self, data: torch.Tensor, device: torch.device) -> None:
         self.data_on_cpu = data
@@ -247,10 +236,9 @@ class PlacedConstants(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = dict(kwargs or {})
-        if func is torch.tensor and kwargs.get("device") is not None:
-            device = kwargs.pop("device")
-            return func(*args, **kwargs).to(device)
-        return func(*args, **kwargs)
+        device = kwargs.pop("device", None) if func is torch.tensor else None
+        result = func(*args, **kwargs)
+        return result if device is None else result.to(device)
 
 
 # A kind of device that torch has no kernels for and nobody who runs these tests has.
@@ -272,12 +260,10 @@ def move_weights(module: nn.Module, device: str) -> None:
 def split_model() -> Iterator[PreTrainedModel]:
     """A Llama of two layers, one on each of two devices, with the hooks that accelerate's `device_map` gives it."""
     model = build_model("llama", num_hidden_layers=2)
-    layers = model.model.layers
-    for block in (model.model.embed_tokens, model.model.rotary_emb, layers[0], model.model.norm, model.lm_head):
-        move_weights(block, FIRST)
-        add_hook_to_module(block, AlignDevicesHook(FIRST, skip_keys=model._skip_keys_device_placement))
-    move_weights(layers[1], SECOND)
-    add_hook_to_module(layers[1], AlignDevicesHook(SECOND, skip_keys=model._skip_keys_device_placement))
+    for name, device in split_map(model, FIRST, SECOND).items():
+        block = model.get_submodule(name)
+        move_weights(block, device)
+        add_hook_to_module(block, AlignDevicesHook(device, skip_keys=model._skip_keys_device_placement))
     with PlacedConstants(), PlacedDispatch():
         yield model
 

@@ -2,7 +2,7 @@
 
 import torch
 from caches import CACHE_CASES, CacheCase, pair_with_caches
-from models import FAMILIES, drive, random_rows, random_tokens, tiny_model
+from models import FAMILIES, Trace, drive, random_rows, random_tokens, tiny_model
 from reference import MaskPolicy, masks_of, run_policy
 from transformers import Cache, PreTrainedModel
 
@@ -27,14 +27,19 @@ def compare_with_masked_dense(
     rows = random_rows(lengths, seed=7)
     continuation = random_tokens(len(rows), sum(pieces), seed=8)
     trace = drive(model, cache, rows, continuation, with_mask=with_mask, pieces=pieces)
-    ends = torch.tensor([0, *pieces]).cumsum(0) - 1
+    assert_is_masked_run(model, trace, rows)
+
+
+def assert_is_masked_run(model: PreTrainedModel, trace: Trace, rows: list[torch.Tensor]) -> None:
+    """Every logit of every row is that of an uncached run that hides what was not held."""
+    ends = torch.tensor([0, *trace.pieces]).cumsum(0) - 1
     kv_heads = model.config.num_key_value_heads
     for index, row in enumerate(rows):
         masks = masks_of(trace, index, kv_heads)
-        visible, length = sum(int(mask.sum()) for mask in masks), len(row) + sum(pieces)
+        visible, length = sum(int(mask.sum()) for mask in masks), len(row) + sum(trace.pieces)
         everything = len(masks) * kv_heads * length * (length + 1) // 2
         assert visible < 0.9 * everything, f"nothing to test: {visible} of {everything} keys seen"
-        tokens = torch.cat([row, continuation[index]])
+        tokens = torch.cat([row, trace.tokens[index]])
         wanted = run_policy(model, tokens, MaskPolicy(masks))[len(row) + ends]
         torch.testing.assert_close(trace.logits[index], wanted, atol=TOLERANCE, rtol=0)
 

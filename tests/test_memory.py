@@ -91,14 +91,6 @@ def prefill(model: PreTrainedModel, cache: Cache, length: int = PROMPT_LENGTH) -
     model(random_tokens(1, length), past_key_values=cache, logits_to_keep=1)
 
 
-def test_dynamic_cache_holds_what_these_tests_take_for_full() -> None:
-    model = wide_model(num_layers=2)
-    cache = DynamicCache(config=model.config)
-    prefill(model, cache)
-    assert held_bytes(cache) == 2 * LAYER_BYTES
-    assert large_tensors(model) > 0
-
-
 def large_tensors(model: PreTrainedModel) -> int:
     """Living tensors, wherever they are, whose storage could hold the whole prompt's keys of a layer."""
     gc.collect()
@@ -123,13 +115,16 @@ def test_a_quarter_of_the_prompt_holds_a_quarter_of_the_bytes(name: str) -> None
     """Nothing keeps the rest alive: no living tensor, wherever it is, is as large as the keys of a layer's prompt."""
     model = wide_model(num_layers=2)
     already = large_tensors(model)
+    whole = DynamicCache(config=model.config)
+    prefill(model, whole)
+    assert held_bytes(whole) == 2 * LAYER_BYTES and large_tensors(model) == already + 4
+    del whole
     cache = CACHES[name](model, PROMPT_LENGTH)
     prefill(model, cache)
     assert large_tensors(model) == already
     held = held_bytes(cache)
     assert 0.2 * 2 * LAYER_BYTES < held <= 0.26 * 2 * LAYER_BYTES
     memory = cache.memory()
-    assert set(memory) == {"cpu"} or set(memory) == {torch.device("cpu")}
     assert sum(sum(roles.values()) for roles in memory.values()) == cache.nbytes == held
     (roles,) = memory.values()
     assert set(roles) == {"keys", "values", "bookkeeping"}
@@ -139,11 +134,6 @@ def test_a_quarter_of_the_prompt_holds_a_quarter_of_the_bytes(name: str) -> None
         model(random_tokens(1, 1), past_key_values=cache)
     assert large_tensors(model) == already
     assert cache.get_seq_length() == PROMPT_LENGTH + 1
-
-
-@every_cache
-def test_memory_is_right_after_decoding(name: str) -> None:
-    model = wide_model(num_layers=2)
     cache = CACHES[name](model, 257)
     drive(model, cache, random_rows((257, 200)), random_tokens(2, 40))
     assert sum(sum(roles.values()) for roles in cache.memory().values()) == held_bytes(cache) == cache.nbytes
@@ -156,13 +146,9 @@ def test_prefill_holds_one_whole_layer_at_a_time(name: str) -> None:
     model = wide_model(num_layers)
     cache = CACHES[name](model, length)
     samples: list[int] = []
-
-    def sample(*_: Any) -> None:
-        samples.append(held_bytes(cache))
-
     for layer in model.model.layers:
-        layer.self_attn.o_proj.register_forward_pre_hook(sample)
-        layer.register_forward_hook(sample)
+        layer.self_attn.o_proj.register_forward_pre_hook(lambda *_: samples.append(held_bytes(cache)))
+        layer.register_forward_hook(lambda *_: samples.append(held_bytes(cache)))
     prefill(model, cache, length)
     layer_bytes = LAYER_BYTES * length // PROMPT_LENGTH
     assert len(samples) == 2 * num_layers
@@ -217,6 +203,11 @@ def test_the_same_memory_serves_every_step(name: str, lengths: tuple[int, ...]) 
     """And a step makes nothing of the size of the cache, but where it gathers what stays into the same slots."""
     model = build_model("llama", head_dim=32)
     cache_class, settings = DECODING[name]
+    growing = DynamicCache(config=model.config)
+    prefill(model, growing, 320)
+    with torch.no_grad(), LargeResults(growing.layers[0].keys.numel(), growing, list(model.parameters())) as watch:
+        model(random_tokens(1, 1), past_key_values=growing)
+    assert len(watch.found) >= 6  # what the watch must see: keys and values of three layers
     cache = cache_class(model.config, budget=DECODE_SLOTS, **settings)
     seen: list[dict[int, int]] = []
     total: list[int] = []
@@ -244,15 +235,6 @@ def test_the_same_memory_serves_every_step(name: str, lengths: tuple[int, ...]) 
         model(random_tokens(2, 1), past_key_values=cache, **arguments)
     assert watch.operations > 50
     assert not watch.found
-
-
-def test_the_watch_sees_dynamic_cache_grow() -> None:
-    model = build_model("llama", head_dim=32)
-    cache = DynamicCache(config=model.config)
-    prefill(model, cache, 320)
-    with torch.no_grad(), LargeResults(cache.layers[0].keys.numel(), cache, list(model.parameters())) as watch:
-        model(random_tokens(1, 1), past_key_values=cache)
-    assert len(watch.found) >= 6  # keys and values of three layers
 
 
 def test_h2o_prefill_never_makes_a_square_matrix() -> None:

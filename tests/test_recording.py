@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from caches import CACHE_CASES, CacheCase, every_cache, parametrize_cases
+from caches import CACHE_CASES, CacheCase, every_cache
 from models import Trace, build_model, drive, left_pad, random_rows, random_tokens, tiny_model
-from reference import MaskPolicy, masks_of, run_policy
+from test_masked_dense import assert_is_masked_run
 from transformers import PreTrainedModel
 
 from pyramid_cache import H2OCache, PyramidCache, StreamingLLMCache
@@ -87,13 +87,7 @@ def test_guesses_see_what_is_held_and_each_other(name: str, family: str, lengths
     model, case = tiny_model(family), next(case for case in CACHE_CASES if case.name == name)
     rows = random_rows(lengths, seed=7)
     trace = record(model, case.build(model), rows, CHUNKS)
-    ends = torch.tensor([0, *trace.pieces]).cumsum(0) - 1
-    for index, row in enumerate(rows):
-        masks = masks_of(trace, index, model.config.num_key_value_heads)
-        assert any(not mask[-1].all() for mask in masks)
-        tokens = torch.cat([row, trace.tokens[index]])
-        wanted = run_policy(model, tokens, MaskPolicy(masks))[len(row) + ends]
-        torch.testing.assert_close(trace.logits[index], wanted, atol=1e-4, rtol=0)
+    assert_is_masked_run(model, trace, rows)
 
 
 def assert_same_state(cache: CompressedCache, other: CompressedCache, tolerance: float = 0.0) -> None:
@@ -104,72 +98,48 @@ def assert_same_state(cache: CompressedCache, other: CompressedCache, tolerance:
     assert cache.get_seq_length() == other.get_seq_length()
 
 
-@pytest.mark.parametrize(
-    ("prefill", "family", "interval"),
-    [("streaming", "llama", 32), ("dense", "llama_yarn", 32), ("streaming", "glm4", 1024), ("dense", "glm4", 1024)],
-)
-def test_a_stream_does_not_care_about_guesses(
-    prefill: str, family: str, interval: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Every token sees the window that it would have seen alone: the logits are those of plain decoding."""
-    monkeypatch.setattr(streaming_llm, "REBASE_INTERVAL", interval)
-    model, rows = tiny_model(family), random_rows((23, 40))
-    guessed, plain = (StreamingLLMCache(model.config, budget=12, prefill=prefill) for _ in range(2))
-    trace = record(model, guessed, rows, CHUNKS)
-    wanted = drive(model, plain, rows, trace.tokens).logits[:, 1:]
-    ends = torch.tensor(trace.pieces).cumsum(0) - 1
-    torch.testing.assert_close(trace.logits[:, 1:], wanted[:, ends], atol=1e-4, rtol=0)
-    assert_same_state(guessed, plain, 1e-4)
-
-
 @every_cache
-def test_what_stays_is_treated_as_if_it_had_come_alone(case: CacheCase) -> None:
-    """In a model of one layer, whose keys depend on nothing but their tokens, the caches end up the same."""
+def test_what_stays_is_treated_as_if_it_had_come_alone(case: CacheCase, monkeypatch: pytest.MonkeyPatch) -> None:
+    """
+    In a model of one layer, whose keys depend on nothing but their tokens, the caches end up the same. In a stream
+    every token sees the window that it would have seen alone: in any model all logits are the same too.
+    """
+    is_stream = case.cache_class is StreamingLLMCache
+    monkeypatch.setattr(streaming_llm, "REBASE_INTERVAL", 32)
     model = build_model("llama", num_hidden_layers=1)
+    if is_stream:
+        model = tiny_model("llama_yarn" if "prefill" in case.tight else "glm4")
     for budget, lengths in (("tight", (40,)), ("tight", (23, 40)), ("large", (23, 40))):
         rows = random_rows(lengths, seed=7)
         guessed, plain = case.build(model, budget), case.build(model, budget)
         trace = record(model, guessed, rows, CHUNKS)
-        drive(model, plain, rows, trace.tokens)
-        assert_same_state(guessed, plain, 1e-5)
-
-
-@parametrize_cases(case for case in CACHE_CASES if case.evicts)
-@torch.no_grad()
-def test_a_crop_that_cannot_be_undone_changes_nothing(case: CacheCase) -> None:
-    model, tokens = tiny_model("llama"), random_tokens(1, 60)
-    cache, twin = case.build(model), case.build(model)
-    for each in (cache, twin):
-        model(tokens[:, :40], past_key_values=each)
-    with pytest.raises(NotImplementedError, match="activate_past_recording"):
-        cache.crop(-3)
-    for each in (cache, twin):
-        each.activate_past_recording()
-        model(tokens[:, 40:45], past_key_values=each)
-    with pytest.raises(NotImplementedError, match="activate_past_recording"):
-        cache.crop(-6)
-    for each in (cache, twin):
-        each.crop(-2)
-    assert cache.get_seq_length() == 43
-    assert_same_state(cache, twin)
+        stepped = drive(model, plain, rows, trace.tokens).logits
+        assert_same_state(guessed, plain, 1e-4 if is_stream else 1e-5)
+        if is_stream:
+            ends = torch.tensor([0, *trace.pieces]).cumsum(0)
+            torch.testing.assert_close(trace.logits, stepped[:, ends], atol=1e-4, rtol=0)
 
 
 @every_cache
+@torch.no_grad()
 def test_all_that_was_recorded_can_be_taken_back(case: CacheCase) -> None:
     """Over several forward passes, and the very first tokens too."""
     model, tokens = tiny_model("llama"), random_tokens(1, 60)
     cache, fresh = case.build(model), case.build(model)
     cache.activate_past_recording()
-    with torch.no_grad():
-        for start, stop in ((0, 30), (30, 31), (31, 38)):
-            model(tokens[:, start:stop], past_key_values=cache)
-        assert cache.get_seq_length() == 38 and set(cache.num_kept_tokens()) == {38}
-        cache.crop(-38)
-        assert cache.get_seq_length() == 0
-        output = model(tokens[:, :44], past_key_values=cache).logits[:, -1]
-        cache.crop(0)
-        wanted = model(tokens[:, :44], past_key_values=fresh).logits[:, -1]
-    if case.name != "PyramidCache(model)":  # which prunes hidden states of a prompt only if it is not recorded
+    for start, stop in ((0, 30), (30, 31), (31, 38)):
+        model(tokens[:, start:stop], past_key_values=cache)
+    assert cache.get_seq_length() == 38 and set(cache.num_kept_tokens()) == {38}
+    cache.crop(-38)
+    assert cache.get_seq_length() == 0
+    output, wanted = (model(tokens[:, :44], past_key_values=each).logits[:, -1] for each in (cache, fresh))
+    cache.crop(0)
+    if case.evicts:
+        with pytest.raises(NotImplementedError, match="activate_past_recording"):
+            fresh.crop(-3)
+        with pytest.raises(NotImplementedError, match="activate_past_recording"):
+            cache.crop(-3)
+    if not case.prunes_prefill:  # a recorded prompt's hidden states are not pruned
         torch.testing.assert_close(output, wanted, atol=1e-5, rtol=0)
         assert_same_state(cache, fresh, 1e-5)
     assert cache.num_kept_tokens() == fresh.num_kept_tokens()
@@ -201,28 +171,6 @@ def test_nothing_waits_longer_than_it_must(case: CacheCase) -> None:
             layer.record_past = False
         model(tokens, past_key_values=plain)
     assert waiting.num_kept_tokens() == plain.num_kept_tokens() and waiting.nbytes < full
-
-
-@every_cache
-@torch.no_grad()
-def test_memory_counts_what_is_recorded(case: CacheCase) -> None:
-    """Keys, values and the queries that will score; `crop` lets go of them."""
-    model, tokens = tiny_model("llama"), random_tokens(2, 50)
-    cache = case.build(model)
-    cache.activate_past_recording()
-    model(tokens, past_key_values=cache)
-    # Three layers, two rows, fifty tokens, sixteen numbers: two heads of keys, of values, four heads of queries.
-    states = 3 * 2 * 50 * 16 * 4
-    memory = cache.memory()["cpu"]
-    assert (memory["keys"], memory["values"]) == (2 * states, 2 * states)
-    assert 4 * states <= memory["bookkeeping"] <= 4 * states + 4096
-    cache.crop(0)
-    held = cache.memory()["cpu"]
-    num_keys = sum(layer.keys.shape[:3].numel() for layer in cache.layers)
-    num_keys += sum(sum(layer.packed.lengths) for layer in cache.layers if getattr(layer, "packed", None) is not None)
-    shadows = [layer for layer in cache.layers if getattr(layer, "factors", None) is not None]
-    num_shadow_bytes = sum(layer.factors.nbytes + layer.basis.nbytes + layer.landmarks.nbytes for layer in shadows)
-    assert held["keys"] == num_keys * 16 * 4 + num_shadow_bytes
 
 
 @every_cache
@@ -264,42 +212,6 @@ def test_sliding_layers() -> None:
         assert torch.equal(model.generate(tokens, past_key_values=build(model.config, budget=1.0), **settings), wanted)
 
 
-def test_right_padding_is_refused_before_it_is_recorded() -> None:
-    model, tokens = tiny_model("llama"), random_tokens(2, 20)
-    mask = torch.ones(2, 20, dtype=torch.long)
-    mask[0, -3:] = 0
-    cache = H2OCache(model.config, budget=8)
-    cache.activate_past_recording()
-    with pytest.raises(NotImplementedError, match="padded on the right"), torch.no_grad():
-        model(tokens, attention_mask=mask, past_key_values=cache)
-
-
-def test_what_a_dead_model_recorded_cannot_be_evicted() -> None:
-    model = build_model("llama")
-    cache = H2OCache(model.config, budget=8)
-    cache.activate_past_recording()
-    with torch.no_grad():
-        model(random_tokens(1, 20), past_key_values=cache)
-    del model
-    with pytest.raises(RuntimeError, match="is gone"):
-        cache.crop(0)
-    with pytest.raises(RuntimeError, match="is gone"):
-        build_model("llama").generate(random_tokens(1, 25), past_key_values=cache, max_new_tokens=4)
-
-
-def test_a_budget_without_room_for_a_prompt_changes_no_layer() -> None:
-    """Layers that keep everything take more than the budget, which shows when the prompt's length is known."""
-    model = tiny_model("llama")
-    cache = PyramidCache(model.config, budget=20, first_pruned_layer=2)
-    cache.activate_past_recording()
-    with torch.no_grad():
-        model(random_tokens(1, 60), past_key_values=cache)
-    for _ in range(2):
-        with pytest.raises(ValueError, match="too small for a prompt of 59"):
-            cache.crop(-1)
-    assert [layer.get_seq_length() for layer in cache.layers] == [60, 60, 60]
-
-
 @pytest.mark.parametrize("name", ["qwen2_hybrid", "gemma3", "llama4", "jamba", "bamba"])
 def test_generate_ends_a_recording_of_hybrid_models(name: str) -> None:
     """Their sliding and linear layers go back to their size too."""
@@ -313,3 +225,29 @@ def test_generate_ends_a_recording_of_hybrid_models(name: str) -> None:
         model.generate(tokens, past_key_values=each, max_new_tokens=5, do_sample=False) for each in (cache, plain)
     )
     assert torch.equal(output, wanted)
+
+
+@torch.no_grad()
+def test_recordings_that_are_refused() -> None:
+    """Right padding, what a dead model has recorded, and a budget without room for layers that keep everything."""
+    model, tokens, mask = build_model("llama"), random_tokens(2, 60), torch.ones(2, 60, dtype=torch.long)
+    cache, other, dense = (
+        *(H2OCache(model.config, budget=8) for _ in range(2)),
+        PyramidCache(model.config, budget=20, first_pruned_layer=2),
+    )
+    for each in (cache, other, dense):
+        each.activate_past_recording()
+    mask[0, -3:] = 0
+    with pytest.raises(NotImplementedError, match="padded on the right"):
+        model(tokens, attention_mask=mask, past_key_values=cache)
+    model(tokens, past_key_values=dense)
+    for _ in range(2):  # that changes no layer
+        with pytest.raises(ValueError, match="too small for a prompt of 59"):
+            dense.crop(-1)
+    assert [layer.get_seq_length() for layer in dense.layers] == [60, 60, 60]
+    model(tokens, past_key_values=other)
+    del model
+    with pytest.raises(RuntimeError, match="is gone"):
+        other.crop(0)
+    with pytest.raises(RuntimeError, match="is gone"):
+        build_model("llama").generate(random_tokens(2, 65), past_key_values=other, max_new_tokens=4)
