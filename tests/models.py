@@ -217,22 +217,13 @@ def generate(model: PreTrainedModel, cache: Cache, rows: list[torch.Tensor], new
 
 @dataclass
 class Trace:
-    """What a model with a cache gave at each step; step 0 is the prompt, step i the i-th token after it.
+    """What a model with a cache gave at each step; step 0 is the prompt, step i the i-th token after it."""
 
-    Attributes:
-        logits: Logits of the last token of each step, `(batch, steps, vocabulary)`.
-        positions: For each step and each layer that evicts what it held after the step, `(batch, kv_heads, slots)`,
-            -1 for empty.
-        tokens: The tokens fed after the prompt, `(batch, later)`.
-        lengths: Real tokens of each row's prompt.
-        pieces: How many tokens each step after the prompt fed.
-    """
-
-    logits: torch.Tensor
-    positions: list[list[torch.Tensor]]
-    tokens: torch.Tensor
-    lengths: list[int] = field(default_factory=list)
-    pieces: list[int] = field(default_factory=list)
+    logits: torch.Tensor  # of the last token of each step, (batch, steps, vocabulary)
+    positions: list[list[torch.Tensor]]  # by step and evicting layer: (batch, kv_heads, slots), -1 for empty
+    tokens: torch.Tensor  # fed after the prompt, (batch, later)
+    lengths: list[int] = field(default_factory=list)  # real tokens of each row's prompt
+    pieces: list[int] = field(default_factory=list)  # how many tokens each step after the prompt fed
 
     def held(self, step: int, layer: int, row: int, head: int) -> list[int]:
         """The positions a head of a row held after a step, in rising order."""
@@ -249,16 +240,10 @@ def drive(
     with_mask: bool = True,
     pieces: list[int] | None = None,
 ) -> Trace:
-    """Feed left-padded prompts, then one token (or piece) at a time, and record logits and held positions.
-
-    Args:
-        model: The model.
-        cache: An empty cache.
-        rows: The prompts, each `(length,)`.
-        continuation: The tokens to feed after the prompt `(batch, later)`, or how many to choose greedily.
-        after_step: Called with the number of each step when it is done.
-        with_mask: Whether to hand the model an attention mask; without one no row may be padded.
-        pieces: How many tokens of the continuation to feed at each step; by default one.
+    """
+    Feed left-padded prompts `rows` to an empty cache, then the tokens of `continuation` `(batch, later)`, or so many
+    greedily: one at a time, or as many as `pieces` says. `after_step` is called with the number of each step. Without
+    a mask no row may be padded.
     """
     input_ids, attention_mask = left_pad(rows)
     if not with_mask and not bool(attention_mask.all()):

@@ -185,13 +185,8 @@ def best(scores: dict[int, float], number: int) -> list[int]:
 class HoldingPolicy(Policy):
     """Each token attends to what its head holds and to itself; from the end of the prompt on, heads evict after it.
 
-    Attributes:
-        held: `held[layer][head][step]`, the positions held after the prompt (step 0) and after each later token.
-        layer: The layer that is running.
-        query: Its queries `(heads, length, head_dim)`, as they came.
-        key: Its keys `(kv_heads, length, head_dim)`, as attention sees them.
-        value: Its values `(kv_heads, length, head_dim)`.
-        scaling: Factor of its attention logits.
+    `held[layer][head][step]` are the positions held after the prompt (step 0) and after each later token. While one
+    layer runs, `layer`, `query` (as queries came), `key` (as attention sees keys), `value` and `scaling` are its own.
     """
 
     prompt_length: int
@@ -279,10 +274,8 @@ class H2OPolicy(HoldingPolicy):
 class StreamingLLMPolicy(Policy):
     """The first tokens and a rolling window, at the positions they have inside the cache.
 
-    It must be run `without_rotation`, for it rotates queries and keys itself, anew for every query.
-
-    Attributes:
-        held: As in `HoldingPolicy`.
+    It must be run `without_rotation`, for it rotates queries and keys itself, anew for every query. `held` is as in
+    `HoldingPolicy`.
     """
 
     rotation: Callable[[torch.Tensor, list[int]], torch.Tensor]
@@ -322,24 +315,14 @@ class StreamingLLMPolicy(Policy):
 
 @dataclass
 class HeldTokens:
-    """What one key head of a row holds when tokens have to go (any of them, if all heads of a layer hold the same).
+    """What one key head of a row holds when tokens have to go (any of them, if all heads of a layer hold the same)."""
 
-    Attributes:
-        positions: Of the tokens, rising.
-        keys: As attention sees them, `(held, head_dim)` float64.
-        values: `(held, head_dim)` float64.
-        attention: What the last queries gave to each token: the mean over a window of queries and over the heads that
-            count.
-        length: Tokens that the row has seen.
-        num_kept: Tokens that stay.
-    """
-
-    positions: list[int]
-    keys: np.ndarray
+    positions: list[int]  # rising
+    keys: np.ndarray  # (held, head_dim) float64, as attention sees them
     values: np.ndarray
-    attention: list[float]
-    length: int
-    num_kept: int
+    attention: list[float]  # that the last queries gave to each token, the mean over them and the heads that count
+    length: int  # tokens that the row has seen
+    num_kept: int  # tokens that stay
 
     def is_recent(self, window_size: int) -> list[bool]:
         """Which tokens are among the last `window_size` of the row: half of what stays at most, but one at least."""
@@ -354,19 +337,12 @@ class HeldTokens:
 
 
 class ReferenceScore:
-    """A method: what tokens are worth. Its arguments are those of the cache that it needs.
+    """A method: what tokens are worth. Its arguments are those of the cache that it needs."""
 
-    Attributes:
-        window_size: How many of the last queries attention is the mean of; 0: it is not looked at.
-        heads_share_tokens: Whether attention is the mean over all heads, which hold the same.
-        has_exact_ties: Whether scores that are equal are so in float32 too, where the newer token is the better.
-        tie: Scores nearer than this, in proportion, may rank either way.
-    """
-
-    window_size = 0
-    heads_share_tokens = False
-    has_exact_ties = True
-    tie = TIE
+    window_size = 0  # how many of the last queries attention is the mean of; 0: it is not looked at
+    heads_share_tokens = False  # then attention is the mean over all heads
+    has_exact_ties = True  # whether equal scores are so in float32 too, where the newer token is the better
+    tie = TIE  # scores nearer than this, in proportion, may rank either way
 
     def scores(self, held: HeldTokens) -> list[float]:
         """What each token is worth, infinity for what must stay."""
@@ -549,12 +525,9 @@ class ScoredPolicy(HoldingPolicy):
 
 
 def pyramid_window_scores(rows: torch.Tensor, columns: list[int], distance_weight: float) -> dict[int, float]:
-    """PyramidInfer's score of each column: attention of the window's queries.
-
-    Args:
-        rows: Probabilities of the window's queries averaged over all heads, `(window, columns)`.
-        columns: The position of each column.
-        distance_weight: Weight of the newest query; the oldest weighs 1.
+    """
+    PyramidInfer's score of the position of each column: what the window's queries give to it, averaged over heads,
+    `(window, columns)`. The newest query weighs `distance_weight`, the oldest 1.
     """
     weights = torch.linspace(1.0, distance_weight, len(rows)).tolist()
     return {
@@ -577,18 +550,13 @@ class PyramidPolicy(HoldingPolicy):
     Of the prompt each layer keeps a given number. Of the generated tokens the newest `window` are left alone. Whenever
     a zone of 16 has gathered before them, each layer thins it out, the deeper the more, and never looks at it again.
 
-    Attributes:
-        kept_per_layer: Prompt tokens that each layer holds.
-        window: Tokens of the recent window, R + 1.
-        num_sink_tokens: First tokens, always kept.
-        distance_weight: Weight of the newest query.
-        pruning: "" if all of the prompt reaches each layer. "own" if a layer passes on what it holds, as in the paper;
-            "next" if it holds all that it was given and passes on what the next one holds, as in the authors' code.
+    `pruning` is empty if all of the prompt reaches each layer. It is "own" if a layer passes on what it holds, as in
+    the paper; "next" if it holds all that it was given and passes on what the next one holds, as in the authors' code.
     """
 
-    kept_per_layer: list[int]
-    window: int
-    num_sink_tokens: int = 4
+    kept_per_layer: list[int]  # prompt tokens
+    window: int  # R + 1
+    num_sink_tokens: int = 4  # always kept
     distance_weight: float = 1.2
     pruning: str = ""
 

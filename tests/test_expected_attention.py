@@ -15,8 +15,6 @@ from reference import HoldingPolicy, Rotation, best, compare_with_policies, with
 
 from pyramid_cache import ExpectedAttentionCache
 from pyramid_cache.caches import expected_attention
-from pyramid_cache.caches.expected_attention import ExpectedAttentionPolicy
-from pyramid_cache.engine.policy import PromptView
 
 
 @dataclass
@@ -130,24 +128,6 @@ def test_later_turns_add_to_the_statistics(monkeypatch: pytest.MonkeyPatch) -> N
     """As if all turns' queries had been seen at once; those of generated tokens do not count."""
     monkeypatch.setattr(expected_attention, "QUERIES_PER_CHUNK", 4)
     check("llama", (3, 21, 14), [1, 1, 9, 1, 1, 1, 1, 1, 6, 1], 10, 4)
-
-
-def test_statistics_by_hand() -> None:
-    """Queries 1 and 3, then 8: of two rows, of which the second has padding and a first token that does not count."""
-    policy = ExpectedAttentionPolicy(num_sink_tokens=1)
-    state: dict[str, torch.Tensor] = {}
-    for queries, positions in (
-        ([[9.0, 2.0, 6.0], [math.nan, math.nan, 4.0]], [[0, 1, 2], [-1, -1, 0]]),
-        ([[16.0], [10.0]], [[3], [1]]),
-    ):
-        query = torch.tensor(queries)[:, None, :, None]
-        longest = 1 + max(max(row) for row in positions)
-        view = PromptView(query, torch.tensor(positions)[:, None], None, 0.5, state, lambda: None, longest)
-        state = policy.observe(view)
-    assert state["query_count"].tolist() == [[3], [1]]
-    # (1 + 3 + 8) / 3, and (9 + 1 + 16) / 3 around it.
-    torch.testing.assert_close(state["query_mean"].flatten(), torch.tensor([4.0, 5.0]))
-    torch.testing.assert_close(state["query_covariance"].flatten(), torch.tensor([26 / 3, 0.0]))
 
 
 def test_memory_is_what_the_formula_says() -> None:

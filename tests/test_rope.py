@@ -386,11 +386,6 @@ def test_rotate_against_written_out_rotation(layout: str) -> None:
         for place in itertools.product(range(3), range(2), range(5)):
             expected[place] = written_out_rotation(states[place], int(positions[place]), inv_freq.double(), layout)
         torch.testing.assert_close(rotated.double(), expected, rtol=tolerance, atol=tolerance)
-        # One set of angles for all rows and heads.
-        shared = frequencies.rotate(states, frequencies.angles(positions[:1, :1]))
-        assert torch.equal(shared[:1, :1], rotated[:1, :1])
-        back = frequencies.rotate(rotated, -frequencies.angles(positions))
-        torch.testing.assert_close(back.double(), states.double(), rtol=2 * tolerance, atol=4 * tolerance)
 
 
 def test_angles_and_rotation_trace_without_a_break() -> None:
