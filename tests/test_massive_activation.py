@@ -106,7 +106,10 @@ def slow_massive(
 class TestKeysAndValues:
     @pytest.mark.parametrize("num_sinks, has_rope", [(0, True), (3, False), (11, True)])
     def test_against_loops(self, num_sinks: int, has_rope: bool) -> None:
-        """Planted: short values with equal keys (found) or other keys, and equal keys with long values."""
+        """
+        Planted: short values with equal keys (found) or other keys, and equal keys with long values. Where three are
+        found, one is the first of the row: it leads, though the values of the others are shorter.
+        """
         torch.manual_seed(num_sinks)
         batch_size, kv_heads, num_columns, head_dim = 3, 2, 47, 8
         key, value = torch.randn(2, batch_size, kv_heads, num_columns, head_dim).unbind()
@@ -115,10 +118,11 @@ class TestKeysAndValues:
         is_token[2, :5] = is_token[2, 20:23] = False
         positions = positions_of(is_token)
         rotary = RotaryFrequencies(torch.tensor([1.0, 0.3, 0.01])) if has_rope else None
-        sinks = [column for column in (12, 17, 24, 25, 30, 31, 33, 36, 38, 40, 46)[:num_sinks]]
+        sinks = (12, 17, 24, 25, 30, 31, 33, 36, 38, 40, 46)[:num_sinks]
         for row in range(batch_size):
             direction = torch.randn(kv_heads, head_dim) * 3
-            for rank, column in enumerate(sinks):
+            first = int(is_token[row].int().argmax())
+            for rank, column in enumerate((*sinks[1:], first) if num_sinks == 3 else sinks):
                 key[row, :, column] = direction + 0.1 * torch.randn(kv_heads, head_dim)
                 value[row, :, column] *= 0.05 + 0.005 * rank
             key[row, :, 44] = direction
@@ -130,7 +134,7 @@ class TestKeysAndValues:
         expected = slow_massive(key, value, is_token, None if rotary is None else rotary.inv_freq)
         if num_sinks:
             assert [len(row) for row in expected] == [min(num_sinks, 8)] * 3
-        found, template = massive_in_keys_and_values(key, value, positions, rotary, num_columns)
+        found, _ = massive_in_keys_and_values(key, value, positions, rotary, num_columns)
         for row in range(batch_size):
             columns = [column for column in found.columns[row].tolist() if column >= 0]
             assert columns == [column for column, _, _ in expected[row]]
@@ -139,25 +143,6 @@ class TestKeysAndValues:
                 [x for token in expected[row] for x in token[1:]], abs=1e-5
             )
         assert found.mask(num_columns).sum(dim=1).tolist() == [len(row) for row in expected]
-
-    def test_a_first_token_with_a_short_value_is_the_template(self) -> None:
-        """Tokens 2 and 3 have shorter values and equal keys, but the first one leads elsewhere."""
-        key = torch.tensor([[1.0, 0], [0, 1], [0.6, 0.8], [0.6, 0.8], [1, 0], [1, 0], [1, 0]]).view(1, 1, 7, 2)
-        value = torch.tensor([0.4, 1, 0.1, 0.1, 1, 1, 1]).view(1, 1, 7, 1)
-        positions = torch.arange(7, dtype=torch.int32).view(1, 1, 7)
-        found, template = massive_in_keys_and_values(key, value, positions, None, 7)
-        assert found.columns[0].tolist()[:2] == [0, -1]
-        value[0, 0, 0] = 0.6  # 0.6 of the median is not short: the shortest one leads
-        found, _ = massive_in_keys_and_values(key, value, positions, None, 7)
-        assert found.columns[0].tolist()[:3] == [2, 3, -1]
-        # Later tokens are compared with the prompt's template and median.
-        new_key = torch.tensor([[1.0, 0.1], [0, 1.0]]).view(1, 1, 2, 2)
-        new_value = torch.tensor([0.45, 0.45]).view(1, 1, 2, 1)
-        found, same = massive_in_keys_and_values(new_key, new_value, positions[..., :2] + 7, None, 9, template)
-        assert found.columns[0].tolist() == [0, -1]
-        assert torch.equal(same.key, template.key)
-        found, _ = massive_in_keys_and_values(new_key, new_value * 1.2, positions[..., :2] + 7, None, 9, template)
-        assert found.columns[0].tolist() == [-1, -1]
 
 
 # Where attention goes.
