@@ -399,39 +399,30 @@ def test_values_beyond_the_host_budget_are_refused_with_what_they_take() -> None
 
 
 @always_in_shadow
-def test_saved_values_can_go_elsewhere(tmp_path: Path) -> None:
-    """Where the folder of their files is gone, say."""
-    model, folder, file = tiny_model("llama"), tmp_path / "values", tmp_path / "cache.safetensors"
-    folder.mkdir()
-    cache = shadow_cache(model, rank=9, host=f"disk:{folder}", host_budget="1MiB")
-    conversation(model, cache, [0, 5], [70, 20])
-    cache.save(file)
-    folder.rmdir()
-    with pytest.raises(ValueError, match="a folder that exists"):
-        ShadowKVCache.load(file, model)
-    loaded = [ShadowKVCache.load(file, model, host=host) for host in ("memory", f"disk:{tmp_path}")]
-    tokens, mask = random_tokens(2, 91, seed=9), torch.arange(91) >= torch.tensor([[0], [5]])
-    expected = read(model, cache, tokens, [1], mask)
-    for each in loaded:
-        assert torch.equal(read(model, each, tokens, [1], mask), expected)
-        assert each.settings["host_budget"] is None
-    with pytest.raises(ValueError, match="more than `host_budget=8`"):
-        ShadowKVCache.load(file, model, host="memory", host_budget=8)
-
-
-@always_in_shadow
 @pytest.mark.parametrize("quantize, num_local_tokens", [(None, 0), ("int8", 4), ("fp8", 4)])
 def test_a_file_goes_on_as_the_cache_would(quantize: str | None, num_local_tokens: int, tmp_path: Path) -> None:
-    """Through turns and steps."""
-    model, pieces = tiny_model("llama"), [2, *[1] * 14, 9, 1, 5, 1]
-    cache = shadow_cache(model, budget=16, rank=12, quantize=quantize, num_local_tokens=num_local_tokens)
+    """Through turns and steps. Values can go elsewhere, where the folder of their files is gone, say."""
+    model, pieces, folder = tiny_model("llama"), [2, *[1] * 14, 9, 1, 5, 1], tmp_path / "values"
+    folder.mkdir()
+    settings = {"host": f"disk:{folder}", "host_budget": "1MiB", "num_local_tokens": num_local_tokens}
+    cache = shadow_cache(model, budget=16, rank=12, quantize=quantize, **settings)
     conversation(model, cache, [0, 5], [70, 33])
-    cache.save(tmp_path / "cache.safetensors")
-    loaded = ShadowKVCache.load(tmp_path / "cache.safetensors", model)
-    assert loaded.memory()["host"] == {"keys": 0, "values": loaded.memory()["host"]["values"], "bookkeeping": 0}
-    tokens = random_tokens(2, 103 + sum(pieces), seed=8)
+    file, tokens = tmp_path / "cache.safetensors", random_tokens(2, 103 + sum(pieces), seed=8)
     mask = torch.arange(tokens.shape[1]) >= torch.tensor([[0], [5]])
-    assert torch.equal(*(read(model, each, tokens, pieces, mask) for each in (loaded, cache)))
+    cache.save(file)
+    expected = read(model, cache, tokens, pieces, mask)
+    folder.rmdir()
+    for arguments, message in (
+        ({}, "a folder that exists"),
+        ({"host": "memory", "host_budget": 8}, "`host_budget=8`"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ShadowKVCache.load(file, model, **arguments)
+    for host in ("memory", f"disk:{tmp_path}"):
+        loaded = ShadowKVCache.load(file, model, host=host)
+        assert loaded.settings["host_budget"] is None
+        assert loaded.memory()["host"] == {"keys": 0, "values": loaded.memory()["host"]["values"], "bookkeeping": 0}
+        assert torch.equal(read(model, loaded, tokens, pieces, mask), expected)
 
 
 @always_in_shadow
