@@ -202,12 +202,8 @@ def test_longrope_switches_with_the_longest_position_of_the_forward(name: str) -
 
 @pytest.mark.parametrize("name", ["llama", "longrope"])
 def test_buffers_that_were_cast_with_the_model(name: str) -> None:
-    """Half precision of weights alone leaves frequencies in float32."""
     model = model_of(name)
     original = rotary_frequencies(attention_modules(model)[0], model.config).inv_freq
-    half = AutoModelForCausalLM.from_config(model.config, dtype=torch.bfloat16).eval()
-    for given in (None, half):
-        assert torch.equal(rotary_frequencies(attention_modules(half)[0], half.config, model=given).inv_freq, original)
     model.to(torch.bfloat16)
     module = attention_modules(model)[0]
     frequencies = rotary_frequencies(module, model.config, model=model)
@@ -220,6 +216,20 @@ def test_buffers_that_were_cast_with_the_model(name: str) -> None:
         cosine, _ = rotary_module(model)(torch.zeros(1), positions)
         angles = frequencies.model_angles(positions, longest).float()
         assert torch.equal(torch.cat([angles, angles], dim=-1).cos() * cosine[0, 0, 0], cosine)
+
+
+def test_half_precision_weights_leave_frequencies_in_float32() -> None:
+    for name, dtype in (("llama", torch.bfloat16), ("glm4", torch.float16), ("smollm3", torch.bfloat16)):
+        exact = model_of(name)
+        model = AutoModelForCausalLM.from_config(exact.config, dtype=dtype).eval()
+        for module, other in zip(attention_modules(model), attention_modules(exact), strict=True):
+            expected = rotary_frequencies(other, exact.config)
+            for given in (None, model):
+                found = rotary_frequencies(module, model.config, model=given)
+                assert (found is None) == (expected is None)
+                if found is not None:
+                    assert found.layout == expected.layout
+                    assert torch.equal(found.inv_freq, expected.inv_freq)
 
 
 def test_models_without_rope_give_none() -> None:
