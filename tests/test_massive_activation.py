@@ -243,8 +243,8 @@ class MassiveScore(ReferenceScore):
     """Massive and recent tokens stay. Others are worth their and the passage's attention times value norm."""
 
     massive: set[int]
-    window_size: int
-    kernel_size: int
+    window_size: int = 64
+    kernel_size: int = 5
 
     def scores(self, held: HeldTokens) -> list[float]:
         is_recent, passages = held.passages(self.window_size, self.kernel_size)

@@ -10,7 +10,8 @@ import torch
 from models import FAMILIES, Trace, drive, random_rows, random_tokens, tiny_model
 from reference import ScoredPolicy, compare_with_policies, score_of
 
-from pyramid_cache import KeyDiffCache, KnormCache, PolicyCache, PyramidKVCache, SnapKVCache, TOVACache
+from pyramid_cache import KeyDiffCache, KnormCache, PolicyCache, PyramidKVCache, RKVCache, SnapKVCache, TOVACache
+from pyramid_cache.caches import rkv
 from pyramid_cache.caches.pyramidkv import PyramidKVPolicy
 from pyramid_cache.engine.budget import Budget
 from pyramid_cache.engine.policy import ScoringView
@@ -55,6 +56,20 @@ def test_held_positions_and_logits(cache_class: type[PolicyCache]) -> None:
     assert trace.held(6, 0, 1, 0) == list(range(15))
     assert len(trace.held(7, 0, 1, 0)) == 12
     check(cache_class, "llama", (203,), 3)
+
+
+def test_redundancy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of R-KV: with it alone and without it, whatever counts as alike, and in chunks of similarities."""
+    for settings, similarities_per_chunk in (
+        ({"window_size": 3, "kernel_size": 3}, 500),
+        ({"importance_weight": 0.0, "similarity_threshold": 0.0}, 1),
+        ({"importance_weight": 0.0, "similarity_threshold": 0.2}, 500),
+        ({"importance_weight": 0.0, "similarity_threshold": 1.0}, 500),
+        ({"importance_weight": 1.0, "kernel_size": 5}, rkv.SIMILARITIES_PER_CHUNK),
+        ({}, rkv.SIMILARITIES_PER_CHUNK),
+    ):
+        monkeypatch.setattr(rkv, "SIMILARITIES_PER_CHUNK", similarities_per_chunk)
+        check(RKVCache, "llama", (23, 37, 30), 14, budget=11, eviction_interval=4, **settings)
 
 
 @pytest.mark.slow
