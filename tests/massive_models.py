@@ -15,12 +15,9 @@ MASSIVE_DIMENSION = 0
 
 
 def massive_model(magnitude: float, num_layers: int = 4, vocab_size: int = VOCAB_SIZE) -> LlamaForCausalLM:
-    """A Llama in which `MASSIVE_TOKEN` has massive activations at the output of every layer, wherever it stands.
-
-    Args:
-        magnitude: What the token has in `MASSIVE_DIMENSION`; others have about 1 in all others.
-        num_layers: How many.
-        vocab_size: How many tokens there are.
+    """
+    A Llama in which `MASSIVE_TOKEN`, wherever it stands, has `magnitude` in `MASSIVE_DIMENSION` at the output of every
+    layer. Other tokens have about 1 in all other dimensions.
     """
     torch.manual_seed(3)
     config = LlamaConfig(**COMMON | {"num_hidden_layers": num_layers, "vocab_size": vocab_size})

@@ -10,20 +10,7 @@ from functools import cache as remember
 from typing import Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    Cache,
-    GemmaConfig,
-    Glm4Config,
-    LlamaConfig,
-    MistralConfig,
-    Phi3Config,
-    PreTrainedConfig,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen3Config,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, Cache, PreTrainedConfig, PreTrainedModel
 
 
 VOCAB_SIZE = 101
@@ -47,17 +34,17 @@ COMMON: dict[str, Any] = {
 
 HALF_ROTARY = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}
 
-# name: (config class, what differs from COMMON)
-FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
-    "llama": (LlamaConfig, {}),
-    "llama_multi_head": (LlamaConfig, {"num_key_value_heads": 4, "num_hidden_layers": 2}),
-    "llama_multi_query": (LlamaConfig, {"num_key_value_heads": 1, "num_hidden_layers": 4}),
-    "mistral": (MistralConfig, {"sliding_window": None}),
-    "qwen2": (Qwen2Config, {}),
-    "qwen3": (Qwen3Config, {}),
-    "gemma": (GemmaConfig, {}),
-    "phi3": (Phi3Config, {"hidden_size": 64}),
-    "glm4": (Glm4Config, HALF_ROTARY),
+# name: (model type, what differs from those settings of COMMON that its config knows)
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama_multi_head": ("llama", {"num_key_value_heads": 4, "num_hidden_layers": 2}),
+    "llama_multi_query": ("llama", {"num_key_value_heads": 1, "num_hidden_layers": 4}),
+    "mistral": ("mistral", {"sliding_window": None}),
+    "qwen2": ("qwen2", {"head_dim": 16}),
+    "qwen3": ("qwen3", {}),
+    "gemma": ("gemma", {}),
+    "phi3": ("phi3", {"hidden_size": 64}),
+    "glm4": ("glm4", HALF_ROTARY),
 }
 
 # What mixtures of experts need beside COMMON, by whatever names.
@@ -77,7 +64,7 @@ LATENT: dict[str, Any] = {
     "first_k_dense_replace": 1,
 }
 
-# Further architectures. name: (model type, what differs from those settings of COMMON that its config knows)
+# Further architectures.
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_hybrid": ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}),
     "gemma2": ("gemma2", {**HYBRID, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 5.0}),
@@ -130,7 +117,7 @@ REFUSED_ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 
 # Those whose attention goes through transformers' interface from 5.24 on: refused before.
 LATER_ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {"gptj": ("gptj", {"rotary_dim": 8})}
-ALL_ARCHITECTURES = ARCHITECTURES | REFUSED_ARCHITECTURES | LATER_ARCHITECTURES
+ALL_ARCHITECTURES = FAMILIES | ARCHITECTURES | REFUSED_ARCHITECTURES | LATER_ARCHITECTURES
 
 # Llama with every kind of rotary embedding that stretches positions and can be un-rotated.
 ROPE_VARIANTS: dict[str, dict[str, Any]] = {
@@ -149,24 +136,15 @@ ROPE_VARIANTS: dict[str, dict[str, Any]] = {
 
 def build_config(name: str, **overrides: Any) -> PreTrainedConfig:
     """The config of a family, an architecture, `llama_<variant>` of `ROPE_VARIANTS`, or any model type."""
-    variant = name.removeprefix("llama_")
-    if name not in FAMILIES and variant not in ROPE_VARIANTS:
-        model_type, differences = ALL_ARCHITECTURES.get(name, (name, {}))
-        plain = AutoConfig.for_model(model_type)
-        known = {*vars(plain), *type(plain).attribute_map, "num_key_value_heads", "initializer_range"}
-        settings = {key: value for key, value in COMMON.items() if key in known}
-        return AutoConfig.for_model(model_type, **settings | differences | overrides)
-    if variant in ROPE_VARIANTS:
-        rope = ROPE_VARIANTS[variant]
-        trained = rope.get("original_max_position_embeddings", 2048)
-        length = {"max_position_embeddings": int(trained * rope["factor"])}
-        name, overrides = "llama", {"rope_parameters": dict(rope), **length, **overrides}
-    config_class, differences = FAMILIES[name]
-    settings = {**COMMON, **differences, **overrides}
-    # Some configs (Phi-3) derive the size of a head and carry no argument for it.
-    if config_class is Phi3Config:
-        settings.pop("head_dim")
-    return config_class(**settings)
+    rope = ROPE_VARIANTS.get(name.removeprefix("llama_"))
+    if rope is not None:
+        length = int(rope.get("original_max_position_embeddings", 2048) * rope["factor"])
+        name, overrides = "llama", {"rope_parameters": dict(rope), "max_position_embeddings": length, **overrides}
+    model_type, differences = ALL_ARCHITECTURES.get(name, (name, {}))
+    plain = AutoConfig.for_model(model_type)
+    known = {*vars(plain), *type(plain).attribute_map, "num_key_value_heads", "initializer_range"}
+    settings = {key: value for key, value in COMMON.items() if key in known}
+    return AutoConfig.for_model(model_type, **settings | differences | overrides)
 
 
 def build_model(name: str, seed: int = 0, attention: str = "sdpa", **overrides: Any) -> PreTrainedModel:
@@ -242,22 +220,13 @@ def generate(
 
 @dataclass
 class Trace:
-    """What a model with a cache gave, step by step; step 0 is the prompt, step i the i-th token after it.
+    """What a model with a cache gave at each step; step 0 is the prompt, step i the i-th token after it."""
 
-    Attributes:
-        logits: Logits of the last token of each step, `(batch, steps, vocabulary)`.
-        positions: For each step and each layer that evicts what it held after the step, `(batch, kv_heads, slots)`,
-            -1 for empty.
-        tokens: The tokens fed after the prompt, `(batch, later)`.
-        lengths: Real tokens of each row's prompt.
-        pieces: How many tokens each step after the prompt fed.
-    """
-
-    logits: torch.Tensor
-    positions: list[list[torch.Tensor]]
-    tokens: torch.Tensor
-    lengths: list[int] = field(default_factory=list)
-    pieces: list[int] = field(default_factory=list)
+    logits: torch.Tensor  # of the last token of each step, (batch, steps, vocabulary)
+    positions: list[list[torch.Tensor]]  # by step and evicting layer: (batch, kv_heads, slots), -1 for empty
+    tokens: torch.Tensor  # fed after the prompt, (batch, later)
+    lengths: list[int] = field(default_factory=list)  # real tokens of each row's prompt
+    pieces: list[int] = field(default_factory=list)  # how many tokens each step after the prompt fed
 
     def held(self, step: int, layer: int, row: int, head: int) -> list[int]:
         """The positions a head of a row held after a step, in rising order."""
@@ -274,16 +243,10 @@ def drive(
     with_mask: bool = True,
     pieces: list[int] | None = None,
 ) -> Trace:
-    """Feed left-padded prompts, then one token (or piece) at a time, and record logits and held positions.
-
-    Args:
-        model: The model.
-        cache: An empty cache.
-        rows: The prompts, each `(length,)`.
-        continuation: The tokens to feed after the prompt `(batch, later)`, or how many to choose greedily.
-        after_step: Called with the number of each step when it is done.
-        with_mask: Whether to hand the model an attention mask; without one no row may be padded.
-        pieces: How many tokens of the continuation to feed at each step; by default one.
+    """
+    Feed left-padded prompts `rows` to an empty cache, then the tokens of `continuation` `(batch, later)`, or so many
+    greedily: one at a time, or as many as `pieces` says. `after_step` is called with the number of each step. Without
+    a mask no row may be padded.
     """
     input_ids, attention_mask = left_pad(rows)
     if not with_mask and not bool(attention_mask.all()):

@@ -11,7 +11,7 @@ import inspect
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -31,17 +31,9 @@ class Policy:
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
     ) -> torch.Tensor:
-        """Attention of one layer over the whole sequence.
-
-        Args:
-            layer: Index of the layer.
-            query: `(heads, length, head_dim)`.
-            key: `(kv_heads, length, head_dim)`.
-            value: `(kv_heads, length, head_dim)`.
-            scaling: Factor of the attention logits.
-
-        Returns:
-            Output `(heads, length, head_dim)`.
+        """
+        Attention of one layer over the whole sequence: queries and output are `(heads, length, head_dim)`, keys and
+        values `(kv_heads, length, head_dim)`, and logits are multiplied by `scaling`.
         """
         raise NotImplementedError
 
@@ -99,7 +91,7 @@ class Rotation:
         self.apply = sys.modules[type(model).__module__].apply_rotary_pos_emb
 
     def __call__(self, states: torch.Tensor, positions: list[int]) -> torch.Tensor:
-        """Rotate states `(heads, length, head_dim)` to one position for each token."""
+        """States `(heads, length, head_dim)`, rotated to one position for each token."""
         cos, sin = self.compute(self.embedding, states, torch.tensor([positions]))
         rotated, _ = self.apply(states[None], states[None], cos, sin)
         return rotated[0]
@@ -125,16 +117,9 @@ def without_rotation(model: PreTrainedModel) -> Iterator[None]:
 def attend_one(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax attention of the queries of one group at one token.
-
-    Args:
-        query: `(group, head_dim)`.
-        key: What they see, `(seen, head_dim)`.
-        value: `(seen, head_dim)`.
-        scaling: Factor of the attention logits.
-
-    Returns:
-        Output `(group, head_dim)` and probabilities `(group, seen)`.
+    """
+    Softmax attention of the queries of one group at one token `(group, head_dim)` to keys and values
+    `(seen, head_dim)`: output `(group, head_dim)` and probabilities `(group, seen)`.
     """
     logits = query.float() @ key.float().T * scaling
     weights = (logits - logits.max(dim=-1, keepdim=True).values).exp()
@@ -146,8 +131,7 @@ class MaskPolicy(Policy):
     """The sequence with some keys hidden from some queries, nothing more.
 
     Args:
-        masks: For each layer `(kv_heads, length, length)`, true where a query (row) sees a key (column). Without masks
-            every query sees every earlier key.
+        masks: For each layer `(kv_heads, length, length)`, true where a query sees a key; None hides nothing.
     """
 
     def __init__(self, masks: list[torch.Tensor] | None = None) -> None:
@@ -179,8 +163,8 @@ def masks_of(trace: Trace, row: int, kv_heads: int) -> list[torch.Tensor]:
     masks = []
     for layer in range(len(trace.positions[0])):
         mask = torch.zeros(kv_heads, length, length, dtype=torch.bool)
+        mask[:, :prompt] = torch.ones(prompt, length, dtype=torch.bool).tril()
         for head in range(kv_heads):
-            mask[head, :prompt] = torch.ones(prompt, length, dtype=torch.bool).tril()
             start = prompt
             for step, piece in enumerate(trace.pieces):
                 held = trace.held(step, layer, row, head)
@@ -197,21 +181,16 @@ def best(scores: dict[int, float], number: int) -> list[int]:
     return sorted(ranked[:number])
 
 
+@dataclass
 class HoldingPolicy(Policy):
     """Each token attends to what its head holds and to itself; from the end of the prompt on, heads evict after it.
 
-    Attributes:
-        held: `held[layer][head][step]`, the positions held after the prompt (step 0) and after each later token.
-        layer: The layer that is running.
-        query: Its queries `(heads, length, head_dim)`, as they came.
-        key: Its keys `(kv_heads, length, head_dim)`, as attention sees them.
-        value: Its values `(kv_heads, length, head_dim)`.
-        scaling: Factor of its attention logits.
+    `held[layer][head][step]` are the positions held after the prompt (step 0) and after each later token. While one
+    layer runs, `layer`, `query` (as queries came), `key` (as attention sees keys), `value` and `scaling` are its own.
     """
 
-    def __init__(self, prompt_length: int) -> None:
-        self.prompt_length = prompt_length
-        self.held: dict[int, list[list[list[int]]]] = {}
+    prompt_length: int
+    held: dict[int, list[list[list[int]]]] = field(default_factory=dict, init=False)
 
     def turn(self, states: torch.Tensor) -> torch.Tensor:
         """Queries or keys `(heads, length, head_dim)` as attention sees them."""
@@ -246,12 +225,9 @@ class HoldingPolicy(Policy):
         return output.view_as(query)
 
     def evict(self, position: int, held: list[list[int]], given: torch.Tensor) -> list[list[int]]:
-        """What each head holds after a token.
-
-        Args:
-            position: Of the token.
-            held: What each head holds before, the token among it.
-            given: `(kv_heads, length, length)`: what each query so far gave to each key, the mean over its group.
+        """
+        What each head holds after the token at `position`, of what it `held` before, the token among it. `given`
+        `(kv_heads, length, length)` is what each query so far gave to each key, the mean over its group.
         """
         raise NotImplementedError
 
@@ -276,48 +252,38 @@ def compare_with_policies(
         torch.testing.assert_close(trace.logits[index], wanted, atol=tolerance, rtol=0)
 
 
+@dataclass
 class H2OPolicy(HoldingPolicy):
     """The last tokens and the keys that gathered most attention from all queries so far, per key head."""
 
-    def __init__(self, prompt_length: int, budget: int, heavy_ratio: float = 0.5) -> None:
-        super().__init__(prompt_length)
-        self.budget = budget
-        self.recent = budget - int(budget * heavy_ratio)
+    budget: int
+    heavy_ratio: float = 0.5
 
     def evict(self, position: int, held: list[list[int]], given: torch.Tensor) -> list[list[int]]:
         if len(held[0]) <= self.budget:
             return held
-        kept = []
+        kept, last_heavy = [], position - self.budget + int(self.budget * self.heavy_ratio)
         for tokens, scores in zip(held, given.sum(dim=1).tolist(), strict=True):
-            recent = [token for token in tokens if token > position - self.recent]
-            others = {token: scores[token] for token in tokens if token <= position - self.recent}
+            recent = [token for token in tokens if token > last_heavy]
+            others = {token: scores[token] for token in tokens if token <= last_heavy}
             kept.append(best(others, self.budget - len(recent)) + recent)
         return kept
 
 
+@dataclass
 class StreamingLLMPolicy(Policy):
     """The first tokens and a rolling window, at the positions they have inside the cache.
 
-    It must be run `without_rotation`, for it rotates queries and keys itself, anew for every query.
-
-    Attributes:
-        held: As in `HoldingPolicy`.
+    It must be run `without_rotation`, for it rotates queries and keys itself, anew for every query. `held` is as in
+    `HoldingPolicy`.
     """
 
-    def __init__(
-        self,
-        rotation: Callable[[torch.Tensor, list[int]], torch.Tensor],
-        prompt_length: int,
-        window_length: int,
-        num_sink_tokens: int,
-        dense_prefill: bool,
-    ) -> None:
-        self.rotation = rotation
-        self.prompt_length = prompt_length
-        self.window_length = window_length
-        self.num_sink_tokens = num_sink_tokens
-        self.dense_prefill = dense_prefill
-        self.held: dict[int, list[list[list[int]]]] = {}
+    rotation: Callable[[torch.Tensor, list[int]], torch.Tensor]
+    prompt_length: int
+    window_length: int
+    num_sink_tokens: int
+    dense_prefill: bool
+    held: dict[int, list[list[list[int]]]] = field(default_factory=dict, init=False)
 
     def visible(self, position: int) -> list[int]:
         """The sinks and the window that ends with `position`."""
@@ -349,24 +315,14 @@ class StreamingLLMPolicy(Policy):
 
 @dataclass
 class HeldTokens:
-    """What one key head of a row holds when tokens have to go (any of them, if all heads of a layer hold the same).
+    """What one key head of a row holds when tokens have to go (any of them, if all heads of a layer hold the same)."""
 
-    Attributes:
-        positions: Of the tokens, rising.
-        keys: As attention sees them, `(held, head_dim)` float64.
-        values: `(held, head_dim)` float64.
-        attention: What the last queries gave to each token: the mean over a window of queries and over the heads that
-            count.
-        length: Tokens that the row has seen.
-        num_kept: Tokens that stay.
-    """
-
-    positions: list[int]
-    keys: np.ndarray
+    positions: list[int]  # rising
+    keys: np.ndarray  # (held, head_dim) float64, as attention sees them
     values: np.ndarray
-    attention: list[float]
-    length: int
-    num_kept: int
+    attention: list[float]  # that the last queries gave to each token, the mean over them and the heads that count
+    length: int  # tokens that the row has seen
+    num_kept: int  # tokens that stay
 
     def is_recent(self, window_size: int) -> list[bool]:
         """Which tokens are among the last `window_size` of the row: half of what stays at most, but one at least."""
@@ -381,31 +337,24 @@ class HeldTokens:
 
 
 class ReferenceScore:
-    """A method: what tokens are worth. Its arguments are those of the cache that it needs.
+    """A method: what tokens are worth. Its arguments are those of the cache that it needs."""
 
-    Attributes:
-        window_size: How many of the last queries attention is the mean of; 0: it is not looked at.
-        heads_share_tokens: Whether attention is the mean over all heads, which hold the same.
-        has_exact_ties: Whether scores that are equal are so in float32 too, where the newer token is the better.
-        tie: Scores nearer than this, in proportion, may rank either way.
-    """
-
-    window_size = 0
-    heads_share_tokens = False
-    has_exact_ties = True
-    tie = TIE
+    window_size = 0  # how many of the last queries attention is the mean of; 0: it is not looked at
+    heads_share_tokens = False  # then attention is the mean over all heads
+    has_exact_ties = True  # whether equal scores are so in float32 too, where the newer token is the better
+    tie = TIE  # scores nearer than this, in proportion, may rank either way
 
     def scores(self, held: HeldTokens) -> list[float]:
         """What each token is worth, infinity for what must stay."""
         raise NotImplementedError
 
 
+@dataclass
 class SnapKVScore(ReferenceScore):
     """The attention of the last queries, averaged over neighbours; the last tokens stay."""
 
-    def __init__(self, window_size: int = 64, kernel_size: int = 5) -> None:
-        self.window_size = window_size
-        self.kernel_size = kernel_size
+    window_size: int = 64
+    kernel_size: int = 5
 
     def scores(self, held: HeldTokens) -> list[float]:
         is_recent, passages = held.passages(self.window_size, self.kernel_size)
@@ -447,22 +396,15 @@ class KnormScore(ReferenceScore):
         return [-math.log2(math.sqrt(key @ key)) if key.any() else math.inf for key in held.keys]
 
 
+@dataclass
 class RKVScore(ReferenceScore):
     """The share of attention of a token or a neighbour, less how much its key is like others; the last stay."""
 
+    window_size: int = 8
+    kernel_size: int = 7
+    importance_weight: float = 0.1
+    similarity_threshold: float = 0.5
     has_exact_ties = False  # of two keys each points as much where the other does
-
-    def __init__(
-        self,
-        window_size: int = 8,
-        kernel_size: int = 7,
-        importance_weight: float = 0.1,
-        similarity_threshold: float = 0.5,
-    ) -> None:
-        self.window_size = window_size
-        self.kernel_size = kernel_size
-        self.importance_weight = importance_weight
-        self.similarity_threshold = similarity_threshold
 
     def scores(self, held: HeldTokens) -> list[float]:
         is_recent, passages = held.passages(self.window_size, self.kernel_size)
@@ -583,19 +525,15 @@ class ScoredPolicy(HoldingPolicy):
 
 
 def pyramid_window_scores(rows: torch.Tensor, columns: list[int], distance_weight: float) -> dict[int, float]:
-    """PyramidInfer's score of each column: attention of the window's queries, the newest weighing most.
-
-    Args:
-        rows: Probabilities of the window's queries averaged over all heads, `(window, columns)`.
-        columns: The position of each column.
-        distance_weight: Weight of the newest query; the oldest weighs 1.
     """
-    window = rows.shape[0]
-    weights = torch.linspace(1.0, distance_weight, window)
-    scores = {}
-    for index, position in enumerate(columns):
-        scores[position] = sum(float(rows[row, index]) * float(weights[row]) for row in range(window)) / window
-    return scores
+    PyramidInfer's score of the position of each column: what the window's queries give to it, averaged over heads,
+    `(window, columns)`. The newest query weighs `distance_weight`, the oldest 1.
+    """
+    weights = torch.linspace(1.0, distance_weight, len(rows)).tolist()
+    return {
+        position: sum(given * weight for given, weight in zip(column, weights, strict=True)) / len(rows)
+        for position, column in zip(columns, rows.T.tolist(), strict=True)
+    }
 
 
 def pyramid_select(scores: dict[int, float], number: int, num_sink_tokens: int, recent: list[int]) -> list[int]:
@@ -605,38 +543,25 @@ def pyramid_select(scores: dict[int, float], number: int, num_sink_tokens: int, 
     return sorted(kept | set(best(others, number - len(kept))))
 
 
+@dataclass
 class PyramidPolicy(HoldingPolicy):
     """PyramidInfer: a layer's keys are chosen once for all its heads.
 
     Of the prompt each layer keeps a given number. Of the generated tokens the newest `window` are left alone. Whenever
     a zone of 16 has gathered before them, each layer thins it out, the deeper the more, and never looks at it again.
 
-    Args:
-        prompt_length: Tokens of the prompt.
-        kept_per_layer: Prompt tokens that each layer holds.
-        window: Tokens of the recent window, R + 1.
-        num_sink_tokens: First tokens, always kept.
-        distance_weight: Weight of the newest query.
-        pruning: "" if all of the prompt reaches each layer. "own" if a layer passes on what it holds, as in the paper;
-            "next" if it holds all that it was given and passes on what the next one holds, as in the authors' code.
+    `pruning` is empty if all of the prompt reaches each layer. It is "own" if a layer passes on what it holds, as in
+    the paper; "next" if it holds all that it was given and passes on what the next one holds, as in the authors' code.
     """
 
-    def __init__(
-        self,
-        prompt_length: int,
-        kept_per_layer: list[int],
-        window: int,
-        num_sink_tokens: int = 4,
-        distance_weight: float = 1.2,
-        pruning: str = "",
-    ) -> None:
-        super().__init__(prompt_length)
-        self.kept_per_layer = kept_per_layer
-        self.window = window
-        self.num_sink_tokens = num_sink_tokens
-        self.distance_weight = distance_weight
-        self.pruning = pruning
-        self.passed_on = list(range(prompt_length))  # by the layer before
+    kept_per_layer: list[int]  # prompt tokens
+    window: int  # R + 1
+    num_sink_tokens: int = 4  # always kept
+    distance_weight: float = 1.2
+    pruning: str = ""
+
+    def __post_init__(self) -> None:
+        self.passed_on = list(range(self.prompt_length))  # by the layer before
         self.num_settled = 0
 
     def reaches(self, position: int) -> bool:

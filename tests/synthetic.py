@@ -8,12 +8,33 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from test_flash_masks import attend_like_flash
 from transformers import Cache, LlamaConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from pyramid_cache.engine.attention import AttentionCall
+
+
+def attend_like_flash(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """Causal and bottom-right aligned, with a `(batch, keys)` mask at most; `(batch, queries, heads, head_dim)`."""
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    allowed = torch.ones(1, 1, num_queries, num_keys, dtype=torch.bool).tril(num_keys - num_queries)
+    if attention_mask is not None:
+        assert attention_mask.shape == (query.shape[0], num_keys)
+        allowed = allowed & attention_mask[:, None, None].bool()
+    group = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
+    output = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=allowed, scale=scaling)
+    # Queries of padding see nothing; flash-attention leaves them out and fills in zeros.
+    return output.nan_to_num().transpose(1, 2).contiguous(), None
 
 
 ATTENTION_FUNCTIONS: dict[str, Callable] = {
@@ -36,15 +57,9 @@ class BareAttention(torch.nn.Module):
 
 
 class SyntheticModel:
-    """The attention layers of a model.
-
-    Args:
-        num_layers: How many.
-        kv_heads: KV heads of each.
-        group: Query heads for each KV head.
-        head_dim: Width of keys and values.
-        attention: The attention function, one of `ATTENTION_FUNCTIONS`.
-        attention_class: Built for each layer from the config and the layer's index.
+    """
+    The attention layers of a model with `group` query heads for each KV head. They use one of `ATTENTION_FUNCTIONS`,
+    and are built from the config and their index.
     """
 
     def __init__(
@@ -71,12 +86,9 @@ class SyntheticModel:
         self.layers = [attention_class(self.config, index).eval() for index in range(num_layers)]
 
     def mask(self, is_token: torch.Tensor, num_queries: int, is_explicit: bool) -> torch.Tensor | None:
-        """The mask that transformers hands to the layers of this model.
-
-        Args:
-            is_token: `(batch, seen)` bool, False for padding; the last `num_queries` columns are those of the queries.
-            num_queries: Columns of this forward pass.
-            is_explicit: Whether there is a mask even where the attention function needs none.
+        """
+        The mask that transformers hands to the layers of this model. `is_token` `(batch, seen)` is False for padding;
+        its last `num_queries` columns are those of the queries. An explicit mask is there even if it is not needed.
         """
         num_seen = is_token.shape[1]
         is_needed = is_explicit or not bool(is_token.all())
@@ -100,19 +112,10 @@ class SyntheticModel:
         mask: torch.Tensor | None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """One layer of a forward pass: the cache takes the new tokens in, then attends.
-
-        Args:
-            cache: The cache.
-            layer_idx: Which layer.
-            query: `(batch, heads, num_queries, head_dim)`.
-            key: `(batch, kv_heads, num_queries, head_dim)`.
-            value: `(batch, kv_heads, num_queries, head_dim)`.
-            mask: As `mask` gives it, the same tensor for all layers.
-            kwargs: What else a model passes to its attention function.
-
-        Returns:
-            `(batch, num_queries, heads, head_dim)`.
+        """
+        One layer of a forward pass: the cache takes the new tokens in, then attends. Queries, keys and values are
+        `(batch, heads, num_queries, head_dim)`, the mask as `mask` gives it, and the output
+        `(batch, num_queries, heads, head_dim)`.
         """
         keys, values = cache.update(key, value, layer_idx)
         function, module = ATTENTION_FUNCTIONS[self.attention], self.layers[layer_idx]

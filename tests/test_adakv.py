@@ -13,7 +13,7 @@ from transformers import DynamicCache, PreTrainedConfig
 from pyramid_cache import AdaKVCache, Policy, PolicyCache
 from pyramid_cache.engine.attention import AttentionCall
 from pyramid_cache.engine.policy import ScoringView
-from pyramid_cache.engine.ragged import RaggedLayer, best_of_all_heads
+from pyramid_cache.engine.ragged import RaggedLayer
 
 
 SETTINGS = {"window_size": 8, "kernel_size": 3, "eviction_interval": 5}
@@ -61,22 +61,6 @@ def slow_choice(worth: dict[tuple[int, int], float], kv_heads: int, number: int,
     return chosen | set(rest[: kv_heads * number - len(chosen)])
 
 
-def test_best_of_all_heads_against_a_loop() -> None:
-    generator = torch.Generator().manual_seed(1)
-    for index in range(60):
-        floor_ratio = (0.0, 0.2, 0.5, 1.0)[index % 4]
-        kv_heads, num_tokens = (int(torch.randint(1, most, (), generator=generator)) for most in (5, 30))
-        kept = [int(torch.randint(1, num_tokens + 1, (), generator=generator)) for _ in range(2)]
-        priority = torch.randn(2, kv_heads, num_tokens, generator=generator)
-        priority[:, 0] += 2
-        found = best_of_all_heads(priority, kept, floor_ratio)
-        for row, number in enumerate(kept):
-            places = [(head, token) for head in range(kv_heads) for token in range(num_tokens)]
-            worth = {place: float(priority[row][place]) for place in places}
-            chosen = slow_choice(worth, kv_heads, number, int(floor_ratio * number + 1e-9))
-            assert {tuple(place) for place in found[row].nonzero().tolist()} == chosen
-
-
 class AdaKVPolicy(ScoredPolicy):
     """Heads compete for what all of them keep together, but for a share that each is sure of."""
 
@@ -97,12 +81,12 @@ class AdaKVPolicy(ScoredPolicy):
 def test_heads_keep_what_they_attend_to_most_together() -> None:
     """Padded rows, with an answer during which some evict several times, against the reference alone."""
     model, rows, later = tiny_model("llama"), random_rows((50, 31), seed=3), random_tokens(2, 23, seed=4)
-    for floor_ratio in (None, 0.5, 1.0):
-        settings = {} if floor_ratio is None else {"floor_ratio": floor_ratio}
-        trace = drive(model, AdaKVCache(model.config, budget=14, **SETTINGS, **settings), rows, later)
-        policies = [AdaKVPolicy(SnapKVScore(8, 3), len(row), [14] * 3, 5) for row in rows]
+    for floor_ratio in (0.0, 0.2, 0.5, 1.0):
+        settings = {} if floor_ratio == 0.2 else {"floor_ratio": floor_ratio}
+        trace = drive(model, AdaKVCache(model.config, budget=0.3, **SETTINGS, **settings), rows, later)
+        policies = [AdaKVPolicy(SnapKVScore(8, 3), len(row), [int(0.3 * len(row))] * 3, 5) for row in rows]
         for policy in policies:
-            policy.floor_ratio = floor_ratio or 0.2
+            policy.floor_ratio = floor_ratio
         compare_with_policies(model, trace, rows, policies)
 
 
@@ -148,19 +132,6 @@ def test_bytes_are_those_of_the_budget_although_heads_differ() -> None:
         assert sum(tensor.nbytes for tensor in cache.compressed_layers[0].packed.tensors.values()) < 0.8 * padded
 
 
-@torch.no_grad()
-def test_a_long_answer_takes_no_more() -> None:
-    model = tiny_model("llama")
-    cache = AdaKVCache(model.config, budget=12, **SETTINGS)
-    model(random_tokens(1, 40), past_key_values=cache)
-    for token in random_tokens(80, 1):
-        model(token[None], past_key_values=cache)
-        assert max(cache.num_kept_tokens()) < 12 + 5
-        assert max(counts_of_heads(cache, 0).flatten().tolist()) <= 2 * 12 + 5
-    cache.compress()
-    assert cache.num_kept_tokens() == [12] * model.config.num_hidden_layers
-
-
 # What cannot be.
 
 
@@ -174,9 +145,3 @@ def test_learned_sinks_are_refused() -> None:
     )
     with pytest.raises(NotImplementedError, match="learned attention sinks .* SnapKVCache"):
         layer._check_call(call)
-
-
-def test_a_floor_must_be_a_share() -> None:
-    for floor_ratio in (-0.1, 1.1, "0.2", None, True):
-        with pytest.raises(ValueError, match=f"`floor_ratio={floor_ratio!r}` must be between 0"):
-            AdaKVCache(tiny_model("llama").config, budget=9, floor_ratio=floor_ratio)

@@ -1,8 +1,10 @@
 """ExpectedAttentionCache against Expected Attention written as loops in float64."""
 
 import contextlib
+import itertools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,39 +15,29 @@ from reference import HoldingPolicy, Rotation, best, compare_with_policies, with
 
 from pyramid_cache import ExpectedAttentionCache
 from pyramid_cache.caches import expected_attention
-from pyramid_cache.caches.expected_attention import ExpectedAttentionPolicy
-from pyramid_cache.engine.policy import PromptView
 
 
+@dataclass
 class ExpectedAttention(HoldingPolicy):
     """The method for one row, run `without_rotation`: statistics anew from all queries of the turns so far.
 
     Heads evict after whole turns, and after single tokens that exceed the budget by `eviction_interval`.
     """
 
-    def __init__(
-        self,
-        rotation: Callable[[torch.Tensor, list[int]], torch.Tensor],
-        prompt_length: int,
-        pieces: list[int],
-        budget: int,
-        eviction_interval: int,
-        *,
-        num_future_positions: int = 512,
-        num_sink_tokens: int = 4,
-        use_covariance: bool = True,
-        epsilon: float = 0.0,
-    ) -> None:
-        super().__init__(prompt_length)
-        self.rotation = rotation
-        ends = [prompt_length + sum(pieces[:step]) for step in range(len(pieces) + 1)]
-        self.pieces = dict(zip(ends, [prompt_length, *pieces], strict=True))  # by the number of tokens after them
-        self.budget = budget
-        self.eviction_interval = eviction_interval
-        self.future = num_future_positions
-        self.sinks = num_sink_tokens
-        self.use_covariance = use_covariance
-        self.epsilon = epsilon
+    later: list[int]
+    budget: int
+    rotation: Callable[[torch.Tensor, list[int]], torch.Tensor]
+    eviction_interval: int
+    num_future_positions: int = 512
+    num_sink_tokens: int = 4
+    use_covariance: bool = True
+    epsilon: float = 0.0
+
+    def __post_init__(self) -> None:
+        pieces = [self.prompt_length, *self.later]
+        self.pieces = dict(
+            zip(itertools.accumulate(pieces), pieces, strict=True)
+        )  # by the number of tokens after them
 
     def turn(self, states: torch.Tensor) -> torch.Tensor:
         return self.rotation(states, list(range(states.shape[1])))
@@ -57,7 +49,7 @@ class ExpectedAttention(HoldingPolicy):
         if end not in self.pieces or len(held[0]) <= self.budget + num_spare:
             return held
         turns = [(last - piece, last) for last, piece in self.pieces.items() if piece > 1 and last <= end]
-        observed = [token for first, last in turns for token in range(max(first, self.sinks), last)]
+        observed = [token for first, last in turns for token in range(max(first, self.num_sink_tokens), last)]
         queries, keys = self.query.unflatten(0, (len(held), -1)).double().numpy(), self.key.double().numpy()
         scaled = queries[:, :, observed] * self.scaling
         values = self.value.double().numpy()
@@ -69,25 +61,19 @@ class ExpectedAttention(HoldingPolicy):
     def scores(
         self, queries: np.ndarray, keys: np.ndarray, values: np.ndarray, held: list[int], length: int
     ) -> dict[int, float]:
-        """What each token that a head holds is worth.
-
-        Args:
-            queries: That were observed, not turned, times the scaling, `(group, observed, head_dim)`.
-            keys: Of all positions, turned, `(length, head_dim)`.
-            values: Of all positions.
-            held: Positions.
-            length: Tokens that the row has seen.
+        """
+        What each token that a head holds is worth. Queries `(group, observed, head_dim)` are not turned, but times the
+        scaling; keys and values `(length, head_dim)` are those of all positions, the keys turned.
         """
         group, observed, head_dim = queries.shape
         # What turns a vector to each of the positions to come: where it takes the axes.
-        axes = torch.eye(head_dim)[:, None].expand(-1, self.future, -1)
-        turn = self.rotation(axes, list(range(length, length + self.future))).double().mean(dim=1).T.numpy()
-        judged = [position for position in held if position >= self.sinks]
+        axes, future = torch.eye(head_dim)[:, None], self.num_future_positions
+        turns = self.rotation(axes.expand(-1, future, -1), list(range(length, length + future)))
+        turn = turns.double().mean(dim=1).T.numpy()
+        judged = [position for position in held if position >= self.num_sink_tokens]
         expected = dict.fromkeys(judged, 0.0)
         for member in range(group):
-            mean = np.zeros(head_dim)
-            for query in queries[member]:
-                mean += query / observed
+            mean = sum(queries[member]) / observed
             covariance = np.zeros((head_dim, head_dim))
             for query in queries[member]:
                 covariance += np.outer(query - mean, query - mean) / observed
@@ -100,7 +86,7 @@ class ExpectedAttention(HoldingPolicy):
                 exponentials[position] = math.exp(logit)
             for position in judged:
                 expected[position] += exponentials[position] / sum(exponentials.values()) / group
-        scores = {position: math.inf for position in held if position < self.sinks}
+        scores = {position: math.inf for position in held if position < self.num_sink_tokens}
         for position in judged:
             scores[position] = (expected[position] + self.epsilon) * math.sqrt(values[position] @ values[position])
         return scores
@@ -116,8 +102,8 @@ def check(
     trace = drive(model, cache, rows, random_tokens(len(rows), sum(pieces), seed=4), pieces=pieces)
     budgets = [budget if isinstance(budget, int) else int(budget * length) for length in lengths]
     policies = [
-        ExpectedAttention(rotation, *sizes, eviction_interval, **settings)
-        for sizes in zip(lengths, [pieces] * len(rows), budgets, strict=True)
+        ExpectedAttention(length, pieces, number, rotation, eviction_interval, **settings)
+        for length, number in zip(lengths, budgets, strict=True)
     ]
     with without_rotation(model) if has_rope else contextlib.nullcontext():
         compare_with_policies(model, trace, rows, policies)
@@ -142,24 +128,6 @@ def test_later_turns_add_to_the_statistics(monkeypatch: pytest.MonkeyPatch) -> N
     """As if all turns' queries had been seen at once; those of generated tokens do not count."""
     monkeypatch.setattr(expected_attention, "QUERIES_PER_CHUNK", 4)
     check("llama", (3, 21, 14), [1, 1, 9, 1, 1, 1, 1, 1, 6, 1], 10, 4)
-
-
-def test_statistics_by_hand() -> None:
-    """Queries 1 and 3, then 8: of two rows, of which the second has padding and a first token that does not count."""
-    policy = ExpectedAttentionPolicy(num_sink_tokens=1)
-    state: dict[str, torch.Tensor] = {}
-    for queries, positions in (
-        ([[9.0, 2.0, 6.0], [math.nan, math.nan, 4.0]], [[0, 1, 2], [-1, -1, 0]]),
-        ([[16.0], [10.0]], [[3], [1]]),
-    ):
-        query = torch.tensor(queries)[:, None, :, None]
-        longest = 1 + max(max(row) for row in positions)
-        view = PromptView(query, torch.tensor(positions)[:, None], None, 0.5, state, lambda: None, longest)
-        state = policy.observe(view)
-    assert state["query_count"].tolist() == [[3], [1]]
-    # (1 + 3 + 8) / 3, and (9 + 1 + 16) / 3 around it.
-    torch.testing.assert_close(state["query_mean"].flatten(), torch.tensor([4.0, 5.0]))
-    torch.testing.assert_close(state["query_covariance"].flatten(), torch.tensor([26 / 3, 0.0]))
 
 
 def test_memory_is_what_the_formula_says() -> None:

@@ -1,4 +1,4 @@
-"""Caches that keep what a score says, against the loop-written ones and on numbers worked out by hand."""
+"""Caches that keep what a score says, against the loop-written ones."""
 
 import itertools
 import math
@@ -9,9 +9,9 @@ import pytest
 import torch
 from models import FAMILIES, Trace, drive, random_rows, random_tokens, tiny_model
 from reference import ScoredPolicy, compare_with_policies, score_of
-from synthetic import SyntheticModel
 
-from pyramid_cache import KeyDiffCache, KnormCache, PolicyCache, PyramidKVCache, SnapKVCache, TOVACache
+from pyramid_cache import KeyDiffCache, KnormCache, PolicyCache, PyramidKVCache, RKVCache, SnapKVCache, TOVACache
+from pyramid_cache.caches import rkv
 from pyramid_cache.caches.pyramidkv import PyramidKVPolicy
 from pyramid_cache.engine.budget import Budget
 from pyramid_cache.engine.policy import ScoringView
@@ -58,6 +58,20 @@ def test_held_positions_and_logits(cache_class: type[PolicyCache]) -> None:
     check(cache_class, "llama", (203,), 3)
 
 
+def test_redundancy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of R-KV: with it alone and without it, whatever counts as alike, and in chunks of similarities."""
+    for settings, similarities_per_chunk in (
+        ({"window_size": 3, "kernel_size": 3}, 500),
+        ({"importance_weight": 0.0, "similarity_threshold": 0.0}, 1),
+        ({"importance_weight": 0.0, "similarity_threshold": 0.2}, 500),
+        ({"importance_weight": 0.0, "similarity_threshold": 1.0}, 500),
+        ({"importance_weight": 1.0, "kernel_size": 5}, rkv.SIMILARITIES_PER_CHUNK),
+        ({}, rkv.SIMILARITIES_PER_CHUNK),
+    ):
+        monkeypatch.setattr(rkv, "SIMILARITIES_PER_CHUNK", similarities_per_chunk)
+        check(RKVCache, "llama", (23, 37, 30), 14, budget=11, eviction_interval=4, **settings)
+
+
 @pytest.mark.slow
 @every_class
 def test_other_families_and_intervals(cache_class: type[PolicyCache]) -> None:
@@ -65,68 +79,6 @@ def test_other_families_and_intervals(cache_class: type[PolicyCache]) -> None:
         check(cache_class, "llama", (23, 37, 30), 34, budget=0.3, eviction_interval=interval, **SETTINGS[cache_class])
     for family in FAMILIES:
         check(cache_class, family, (41, 26), 20, budget=0.4, eviction_interval=3, **SETTINGS[cache_class])
-
-
-# By hand.
-
-
-def on_a_line(*numbers: float) -> list[tuple[float, float]]:
-    """Keys of one dimension."""
-    return [(number, 0.0) for number in numbers]
-
-
-def attended(*weights: float) -> list[tuple[float, float]]:
-    """Keys to which a query of (1, 0) gives its attention in these proportions."""
-    return [(math.log(weight) * math.sqrt(2), 0.0) for weight in weights]
-
-
-# One layer whose held tokens can be worked out on paper: the cache, its settings, one key `(x, y)` for each token or
-# such a list for each KV head, and the positions that each head holds after the prompt and after each later token.
-HAND_CASES = {
-    # Of 3, 1, 2 the lower two; 0.5 comes in; with 4 there are two too many, and of 1, 2, 0.5, 4 the lower two stay.
-    "Knorm": (
-        KnormCache,
-        {"budget": 2, "eviction_interval": 2},
-        [on_a_line(3, -1, 2, 0.5, -4)],
-        [[{1, 2}], [{1, 2, 3}], [{1, 3}]],
-    ),
-    # The directions' mean is (0.4, 0.2): (-1, 0) and (0, 1) are the least like it, and of the equal ones the newest
-    # stays. Then the mean of (0, 1), (1, 0), (-1, 0), (0, -1) is nothing, all are as unlike it, and the oldest goes.
-    "KeyDiff": (
-        KeyDiffCache,
-        {"budget": 3, "eviction_interval": 1},
-        [[(7.0, 0.0), (1.0, 0.0), (0.0, 2.0), (3.0, 0.0), (-1.0, 0.0), (0.0, -5.0)]],
-        [[{2, 3, 4}], [{3, 4, 5}]],
-    ),
-    # The newest token stays, whatever it gets; at the next it goes, for it has least.
-    "TOVA while generating": (
-        TOVACache,
-        {"budget": 3, "eviction_interval": 1},
-        [attended(5, 1, 2, 3, 1, 4), attended(5, 1, 2, 3, 1, 4)],
-        [[{0, 2, 3}] * 2, [{0, 3, 4}] * 2, [{0, 3, 5}] * 2],
-    ),
-    # 30 and 15 beside the window. With two tokens more, the window is theirs, and of 30, 15, 50, 5 the two that get
-    # most stay.
-    "SnapKV while generating": (
-        SnapKVCache,
-        {"budget": 4, "window_size": 2, "kernel_size": 1, "eviction_interval": 2},
-        [attended(3, 30, 1, 1, 10, 15, 50, 5, 1, 40)],
-        [[{1, 5, 6, 7}], [{1, 5, 6, 7, 8}], [{1, 6, 8, 9}]],
-    ),
-}
-
-
-@pytest.mark.parametrize("name", HAND_CASES)
-def test_by_hand(name: str) -> None:
-    cache_class, settings, head_keys, expected = HAND_CASES[name]
-    model = SyntheticModel(1, len(head_keys), 1, 2)
-    cache = cache_class(model.config, **settings)
-    keys, num_later = torch.tensor(head_keys)[None], len(expected) - 1  # (1, kv_heads, tokens, 2)
-    pieces = keys.split([keys.shape[2] - num_later, *[1] * num_later], dim=2)
-    for piece, wanted in zip(pieces, expected, strict=True):
-        query = torch.tensor([1.0, 0.0]).expand_as(piece)
-        model.run_layer(cache, 0, query, piece, torch.ones_like(piece), None)
-        assert [set(head.tolist()) - {-1} for head in cache.positions(0)[0]] == wanted
 
 
 # The schedule of PyramidKV.
@@ -164,24 +116,6 @@ def test_layers_share_what_uniform_ones_would_keep(beta: float) -> None:
             assert abs(number - window - exact) < 1, (prompt_length, mean, kept, wanted)
 
 
-def test_a_pyramid_by_hand() -> None:
-    for prompt_length, window_size, beta, expected in (
-        # Beside a window of 2 tokens 8 on average: from 14 to 8 / 4 = 2.
-        (100, 2, 4.0, (16, 10, 4)),
-        # The first layer can take 10 of its 14 only; 8 : 2 of the rest would give the second more than there is, too.
-        (12, 2, 4.0, (12, 12, 6)),
-        # No layer keeps less beside the window than in it: of 9 : 6 : 3, as beta has it, the last one takes 4.
-        (100, 4, 2.0, (12, 10, 8)),
-        # The window is half of what is kept at most, and nothing is left to share out.
-        (100, 32, 2.0, (10, 10, 10)),
-        (100, 2, 1.0, (10, 10, 10)),
-        (9, 2, 4.0, (10, 10, 10)),
-    ):
-        policy = PyramidKVPolicy(window_size=window_size, beta=beta)
-        kept = [policy.num_tokens(prompt_length, Budget("tokens", 10), depth, 3) for depth in range(3)]
-        assert tuple(kept) == expected
-
-
 # What policies are made from.
 
 
@@ -198,8 +132,3 @@ def test_neighbours_are_those_in_the_sequence() -> None:
         pooled = view.pool(scores, 3, kind)
         for position, score in zip(positions.flatten().tolist(), pooled.flatten().tolist(), strict=True):
             assert position < 0 or score == pytest.approx(expected[position])
-
-
-def test_an_even_kernel_is_refused_with_its_neighbours() -> None:
-    with pytest.raises(ValueError, match=r"`kernel_size=6` must be odd.*Give 5 or 7"):
-        SnapKVCache(tiny_model("llama").config, kernel_size=6)

@@ -1,5 +1,6 @@
 """Rotary angles measured from tiny random models, compared with what those models really do."""
 
+import copy
 import importlib
 import itertools
 import math
@@ -77,12 +78,7 @@ def keys_of_one_token(model: PreTrainedModel, position: int) -> list[torch.Tenso
     hidden states are the same at every position: two positions differ by the rotation of the keys alone.
     """
     cache = DynamicCache(config=model.config)
-    model(
-        input_ids=torch.tensor([[5]]),
-        position_ids=torch.tensor([[position]]),
-        past_key_values=cache,
-        use_cache=True,
-    )
+    model(torch.tensor([[5]]), position_ids=torch.tensor([[position]]), past_key_values=cache)
     return [layer.keys for layer in cache.layers]
 
 
@@ -156,10 +152,7 @@ def test_exact_frame_undoes_float_error_of_large_positions(name: str) -> None:
     apply_rotary_pos_emb = sys.modules[type(module).__module__].apply_rotary_pos_emb
     query, key = torch.randn(2, 1, 2, 12, 64, generator=torch.Generator().manual_seed(2))
     base = 1_000_000
-    query_positions, key_positions = (
-        torch.arange(base + 200, base + 212)[None],
-        torch.arange(base + 3, base + 15)[None],
-    )
+    query_positions, key_positions = (torch.arange(base + start, base + start + 12)[None] for start in (200, 3))
     rotary, longest = rotary_module(model), base + 212
     scaling = float(rotary(torch.zeros(1), torch.tensor([[0]]))[0][0, 0, 0])
     model_query, _ = apply_rotary_pos_emb(query, key, *rotary(query, query_positions))
@@ -207,19 +200,6 @@ def test_longrope_switches_with_the_longest_position_of_the_forward(name: str) -
     torch.testing.assert_close(from_prefill, from_switch, rtol=0, atol=1e-6)
 
 
-def test_frequencies_per_layer_type() -> None:
-    model = build_model("gemma3")
-    full, sliding, _ = (rotary_frequencies(module, model.config) for module in attention_modules(model))
-    parameters = model.config.rope_parameters
-    for frequencies, layer_type in ((sliding, "sliding_attention"), (full, "full_attention")):
-        plain = parameters[layer_type]["rope_theta"] ** (-torch.arange(8, dtype=torch.float64) / 8)
-        torch.testing.assert_close(frequencies.inv_freq.double(), plain, rtol=1e-6, atol=0)
-    assert parameters["sliding_attention"]["rope_theta"] != parameters["full_attention"]["rope_theta"]
-    # What the caller names wins over what the module's index says.
-    other = rotary_frequencies(attention_modules(model)[1], model.config, layer_type="full_attention")
-    assert torch.equal(other.inv_freq, full.inv_freq)
-
-
 @pytest.mark.parametrize("name", ["llama", "longrope"])
 def test_buffers_that_were_cast_with_the_model(name: str) -> None:
     model = model_of(name)
@@ -252,16 +232,26 @@ def test_half_precision_weights_leave_frequencies_in_float32() -> None:
                     assert torch.equal(found.inv_freq, expected.inv_freq)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "opt", "bloom", "mpt", "falcon_alibi", "jamba", "granitemoehybrid"])
-def test_models_without_rope_give_none(name: str) -> None:
+def test_models_without_rope_give_none() -> None:
     hybrid = {"layer_types": ["attention"] * 3, "position_embedding_type": "nope", "num_local_experts": 0}
     hybrid |= {"hidden_size": 64, "shared_intermediate_size": 96}
-    model = build_model(name, attention="eager", **hybrid if name == "granitemoehybrid" else {})
-    modules = [module for module in model.modules() if type(module).__name__.endswith("Attention")]
-    assert modules
-    for module in modules:
-        assert rotary_frequencies(module, model.config) is None
-        assert rotary_frequencies(module, model.config, model=model) is None
+    for name in ("gpt2", "opt", "bloom", "mpt", "falcon_alibi", "jamba", "granitemoehybrid"):
+        model = build_model(name, attention="eager", **hybrid if name == "granitemoehybrid" else {})
+        modules = [module for module in model.modules() if type(module).__name__.endswith("Attention")]
+        assert modules
+        for module, given in itertools.product(modules, (None, model)):
+            assert rotary_frequencies(module, model.config, model=given) is None, name
+
+
+def test_frequencies_per_layer_type() -> None:
+    model = build_model("gemma3")
+    modules, parameters = attention_modules(model), model.config.rope_parameters
+    for module, layer_type in zip(modules, ("full_attention", "sliding_attention"), strict=False):
+        plain = parameters[layer_type]["rope_theta"] ** (-torch.arange(8, dtype=torch.float64) / 8)
+        for given, named in ((module, None), (modules[1], layer_type)):  # a name wins over the module's index
+            found = rotary_frequencies(given, model.config, layer_type=named)
+            torch.testing.assert_close(found.inv_freq.double(), plain, rtol=1e-6, atol=0)
+    assert parameters["sliding_attention"]["rope_theta"] != parameters["full_attention"]["rope_theta"]
 
 
 def test_layer_type_without_rope_parameters_gives_none() -> None:
@@ -370,22 +360,19 @@ def test_probe_leaves_no_trace() -> None:
     calls: list[int] = []
     module.register_forward_pre_hook(lambda *_: calls.append(1))
     module.register_forward_hook(lambda *_: calls.append(1))
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    attributes = set(vars(rotary))
-    parameters = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    random_state = torch.get_rng_state()
-    config = model.config.to_dict()
+    tensors = [dict(model.named_buffers()), dict(model.named_parameters())]
+    before, attributes = copy.deepcopy(tensors), set(vars(rotary))
+    random_state, config = torch.get_rng_state(), model.config.to_dict()
     rotary_frequencies(module, model.config, model=model)
     rotary_frequencies(module, model.config)
     assert not calls
     assert torch.equal(torch.get_rng_state(), random_state)
     assert set(vars(rotary)) == attributes
     assert model.config.to_dict() == config
-    assert {name for name, _ in model.named_buffers()} == set(buffers)
-    for name, buffer in model.named_buffers():
-        assert torch.equal(buffer, buffers[name])
-    for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, parameters[name])
+    for named, wanted in zip((model.named_buffers(), model.named_parameters()), before, strict=True):
+        named = dict(named)
+        assert named.keys() == wanted.keys()
+        assert all(torch.equal(tensor, wanted[name]) for name, tensor in named.items())
 
 
 @pytest.mark.parametrize("layout", ["half", "interleaved"])
@@ -409,11 +396,6 @@ def test_rotate_against_written_out_rotation(layout: str) -> None:
         for place in itertools.product(range(3), range(2), range(5)):
             expected[place] = written_out_rotation(states[place], int(positions[place]), inv_freq.double(), layout)
         torch.testing.assert_close(rotated.double(), expected, rtol=tolerance, atol=tolerance)
-        # One set of angles for all rows and heads.
-        shared = frequencies.rotate(states, frequencies.angles(positions[:1, :1]))
-        assert torch.equal(shared[:1, :1], rotated[:1, :1])
-        back = frequencies.rotate(rotated, -frequencies.angles(positions))
-        torch.testing.assert_close(back.double(), states.double(), rtol=2 * tolerance, atol=4 * tolerance)
 
 
 def test_angles_and_rotation_trace_without_a_break() -> None:

@@ -3,8 +3,10 @@
 import pytest
 import torch
 from caches import CacheCase, every_cache
-from models import build_model, random_tokens
-from synthetic import ATTENTION_FUNCTIONS, SyntheticModel
+from models import build_model, drive, random_rows, random_tokens
+from synthetic import ATTENTION_FUNCTIONS, SyntheticModel, attend_like_flash
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import flash_attention_mask
 
 from pyramid_cache.engine.attention import AttentionCall
 from pyramid_cache.engine.scoring import attend_and_score
@@ -12,6 +14,25 @@ from pyramid_cache.engine.tokens import Tokens
 
 
 KV_HEADS, GROUP, HEAD_DIM = 2, 3, 16
+
+
+@pytest.mark.parametrize("lengths", [(43,), (43, 29, 50)], ids=["one", "padded"])
+@every_cache
+def test_other_attention_gives_what_sdpa_gives(case: CacheCase, lengths: tuple[int, ...]) -> None:
+    """Logits and held positions through turns, with attention like flash-attention's and with eager attention."""
+    AttentionInterface.register("flash_on_cpu", attend_like_flash)
+    AttentionMaskInterface.register("flash_on_cpu", flash_attention_mask)
+    rows, pieces = random_rows(lengths, seed=31), [1] * 6 + [7] + [1] * 4
+    later, traces = random_tokens(len(rows), sum(pieces), seed=32), []
+    for attention in ("sdpa", "flash_on_cpu", "eager"):
+        model = build_model("llama")
+        model.config._attn_implementation = attention  # the setter for users would look for flash-attention itself
+        traces.append(drive(model, case.build(model), rows, later, pieces=pieces))
+    for trace in traces[1:]:
+        torch.testing.assert_close(trace.logits, traces[0].logits, atol=1e-4, rtol=0)
+        for found, wanted in zip(trace.positions, traces[0].positions, strict=True):
+            for one, other in zip(found, wanted, strict=True):
+                assert torch.equal(one.sort().values, other.sort().values)
 
 
 @every_cache

@@ -46,9 +46,11 @@ def test_rows_are_those_of_the_reference(family: str, prefill: str) -> None:
 
 
 @every_prefill
-def test_settings_and_lengths(prefill: str) -> None:
-    """Numbers of sinks, and prompts around them and around the window."""
+def test_settings_lengths_and_turns(prefill: str) -> None:
+    """Numbers of sinks, prompts around them and around the window; later turns, which are streams; many windows."""
     model = tiny_model("llama")
+    check(model, (17, 29, 6), [1, 1, 9, 1, 13, 2, 1, 30, 1], prefill=prefill)
+    check(model, (5,), [1] * 200, budget=8, num_sink_tokens=2, prefill=prefill, tolerance=5e-4)
     for num_sink_tokens in (0, 1, 3, 8):
         check(model, (21, 5), [1] * 15, budget=9, num_sink_tokens=num_sink_tokens, prefill=prefill)
     for lengths in ((1,), (3, 4), (5, 11), (12, 13)):
@@ -80,17 +82,6 @@ def test_streaming_prefill_is_a_stream_of_single_tokens() -> None:
         output = model(tokens[None], past_key_values=dense).logits
         torch.testing.assert_close(output, model(tokens[None], use_cache=False).logits, atol=1e-4, rtol=0)
     assert (output[0, -1] - outputs[0][-1]).abs().max() > 0.1
-
-
-@every_prefill
-def test_later_turns_of_several_tokens(prefill: str) -> None:
-    """Whatever the prefill, tokens on top of a cache in use are a stream."""
-    check(tiny_model("llama"), (17, 29, 6), [1, 1, 9, 1, 13, 2, 1, 30, 1], prefill=prefill)
-
-
-def test_a_stream_of_many_windows_stays_exact() -> None:
-    """Distances inside the cache are what they always were; the reference never leaves the first window."""
-    check(tiny_model("llama"), (5,), [1] * 200, budget=8, num_sink_tokens=2, tolerance=5e-4)
 
 
 @pytest.mark.parametrize("family", ["llama", "glm4", "llama_yarn"])
