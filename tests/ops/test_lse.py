@@ -5,7 +5,6 @@ import inspect
 import math
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from itertools import product
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -144,6 +143,9 @@ def test_sdpa_on_the_cpu(dtype: torch.dtype) -> None:
             is_plain = padding == "none" and rows == KEYS
             wanted = output_of_transformers(call, None if is_plain else model_mask(call))
             assert torch.equal(found[0], wanted) and found[0].stride() == wanted.stride()
+    call = make_call(dtype, "left", KEYS)
+    compiled = torch.compile(attention_with_lse, backend="eager", fullgraph=True)
+    check(compiled("sdpa", **call), call, zero_padding=False)
 
 
 def test_a_row_without_keys_has_no_log_sum_exp() -> None:
@@ -153,13 +155,6 @@ def test_a_row_without_keys_has_no_log_sum_exp() -> None:
     output, lse = cpu_attention_with_lse(call["query"], call["key"], call["value"], 0.31, mask)
     assert (lse[1, :, 2] == -math.inf).all() and (output[1, 2] == 0).all()
     assert lse.isfinite().sum() == 6 * 14
-
-
-def test_sdpa_compiles_into_one_graph() -> None:
-    call = make_call(F32, "left", KEYS)
-    attend = functools.partial(attention_with_lse, scaling=0.31, key_mask=call["key_mask"])
-    compiled = torch.compile(lambda *states: attend("sdpa", *states), backend="eager", fullgraph=True)
-    check(compiled(call["query"], call["key"], call["value"]), call, zero_padding=False)
 
 
 # Flash-attention packages, played by modules with their signatures, layouts and tuples.
@@ -207,84 +202,60 @@ class Kernels:
         return output, lse
 
 
-@dataclass(frozen=True)
-class Package:
-    """
-    A flash-attention package as far as the adapter sees it.
-
-    Attributes:
-        implementation, module: Its names in transformers and in Python.
-        first, rest: The arguments of `flash_attn_func`; those of packed rows stand between them.
-        asks: The argument that asks for the log-sum-exp.
-        results: What is returned, of output, log-sum-exp, whether it was asked for and whether rows are packed.
-    """
-
-    implementation: str
-    module: str
-    first: str
-    rest: str
-    asks: str | None
-    results: Callable[[torch.Tensor, torch.Tensor, bool, bool], Any]
-
-    def function(self, kernels: Kernels, is_packed: bool) -> Callable:
-        ends = ["cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"] if is_packed else []
-        names = [*self.first.split(), *ends, *self.rest.split()]
-        parameters = [
-            inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None if i > 2 else inspect._empty)
-            for i, name in enumerate(names)
-        ]
-        signature = inspect.Signature(parameters)
-
-        def function(*arguments: Any, **named: Any) -> Any:
-            given = signature.bind(*arguments, **named).arguments
-            states = (given[name] for name in "qkv")
-            packing = tuple(given[name] for name in ends) or None
-            settings = given["softmax_scale"], given["causal"], given.get("softcap", 0.0)
-            return self.results(*kernels.run(*states, packing, *settings), bool(given.get(self.asks)), is_packed)
-
-        function.__signature__ = signature
-        return function
-
-
-def two_if_asked(output: torch.Tensor, lse: torch.Tensor, is_asked: bool, is_packed: bool) -> Any:
-    return (output, lse) if is_asked else output
-
-
-def three_if_asked(output: torch.Tensor, lse: torch.Tensor, is_asked: bool, is_packed: bool) -> Any:
-    """The third is None, or empty, without dropout."""
-    return (output, lse, torch.empty(0, dtype=output.dtype) if is_packed else None) if is_asked else output
-
-
 FA3 = "softmax_scale causal qv q_descale k_descale v_descale window_size attention_chunk softcap num_splits pack_gqa"
-PACKAGES = {
-    "fa2": Package(
+# Names in transformers and in Python, the arguments of `flash_attn_func` (those of packed rows follow the first ones),
+# which of them asks for the log-sum-exp, and what is returned of it, of the output and of what flash-attn 2 has third.
+PACKAGES: dict[str, tuple[str, str, str, str, str | None, Callable]] = {
+    "fa2": (
         "flash_attention_2", "flash_attn", "q k v",
         "dropout_p softmax_scale causal window_size softcap alibi_slopes deterministic return_attn_probs",
-        "return_attn_probs", three_if_asked,
+        "return_attn_probs", lambda output, lse, third, is_asked: (output, lse, third) if is_asked else output,
     ),
-    "fa3": Package(
+    "fa3": (
         "flash_attention_3", "flash_attn_interface", "q k v", f"{FA3} deterministic sm_margin return_attn_probs",
-        "return_attn_probs", two_if_asked,
+        "return_attn_probs", lambda output, lse, third, is_asked: (output, lse) if is_asked else output,
     ),
     # The beta of flash-attn 3: the log-sum-exp comes without being asked for, and there is no softcap.
-    "early_fa3": Package(
+    "early_fa3": (
         "flash_attention_3", "flash_attn_interface", "q k v", "softmax_scale causal deterministic", None,
-        lambda output, lse, is_asked, is_packed: (output, lse),
+        lambda output, lse, third, is_asked: (output, lse),
     ),
     # The forward of flash-attn 3 alone.
-    "fa3_fwd": Package(
+    "fa3_fwd": (
         "kernels-community/vllm-flash-attn3@v1", "fa3_fwd_interface", "q k v",
         "softmax_scale causal window_size attention_chunk num_splits pack_gqa sm_margin return_attn_probs",
-        "return_attn_probs", two_if_asked,
+        "return_attn_probs", lambda output, lse, third, is_asked: (output, lse) if is_asked else output,
     ),
     # Always two results, the second None unless asked for.
-    "fa4": Package(
+    "fa4": (
         "flash_attention_4", "flash_attn.cute", "q k v qv",
         "gather_kv_indices softmax_scale causal window_size learnable_sink softcap num_splits pack_gqa deterministic "
         "score_mod mask_mod return_lse",
-        "return_lse", lambda output, lse, is_asked, is_packed: (output, lse if is_asked else None),
+        "return_lse", lambda output, lse, third, is_asked: (output, lse if is_asked else None),
     ),
 }  # fmt: skip
+
+
+def function_of(name: str, kernels: Kernels, is_packed: bool) -> Callable:
+    """A function of a package, with its signature."""
+    _, _, first, rest, asks, results = PACKAGES[name]
+    ends = ["cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"] if is_packed else []
+    kind, required = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.empty
+    names = enumerate([*first.split(), *ends, *rest.split()])
+    signature = inspect.Signature(
+        [inspect.Parameter(each, kind, default=None if i > 2 else required) for i, each in names]
+    )
+
+    def function(*arguments: Any, **named: Any) -> Any:
+        given = signature.bind(*arguments, **named).arguments
+        packing = tuple(given[each] for each in ends) or None
+        settings = given["softmax_scale"], given["causal"], given.get("softcap", 0.0)
+        output, lse = kernels.run(*(given[each] for each in "qkv"), packing, *settings)
+        third = torch.empty(0, dtype=output.dtype) if is_packed else None  # without dropout
+        return results(output, lse, third, bool(given.get(asks)))
+
+    function.__signature__ = signature
+    return function
 
 
 @pytest.fixture
@@ -298,13 +269,14 @@ def without_packages(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyP
 
 def install_package(monkeypatch: pytest.MonkeyPatch, name: str) -> tuple[Kernels, FlashKernel]:
     """Makes a package importable, and gives the kernel that the adapter finds for its implementation."""
-    package, kernels, module = PACKAGES[name], Kernels(), ModuleType(PACKAGES[name].module)
-    module.flash_attn_func, module.flash_attn_varlen_func = (package.function(kernels, packed) for packed in (0, 1))
-    monkeypatch.setitem(sys.modules, package.module, module)
-    if "." in package.module:  # flash-attn 4 comes in a `flash_attn` that holds nothing else
+    implementation, path, *_ = PACKAGES[name]
+    kernels, module = Kernels(), ModuleType(path)
+    module.flash_attn_func, module.flash_attn_varlen_func = (function_of(name, kernels, packed) for packed in (0, 1))
+    monkeypatch.setitem(sys.modules, path, module)
+    if "." in path:  # flash-attn 4 comes in a `flash_attn` that holds nothing else
         monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
-    kernel = flash_kernel(package.implementation)
-    assert kernel is not None and kernel.name == package.module
+    kernel = flash_kernel(implementation)
+    assert kernel is not None and kernel.name == path
     return kernels, kernel
 
 
@@ -583,20 +555,15 @@ def test_bias_of_the_efficient_kernel_is_aligned() -> None:
 
 def test_schemas_of_torch() -> None:
     """The adapter passes arguments of these private ops by position."""
+    states, bias = "query key value", "attn_bias compute_log_sumexp dropout_p is_causal"
     for name, arguments in {
-        "_flash_attention_forward": (
-            "query key value cum_seq_q cum_seq_k max_q max_k dropout_p is_causal return_debug_mask scale"
-        ),
-        "_scaled_dot_product_efficient_attention": (
-            "query key value attn_bias compute_log_sumexp dropout_p is_causal scale"
-        ),
-        "_scaled_dot_product_cudnn_attention": (
-            "query key value attn_bias compute_log_sumexp dropout_p is_causal return_debug_mask scale"
-        ),
-        "_fused_sdp_choice": "query key value attn_mask dropout_p is_causal scale enable_gqa",
+        "_flash_attention_forward": "cum_seq_q cum_seq_k max_q max_k dropout_p is_causal return_debug_mask scale",
+        "_scaled_dot_product_efficient_attention": f"{bias} scale",
+        "_scaled_dot_product_cudnn_attention": f"{bias} return_debug_mask scale",
+        "_fused_sdp_choice": "attn_mask dropout_p is_causal scale enable_gqa",
     }.items():
         schema = getattr(torch.ops.aten, name).default._schema.arguments
-        wanted = arguments.split()
+        wanted = f"{states} {arguments}".split()
         assert [argument.name for argument in schema[: len(wanted)]] == wanted, name
         assert all(argument.has_default_value() for argument in schema[len(wanted) :]), name
 
@@ -650,21 +617,6 @@ def test_on_cuda(implementation: str, dtype: torch.dtype) -> None:
             torch.testing.assert_close(output[is_token], wanted[is_token], atol=tolerance, rtol=tolerance)
         if dtype == BF16 and padding == "gaps":
             check(efficient_attention(Attention(**call)), call)
-
-
-@pytest.mark.cuda
-@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
-def test_long_prompts_on_cuda(head_dim: int) -> None:
-    """Lengths over many blocks of the kernels, padded on the left."""
-    for rows in (1500, 64):
-        query, key, value = (
-            torch.randn(2, heads, length, head_dim, device="cuda", dtype=BF16)
-            for heads, length in ((8, rows), (2, 1500), (2, 1500))
-        )
-        key_mask = torch.arange(1500, device="cuda") >= torch.tensor([[700], [0]], device="cuda")
-        call = {"query": query, "key": key, "value": value, "scaling": head_dim**-0.5}
-        call |= {"key_mask": key_mask, "row_present": [800, 1500]}
-        check(attention_with_lse("sdpa", **call), call, lse_rtol=1e-5)
 
 
 @pytest.mark.cuda

@@ -170,22 +170,6 @@ def test_factors_and_landmarks_of_one_byte_are_the_numbers_that_they_stand_for(s
     assert torch.equal(*chosen)
 
 
-def test_operators_are_well_registered() -> None:
-    tensors = step_tensors()
-    incoming = random_incoming(2, 2, 3, 6)
-    ops = torch.ops.pyramid_cache
-    buffer = tensors["keys_buffer"][:, :, 4:28]
-    rotation = (tensors["positions"], tensors["inverse_frequencies"], 1.0, False, 8)
-    for op, arguments in (
-        (ops.select_chunks, (tensors["query"], tensors["landmarks"], tensors["mask"], 3, 0.25)),
-        (ops.select_chunks, (tensors["query"], tensors["landmarks"], None, 130, 0.25)),
-        (ops.plan_chunks, (torch.tensor([[[3, 1, -1]]]), torch.tensor([[[1, 0, 2]]]))),
-        (ops.reconstruct_keys, (buffer, tensors["low_rank"], tensors["basis"], incoming, *rotation)),
-        (ops.gather_values, (buffer, tensors["values"], incoming, 8)),
-    ):
-        torch.library.opcheck(op.default, arguments)
-
-
 def test_a_step_is_one_graph() -> None:
     compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
     ours = step_tensors()
@@ -212,48 +196,31 @@ def test_values_in_pageable_memory_are_refused_for_a_gpu() -> None:
         shadow._gather_values_cuda(torch.zeros(1, 1, 8, 4), torch.zeros(1, 1, 9, 4), torch.zeros(1, 1, 2).long(), 4)
 
 
-def test_wrong_arguments_are_named() -> None:
-    held = torch.zeros(1, 1, 2).long()
-    keys = (torch.zeros(1, 9, 3), torch.zeros(1, 1, 3, 4), held, torch.zeros(1, 9).int(), torch.ones(2))
-    buffer = torch.zeros(1, 1, 8, 4)
-    wrong = {
-        "8 slots, which are not 2 places of 3": lambda: shadow.gather_values(buffer, buffer, held, chunk_size=3),
-        "`values` must be torch.float32": lambda: shadow.gather_values(buffer, buffer.half(), held, chunk_size=4),
-        "`incoming` must be torch.int64": lambda: shadow.gather_values(buffer, buffer, held.int(), chunk_size=4),
-        "`wanted` must have the shape": lambda: shadow.plan_chunks(held, held[..., :1]),
-        "`held` must be torch.int64": lambda: shadow.plan_chunks(held.int(), held),
-        "3 query heads": lambda: shadow.select_chunks(
-            torch.zeros(1, 3, 1, 4), torch.zeros(1, 2, 5, 4), num_chunks=1, scaling=1.0
-        ),
-        "`num_chunks` must be at least 1, but is 0": lambda: shadow.select_chunks(
-            buffer, buffer, num_chunks=0, scaling=1.0
-        ),
-        "`mask` must be for 1 or 2 heads": lambda: shadow.select_chunks(
-            torch.zeros(1, 2, 1, 4),
-            torch.zeros(1, 2, 5, 4),
-            num_chunks=1,
-            scaling=1.0,
-            mask=torch.ones(1, 3, 5, dtype=torch.bool),
-        ),
-        "3 inverse frequencies turn two dimensions each": lambda: shadow.reconstruct_keys(
-            buffer, *keys[:-1], torch.ones(3), chunk_size=4
-        ),
-        "`positions` must be torch.int32": lambda: shadow.reconstruct_keys(
-            buffer, *keys[:3], torch.zeros(1, 9).long(), keys[4], chunk_size=4
-        ),
-        "`basis` must have the shape": lambda: shadow.reconstruct_keys(
-            buffer, keys[0], torch.zeros(1, 1, 2, 4), *keys[2:], chunk_size=4
-        ),
-        "`incoming` is on meta, but must be on cpu": lambda: shadow.gather_values(
-            buffer, buffer, held.to("meta"), chunk_size=4
-        ),
-    }
-    for message, call in wrong.items():
+def test_wrong_arguments_and_gradients_are_refused() -> None:
+    held, buffer = torch.zeros(1, 1, 2).long(), torch.zeros(1, 1, 8, 4)
+    turns = (torch.zeros(1, 9).int(), torch.ones(2))
+    low_rank, basis = torch.zeros(1, 9, 3), torch.zeros(1, 1, 3, 4)
+    query, landmarks = torch.zeros(1, 2, 1, 4), torch.zeros(1, 2, 5, 4)
+    gather, plan, choose = shadow.gather_values, shadow.plan_chunks, shadow.select_chunks
+    for message, op, arguments, named in (
+        ("8 slots, which are not 2 places of 3", gather, (buffer, buffer, held), {"chunk_size": 3}),
+        ("`values` must be torch.float32", gather, (buffer, buffer.half(), held), {"chunk_size": 4}),
+        ("`incoming` must be torch.int64", gather, (buffer, buffer, held.int()), {"chunk_size": 4}),
+        ("`incoming` is on meta, but must be on", gather, (buffer, buffer, held.to("meta")), {"chunk_size": 4}),
+        ("`wanted` must have the shape", plan, (held, held[..., :1]), {}),
+        ("`held` must be torch.int64", plan, (held.int(), held), {}),
+        ("3 query heads", choose, (torch.zeros(1, 3, 1, 4), landmarks), {"num_chunks": 1}),
+        ("`num_chunks` must be at least 1, but is 0", choose, (query, landmarks), {"num_chunks": 0}),
+        ("`mask` must be for 1 or 2 heads", choose, (query, landmarks), {"mask": torch.ones(1, 3, 5).bool()}),
+        ("3 inverse frequencies turn", None, (low_rank, basis, held, turns[0], torch.ones(3)), {}),
+        ("`positions` must be torch.int32", None, (low_rank, basis, held, turns[0].long(), turns[1]), {}),
+        ("`basis` must have the shape", None, (low_rank, basis[:, :, :2], held, *turns), {}),
+    ):
+        if op is choose:
+            named = {"num_chunks": 1, "scaling": 1.0} | named
+        if op is None:
+            op, arguments, named = shadow.reconstruct_keys, (buffer, *arguments), {"chunk_size": 4}
         with pytest.raises(ValueError, match=message):
-            call()
-
-
-def test_gradients_are_refused() -> None:
-    query = torch.zeros(1, 1, 1, 4, requires_grad=True)
+            op(*arguments, **named)
     with pytest.raises(NotImplementedError, match="select_chunks"):
-        shadow.select_chunks(query, torch.zeros(1, 1, 5, 4), num_chunks=1, scaling=1.0)
+        choose(query.requires_grad_(), landmarks, num_chunks=1, scaling=1.0)

@@ -5,7 +5,7 @@ import torch
 from kernel_device import BF16, DEVICE, F16, F32, IS_INTERPRETED, MARKS, needs_gpu, on_gpu
 from shadow_step import CHUNK_SIZE, PART, inverse_frequencies, random_incoming, select, step, step_tensors
 
-from pyramid_cache.ops import shadow, shadow_reference, triton_shadow
+from pyramid_cache.ops import shadow_reference, triton_shadow
 
 
 pytestmark = MARKS
@@ -171,28 +171,3 @@ def test_steps_on_a_gpu_follow_the_query(runs: str) -> None:
         is_loaded = held.ge(0).repeat_interleave(CHUNK_SIZE, dim=-1)
         assert_rounded_alike(cpu["keys_buffer"][:, :, PART][is_loaded], keys[is_loaded])
         assert torch.equal(cpu["values_buffer"][:, :, PART][is_loaded], values[is_loaded])
-
-
-@needs_gpu
-def test_operators_are_well_registered_on_a_gpu() -> None:
-    tensors = {name: tensor.cuda() for name, tensor in step_tensors().items()}
-    incoming = random_incoming(2, 2, 24, 125).cuda()
-    keys, values = (tensors[name][:, :, PART] for name in ("keys_buffer", "values_buffer"))
-    ops = torch.ops.pyramid_cache
-    factors = (tensors["positions"], tensors["inverse_frequencies"], 1.0, False, 8)
-    for op, arguments in (
-        (ops.select_chunks, (tensors["query"], tensors["landmarks"], None, 24, 0.125)),
-        (ops.plan_chunks, (tensors["held"], incoming)),
-        (ops.reconstruct_keys, (keys, tensors["low_rank"], tensors["basis"], incoming, *factors)),
-        # On the device: opcheck copies its arguments, and a copy of pinned memory is not pinned.
-        (ops.gather_values, (values, tensors["values"], incoming, 8)),
-    ):
-        torch.library.opcheck(op.default, arguments)
-
-
-@needs_gpu
-def test_pageable_values_are_refused_on_a_gpu() -> None:
-    tensors = step_tensors()
-    incoming = random_incoming(2, 2, 24, 125).cuda()
-    with pytest.raises(ValueError, match=r"pageable.*\.pin_memory\(\)"):
-        shadow.gather_values(tensors["values_buffer"][:, :, PART].cuda(), tensors["values"], incoming, chunk_size=8)
