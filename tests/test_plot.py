@@ -150,18 +150,17 @@ class TestKeptPositions:
 
     def test_of_many_positions_neighbours_are_averaged(self) -> None:
         num_seen = 2 * MAX_CELLS + 1
-        axes, _ = plot_kept_positions(hand_made_cache([[[[0, 2, 3, num_seen - 1]]]], num_seen)).axes
-        values = map_of(axes)[0]
-        # Three to a cell; the last cell has all of its three, of 2,049.
-        assert values.shape == (683,)
-        assert values[[0, 1, 2, -1]] == pytest.approx([2 / 3, 1 / 3, 0, 1 / 3])
-        assert axes.get_xlabel() == "position (means of 3 neighbours)"
-        left, right, *_ = axes.images[0].get_extent()
-        assert (left, right) == (0, 2049) and axes.get_xlim() == (0, 2049)
-        # The last cell of 1,025 positions has one of them alone, and reaches beyond the axis.
-        axes, _ = plot_kept_positions(hand_made_cache([[[[MAX_CELLS]]]], MAX_CELLS + 1)).axes
-        assert map_of(axes)[0, -1] == 1
-        assert axes.images[0].get_extent()[1] == MAX_CELLS + 2 and axes.get_xlim() == (0, MAX_CELLS + 1)
+        for held, seen, size, cells, width in (
+            # Three to a cell; the last cell has all of its three, of 2,049.
+            ([0, 2, 3, num_seen - 1], num_seen, 3, {0: 2 / 3, 1: 1 / 3, 2: 0, 682: 1 / 3}, 2049),
+            # The last cell of 1,025 positions has one of them alone, and reaches beyond the axis.
+            ([MAX_CELLS], MAX_CELLS + 1, 2, {512: 1}, MAX_CELLS + 2),
+        ):
+            axes, _ = plot_kept_positions(hand_made_cache([[[held]]], seen)).axes
+            [values] = map_of(axes)
+            assert len(values) == max(cells) + 1 and {cell: pytest.approx(values[cell]) for cell in cells} == cells
+            assert axes.get_xlabel() == f"position (means of {size} neighbours)"
+            assert axes.images[0].get_extent()[:2] == (0, width) and axes.get_xlim() == (0, seen)
 
 
 class TestBudgets:
@@ -394,31 +393,27 @@ class TestRecorder:
         model = tiny_model("llama")
         cache = H2OCache(model.config, budget=12)
         recorder = ScoreRecorder(cache, [2, 0])
-        expected = []
+        expected = torch.full((5, 24), -1.0)
 
         def after_step(step: int) -> None:
             recorder.record()
             recorder.record()  # without a forward pass between them
             held, scores = cache.positions(2)[0].tolist(), cache.layers[2].held_scores()[0].tolist()
-            row = []
             for position in range(20 + step):
                 found = [s[h.index(position)] for h, s in zip(held, scores, strict=True) if position in h]
-                row.append(sum(found) / len(found) if found else -1.0)
-            expected.append(row + [-1.0] * (24 - len(row)))
+                if found:
+                    expected[step, position] = sum(found) / len(found)
 
         drive(model, cache, random_rows((20,)), 4, after_step)
         assert recorder.num_seen == [20, 21, 22, 23, 24]
-        table = recorder.table(2)
-        assert table.shape == (5, 24)
-        torch.testing.assert_close(table.nan_to_num(-1), torch.tensor(expected))
-        figure = recorder.plot()
-        first, second, color_axes = figure.axes
+        table = recorder.table(2).nan_to_num(-1)
+        torch.testing.assert_close(table, expected)
+        first, second, color_axes = recorder.plot().axes
         assert (first.get_title(), second.get_title()) == ("layer 2", "layer 0")
-        assert np.nan_to_num(map_of(first), nan=-1) == pytest.approx(table.nan_to_num(-1).numpy())
+        assert np.nan_to_num(map_of(first), nan=-1) == pytest.approx(table.numpy())
         assert first.get_ylabel() == "forward pass" and second.get_xlabel() == "position"
         largest = max(recorder.table(layer_idx).nan_to_num(0).max().item() for layer_idx in (0, 2))
-        for axes in (first, second):
-            assert axes.images[0].get_clim() == pytest.approx((largest / 1e5, largest))
+        assert all(axes.images[0].get_clim() == pytest.approx((largest / 1e5, largest)) for axes in (first, second))
         assert color_axes.get_ylabel().startswith("attention so far")
         # A score of zero has the lowest colour.
         recorder = ScoreRecorder(hand_made_cache([[[[0, 1]]]], 2, [[[[0.0, 8.0]]]]))

@@ -184,14 +184,7 @@ def test_strides_beyond_31_bits() -> None:
 
 
 class Cache:
-    """
-    A cache of heavy hitters whose tensors are views cut out of larger ones.
-
-    Args:
-        kv_heads, slots, head_dim, value_dim (`int`): Its size, for a batch of 2.
-        dtype (`torch.dtype`): Of keys and values.
-        num_empty (`int`): Slots of each head that are empty.
-    """
+    """A cache of heavy hitters for a batch of 2, whose tensors are views cut out of larger ones."""
 
     def __init__(
         self, kv_heads: int, slots: int, head_dim: int, value_dim: int, dtype: torch.dtype, num_empty: int
@@ -210,17 +203,6 @@ class Cache:
         self.scores = self.storages[3][3:].permute(1, 2, 0)
         self.positions.copy_((order - num_empty).clamp_min(-1))
         self.next_position = slots - num_empty
-        self.slots = self.empty_slots()
-
-    def empty_slots(self) -> torch.Tensor:
-        """The first empty slot of each head."""
-        return (self.positions < 0).int().argmax(dim=-1, keepdim=True)
-
-    def fill_empty_slots(self, content: float) -> None:
-        """Leaves something in the keys and values of empty slots."""
-        is_empty = (self.positions < 0)[..., None]
-        self.key.masked_fill_(is_empty, content)
-        self.value.masked_fill_(is_empty, content)
 
     def surroundings(self) -> list[torch.Tensor]:
         """What lies beside the views. The cache is empty afterwards."""
@@ -229,15 +211,14 @@ class Cache:
         return self.storages
 
     def step(self, function, query, new_key, new_value, num_recent, evicts, sinks, softcap, has_empty) -> tuple:
-        """Lets one function decode a token and evict, and chooses where the next token goes."""
+        """Lets one function decode a token into the first empty slots, and evict."""
         self.next_position += 1
         next_position = torch.full((2, 1, 1), self.next_position, dtype=torch.int32, device=DEVICE)
-        results = function(
-            query, new_key, new_value, self.slots, next_position, num_recent, evicts, sinks,
+        slots = (self.positions < 0).int().argmax(dim=-1, keepdim=True)
+        return function(
+            query, new_key, new_value, slots, next_position, num_recent, evicts, sinks,
             self.key, self.value, self.positions, self.scores, 0.2, softcap, has_empty,
         )  # fmt: skip
-        self.slots = self.empty_slots()
-        return results
 
 
 def search_tile_by_tile(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,10 +244,11 @@ def test_steps_of_eviction(case: tuple, monkeypatch: pytest.MonkeyPatch) -> None
     if "tiles" in options:
         search_tile_by_tile(monkeypatch)
     found, expected = (Cache(kv_heads, slots, head_dim, value_dim, one, num_empty) for one in (dtype, F32))
-    expected.key.copy_(found.key)
-    expected.value.copy_(found.value)
-    found.fill_empty_slots(float("nan"))
-    expected.fill_empty_slots(0.0)  # the specification multiplies what empty slots hold by zero
+    is_empty = (found.positions < 0)[..., None]
+    for ours, theirs in ((found.key, expected.key), (found.value, expected.value)):
+        # The specification multiplies what empty slots hold by zero.
+        theirs.copy_(ours.masked_fill(is_empty, 0.0))
+        ours.masked_fill_(is_empty, NAN)
     sinks = random(kv_heads * group) if "sinks" in options else None
     tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == F32 else {"rtol": 1e-2, "atol": 1e-2}
     # The interpreter takes as long for one head as for all of a group.
@@ -295,8 +277,8 @@ def test_steps_of_eviction(case: tuple, monkeypatch: pytest.MonkeyPatch) -> None
         torch.testing.assert_close(lse, wanted[1], rtol=1e-5, atol=1e-5)
         is_held = found.positions >= 0
         torch.testing.assert_close(found.scores[is_held], expected.scores[is_held], rtol=1e-5, atol=2e-5)
-        assert torch.equal(found.key[is_held].float(), expected.key[is_held])
-        assert torch.equal(found.value[is_held].float(), expected.value[is_held])
+        for ours, theirs in ((found.key, expected.key), (found.value, expected.value)):
+            assert torch.equal(ours[is_held].float(), theirs[is_held])
     fresh = Cache(kv_heads, slots, head_dim, value_dim, dtype, num_empty)
     for one, other in zip(found.surroundings(), fresh.surroundings(), strict=True):
         assert torch.equal(one, other)

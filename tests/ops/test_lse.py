@@ -487,38 +487,32 @@ def test_choice_on_cuda(fake_device: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("device", FAKE_DEVICES)
 def test_torch_on_cuda_asks_nothing_of_the_device(fake_device: pytest.MonkeyPatch, device: str) -> None:
     """Fake tensors have no values: whatever waited for one would raise."""
-    for padding, (dtype, value_dim), rows in product(["none", "gaps"], [(BF16, 8), (F16, 16), (F32, 16)], ROWS):
+    flash = functools.partial(flash_attention, TORCH_FLASH), "_flash_attention_forward"
+    efficient = efficient_attention, "_scaled_dot_product_efficient_attention"
+    cases = list(product(["none", "gaps"], [(BF16, 8, *flash), (F16, 16, *flash), (F32, 16, *efficient)], ROWS))
+    cases.append(("none", (BF16, 16, cudnn_attention, "_scaled_dot_product_cudnn_attention"), KEYS))
+    for padding, (dtype, value_dim, run, kernel), rows in cases:
         call = as_fake(make_call(dtype, "none", rows, value_dim=value_dim), device)
         if padding != "none":
             call |= {"key_mask": torch.empty(3, KEYS, dtype=torch.bool, device=device), "row_present": [27, 36, 33]}
-        attend = functools.partial(attention_with_lse, "sdpa", **call)
-        if device == "cpu":  # what the choice gives on CUDA takes tensors of any device
-            run = efficient_attention if dtype == F32 else functools.partial(flash_attention, TORCH_FLASH)
-            attend = functools.partial(run, Attention(**call))
         with CountedOps() as ops:
-            output, lse = attend()
+            if device == "cpu" or run is cudnn_attention:  # what the choice gives on CUDA takes tensors of any device
+                output, lse = run(Attention(**call))
+            else:
+                output, lse = attention_with_lse("sdpa", **call)
         assert output.shape == (3, rows, 6, value_dim) and output.dtype == dtype and output.is_contiguous()
         assert lse.shape == (3, 6, rows) and lse.dtype == torch.float32 and lse.is_contiguous()
-        kernel = "_scaled_dot_product_efficient_attention" if dtype == F32 else "_flash_attention_forward"
         assert ops.attentions() == {kernel: 1} and lse.device.type == output.device.type == device
     with pytest.raises(DataDependentOutputException):
         call = as_fake(make_call(BF16, "gaps", 9), device) | {"row_present": None}
         flash_attention(TORCH_FLASH, Attention(**call))
-    # cuDNN's results have the usual shapes too.
-    with CountedOps() as ops:
-        output, lse = cudnn_attention(Attention(**as_fake(make_call(BF16, "none", KEYS), device)))
-    assert ops.attentions() == {"_scaled_dot_product_cudnn_attention": 1}
-    assert output.shape == (3, KEYS, 6, 16) and output.dtype == BF16 and output.is_contiguous()
-    assert lse.shape == (3, 6, KEYS) and lse.dtype == torch.float32 and lse.is_contiguous()
 
 
 def test_cudnn_where_torch_chooses_it(fake_device: pytest.MonkeyPatch) -> None:
     asked: list[dict[str, Any]] = []
     answer = SDPBackend.CUDNN_ATTENTION
-
-    def choose(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **settings: Any) -> int:
-        asked.append(settings)
-        return answer.value
+    fake_device.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    fake_device.setattr(torch, "_fused_sdp_choice", lambda *states, **given: asked.append(given) or answer.value)
 
     def provider_of(implementation: str, dtype: torch.dtype, rows: int, kv_heads: int = 2, **masks: tuple) -> Callable:
         call = as_fake(make_call(dtype, "none", rows, kv_heads=kv_heads), "cuda")
@@ -526,8 +520,6 @@ def test_cudnn_where_torch_chooses_it(fake_device: pytest.MonkeyPatch) -> None:
         tensors = [call.get(name) for name in ("query", "key", "value", "mask", "key_mask")]
         return lse_module._choose(implementation, *tensors, None)
 
-    fake_device.setattr(torch.backends.cudnn, "is_available", lambda: True)
-    fake_device.setattr(torch, "_fused_sdp_choice", choose)
     for dtype, kv_heads in product([BF16, F16], [6, 2]):
         assert provider_of("sdpa", dtype, KEYS, kv_heads) is cudnn_attention
         assert asked.pop() == {"is_causal": True, "enable_gqa": kv_heads != 6}
@@ -621,17 +613,21 @@ def test_on_cuda(implementation: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
-def test_cudnn_on_cuda(dtype: torch.dtype) -> None:
-    """What torch itself runs on an H100, and the same output as without the log-sum-exps."""
-    for kv_heads, head_dim, length in product([8, 2, 1], [64, 128], [1500, 1536, 129]):
+def test_long_prompts_on_cuda(dtype: torch.dtype) -> None:
+    """Where torch itself runs cuDNN, as on an H100, the same output as without log-sum-exps; and padded on the left."""
+    for kv_heads, head_dim, length in product([8, 2, 1], [64, 80, 128, 256], [1500, 1536, 129]):
         query = torch.randn(2, length, 8, head_dim, device="cuda", dtype=dtype).transpose(1, 2)
         key, value = (torch.randn(2, kv_heads, length, head_dim, device="cuda", dtype=dtype) for _ in range(2))
-        if not lse_module._is_cudnn_chosen(query, key, value):
-            pytest.skip("torch does not choose cuDNN on this machine")
         call = {"query": query, "key": key, "value": value, "scaling": head_dim**-0.5}
-        with CountedOps() as ops:
-            found = attention_with_lse("sdpa", **call)
-        assert ops.attentions() == {"_scaled_dot_product_cudnn_attention": 1}
-        check(found, call, lse_rtol=1e-5)
-        tolerance = TOLERANCES[dtype][0]
-        torch.testing.assert_close(found[0], output_of_transformers(call, None), atol=tolerance, rtol=tolerance)
+        if lse_module._is_cudnn_chosen(query, key, value):
+            with CountedOps() as ops:
+                found = attention_with_lse("sdpa", **call)
+            assert ops.attentions() == {"_scaled_dot_product_cudnn_attention": 1}
+            check(found, call, lse_rtol=1e-5)
+            tolerance = TOLERANCES[dtype][0]
+            torch.testing.assert_close(found[0], output_of_transformers(call, None), atol=tolerance, rtol=tolerance)
+        key_mask = torch.arange(length, device="cuda") >= torch.tensor([[length // 2], [0]], device="cuda")
+        call |= {"key_mask": key_mask, "row_present": [length - length // 2, length]}
+        for rows in (length, 64):
+            call["query"] = query[:, :, -rows:]
+            check(attention_with_lse("sdpa", **call), call, lse_rtol=1e-5)

@@ -181,38 +181,36 @@ def loop_decode(query, key, value, positions, scores, new_key, new_value, slots,
 def test_forty_decode_steps_evict_what_loops_evict(kv_heads: int) -> None:
     """Rows that are full and rows that are not, empty slots in odd places, and equal keys whose scores tie exactly."""
     torch.manual_seed(kv_heads)
-    batch, heads, num_slots, head_dim = 3, 6, 11, 64
-    key, value = torch.randn(2, batch, kv_heads, num_slots, head_dim)
-    positions = (
-        torch.stack([torch.randperm(num_slots) for _ in range(batch * kv_heads)]).view(batch, kv_heads, -1).int()
-    )
-    positions[positions == 10] = -1
+    batch, heads, num_slots = 3, 6, 11
+    key, value = torch.randn(2, batch, kv_heads, num_slots, 64)
+    order = torch.stack([torch.randperm(num_slots) for _ in range(batch * kv_heads)]).view(batch, kv_heads, -1)
+    positions = order.masked_fill(order == 10, -1).int()
     positions[2, :, 3:] = -1  # a row with room
     scores = torch.rand(batch, kv_heads, num_slots)
     scores[0] = 1.0  # ties
     key[0] = key[0, :, :1]
-    mine = [tensor.clone() for tensor in (key, value, positions, scores)]
     theirs = [key.clone(), value.clone(), positions.clone(), scores.double()]
     num_recent = torch.tensor([2, 4, 3], dtype=torch.int32).view(-1, 1, 1)
+    held = {"key": key, "value": value, "positions": positions, "scores": scores, "num_recent": num_recent}
     for step in range(40):
         next_position = torch.full((batch, 1, 1), 12 + step, dtype=torch.int32)
-        query = torch.randn(batch, heads, 1, head_dim)
-        new_key, new_value = torch.randn(2, batch, kv_heads, 1, head_dim)
+        query = torch.randn(batch, heads, 1, 64)
+        new_key, new_value = torch.randn(2, batch, kv_heads, 1, 64)
         if step < 5:
-            new_key[0] = mine[0][0, :, :1]
-        slots = mine[2].argmin(dim=-1, keepdim=True)
-        evicts = (mine[2] >= 0).sum(dim=-1).amin(dim=-1) >= num_slots - 1
-        held = dict(zip(("key", "value", "positions", "scores"), mine, strict=True))
-        held |= {"next_position": next_position, "num_recent": num_recent, "scaling": 1 / 8}
-        held |= {} if evicts.all() else {"evicts": evicts, "has_empty_slots": True}
-        output, _, victims = ops.decode_attention_and_evict(query, new_key, new_value, slots, **held)
+            new_key[0] = key[0, :, :1]
+        slots = positions.argmin(dim=-1, keepdim=True)
+        evicts = (positions >= 0).sum(dim=-1).amin(dim=-1) >= num_slots - 1
+        rest = {"evicts": None if evicts.all() else evicts, "has_empty_slots": not evicts.all()}
+        output, _, victims = ops.decode_attention_and_evict(
+            query, new_key, new_value, slots, **held, next_position=next_position, scaling=1 / 8, **rest
+        )
         expected, losers = loop_decode(
             query, *theirs, new_key, new_value, slots, next_position, num_recent, evicts.tolist()
         )
         torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
-        assert torch.equal(mine[2], theirs[2]), step
+        assert torch.equal(positions, theirs[2]), step
         assert torch.equal(victims.squeeze(-1)[evicts], losers[evicts])
-        torch.testing.assert_close(mine[3].double(), theirs[3], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(scores.double(), theirs[3], rtol=1e-5, atol=1e-6)
     assert evicts.all()
 
 

@@ -10,6 +10,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from pyramid_cache.ops import shadow, shadow_reference
 
 
+BF16, F32 = torch.bfloat16, torch.float32
+
+
 def slow_selection(
     query: torch.Tensor, landmarks: torch.Tensor, mask: torch.Tensor, num_chunks: int, scaling: float
 ) -> list[set[int]]:
@@ -142,32 +145,27 @@ def test_what_a_plan_loads_is_what_the_loop_loads(case: tuple) -> None:
         assert torch.equal(buffer, wanted.to(dtype))
 
 
-@pytest.mark.parametrize("dtype, stored", [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)])
-def test_reconstruction_rounds_once(dtype: torch.dtype, stored: torch.dtype) -> None:
-    low_rank, basis = torch.randn(2, 24, 160).to(dtype), torch.randn(2, 3, 160, 64).to(stored)
+@pytest.mark.parametrize(
+    "dtype, stored",
+    [(BF16, BF16), (torch.float16, F32), *((F32, quantized) for quantized in shadow.QUANTIZED_DTYPES)],
+)
+def test_numbers_are_those_of_float32_rounded_once(dtype: torch.dtype, stored: torch.dtype) -> None:
+    """Factors in half precision or in one byte, and landmarks in one byte."""
+    is_quantized = stored in shadow.QUANTIZED_DTYPES
+    low_rank, landmarks = (100 * torch.randn(shape) for shape in ((2, 24, 160), (2, 3, 9, 64)))
+    low_rank = low_rank.clamp(-127, 127).to(stored if is_quantized else dtype)
+    basis = (torch.randn(2, 3, 160, 64) / 100).to(F32 if is_quantized else stored)
     incoming, frequencies = random_incoming(2, 3, 3, 3), inverse_frequencies(64)
     positions = torch.arange(24, dtype=torch.int32).expand(2, -1)
-    buffers = [torch.zeros(2, 3, 24, 64, dtype=kind) for kind in (dtype, torch.float32)]
+    buffers = [torch.zeros(2, 3, 24, 64, dtype=kind) for kind in (dtype, F32)]
     for buffer, factors in zip(buffers, [(low_rank, basis), (low_rank.float(), basis.float())], strict=True):
         shadow.reconstruct_keys(buffer, *factors, incoming, positions, frequencies, chunk_size=8)
     assert torch.equal(buffers[0], buffers[1].to(dtype))
-
-
-@pytest.mark.parametrize("stored", shadow.QUANTIZED_DTYPES)
-def test_factors_and_landmarks_of_one_byte_are_the_numbers_that_they_stand_for(stored: torch.dtype) -> None:
-    low_rank, landmarks = (100 * torch.randn(shape) for shape in ((2, 24, 20), (2, 3, 9, 64)))
-    low_rank, landmarks = low_rank.clamp(-127, 127).to(stored), landmarks.clamp(-127, 127).to(stored)
-    basis, query = torch.randn(2, 3, 20, 64) / 100, torch.randn(2, 6, 1, 64) / 100
-    incoming, positions = random_incoming(2, 3, 3, 3), torch.arange(24, dtype=torch.int32).expand(2, -1)
-    buffers = []
-    for factors in (low_rank, low_rank.float()):
-        buffers.append(torch.zeros(2, 3, 24, 64))
-        shadow.reconstruct_keys(
-            buffers[-1], factors, basis, incoming, positions, inverse_frequencies(64), chunk_size=8
-        )
-    assert torch.equal(*buffers)
-    chosen = [shadow.select_chunks(query, each, num_chunks=4, scaling=1.0) for each in (landmarks, landmarks.float())]
-    assert torch.equal(*chosen)
+    if is_quantized:
+        query, landmarks = torch.randn(2, 6, 1, 64) / 100, landmarks.clamp(-127, 127).to(stored)
+        options = {"num_chunks": 4, "scaling": 1.0}
+        chosen = [shadow.select_chunks(query, each, **options) for each in (landmarks, landmarks.float())]
+        assert torch.equal(*chosen)
 
 
 def test_a_step_is_one_graph() -> None:
