@@ -614,7 +614,7 @@ def test_on_cuda(implementation: str, dtype: torch.dtype) -> None:
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 def test_long_prompts_on_cuda(dtype: torch.dtype) -> None:
-    """Where torch itself runs cuDNN, as on an H100, the same output as without log-sum-exps; and padded on the left."""
+    """Where torch itself runs cuDNN, as on an H100, the same output as without log-sum-exps; and with padding."""
     for kv_heads, head_dim, length in product([8, 2, 1], [64, 80, 128, 256], [1500, 1536, 129]):
         query = torch.randn(2, length, 8, head_dim, device="cuda", dtype=dtype).transpose(1, 2)
         key, value = (torch.randn(2, kv_heads, length, head_dim, device="cuda", dtype=dtype) for _ in range(2))
