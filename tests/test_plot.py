@@ -160,7 +160,7 @@ class TestKeptPositions:
             [values] = map_of(axes)
             assert len(values) == max(cells) + 1 and {cell: pytest.approx(values[cell]) for cell in cells} == cells
             assert axes.get_xlabel() == f"position (means of {size} neighbours)"
-            assert axes.images[0].get_extent()[:2] == (0, width) and axes.get_xlim() == (0, seen)
+            assert axes.images[0].get_extent()[:2] == [0, width] and axes.get_xlim() == (0, seen)
 
 
 class TestBudgets:
