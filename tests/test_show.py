@@ -59,16 +59,12 @@ class TestText:
         assert str(shown) == repr(shown) == expected
         assert shown.num_layers_per_token == [1, 0, 0, 0, 2, 0, 1, 0]
 
-    def test_a_head_is_enough(self) -> None:
-        cache = hand_made_cache([[[[0, 1], [1, 2]]], [[[3, 0], [0, -1]]]], 4)
-        assert cache.show(byte_tokenizer(), encode("abcd")).num_layers_per_token == [2, 1, 1, 1]
-
-    def test_rows(self) -> None:
-        cache = hand_made_cache([[[[0]], [[1]]], [[[0]], [[0]]]], 2)
-        input_ids = torch.cat([encode("ab"), encode("cd")])
+    def test_a_row_is_chosen_and_one_head_is_enough(self) -> None:
+        cache = hand_made_cache([[[[0, 1], [1, 2]], [[1, 3], [1, -1]]], [[[3, 0], [0, -1]], [[0, -1], [1, -1]]]], 4)
+        input_ids = torch.cat([encode("abcd"), encode("efgh")])
         first, second = (cache.show(byte_tokenizer(), input_ids, row=row) for row in (0, -1))
-        assert (first.num_layers_per_token, second.num_layers_per_token) == ([2, 0], [1, 1])
-        assert str(first).endswith("a⟦b⟧") and str(second).endswith("cd")
+        assert (first.num_layers_per_token, second.num_layers_per_token) == ([2, 1, 1, 1], [1, 2, 0, 1])
+        assert str(first).endswith("abcd") and str(second).endswith("ef⟦g⟧h")
 
     def test_a_prompt_is_the_beginning_and_a_sequence_has_one_token_more(self) -> None:
         cache = cache_of([[0, 3]], 4)
@@ -170,9 +166,8 @@ class TestStyle:
         assert len(seen) == 81
 
     def test_contrast_is_that_of_wcag(self) -> None:
-        assert contrast("#000000", [255, 255, 255]) == pytest.approx(21)
-        assert contrast("#ffffff", [255, 255, 255]) == pytest.approx(1)
-        assert contrast("#777777", [255, 255, 255]) == pytest.approx(4.48, abs=0.005)  # the known one
+        for color, contrast_to_white in (("#000000", 21), ("#ffffff", 1), ("#777777", 4.48)):  # the last is known
+            assert contrast(color, [255, 255, 255]) == pytest.approx(contrast_to_white, abs=0.005)
 
     def test_ranges(self) -> None:
         for numbers, text in (([], ""), ([3], "3"), ([0, 1, 2, 7], "0-2, 7"), ([1, 3, 4], "1, 3-4"), ([5, 6], "5-6")):

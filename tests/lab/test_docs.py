@@ -243,27 +243,6 @@ def test_memory_of_other_caches_and_settings() -> None:
         assert sum(cache.num_kept_tokens()) == formula["kept_tokens"]
 
 
-def test_memory_of_statistics_in_tokens() -> None:
-    """32 heads over 8 of width 128 in bfloat16: as much as 260 tokens, as the page says."""
-    numbers = {"layers": 1, "batch": 1, "heads": 32, "kv_heads": 8, "head_dim": 128, "itemsize": 2}
-    sizes = [
-        memory_formula("ExpectedAttentionCache", **numbers, slots=slots, use_covariance=True)["nbytes"]
-        for slots in (0, 1)
-    ]
-    assert "as 260 tokens" in one_line(PAGES["ExpectedAttentionCache"])
-    assert round(sizes[0] / (sizes[1] - sizes[0]), -1) == 260
-
-
-def test_what_pyramid_keeps_of_generated_tokens() -> None:
-    text = one_line(PAGES["PyramidCache"])
-    [(zone, first, depth, last)] = re.findall(
-        r"zones of (\d+), .* first layer keeps (\d+) and the last of (\d+) keeps (\d+)", text
-    )
-    assert num_kept_of_zone(0, int(depth)) == int(first)
-    assert num_kept_of_zone(int(depth) - 1, int(depth)) == int(last)
-    assert int(zone) == 16
-
-
 def test_memory_of_shadow_kv() -> None:
     sizes = {"budget": 19, "rank": 6, "chunk_size": 4, "num_outlier_chunks": 3, "num_spread_bands": 3}
     sizes |= {"num_local_tokens": 9, "offload_interval": 8}
@@ -372,12 +351,13 @@ def ahead(label: str, other: str, *protocols: str) -> dict[tuple[str, int], tupl
 
 
 def evicting(task: str, index: int) -> dict[str, float]:
-    """The answers of the caches that evict."""
-    return {
+    """The answers of the caches that evict, the most last."""
+    numbers = {
         label: numbers[index]
         for (other, label), numbers in answers().items()
         if other == task and label not in ("ShadowKVCache", "DynamicCache")
     }
+    return dict(sorted(numbers.items(), key=lambda item: item[1]))
 
 
 def best(task: str, index: int) -> set[str]:
@@ -396,11 +376,8 @@ def test_what_pages_say_of_caches_beside_each_other() -> None:
 
     attentive = ("TOVACache", "RKVCache", "MassiveActivationCache")
     # PyramidCache and PyramidKVCache.
-    assert ahead("PyramidCache(config)", "SnapKVCache", "question") == {
-        (longer, 0): (0.35, 0.15),
-        (longer, 1): (0.15, 0.07),
-        (longer, 2): (0.03, 0.0),
-    }
+    more = [(0.35, 0.15), (0.15, 0.07), (0.03, 0.0)]
+    assert ahead("PyramidCache(config)", "SnapKVCache", "question") == {(longer, i): more[i] for i in range(3)}
     for label in ("PyramidCache(config)", "H2OCache"):
         assert not any(ahead(label, other, "question") for other in attentive)
     assert not ahead("PyramidCache(model)", "PyramidCache(config)", "question")
@@ -419,13 +396,11 @@ def test_what_pages_say_of_caches_beside_each_other() -> None:
     # KeyDiffCache, ExpectedAttentionCache and KnormCache.
     assert best(one_before, 0) == {"KeyDiffCache"}
     for index in (0, 1):
-        numbers = evicting(pairs, index)
-        assert sorted(numbers, key=numbers.get)[-2:] == ["KeyDiffCache", "ExpectedAttentionCache"]
+        assert list(evicting(pairs, index))[-2:] == ["KeyDiffCache", "ExpectedAttentionCache"]
         assert best(pairs, index) == {"ExpectedAttentionCache"}
     needles = [numbers[2] for (task, label), numbers in found.items() if label == "KeyDiffCache" and task[0] == "n"]
     assert max(needles) <= 0.05
-    assert not ahead("KeyDiffCache", "TOVACache", "question")
-    assert not ahead("KeyDiffCache", "MassiveActivationCache", "question")
+    assert not any(ahead("KeyDiffCache", other, "question") for other in ("TOVACache", "MassiveActivationCache"))
     assert found[one, "ExpectedAttentionCache"] == found[one_before, "ExpectedAttentionCache"] == [0, 0, 0]
     assert max(max(numbers) for numbers in of("KnormCache", "context", "question")) <= 0.2
     # RKVCache.
@@ -481,12 +456,8 @@ def test_every_recorded_run_has_its_command_and_machine() -> None:
         if "command" in record:
             _, words = record["command"].split(maxsplit=1)
             # The table leaves out defaults, but says nothing else.
-            assert set(re.findall(r"`([^`]*)`", command)[0].split()) <= {
-                *words.split(),
-                "FOLDER",
-                "--out",
-                "--threads",
-            }
+            known = {*words.split(), "FOLDER", "--out", "--threads"}
+            assert set(re.findall(r"`([^`]*)`", command)[0].split()) <= known
         if "machine" in record:
             processor = record["machine"]["accelerator"] or record["machine"]["processor"]
             assert re.sub(r"\(R\)| Processor", "", processor).strip() in machine
@@ -494,71 +465,78 @@ def test_every_recorded_run_has_its_command_and_machine() -> None:
             assert record["versions"]["transformers"] in machine
 
 
-def recorded(file: str) -> Any:
-    """A record of docs/results."""
-    return json.loads((DOCS / "results" / file).read_text())
-
-
 def test_figures_are_those_of_recorded_runs() -> None:
-    run = recorded("2026-11-22-amd-epyc-2-cores-budget-0.25.json")
-    rows = {row["cache"]: row for row in run["rows"]}
-    assert (run["settings"]["budget"], run["settings"]["batch_size"]) == (0.25, 8)
+    """And those of other pages, of formulas and of what the package needs."""
+    figures = []
+    half, pyramid, gpu = (
+        json.loads((DOCS / "results" / f"2026-11-{file}.json").read_text())
+        for file in (
+            "22-amd-epyc-2-cores-budget-0.25",
+            "22-amd-epyc-2-cores-pyramid-0.4",
+            "26-nvidia-h100-80gb-hbm3-gpu",
+        )
+    )
+    assert (half["settings"]["budget"], half["settings"]["batch_size"]) == (0.25, 8)
+    rows = {row["cache"]: row for row in half["rows"]}
     for name, label in (("H2OCache", "h2o"), ("StreamingLLMCache", "streaming")):
-        text = one_line(PAGES[name])
-        assert f"decoding was {rows[label]['decode_ratio']:.2f} times as fast as" in text
-        assert f"the prefill took {rows[label]['prefill_ratio']:.2f} of the time" in text
-    run = recorded("2026-11-22-amd-epyc-2-cores-pyramid-0.4.json")
-    [ratio] = [row["prefill_ratio"] for row in run["rows"] if row["label"] == "PyramidCache(model)"]
-    sizes = run["settings"]
-    assert (
-        f"at a budget of {sizes['budget']} took {ratio:.2f} of the time of `DynamicCache` for {sizes['batch_size']} "
-        f"prompts of {sizes['prompt_tokens']:,} tokens" in one_line(PAGES["PyramidCache"])
+        figures.append((name, f"decoding was {rows[label]['decode_ratio']:.2f} times as fast as"))
+        figures.append((name, f"the prefill took {rows[label]['prefill_ratio']:.2f} of the time"))
+    [ratio] = [row["prefill_ratio"] for row in pyramid["rows"] if row["label"] == "PyramidCache(model)"]
+    sizes = pyramid["settings"]
+    prompts = f"{sizes['batch_size']} prompts of {sizes['prompt_tokens']:,} tokens"
+    figures.append(
+        (
+            "PyramidCache",
+            f"at a budget of {sizes['budget']} took {ratio:.2f} of the time of `DynamicCache` for {prompts}",
+        )
     )
-    rows = recorded("2026-11-26-nvidia-h100-80gb-hbm3-gpu.json")["parts"]["ops"]["result"]["rows"]
-    ratios = {row["op"]: row["ratio_to_attention"] for row in rows if row["length"] == 32_768}
-    assert (
-        f"{ratios['all_row_scores']:.2f} times attention alone at 32,768 tokens on an H100 ([ops](../ops.md)). Those "
-        f"of a window cost {ratios['window_scores']:.2f}" in one_line(PAGES["H2OCache"])
+    rows = gpu["parts"]["ops"]["result"]["rows"]
+    ratios = {row["op"]: f"{row['ratio_to_attention']:.2f}" for row in rows if row["length"] == 32_768}
+    figures.append(("H2OCache", f"{ratios['all_row_scores']} times attention alone at 32,768 tokens on an H100"))
+    figures.append(("H2OCache", f"Those of a window cost {ratios['window_scores']}"))
+    without = table_rows(section_of((DOCS / "massive-activations.md").read_text(), "What happens without them"))
+    kept, forced_out, _ = (float(row[1]) for row in without[1:])
+    figures.append(("MassiveActivationCache", f"a perplexity of {forced_out:.0f} instead of {kept:.0f}"))
+    # Statistics for 32 heads over 8 of width 128 in bfloat16, in tokens.
+    numbers = {"layers": 1, "batch": 1, "heads": 32, "kv_heads": 8, "head_dim": 128, "itemsize": 2}
+    none, one = (
+        memory_formula("ExpectedAttentionCache", **numbers, slots=slots, use_covariance=True)["nbytes"]
+        for slots in (0, 1)
     )
-
-
-def test_what_a_model_says_without_massive_tokens() -> None:
-    rows = table_rows(section_of((DOCS / "massive-activations.md").read_text(), "What happens without them"))
-    kept, forced_out, _ = (float(row[1]) for row in rows[1:])
-    assert f"a perplexity of {forced_out:.0f} instead of {kept:.0f}" in one_line(PAGES["MassiveActivationCache"])
-
-
-def test_the_first_page_asks_for_the_versions_that_are_needed() -> None:
+    figures.append(("ExpectedAttentionCache", f"as {round(none / (one - none), -1):.0f} tokens"))
+    for name, figure in figures:
+        assert figure in one_line(PAGES[name]), name
+    [(zone, *ends)] = re.findall(
+        r"zones of (\d+), .* first layer keeps (\d+) and the last of (\d+) keeps (\d+)",
+        one_line(PAGES["PyramidCache"]),
+    )
+    first, depth, last = map(int, ends)
+    assert [num_kept_of_zone(layer, depth) for layer in (0, depth - 1)] == [first, last] and int(zone) == 16
     text = (ROOT / "pyproject.toml").read_text()
-    versions = [
-        re.search(pattern, text)[1]
-        for pattern in (r'python = ">=([\d.]+)"', r"torch>=([\d.]+)", r"transformers>=([\d.]+)")
-    ]
-    python, torch_version, transformers_version = versions
-    assert f"Python {python}, torch {torch_version} and transformers {transformers_version} or newer" in one_line(
-        DOCS / "index.md"
+    python, of_torch, of_transformers = (
+        re.search(f"{name}>=([\\d.]+)", text)[1] for name in ('python = "', "torch", "transformers")
     )
+    needed = f"Python {python}, torch {of_torch} and transformers {of_transformers} or newer"
+    assert needed in one_line(DOCS / "index.md")
 
 
 # What the page of the design says.
 
 
-def test_the_design_lists_all_folders() -> None:
-    block = re.findall(r"```text\n(.*?)```", (DOCS / "design.md").read_text(), re.DOTALL)[0]
-    folders = re.findall(r"(\w+)/ ", block)
-    assert set(folders) == {
-        path.name for path in (ROOT / "pyramid_cache").iterdir() if (path / "__init__.py").exists()
-    }
-
-
-def test_the_design_counts_methods_right() -> None:
+def test_the_design_names_folders_files_and_caches_that_are_there() -> None:
+    text = (DOCS / "design.md").read_text()
+    folders = re.findall(r"(\w+)/ ", re.findall(r"```text\n(.*?)```", text, re.DOTALL)[0])
+    assert set(folders) == {path.parent.name for path in (ROOT / "pyramid_cache").glob("*/__init__.py")}
+    for name in re.findall(r"`((?:engine|ops|tests)/[\w/]+\.py)`", text):
+        assert (ROOT / name).exists() or (ROOT / "pyramid_cache" / name).exists(), name
+    # Those that are a policy are counted, the others are listed.
     words = "no one two three four five six seven eight nine ten eleven twelve thirteen".split()
-    scored = [name for name in CACHE_NAMES if issubclass(getattr(pyramid_cache, name), pyramid_cache.PolicyCache)]
-    text = section_of((DOCS / "design.md").read_text(), "Policies")
-    assert f"{words[len(scored)].capitalize()} of the {words[len(CACHE_NAMES)]} caches are a `Policy`" in text
-    assert f"{words[len(CACHE_NAMES) - len(scored)].capitalize()} methods have layers of their own" in text
-    own = re.findall(r"^- `(\w+)`", text, re.MULTILINE)
-    assert sorted(own) == sorted(set(CACHE_NAMES) - set(scored))
+    own = [name for name in CACHE_NAMES if not issubclass(getattr(pyramid_cache, name), pyramid_cache.PolicyCache)]
+    policies = words[len(CACHE_NAMES) - len(own)].capitalize()
+    text = section_of(text, "Policies")
+    assert f"{policies} of the {words[len(CACHE_NAMES)]} caches are a `Policy`" in text
+    assert f"{words[len(own)].capitalize()} methods have layers of their own" in text
+    assert sorted(re.findall(r"^- `(\w+)`", text, re.MULTILINE)) == sorted(own)
 
 
 def test_errors_are_as_the_design_has_them() -> None:
@@ -574,11 +552,6 @@ def test_errors_are_as_the_design_has_them() -> None:
     assert title == ["what", "error", "of which it says"] and len(rows) >= 10
     for _, error, words in rows:
         assert words.strip("`") in raised[re.match(r"`(\w+)`", error)[1]], words
-
-
-def test_files_that_the_design_names_are_there() -> None:
-    for name in re.findall(r"`((?:engine|ops|tests)/[\w/]+\.py)`", (DOCS / "design.md").read_text()):
-        assert (ROOT / name).exists() or (ROOT / "pyramid_cache" / name).exists(), name
 
 
 # Pictures.

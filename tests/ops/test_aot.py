@@ -159,23 +159,8 @@ def run_evict(dtype: torch.dtype, head_dim: int, slots: int, has_empty_slots: bo
     positions, scores = empty(2, 2, slots, dtype=torch.int32), empty(2, 2, slots)
     # Full caches of padded batches, of models with attention sinks and a softcap.
     evicts, sinks, softcap = (None, None, None) if has_empty_slots else (empty(2, dtype=torch.bool), empty(8), 30.0)
-    triton_scores.decode_attention_and_evict(
-        query,
-        new,
-        new,
-        slot,
-        number,
-        number,
-        evicts,
-        sinks,
-        key,
-        value,
-        positions,
-        scores,
-        0.1,
-        softcap,
-        has_empty_slots,
-    )
+    given, state = (query, new, new, slot, number, number, evicts, sinks), (key, value, positions, scores)
+    triton_scores.decode_attention_and_evict(*given, *state, 0.1, softcap, has_empty_slots)
 
 
 def run_packed(dtype: torch.dtype, head_dim: int, longest: int, group: int = 4, softcap: float | None = None) -> None:

@@ -5,7 +5,6 @@ import inspect
 import math
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from itertools import product
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -144,6 +143,9 @@ def test_sdpa_on_the_cpu(dtype: torch.dtype) -> None:
             is_plain = padding == "none" and rows == KEYS
             wanted = output_of_transformers(call, None if is_plain else model_mask(call))
             assert torch.equal(found[0], wanted) and found[0].stride() == wanted.stride()
+    call = make_call(dtype, "left", KEYS)
+    compiled = torch.compile(attention_with_lse, backend="eager", fullgraph=True)
+    check(compiled("sdpa", **call), call, zero_padding=False)
 
 
 def test_a_row_without_keys_has_no_log_sum_exp() -> None:
@@ -153,13 +155,6 @@ def test_a_row_without_keys_has_no_log_sum_exp() -> None:
     output, lse = cpu_attention_with_lse(call["query"], call["key"], call["value"], 0.31, mask)
     assert (lse[1, :, 2] == -math.inf).all() and (output[1, 2] == 0).all()
     assert lse.isfinite().sum() == 6 * 14
-
-
-def test_sdpa_compiles_into_one_graph() -> None:
-    call = make_call(F32, "left", KEYS)
-    attend = functools.partial(attention_with_lse, scaling=0.31, key_mask=call["key_mask"])
-    compiled = torch.compile(lambda *states: attend("sdpa", *states), backend="eager", fullgraph=True)
-    check(compiled(call["query"], call["key"], call["value"]), call, zero_padding=False)
 
 
 # Flash-attention packages, played by modules with their signatures, layouts and tuples.
@@ -207,84 +202,60 @@ class Kernels:
         return output, lse
 
 
-@dataclass(frozen=True)
-class Package:
-    """
-    A flash-attention package as far as the adapter sees it.
-
-    Attributes:
-        implementation, module: Its names in transformers and in Python.
-        first, rest: The arguments of `flash_attn_func`; those of packed rows stand between them.
-        asks: The argument that asks for the log-sum-exp.
-        results: What is returned, of output, log-sum-exp, whether it was asked for and whether rows are packed.
-    """
-
-    implementation: str
-    module: str
-    first: str
-    rest: str
-    asks: str | None
-    results: Callable[[torch.Tensor, torch.Tensor, bool, bool], Any]
-
-    def function(self, kernels: Kernels, is_packed: bool) -> Callable:
-        ends = ["cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"] if is_packed else []
-        names = [*self.first.split(), *ends, *self.rest.split()]
-        parameters = [
-            inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None if i > 2 else inspect._empty)
-            for i, name in enumerate(names)
-        ]
-        signature = inspect.Signature(parameters)
-
-        def function(*arguments: Any, **named: Any) -> Any:
-            given = signature.bind(*arguments, **named).arguments
-            states = (given[name] for name in "qkv")
-            packing = tuple(given[name] for name in ends) or None
-            settings = given["softmax_scale"], given["causal"], given.get("softcap", 0.0)
-            return self.results(*kernels.run(*states, packing, *settings), bool(given.get(self.asks)), is_packed)
-
-        function.__signature__ = signature
-        return function
-
-
-def two_if_asked(output: torch.Tensor, lse: torch.Tensor, is_asked: bool, is_packed: bool) -> Any:
-    return (output, lse) if is_asked else output
-
-
-def three_if_asked(output: torch.Tensor, lse: torch.Tensor, is_asked: bool, is_packed: bool) -> Any:
-    """The third is None, or empty, without dropout."""
-    return (output, lse, torch.empty(0, dtype=output.dtype) if is_packed else None) if is_asked else output
-
-
 FA3 = "softmax_scale causal qv q_descale k_descale v_descale window_size attention_chunk softcap num_splits pack_gqa"
-PACKAGES = {
-    "fa2": Package(
+# Names in transformers and in Python, the arguments of `flash_attn_func` (those of packed rows follow the first ones),
+# which of them asks for the log-sum-exp, and what is returned of it, of the output and of what flash-attn 2 has third.
+PACKAGES: dict[str, tuple[str, str, str, str, str | None, Callable]] = {
+    "fa2": (
         "flash_attention_2", "flash_attn", "q k v",
         "dropout_p softmax_scale causal window_size softcap alibi_slopes deterministic return_attn_probs",
-        "return_attn_probs", three_if_asked,
+        "return_attn_probs", lambda output, lse, third, is_asked: (output, lse, third) if is_asked else output,
     ),
-    "fa3": Package(
+    "fa3": (
         "flash_attention_3", "flash_attn_interface", "q k v", f"{FA3} deterministic sm_margin return_attn_probs",
-        "return_attn_probs", two_if_asked,
+        "return_attn_probs", lambda output, lse, third, is_asked: (output, lse) if is_asked else output,
     ),
     # The beta of flash-attn 3: the log-sum-exp comes without being asked for, and there is no softcap.
-    "early_fa3": Package(
+    "early_fa3": (
         "flash_attention_3", "flash_attn_interface", "q k v", "softmax_scale causal deterministic", None,
-        lambda output, lse, is_asked, is_packed: (output, lse),
+        lambda output, lse, third, is_asked: (output, lse),
     ),
     # The forward of flash-attn 3 alone.
-    "fa3_fwd": Package(
+    "fa3_fwd": (
         "kernels-community/vllm-flash-attn3@v1", "fa3_fwd_interface", "q k v",
         "softmax_scale causal window_size attention_chunk num_splits pack_gqa sm_margin return_attn_probs",
-        "return_attn_probs", two_if_asked,
+        "return_attn_probs", lambda output, lse, third, is_asked: (output, lse) if is_asked else output,
     ),
     # Always two results, the second None unless asked for.
-    "fa4": Package(
+    "fa4": (
         "flash_attention_4", "flash_attn.cute", "q k v qv",
         "gather_kv_indices softmax_scale causal window_size learnable_sink softcap num_splits pack_gqa deterministic "
         "score_mod mask_mod return_lse",
-        "return_lse", lambda output, lse, is_asked, is_packed: (output, lse if is_asked else None),
+        "return_lse", lambda output, lse, third, is_asked: (output, lse if is_asked else None),
     ),
 }  # fmt: skip
+
+
+def function_of(name: str, kernels: Kernels, is_packed: bool) -> Callable:
+    """A function of a package, with its signature."""
+    _, _, first, rest, asks, results = PACKAGES[name]
+    ends = ["cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"] if is_packed else []
+    kind, required = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.empty
+    names = enumerate([*first.split(), *ends, *rest.split()])
+    signature = inspect.Signature(
+        [inspect.Parameter(each, kind, default=None if i > 2 else required) for i, each in names]
+    )
+
+    def function(*arguments: Any, **named: Any) -> Any:
+        given = signature.bind(*arguments, **named).arguments
+        packing = tuple(given[each] for each in ends) or None
+        settings = given["softmax_scale"], given["causal"], given.get("softcap", 0.0)
+        output, lse = kernels.run(*(given[each] for each in "qkv"), packing, *settings)
+        third = torch.empty(0, dtype=output.dtype) if is_packed else None  # without dropout
+        return results(output, lse, third, bool(given.get(asks)))
+
+    function.__signature__ = signature
+    return function
 
 
 @pytest.fixture
@@ -298,13 +269,14 @@ def without_packages(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyP
 
 def install_package(monkeypatch: pytest.MonkeyPatch, name: str) -> tuple[Kernels, FlashKernel]:
     """Makes a package importable, and gives the kernel that the adapter finds for its implementation."""
-    package, kernels, module = PACKAGES[name], Kernels(), ModuleType(PACKAGES[name].module)
-    module.flash_attn_func, module.flash_attn_varlen_func = (package.function(kernels, packed) for packed in (0, 1))
-    monkeypatch.setitem(sys.modules, package.module, module)
-    if "." in package.module:  # flash-attn 4 comes in a `flash_attn` that holds nothing else
+    implementation, path, *_ = PACKAGES[name]
+    kernels, module = Kernels(), ModuleType(path)
+    module.flash_attn_func, module.flash_attn_varlen_func = (function_of(name, kernels, packed) for packed in (0, 1))
+    monkeypatch.setitem(sys.modules, path, module)
+    if "." in path:  # flash-attn 4 comes in a `flash_attn` that holds nothing else
         monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
-    kernel = flash_kernel(package.implementation)
-    assert kernel is not None and kernel.name == package.module
+    kernel = flash_kernel(implementation)
+    assert kernel is not None and kernel.name == path
     return kernels, kernel
 
 
@@ -515,38 +487,32 @@ def test_choice_on_cuda(fake_device: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("device", FAKE_DEVICES)
 def test_torch_on_cuda_asks_nothing_of_the_device(fake_device: pytest.MonkeyPatch, device: str) -> None:
     """Fake tensors have no values: whatever waited for one would raise."""
-    for padding, (dtype, value_dim), rows in product(["none", "gaps"], [(BF16, 8), (F16, 16), (F32, 16)], ROWS):
+    flash = functools.partial(flash_attention, TORCH_FLASH), "_flash_attention_forward"
+    efficient = efficient_attention, "_scaled_dot_product_efficient_attention"
+    cases = list(product(["none", "gaps"], [(BF16, 8, *flash), (F16, 16, *flash), (F32, 16, *efficient)], ROWS))
+    cases.append(("none", (BF16, 16, cudnn_attention, "_scaled_dot_product_cudnn_attention"), KEYS))
+    for padding, (dtype, value_dim, run, kernel), rows in cases:
         call = as_fake(make_call(dtype, "none", rows, value_dim=value_dim), device)
         if padding != "none":
             call |= {"key_mask": torch.empty(3, KEYS, dtype=torch.bool, device=device), "row_present": [27, 36, 33]}
-        attend = functools.partial(attention_with_lse, "sdpa", **call)
-        if device == "cpu":  # what the choice gives on CUDA takes tensors of any device
-            run = efficient_attention if dtype == F32 else functools.partial(flash_attention, TORCH_FLASH)
-            attend = functools.partial(run, Attention(**call))
         with CountedOps() as ops:
-            output, lse = attend()
+            if device == "cpu" or run is cudnn_attention:  # what the choice gives on CUDA takes tensors of any device
+                output, lse = run(Attention(**call))
+            else:
+                output, lse = attention_with_lse("sdpa", **call)
         assert output.shape == (3, rows, 6, value_dim) and output.dtype == dtype and output.is_contiguous()
         assert lse.shape == (3, 6, rows) and lse.dtype == torch.float32 and lse.is_contiguous()
-        kernel = "_scaled_dot_product_efficient_attention" if dtype == F32 else "_flash_attention_forward"
         assert ops.attentions() == {kernel: 1} and lse.device.type == output.device.type == device
     with pytest.raises(DataDependentOutputException):
         call = as_fake(make_call(BF16, "gaps", 9), device) | {"row_present": None}
         flash_attention(TORCH_FLASH, Attention(**call))
-    # cuDNN's results have the usual shapes too.
-    with CountedOps() as ops:
-        output, lse = cudnn_attention(Attention(**as_fake(make_call(BF16, "none", KEYS), device)))
-    assert ops.attentions() == {"_scaled_dot_product_cudnn_attention": 1}
-    assert output.shape == (3, KEYS, 6, 16) and output.dtype == BF16 and output.is_contiguous()
-    assert lse.shape == (3, 6, KEYS) and lse.dtype == torch.float32 and lse.is_contiguous()
 
 
 def test_cudnn_where_torch_chooses_it(fake_device: pytest.MonkeyPatch) -> None:
     asked: list[dict[str, Any]] = []
     answer = SDPBackend.CUDNN_ATTENTION
-
-    def choose(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **settings: Any) -> int:
-        asked.append(settings)
-        return answer.value
+    fake_device.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    fake_device.setattr(torch, "_fused_sdp_choice", lambda *states, **given: asked.append(given) or answer.value)
 
     def provider_of(implementation: str, dtype: torch.dtype, rows: int, kv_heads: int = 2, **masks: tuple) -> Callable:
         call = as_fake(make_call(dtype, "none", rows, kv_heads=kv_heads), "cuda")
@@ -554,8 +520,6 @@ def test_cudnn_where_torch_chooses_it(fake_device: pytest.MonkeyPatch) -> None:
         tensors = [call.get(name) for name in ("query", "key", "value", "mask", "key_mask")]
         return lse_module._choose(implementation, *tensors, None)
 
-    fake_device.setattr(torch.backends.cudnn, "is_available", lambda: True)
-    fake_device.setattr(torch, "_fused_sdp_choice", choose)
     for dtype, kv_heads in product([BF16, F16], [6, 2]):
         assert provider_of("sdpa", dtype, KEYS, kv_heads) is cudnn_attention
         assert asked.pop() == {"is_causal": True, "enable_gqa": kv_heads != 6}
@@ -583,20 +547,15 @@ def test_bias_of_the_efficient_kernel_is_aligned() -> None:
 
 def test_schemas_of_torch() -> None:
     """The adapter passes arguments of these private ops by position."""
+    states, bias = "query key value", "attn_bias compute_log_sumexp dropout_p is_causal"
     for name, arguments in {
-        "_flash_attention_forward": (
-            "query key value cum_seq_q cum_seq_k max_q max_k dropout_p is_causal return_debug_mask scale"
-        ),
-        "_scaled_dot_product_efficient_attention": (
-            "query key value attn_bias compute_log_sumexp dropout_p is_causal scale"
-        ),
-        "_scaled_dot_product_cudnn_attention": (
-            "query key value attn_bias compute_log_sumexp dropout_p is_causal return_debug_mask scale"
-        ),
-        "_fused_sdp_choice": "query key value attn_mask dropout_p is_causal scale enable_gqa",
+        "_flash_attention_forward": "cum_seq_q cum_seq_k max_q max_k dropout_p is_causal return_debug_mask scale",
+        "_scaled_dot_product_efficient_attention": f"{bias} scale",
+        "_scaled_dot_product_cudnn_attention": f"{bias} return_debug_mask scale",
+        "_fused_sdp_choice": "attn_mask dropout_p is_causal scale enable_gqa",
     }.items():
         schema = getattr(torch.ops.aten, name).default._schema.arguments
-        wanted = arguments.split()
+        wanted = f"{states} {arguments}".split()
         assert [argument.name for argument in schema[: len(wanted)]] == wanted, name
         assert all(argument.has_default_value() for argument in schema[len(wanted) :]), name
 
@@ -653,33 +612,22 @@ def test_on_cuda(implementation: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
-def test_long_prompts_on_cuda(head_dim: int) -> None:
-    """Lengths over many blocks of the kernels, padded on the left."""
-    for rows in (1500, 64):
-        query, key, value = (
-            torch.randn(2, heads, length, head_dim, device="cuda", dtype=BF16)
-            for heads, length in ((8, rows), (2, 1500), (2, 1500))
-        )
-        key_mask = torch.arange(1500, device="cuda") >= torch.tensor([[700], [0]], device="cuda")
-        call = {"query": query, "key": key, "value": value, "scaling": head_dim**-0.5}
-        call |= {"key_mask": key_mask, "row_present": [800, 1500]}
-        check(attention_with_lse("sdpa", **call), call, lse_rtol=1e-5)
-
-
-@pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
-def test_cudnn_on_cuda(dtype: torch.dtype) -> None:
-    """What torch itself runs on an H100, and the same output as without the log-sum-exps."""
-    for kv_heads, head_dim, length in product([8, 2, 1], [64, 128], [1500, 1536, 129]):
+def test_long_prompts_on_cuda(dtype: torch.dtype) -> None:
+    """Where torch itself runs cuDNN, as on an H100, the same output as without log-sum-exps; and with padding."""
+    for kv_heads, head_dim, length in product([8, 2, 1], [64, 80, 128, 256], [1500, 1536, 129]):
         query = torch.randn(2, length, 8, head_dim, device="cuda", dtype=dtype).transpose(1, 2)
         key, value = (torch.randn(2, kv_heads, length, head_dim, device="cuda", dtype=dtype) for _ in range(2))
-        if not lse_module._is_cudnn_chosen(query, key, value):
-            pytest.skip("torch does not choose cuDNN on this machine")
         call = {"query": query, "key": key, "value": value, "scaling": head_dim**-0.5}
-        with CountedOps() as ops:
-            found = attention_with_lse("sdpa", **call)
-        assert ops.attentions() == {"_scaled_dot_product_cudnn_attention": 1}
-        check(found, call, lse_rtol=1e-5)
-        tolerance = TOLERANCES[dtype][0]
-        torch.testing.assert_close(found[0], output_of_transformers(call, None), atol=tolerance, rtol=tolerance)
+        if lse_module._is_cudnn_chosen(query, key, value):
+            with CountedOps() as ops:
+                found = attention_with_lse("sdpa", **call)
+            assert ops.attentions() == {"_scaled_dot_product_cudnn_attention": 1}
+            check(found, call, lse_rtol=1e-5)
+            tolerance = TOLERANCES[dtype][0]
+            torch.testing.assert_close(found[0], output_of_transformers(call, None), atol=tolerance, rtol=tolerance)
+        key_mask = torch.arange(length, device="cuda") >= torch.tensor([[length // 2], [0]], device="cuda")
+        call |= {"key_mask": key_mask, "row_present": [length - length // 2, length]}
+        for rows in (length, 64):
+            call["query"] = query[:, :, -rows:]
+            check(attention_with_lse("sdpa", **call), call, lse_rtol=1e-5)

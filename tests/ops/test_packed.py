@@ -92,13 +92,6 @@ def test_packed_tokens_know_where_their_segments_begin() -> None:
     assert packed.map_rows(lambda tensor: tensor[:0]).starts.tolist() == [0]
 
 
-def test_is_an_op_that_compilers_know() -> None:
-    arguments = build("grouped")
-    for starts in (None, segment_starts(arguments[3], torch.device("cpu"))):
-        op = torch.ops.pyramid_cache.decode_packed_attention.default
-        torch.library.opcheck(op, (*arguments, 0.3, 2.0, starts))
-
-
 def test_shapes_that_do_not_fit() -> None:
     for changes, message in (
         ({3: [3, 0, 7]}, "`lengths` has 3 numbers for 2 rows of 3 KV heads"),

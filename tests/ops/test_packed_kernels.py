@@ -6,10 +6,7 @@ import exact
 import pytest
 import torch
 from kernel_device import BF16, DEVICE, F16, F32, IS_INTERPRETED, MARKS, assert_near, far_apart, on_gpu
-from models import build_model, left_pad, random_rows
 
-from pyramid_cache import AdaKVCache
-from pyramid_cache.engine import ragged
 from pyramid_cache.ops import triton_packed
 from pyramid_cache.ops.packed import decode_one_by_one, segment_starts
 from pyramid_cache.ops.triton_scores import MAX_SPLITS, DecodeBlocks
@@ -76,8 +73,6 @@ def check(found: tuple[torch.Tensor, ...], arguments: tuple, scaling: float, sof
         (F32, 1, [130], 20, 64, 40, 2, "softcap"),
         (F16, 1, [257, 90, 31, 64], 3, 96, 256, 33, "softcap heads_last"),
         on_gpu((F16, 1, [1100, 10], 4, 128, 128, 5, "")),
-        on_gpu((F32, 1, [5, 0, 64, 200], 3, 96, 64, 20, "softcap")),
-        on_gpu((F16, 2, [500, 0], 8, 64, 64, 17, "")),
         on_gpu((BF16, 2, [1025, 0, 77, 300], 3, 128, 128, 40, "softcap")),
         on_gpu((BF16, 2, [999, 64], 8, 64, 256, 3, "heads_last")),
         on_gpu((BF16, 1, [70_001, 3, 0, 9000, 20_000, 1, 12, 500], 4, 128, 128, 64, "")),
@@ -168,34 +163,7 @@ def test_strides_beyond_31_bits() -> None:
 
 
 def test_what_the_kernels_do_not_take() -> None:
-    arguments = tuple(
-        one.double() if isinstance(one, torch.Tensor) else one for one in arguments_of(F32, [3, 0], 1, 8, 8, 2)
-    )
-    output, _, _ = triton_packed.decode_packed_attention(*arguments, 0.3, None, None)
-    torch.testing.assert_close(output, exact.packed_decode(*arguments, 0.3)[0], rtol=1e-5, atol=1e-5)
-
-
-def test_answers_of_a_cache_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Padded rows, beams and an eviction: what the layer keeps of its tokens and lengths is what the kernels need."""
-    model = build_model("llama", num_hidden_layers=1)
-    input_ids, attention_mask = left_pad(random_rows((40, 23), seed=3))
-    settings = {"max_new_tokens": 4, "num_beams": 2, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    caches = [AdaKVCache(model.config, 12, window_size=8, eviction_interval=2) for _ in range(2)]
-    wanted = model.generate(input_ids, attention_mask=attention_mask, past_key_values=caches[0], **settings)
-    num_calls = 0
-
-    def decode(*arguments, scaling: float, softcap: float | None, starts: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        nonlocal num_calls
-        num_calls += 1
-        assert torch.equal(starts.cpu(), segment_starts(arguments[3], torch.device("cpu")))
-        return triton_packed.decode_packed_attention(*arguments, scaling, softcap, starts)
-
-    monkeypatch.setattr(ragged, "decode_packed_attention", decode)
-    found = model.to(DEVICE).generate(
-        input_ids.to(DEVICE), attention_mask=attention_mask.to(DEVICE), past_key_values=caches[1], **settings
-    )
-    assert num_calls == 3
-    assert torch.equal(found.cpu(), wanted)
-    # Whatever the rounding, which decides in what order the beams of a prompt end.
-    ours, theirs = (sorted(cache.positions(0).tolist()) for cache in (caches[1], caches[0]))
-    assert ours == theirs
+    arguments = arguments_of(F32, [3, 0], 1, 8, 8, 2)
+    doubles = tuple(one.double() if isinstance(one, torch.Tensor) else one for one in arguments)
+    output, _, _ = triton_packed.decode_packed_attention(*doubles, 0.3, None, None)
+    torch.testing.assert_close(output, exact.packed_decode(*doubles, 0.3)[0], rtol=1e-5, atol=1e-5)

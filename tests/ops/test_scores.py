@@ -1,6 +1,7 @@
 """The attention ops on the CPU: against softmax over a whole float64 matrix, and as `torch.library` wants them."""
 
 import contextlib
+import functools
 import importlib
 import itertools
 import math
@@ -9,6 +10,7 @@ import sys
 
 import exact
 import pytest
+import shadow_step
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -51,12 +53,6 @@ def reference_scores(query, key, lse, *, scaling, row_weights=None, key_start=No
     return reference.attention_scores(query, key, lse, row_weights, key_start, scaling, softcap, group_sum)
 
 
-def causal_lse(query, key):
-    """Probabilities of plain causal attention with a scaling of 1/8, and its log-sum-exps as ops take them."""
-    probabilities, lse = exact.attention(query, key, 0.125, exact.causal(query.shape[2], key.shape[2]))
-    return probabilities, lse.float()
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_scores_are_sums_of_the_whole_matrix(shape, dtype) -> None:
@@ -97,46 +93,33 @@ def test_scores_of_a_gpu_without_triton(monkeypatch) -> None:
         (30, None, None, None),
     ):
         query, key, _ = states(9, 3, 64, rows, 61, torch.float32)
-        probabilities, lse = causal_lse(query, key)
+        probabilities, lse = exact.attention(query, key, 0.125, exact.causal(rows, 61))
         expected, calls = probabilities.sum(dim=2), []
         monkeypatch.setattr(reference, "attention_scores", lambda *given, e=expected, c=calls: c.append(given) or e)
         weights, key_start, softcap = options
-        arguments = (query, key, lse, weights, key_start, 0.125, softcap, False)
+        arguments = (query, key, lse.float(), weights, key_start, 0.125, softcap, False)
         found = scores.attention_scores_without_kernels(*arguments)
         assert calls == ([] if rows == 61 and options == [None] * 3 else [arguments])
         assert (found - expected).abs().max() <= 2e-5 * 61
 
 
-def test_a_window_is_a_slice() -> None:
-    query, key, _ = states(9, 3, 64, 200, 200, torch.float32)
-    _, lse = causal_lse(query, key)
-    weights = torch.zeros(1, 200)
-    weights[:, -33:] = torch.rand(33)
-    whole = ops.attention_scores(query, key, lse, scaling=0.125, row_weights=weights)
-    window = ops.attention_scores(query[:, :, -33:], key, lse[:, :, -33:], scaling=0.125, row_weights=weights[:, -33:])
-    torch.testing.assert_close(whole, window, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("op", [ops.attention_scores, reference_scores])
-def test_rows_that_do_not_count_add_nothing_whatever_they_hold(op) -> None:
-    def function(query, key, lse):
-        weights = torch.tensor([[0.0, 1, 1, 1, 0, 1]])
-        return op(query, key, lse, scaling=0.125, row_weights=weights)
-
-    query, key, _ = states(4, 2, 64, 6, 6, torch.float32, batch=1)
-    _, lse = causal_lse(query, key)
-    expected = function(query, key, lse)
-    lse[:, :, 0], lse[:, :, 4] = float("-inf"), float("inf")
-    torch.testing.assert_close(function(query, key, lse), expected)
-    lse[:, :, 4] = -1e30  # whose exponentials are infinite
-    torch.testing.assert_close(function(query, key, lse), expected)
-    query[:, :, 0], query[:, :, 4] = float("nan"), float("inf")
-    torch.testing.assert_close(function(query, key, lse), expected)
-    # A row of the batch that overflowed stays alone with it.
-    both = torch.cat([query, torch.full_like(query, float("nan"))])
-    found = function(both, key.repeat(2, 1, 1, 1), lse.repeat(2, 1, 1))
-    torch.testing.assert_close(found[:1], expected)
-    assert found[1].isnan().any()
+def test_rows_that_do_not_count_add_nothing_whatever_they_hold() -> None:
+    for op in (ops.attention_scores, reference_scores):
+        function = functools.partial(op, scaling=0.125, row_weights=torch.tensor([[0.0, 1, 1, 1, 0, 1]]))
+        query, key, _ = states(4, 2, 64, 6, 6, torch.float32, batch=1)
+        lse = exact.attention(query, key, 0.125, exact.causal(6, 6))[1].float()
+        expected = function(query, key, lse)
+        lse[:, :, 0] = -math.inf
+        for infinity in (math.inf, -1e30):  # the exponentials of the second are infinite
+            lse[:, :, 4] = infinity
+            torch.testing.assert_close(function(query, key, lse), expected)
+        query[:, :, 0], query[:, :, 4] = math.nan, math.inf
+        torch.testing.assert_close(function(query, key, lse), expected)
+        # A row of the batch that overflowed stays alone with it.
+        both = torch.cat([query, torch.full_like(query, math.nan)])
+        found = function(both, key.repeat(2, 1, 1, 1), lse.repeat(2, 1, 1))
+        torch.testing.assert_close(found[:1], expected)
+        assert found[1].isnan().any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -198,49 +181,36 @@ def loop_decode(query, key, value, positions, scores, new_key, new_value, slots,
 def test_forty_decode_steps_evict_what_loops_evict(kv_heads: int) -> None:
     """Rows that are full and rows that are not, empty slots in odd places, and equal keys whose scores tie exactly."""
     torch.manual_seed(kv_heads)
-    batch, heads, num_slots, head_dim = 3, 6, 11, 64
-    key, value = torch.randn(2, batch, kv_heads, num_slots, head_dim)
-    positions = (
-        torch.stack([torch.randperm(num_slots) for _ in range(batch * kv_heads)]).view(batch, kv_heads, -1).int()
-    )
-    positions[positions == 10] = -1
+    batch, heads, num_slots = 3, 6, 11
+    key, value = torch.randn(2, batch, kv_heads, num_slots, 64)
+    order = torch.stack([torch.randperm(num_slots) for _ in range(batch * kv_heads)]).view(batch, kv_heads, -1)
+    positions = order.masked_fill(order == 10, -1).int()
     positions[2, :, 3:] = -1  # a row with room
     scores = torch.rand(batch, kv_heads, num_slots)
     scores[0] = 1.0  # ties
     key[0] = key[0, :, :1]
-    mine = [tensor.clone() for tensor in (key, value, positions, scores)]
     theirs = [key.clone(), value.clone(), positions.clone(), scores.double()]
     num_recent = torch.tensor([2, 4, 3], dtype=torch.int32).view(-1, 1, 1)
+    held = {"key": key, "value": value, "positions": positions, "scores": scores, "num_recent": num_recent}
     for step in range(40):
         next_position = torch.full((batch, 1, 1), 12 + step, dtype=torch.int32)
-        query = torch.randn(batch, heads, 1, head_dim)
-        new_key, new_value = torch.randn(2, batch, kv_heads, 1, head_dim)
+        query = torch.randn(batch, heads, 1, 64)
+        new_key, new_value = torch.randn(2, batch, kv_heads, 1, 64)
         if step < 5:
-            new_key[0] = mine[0][0, :, :1]
-        slots = mine[2].argmin(dim=-1, keepdim=True)
-        evicts = (mine[2] >= 0).sum(dim=-1).amin(dim=-1) >= num_slots - 1
+            new_key[0] = key[0, :, :1]
+        slots = positions.argmin(dim=-1, keepdim=True)
+        evicts = (positions >= 0).sum(dim=-1).amin(dim=-1) >= num_slots - 1
+        rest = {"evicts": None if evicts.all() else evicts, "has_empty_slots": not evicts.all()}
         output, _, victims = ops.decode_attention_and_evict(
-            query,
-            new_key,
-            new_value,
-            slots,
-            key=mine[0],
-            value=mine[1],
-            positions=mine[2],
-            scores=mine[3],
-            next_position=next_position,
-            num_recent=num_recent,
-            evicts=None if evicts.all() else evicts,
-            has_empty_slots=not evicts.all(),
-            scaling=1 / 8,
+            query, new_key, new_value, slots, **held, next_position=next_position, scaling=1 / 8, **rest
         )
         expected, losers = loop_decode(
             query, *theirs, new_key, new_value, slots, next_position, num_recent, evicts.tolist()
         )
         torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
-        assert torch.equal(mine[2], theirs[2]), step
+        assert torch.equal(positions, theirs[2]), step
         assert torch.equal(victims.squeeze(-1)[evicts], losers[evicts])
-        torch.testing.assert_close(mine[3].double(), theirs[3], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(scores.double(), theirs[3], rtol=1e-5, atol=1e-6)
     assert evicts.all()
 
 
@@ -264,21 +234,31 @@ def op_samples(device: str = "cpu"):
     evicts = torch.ones(2, dtype=torch.bool, device=device)
     state = (key, value, positions, some(2, 2, 9))
     yield scores._decode_attention_and_evict, (some(2, 6, 1, 16), *new, evicts, sinks, *state, 0.25, None, True)
+    known = torch.ops.pyramid_cache
+    packed = (some(2, 6, 1, 16), some(5, 16), some(5, 8), [3, 0, 1, 1], some(2, 2, 4, 16), some(2, 2, 4, 8), 0.3, 2.0)
+    for starts in (None, torch.tensor([0, 3, 3, 4, 5], device=device)):
+        yield known.decode_packed_attention.default, (*packed, starts)
+    tensors, incoming = shadow_step.step_tensors(device), torch.tensor([[[5, -1, 0], [-1, -1, 3]]] * 2, device=device)
+    buffer, chunk_mask = tensors["keys_buffer"].narrow(2, 4, 24), tensors["mask"]
+    rotation = (tensors["positions"], tensors["inverse_frequencies"], 1.0, False, 8)
+    for mask, num_chunks in ((chunk_mask, 3), (None, 130)):
+        yield known.select_chunks.default, (tensors["query"], tensors["landmarks"], mask, num_chunks, 0.25)
+    books = (torch.tensor(held, device=device) for held in ([[[3, 1, -1]]], [[[1, 0, 2]]]))
+    yield known.plan_chunks.default, (*books,)
+    yield known.reconstruct_keys.default, (buffer, tensors["low_rank"], tensors["basis"], incoming, *rotation)
+    yield known.gather_values.default, (buffer, tensors["values"], incoming, 8)
 
 
-def test_opcheck() -> None:
-    for op, arguments in op_samples():
-        torch.library.opcheck(op, arguments)
-
-
-def test_fake_cuda_tensors_give_what_the_cpu_gives() -> None:
-    """Shapes, dtypes and strides of results on a device that is not there."""
+def test_ops_are_well_registered() -> None:
+    """And fake results, on a device that is not there, have the shapes, dtypes and strides of real ones."""
     with FakeTensorMode():
         fakes = [op(*arguments) for op, arguments in op_samples("cuda")]
     for fake, (op, arguments) in zip(fakes, op_samples(), strict=True):
+        torch.library.opcheck(op, arguments)
         real = op(*arguments)
-        pairs = [(fake, real)] if isinstance(real, torch.Tensor) else list(zip(fake, real, strict=True))
-        for one, other in pairs:
+        if real is None:  # it writes alone
+            continue
+        for one, other in [(fake, real)] if isinstance(real, torch.Tensor) else zip(fake, real, strict=True):
             assert one.device.type == "cuda"
             assert (one.shape, one.dtype, one.stride()) == (other.shape, other.dtype, other.stride())
 
@@ -288,18 +268,10 @@ def test_one_graph_with_all_ops_at_any_length(backend: str) -> None:
     def step(query, key, value, lse, positions, totals, number, slots):
         received = ops.attention_scores(query, key, lse, scaling=0.25, softcap=9.0)
         output, lse, probabilities = ops.decode_attention(query[:, :, -1:], key, value, scaling=0.25)
+        new = (tensor[:, :, :1].clone() for tensor in (key, value))
+        held = {"key": key, "value": value, "positions": positions, "scores": totals}
         evicting = ops.decode_attention_and_evict(
-            query[:, :, -1:],
-            key[:, :, :1].clone(),
-            value[:, :, :1].clone(),
-            slots,
-            key=key,
-            value=value,
-            positions=positions,
-            scores=totals,
-            next_position=number,
-            num_recent=number - 2,
-            scaling=0.25,
+            query[:, :, -1:], *new, slots, **held, next_position=number, num_recent=number - 2, scaling=0.25
         )
         return received + probabilities, output + evicting[0], lse, evicting[2]
 
@@ -339,20 +311,19 @@ def test_modules_can_be_imported_anew() -> None:
                 importlib.reload(module)
             for name in [name for name in sys.modules if name.startswith("pyramid_cache")]:
                 del sys.modules[name]
-            from pyramid_cache import ops as fresh
+            from pyramid_cache.ops import decode_attention
 
             states = torch.ones(1, 2, 1, 8), torch.ones(1, 2, 5, 8), torch.ones(1, 2, 5, 8)
-            os._exit(round(fresh.decode_attention(*states, scaling=1.0)[2].sum().item(), 5) != 2.0)
+            os._exit(round(decode_attention(*states, scaling=1.0)[2].sum().item(), 5) != 2.0)
         os._exit(1)
     assert os.waitpid(child, 0)[1] == 0
 
 
 def test_autocast_does_not_round_what_the_ops_are_given() -> None:
-    query, key, value = states(4, 2, 16, 1, 7, torch.float32)
-    expected = ops.decode_attention(query, key, value, scaling=0.25)
+    call = functools.partial(ops.decode_attention, *states(4, 2, 16, 1, 7, torch.float32), scaling=0.25)
+    expected = call()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = ops.decode_attention(query, key, value, scaling=0.25)
-    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+        assert all(torch.equal(one, other) for one, other in zip(call(), expected, strict=True))
 
 
 def test_shapes_and_dtypes_that_do_not_fit_are_refused() -> None:
@@ -389,17 +360,11 @@ def test_shapes_and_dtypes_that_do_not_fit_are_refused() -> None:
 
 def test_a_step_that_is_refused_has_written_nothing() -> None:
     """Each argument in another dtype."""
-    key, value = torch.zeros(2, 2, 9, 16), torch.zeros(2, 2, 9, 8)
-    arguments = {
-        "new_key": torch.ones(2, 2, 1, 16),
-        "new_value": torch.ones(2, 2, 1, 8),
-        "slots": torch.zeros(2, 2, 1, dtype=torch.int64),
-        "positions": torch.zeros(2, 2, 9, dtype=torch.int32),
-        "scores": torch.zeros(2, 2, 9),
-        "next_position": torch.ones(2, 1, 1, dtype=torch.int32),
-        "num_recent": torch.ones(2, 1, 1, dtype=torch.int32),
-        "evicts": torch.ones(2, dtype=torch.bool),
-    }
+    key, value, number = torch.zeros(2, 2, 9, 16), torch.zeros(2, 2, 9, 8), torch.ones(2, 1, 1, dtype=torch.int32)
+    arguments = {"new_key": torch.ones(2, 2, 1, 16), "new_value": torch.ones(2, 2, 1, 8), "num_recent": number}
+    arguments |= {"slots": torch.zeros(2, 2, 1, dtype=torch.int64), "next_position": number}
+    arguments |= {"positions": torch.zeros(2, 2, 9, dtype=torch.int32), "scores": torch.zeros(2, 2, 9)}
+    arguments |= {"evicts": torch.ones(2, dtype=torch.bool)}
     for name, argument in arguments.items():
         wrong = arguments | {name: argument.double()}
         with pytest.raises(ValueError, match=f"`{name}` must be .*, but is torch.float64"):

@@ -10,6 +10,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from pyramid_cache.ops import shadow, shadow_reference
 
 
+BF16, F32 = torch.bfloat16, torch.float32
+
+
 def slow_selection(
     query: torch.Tensor, landmarks: torch.Tensor, mask: torch.Tensor, num_chunks: int, scaling: float
 ) -> list[set[int]]:
@@ -142,48 +145,27 @@ def test_what_a_plan_loads_is_what_the_loop_loads(case: tuple) -> None:
         assert torch.equal(buffer, wanted.to(dtype))
 
 
-@pytest.mark.parametrize("dtype, stored", [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)])
-def test_reconstruction_rounds_once(dtype: torch.dtype, stored: torch.dtype) -> None:
-    low_rank, basis = torch.randn(2, 24, 160).to(dtype), torch.randn(2, 3, 160, 64).to(stored)
+@pytest.mark.parametrize(
+    "dtype, stored",
+    [(BF16, BF16), (torch.float16, F32), *((F32, quantized) for quantized in shadow.QUANTIZED_DTYPES)],
+)
+def test_numbers_are_those_of_float32_rounded_once(dtype: torch.dtype, stored: torch.dtype) -> None:
+    """Factors in half precision or in one byte, and landmarks in one byte."""
+    is_quantized = stored in shadow.QUANTIZED_DTYPES
+    low_rank, landmarks = (100 * torch.randn(shape) for shape in ((2, 24, 160), (2, 3, 9, 64)))
+    low_rank = low_rank.clamp(-127, 127).to(stored if is_quantized else dtype)
+    basis = (torch.randn(2, 3, 160, 64) / 100).to(F32 if is_quantized else stored)
     incoming, frequencies = random_incoming(2, 3, 3, 3), inverse_frequencies(64)
     positions = torch.arange(24, dtype=torch.int32).expand(2, -1)
-    buffers = [torch.zeros(2, 3, 24, 64, dtype=kind) for kind in (dtype, torch.float32)]
+    buffers = [torch.zeros(2, 3, 24, 64, dtype=kind) for kind in (dtype, F32)]
     for buffer, factors in zip(buffers, [(low_rank, basis), (low_rank.float(), basis.float())], strict=True):
         shadow.reconstruct_keys(buffer, *factors, incoming, positions, frequencies, chunk_size=8)
     assert torch.equal(buffers[0], buffers[1].to(dtype))
-
-
-@pytest.mark.parametrize("stored", shadow.QUANTIZED_DTYPES)
-def test_factors_and_landmarks_of_one_byte_are_the_numbers_that_they_stand_for(stored: torch.dtype) -> None:
-    low_rank, landmarks = (100 * torch.randn(shape) for shape in ((2, 24, 20), (2, 3, 9, 64)))
-    low_rank, landmarks = low_rank.clamp(-127, 127).to(stored), landmarks.clamp(-127, 127).to(stored)
-    basis, query = torch.randn(2, 3, 20, 64) / 100, torch.randn(2, 6, 1, 64) / 100
-    incoming, positions = random_incoming(2, 3, 3, 3), torch.arange(24, dtype=torch.int32).expand(2, -1)
-    buffers = []
-    for factors in (low_rank, low_rank.float()):
-        buffers.append(torch.zeros(2, 3, 24, 64))
-        shadow.reconstruct_keys(
-            buffers[-1], factors, basis, incoming, positions, inverse_frequencies(64), chunk_size=8
-        )
-    assert torch.equal(*buffers)
-    chosen = [shadow.select_chunks(query, each, num_chunks=4, scaling=1.0) for each in (landmarks, landmarks.float())]
-    assert torch.equal(*chosen)
-
-
-def test_operators_are_well_registered() -> None:
-    tensors = step_tensors()
-    incoming = random_incoming(2, 2, 3, 6)
-    ops = torch.ops.pyramid_cache
-    buffer = tensors["keys_buffer"][:, :, 4:28]
-    rotation = (tensors["positions"], tensors["inverse_frequencies"], 1.0, False, 8)
-    for op, arguments in (
-        (ops.select_chunks, (tensors["query"], tensors["landmarks"], tensors["mask"], 3, 0.25)),
-        (ops.select_chunks, (tensors["query"], tensors["landmarks"], None, 130, 0.25)),
-        (ops.plan_chunks, (torch.tensor([[[3, 1, -1]]]), torch.tensor([[[1, 0, 2]]]))),
-        (ops.reconstruct_keys, (buffer, tensors["low_rank"], tensors["basis"], incoming, *rotation)),
-        (ops.gather_values, (buffer, tensors["values"], incoming, 8)),
-    ):
-        torch.library.opcheck(op.default, arguments)
+    if is_quantized:
+        query, landmarks = torch.randn(2, 6, 1, 64) / 100, landmarks.clamp(-127, 127).to(stored)
+        options = {"num_chunks": 4, "scaling": 1.0}
+        chosen = [shadow.select_chunks(query, each, **options) for each in (landmarks, landmarks.float())]
+        assert torch.equal(*chosen)
 
 
 def test_a_step_is_one_graph() -> None:
@@ -212,48 +194,31 @@ def test_values_in_pageable_memory_are_refused_for_a_gpu() -> None:
         shadow._gather_values_cuda(torch.zeros(1, 1, 8, 4), torch.zeros(1, 1, 9, 4), torch.zeros(1, 1, 2).long(), 4)
 
 
-def test_wrong_arguments_are_named() -> None:
-    held = torch.zeros(1, 1, 2).long()
-    keys = (torch.zeros(1, 9, 3), torch.zeros(1, 1, 3, 4), held, torch.zeros(1, 9).int(), torch.ones(2))
-    buffer = torch.zeros(1, 1, 8, 4)
-    wrong = {
-        "8 slots, which are not 2 places of 3": lambda: shadow.gather_values(buffer, buffer, held, chunk_size=3),
-        "`values` must be torch.float32": lambda: shadow.gather_values(buffer, buffer.half(), held, chunk_size=4),
-        "`incoming` must be torch.int64": lambda: shadow.gather_values(buffer, buffer, held.int(), chunk_size=4),
-        "`wanted` must have the shape": lambda: shadow.plan_chunks(held, held[..., :1]),
-        "`held` must be torch.int64": lambda: shadow.plan_chunks(held.int(), held),
-        "3 query heads": lambda: shadow.select_chunks(
-            torch.zeros(1, 3, 1, 4), torch.zeros(1, 2, 5, 4), num_chunks=1, scaling=1.0
-        ),
-        "`num_chunks` must be at least 1, but is 0": lambda: shadow.select_chunks(
-            buffer, buffer, num_chunks=0, scaling=1.0
-        ),
-        "`mask` must be for 1 or 2 heads": lambda: shadow.select_chunks(
-            torch.zeros(1, 2, 1, 4),
-            torch.zeros(1, 2, 5, 4),
-            num_chunks=1,
-            scaling=1.0,
-            mask=torch.ones(1, 3, 5, dtype=torch.bool),
-        ),
-        "3 inverse frequencies turn two dimensions each": lambda: shadow.reconstruct_keys(
-            buffer, *keys[:-1], torch.ones(3), chunk_size=4
-        ),
-        "`positions` must be torch.int32": lambda: shadow.reconstruct_keys(
-            buffer, *keys[:3], torch.zeros(1, 9).long(), keys[4], chunk_size=4
-        ),
-        "`basis` must have the shape": lambda: shadow.reconstruct_keys(
-            buffer, keys[0], torch.zeros(1, 1, 2, 4), *keys[2:], chunk_size=4
-        ),
-        "`incoming` is on meta, but must be on cpu": lambda: shadow.gather_values(
-            buffer, buffer, held.to("meta"), chunk_size=4
-        ),
-    }
-    for message, call in wrong.items():
+def test_wrong_arguments_and_gradients_are_refused() -> None:
+    held, buffer = torch.zeros(1, 1, 2).long(), torch.zeros(1, 1, 8, 4)
+    turns = (torch.zeros(1, 9).int(), torch.ones(2))
+    low_rank, basis = torch.zeros(1, 9, 3), torch.zeros(1, 1, 3, 4)
+    query, landmarks = torch.zeros(1, 2, 1, 4), torch.zeros(1, 2, 5, 4)
+    gather, plan, choose = shadow.gather_values, shadow.plan_chunks, shadow.select_chunks
+    for message, op, arguments, named in (
+        ("8 slots, which are not 2 places of 3", gather, (buffer, buffer, held), {"chunk_size": 3}),
+        ("`values` must be torch.float32", gather, (buffer, buffer.half(), held), {"chunk_size": 4}),
+        ("`incoming` must be torch.int64", gather, (buffer, buffer, held.int()), {"chunk_size": 4}),
+        ("`incoming` is on meta, but must be on", gather, (buffer, buffer, held.to("meta")), {"chunk_size": 4}),
+        ("`wanted` must have the shape", plan, (held, held[..., :1]), {}),
+        ("`held` must be torch.int64", plan, (held.int(), held), {}),
+        ("3 query heads", choose, (torch.zeros(1, 3, 1, 4), landmarks), {"num_chunks": 1}),
+        ("`num_chunks` must be at least 1, but is 0", choose, (query, landmarks), {"num_chunks": 0}),
+        ("`mask` must be for 1 or 2 heads", choose, (query, landmarks), {"mask": torch.ones(1, 3, 5).bool()}),
+        ("3 inverse frequencies turn", None, (low_rank, basis, held, turns[0], torch.ones(3)), {}),
+        ("`positions` must be torch.int32", None, (low_rank, basis, held, turns[0].long(), turns[1]), {}),
+        ("`basis` must have the shape", None, (low_rank, basis[:, :, :2], held, *turns), {}),
+    ):
+        if op is choose:
+            named = {"num_chunks": 1, "scaling": 1.0} | named
+        if op is None:
+            op, arguments, named = shadow.reconstruct_keys, (buffer, *arguments), {"chunk_size": 4}
         with pytest.raises(ValueError, match=message):
-            call()
-
-
-def test_gradients_are_refused() -> None:
-    query = torch.zeros(1, 1, 1, 4, requires_grad=True)
+            op(*arguments, **named)
     with pytest.raises(NotImplementedError, match="select_chunks"):
-        shadow.select_chunks(query, torch.zeros(1, 1, 5, 4), num_chunks=1, scaling=1.0)
+        choose(query.requires_grad_(), landmarks, num_chunks=1, scaling=1.0)

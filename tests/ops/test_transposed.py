@@ -60,12 +60,14 @@ def check(scores: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) -> Non
     assert error <= (CUDA_TOLERANCE if scores.is_cuda else TOLERANCES[dtype])
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_scores(dtype: torch.dtype) -> None:
-    for rows, head_dim, group in ((1, 16, 1), (37, 64, 3), (131, 80, 2), (300, 128, 4)):
-        query, key, lse, scaling = make_inputs(dtype, rows, head_dim, group)
+def test_scores(dtype: torch.dtype, device: str) -> None:
+    shapes = ((1, 16, 1), (37, 64, 3), (131, 80, 2), (300, 128, 4))
+    for rows, head_dim, group in shapes if device == "cpu" else (*shapes, (1031, 80, 2), (2048, 128, 4)):
+        query, key, lse, scaling = make_inputs(dtype, rows, head_dim, group, device)
         for kind in ("none", "one_for_all", "per_row"):
-            weights = weights_of(rows, kind)
+            weights = weights_of(rows, kind, device)
             wanted = wanted_scores(query, key, lse, weights, scaling)
             check(transposed_flash_scores(query, key, lse, weights, scaling, False), wanted, dtype)
             summed = transposed_flash_scores(query, key, lse, weights, scaling, True)
@@ -105,14 +107,3 @@ def test_what_it_cannot_compute_is_refused() -> None:
         transposed_flash_scores(query, key, lse, -torch.ones(1, 9), scaling, True)
     with pytest.raises(ValueError, match="No attention kernel .* torch.float64 on cpu with head_dim 16"):
         transposed_flash_scores(query.double(), key.double(), lse, None, scaling, True)
-
-
-@pytest.mark.cuda
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_scores_on_cuda(dtype: torch.dtype) -> None:
-    for rows, head_dim, group in ((37, 64, 3), (1031, 80, 2), (2048, 128, 4)):
-        query, key, lse, scaling = make_inputs(dtype, rows, head_dim, group, device="cuda")
-        for kind in ("none", "per_row"):
-            weights = weights_of(rows, kind, device="cuda")
-            wanted = wanted_scores(query, key, lse, weights, scaling)
-            check(transposed_flash_scores(query, key, lse, weights, scaling, False), wanted, dtype)
