@@ -331,35 +331,53 @@ def read(model: PreTrainedModel, cache: MassiveActivationCache, ids: torch.Tenso
     model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), past_key_values=cache)
 
 
-def test_hidden_states_tell_where_keys_and_values_do_not() -> None:
-    """
-    With long values only the exact detector sees the tokens, above the probed outputs of layers 1 and 2. One is
-    generated and outlives 39 more.
-    """
-    model, (ids, mask) = massive_model(magnitude=1e4), prompts_with([{33, 40}, {21}], [70, 55])
+def lengthen_values(model: PreTrainedModel) -> None:
+    """Makes the values of massive tokens so long that hidden states alone tell of them."""
     for layer in model.model.layers:
         layer.self_attn.v_proj.weight.data[:, 0] *= 100
-    cache, other = (
-        MassiveActivationCache(source, budget=14, window_size=4, eviction_interval=5)
-        for source in (model, model.config)
-    )
-    steps = [torch.full((2, 1), 9 + step) for step in range(40)]
-    steps[0][0] = MASSIVE_TOKEN
-    assert probed_layers(4, None) == [1, 2]
-    read(model, other, ids, mask)
+
+
+def test_hidden_states_tell_where_keys_and_values_do_not() -> None:
+    """With long values only the exact detector sees the tokens, above the probed outputs of layers 1 and 2."""
+    model = massive_model(magnitude=1e4)
+    lengthen_values(model)
+    ids, mask = prompts_with([{33, 40}, {21}], [70, 55])
+    cache = MassiveActivationCache(model, budget=14, window_size=4)
     read(model, cache, ids, mask)
-    for later, places in (([], ({33, 40}, {21})), (steps, ({33, 40, 70}, {21}))):
+    assert probed_layers(4, None) == [1, 2]
+    for layer_idx, rows in cache.massive_tokens().items():
+        for row, wanted in enumerate(({33, 40}, {21})):
+            exact = {token.position for token in rows[row] if token.reason == "hidden states"}
+            assert exact == (wanted if layer_idx >= 2 else set())
+            assert all(exact <= head for head in held(cache, layer_idx, row))
+    other = MassiveActivationCache(model.config, budget=14, window_size=4)
+    read(model, other, ids, mask)
+    assert not any(token.reason == "hidden states" for rows in other.massive_tokens().values() for token in rows[0])
+
+
+def test_generated_tokens_are_looked_at() -> None:
+    """The massive token is generated at position 50, and outlives 40 more in a budget of 14."""
+    ids, mask = prompts_with([{3}, {4}], [50, 50])
+    for from_model in (False, True):
+        model = massive_model(magnitude=1e4)
+        if from_model:
+            lengthen_values(model)
+        source = model if from_model else model.config
+        cache = MassiveActivationCache(source, budget=14, window_size=4, eviction_interval=5)
+        read(model, cache, ids, mask)
         with torch.no_grad():
-            for token in later:
+            for step in range(40):
+                token = torch.full((2, 1), 9 + step % 80)
+                token[0] = MASSIVE_TOKEN if step == 0 else token[0]
                 model(token, past_key_values=cache)
         cache.compress()
         assert cache.num_kept_tokens() == [14] * 4
-        for layer_idx, rows in cache.massive_tokens().items():
-            for row, wanted in enumerate(places):
-                exact = {token.position for token in rows[row] if token.reason == "hidden states"}
-                assert exact == (wanted if layer_idx >= 2 else set())
-                assert all(exact <= head for head in held(cache, layer_idx, row))
-    assert not any(token.reason == "hidden states" for rows in other.massive_tokens().values() for token in rows[0])
+        for layer_idx in range(2 if from_model else 0, 4):
+            told = [{token.position for token in row} for row in cache.massive_tokens()[layer_idx]]
+            assert told[0] >= {3, 50}
+            assert 50 not in told[1]
+            assert all(head >= {3, 50} for head in held(cache, layer_idx, 0))
+            assert all(head >= {4} for head in held(cache, layer_idx, 1))
 
 
 def test_no_more_than_eight_and_they_win_over_recent_tokens() -> None:
