@@ -1,9 +1,9 @@
 """
 What the quick tier notices: one-line faults in the package, and the tests that fail of each.
 
-This is a script, not a test. `python tests/mutations.py` copies the package and the tests to a temporary folder. It puts
-one fault at a time into the copy, and runs the test files named beside the fault until the first failure. A fault that no
-test notices is printed as NOT NOTICED, and the script ends with 1. A run that exceeds its time has noticed nothing.
+This is a script, not a test. `python tests/mutations.py` copies the package and the tests to a temporary folder. It
+puts one fault at a time into the copy, and runs the test files named beside the fault until the first failure. A fault
+that no test notices is printed as NOT NOTICED, and the script ends with 1. A run out of time has noticed nothing.
 `--check` only says whether the text of each fault is still found exactly once.
 """
 
@@ -26,9 +26,9 @@ from queue import SimpleQueue
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT_SECONDS = 300
-# A file of the package and the test files that are likely to notice its faults, quick ones first. Below it the faults: a
-# text that occurs once in the file, with «what is right→what the fault puts there». `file:word` runs the tests of a file
-# that have the word in their name.
+# A file of the package and the test files that are likely to notice its faults, quick ones first. Below it the faults:
+# a text that occurs once in the file, with «what is right→what the fault puts there». `file:word` runs the tests of a
+# file that have the word in their name.
 FAULTS = """
 = engine/layer.py: test_batch_rows test_conversation test_modes
 self.column_positions = «seen.positions if seen.has_gaps else →»None
