@@ -10,6 +10,7 @@ that no test notices is printed as NOT NOTICED, and the script ends with 1. A ru
 import argparse
 import dataclasses
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -26,6 +27,9 @@ from queue import SimpleQueue
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT_SECONDS = 300
+# Runs of pytest are forked from a process that has imported what takes long, and nothing of this package.
+PROCESSES = multiprocessing.get_context("forkserver")
+PRELOADED = ("pytest", "hypothesis", "transformers.generation.utils", "transformers.models.llama.modeling_llama")
 # A file of the package, the test files that are likely to notice its faults, quick ones first, and after | words in
 # the names of tests that are tried before the others. Below it the faults: a text that occurs once in the file, with
 # «what is right→what the fault puts there».
@@ -243,23 +247,36 @@ def problem_of(fault: Mutation) -> str | None:
     return None if count == 1 else f"the text is found {count} times"
 
 
+def pytest_in(folder: Path, arguments: list[str], output: Path) -> None:
+    """Runs pytest in a copy, in a process of its own, which has what `PRELOADED` names already."""
+    os.setsid()  # so that what tests start ends with them
+    os.chdir(folder)
+    sys.path[:] = [str(folder), *(path for path in sys.path if not Path(path).is_relative_to(ROOT))]
+    sys.dont_write_bytecode = True
+    os.environ |= {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    with output.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    if any("kernels.py" in argument for argument in arguments):  # as test_interpreter.py runs them
+        os.environ["TRITON_INTERPRET"] = "1"
+        arguments = [*arguments, "-m", "cuda"]
+    import pytest
+
+    sys.exit(pytest.main(["-x", "-q", "-n0", "-p", "no:cacheprovider", "--tb=no", *arguments]))
+
+
 def run_pytest(folder: Path, arguments: list[str]) -> tuple[int | None, list[str]]:
     """The exit status of pytest in a copy, None if it ran out of time, and the lines that name what failed."""
     shutil.rmtree(folder / ".hypothesis", ignore_errors=True)  # what failed of another fault
-    environment = os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
-    if any(re.search("kernels.py", argument) for argument in arguments):  # as test_interpreter.py runs them
-        environment["TRITON_INTERPRET"] = "1"
-        arguments = [*arguments, "-m", "cuda"]
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-n0", "-p", "no:cacheprovider", "--tb=no", *arguments]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    process = subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **pipes)
-    try:
-        output, _ = process.communicate(timeout=TIMEOUT_SECONDS)
-    except subprocess.TimeoutExpired:
+    output = folder / "output.txt"
+    process = PROCESSES.Process(target=pytest_in, args=(folder, arguments, output))
+    process.start()
+    process.join(TIMEOUT_SECONDS)
+    if process.exitcode is None:
         os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        process.join()
         return None, []
-    return process.returncode, [line for line in output.splitlines() if re.match("(FAILED|ERROR) ", line)]
+    return process.exitcode, [line for line in output.read_text().splitlines() if re.match("(FAILED|ERROR) ", line)]
 
 
 def try_fault(fault: Mutation, folder: Path) -> dict[str, object]:
@@ -320,6 +337,7 @@ def main() -> int:
         print(f"{len(faults)} faults, {len(problems)} that cannot be put in")
         return int(bool(problems))
 
+    PROCESSES.set_forkserver_preload([*PRELOADED])
     results: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory(prefix="mutations-") as scratch:
         copies: SimpleQueue[Path] = SimpleQueue()
