@@ -1,0 +1,194 @@
+"""What no other test of the quick tier notices of the faults in `mutations.py`, by subject."""
+
+import pytest
+import torch
+from models import build_config, build_model, drive, left_pad, random_rows, random_tokens, tiny_model
+from transformers import PreTrainedModel
+
+from pyramid_cache import (
+    AdaKVCache,
+    H2OCache,
+    KeyDiffCache,
+    MassiveActivationCache,
+    PyramidCache,
+    SnapKVCache,
+    StreamingLLMCache,
+    TOVACache,
+)
+from pyramid_cache.engine.budget import bytes_to_tokens
+from pyramid_cache.engine.cache import CompressedCache
+from pyramid_cache.engine.fingerprint import architecture_of
+from pyramid_cache.engine.profile import check_architecture
+from pyramid_cache.engine.rope import RotaryFrequencies
+from pyramid_cache.engine.scoring import sum_of_probabilities
+
+
+SLIDING = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
+POLICY_SETTINGS = {"window_size": 4, "kernel_size": 3, "eviction_interval": 3}
+CACHES = (
+    (H2OCache, {}),
+    (TOVACache, {}),
+    (KeyDiffCache, {"eviction_interval": 3}),
+    (SnapKVCache, POLICY_SETTINGS),
+    (StreamingLLMCache, {}),
+    (PyramidCache, {}),
+)
+
+
+# Padding.
+
+
+@pytest.mark.parametrize("lengths, budget", [((6, 9), 12), ((17, 30), 10)], ids=["dense at first", "evicted at once"])
+def test_padding_is_no_token_when_what_is_generated_exceeds_the_budget(lengths: tuple[int, int], budget: int) -> None:
+    """A padded row holds what it holds alone, whether the prompt or an answer is the first to exceed the budget."""
+    model, rows = tiny_model("llama"), random_rows(lengths, seed=31)
+    continuation = random_tokens(2, 12, seed=32)
+    for cache_class, settings in CACHES:
+        together = drive(model, cache_class(model.config, budget, **settings), rows, continuation)
+        for index, row in enumerate(rows):
+            cache = cache_class(model.config, budget, **settings)
+            alone = drive(model, cache, [row], continuation[index : index + 1])
+            torch.testing.assert_close(together.logits[index], alone.logits[0], atol=1e-4, rtol=0)
+            for step in range(13):
+                held = [together.held(step, layer, index, head) for layer in range(3) for head in range(2)]
+                assert held == [alone.held(step, layer, 0, head) for layer in range(3) for head in range(2)]
+
+
+@torch.no_grad()
+def read_turns(model: PreTrainedModel, cache: CompressedCache, *turns: list[torch.Tensor]) -> torch.Tensor:
+    """Reads turns that are padded each on its own, and returns the logits of the last tokens."""
+    mask = torch.zeros(len(turns[0]), 0, dtype=torch.long)
+    for rows in turns:
+        input_ids, new_mask = left_pad(rows)
+        mask = torch.cat([mask, new_mask], dim=1)
+        position_ids = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+        output = model(input_ids, attention_mask=mask, position_ids=position_ids, past_key_values=cache)
+    return output.logits[:, -1]
+
+
+def test_padding_between_tokens_of_a_layer_that_holds_all_of_them() -> None:
+    """The second turn is the first to exceed the budget, and its padding lies behind tokens of the first."""
+    model, first, second = tiny_model("llama"), random_rows((6, 9), seed=33), random_rows((9, 5), seed=34)
+    for cache_class, settings in CACHES:
+        together = cache_class(model.config, 12, **settings)
+        logits = read_turns(model, together, first, second)
+        for index in range(2):
+            alone = cache_class(model.config, 12, **settings)
+            expected = read_turns(model, alone, [first[index]], [second[index]])
+            torch.testing.assert_close(logits[index], expected[0], atol=1e-4, rtol=0)
+            for layer in range(3):
+                for held, expected in zip(together.positions(layer)[index], alone.positions(layer)[0], strict=True):
+                    assert sorted(held[held >= 0].tolist()) == sorted(expected[expected >= 0].tolist())
+
+
+# Scores.
+
+
+def test_a_turn_as_long_as_the_window_leaves_nothing_of_earlier_queries() -> None:
+    model, prompt = tiny_model("llama"), random_tokens(1, 17, seed=35)
+    at_once, in_turns = (SnapKVCache(model.config, budget=64, **POLICY_SETTINGS) for _ in range(2))
+    read_turns(model, at_once, list(prompt))
+    read_turns(model, in_turns, list(prompt[:, :13]), list(prompt[:, 13:]))
+    for layer, expected in zip(in_turns.compressed_layers, at_once.compressed_layers, strict=True):
+        torch.testing.assert_close(layer.held_scores(), expected.held_scores(), atol=1e-6, rtol=1e-5)
+
+
+def test_probabilities_in_half_precision_are_summed_in_float32() -> None:
+    probabilities = torch.rand(1, 4, 300, 5).bfloat16()
+    scores = sum_of_probabilities(probabilities, 2, None)
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores.double(), probabilities.double().view(1, 2, 2, 300, 5).sum(dim=(2, 3)))
+
+
+# Budgets and angles.
+
+
+def test_tokens_and_spare_slots_fit_a_budget_in_bytes() -> None:
+    for num_bytes in (9_999, 10_000, 12_345):
+        num_tokens = bytes_to_tokens(num_bytes, num_layers=2, batch_size=5, bytes_per_token=100, num_spare_slots=3)
+        assert 1000 * (num_tokens + 3) <= num_bytes < 1000 * (num_tokens + 3 + 1)
+
+
+def test_half_precision_is_rotated_in_float32_and_rounded_once() -> None:
+    rotary = RotaryFrequencies(torch.tensor([1.0, 0.3, 0.1, 0.03]))
+    states = torch.randn(1, 2, 50, 8).bfloat16()
+    angles = rotary.angles(torch.arange(50))
+    exact = rotary.rotate(states.double(), angles)
+    error = (rotary.rotate(states, angles).double() - exact).abs()
+    assert (error <= 0.501 * torch.finfo(torch.bfloat16).eps * exact.abs() + 1e-6).all()
+
+
+# Rows, hidden states and profiles.
+
+
+def test_rows_whose_heads_hold_different_numbers_change_places() -> None:
+    model = tiny_model("llama")
+    cache = AdaKVCache(model.config, budget=12, window_size=4)
+    read_turns(model, cache, random_rows((20, 33), seed=36))
+    before = [cache.positions(layer) for layer in range(3)]
+    cache.batch_select_indices(torch.tensor([1, 0]))
+    for layer, expected in enumerate(before):
+        assert torch.equal(cache.positions(layer), expected.flip(0)) and not torch.equal(expected, expected.flip(0))
+
+
+def test_caches_are_shown_the_outputs_of_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokens, shown = build_model("llama"), random_tokens(1, 20), {}
+    cache = MassiveActivationCache(model, budget=12)
+    monkeypatch.setattr(cache, "observe_output", shown.__setitem__)
+    with torch.no_grad():
+        expected = model(tokens, past_key_values=cache, output_hidden_states=True).hidden_states
+    assert shown
+    for layer_idx, hidden_states in shown.items():
+        assert torch.equal(hidden_states, expected[layer_idx + 1])
+
+
+def test_a_profile_of_another_model_is_refused() -> None:
+    expected = architecture_of(build_config("llama"))
+    check_architecture("profile.json", dict(expected), expected)
+    with pytest.raises(ValueError, match="profile of another model .*num_hidden_layers 7 instead of"):
+        check_architecture("profile.json", expected | {"num_hidden_layers": 7}, expected)
+
+
+# Memory, reset and crop.
+
+
+def test_a_view_of_a_fused_projection_is_copied() -> None:
+    """Phi-3 makes queries, keys and values in one product, whose memory must not stay."""
+    model = build_model("phi3")
+    cache = H2OCache(model.config, budget=64)
+    with torch.no_grad():
+        model(random_tokens(1, 20), past_key_values=cache)
+    for layer in cache.compressed_layers:
+        for tensor in (layer.keys, layer.values):
+            assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.itemsize
+
+
+def test_reset_forgets_what_may_still_be_taken_back() -> None:
+    model, prompt = tiny_model("llama"), random_tokens(1, 20)
+    cache, new = (H2OCache(model.config, budget=8) for _ in range(2))
+    cache.activate_past_recording()
+    with torch.no_grad():
+        model(random_tokens(2, 5), past_key_values=cache)
+        cache.reset()
+        assert cache.get_seq_length() == 0 and cache.nbytes == 0
+        assert torch.equal(*(model(prompt, past_key_values=each).logits for each in (cache, new)))
+    for layer in range(3):
+        assert torch.equal(cache.positions(layer), new.positions(layer))
+
+
+def test_reset_empties_the_layers_of_transformers_too() -> None:
+    model, prompt = build_model("qwen2", **SLIDING), random_tokens(1, 20)
+    cache, new = (H2OCache(model.config, budget=12) for _ in range(2))
+    read_turns(model, cache, list(random_tokens(2, 5)))
+    cache.reset()
+    assert [layer.get_seq_length() for layer in cache.layers] == [0] * len(cache.layers)
+    assert torch.equal(read_turns(model, cache, list(prompt)), read_turns(model, new, list(prompt)))
+
+
+def test_a_sliding_window_that_is_just_full_has_dropped_a_token() -> None:
+    model = build_model("qwen2", **SLIDING)
+    cache = H2OCache(model.config, budget=1.0)
+    read_turns(model, cache, list(random_tokens(1, 8)))
+    with pytest.raises(NotImplementedError, match="sliding window"):
+        cache.crop(-1)
+    assert [layer.get_seq_length() for layer in cache.layers] == [8] * len(cache.layers)
