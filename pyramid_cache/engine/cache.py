@@ -460,8 +460,8 @@ class CompressedCache(Cache):
 
 def config_and_model(source: Any) -> tuple[PreTrainedConfig, PreTrainedModel | None]:
     """
-    A config and no model where a config is given. Else the model that is given, or that a wrapper around it holds (PEFT,
-    `torch.compile`), and its config.
+    A config and no model where a config is given. Else the model that is given, or that a wrapper around it holds
+    (PEFT, `torch.compile`), and its config.
     """
     modules = source.modules() if isinstance(source, torch.nn.Module) else ()
     model = next((module for module in modules if isinstance(module, PreTrainedModel)), None)
