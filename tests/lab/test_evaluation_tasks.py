@@ -112,14 +112,8 @@ def test_contexts_fit_and_depend_on_the_seed_alone(novel: str) -> None:
 def test_numbers_are_in_their_context_once_at_their_depth(novel: str) -> None:
     """The right ones: of the person who is asked for, or of several, in the order in which they are asked for."""
     is_in_order = set()
-    for name in (
-        "needles-3",
-        "needles-multikey-20",
-        "needles-multivalue-9",
-        "needles-multiquery-4",
-        "turns-4",
-        "passkey",
-    ):
+    kinds = ("multikey-20", "multivalue-9", "multiquery-4")
+    for name in ("needles-3", *(f"needles-{kind}" for kind in kinds), "turns-4", "passkey"):
         (task,) = parse_tasks([name], [3000])
         for context in build(task.name, 2):
             text = decode(context.ids)
@@ -129,11 +123,11 @@ def test_numbers_are_in_their_context_once_at_their_depth(novel: str) -> None:
             if "multikey" in name:
                 assert len({word for person in persons for word in person.split()}) < 40  # persons share words
             for question in context.questions:
-                asked, numbers = decode(question.ids).split("[end]")[0], values_of(question)
+                asked, numbers = decode(question.ids).split("tioned")[0], values_of(question)
                 is_several = task.kind in ("needles-multivalue", "needles-multiquery")
                 assert len(set(numbers)) == len(question.depths) == (task.count if is_several else 1)
                 is_in_order.add((task.kind, question.depths == sorted(question.depths)))
-                wanted = [dict(told)[person] for person in re.findall(r"the (\w+ \w+)(?= mentioned|,| and)", asked)]
+                wanted = [dict(told)[person] for person in re.findall(r"the (\w+ \w+)(?= men|,| and)", asked)]
                 if task.kind == "needles-multivalue":
                     assert persons[0] in asked
                     wanted = [number for _, number in told]

@@ -27,12 +27,8 @@ ALL_QUESTIONS = -1
 @dataclass(frozen=True, order=True)
 class CellKey:
     """
-    Which cache on which questions.
-
-    Attributes:
-        context (`int`): Which context of the task.
-        question (`int`): Which question of the context, or `ALL_QUESTIONS`.
-        budget (`float`): 1.0 for the full cache.
+    Which cache on which questions: the numbers of the context and of its question, or `ALL_QUESTIONS`. The budget of
+    the full cache is 1.0.
     """
 
     task: str
@@ -55,11 +51,7 @@ class CellKey:
 @dataclass(frozen=True)
 class Cell:
     """
-    What came of it.
-
-    Attributes:
-        token_accuracy, log_likelihood (`list[float]`): One per question; see `Score`.
-        held_share (`float`): The bytes that the cache held as a share of the full one's.
+    What came of it: a `Score` per question, and the bytes that the cache held as a share of the full one's.
     """
 
     key: CellKey
@@ -118,9 +110,7 @@ class CellStore:
         if self.path is None:
             return
         folder = self.path.parent
-        by_task: dict[str, list[Context]] = {}
-        for context in contexts:
-            by_task.setdefault(context.task, []).append(context)
+        by_task = {task: [own for own in contexts if own.task == task] for task in {own.task: 0 for own in contexts}}
         record = read_settings(folder)
         noted: dict[str, list[str]] = record.setdefault("contexts", {})
         for task, found in by_task.items():
@@ -133,9 +123,8 @@ class CellStore:
                     )
             noted[task] = max(earlier, digests, key=len)
         for key, cell in self.cells.items():
-            num_answers = len(cell.token_accuracy)
             for context in by_task.get(key.task, [])[key.context : key.context + 1]:
-                if num_answers != len(key.question_numbers(context)):
+                if (num_answers := len(cell.token_accuracy)) != len(key.question_numbers(context)):
                     raise ValueError(
                         f"A line of the cells in {folder} has {num_answers} answers to the {len(context.questions)} "
                         f"questions of context {key.context} of {key.task} ({key.cache}, {key.budget}, {key.protocol} "

@@ -40,11 +40,9 @@ Missing = dict[Setting, list[tuple[int, CellKey]]]
 @dataclass
 class Result:
     """
-    What one cache made of the cases of a task.
+    What one cache, or `BASELINE` with a budget of 1.0, made of the cases of a task.
 
     Attributes:
-        cache (`str`): Its name in `CACHES`, or `BASELINE`.
-        budget (`float`): 1.0 for the full cache.
         num_turns (`int`): How many scores one after the other are of the turns of one conversation; 1 for other tasks.
         cells (`list[Cell]`): In the order of contexts and their questions.
     """
@@ -257,11 +255,8 @@ def in_view(context: Context) -> list[int]:
     Which threads are read with the context: those about which a cache that has evicted then has anything to say. The
     first token of an answer follows from a full reading of the prompt.
     """
-    return [
-        number
-        for number, (first, *_) in enumerate(context.threads)
-        if context.is_conversation or len(first.answer) > 1
-    ]
+    firsts = [first for first, *_ in context.threads]
+    return [number for number, first in enumerate(firsts) if context.is_conversation or len(first.answer) > 1]
 
 
 def len_behind(threads: Sequence[Sequence[Question]]) -> int:

@@ -1,6 +1,5 @@
 """What the caches lost, as tables: for the terminal and for a Markdown file."""
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,15 +35,14 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
     for task, protocol in columns:
         shown = "perplexity" if "perplexity" in columns[task, protocol][0] else "exact token loglik"
         result.add_column(f"{task}\n{protocol} first\n{shown}", justify="right", no_wrap=True)
-    places = dict.fromkeys((row["budget"], row["cache"]) for row in rows)
-    ordered = sorted(places, key=lambda place: -place[0])
-    for budget, group in itertools.groupby(ordered, key=lambda place: place[0]):
-        result.add_section()
-        for _, cache in group:
-            found = [by_place.get((*column, budget, cache)) for column in columns]
-            label = next(row["label"] for row in found if row is not None)
-            budget_cell = "" if cache == BASELINE else f"{budget:g}"
-            result.add_row(label, budget_cell, *(measures(row) for row in found))
+    labels = {(row["budget"], row["cache"]): row["label"] for row in rows}
+    above: float | None = None
+    for budget, cache in sorted(labels, key=lambda place: -place[0]):
+        if budget != above:
+            result.add_section()
+        above = budget
+        found = [by_place.get((*column, budget, cache)) for column in columns]
+        result.add_row(labels[budget, cache], "" if cache == BASELINE else f"{budget:g}", *map(measures, found))
     return result
 
 
@@ -62,12 +60,9 @@ def markdown(record: dict[str, Any]) -> str:
         lines += [f"## {task}, {protocol} first", "", f"{full['label']}: {measures(full, ' / ')}", ""]
         lines.append(as_line("cache", [f"{budget:g}" for budget in budgets]))
         lines.append("|---" * (len(budgets) + 1) + "|")
-        by_cache: dict[str, dict[float, dict[str, Any]]] = {}
-        for row in here:
-            by_cache.setdefault(row["label"], {})[row["budget"]] = row
-        for label, found in by_cache.items():
-            if label != full["label"]:
-                lines.append(as_line(label, [measures(found.get(budget), " / ") for budget in budgets]))
+        found = {(row["label"], row["budget"]): row for row in here}
+        for label in dict.fromkeys(row["label"] for row in here if row is not full):
+            lines.append(as_line(label, [measures(found.get((label, budget)), " / ") for budget in budgets]))
         lines.append("")
     return "\n".join(lines)
 

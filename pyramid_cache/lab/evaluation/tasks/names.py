@@ -27,8 +27,6 @@ class TaskKind:
     What tasks of one kind have in common.
 
     Attributes:
-        meaning (`str`): For the list of tasks.
-        build (`Callable`): Makes a context from a haystack, a task and a generator of random numbers.
         counts (`tuple[int, int]`, *optional*): The least and the greatest N of `kind-N-L`; None if names have no N.
         default_count (`int`): The N of a name without numbers.
         has_question_each (`bool`): Whether a context has N questions, and not one.
