@@ -98,21 +98,6 @@ def test_questions_of_equal_length_are_asked_side_by_side() -> None:
     assert list(groups_of_equal_length([*threads[:1], (0, threads[0][1] * 2), *threads[2:3]], 3)) == [[0, 2], [1]]
 
 
-@torch.no_grad()
-def slow_log_likelihood(
-    model: PreTrainedModel, cache: Cache, new: list[int], answer: list[int], by_step: bool = False
-) -> float:
-    """The mean log-probability of an answer's tokens, each on a copy of the cache that reads all before it anew."""
-    total = 0.0
-    for index, token_id in enumerate(answer):
-        pieces = [new, *([token] for token in answer[:index])] if by_step else [new + answer[:index]]
-        asked = copy.deepcopy(cache)
-        for piece in pieces:
-            logits = model(torch.tensor([piece]), past_key_values=asked).logits[0, -1]
-        total += logits.log_softmax(dim=-1)[token_id].item()
-    return total / len(answer)
-
-
 def said(model: PreTrainedModel, cache: Cache, prompt: list[int], num_tokens: int) -> list[int]:
     """What greedy decoding says behind a prompt of which the cache has read none or some."""
     output = model.generate(
@@ -121,44 +106,76 @@ def said(model: PreTrainedModel, cache: Cache, prompt: list[int], num_tokens: in
     return output[0, len(prompt) :].tolist()
 
 
+@torch.no_grad()
+def slow_scores(
+    model: PreTrainedModel, cache: Cache, prompt: list[int], thread: list[list[int]], by_step: bool
+) -> list[tuple[bool, float]]:
+    """
+    Whether greedy decoding says each answer of a thread, which has questions and answers in turn, and the mean
+    log-probability of its tokens: each token on a copy of the cache that reads all before it anew.
+    """
+
+    def read(asked: Cache, pieces: list[list[int]], logits: torch.Tensor | None) -> torch.Tensor:
+        for piece in filter(None, pieces):
+            logits = model(torch.tensor([piece]), past_key_values=asked).logits[0, -1].log_softmax(dim=-1)
+        return logits
+
+    logits, carried, found = read(cache, [prompt], None), [], []
+    for question, answer in zip(thread[::2], thread[1::2], strict=True):
+        new, is_said, total = carried + question, True, 0.0
+        for index, token_id in enumerate(answer):
+            before = [[token] for token in answer[:index]]
+            pieces = [new, *before] if by_step else [new + answer[:index]]
+            last = copy.deepcopy(cache)
+            likely = read(last, pieces, logits)
+            is_said, total = is_said and int(likely.argmax()) == token_id, total + likely[token_id].item()
+        found.append((is_said, total / len(answer)))
+        cache, carried = last, answer[-1:]
+    return found
+
+
 @pytest.mark.parametrize("name", [BASELINE, "snapkv", "pyramid", "shadow", "streaming"])
-def test_scores_are_those_of_generate(name: str) -> None:
+def test_scores_are_those_of_generate_and_of_a_slow_loop(name: str) -> None:
     """
-    Both protocols, on what the cache itself says, on what the full cache says, and on answers with a wrong token.
+    Questions on their own and turns of a conversation, in both protocols: answers that the cache itself gives, that
+    have a wrong token, and that the full cache gives.
     """
-    model = tiny_model("llama")
-
-    def build(num_tokens: int) -> Cache:
-        if name == BASELINE:
-            return DynamicCache(config=model.config)
-        return CACHES[name].build(model, 0.5, Workload(num_tokens, num_later=9 + 4 - 1))  # behind the longest question
-
-    context = random_tokens(1, 48, seed=5)[0].tolist()
-    questions = []
-    for index, length in enumerate((6, 6, 9, 6, 6)):
-        ids = random_tokens(1, length, seed=10 + index)[0].tolist()
-        # The window of a stream is the same share of the context in both protocols.
-        num_tokens = 48 if name == "streaming" else 48 + length
-        cache = DynamicCache(config=model.config) if index == 1 else build(num_tokens)
-        answer = said(model, cache, context + ids, 4)
-        if index >= 3:
-            answer[index - 1] = (answer[index - 1] + 1) % model.config.vocab_size
-        questions.append(Question(ids, answer))
+    model, context = tiny_model("llama"), random_tokens(1, 48, seed=5)[0].tolist()
     caches = {} if name == BASELINE else {name: CACHES[name]}
-    results = Evaluation(model, caches, [0.5]).run([Context("made-up", context, questions)], no_progress)
-    found = {result.protocol: result.scores for result in results if result.cache == name}
-    for index, question in enumerate(questions):
-        after_context, nothing_read = build(48), build(48 if name == "streaming" else 48 + len(question.ids))
-        with torch.no_grad():
-            model(torch.tensor([context]), past_key_values=after_context)
-        wanted = slow_log_likelihood(model, after_context, question.ids, question.answer, by_step=name == "shadow")
-        assert found["context"][index].log_likelihood == pytest.approx(wanted, abs=1e-4)
-        is_said = said(model, nothing_read, context + question.ids, 4) == question.answer
-        assert found["question"][index].is_exact == is_said
-        assert is_said or index not in (0, 2)
-        assert not is_said or index < 3
-    shares = [share for result in results if result.cache == name for share in result.held_shares]
-    assert len(shares) == (2 if name == "streaming" else 6)
+    for is_conversation in (False, True):
+        num_later = 6 + 9 + 5 + 3 * 4 - 1 if is_conversation else 9 + 4 - 1  # behind the longest question
+
+        def build(num_tokens: int, num_later: int = num_later) -> Cache:
+            if name == BASELINE:
+                return DynamicCache(config=model.config)
+            # The window of a stream is the same share of the context in both protocols.
+            return CACHES[name].build(model, 0.5, Workload(48 if name == "streaming" else num_tokens, 1, num_later))
+
+        history, questions = list(context), []
+        for index, length in enumerate((6, 9, 5)):
+            ids = random_tokens(1, length, seed=10 + index)[0].tolist()
+            answer = said(model, DynamicCache(config=model.config) if index else build(54), history + ids, 4)
+            answer[2] = (answer[2] + (index == 1)) % model.config.vocab_size
+            questions.append(Question(ids, answer))
+            history += ids + answer if is_conversation else []
+        made, store = Context("made-up", context, questions, is_conversation), CellStore()
+        results = Evaluation(model, caches, [0.5], store=store).run([made], no_progress)
+        found = {result.protocol: result for result in results if result.cache == name}
+        assert found["question"].scores[0].is_exact and not found["question"].scores[1].is_exact
+        assert {result.num_turns for result in results} == {3 if is_conversation else 1}
+        for protocol, result in found.items():
+            wanted = []
+            for thread in made.threads:
+                pieces = [piece for question in thread for piece in (question.ids, question.answer)]
+                prompt = context
+                if protocol == "question" and name != "streaming":
+                    prompt, pieces = context + pieces[0], [[], *pieces[1:]]
+                wanted += slow_scores(model, build(len(prompt)), prompt, pieces, by_step=name == "shadow")
+            assert [score.is_exact for score in result.scores] == [is_said for is_said, _ in wanted]
+            likely = [score.log_likelihood for score in result.scores]
+            assert likely == pytest.approx([figure for _, figure in wanted], abs=1e-4)
+            is_alone = protocol == "question" and name != "streaming" and not is_conversation
+            assert len(result.held_shares) == (3 if is_alone else 1)
 
 
 # What is certain.

@@ -8,16 +8,14 @@ from collections import Counter
 
 import pytest
 import torch
-from models import random_tokens, tiny_model
-from test_evaluation import said, slow_log_likelihood
 from text_tokenizers import byte_tokenizer
-from transformers import DynamicCache, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from pyramid_cache.lab.demo.planted_number import PromptError, read_text
 from pyramid_cache.lab.evaluation.answers import as_row
 from pyramid_cache.lab.evaluation.asking import score_answers
-from pyramid_cache.lab.evaluation.cells import ALL_QUESTIONS, Cell, CellKey, CellStore
-from pyramid_cache.lab.evaluation.evaluator import Evaluation, Result
+from pyramid_cache.lab.evaluation.cells import Cell, CellKey
+from pyramid_cache.lab.evaluation.evaluator import Result
 from pyramid_cache.lab.evaluation.tasks import (
     TASK_KINDS,
     Context,
@@ -30,8 +28,6 @@ from pyramid_cache.lab.evaluation.tasks import (
     parse_tasks,
 )
 from pyramid_cache.lab.evaluation.tasks.names import num_contexts
-from pyramid_cache.lab.registry import BASELINE, CACHES, Workload
-from pyramid_cache.lab.weights import no_progress
 
 
 CHAT_TEMPLATE = (
@@ -272,49 +268,6 @@ def test_values_are_found_or_not() -> None:
     (plain,) = score_answers(logits, answers)
     assert plain.token_accuracy == pytest.approx(4 / 6)
     assert score_answers(logits, answers, [[]]) == [plain]
-
-
-@pytest.mark.parametrize("name", [BASELINE, "snapkv", "pyramid", "shadow", "streaming"])
-def test_turns_follow_each_other(name: str) -> None:
-    """Each turn is what greedy decoding says behind the whole conversation, and its score that of a slow loop."""
-    model, context = tiny_model("llama"), random_tokens(1, 48, seed=5)[0].tolist()
-    history, questions = list(context), []
-    for turn, length in enumerate((6, 9, 5)):
-        ids = random_tokens(1, length, seed=10 + turn)[0].tolist()
-        answer = said(model, DynamicCache(config=model.config), history + ids, 4)
-        # The second answer is a wrong one, which the third turn follows all the same.
-        answer[2] = (answer[2] + (turn == 1)) % model.config.vocab_size
-        questions.append(Question(ids, answer))
-        history += ids + answer
-    store, caches = CellStore(), {} if name == BASELINE else {name: CACHES[name]}
-    evaluation = Evaluation(model, caches, [0.5], store=store)
-    results = evaluation.run([Context("made-up", context, questions, True)], no_progress)
-    found = {result.protocol: result.scores for result in results if result.cache == name}
-    assert {key.question for key in store.cells} == {ALL_QUESTIONS} and {result.num_turns for result in results} == {3}
-    num_behind = len(history) - 49
-    for protocol in ("context", "question"):
-        # A stream reads the first question behind the context in both protocols.
-        num_read = 54 if protocol == "question" and name != "streaming" else 48
-        cache = DynamicCache(config=model.config)
-        if name != BASELINE:
-            cache = CACHES[name].build(model, 0.5, Workload(num_read, num_later=num_behind - (num_read - 48)))
-        with torch.no_grad():
-            model(torch.tensor([history[:num_read]]), past_key_values=cache)
-        carried: list[int] = []
-        for turn, question in enumerate(questions):
-            new = carried + (question.ids if turn or num_read == 48 else [])
-            if new:
-                wanted = slow_log_likelihood(model, cache, new, question.answer, by_step=name == "shadow")
-                assert found[protocol][turn].log_likelihood == pytest.approx(wanted, abs=1e-4)
-            read = [new, *([token] for token in question.answer[:-1])]
-            for piece in read if name == "shadow" else [new + question.answer[:-1]]:
-                if piece:
-                    with torch.no_grad():
-                        model(torch.tensor([piece]), past_key_values=cache)
-            carried = question.answer[-1:]
-        assert len(found[protocol]) == 3
-        if name == BASELINE:
-            assert [score.is_exact for score in found[protocol]] == [True, False, True]
 
 
 def test_figures_of_tasks_by_hand() -> None:

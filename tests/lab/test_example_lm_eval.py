@@ -41,66 +41,8 @@ def small_model() -> PreTrainedModel:
     return model
 
 
-def words(ids: list[int]) -> str:
-    return " ".join(f"w{index:03}" for index in ids)
-
-
-def write_tasks(folder: Path, documents: list[dict[str, Any]]) -> None:
-    """A task of multiple choice and one of generation over the same documents."""
-    (folder / "documents.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
-    data = {"data_files": {"test": str(folder / "documents.jsonl")}, "cache_dir": str(folder / "datasets")}
-    common = {"dataset_path": "json", "dataset_kwargs": data, "test_split": "test", "doc_to_text": "{{context}}"}
-    choice = {"task": "local_choice", "output_type": "multiple_choice", "doc_to_choice": "{{choices}}"}
-    choice |= {"doc_to_target": "label", "target_delimiter": " ", "metric_list": [{"metric": "acc"}]}
-    generation = {"task": "local_generation", "output_type": "generate_until", "doc_to_target": "answer"}
-    generation["generation_kwargs"] = {"until": ["w007"], "max_gen_toks": 9, "do_sample": False}
-    generation["metric_list"] = [{"metric": "exact_match"}]
-    for own in (choice, generation):
-        (folder / f"{own['task']}.yaml").write_text(json.dumps(common | own))  # which is YAML as well
-
-
-def documents(number: int = 4) -> list[dict[str, Any]]:
-    found = []
-    for index in range(number):
-        ids = random_tokens(30 + 7 * index, seed=index).tolist()
-        choices = [words(random_tokens(length, seed=100 * index + length).tolist()) for length in (1, 2, 5)]
-        found.append({"context": words(ids), "choices": choices, "label": index % 3, "answer": choices[0]})
-    return found
-
-
-def responses(language_model: Any, folder: Path) -> tuple[list[tuple[float, bool]], list[str], dict[str, Any]]:
-    """The scores of all choices, the texts that were generated, and the figures of both tasks."""
-    results = lm_eval.simple_evaluate(
-        model=language_model,
-        tasks=["local_choice", "local_generation"],
-        task_manager=harness.TaskManager(include_path=str(folder), include_defaults=False),
-        bootstrap_iters=0,
-    )
-    choices = [tuple(answer[0]) for row in results["samples"]["local_choice"] for answer in row["resps"]]
-    texts = [row["resps"][0][0] for row in results["samples"]["local_generation"]]
-    return choices, texts, results["results"]
-
-
 def cache_model(build: Any, held_back: int = 1) -> Any:
     return harness.CacheLM(small_model(), build, held_back, tokenizer=tokenizer(), batch_size=2)
-
-
-def test_a_budget_that_holds_everything_changes_nothing(tmp_path: Path) -> None:
-    write_tasks(tmp_path, documents())
-    plain = harness.HFLM(small_model(), backend="causal", tokenizer=tokenizer(), batch_size=2)
-    choices, texts, figures = responses(plain, tmp_path)
-    assert len(choices) == 12 and len(texts) == 4 and len(set(texts)) == 4
-    for build in (
-        lambda model: SnapKVCache(model.config, budget=1.0),
-        lambda model: H2OCache(model.config, budget=500),
-        lambda model: DynamicCache(config=model.config),
-    ):
-        found_choices, found_texts, found_figures = responses(cache_model(build, held_back=3), tmp_path)
-        assert [score for score, _ in found_choices] == pytest.approx([score for score, _ in choices], abs=1e-4)
-        assert [greedy for _, greedy in found_choices] == [greedy for _, greedy in choices]
-        assert found_texts == texts
-        for task, name in (("local_choice", "acc,none"), ("local_generation", "exact_match,none")):
-            assert found_figures[task][name] == figures[task][name]
 
 
 @pytest.mark.parametrize("held_back", [1, 6])
@@ -176,7 +118,10 @@ def public_tasks(folder: Path) -> tuple[list[str], Any]:
     (folder / "tokenizer").mkdir()
     tokenizer().save_pretrained(folder / "tokenizer")
     for name, (definition, splits, row) in PUBLIC.items():
-        (folder / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+        asked = "input" if "input" in row else "question"
+        known = " ".join(f"w{index:03}" for index in random_tokens(40).tolist())  # the tokenizer knows no others
+        rows = [row, {**row, asked: known}]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
         settings = {
             "include": str(Path(lm_eval.__file__).parent / "tasks" / f"{definition}.yaml"),
             "task": f"local_{name}",
@@ -195,32 +140,49 @@ def public_tasks(folder: Path) -> tuple[list[str], Any]:
     return names, harness.TaskManager(include_path=str(folder), include_defaults=False, metadata=metadata)
 
 
-def test_public_sets_run_with_a_small_cache(tmp_path: Path) -> None:
-    """Answers of each set are those of `generate` with the same cache."""
+def test_public_sets_run_with_any_cache(tmp_path: Path) -> None:
+    """
+    Answers of each set are those of `generate` with the same small cache. With a budget that holds everything, answers
+    and scores of two rows of each set are those of HFLM.
+    """
     names, manager = public_tasks(tmp_path)
     model, words_of = small_model(), tokenizer()
+    settings = {"tasks": names, "task_manager": manager, "limit": 2, "num_fewshot": 0, "bootstrap_iters": 0}
 
     def build(model: PreTrainedModel) -> SnapKVCache:
         return SnapKVCache(model.config, budget=20, window_size=4)
 
     adapter = cache_model(build)
-    results = lm_eval.simple_evaluate(
-        model=adapter, tasks=names, task_manager=manager, limit=1, num_fewshot=0, bootstrap_iters=0
-    )
+    results = lm_eval.simple_evaluate(model=adapter, **settings)
     assert set(results["results"]) == set(names)
     for name in names:
         (sample, *_) = results["samples"][name]
-        prompt, settings = sample["arguments"][0]
-        if isinstance(settings, str):  # a letter
-            assert len(sample["resps"]) == 4 and results["results"][name]["acc,none"] in (0, 1)
+        prompt, asked = sample["arguments"][0]
+        if isinstance(asked, str):  # a letter
+            assert len(sample["resps"]) == 4 and 0 <= results["results"][name]["acc,none"] <= 1
             continue
-        num_new = settings.get("max_gen_toks", adapter.max_gen_toks)
+        num_new = asked.get("max_gen_toks", adapter.max_gen_toks)
         ids = words_of(prompt, return_tensors="pt")["input_ids"][:, -(adapter.max_length - num_new) :]
         wanted = model.generate(ids, past_key_values=build(model), max_new_tokens=num_new, do_sample=False)
-        assert (
-            sample["resps"][0][0].split()
-            == words_of.decode(wanted[0, ids.shape[1] :], skip_special_tokens=True).split()
-        )
+        text = words_of.decode(wanted[0, ids.shape[1] :], skip_special_tokens=True)
+        assert sample["resps"][0][0].split() == text.split()
+
+    plain = harness.HFLM(model, backend="causal", tokenizer=words_of, batch_size=2)
+    samples = lm_eval.simple_evaluate(model=plain, **settings)["samples"]
+    for build_large in (
+        lambda model: SnapKVCache(model.config, budget=1.0),
+        lambda model: H2OCache(model.config, budget=10_000),
+        lambda model: DynamicCache(config=model.config),
+    ):
+        found = lm_eval.simple_evaluate(model=cache_model(build_large, held_back=3), **settings)["samples"]
+        for name, sample in ((name, sample) for name in names for sample in range(2)):
+            answers = [[answer for (answer,) in which[name][sample]["resps"]] for which in (found, samples)]
+            if isinstance(answers[0][0], str):
+                assert answers[0] == answers[1]
+                continue
+            scores, greedy = zip(*answers[0], strict=True)
+            wanted_scores, wanted_greedy = zip(*answers[1], strict=True)
+            assert scores == pytest.approx(wanted_scores, abs=1e-4) and greedy == wanted_greedy
 
 
 def test_contexts_of_one_token_and_too_long_ones_and_what_is_refused() -> None:
@@ -243,13 +205,17 @@ def test_contexts_of_one_token_and_too_long_ones_and_what_is_refused() -> None:
 
 @pytest.mark.slow
 def test_runs_as_a_script(tmp_path: Path) -> None:
-    contexts, choices = ["The capital of France is", "The opposite of hot is"], ["Paris.", "cold."]
-    rows = [
-        {"context": text, "choices": choices, "label": label, "answer": choices[label]}
-        for label, text in enumerate(contexts)
-    ]
-    write_tasks(tmp_path, rows)
-    arguments = ("--tasks", "local_choice", "--include-path", tmp_path, "--json", tmp_path / "figures.json")
+    public_tasks(tmp_path)
+    (tmp_path / "ruler.yaml").unlink()
+    arguments = (
+        "--tasks",
+        "local_longbench2_govt_single",
+        "--include-path",
+        tmp_path,
+        "--json",
+        tmp_path / "found.json",
+    )
     finished = run_example("lm_eval_harness.py", *arguments, "--cache", "TOVACache", "--budget", "64", cwd=tmp_path)
-    assert "local_choice" in finished.stdout
-    assert json.loads((tmp_path / "figures.json").read_text())["results"]["local_choice"]["acc,none"] == 1.0
+    assert "local_longbench2_govt_single" in finished.stdout
+    figures = json.loads((tmp_path / "found.json").read_text())["results"]["local_longbench2_govt_single"]
+    assert 0 <= figures["acc,none"] <= 1
