@@ -74,7 +74,6 @@ def ask(
 
     Args:
         cache (`Cache`): Has read the contexts. It stays as it is.
-        threads (`Sequence[Thread]`): Those of one question are asked side by side.
         by_step (`bool`): Whether answers are read token by token.
         first_logits (`torch.Tensor`, *optional*): `(batch, vocabulary)`, what the model says behind each row. The
             cache has then read the first questions as well, which are given without tokens.

@@ -72,7 +72,6 @@ class CellStore:
     Args:
         folder (`Path`, *optional*): Made if it is not there. Cells of an earlier run in it are taken over.
         settings (`dict`): What all cells depend on.
-        process (`int`): Which of the processes that write to the folder this is.
         announce (`Callable`, *optional*): Told of a broken last line, which is dropped.
 
     Raises:
@@ -151,11 +150,9 @@ def digest_of(context: Context) -> str:
 def parse_cell(fields: dict[str, Any]) -> Cell:
     """Reads a cell from JSON; raises ValueError, TypeError, KeyError or AttributeError if it is none."""
     cell = Cell(**{**fields, "key": CellKey(**fields["key"])})
-    if not cell.token_accuracy or len(cell.token_accuracy) != len(cell.log_likelihood):
-        raise ValueError(
-            f"{len(cell.token_accuracy)} token accuracies and {len(cell.log_likelihood)} log-likelihoods, one each "
-            "per question"
-        )
+    numbers = len(cell.token_accuracy), len(cell.log_likelihood)
+    if not numbers[0] == numbers[1] > 0:
+        raise ValueError("{} token accuracies and {} log-likelihoods, one each per question".format(*numbers))
     # A text among the numbers raises here, and not when they are summed up later.
     if not math.isfinite(sum(cell.token_accuracy) + sum(cell.log_likelihood) + cell.held_share):
         raise ValueError("not all of its numbers are finite")

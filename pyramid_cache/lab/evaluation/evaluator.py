@@ -71,10 +71,8 @@ class Evaluation:
     Results of some caches on the contexts of a model.
 
     Attributes:
-        model (`PreTrainedModel`): Reads contexts and answers.
         caches (`Mapping[str, CacheEntry]`): By name.
         budgets (`Sequence[float]`): Fractions of the prompt, or whole numbers of tokens; each cache gets each of them.
-        protocols (`Sequence[str]`): Of `PROTOCOLS`.
         store (`CellStore`): Takes what is measured. What it holds already is not measured again.
         batch_size (`int`): How many contexts of a task are read at a time, padded on the left.
     """
@@ -217,11 +215,7 @@ class Evaluation:
     ) -> tuple[Cache, torch.Tensor]:
         """
         A new cache that has read prompts in its own way, and the logits `(rows, vocabulary)` of the last token of
-        each.
-
-        Args:
-            reading (`Reading`): Of the same prompts with full attention.
-            num_later (`int`): Tokens that come behind the prompts at most.
+        each. The reading is of the same prompts with full attention; `num_later` tokens come behind them at most.
         """
         if setting == FULL:
             return full_cache(self.model, reading), reading.logits

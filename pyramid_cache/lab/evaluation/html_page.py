@@ -9,7 +9,7 @@ from string import Template
 from typing import Any
 
 from pyramid_cache.lab.evaluation.score_plots import Plot
-from pyramid_cache.lab.evaluation.score_tables import footnote, groups, models_of
+from pyramid_cache.lab.evaluation.score_tables import footnote, groups, title_of
 from pyramid_cache.lab.registry import BASELINE
 
 
@@ -22,8 +22,7 @@ def page(record: dict[str, Any], plots: Sequence[Plot]) -> str:
     The report as HTML5, of the record of the command. What differs between two runs of the same command on the same
     machine, such as its load, is not shown.
     """
-    settings = record["settings"]
-    title = f"{models_of(settings)}, {settings['dtype']} on {settings['device']}"
+    title = title_of(record, ", ")
     sections: dict[str, list[str]] = {}
     for (task, protocol), rows in groups(record["rows"]).items():
         sections[f"{task}, {protocol} first"] = [table(rows)]

@@ -45,7 +45,7 @@ class Reading:
         layers (`list[tuple[torch.nn.Module, RecordedChunk]]`): The attention module of each layer, and the queries,
             keys, values and log-sum-exps that it had. Caches share these tensors: none writes to them.
         logits (`torch.Tensor`): `(batch, vocabulary)` of the last token.
-        padding (`torch.Tensor`, *optional*): `(batch,)`, how many columns of padding each row begins with.
+        padding (`torch.Tensor`, *optional*): See `pad_left`.
     """
 
     layers: list[tuple[nn.Module, RecordedChunk]]

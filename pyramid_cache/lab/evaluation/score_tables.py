@@ -17,8 +17,7 @@ TABLE_COLUMNS = 3
 def show(record: dict[str, Any]) -> None:
     """Prints the table."""
     console = report_console()
-    settings = record["settings"]
-    console.print(f"{models_of(settings)} · {settings['dtype']} on {settings['device']}", style="bold", markup=False)
+    console.print(title_of(record, " · "), style="bold", markup=False)
     columns = list(groups(record["rows"]).values())
     for start in range(0, len(columns), TABLE_COLUMNS):
         console.print(table(sum(columns[start : start + TABLE_COLUMNS], [])))
@@ -49,11 +48,9 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
 def markdown(record: dict[str, Any]) -> str:
     """The tables for a text file: one per task and protocol, a row per cache, a column per budget."""
     rows = record["rows"]
-    settings, machine = record["settings"], record["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    lines = [f"# {models_of(settings)}, {settings['dtype']} on {settings['device']}", ""]
-    lines += [footnote(record, "in brackets"), "", f"`{record['command']}`", ""]
-    lines += [f"{machine['processor']}; {versions}.", ""]
+    lines = [f"# {title_of(record, ', ')}", "", footnote(record, "in brackets"), "", f"`{record['command']}`", ""]
+    lines += [f"{record['machine']['processor']}; {versions}.", ""]
     budgets = sorted({row["budget"] for row in rows if row["cache"] != BASELINE}, reverse=True)
     for (task, protocol), here in groups(rows).items():
         full = next(row for row in here if row["cache"] == BASELINE)
@@ -80,9 +77,11 @@ def groups(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[dict[st
     return found
 
 
-def models_of(settings: dict[str, Any]) -> str:
-    """The names of the models that were evaluated."""
-    return " and ".join(settings[key] for key in ("model", "recall_model") if key in settings)
+def title_of(record: dict[str, Any], separator: str) -> str:
+    """The names of the models that were evaluated, and where."""
+    settings = record["settings"]
+    models = " and ".join(settings[key] for key in ("model", "recall_model") if key in settings)
+    return f"{models}{separator}{settings['dtype']} on {settings['device']}"
 
 
 def measures(row: dict[str, Any] | None, separator: str = "  ") -> str:

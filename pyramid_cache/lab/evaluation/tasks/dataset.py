@@ -33,7 +33,6 @@ def build_dataset(
     Args:
         task (`Task` or `str`): Or its name, such as "variables-4096".
         tokenizer (`PreTrainedTokenizerBase`, *optional*): Of the model. `recall-L` has none.
-        seed (`int`): Chooses the contexts.
         samples (`int`, *optional*): How many; by default as many as the task has.
 
     Raises:
