@@ -355,9 +355,8 @@ def test_leftovers_are_removed(tmp_path: Path) -> None:
     (tmp_path / "report.md.0123456789abcdef.tmp").write_bytes(b"")
     ResultFolder(tmp_path, ignore).write(record_of([]))
     assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == sorted(other)
-    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == sorted(
-        [*REPORTS, "results.json", "settings.json"]
-    )
+    files = {"answers.csv", "report.html", "report.md", "results.json", "settings.json"}
+    assert {path.name for path in tmp_path.iterdir() if path.is_file()} == files
     settings = json.loads((tmp_path / "settings.json").read_text())
     assert settings["settings"] == {"model": "a"} and settings["run"]["command"] == "none"
 
@@ -365,43 +364,32 @@ def test_leftovers_are_removed(tmp_path: Path) -> None:
 # Killed.
 
 
-REPORTS = ("answers.csv", "report.html", "report.md")
-KILLED = ["eval", "--tasks", "recall-64,recall-66", "--caches", "knorm,streaming,shadow", "--budgets", "0.5,0.2"]
-KILLED += ["--threads", "1"]
-
-
-def reports_in(folder: Path) -> dict[str, bytes]:
-    """What two runs of the same command must not differ in."""
-    names = [*REPORTS, *(f"plots/{path.name}" for path in sorted((folder / "plots").iterdir()))]
-    return {name: (folder / name).read_bytes() for name in names}
-
-
 @pytest.mark.slow
 def test_an_evaluation_that_is_killed_loses_nothing_and_repeats_nothing(tmp_path: Path) -> None:
     """Killed at twenty moments and started again, it leaves behind what it leaves if it is not, byte for byte."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["pyramid_cache.lab.cli", "pyramid_cache.lab.evaluation.folder", "transformers.models.llama"]
-    )
+    command = "eval --tasks recall-64,recall-66 --caches knorm,streaming,shadow --budgets 0.5,0.2 --threads 1 --out"
+    context, modules = multiprocessing.get_context("forkserver"), ["cli", "evaluation.folder"]
+    context.set_forkserver_preload([*(f"pyramid_cache.lab.{name}" for name in modules), "transformers.models.llama"])
     whole, killed = tmp_path / "whole", tmp_path / "killed"
 
     def start(folder: Path) -> Any:
-        process = context.Process(target=main, args=([*KILLED, "--out", str(folder)],))
+        process = context.Process(target=main, args=([*command.split(), str(folder)],))
         process.start()
         return process
+
+    def run(folder: Path) -> list[str]:
+        process = start(folder)
+        process.join()
+        assert process.exitcode == 0
+        return [json.dumps(json.loads(line)["key"]) for line in (folder / "cells.jsonl").read_text().splitlines()]
 
     def num_lines() -> int:
         return (killed / "cells.jsonl").read_bytes().count(b"\n") if (killed / "cells.jsonl").exists() else 0
 
-    uninterrupted = start(whole)
-    uninterrupted.join()
-    assert uninterrupted.exitcode == 0
-    num_cells = len((whole / "cells.jsonl").read_text().splitlines())
-    num_killed, seen = 0, b""
+    num_cells, num_killed, seen = len(run(whole)), 0, b""
     generator = random.Random(7)
     # After how many cells, and how many seconds later.
-    counts = sorted(generator.sample(range(1, num_cells), 12))
-    moments = [(count, generator.uniform(0, 0.01)) for count in counts]
+    moments = [(count, generator.uniform(0, 0.01)) for count in sorted(generator.sample(range(1, num_cells), 12))]
     # All is measured: what is left is to look at what is kept of an example, and to draw and write reports.
     moments += [(num_cells, generator.uniform(0, 2.5)) for _ in range(8)]
     for count, seconds in moments:
@@ -417,14 +405,12 @@ def test_an_evaluation_that_is_killed_loses_nothing_and_repeats_nothing(tmp_path
         assert content.startswith(seen)  # nothing is lost
         seen = content[: content.rfind(b"\n") + 1]
     assert num_killed >= 15
-    process = start(killed)
-    process.join()
-    assert process.exitcode == 0
-    keys = [json.dumps(json.loads(line)["key"]) for line in (killed / "cells.jsonl").read_text().splitlines()]
+    keys = run(killed)
     assert len(keys) == len(set(keys)) == num_cells  # nothing is repeated
-    kept = (killed / "positions.jsonl").read_text()
-    assert kept == (whole / "positions.jsonl").read_text() and len(kept.splitlines()) == 3 * 2
-    assert reports_in(killed) == reports_in(whole)
-    assert {path.name for path in killed.rglob("*")} == {path.name for path in whole.rglob("*")}
+    files = {path.relative_to(whole) for path in whole.rglob("*") if path.is_file()}
+    assert {path.relative_to(killed) for path in killed.rglob("*") if path.is_file()} == files
+    for path in files - {Path("cells.jsonl"), Path("settings.json"), Path("results.json")}:
+        assert (killed / path).read_bytes() == (whole / path).read_bytes()
+    assert len((whole / "positions.jsonl").read_text().splitlines()) == 3 * 2
     records = [json.loads((folder / "results.json").read_text()) for folder in (killed, whole)]
     assert records[0]["rows"] == records[1]["rows"]

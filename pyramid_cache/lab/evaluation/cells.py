@@ -39,13 +39,10 @@ class CellKey:
     budget: float
 
     def question_numbers(self, context: Context) -> list[int]:
-        """Which questions of its context a cell answers. In view, answers of one token are not measured."""
+        """Which questions of its context a cell answers."""
         if self.question != ALL_QUESTIONS:
             return [self.question]
-        measures_all = self.protocol == "context" or context.is_conversation
-        return [
-            number for number, question in enumerate(context.questions) if measures_all or len(question.answer) > 1
-        ]
+        return list(range(len(context.questions))) if self.protocol == "context" else context.in_view
 
 
 @dataclass(frozen=True)

@@ -137,7 +137,7 @@ class Evaluation:
             yield num_questions
         if "question" in self.protocols:
             for number in range(max(len(context.threads) for context in contexts)):
-                chosen = [place for place in batch if number in in_view(place[1])]
+                chosen = [place for place in batch if number in place[1].in_view]
                 if chosen:
                     self._ask_in_view(chosen, number, settings, find_reader if len(chosen) == len(batch) else None)
                     num_questions -= len(chosen)
@@ -242,15 +242,6 @@ def batches_of(contexts: Sequence[tuple[int, Context]], batch_size: int) -> Iter
     for _, group in itertools.groupby(contexts, key=lambda place: (place[1].task, place[1].is_conversation)):
         places = list(group)
         yield from (places[start : start + batch_size] for start in range(0, len(places), batch_size))
-
-
-def in_view(context: Context) -> list[int]:
-    """
-    Which threads are read with the context: those about which a cache that has evicted then has anything to say. The
-    first token of an answer follows from a full reading of the prompt.
-    """
-    firsts = [first for first, *_ in context.threads]
-    return [number for number, first in enumerate(firsts) if context.is_conversation or len(first.answer) > 1]
 
 
 def len_behind(threads: Sequence[Sequence[Question]]) -> int:

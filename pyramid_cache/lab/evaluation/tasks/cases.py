@@ -71,6 +71,15 @@ class Context:
         """The questions that follow each other: all of a conversation, else each on its own."""
         return [self.questions] if self.is_conversation else [[question] for question in self.questions]
 
+    @property
+    def in_view(self) -> list[int]:
+        """
+        Which questions are read with the context: those about which a cache that has evicted then has anything to say.
+        The first token of an answer follows from a full reading of the prompt.
+        """
+        numbers = range(len(self.questions))
+        return [number for number in numbers if self.is_conversation or len(self.questions[number].answer) > 1]
+
 
 def save_contexts(contexts: Sequence[Context], model: str, path: Path) -> None:
     """Writes cases so that other programs can be measured on them: `{"model": ..., "contexts": [...]}`."""
