@@ -171,7 +171,6 @@ def test_public_sets_run_with_any_cache(tmp_path: Path) -> None:
     samples = lm_eval.simple_evaluate(model=plain, **settings)["samples"]
     for build_large in (
         lambda model: SnapKVCache(model.config, budget=1.0),
-        lambda model: H2OCache(model.config, budget=10_000),
         lambda model: DynamicCache(config=model.config),
     ):
         found = lm_eval.simple_evaluate(model=cache_model(build_large, held_back=3), **settings)["samples"]

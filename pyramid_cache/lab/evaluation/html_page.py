@@ -9,12 +9,8 @@ from string import Template
 from typing import Any
 
 from pyramid_cache.lab.evaluation.score_plots import Plot
-from pyramid_cache.lab.evaluation.score_tables import footnote, groups, title_of
+from pyramid_cache.lab.evaluation.score_tables import figures, footnote, groups, scores_of, title_of, turns
 from pyramid_cache.lab.registry import BASELINE
-
-
-# Keys of rows, and what columns are called.
-SCORES = {"exact_match": "exact match", "token_accuracy": "token accuracy", "log_likelihood": "log-likelihood"}
 
 
 def page(record: dict[str, Any], plots: Sequence[Plot]) -> str:
@@ -51,16 +47,13 @@ def escape(value: object) -> str:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """A table that sorts by the column whose head is pressed: one row per cache and budget."""
-    scores = {"perplexity": "perplexity"} if "perplexity" in rows[0] else SCORES
-    has_turns = "token_accuracy_by_turn" in rows[0]
-    columns = ["cache", "budget", *scores.values(), "bytes kept", "questions", *(["by turn"] if has_turns else [])]
+    by_turn = ["by turn"] if turns(rows[0]) else []
+    columns = ["cache", "budget", *scores_of(rows[0]).values(), "bytes kept", "questions", *by_turn]
     head = "".join(f'<th scope="col"><button type="button">{escape(column)}</button></th>' for column in columns)
     lines = []
     for row in rows:
-        figures = [f"{row[score]:.2f}" for score in (*scores, "held_share")]
-        cells = [f"{row['budget']:g}", *figures, str(row["num_cases"])]
-        if has_turns:
-            cells.append(" ".join(f"{accuracy:.2f}" for accuracy in row["token_accuracy_by_turn"]))
+        cells = [f"{row['budget']:g}", *figures(row), f"{row['held_share']:.2f}", str(row["num_cases"])]
+        cells += [turns(row) for _ in by_turn]
         marked = ' class="full"' if row["cache"] == BASELINE else ""
         data = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
         # The name of a class may break before a capital where the page is narrow.

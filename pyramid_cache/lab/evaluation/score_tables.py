@@ -12,6 +12,7 @@ from pyramid_cache.lab.terminal import report_console
 
 # Tasks and protocols that a table for the terminal has room for side by side.
 TABLE_COLUMNS = 3
+SCORES = {"exact_match": "exact match", "token_accuracy": "token accuracy", "log_likelihood": "log-likelihood"}
 
 
 def show(record: dict[str, Any]) -> None:
@@ -84,20 +85,30 @@ def title_of(record: dict[str, Any], separator: str) -> str:
     return f"{models}{separator}{settings['dtype']} on {settings['device']}"
 
 
+def scores_of(row: dict[str, Any]) -> dict[str, str]:
+    """What a task is measured by: the keys of its rows, and what columns are called."""
+    return {"perplexity": "perplexity"} if "perplexity" in row else SCORES
+
+
+def figures(row: dict[str, Any]) -> list[str]:
+    """What a task is measured by, in two decimals."""
+    return [f"{row[score]:.2f}" for score in scores_of(row)]
+
+
+def turns(row: dict[str, Any]) -> str:
+    """The token accuracy of each turn of a conversation; empty for other tasks."""
+    return " ".join(f"{accuracy:.2f}" for accuracy in row.get("token_accuracy_by_turn", ()))
+
+
 def measures(row: dict[str, Any] | None, separator: str = "  ") -> str:
     """
-    Exact match, token accuracy and log-likelihood, with the token accuracy of each turn of a conversation; for a
-    continuation the perplexity alone. Empty for what was not measured.
+    The figures of a row, in columns or, behind another separator, with the turns. Empty for what was not measured.
     """
     if row is None:
         return ""
-    if "perplexity" in row:
-        return f"{row['perplexity']:.2f}"
-    figures = (f"{row['exact_match']:.2f}", f"{row['token_accuracy']:.2f}", f"{row['log_likelihood']:.2f}".rjust(6))
     if separator.isspace():
-        return separator.join(figures)
-    by_turn = " ".join(f"{accuracy:.2f}" for accuracy in row.get("token_accuracy_by_turn", ()))
-    return separator.join(figure.strip() for figure in figures) + (f" ({by_turn})" if by_turn else "")
+        return separator.join(figure.rjust(6 if place == 2 else 0) for place, figure in enumerate(figures(row)))
+    return separator.join(figures(row)) + (f" ({turns(row)})" if turns(row) else "")
 
 
 def footnote(record: dict[str, Any], place_of_turns: str | None = None) -> str:
