@@ -8,7 +8,6 @@ import os
 import socket
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +15,18 @@ import pytest
 import torch
 from caches import CACHE_CASES, CacheCase, parametrize_cases
 from models import build_model, random_tokens, tiny_model
-from transformers import Cache, DynamicCache, LlamaForCausalLM, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from pyramid_cache import SnapKVCache, StreamingLLMCache
 from pyramid_cache.lab.cli import main
 from pyramid_cache.lab.evaluation import score_tables
-from pyramid_cache.lab.evaluation.asking import groups_of_equal_length, score_answers
+from pyramid_cache.lab.evaluation.asking import groups_of_equal_length
 from pyramid_cache.lab.evaluation.cells import Cell, CellStore
-from pyramid_cache.lab.evaluation.evaluator import Evaluation, Result
-from pyramid_cache.lab.evaluation.reading import Reader, full_cache
+from pyramid_cache.lab.evaluation.evaluator import Evaluation
+from pyramid_cache.lab.evaluation.reading import Reader
 from pyramid_cache.lab.evaluation.recall import load_recall_model
 from pyramid_cache.lab.evaluation.tasks import Context, Question, build_contexts, parse_task
-from pyramid_cache.lab.registry import BASELINE, CACHES, CacheEntry, Workload
+from pyramid_cache.lab.registry import BASELINE, CACHES, Workload
 from pyramid_cache.lab.weights import no_progress
 
 
@@ -37,11 +36,6 @@ DENSE_CASES = [
     for case in CACHE_CASES
     if not case.from_model and (case.cache_class is not StreamingLLMCache or case.tight.get("prefill") == "dense")
 ]
-
-
-@pytest.fixture(scope="module")
-def recall_model() -> LlamaForCausalLM:
-    return load_recall_model()
 
 
 # One reading.
@@ -87,16 +81,6 @@ def test_a_prompt_is_replayed_to_new_caches_alone() -> None:
     assert torch.equal(cache.positions(0), held)
 
 
-@torch.no_grad()
-def test_a_reading_gives_the_full_cache() -> None:
-    model, tokens = tiny_model("llama"), random_tokens(1, 40, seed=3)
-    reader = Reader(model, tokens[:, :25])
-    reader.with_question(tokens[:, 30:])  # leaves nothing behind
-    cache = full_cache(model, reader.with_question(tokens[:, 25:30]))
-    logits = model(tokens[:, 30:], past_key_values=cache).logits
-    torch.testing.assert_close(logits, model(tokens).logits[:, 30:], atol=1e-4, rtol=0)
-
-
 def test_models_whose_reading_cannot_be_shared_are_refused() -> None:
     with pytest.raises(NotImplementedError, match="other kinds than full attention"):
         Reader(tiny_model("gemma3"), random_tokens(1, 10))
@@ -108,34 +92,10 @@ def test_models_whose_reading_cannot_be_shared_are_refused() -> None:
 # Scores.
 
 
-def test_scores_are_those_of_the_right_tokens() -> None:
-    probabilities = torch.tensor([[[0.5, 0.25, 0.25], [0.1, 0.2, 0.7]], [[0.2, 0.4, 0.4], [0.25, 0.5, 0.25]]])
-    first, second = score_answers(probabilities.log(), torch.tensor([[0, 2], [0, 1]]))
-    assert first.is_exact and first.token_accuracy == 1
-    assert not second.is_exact and second.token_accuracy == 0.5
-    assert first.log_likelihood == pytest.approx(torch.tensor([0.5, 0.7]).log().mean().item())
-    assert second.log_likelihood == pytest.approx(torch.tensor([0.2, 0.5]).log().mean().item())
-
-
 def test_questions_of_equal_length_are_asked_side_by_side() -> None:
     threads = [(0, [Question([0] * length, [0] * 2)]) for length in (3, 4, 3, 3, 4, 3)]
     assert list(groups_of_equal_length(threads, 3)) == [[0, 2, 3], [5], [1, 4]]
     assert list(groups_of_equal_length([*threads[:1], (0, threads[0][1] * 2), *threads[2:3]], 3)) == [[0, 2], [1]]
-
-
-@torch.no_grad()
-def slow_log_likelihood(
-    model: PreTrainedModel, cache: Cache, new: list[int], answer: list[int], by_step: bool = False
-) -> float:
-    """The mean log-probability of an answer's tokens, each on a copy of the cache that reads all before it anew."""
-    total = 0.0
-    for index, token_id in enumerate(answer):
-        pieces = [new, *([token] for token in answer[:index])] if by_step else [new + answer[:index]]
-        asked = copy.deepcopy(cache)
-        for piece in pieces:
-            logits = model(torch.tensor([piece]), past_key_values=asked).logits[0, -1]
-        total += logits.log_softmax(dim=-1)[token_id].item()
-    return total / len(answer)
 
 
 def said(model: PreTrainedModel, cache: Cache, prompt: list[int], num_tokens: int) -> list[int]:
@@ -146,133 +106,147 @@ def said(model: PreTrainedModel, cache: Cache, prompt: list[int], num_tokens: in
     return output[0, len(prompt) :].tolist()
 
 
+@torch.no_grad()
+def slow_scores(
+    model: PreTrainedModel, cache: Cache, prompt: list[int], thread: list[list[int]], by_step: bool
+) -> list[tuple[bool, float]]:
+    """
+    Whether greedy decoding says each answer of a thread, which has questions and answers in turn, and the mean
+    log-probability of its tokens: each token on a copy of the cache that reads all before it anew.
+    """
+
+    def read(asked: Cache, pieces: list[list[int]], logits: torch.Tensor | None) -> torch.Tensor:
+        for piece in filter(None, pieces):
+            logits = model(torch.tensor([piece]), past_key_values=asked).logits[0, -1].log_softmax(dim=-1)
+        return logits
+
+    logits, carried, found = read(cache, [prompt], None), [], []
+    for question, answer in zip(thread[::2], thread[1::2], strict=True):
+        new, is_said, total = carried + question, True, 0.0
+        for index, token_id in enumerate(answer):
+            before = [[token] for token in answer[:index]]
+            pieces = [new, *before] if by_step else [new + answer[:index]]
+            last = copy.deepcopy(cache)
+            likely = read(last, pieces, logits)
+            is_said, total = is_said and int(likely.argmax()) == token_id, total + likely[token_id].item()
+        found.append((is_said, total / len(answer)))
+        cache, carried = last, answer[-1:]
+    return found
+
+
 @pytest.mark.parametrize("name", [BASELINE, "snapkv", "pyramid", "shadow", "streaming"])
-def test_scores_are_those_of_generate(name: str) -> None:
+def test_scores_are_those_of_generate_and_of_a_slow_loop(name: str) -> None:
     """
-    Both protocols, on what the cache itself says, on what the full cache says, and on answers with a wrong token.
+    Questions on their own and turns of a conversation, in both protocols: answers that the cache itself gives, that
+    have a wrong token, and that the full cache gives.
     """
-    model = tiny_model("llama")
-
-    def build(num_tokens: int) -> Cache:
-        if name == BASELINE:
-            return DynamicCache(config=model.config)
-        return CACHES[name].build(model, 0.5, Workload(num_tokens, num_later=9 + 4 - 1))  # behind the longest question
-
-    context = random_tokens(1, 48, seed=5)[0].tolist()
-    questions = []
-    for index, length in enumerate((6, 6, 9, 6, 6)):
-        ids = random_tokens(1, length, seed=10 + index)[0].tolist()
-        # The window of a stream is the same share of the context in both protocols.
-        num_tokens = 48 if name == "streaming" else 48 + length
-        cache = DynamicCache(config=model.config) if index == 1 else build(num_tokens)
-        answer = said(model, cache, context + ids, 4)
-        if index >= 3:
-            answer[index - 1] = (answer[index - 1] + 1) % model.config.vocab_size
-        questions.append(Question(ids, answer))
+    model, context = tiny_model("llama"), random_tokens(1, 48, seed=5)[0].tolist()
     caches = {} if name == BASELINE else {name: CACHES[name]}
-    results = Evaluation(model, caches, [0.5]).run([Context("made-up", context, questions)], no_progress)
-    found = {result.protocol: result.scores for result in results if result.cache == name}
-    for index, question in enumerate(questions):
-        after_context, nothing_read = build(48), build(48 if name == "streaming" else 48 + len(question.ids))
-        with torch.no_grad():
-            model(torch.tensor([context]), past_key_values=after_context)
-        wanted = slow_log_likelihood(model, after_context, question.ids, question.answer, by_step=name == "shadow")
-        assert found["context"][index].log_likelihood == pytest.approx(wanted, abs=1e-4)
-        is_said = said(model, nothing_read, context + question.ids, 4) == question.answer
-        assert found["question"][index].is_exact == is_said
-        assert is_said or index not in (0, 2)
-        assert not is_said or index < 3
-    shares = [share for result in results if result.cache == name for share in result.held_shares]
-    assert len(shares) == (2 if name == "streaming" else 6)
+    for is_conversation in (False, True):
+        num_later = 6 + 9 + 5 + 3 * 4 - 1 if is_conversation else 9 + 4 - 1  # behind the longest question
 
+        def build(num_tokens: int, num_later: int = num_later) -> Cache:
+            if name == BASELINE:
+                return DynamicCache(config=model.config)
+            # The window of a stream is the same share of the context in both protocols.
+            return CACHES[name].build(model, 0.5, Workload(48 if name == "streaming" else num_tokens, 1, num_later))
 
-@pytest.mark.parametrize("name", ["streaming", "streaming-dense"])
-def test_streams_hold_the_budget_of_the_context_to_the_last_token(name: str) -> None:
-    model = tiny_model("llama")
-    cache = CACHES[name].build(model, 0.5, Workload(48, num_later=12))
-    with torch.no_grad():
-        model(random_tokens(1, 48), past_key_values=cache)
-        model(random_tokens(1, 12), past_key_values=cache)
-    assert sorted(cache.positions(0)[0, 0].tolist()) == [*range(4), *range(48 - 20, 60)]
-
-
-# Cases.
-
-
-def test_recall_asks_for_values_of_the_context() -> None:
-    (context,) = build_contexts(parse_task("recall-200"), samples=1)
-    values = dict(zip(context.ids[::2], context.ids[1::2], strict=True))
-    assert len(values) == 100 and len(context.questions) == 64
-    assert len({question.ids[0] for question in context.questions}) == 64
-    assert all([values[question.ids[0]]] == question.answer for question in context.questions)
+        history, questions = list(context), []
+        for index, length in enumerate((6, 9, 5)):
+            ids = random_tokens(1, length, seed=10 + index)[0].tolist()
+            answer = said(model, DynamicCache(config=model.config) if index else build(54), history + ids, 4)
+            answer[2] = (answer[2] + (index == 1)) % model.config.vocab_size
+            questions.append(Question(ids, answer))
+            history += ids + answer if is_conversation else []
+        made, store = Context("made-up", context, questions, is_conversation), CellStore()
+        results = Evaluation(model, caches, [0.5], store=store).run([made], no_progress)
+        found = {result.protocol: result for result in results if result.cache == name}
+        assert found["question"].scores[0].is_exact and not found["question"].scores[1].is_exact
+        assert {result.num_turns for result in results} == {3 if is_conversation else 1}
+        for protocol, result in found.items():
+            wanted = []
+            for thread in made.threads:
+                pieces = [piece for question in thread for piece in (question.ids, question.answer)]
+                prompt = context
+                if protocol == "question" and name != "streaming":
+                    prompt, pieces = context + pieces[0], [[], *pieces[1:]]
+                wanted += slow_scores(model, build(len(prompt)), prompt, pieces, by_step=name == "shadow")
+            assert [score.is_exact for score in result.scores] == [is_said for is_said, _ in wanted]
+            likely = [score.log_likelihood for score in result.scores]
+            assert likely == pytest.approx([figure for _, figure in wanted], abs=1e-4)
+            is_alone = protocol == "question" and name != "streaming" and not is_conversation
+            assert len(result.held_shares) == (3 if is_alone else 1)
 
 
 # What is certain.
 
 
-def evaluate(model: PreTrainedModel, caches: dict[str, CacheEntry], budgets: list[float]) -> dict[tuple, Result]:
-    contexts = build_contexts(parse_task("recall-448"), samples=2)
-    results = Evaluation(model, caches, budgets).run(contexts, no_progress)
-    assert {result.protocol for result in results} == {"context"}  # answers of one token follow from a full reading
-    return {(result.cache, result.budget): result for result in results}
-
-
-def accuracy(result: Result) -> float:
-    return sum(score.is_exact for score in result.scores) / len(result.scores)
-
-
-def test_the_recall_model_recalls(recall_model: LlamaForCausalLM) -> None:
-    (full,) = evaluate(recall_model, {}, [0.5]).values()
-    assert len(full.scores) == 128
-    assert accuracy(full) > 0.95
-
-
-def test_a_window_forgets_what_is_out_of_it(recall_model: LlamaForCausalLM) -> None:
+def test_a_window_forgets_what_is_out_of_it_and_all_of_a_budget_nothing() -> None:
     """All that a window of 44 tokens can answer are questions about the last 22 pairs."""
-    results = evaluate(recall_model, {name: CACHES[name] for name in ("streaming", "streaming-dense")}, [0.5, 0.1])
-    contexts = build_contexts(parse_task("recall-448"), samples=2)
-    asked = [(context.ids.index(question.ids[0]), question) for context in contexts for question in context.questions]
+    model, contexts = load_recall_model(), build_contexts(parse_task("recall-448"), samples=2)
+    results = {}
+    for names, budgets in ((("streaming", "streaming-dense"), [0.5, 0.1]), (("h2o", "snapkv"), [1.0])):
+        found = Evaluation(model, {name: CACHES[name] for name in names}, budgets).run(contexts, no_progress)
+        results |= {(result.cache, result.budget): result for result in found}
+        assert {result.protocol for result in found} == {"context"}  # answers of one token follow from a full reading
+    right = {place: sum(score.is_exact for score in result.scores) for place, result in results.items()}
+    full = results[BASELINE, 1.0]
+    assert len(full.scores) == 128 and right[BASELINE, 1.0] > 0.95 * 128
+    asked = []
+    for context in contexts:
+        values = dict(zip(context.ids[::2], context.ids[1::2], strict=True))
+        assert all([values[question.ids[0]]] == question.answer for question in context.questions)
+        asked += [context.ids.index(question.ids[0]) for question in context.questions]
     for name in ("streaming", "streaming-dense"):
-        small, large, full = results[name, 0.1], results[name, 0.5], results[BASELINE, 1.0]
-        assert accuracy(small) < accuracy(large) < accuracy(full)
-        forgotten = [score.is_exact for (place, _), score in zip(asked, small.scores, strict=True) if 4 <= place < 404]
+        assert right[name, 0.1] < right[name, 0.5] < right[BASELINE, 1.0]
+        scores = zip(asked, results[name, 0.1].scores, strict=True)
+        forgotten = [score.is_exact for place, score in scores if 4 <= place < 404]
         assert len(forgotten) > 80 and sum(forgotten) / len(forgotten) < 0.1
-        assert sum(small.held_shares) / 2 < 0.12
-
-
-def test_a_cache_that_holds_everything_loses_nothing(recall_model: LlamaForCausalLM) -> None:
-    caches = {name: CACHES[name] for name in ("h2o", "snapkv")}
-    results = evaluate(recall_model, caches, [1.0])
-    full = [score.log_likelihood for score in results[BASELINE, 1.0].scores]
-    for name in caches:
-        assert [score.log_likelihood for score in results[name, 1.0].scores] == pytest.approx(full, abs=1e-4)
+        assert sum(results[name, 0.1].held_shares) / 2 < 0.12
+    wanted = [score.log_likelihood for score in full.scores]
+    for name in ("h2o", "snapkv"):
+        assert [score.log_likelihood for score in results[name, 1.0].scores] == pytest.approx(wanted, abs=1e-4)
 
 
 # The command.
 
 
+def record_of(arguments: list[str], path: Path) -> dict[str, Any]:
+    assert main([*arguments, "--json", str(path)]) == 0
+    return json.loads(path.read_text())
+
+
+def rows_of(arguments: list[str], path: Path) -> list[dict[str, Any]]:
+    return record_of(arguments, path)["rows"]
+
+
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With tasks by lengths, a cache by its class, and in batches."""
     path = tmp_path / "results.json"
-    arguments = ["eval", "--tasks", "recall-128", "--caches", "snapkv,streaming", "--budgets", "0.25,0.5"]
-    assert main([*arguments, "--samples", "1", "--seed", "3", "--json", str(path)]) == 0
+    arguments = ["evaluate", "--tasks", "recall,recall-32", "--lengths", "64,66", "--caches", "SnapKVCache,streaming"]
+    record = record_of([*arguments, "--budgets", "0.25,0.5", "--samples", "1", "--seed", "3"], path)
     printed = capsys.readouterr().out
-    record = json.loads(path.read_text())
-    assert {(row["cache"], row["budget"]) for row in record["rows"]} == {
-        *((name, budget) for name in ("snapkv", "streaming") for budget in (0.5, 0.25)),
-        (BASELINE, 1.0),
-    }
+    settings = [(BASELINE, 1.0), *((name, budget) for name in ("snapkv", "streaming") for budget in (0.5, 0.25))]
+    assert [(row["task"], row["cache"], row["budget"]) for row in record["rows"]] == [
+        (task, *setting) for task in ("recall-64", "recall-66", "recall-32") for setting in settings
+    ]
     for row in record["rows"]:
         cases = row["cases"]
-        assert row["num_cases"] == len(cases["token_accuracy"]) == len(cases["log_likelihood"]) == 64
-        assert row["exact_match"] == pytest.approx(sum(share == 1 for share in cases["token_accuracy"]) / 64)
+        assert row["num_cases"] == len(cases["token_accuracy"]) == len(cases["log_likelihood"])
+        assert row["exact_match"] == pytest.approx(cases["token_accuracy"].count(1) / row["num_cases"])
         assert row["label"] in printed and f"{row['exact_match']:.2f}" in printed
     assert record["settings"]["recall_model"] == "recall model" and record["settings"]["seed"] == 3
     assert {"processor", "torch_threads", "load_average_after"} <= set(record["machine"])
     assert {"torch", "transformers", "python"} <= set(record["versions"])
     # The command that is noted measures the same.
-    again = tmp_path / "again.json"
-    assert main([*record["command"].split()[1:], "--json", str(again)]) == 0
-    assert json.loads(again.read_text())["rows"] == record["rows"]
+    assert record["command"].startswith("pyramid-cache eval --caches snapkv,streaming ")
+    noted = record["command"].split()[1:]
+    assert rows_of(noted, path) == record["rows"]
+    batched = record_of([*noted, "--samples", "3", "--batch-size", "3"], path)
+    assert "--batch-size 3" in batched["command"]
+    for together, alone in zip(batched["rows"], rows_of([*noted, "--samples", "3"], path), strict=True):
+        assert together["cases"]["token_accuracy"] == alone["cases"]["token_accuracy"]
+        assert together["cases"]["log_likelihood"] == pytest.approx(alone["cases"]["log_likelihood"], abs=1e-3)
 
 
 # Folders of answers.
@@ -280,11 +254,6 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 INTERRUPTED = 130
 RESUMED = ["eval", "--tasks", "recall-64", "--caches", "knorm,streaming", "--budgets", "0.5", "--samples", "2"]
-
-
-def rows_of(arguments: list[str], path: Path) -> list[dict[str, Any]]:
-    assert main([*arguments, "--json", str(path)]) == 0
-    return json.loads(path.read_text())["rows"]
 
 
 def test_a_stopped_evaluation_loses_nothing_and_repeats_nothing(
@@ -330,44 +299,8 @@ def test_a_stopped_evaluation_loses_nothing_and_repeats_nothing(
     assert f"| KnormCache | {exact['KnormCache', 0.5]} / " in report
 
 
-# Two processes of torch alone, to tell a machine on which they cannot connect from a defect.
-GATHER = """
-import torch.distributed as distributed
-distributed.init_process_group("gloo")
-distributed.all_gather_object([None, None], distributed.get_rank())
-distributed.destroy_process_group()
-"""
-
-
-def run_two_processes(*arguments: str) -> tuple[str, str]:
-    """
-    Runs Python twice, in the environment that `torchrun --nproc_per_node 2` gives, to outputs and errors of both.
-    """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    if sys.platform == "linux":
-        shared["GLOO_SOCKET_IFNAME"] = "lo"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, *arguments],
-            env={**os.environ, **shared, "RANK": str(process), "LOCAL_RANK": str(process)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for process in range(2)
-    ]
-    with ThreadPoolExecutor() as readers:
-        outputs = list(readers.map(lambda process: process.communicate(timeout=300), processes))
-    output, errors = ("".join(parts) for parts in zip(*outputs, strict=True))
-    failed = any(process.returncode for process in processes)
-    return output, (errors or "no message") if failed else ""
-
-
 def test_processes_share_an_evaluation(tmp_path: Path) -> None:
-    """Two with a thread each leave behind what one leaves, byte for byte."""
+    """Two, in the environment that `torchrun` gives, with a thread each: what one leaves, byte for byte."""
     arguments = ["eval", "--tasks", "recall-64,recall-66", "--caches", "knorm,streaming", "--samples", "3"]
     arguments += ["--budgets", "0.5", "--device", "cpu", "--threads", "1"]
     num_threads = torch.get_num_threads()
@@ -375,50 +308,31 @@ def test_processes_share_an_evaluation(tmp_path: Path) -> None:
         wanted = rows_of([*arguments, "--out", str(tmp_path / "one")], tmp_path / "wanted.json")
     finally:
         torch.set_num_threads(num_threads)
-    found, folder = tmp_path / "found.json", tmp_path / "two"
-    output, errors = run_two_processes(
-        "-m", "pyramid_cache.lab.cli", *arguments, "--out", str(folder), "--json", str(found)
-    )
-    if errors and (reason := run_two_processes("-c", GATHER)[1]):
-        pytest.skip(f"torch.distributed does not work here: {reason.splitlines()[-1]}")
-    assert not errors
+    found, folder, logs = tmp_path / "found.json", tmp_path / "two", [tmp_path / "log.0", tmp_path / "log.1"]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if sys.platform == "linux":
+        shared["GLOO_SOCKET_IFNAME"] = "lo"
+    command = [sys.executable, "-m", "pyramid_cache.lab.cli", *arguments, "--out", str(folder), "--json", str(found)]
+    processes = []
+    for rank, log in enumerate(logs):
+        environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        with log.open("w") as file:
+            processes.append(subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT))
+    codes = [process.wait(timeout=300) for process in processes]
+    output = "".join(log.read_text() for log in logs)
+    assert codes == [0, 0], output
     assert output.count("Exact match") == 1  # one of them reports
     assert [len((folder / name).read_text().splitlines()) for name in ("cells.jsonl", "cells.1.jsonl")] == [9, 9]
     record = json.loads(found.read_text())
     assert record["machine"]["processes"] == 2
     assert record["rows"] == wanted
-    names = sorted(
-        path.relative_to(folder) for path in folder.rglob("*") if path.suffix in (".csv", ".html", ".md", ".png")
-    )
+    names = [path.relative_to(folder) for path in folder.rglob("*") if path.suffix in (".csv", ".html", ".md", ".png")]
     assert len(names) == 7  # answers, two reports, and four pictures
     for name in names:
         assert (folder / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
-
-
-@pytest.mark.slow
-def test_accelerate_launches_an_evaluation(tmp_path: Path) -> None:
-    """As the page has it: its two processes have half of the contexts each, and the rows are those of one process."""
-    arguments = "eval --tasks recall-64 --caches knorm --samples 4 --device cpu --threads 1".split()
-    num_threads = torch.get_num_threads()
-    try:
-        wanted = rows_of(arguments, tmp_path / "wanted.json")
-    finally:
-        torch.set_num_threads(num_threads)
-    launch = (
-        "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0".split()
-    )
-    launch += "--mixed_precision no --dynamo_backend no -m pyramid_cache.lab.cli".split()
-    folder, found = tmp_path / "two", tmp_path / "found.json"
-    command = [sys.executable, *launch, *arguments, "--out", str(folder), "--json", str(found)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    if done.returncode and (reason := run_two_processes("-c", GATHER)[1]):
-        pytest.skip(f"torch.distributed does not work here: {reason.splitlines()[-1]}")
-    assert done.returncode == 0, done.stderr
-    record = json.loads(found.read_text())
-    assert record["machine"]["processes"] == 2
-    assert record["rows"] == wanted
-    numbers = [len((folder / name).read_text().splitlines()) for name in ("cells.jsonl", "cells.1.jsonl")]
-    assert numbers[0] == numbers[1] > 0
 
 
 def test_bad_options_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -442,43 +356,19 @@ def test_bad_options_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
         assert message in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_command_takes_tasks_by_lengths_classes_and_its_older_name(tmp_path: Path) -> None:
-    path = tmp_path / "results.json"
-    arguments = ["--tasks", "recall,recall-32", "--lengths", "64,66", "--caches", "KnormCache", "--samples", "1"]
-    assert main(["evaluate", *arguments, "--budgets", "0.5", "--json", str(path)]) == 0
-    record = json.loads(path.read_text())
-    assert [row["task"] for row in record["rows"][::2]] == ["recall-64", "recall-66", "recall-32"]
-    assert record["command"].startswith("pyramid-cache eval --caches knorm ") and "--samples 1" in record["command"]
-
-
-# Tables.
-
-
-def report_row(task: str, **figures: object) -> dict[str, object]:
-    row = {
-        "task": task,
-        "protocol": "context",
-        "cache": "dynamic",
-        "label": "DynamicCache",
-        "budget": 1.0,
-        "num_cases": 4,
-    }
-    return row | {"exact_match": 0.5, "token_accuracy": 0.75, "log_likelihood": -1.25} | figures
-
-
-def test_cells_of_tables() -> None:
-    """What a task is measured by."""
-    assert score_tables.measures(report_row("needles-8-512"), " / ") == "0.50 / 0.75 / -1.25"
-    assert score_tables.measures(report_row("perplexity-512", perplexity=20.125), " / ") == "20.12"
-    turns = report_row("turns-2-512", token_accuracy_by_turn=[1.0, 0.5])
-    assert score_tables.measures(turns, " / ") == "0.50 / 0.75 / -1.25 (1.00 0.50)"
-    assert score_tables.measures(None) == ""
-
-
-def test_many_tasks_are_in_tables_that_can_be_read(capsys: pytest.CaptureFixture[str]) -> None:
+def test_tables_can_be_read(capsys: pytest.CaptureFixture[str]) -> None:
+    """What a task is measured by, and many tasks with long names."""
+    common = {"task": "needles-multikey-4-1024", "protocol": "context", "cache": "dynamic", "label": "DynamicCache"}
+    common |= {"budget": 1.0, "num_cases": 4, "exact_match": 0.5, "token_accuracy": 0.75, "log_likelihood": -1.25}
+    for more, wanted in (
+        ({}, "0.50 / 0.75 / -1.25"),
+        ({"perplexity": 20.125}, "20.12"),
+        ({"token_accuracy_by_turn": [1.0, 0.5]}, "0.50 / 0.75 / -1.25 (1.00 0.50)"),
+    ):
+        assert score_tables.measures(common | more, " / ") == wanted
     names = [f"needles-multikey-4-{length}" for length in range(1024, 1031)]
     settings = {"model": "some", "dtype": "float32", "device": "cpu"}
-    score_tables.show({"rows": [report_row(name) for name in names], "settings": settings})
+    score_tables.show({"rows": [common | {"task": name} for name in names], "settings": settings})
     printed = capsys.readouterr().out
     unbroken = "".join(printed.split())
     assert [unbroken.count(name) for name in names] == [2] * 7  # in a table and in the line of counts

@@ -1,8 +1,6 @@
 """Contexts of several lengths, read in a batch with padding on the left, give what each gives alone."""
 
-import json
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +8,6 @@ from models import random_tokens, tiny_model
 from test_evaluation import said
 from transformers import DynamicCache
 
-from pyramid_cache.lab.cli import main
 from pyramid_cache.lab.evaluation.cells import CellStore
 from pyramid_cache.lab.evaluation.evaluator import Evaluation, batches_of
 from pyramid_cache.lab.evaluation.reading import pad_left, padding_arguments
@@ -115,17 +112,3 @@ def test_what_is_known_of_a_batch_is_not_measured_again() -> None:
     whole = Evaluation(tiny_model("llama"), {"knorm": CACHES["knorm"]}, [0.5])
     whole.run(contexts, no_progress)
     assert set(store.cells) == set(whole.store.cells) > set(first)
-
-
-def test_the_command_reads_in_batches(tmp_path: Path) -> None:
-    rows = []
-    for batch_size in ("1", "3"):
-        path = tmp_path / f"{batch_size}.json"
-        arguments = ["eval", "--tasks", "recall-64", "--caches", "snapkv,streaming", "--budgets", "0.3"]
-        assert main([*arguments, "--batch-size", batch_size, "--json", str(path)]) == 0
-        record = json.loads(path.read_text())
-        assert f"--batch-size {batch_size}" in record["command"]
-        rows.append(record["rows"])
-    for alone, together in zip(*rows, strict=True):
-        assert together["cases"]["token_accuracy"] == alone["cases"]["token_accuracy"]
-        assert together["cases"]["log_likelihood"] == pytest.approx(alone["cases"]["log_likelihood"], abs=1e-3)

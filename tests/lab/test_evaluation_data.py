@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from pyramid_cache.lab.evaluation.tasks.dataset import as_contexts, as_dataset, 
 NAMES = ("needles-multivalue-3-2000", "turns-2-2000", "perplexity-500", "variables-2000")
 
 
-def test_columns_hold_what_contexts_do(novel: str) -> None:  # noqa: F811
+def test_columns_hold_what_contexts_do_and_come_back(novel: str, tmp_path: Path) -> None:  # noqa: F811
     decode = byte_tokenizer().decode
     for name in NAMES:
         contexts = build(name, 2, 5)
@@ -25,24 +26,16 @@ def test_columns_hold_what_contexts_do(novel: str) -> None:  # noqa: F811
         for index, (row, context) in enumerate(zip(dataset, contexts, strict=True)):
             assert (row["task"], row["seed"], row["index"]) == (name, 5, index)
             assert row["text"] == decode(context.ids) and row["input_ids"] == context.ids
-            questions = context.questions
-            assert row["question_texts"] == [decode(question.ids) for question in questions]
-            assert row["answer_texts"] == [decode(question.answer) for question in questions]
-            assert row["depths"] == [question.depths for question in questions]
-            assert row["values"] == [question.values for question in questions]
-
-
-def test_pairs_of_the_recall_model_have_no_text() -> None:
-    dataset = build_dataset("recall-64", samples=2)
-    assert dataset["text"] == ["", ""] and as_contexts(dataset) == build_contexts(parse_task("recall-64"), samples=2)
-
-
-def test_saved_contexts_come_back(novel: str, tmp_path: Path) -> None:  # noqa: F811
+            for number, question in enumerate(context.questions):
+                assert row["question_texts"][number] == decode(question.ids)
+                assert row["answer_texts"][number] == decode(question.answer)
+                assert (row["depths"][number], row["values"][number]) == (question.depths, question.values)
+        save_data(contexts, tmp_path, tokenizer(), seed=5)
     for name in NAMES:
-        save_data(build(name, 2), tmp_path, tokenizer())
-    for name in NAMES:
-        assert load_data(tmp_path, name, tokenizer()) == build(name, 2)
-        assert load_data(tmp_path, name, tokenizer(), samples=1) == build(name, 1)
+        for samples in (2, 1):
+            assert load_data(tmp_path, name, tokenizer(), 5, samples) == build(name, samples, 5)
+    pairs = build_dataset("recall-64", samples=2)  # of the recall model, which has no text
+    assert pairs["text"] == ["", ""] and as_contexts(pairs) == build_contexts(parse_task("recall-64"), samples=2)
 
 
 def test_data_of_something_else_is_refused(novel: str, tmp_path: Path) -> None:  # noqa: F811
@@ -55,6 +48,8 @@ def test_data_of_something_else_is_refused(novel: str, tmp_path: Path) -> None: 
     ):
         with pytest.raises(ValueError, match=message):
             load_data(tmp_path, *arguments)
+    with pytest.raises(ValueError, match="need a tokenizer"):
+        build_dataset("variables-2000")
     with pytest.raises(ValueError, match="It has none"):
         load_data(tmp_path / "nowhere", "variables-2000", tokenizer())
     with pytest.raises(ValueError, match="has no columns task: "):
@@ -68,36 +63,28 @@ class ShiftedTokenizer:
         return byte_tokenizer().decode([(token + 1) % 256 for token in ids])
 
 
-def test_the_command_saves_data_and_takes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data, made, read = tmp_path / "data", tmp_path / "made.json", tmp_path / "read.json"
-    chosen = ["eval", "--tasks", "recall", "--lengths", "64,66", "--samples", "2", "--seed", "3"]
-    assert main([*chosen, "--save-data", str(data)]) == 0
-    assert sorted(path.name for path in data.iterdir()) == ["recall-64", "recall-66"]
-    measured = [*chosen, "--caches", "knorm", "--budgets", "0.5"]
-    assert main([*measured, "--json", str(made)]) == 0
-    assert main([*measured, "--data", str(data), "--json", str(read)]) == 0
-    assert json.loads(read.read_text())["rows"] == json.loads(made.read_text())["rows"]
-    assert f"--data {data}" in json.loads(read.read_text())["command"]
-    assert main([*measured[:-5], "4", "--data", str(data)]) == 2
-    assert "Give --seed 3" in capsys.readouterr().err.replace("\n", " ")
-    cases = tmp_path / "cases.json"
-    assert main([*chosen, "--save-cases", str(cases)]) == 0
-    assert [len(context["ids"]) for context in json.loads(cases.read_text())["contexts"]] == [64, 64, 66, 66]
-    assert main([*chosen, "--data", str(data), "--save-data", str(data)]) == 2
-    assert "give one of the two" in capsys.readouterr().err
-
-
-def test_a_missing_package_is_named_with_its_extra(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_the_command_saves_data_and_takes_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    data, cases, figures = tmp_path / "data", tmp_path / "cases.json", tmp_path / "figures.json"
+    chosen = ["eval", "--tasks", "recall", "--lengths", "64,66", "--samples", "2", "--seed", "3"]
+    assert main([*chosen, "--save-data", str(data)]) == main([*chosen, "--save-cases", str(cases)]) == 0
+    assert sorted(path.name for path in data.iterdir()) == ["recall-64", "recall-66"]
+    contexts = [build_contexts(parse_task(name), None, 3, 2) for name in ("recall-64", "recall-66")]
+    assert json.loads(cases.read_text()) == {"model": "recall model", "contexts": list(map(asdict, sum(contexts, [])))}
+    measured = [*chosen, "--caches", "knorm", "--budgets", "0.5", "--json", str(figures)]
+    records = []
+    for more in ([], ["--data", str(data)]):
+        assert main([*measured, *more]) == 0
+        records.append(json.loads(figures.read_text()))
+    assert records[0]["rows"] == records[1]["rows"] and f"--data {data}" in records[1]["command"]
     monkeypatch.setitem(sys.modules, "datasets", None)
-    assert main(["eval", "--tasks", "recall-64", "--save-data", str(tmp_path)]) == 1
-    assert "pip install 'pyramid_cache[eval]'" in capsys.readouterr().err
-
-
-def test_tasks_that_need_a_tokenizer_say_so() -> None:
-    with pytest.raises(ValueError, match="need a tokenizer"):
-        build_dataset("variables-2000")
+    for more, status, message in (
+        (["--seed", "4", "--data", str(data)], 1, "pip install 'pyramid_cache[eval]'"),
+        (["--data", str(data), "--save-data", str(data)], 2, "give one of the two"),
+    ):
+        assert main([*chosen, *more]) == status
+        assert message in capsys.readouterr().err.replace("\n", " ")
 
 
 def test_what_cannot_be_measured_is_refused_before_anything_is(

@@ -25,20 +25,16 @@ CASE_DECIMALS = 4
 @dataclass(frozen=True)
 class Answer:
     """
-    What one cache made of one question.
+    What one cache made of one question. The score is that of `Score`.
 
     Attributes:
         length (`int`): Tokens of the context.
         budget (`float`): 1.0 for the full cache.
         context, question (`int`): Which context of the task, and which question of the context.
-        depths (`tuple[float, ...]`): The share of the context that comes before what tells the answer, one for each
-            value of an answer of several; empty where it is not known.
+        depths (`tuple[float, ...]`): See `Question`.
         answer (`str`): The right one: its text, or its token ids where there is no tokenizer.
-        exact (`bool`): Whether all of it is what the model finds most likely.
-        token_accuracy, log_likelihood (`float`): See `Score`.
         held_share (`float`): The bytes that the cache held as a share of the full one's.
-        held_bytes (`int`): That share of what the full one takes for the context, and for the question if it was read
-            with it.
+        held_bytes (`int`): That share of what the full one takes for all that was read when it was measured.
     """
 
     task: str
@@ -68,7 +64,7 @@ def collect_answers(
 
     Args:
         contexts (`Sequence[Context]`): All that the evaluation was given, in the same order.
-        decode (`Callable`, *optional*): Makes texts of right answers, which are numbers without.
+        decode (`Callable`, *optional*): Makes texts of right answers.
     """
     by_place = {(context.task, index): context for index, context in enumerate_by_task(contexts)}
     cache = DynamicCache(config=model.config)
@@ -84,12 +80,9 @@ def collect_answers(
             for number, score in zip(key.question_numbers(context), cell.scores, strict=True):
                 question = context.questions[number]
                 text = " ".join(map(str, question.answer)) if decode is None else decode(question.answer)
-                answer = Answer(
-                    *(key.task, len(context.ids), key.cache, key.budget, key.protocol, key.context, number),
-                    *(tuple(question.depths), text, score.is_exact, score.token_accuracy, score.log_likelihood),
-                    *(cell.held_share, held_bytes),
-                )
-                answers.append(answer)
+                place = (key.task, len(context.ids), key.cache, key.budget, key.protocol, key.context, number)
+                found = (score.is_exact, score.token_accuracy, score.log_likelihood, cell.held_share, held_bytes)
+                answers.append(Answer(*place, tuple(question.depths), text, *found))
     return answers
 
 

@@ -26,7 +26,7 @@ class Score:
 
     Attributes:
         token_accuracy (`float`): The share of its tokens that the model finds most likely, each behind the right ones.
-            For an answer of several values: the share of the values all of whose tokens are found.
+            Of several values: the share of those all of whose tokens are found.
         log_likelihood (`float`): The mean of the log-probabilities of its tokens, or of those of its values.
     """
 
@@ -43,19 +43,13 @@ def score_answers(
     logits: torch.Tensor, answers: torch.Tensor, values: Sequence[Sequence[Sequence[int]]] | None = None
 ) -> list[Score]:
     """
-    Compares what a model predicts with right answers.
-
-    Args:
-        logits (`torch.Tensor`): `(rows, tokens, vocabulary)`, each for the token of the answer at its place.
-        answers (`torch.Tensor`): `(rows, tokens)` token ids.
-        values (`Sequence`, *optional*): For each row, where its values begin and end; empty for a row that is one
-            value.
+    Compares logits `(rows, tokens, vocabulary)` with the token ids `(rows, tokens)` of right answers. `values` says
+    where the values of each row begin and end; it is empty for a row that is one value.
     """
     is_right = logits.argmax(dim=-1) == answers
     chosen = logits.float().log_softmax(dim=-1).gather(-1, answers[..., None]).squeeze(-1)
     scores = []
-    for row in range(len(answers)):
-        spans = values[row] if values is not None else ()
+    for row, spans in enumerate([[]] * len(answers) if values is None else values):
         if not spans:
             scores.append(Score(is_right[row].float().mean().item(), chosen[row].mean().item()))
             continue
@@ -80,7 +74,6 @@ def ask(
 
     Args:
         cache (`Cache`): Has read the contexts. It stays as it is.
-        threads (`Sequence[Thread]`): Those of one question are asked side by side.
         by_step (`bool`): Whether answers are read token by token.
         first_logits (`torch.Tensor`, *optional*): `(batch, vocabulary)`, what the model says behind each row. The
             cache has then read the first questions as well, which are given without tokens.

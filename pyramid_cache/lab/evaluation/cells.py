@@ -27,12 +27,8 @@ ALL_QUESTIONS = -1
 @dataclass(frozen=True, order=True)
 class CellKey:
     """
-    Which cache on which questions.
-
-    Attributes:
-        context (`int`): Which context of the task.
-        question (`int`): Which question of the context, or `ALL_QUESTIONS`.
-        budget (`float`): 1.0 for the full cache.
+    Which cache on which questions: the numbers of the context and of its question, or `ALL_QUESTIONS`. The budget of
+    the full cache is 1.0.
     """
 
     task: str
@@ -43,23 +39,16 @@ class CellKey:
     budget: float
 
     def question_numbers(self, context: Context) -> list[int]:
-        """Which questions of its context a cell answers. In view, answers of one token are not measured."""
+        """Which questions of its context a cell answers."""
         if self.question != ALL_QUESTIONS:
             return [self.question]
-        measures_all = self.protocol == "context" or context.is_conversation
-        return [
-            number for number, question in enumerate(context.questions) if measures_all or len(question.answer) > 1
-        ]
+        return list(range(len(context.questions))) if self.protocol == "context" else context.in_view
 
 
 @dataclass(frozen=True)
 class Cell:
     """
-    What came of it.
-
-    Attributes:
-        token_accuracy, log_likelihood (`list[float]`): One per question; see `Score`.
-        held_share (`float`): The bytes that the cache held as a share of the full one's.
+    What came of it: a `Score` per question, and the bytes that the cache held as a share of the full one's.
     """
 
     key: CellKey
@@ -80,7 +69,6 @@ class CellStore:
     Args:
         folder (`Path`, *optional*): Made if it is not there. Cells of an earlier run in it are taken over.
         settings (`dict`): What all cells depend on.
-        process (`int`): Which of the processes that write to the folder this is.
         announce (`Callable`, *optional*): Told of a broken last line, which is dropped.
 
     Raises:
@@ -118,9 +106,7 @@ class CellStore:
         if self.path is None:
             return
         folder = self.path.parent
-        by_task: dict[str, list[Context]] = {}
-        for context in contexts:
-            by_task.setdefault(context.task, []).append(context)
+        by_task = {task: [own for own in contexts if own.task == task] for task in {own.task: 0 for own in contexts}}
         record = read_settings(folder)
         noted: dict[str, list[str]] = record.setdefault("contexts", {})
         for task, found in by_task.items():
@@ -133,9 +119,8 @@ class CellStore:
                     )
             noted[task] = max(earlier, digests, key=len)
         for key, cell in self.cells.items():
-            num_answers = len(cell.token_accuracy)
             for context in by_task.get(key.task, [])[key.context : key.context + 1]:
-                if num_answers != len(key.question_numbers(context)):
+                if (num_answers := len(cell.token_accuracy)) != len(key.question_numbers(context)):
                     raise ValueError(
                         f"A line of the cells in {folder} has {num_answers} answers to the {len(context.questions)} "
                         f"questions of context {key.context} of {key.task} ({key.cache}, {key.budget}, {key.protocol} "
@@ -162,11 +147,9 @@ def digest_of(context: Context) -> str:
 def parse_cell(fields: dict[str, Any]) -> Cell:
     """Reads a cell from JSON; raises ValueError, TypeError, KeyError or AttributeError if it is none."""
     cell = Cell(**{**fields, "key": CellKey(**fields["key"])})
-    if not cell.token_accuracy or len(cell.token_accuracy) != len(cell.log_likelihood):
-        raise ValueError(
-            f"{len(cell.token_accuracy)} token accuracies and {len(cell.log_likelihood)} log-likelihoods, one each "
-            "per question"
-        )
+    numbers = len(cell.token_accuracy), len(cell.log_likelihood)
+    if not numbers[0] == numbers[1] > 0:
+        raise ValueError("{} token accuracies and {} log-likelihoods, one each per question".format(*numbers))
     # A text among the numbers raises here, and not when they are summed up later.
     if not math.isfinite(sum(cell.token_accuracy) + sum(cell.log_likelihood) + cell.held_share):
         raise ValueError("not all of its numbers are finite")

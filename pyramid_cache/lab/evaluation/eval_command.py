@@ -53,12 +53,13 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "learned to recall them. Shows exact match, token accuracy and log-likelihood of the right answers.",
     )
 
-    def add_list(name: str, read: Callable[[str], list[Any]], default: Sequence[Any], text: str) -> None:
-        parser.add_argument(
-            name, type=read, default=list(default), metavar="LIST", help=f"{text}, with commas between"
-        )
+    def add(name: str, text: str, **settings: Any) -> None:
+        parser.add_argument(name, help=text, **settings)
 
-    parser.add_argument("--model", help=f"folder or hub id of a causal language model (default: {weights.MODEL_NAME})")
+    def add_list(name: str, read: Callable[[str], list[Any]], default: Sequence[Any], text: str) -> None:
+        add(name, f"{text}, with commas between", type=read, default=list(default), metavar="LIST")
+
+    add("--model", f"folder or hub id of a causal language model (default: {weights.MODEL_NAME})")
     names = f"{', '.join(CACHES)} (default: all; the full cache is always measured)"
     add_list("--caches", cache_names, CACHES, f"caches, by the names of their classes or of {names}")
     shown = ", ".join(map(str, DEFAULT_BUDGETS))
@@ -70,23 +71,23 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     meaning = "context (it is compressed before the question is read) or question (both are read, then compressed)"
     add_list("--protocols", list_of(protocol), PROTOCOLS, f"protocols (default: both): {meaning}")
     samples = "contexts of each task (default: as many as make 80 questions, and 20 at most)"
-    parser.add_argument("--samples", type=positive_int, metavar="N", help=samples)
-    batch_size = (
-        "contexts to read at a time, padded on the left; caches that are built for one length read one (default: 1)"
-    )
-    parser.add_argument("--batch-size", type=positive_int, default=1, metavar="N", help=batch_size)
-    parser.add_argument("--seed", type=int, default=0, help="chooses the cases (default: 0)")
+    add("--samples", samples, type=positive_int, metavar="N")
+    size = "contexts to read at a time, padded on the left; caches that are built for one length read one (default: 1)"
+    add("--batch-size", size, type=positive_int, default=1, metavar="N")
+    add("--seed", "chooses the cases (default: 0)", type=int, default=0)
     add_machine_options(parser)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well, with every case")
     out = (
         "write each answer there at once, and answers.csv, pictures and reports at the end; the same command goes on "
         "from what is there, and `accelerate launch` or `torchrun` share the contexts between processes"
     )
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help=out)
-    saved = "and measure nothing"
-    parser.add_argument("--save-cases", type=Path, metavar="FILE", help=f"write the cases as token ids, {saved}")
-    parser.add_argument("--save-data", type=Path, metavar="FOLDER", help=f"write a data set for each task, {saved}")
-    parser.add_argument("--data", type=Path, metavar="FOLDER", help="take the cases from what --save-data wrote there")
+    for name, metavar, text in (
+        ("--json", "FILE", "write the figures there as well, with every case"),
+        ("--out", "FOLDER", out),
+        ("--save-cases", "FILE", "write the cases as token ids, and measure nothing"),
+        ("--save-data", "FOLDER", "write a data set for each task, and measure nothing"),
+        ("--data", "FOLDER", "take the cases from what --save-data wrote there"),
+    ):
+        add(name, text, type=Path, metavar=metavar)
     parser.set_defaults(run=run)
 
 
@@ -99,13 +100,7 @@ def protocol(text: str) -> str:
 
 @dataclass(frozen=True)
 class Prepared:
-    """
-    A model with the contexts of all tasks that are for it.
-
-    Attributes:
-        is_recall (`bool`): Whether it is the recall model.
-        decode (`Callable`, *optional*): Makes texts of its tokens.
-    """
+    """A model with the contexts of all tasks that are for it, and what makes texts of its tokens."""
 
     is_recall: bool
     name: str
@@ -168,12 +163,10 @@ def run(options: argparse.Namespace) -> None:
         "machine": machine | {"processes": team.num_processes, "load_average_after": load_average()},
         "versions": describe_versions(*VERSIONED),
     }
-    written = []
+    written = [] if folder is None else folder.write(record)
     if options.json is not None:
         write_json(record, options.json)
-        written.append(options.json)
-    if folder is not None:
-        written += folder.write(record)
+        written.insert(0, options.json)
     score_tables.show(record)
     for path in written:
         announce(f"Wrote {path}")
@@ -189,9 +182,9 @@ def check_options(options: argparse.Namespace) -> None:
     if not all(isinstance(budget, float) and budget < 1 for budget in options.budgets):
         raise ValueError(f"--budgets {','.join(map(str, options.budgets))}: give fractions between 0 and 1.")
     options.budgets.sort(reverse=True)
-    if options.save_data is not None and options.data is not None:
+    if options.save_data and options.data:
         raise ValueError("--save-data writes cases that are made, and --data reads them: give one of the two.")
-    if options.save_data is not None and options.save_cases is not None:
+    if options.save_data and options.save_cases:
         raise ValueError("--save-cases and --save-data write the same cases in two forms. Give one of them at a time.")
     if options.save_cases is not None and len({task.is_for_recall_model for task in options.tasks}) > 1:
         names = ",".join(task.name for task in options.tasks if not task.is_for_recall_model)
@@ -215,14 +208,10 @@ def prepare(is_recall: bool, options: argparse.Namespace, target: torch.device, 
 
 
 def find_contexts(options: argparse.Namespace, haystack: Haystack | None = None) -> list[Context]:
-    """
-    The contexts of the recall model, or those of a haystack: made, or read from `--data`. `--save-data` writes them.
-    """
+    """Makes the contexts of the recall model or of a haystack, or reads them; `--save-data` writes them."""
     tokenizer = None if haystack is None else haystack.tokenizer
     contexts: list[Context] = []
-    for task in options.tasks:
-        if task.is_for_recall_model != (haystack is None):
-            continue
+    for task in [task for task in options.tasks if task.is_for_recall_model == (haystack is None)]:
         if options.data is not None:
             found = load_data(options.data, task.name, tokenizer, options.seed, options.samples)
         else:
@@ -262,13 +251,10 @@ def settings_of_model(model: "PreTrainedModel") -> dict[str, Any]:
 def command_of(options: argparse.Namespace) -> str:
     """The command that measures the same, with nothing left to defaults but where to run."""
     words = ["pyramid-cache", "eval"]
-    if options.model is not None:
-        words += ["--model", options.model]
-    words += ["--caches", ",".join(options.caches), "--budgets", ",".join(map(str, options.budgets))]
-    words += ["--tasks", ",".join(task.name for task in options.tasks), "--protocols", ",".join(options.protocols)]
-    if options.data is not None:
-        words += ["--data", str(options.data)]
-    for name in ("samples", "batch_size", "seed", "dtype", "threads"):
-        if (value := getattr(options, name)) is not None:
-            words += [f"--{name.replace('_', '-')}", str(value)]
+    values = vars(options) | {"tasks": [task.name for task in options.tasks]}
+    lists = ("caches", "budgets", "tasks", "protocols")
+    for name in ("model", *lists, "data", "samples", "batch_size", "seed", "dtype", "threads"):
+        if (value := values[name]) is not None:
+            text = ",".join(map(str, value)) if name in lists else str(value)
+            words += [f"--{name.replace('_', '-')}", text]
     return shlex.join(words)

@@ -40,11 +40,9 @@ Missing = dict[Setting, list[tuple[int, CellKey]]]
 @dataclass
 class Result:
     """
-    What one cache made of the cases of a task.
+    What one cache, or `BASELINE` with a budget of 1.0, made of the cases of a task.
 
     Attributes:
-        cache (`str`): Its name in `CACHES`, or `BASELINE`.
-        budget (`float`): 1.0 for the full cache.
         num_turns (`int`): How many scores one after the other are of the turns of one conversation; 1 for other tasks.
         cells (`list[Cell]`): In the order of contexts and their questions.
     """
@@ -73,10 +71,8 @@ class Evaluation:
     Results of some caches on the contexts of a model.
 
     Attributes:
-        model (`PreTrainedModel`): Reads contexts and answers.
         caches (`Mapping[str, CacheEntry]`): By name.
         budgets (`Sequence[float]`): Fractions of the prompt, or whole numbers of tokens; each cache gets each of them.
-        protocols (`Sequence[str]`): Of `PROTOCOLS`.
         store (`CellStore`): Takes what is measured. What it holds already is not measured again.
         batch_size (`int`): How many contexts of a task are read at a time, padded on the left.
     """
@@ -141,7 +137,7 @@ class Evaluation:
             yield num_questions
         if "question" in self.protocols:
             for number in range(max(len(context.threads) for context in contexts)):
-                chosen = [place for place in batch if number in in_view(place[1])]
+                chosen = [place for place in batch if number in place[1].in_view]
                 if chosen:
                     self._ask_in_view(chosen, number, settings, find_reader if len(chosen) == len(batch) else None)
                     num_questions -= len(chosen)
@@ -219,11 +215,7 @@ class Evaluation:
     ) -> tuple[Cache, torch.Tensor]:
         """
         A new cache that has read prompts in its own way, and the logits `(rows, vocabulary)` of the last token of
-        each.
-
-        Args:
-            reading (`Reading`): Of the same prompts with full attention.
-            num_later (`int`): Tokens that come behind the prompts at most.
+        each. The reading is of the same prompts with full attention; `num_later` tokens come behind them at most.
         """
         if setting == FULL:
             return full_cache(self.model, reading), reading.logits
@@ -250,18 +242,6 @@ def batches_of(contexts: Sequence[tuple[int, Context]], batch_size: int) -> Iter
     for _, group in itertools.groupby(contexts, key=lambda place: (place[1].task, place[1].is_conversation)):
         places = list(group)
         yield from (places[start : start + batch_size] for start in range(0, len(places), batch_size))
-
-
-def in_view(context: Context) -> list[int]:
-    """
-    Which threads are read with the context: those about which a cache that has evicted then has anything to say. The
-    first token of an answer follows from a full reading of the prompt.
-    """
-    return [
-        number
-        for number, (first, *_) in enumerate(context.threads)
-        if context.is_conversation or len(first.answer) > 1
-    ]
 
 
 def len_behind(threads: Sequence[Sequence[Question]]) -> int:

@@ -30,13 +30,7 @@ from pyramid_cache.lab.terminal import write_json
 
 
 class ResultFolder:
-    """
-    Gathers what a report needs while its models are loaded, then writes it.
-
-    Args:
-        path (`Path`): The folder, which is there.
-        announce (`Callable`): Told of broken last lines of earlier runs.
-    """
+    """Gathers what a report needs while its models are loaded, then writes it to a folder that is there."""
 
     def __init__(self, path: Path, announce: Callable[[str], None]) -> None:
         self.path = path
@@ -48,12 +42,8 @@ class ResultFolder:
         self, evaluation: Evaluation, contexts: Sequence[Context], decode: Callable[[list[int]], str] | None = None
     ) -> None:
         """
-        Takes the answers of a finished evaluation. For the first one, also measures what its caches keep of its first
-        context.
-
-        Args:
-            contexts (`Sequence[Context]`): All that the evaluation was given.
-            decode (`Callable`, *optional*): Makes texts of right answers, which are numbers without.
+        Takes the answers of a finished evaluation of contexts; see `collect_answers`. For the first one, also measures
+        what its caches keep of its first context.
         """
         self.answers += collect_answers(evaluation.results(contexts), contexts, evaluation.model, decode)
         if self.kept is None:

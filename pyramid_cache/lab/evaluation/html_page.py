@@ -9,36 +9,31 @@ from string import Template
 from typing import Any
 
 from pyramid_cache.lab.evaluation.score_plots import Plot
-from pyramid_cache.lab.evaluation.score_tables import footnote, groups, models_of
+from pyramid_cache.lab.evaluation.score_tables import figures, footnote, groups, scores_of, title_of, turns
 from pyramid_cache.lab.registry import BASELINE
-
-
-# Keys of rows, and what columns are called.
-SCORES = {"exact_match": "exact match", "token_accuracy": "token accuracy", "log_likelihood": "log-likelihood"}
 
 
 def page(record: dict[str, Any], plots: Sequence[Plot]) -> str:
     """
-    The report as HTML5.
-
-    Args:
-        record (`dict`): Of the command: rows, settings, command, machine and versions. What differs between two runs
-            of the same command on the same machine, such as its load, is not shown.
-        plots (`Sequence[Plot]`): Become part of the page.
+    The report as HTML5, of the record of the command. What differs between two runs of the same command on the same
+    machine, such as its load, is not shown.
     """
-    settings = record["settings"]
-    title = f"{models_of(settings)}, {settings['dtype']} on {settings['device']}"
+    title = title_of(record, ", ")
     sections: dict[str, list[str]] = {}
     for (task, protocol), rows in groups(record["rows"]).items():
         sections[f"{task}, {protocol} first"] = [table(rows)]
     for plot in plots:
-        sections.setdefault(plot.section, []).append(picture(plot))
+        source, caption = base64.b64encode(plot.png).decode("ascii"), escape(plot.title)
+        image = f'<div class="wide"><img src="data:image/png;base64,{source}" alt="{caption}"></div>'
+        figure = f"<figure>\n<figcaption>{caption}</figcaption>\n{image}\n</figure>"
+        sections.setdefault(plot.section, []).append(figure)
     sections["Settings and versions"] = [notes(record)]
-    links = "".join(
-        f'<li><a href="#part-{number}">{escape(heading)}</a></li>' for number, heading in enumerate(sections)
-    )
+    items = [f'<li><a href="#part-{number}">{escape(name)}</a></li>' for number, name in enumerate(sections)]
     parts = [f"<h1>{escape(title)}</h1>", f'<p class="dim">{escape(footnote(record, "in a column of its own"))}</p>']
-    parts += [f"<p><code>{escape(record['command'])}</code></p>", f'<nav aria-label="Contents"><ul>{links}</ul></nav>']
+    parts += [
+        f"<p><code>{escape(record['command'])}</code></p>",
+        f'<nav aria-label="Contents"><ul>{"".join(items)}</ul></nav>',
+    ]
     for number, (heading, content) in enumerate(sections.items()):
         parts += [f'<h2 id="part-{number}">{escape(heading)}</h2>', *content]
     template = resources.files("pyramid_cache.lab").joinpath("data/report.html").read_text(encoding="utf-8")
@@ -52,16 +47,13 @@ def escape(value: object) -> str:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """A table that sorts by the column whose head is pressed: one row per cache and budget."""
-    scores = {"perplexity": "perplexity"} if "perplexity" in rows[0] else SCORES
-    has_turns = "token_accuracy_by_turn" in rows[0]
-    columns = ["cache", "budget", *scores.values(), "bytes kept", "questions", *(["by turn"] if has_turns else [])]
+    by_turn = ["by turn"] if turns(rows[0]) else []
+    columns = ["cache", "budget", *scores_of(rows[0]).values(), "bytes kept", "questions", *by_turn]
     head = "".join(f'<th scope="col"><button type="button">{escape(column)}</button></th>' for column in columns)
     lines = []
     for row in rows:
-        figures = [f"{row[score]:.2f}" for score in (*scores, "held_share")]
-        cells = [f"{row['budget']:g}", *figures, str(row["num_cases"])]
-        if has_turns:
-            cells.append(" ".join(f"{accuracy:.2f}" for accuracy in row["token_accuracy_by_turn"]))
+        cells = [f"{row['budget']:g}", *figures(row), f"{row['held_share']:.2f}", str(row["num_cases"])]
+        cells += [turns(row) for _ in by_turn]
         marked = ' class="full"' if row["cache"] == BASELINE else ""
         data = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
         # The name of a class may break before a capital where the page is narrow.
@@ -69,14 +61,6 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         lines.append(f'<tr{marked}><th scope="row">{label}</th>{data}</tr>')
     lines = ['<div class="wide"><table class="sorts">', f"<thead><tr>{head}</tr></thead>", "<tbody>", *lines]
     return "\n".join([*lines, "</tbody>", "</table></div>"])
-
-
-def picture(plot: Plot) -> str:
-    """A picture within the page."""
-    data = base64.b64encode(plot.png).decode("ascii")
-    caption = escape(plot.title)
-    image = f'<img src="data:image/png;base64,{data}" alt="{caption}">'
-    return f'<figure>\n<figcaption>{caption}</figcaption>\n<div class="wide">{image}</div>\n</figure>'
 
 
 def notes(record: dict[str, Any]) -> str:

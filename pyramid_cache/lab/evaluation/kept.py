@@ -24,10 +24,9 @@ DECIMALS = 2
 @dataclass(frozen=True)
 class KeptPositions:
     """
-    What a cache held of the first context of a task when it had read it.
+    What a cache held of the first context of a task, of `num_tokens` tokens, when it had read it.
 
     Attributes:
-        num_tokens (`int`): The length of the context.
         shares (`list[list[float]]`): Per layer the share of the KV heads that held each position, means over
             neighbours where there are more than `MAX_COLUMNS`.
     """
@@ -54,10 +53,8 @@ def measure_kept_positions(
     the folder at once, and not measured again.
     """
     path = folder / POSITIONS_FILE
-    found: dict[tuple[str, str, float], KeptPositions] = {}
-    if path.exists():
-        for kept in read_lines(path, parse_kept, True, announce):
-            found[kept.task, kept.cache, kept.budget] = kept
+    known = read_lines(path, parse_kept, True, announce) if path.exists() else ()
+    found = {(kept.task, kept.cache, kept.budget): kept for kept in known}
     wanted = [(context.task, *setting) for setting in itertools.product(evaluation.caches, evaluation.budgets)]
     missing = [place for place in wanted if place not in found]
     if missing:

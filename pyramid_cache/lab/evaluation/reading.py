@@ -21,13 +21,7 @@ from pyramid_cache.ops import attention_with_lse, row_lse
 
 
 def pad_left(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """
-    Rows of token ids as one tensor.
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor | None]`: `(rows, longest)` token ids, and `(rows,)` how many columns of
-        padding each row begins with; None if no row has any.
-    """
+    """Token ids `(rows, longest)`, and how many columns of padding each row begins with `(rows,)` if any has some."""
     longest = max(map(len, rows))
     padding = [longest - len(row) for row in rows]
     ids = torch.tensor([[0] * num + list(row) for num, row in zip(padding, rows, strict=True)], device=device)
@@ -51,7 +45,7 @@ class Reading:
         layers (`list[tuple[torch.nn.Module, RecordedChunk]]`): The attention module of each layer, and the queries,
             keys, values and log-sum-exps that it had. Caches share these tensors: none writes to them.
         logits (`torch.Tensor`): `(batch, vocabulary)` of the last token.
-        padding (`torch.Tensor`, *optional*): `(batch,)`, how many columns of padding each row begins with.
+        padding (`torch.Tensor`, *optional*): See `pad_left`.
     """
 
     layers: list[tuple[nn.Module, RecordedChunk]]
@@ -84,8 +78,7 @@ class Reader:
         model (`PreTrainedModel`): Each of its layers has full attention. Its rotary frequencies do not depend on the
             length of what it reads at a time (as with dynamic or longrope scaling): a question read behind the context
             is to be what it would be if both were read at once.
-        ids (`torch.Tensor`): `(batch, columns)`, the context.
-        padding (`torch.Tensor`, *optional*): `(batch,)`, how many columns of padding each row begins with.
+        ids, padding (`torch.Tensor`): The context as `pad_left` gives it.
 
     Raises:
         NotImplementedError: The model has layers of other kinds, or such frequencies.

@@ -37,15 +37,7 @@ DPI = 110
 
 @dataclass(frozen=True)
 class Plot:
-    """
-    A picture.
-
-    Attributes:
-        name (`str`): Of its file, without a suffix.
-        section (`str`): Of a report, where it belongs.
-        title (`str`): What it shows.
-        png (`bytes`): The picture, the same whenever it is drawn.
-    """
+    """A picture, the same whenever it is drawn: its file without a suffix, and the section of a report it is in."""
 
     name: str
     section: str
@@ -151,14 +143,8 @@ def draw_maps(
     labels: tuple[str, str, str],
 ) -> bytes:
     """
-    A picture with a row per cache and a column per budget.
-
-    Args:
-        places (`Sequence[tuple[str, float]]`): Caches with budgets. The full cache has a row with one map, if it is
-            there.
-        size (`tuple[float, float]`): Width and height of each map, in inches.
-        draw (`Callable`): Draws one map.
-        labels (`tuple[str, str, str]`): Of the x axes, the y axes and the colours.
+    A picture with a row per cache and a column per budget. `size` is that of each map in inches, and the labels are of
+    the x axes, the y axes and the colours. The full cache has a row with one map, if it is among the places.
     """
     caches = list(dict.fromkeys(cache for cache, _ in places))
     budgets = list(dict.fromkeys(budget for cache, budget in places if cache != BASELINE)) or [1.0]

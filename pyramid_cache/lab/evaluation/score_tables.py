@@ -1,6 +1,5 @@
 """What the caches lost, as tables: for the terminal and for a Markdown file."""
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,13 +12,13 @@ from pyramid_cache.lab.terminal import report_console
 
 # Tasks and protocols that a table for the terminal has room for side by side.
 TABLE_COLUMNS = 3
+SCORES = {"exact_match": "exact match", "token_accuracy": "token accuracy", "log_likelihood": "log-likelihood"}
 
 
 def show(record: dict[str, Any]) -> None:
     """Prints the table."""
     console = report_console()
-    settings = record["settings"]
-    console.print(f"{models_of(settings)} · {settings['dtype']} on {settings['device']}", style="bold", markup=False)
+    console.print(title_of(record, " · "), style="bold", markup=False)
     columns = list(groups(record["rows"]).values())
     for start in range(0, len(columns), TABLE_COLUMNS):
         console.print(table(sum(columns[start : start + TABLE_COLUMNS], [])))
@@ -36,38 +35,32 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
     for task, protocol in columns:
         shown = "perplexity" if "perplexity" in columns[task, protocol][0] else "exact token loglik"
         result.add_column(f"{task}\n{protocol} first\n{shown}", justify="right", no_wrap=True)
-    places = dict.fromkeys((row["budget"], row["cache"]) for row in rows)
-    ordered = sorted(places, key=lambda place: -place[0])
-    for budget, group in itertools.groupby(ordered, key=lambda place: place[0]):
-        result.add_section()
-        for _, cache in group:
-            found = [by_place.get((*column, budget, cache)) for column in columns]
-            label = next(row["label"] for row in found if row is not None)
-            budget_cell = "" if cache == BASELINE else f"{budget:g}"
-            result.add_row(label, budget_cell, *(measures(row) for row in found))
+    labels = {(row["budget"], row["cache"]): row["label"] for row in rows}
+    above: float | None = None
+    for budget, cache in sorted(labels, key=lambda place: -place[0]):
+        if budget != above:
+            result.add_section()
+        above = budget
+        found = [by_place.get((*column, budget, cache)) for column in columns]
+        result.add_row(labels[budget, cache], "" if cache == BASELINE else f"{budget:g}", *map(measures, found))
     return result
 
 
 def markdown(record: dict[str, Any]) -> str:
     """The tables for a text file: one per task and protocol, a row per cache, a column per budget."""
     rows = record["rows"]
-    settings, machine = record["settings"], record["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    lines = [f"# {models_of(settings)}, {settings['dtype']} on {settings['device']}", ""]
-    lines += [footnote(record, "in brackets"), "", f"`{record['command']}`", ""]
-    lines += [f"{machine['processor']}; {versions}.", ""]
+    lines = [f"# {title_of(record, ', ')}", "", footnote(record, "in brackets"), "", f"`{record['command']}`", ""]
+    lines += [f"{record['machine']['processor']}; {versions}.", ""]
     budgets = sorted({row["budget"] for row in rows if row["cache"] != BASELINE}, reverse=True)
     for (task, protocol), here in groups(rows).items():
         full = next(row for row in here if row["cache"] == BASELINE)
         lines += [f"## {task}, {protocol} first", "", f"{full['label']}: {measures(full, ' / ')}", ""]
         lines.append(as_line("cache", [f"{budget:g}" for budget in budgets]))
         lines.append("|---" * (len(budgets) + 1) + "|")
-        by_cache: dict[str, dict[float, dict[str, Any]]] = {}
-        for row in here:
-            by_cache.setdefault(row["label"], {})[row["budget"]] = row
-        for label, found in by_cache.items():
-            if label != full["label"]:
-                lines.append(as_line(label, [measures(found.get(budget), " / ") for budget in budgets]))
+        found = {(row["label"], row["budget"]): row for row in here}
+        for label in dict.fromkeys(row["label"] for row in here if row is not full):
+            lines.append(as_line(label, [measures(found.get((label, budget)), " / ") for budget in budgets]))
         lines.append("")
     return "\n".join(lines)
 
@@ -85,25 +78,37 @@ def groups(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[dict[st
     return found
 
 
-def models_of(settings: dict[str, Any]) -> str:
-    """The names of the models that were evaluated."""
-    return " and ".join(settings[key] for key in ("model", "recall_model") if key in settings)
+def title_of(record: dict[str, Any], separator: str) -> str:
+    """The names of the models that were evaluated, and where."""
+    settings = record["settings"]
+    models = " and ".join(settings[key] for key in ("model", "recall_model") if key in settings)
+    return f"{models}{separator}{settings['dtype']} on {settings['device']}"
+
+
+def scores_of(row: dict[str, Any]) -> dict[str, str]:
+    """What a task is measured by: the keys of its rows, and what columns are called."""
+    return {"perplexity": "perplexity"} if "perplexity" in row else SCORES
+
+
+def figures(row: dict[str, Any]) -> list[str]:
+    """What a task is measured by, in two decimals."""
+    return [f"{row[score]:.2f}" for score in scores_of(row)]
+
+
+def turns(row: dict[str, Any]) -> str:
+    """The token accuracy of each turn of a conversation; empty for other tasks."""
+    return " ".join(f"{accuracy:.2f}" for accuracy in row.get("token_accuracy_by_turn", ()))
 
 
 def measures(row: dict[str, Any] | None, separator: str = "  ") -> str:
     """
-    Exact match, token accuracy and log-likelihood, with the token accuracy of each turn of a conversation; for a
-    continuation the perplexity alone. Empty for what was not measured.
+    The figures of a row, in columns or, behind another separator, with the turns. Empty for what was not measured.
     """
     if row is None:
         return ""
-    if "perplexity" in row:
-        return f"{row['perplexity']:.2f}"
-    figures = (f"{row['exact_match']:.2f}", f"{row['token_accuracy']:.2f}", f"{row['log_likelihood']:.2f}".rjust(6))
     if separator.isspace():
-        return separator.join(figures)
-    by_turn = " ".join(f"{accuracy:.2f}" for accuracy in row.get("token_accuracy_by_turn", ()))
-    return separator.join(figure.strip() for figure in figures) + (f" ({by_turn})" if by_turn else "")
+        return separator.join(figure.rjust(6 if place == 2 else 0) for place, figure in enumerate(figures(row)))
+    return separator.join(figures(row)) + (f" ({turns(row)})" if turns(row) else "")
 
 
 def footnote(record: dict[str, Any], place_of_turns: str | None = None) -> str:

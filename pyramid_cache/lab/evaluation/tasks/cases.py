@@ -13,12 +13,7 @@ RECALL = "recall"
 @dataclass(frozen=True)
 class Task:
     """
-    A task by its parts.
-
-    Attributes:
-        kind (`str`): In `TASK_KINDS`.
-        count (`int`): The N of its name; 0 if it has none.
-        num_tokens (`int`): No context is longer.
+    A task by its parts: a kind of `TASK_KINDS`, the N of its name or 0, and how long its contexts are at most.
     """
 
     kind: str
@@ -58,12 +53,10 @@ class Question:
 @dataclass(frozen=True)
 class Context:
     """
-    What is read before the questions.
+    What is read before the questions, which are one or more.
 
     Attributes:
         task (`str`): The name of its task.
-        ids (`list[int]`): Its tokens.
-        questions (`list[Question]`): One or more.
         is_conversation (`bool`): Whether each question follows the question before and its right answer. Otherwise
             each follows the context on its own.
     """
@@ -77,6 +70,15 @@ class Context:
     def threads(self) -> list[list[Question]]:
         """The questions that follow each other: all of a conversation, else each on its own."""
         return [self.questions] if self.is_conversation else [[question] for question in self.questions]
+
+    @property
+    def in_view(self) -> list[int]:
+        """
+        Which questions are read with the context: those about which a cache that has evicted then has anything to say.
+        The first token of an answer follows from a full reading of the prompt.
+        """
+        numbers = range(len(self.questions))
+        return [number for number in numbers if self.is_conversation or len(self.questions[number].answer) > 1]
 
 
 def save_contexts(contexts: Sequence[Context], model: str, path: Path) -> None:

@@ -33,7 +33,6 @@ def build_dataset(
     Args:
         task (`Task` or `str`): Or its name, such as "variables-4096".
         tokenizer (`PreTrainedTokenizerBase`, *optional*): Of the model. `recall-L` has none.
-        seed (`int`): Chooses the contexts.
         samples (`int`, *optional*): How many; by default as many as the task has.
 
     Raises:
@@ -81,12 +80,7 @@ def features() -> Any:
 
 
 def as_contexts(dataset: "Dataset") -> list[Context]:
-    """
-    The contexts that a dataset of `build_dataset` holds.
-
-    Raises:
-        ValueError: A column is missing.
-    """
+    """The contexts that a dataset of `build_dataset` holds; a ValueError if a column is missing."""
     missing = [name for name in features() if name not in dataset.column_names]
     if missing:
         raise ValueError(
@@ -119,8 +113,7 @@ def load_data(
     Reads the first contexts of a task that `save_data` wrote, or all.
 
     Raises:
-        ValueError: The folder has no such task, or has it of another tokenizer, of another seed or with fewer
-            contexts.
+        ValueError: The folder has no such contexts, or too few.
     """
     from datasets import load_from_disk
 

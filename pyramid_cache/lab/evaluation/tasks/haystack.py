@@ -21,14 +21,8 @@ MARKER = "\0text\0"
 
 class Haystack:
     """
-    Makes contexts and questions with a tokenizer.
-
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`): Its chat template, if it has one, frames context and question.
-
-    Attributes:
-        before (`list[int]`): The tokens that every context begins with.
-        novel (`list[int]`): The tokens of the whole novel.
+    Makes contexts and questions with a tokenizer, whose chat template, if it has one, frames them. Every context
+    begins with the tokens `before`.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
@@ -46,19 +40,9 @@ class Haystack:
         self, task: Task, needles: Sequence[list[int]], generator: random.Random, instruction: str = ""
     ) -> tuple[list[int], list[float]]:
         """
-        A stretch of the novel with needles in it.
-
-        Args:
-            task (`Task`): Says how long the whole context is.
-            needles (`Sequence[list[int]]`): Their tokens. They keep their order.
-            generator (`random.Random`): Chooses the stretch and the places.
-            instruction (`str`): Comes before the text.
-
-        Returns:
-            `tuple[list[int], list[float]]`: The context, and the share of it that comes before each needle.
-
-        Raises:
-            PromptError: The context is too short for the needles, or longer than the novel.
+        A context that is an instruction and a stretch of the novel with the tokens of needles in it, which keep their
+        order; and the share of it that comes before each needle. A PromptError if it is too short for the needles or
+        longer than the novel.
         """
         before = self.before + self.encode(instruction) if instruction else self.before
         num_text = task.num_tokens - len(before) - sum(map(len, needles))
@@ -101,15 +85,7 @@ class Haystack:
     def listing(
         self, ids: list[int], values: Sequence[str], depths: Sequence[float], separator: str = ", "
     ) -> Question:
-        """
-        A question whose answer is several values.
-
-        Args:
-            ids (`list[int]`): The question, with the beginning of its answer.
-            values (`Sequence[str]`): In the order in which they are asked for.
-            depths (`Sequence[float]`): Of each value.
-            separator (`str`): Between two values.
-        """
+        """A question, given with the beginning of its answer, that asks for several values in this order."""
         answer: list[int] = []
         spans = []
         for index, value in enumerate(values):

@@ -27,8 +27,6 @@ class TaskKind:
     What tasks of one kind have in common.
 
     Attributes:
-        meaning (`str`): For the list of tasks.
-        build (`Callable`): Makes a context from a haystack, a task and a generator of random numbers.
         counts (`tuple[int, int]`, *optional*): The least and the greatest N of `kind-N-L`; None if names have no N.
         default_count (`int`): The N of a name without numbers.
         has_question_each (`bool`): Whether a context has N questions, and not one.
@@ -89,9 +87,21 @@ def parse_tasks(names: Sequence[str], lengths: Sequence[int] = ()) -> list[Task]
         num_without += length is None
         if length is None and not lengths:
             raise ValueError(f"The task {name!r} has no length. Name it {name}-1024, for example, or give --lengths.")
-        tasks += [checked(name, Task(kind, count, num)) for num in (lengths if length is None else [length])]
+        counts = TASK_KINDS[kind].counts
+        if counts and not counts[0] <= count <= counts[1]:
+            reason = f": at most {MAX_NEEDLES} differ in their first digit" if counts[1] == MAX_NEEDLES else ""
+            raise ValueError(
+                f"The task {name!r} hides {count} numbers, but its N is from {counts[0]} to {counts[1]}{reason}."
+            )
+        tasks += [Task(kind, count, num) for num in (lengths if length is None else [length])]
     if not tasks:
         raise ValueError("--tasks names no task.")
+    for task in tasks:
+        if task.is_for_recall_model and (task.num_tokens % 2 or task.num_tokens > MAX_TOKENS - 2):
+            raise ValueError(
+                f"The task {task.name!r} cannot be: keys and values take an even number of tokens, and the model has "
+                f"positions for {MAX_TOKENS - 2} before a question."
+            )
     if lengths and not num_without:
         raise ValueError(
             f"None of the tasks {', '.join(names)} is named without a length: --lengths {','.join(map(str, lengths))} "
@@ -110,22 +120,6 @@ def parts_of(name: str) -> tuple[str, int, int | None]:
     if not row.counts:
         return match[1], 0, numbers[0] if numbers else None
     return match[1], numbers[0] if numbers else row.default_count, numbers[1] if len(numbers) > 1 else None
-
-
-def checked(name: str, task: Task) -> Task:
-    """A task that can be."""
-    counts = TASK_KINDS[task.kind].counts
-    if counts and not counts[0] <= task.count <= counts[1]:
-        reason = f": at most {MAX_NEEDLES} differ in their first digit" if counts[1] == MAX_NEEDLES else ""
-        raise ValueError(
-            f"The task {name!r} hides {task.count} numbers, but its N is from {counts[0]} to {counts[1]}{reason}."
-        )
-    if task.is_for_recall_model and (task.num_tokens % 2 or task.num_tokens > MAX_TOKENS - 2):
-        raise ValueError(
-            f"The task {task.name!r} cannot be: keys and values take an even number of tokens, and the model has "
-            f"positions for {MAX_TOKENS - 2} before a question."
-        )
-    return task
 
 
 def build_contexts(

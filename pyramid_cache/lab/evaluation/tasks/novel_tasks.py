@@ -73,10 +73,9 @@ NUM_CONTINUED = 128
 
 def choose_numbers(count: int, generator: random.Random) -> list[str]:
     """Numbers of five different digits each, no two of which begin alike."""
-    first_digits = generator.sample("123456789", count)
-    return [
-        first + "".join(generator.sample("0123456789".replace(first, ""), NUM_DIGITS - 1)) for first in first_digits
-    ]
+    firsts = generator.sample("123456789", count)
+    rests = (generator.sample("0123456789".replace(first, ""), NUM_DIGITS - 1) for first in firsts)
+    return [first + "".join(rest) for first, rest in zip(firsts, rests, strict=True)]
 
 
 def hide_numbers(
