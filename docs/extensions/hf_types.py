@@ -1,8 +1,8 @@
 """Arguments in docstrings, as griffe and mkdocstrings read them.
 
-Hugging Face writes `name (`float` or `int`, defaults to 0.2): ...`. What is optional, and what the default is, stands in
-the signature, which the API page shows as well, so the type alone is left: `name (float | int): ...`. Arguments that share
-a line, `key, value (`torch.Tensor`): ...`, become one each.
+Hugging Face writes `name (`float` or `int`, defaults to 0.2): ...`. The API page shows the signature as well, with
+what is optional and the defaults. So the type alone is left: `name (float | int): ...`. Arguments that share a line,
+`key, value (`torch.Tensor`): ...`, become one each.
 """
 
 import re

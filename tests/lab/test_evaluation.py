@@ -335,6 +335,26 @@ def test_processes_share_an_evaluation(tmp_path: Path) -> None:
         assert (folder / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
 
 
+@pytest.mark.slow
+def test_accelerate_launches_an_evaluation(tmp_path: Path) -> None:
+    """As the page has it: two processes have half of the contexts each, and the rows are those of one process."""
+    arguments = "eval --tasks recall-64 --caches knorm --samples 4 --device cpu --threads 1".split()
+    num_threads = torch.get_num_threads()
+    try:
+        wanted = rows_of(arguments, tmp_path / "wanted.json")
+    finally:
+        torch.set_num_threads(num_threads)
+    launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0 "
+    launch += "--mixed_precision no --dynamo_backend no -m pyramid_cache.lab.cli"
+    folder, found = tmp_path / "two", tmp_path / "found.json"
+    command = [sys.executable, *launch.split(), *arguments, "--out", str(folder), "--json", str(found)]
+    subprocess.run(command, check=True, timeout=300)
+    record = json.loads(found.read_text())
+    assert (record["machine"]["processes"], record["rows"]) == (2, wanted)
+    numbers = [len((folder / name).read_text().splitlines()) for name in ("cells.jsonl", "cells.1.jsonl")]
+    assert numbers[0] == numbers[1] > 0
+
+
 def test_bad_options_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (
         (["--caches", "lru"], "h2o"),

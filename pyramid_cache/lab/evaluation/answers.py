@@ -70,7 +70,8 @@ def collect_answers(
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         model(torch.zeros(1, 1, dtype=torch.long, device=model.device), **{CACHE_ARGUMENT: cache}, logits_to_keep=1)
-    token_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    layers: list[Any] = cache.layers
+    token_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
     answers = []
     for result in results:
         for cell in result.cells:

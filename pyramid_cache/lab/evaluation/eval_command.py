@@ -61,7 +61,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
     add("--model", f"folder or hub id of a causal language model (default: {weights.MODEL_NAME})")
     names = f"{', '.join(CACHES)} (default: all; the full cache is always measured)"
-    add_list("--caches", cache_names, CACHES, f"caches, by the names of their classes or of {names}")
+    add_list("--caches", cache_names, list(CACHES), f"caches, by the names of their classes or of {names}")
     shown = ", ".join(map(str, DEFAULT_BUDGETS))
     add_list("--budgets", budgets, DEFAULT_BUDGETS, f"fractions of the prompt (default: {shown})")
     forms = f"{tasks.TASK_FORMS}. Each of --lengths stands for a missing L, and N may be missing with it"
@@ -196,14 +196,14 @@ def check_options(options: argparse.Namespace) -> None:
 def prepare(is_recall: bool, options: argparse.Namespace, target: torch.device, messages: "Console") -> Prepared:
     """Loads the recall model or the other one, and makes its contexts."""
     if is_recall:
-        model = recall.load_recall_model(getattr(torch, options.dtype or default_dtype(target))).to(target)
-        return Prepared(True, recall.NAME, model, find_contexts(options))
+        model: Any = recall.load_recall_model(getattr(torch, options.dtype or default_dtype(target)))
+        return Prepared(True, recall.NAME, model.to(target), find_contexts(options))
     loaded = load_chosen_model(options, messages)
     contexts = find_contexts(options, Haystack(loaded.tokenizer))
     # Beyond these positions the full cache's answers would mean nothing.
     longest = max(len(context.ids) + 1 + len_behind(context.threads) for context in contexts)
     loaded.require_positions(longest, "the length of a task in --tasks")
-    decode = functools.partial(loaded.tokenizer.decode, skip_special_tokens=True)
+    decode: Any = functools.partial(loaded.tokenizer.decode, skip_special_tokens=True)
     return Prepared(False, loaded.name, loaded.model, contexts, decode)
 
 

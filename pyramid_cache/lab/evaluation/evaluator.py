@@ -11,9 +11,10 @@ import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from pyramid_cache.engine.architectures import CACHE_ARGUMENT
 from pyramid_cache.lab.evaluation.asking import Score, Thread, ask
@@ -212,7 +213,7 @@ class Evaluation:
     @torch.no_grad()
     def read(
         self, setting: Setting, prompts: Sequence[list[int]], reading: Reading, num_later: int
-    ) -> tuple[Cache, torch.Tensor]:
+    ) -> tuple[Any, torch.Tensor]:
         """
         A new cache that has read prompts in its own way, and the logits `(rows, vocabulary)` of the last token of
         each. The reading is of the same prompts with full attention; `num_later` tokens come behind them at most.
@@ -221,7 +222,7 @@ class Evaluation:
             return full_cache(self.model, reading), reading.logits
         name, budget = setting
         entry = self.caches[name]
-        cache = entry.build(self.model, budget, Workload(reading.num_tokens, len(prompts), num_later))
+        cache: Any = entry.build(self.model, budget, Workload(reading.num_tokens, len(prompts), num_later))
         if entry.reading == "dense":
             cache.replay(reading.layers)
             return cache, reading.logits

@@ -120,7 +120,7 @@ def draw_scores(rows: Sequence[dict[str, Any]]) -> bytes:
 
 def draw_lines(axis: Axes, rows: Sequence[dict[str, Any]], place: str, score: str) -> None:
     """One line per cache through its budgets."""
-    edge = {"linewidth": 1.4, "markersize": 5.5, "markeredgecolor": "white", "markeredgewidth": 0.4}
+    edge: dict[str, Any] = {"linewidth": 1.4, "markersize": 5.5, "markeredgecolor": "white", "markeredgewidth": 0.4}
     for cache in dict.fromkeys(row["cache"] for row in rows):
         own = sorted((row for row in rows if row["cache"] == cache), key=lambda row: row["budget"])
         values, label = [row[score] for row in own], find_entry(cache).label
@@ -224,11 +224,17 @@ def draw_positions(kept: Sequence[KeptPositions], answers: Sequence[Answer]) -> 
     def draw(axis: Axes, place: tuple[str, float]) -> AxesImage:
         shares = maps[place].shares
         extent = (0, maps[place].num_tokens, len(shares) - 0.5, -0.5)
-        settings = {"aspect": "auto", "interpolation": "nearest", "cmap": "Blues", "vmin": 0, "vmax": 1}
+        settings: dict[str, Any] = {
+            "aspect": "auto",
+            "interpolation": "nearest",
+            "cmap": "Blues",
+            "vmin": 0,
+            "vmax": 1,
+        }
         image = axis.imshow(shares, extent=extent, **settings)
         if facts:
             # Below the map, so that they hide nothing of what is kept there.
-            below = {"transform": axis.get_xaxis_transform(), "clip_on": False, "linestyle": ""}
+            below: dict[str, Any] = {"transform": axis.get_xaxis_transform(), "clip_on": False, "linestyle": ""}
             axis.plot(facts, [-0.04] * len(facts), color=FACT_COLOR, marker="^", markersize=3, **below)
         axis.set_yticks(sorted({0, len(shares) - 1}))
         return image

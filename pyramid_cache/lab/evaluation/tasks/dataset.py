@@ -141,4 +141,4 @@ def load_data(
 
 def text_of(ids: list[int], tokenizer: "PreTrainedTokenizerBase | None") -> str:
     """What tokens say; nothing where there is no tokenizer."""
-    return "" if tokenizer is None else tokenizer.decode(ids)
+    return "" if tokenizer is None else str(tokenizer.decode(ids))

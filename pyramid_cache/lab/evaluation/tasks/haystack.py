@@ -79,7 +79,7 @@ class Haystack:
                 {"role": "assistant", "content": f"{MARKER}."},
                 {"role": "user", "content": text},
             ]
-        framed = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        framed = str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
         return self.encode(framed.split(MARKER)[1] + beginning)
 
     def listing(
