@@ -1,5 +1,8 @@
 """What no other test of the quick tier notices of the faults in `mutations.py`, by subject."""
 
+import copy
+import itertools
+
 import pytest
 import torch
 from models import build_config, build_model, drive, left_pad, random_rows, random_tokens, tiny_model
@@ -11,6 +14,7 @@ from pyramid_cache import (
     KeyDiffCache,
     MassiveActivationCache,
     PyramidCache,
+    ShadowKVCache,
     SnapKVCache,
     StreamingLLMCache,
     TOVACache,
@@ -21,6 +25,8 @@ from pyramid_cache.engine.fingerprint import architecture_of
 from pyramid_cache.engine.profile import check_architecture
 from pyramid_cache.engine.rope import RotaryFrequencies
 from pyramid_cache.engine.scoring import sum_of_probabilities
+from pyramid_cache.ops import reference
+from pyramid_cache.ops.scores import attention_scores_without_kernels
 
 
 SLIDING = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
@@ -38,20 +44,15 @@ CACHES = (
 # Padding.
 
 
-@pytest.mark.parametrize("lengths, budget", [((6, 9), 12), ((17, 30), 10)], ids=["dense at first", "evicted at once"])
-def test_padding_is_no_token_when_what_is_generated_exceeds_the_budget(lengths: tuple[int, int], budget: int) -> None:
-    """A padded row holds what it holds alone, whether the prompt or an answer is the first to exceed the budget."""
-    model, rows = tiny_model("llama"), random_rows(lengths, seed=31)
-    continuation = random_tokens(2, 12, seed=32)
+def test_padding_is_no_token_when_an_answer_is_the_first_to_exceed_the_budget() -> None:
+    model, rows, answer = tiny_model("llama"), random_rows((6, 9), seed=31), random_tokens(2, 9, seed=32)
     for cache_class, settings in CACHES:
-        together = drive(model, cache_class(model.config, budget, **settings), rows, continuation)
+        together = drive(model, cache_class(model.config, 12, **settings), rows, answer)
         for index, row in enumerate(rows):
-            cache = cache_class(model.config, budget, **settings)
-            alone = drive(model, cache, [row], continuation[index : index + 1])
+            alone = drive(model, cache_class(model.config, 12, **settings), [row], answer[index : index + 1])
             torch.testing.assert_close(together.logits[index], alone.logits[0], atol=1e-4, rtol=0)
-            for step in range(13):
-                held = [together.held(step, layer, index, head) for layer in range(3) for head in range(2)]
-                assert held == [alone.held(step, layer, 0, head) for layer in range(3) for head in range(2)]
+            for place in itertools.product(range(10), range(3)):
+                assert together.held(*place, index, 1) == alone.held(*place, 0, 1)
 
 
 @torch.no_grad()
@@ -77,8 +78,8 @@ def test_padding_between_tokens_of_a_layer_that_holds_all_of_them() -> None:
             expected = read_turns(model, alone, [first[index]], [second[index]])
             torch.testing.assert_close(logits[index], expected[0], atol=1e-4, rtol=0)
             for layer in range(3):
-                for held, expected in zip(together.positions(layer)[index], alone.positions(layer)[0], strict=True):
-                    assert sorted(held[held >= 0].tolist()) == sorted(expected[expected >= 0].tolist())
+                for held, wanted in zip(together.positions(layer)[index], alone.positions(layer)[0], strict=True):
+                    assert sorted(held[held >= 0].tolist()) == sorted(wanted[wanted >= 0].tolist())
 
 
 # Scores.
@@ -98,6 +99,13 @@ def test_probabilities_in_half_precision_are_summed_in_float32() -> None:
     scores = sum_of_probabilities(probabilities, 2, None)
     assert scores.dtype == torch.float32
     torch.testing.assert_close(scores.double(), probabilities.double().view(1, 2, 2, 300, 5).sum(dim=(2, 3)))
+
+
+def test_scores_of_a_gpu_without_triton_leave_padding_out() -> None:
+    query, key = torch.randn(2, 4, 9, 16), torch.randn(2, 2, 9, 16)
+    key_start = torch.tensor([0, 3], dtype=torch.int32)
+    arguments = (query, key, torch.zeros(2, 4, 9), None, key_start, 0.25, None, True)
+    torch.testing.assert_close(attention_scores_without_kernels(*arguments), reference.attention_scores(*arguments))
 
 
 # Budgets and angles.
@@ -149,6 +157,22 @@ def test_a_profile_of_another_model_is_refused() -> None:
         check_architecture("profile.json", expected | {"num_hidden_layers": 7}, expected)
 
 
+# The shadow.
+
+
+def test_slots_are_full_before_there_is_a_shadow_and_copies_share_no_values() -> None:
+    """Slots for an outlier chunk, two sparse chunks and a tail of 6 tokens, of which one is that of the next step."""
+    model, tokens = tiny_model("llama"), random_tokens(1, 13, seed=37)
+    settings = {"chunk_size": 2, "num_outlier_chunks": 1, "num_local_tokens": 2, "offload_interval": 2, "rank": 6}
+    for length in (11, 12, 13):
+        cache = ShadowKVCache(model.config, budget=4, **settings)
+        read_turns(model, cache, list(tokens[:, :length]))
+        twin = copy.deepcopy(cache)
+        for layer, copied in zip(cache.compressed_layers, twin.compressed_layers, strict=True):
+            assert (layer.host_values is None) == (length == 11)
+            assert length == 11 or layer.host_values.data_ptr() != copied.host_values.data_ptr()
+
+
 # Memory, reset and crop.
 
 
@@ -174,6 +198,17 @@ def test_reset_forgets_what_may_still_be_taken_back() -> None:
         assert torch.equal(*(model(prompt, past_key_values=each).logits for each in (cache, new)))
     for layer in range(3):
         assert torch.equal(cache.positions(layer), new.positions(layer))
+
+
+def test_reset_forgets_what_massive_tokens_are_compared_with() -> None:
+    model, prompt = tiny_model("llama"), list(random_tokens(1, 20))
+    cache, new = (MassiveActivationCache(model.config, budget=8) for _ in range(2))
+    read_turns(model, cache, list(random_tokens(1, 25, seed=1)))
+    cache.reset()
+    assert torch.equal(*(read_turns(model, each, prompt) for each in (cache, new)))
+    for layer, expected in zip(cache.compressed_layers, new.compressed_layers, strict=True):
+        assert torch.equal(layer.template_norm, expected.template_norm)
+        assert torch.equal(layer.held_positions(), expected.held_positions())
 
 
 def test_reset_empties_the_layers_of_transformers_too() -> None:
