@@ -46,7 +46,7 @@ are_alike = all(len(set(numbers)) <= «1→2» for numbers in counts)
 = engine/layer.py: test_recording test_shadow_kv | taken_back guesses
 self.length -= num_columns«→ - 1»
 is_turn = «self.turn_begins and →»chunk.num_columns > 1
-= engine/layer.py: test_misuse | gradients autocast
+= engine/layer.py: test_bad_calls | gradients_over precision autocast
 setattr(self, name, tensor«.clone()→»)
 self._value_dtype = «value_states→key_states».dtype
 = engine/layer.py: test_h2o test_conversation
@@ -72,7 +72,7 @@ return [held >«=→» kept + self.num_spare_slots for
 if self.keys.shape[2] «>→<» self.length:
 = engine/policy.py: test_policies test_massive_activation
 pooled = pool(ordered, kernel_size, stride=1, padding=kernel_size // 2)«→.roll(1, dims=-1)»
-return self.positions >«=→» self.length - num_recent
+return self.positions >«=→» self.length - most
 = engine/policy.py: test_expected_attention
 rotary.rotate(self.query, «-→»rotary.model_angles(
 return self.is_token & (self.positions <«→=» num_first)
@@ -86,6 +86,7 @@ is_ascending = «not bool((is_token[:, :-1] & ~is_token[:, 1:]).any())→True»
 if not agrees.«all→any»():
 = engine/budget.py: test_pyramid test_policies test_massive_activation
 for index in by_remainder[: total - sum(numbers)«→ - 1»]:
+= engine/budget.py: test_small_faults
 return math.floor(«Fraction(repr(float(fraction)))→fraction» * count)
 = engine/budget.py: test_massive_activation
 max(min(in_proportion, prompt_length, rest« - assured_later→»), assured)
@@ -164,7 +165,7 @@ self.row_looked: list[int] = «[]→getattr(self, "row_looked", [])»
 (tokens.positions < self.settings.num_sink_tokens«→ - 1») |
 = caches/pyramidkv.py: test_policies
 least = «max(min(self.window_size, mean - window_size), 1)→1»
-= caches/rkv.py: test_rkv
+= caches/rkv.py: test_policies | redundancy
 cosines.diagonal(«offset=start, →»dim1=-2, dim2=-1).zero_()
 = caches/shadow_kv.py: test_shadow_kv | reference taken_back
 cosines = torch.cosine_similarity(chunks, means[..., None, :], dim=-1).«amin→mean»(dim=-1)
@@ -201,7 +202,7 @@ scores = scores.«amax→mean»(dim=2)
 TERMS = «3→1»
 = ops/scores.py: test_small_faults
 is_plain = row_weights is None and« key_start is None and→»
-= ops/registration.py: ops/test_scores test_misuse | autocast
+= ops/registration.py: ops/test_scores | autocast
 with torch.autocast(device_type, enabled=«False→True»):
 = ops/triton_scores.py: ops/test_kernels
 «tl.where(keys >= start, sums, 0.0)→sums»

@@ -19,7 +19,7 @@ from pyramid_cache import (
     StreamingLLMCache,
     TOVACache,
 )
-from pyramid_cache.engine.budget import bytes_to_tokens
+from pyramid_cache.engine.budget import Budget, bytes_to_tokens
 from pyramid_cache.engine.cache import CompressedCache
 from pyramid_cache.engine.fingerprint import architecture_of
 from pyramid_cache.engine.profile import check_architecture
@@ -109,6 +109,12 @@ def test_scores_of_a_gpu_without_triton_leave_padding_out() -> None:
 
 
 # Budgets and angles.
+
+
+def test_a_fraction_is_the_decimal_number_that_was_written() -> None:
+    """0.29 * 100 and 0.57 * 100 are a little less than 29 and 57."""
+    for fraction, expected in ((0.29, 29), (0.57, 57), (0.3, 30)):
+        assert Budget("fraction", fraction).num_tokens(100) == expected
 
 
 def test_tokens_and_spare_slots_fit_a_budget_in_bytes() -> None:
