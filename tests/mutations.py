@@ -34,12 +34,12 @@ PRELOADED = ("pytest", "hypothesis", "transformers.generation.utils", "transform
 # the names of tests that are tried before the others. Below it the faults: a text that occurs once in the file, with
 # «what is right→what the fault puts there».
 FAULTS = """
+= engine/layer.py: test_small_faults test_batch_rows
+self.positions = grown(kept_positions«.masked_fill(indices < 0, -1)→», num_kept, num_slots, fill=-1)
 = engine/layer.py: test_small_faults
 self.column_positions = «seen.positions if seen.has_gaps else →»None
 self.recorded: list[RecordedChunk] = «[]→getattr(self, "recorded", [])»
 return tensor«.clone(memory_format=torch.contiguous_format)→»
-= engine/layer.py: test_batch_rows
-self.positions = grown(kept_positions«.masked_fill(indices < 0, -1)→», num_kept, num_slots, fill=-1)
 = engine/layer.py: test_conversation test_modes | commute beam
 setattr(self, name, «→tensor if name == "values" else »function(tensor))
 are_alike = all(len(set(numbers)) <= «1→2» for numbers in counts)

@@ -44,8 +44,9 @@ CACHES = (
 # Padding.
 
 
-def test_padding_is_no_token_when_an_answer_is_the_first_to_exceed_the_budget() -> None:
-    model, rows, answer = tiny_model("llama"), random_rows((6, 9), seed=31), random_tokens(2, 9, seed=32)
+@pytest.mark.parametrize("lengths", [(6, 9), (4, 20)], ids=["an answer", "the prompt of one row"])
+def test_padding_is_no_token_whatever_is_the_first_to_exceed_the_budget(lengths: tuple[int, int]) -> None:
+    model, rows, answer = tiny_model("llama"), random_rows(lengths, seed=31), random_tokens(2, 9, seed=32)
     for cache_class, settings in CACHES:
         together = drive(model, cache_class(model.config, 12, **settings), rows, answer)
         for index, row in enumerate(rows):
