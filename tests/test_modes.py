@@ -85,8 +85,11 @@ def test_chunks_of_text_come_close_to_the_whole() -> None:
     """Figures of docs/compatibility.md: SmolLM2-135M-Instruct, a budget of two fifths of the prompt."""
     loaded = load_model(fetch_default_model(), "default", torch.device("cpu"))
     tokens = loaded.tokenizer(read_text()[20_000:32_000], return_tensors="pt").input_ids
-    figures = zip(CACHE_CASES, *columns_of(table_in(PAGE.read_text(), "cache")).values(), strict=True)
-    for case, _, least_cosine, least_share in figures:
+    cases = {f"`{case.name}`": case for case in CACHE_CASES}
+    figures = [*zip(*columns_of(table_in(PAGE.read_text(), "cache")).values(), strict=True)]
+    assert {row[0] for row in figures} == set(cases)
+    for name, least_cosine, least_share in figures:
+        case = cases[name]
         cosine, share = closeness(loaded.model, tokens, case, num_tokens=1024, chunk=128)
         assert cosine >= float(least_cosine) and share >= float(least_share.strip("%")) / 100, (case, cosine, share)
 
