@@ -80,7 +80,7 @@ def test_generate_leaves_nothing_behind(case: CacheCase) -> None:
 
     class Watch(LogitsProcessor):
         def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-            if input_ids.shape[1] in (33, 53, 82):
+            if input_ids.shape[1] in (33, 57, 81):  # as far from an eviction each, whatever the interval of the table
                 measured.append((cache.nbytes, count_tensors(), resident_bytes()))
             return scores
 
