@@ -141,10 +141,11 @@ def pair_with_caches(
     name: str, values: Iterable[Any], cases: Sequence[CacheCase] = CACHE_CASES, shift: int = 0
 ) -> pytest.MarkDecorator:
     """
-    Runs a test with every pair of a value and a cache in the slow tier. The quick tier has each value and each of its
-    caches in one pair at least: what a value does and what a cache does seldom depend on each other.
+    Runs a test with pairs of a value and a cache: what a value does and what a cache does seldom depend on each other.
+    The quick tier has each value and each of its caches in one pair at least, the slow tier every third pair.
     """
     values = list(values)
+    period = min(3, len(values))
     quick = [case for case in cases if case.tier == "quick"]
     chosen = {
         (turn % len(values), quick[(turn + shift) % len(quick)].name) for turn in range(max(len(values), len(quick)))
@@ -157,7 +158,8 @@ def pair_with_caches(
             marks=() if (place, case.name) in chosen else pytest.mark.slow,
         )
         for place, value in enumerate(values)
-        for case in cases
+        for column, case in enumerate(cases)
+        if (place, case.name) in chosen or (place + column) % period == 0
     ]
     return pytest.mark.parametrize(f"{name}, case", parameters)
 

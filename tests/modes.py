@@ -512,19 +512,29 @@ MECHANISMS = {
     "assisted, another draft model",
     "cache filled in `torch.inference_mode()`, used outside",
 }
-# Every other mode runs with one cache of the quick tier, and with all of them in the slow tier.
-every_cell = pytest.mark.parametrize(
-    "mode, case",
-    [
-        pytest.param(
-            mode,
-            case,
-            id=f"{mode.name.replace('`', '')}-{case.name}",
-            marks=()
-            if case is QUICK_CASES[turn % len(QUICK_CASES)] or (mode.name in MECHANISMS and case in QUICK_CASES)
-            else pytest.mark.slow,
-        )
-        for turn, mode in enumerate(MODES)
-        for case in CACHE_CASES
-    ],
-)
+
+
+def is_in_quick_tier(turn: int, mode: Mode, case: CacheCase) -> bool:
+    """Whether a test of every mode, of which this is number `turn`, runs with a cache without `-m slow`."""
+    return case is QUICK_CASES[turn % len(QUICK_CASES)] or (mode.name in MECHANISMS and case in QUICK_CASES)
+
+
+def parametrize_modes(period: int) -> pytest.MarkDecorator:
+    """
+    Runs a test with pairs of a mode and a cache: every mode with one cache of the quick tier, and in the slow tier
+    with every `period`-th of all caches.
+    """
+    return pytest.mark.parametrize(
+        "mode, case",
+        [
+            pytest.param(
+                mode,
+                case,
+                id=f"{mode.name.replace('`', '')}-{case.name}",
+                marks=() if is_quick else pytest.mark.slow,
+            )
+            for turn, mode in enumerate(MODES)
+            for column, case in enumerate(CACHE_CASES)
+            if (is_quick := is_in_quick_tier(turn, mode, case)) or (turn + column) % period == 0
+        ],
+    )

@@ -11,7 +11,7 @@ import pytest
 import torch
 from caches import CACHE_CASES, QUICK_CASES, CacheCase
 from models import ARCHITECTURES, FAMILIES, REFUSED_ARCHITECTURES, build_config
-from modes import MODES, Mode, every_cell, first_sentence, verdict
+from modes import MODES, Mode, first_sentence, parametrize_modes, verdict
 from transformers import AutoModelForCausalLM
 
 
@@ -80,7 +80,7 @@ def assert_written(columns: dict[str, list[str]], row: int, case: CacheCase, ans
     assert reason.replace("|", "\\|") in columns["why not"][row], f"Run `{COMMAND}`."
 
 
-@every_cell
+@parametrize_modes(period=1)
 def test_a_tight_budget_is_right_or_refused_as_the_page_says(mode: Mode, case: CacheCase) -> None:
     answer = verdict(mode, case)
     assert answer.startswith("refused: ") or (answer == "yes" and not mode.never_fits), answer

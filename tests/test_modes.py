@@ -10,7 +10,7 @@ import pytest
 import torch
 from caches import CACHE_CASES, CacheCase, every_cache
 from models import random_tokens, tiny_model
-from modes import Mode, Run, every_cell, held_positions
+from modes import Mode, Run, held_positions, parametrize_modes
 from test_compatibility import PAGE, columns_of, table_in
 from transformers import Cache, DynamicCache, PreTrainedModel
 
@@ -27,7 +27,7 @@ def with_dynamic_cache(mode: Mode) -> Run:
     return mode.run(lambda model: DynamicCache(config=model.config))
 
 
-@every_cell
+@parametrize_modes(period=4)
 def test_large_budget_is_dynamic_cache_bit_for_bit(mode: Mode, case: CacheCase) -> None:
     def make_cache(model: PreTrainedModel) -> Cache:
         return case.build(model, "large")
