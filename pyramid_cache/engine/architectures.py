@@ -1,11 +1,11 @@
 """
-Which attention can be served, read in the source of a model's attention classes before anything runs.
+Which architectures can be served. The source of a model's attention classes is read before anything runs.
 
-A cache layer meets its queries in the attention function, by the very key tensor that `update` returned
-(`attention.py`). A model that does anything else with its keys would only be noticed in its first forward pass. So the
-files of its architecture in transformers are read once: where keys go to a cache, they must go on from there to the
-attention interface as they came back, with no argument that changes the logits in a way that is not known here. What
-cannot be read (models from elsewhere, installations without source) is left to the checks of that first forward pass.
+A cache layer meets its queries in the attention function, which gets the key tensor that `update` returned
+(`attention.py`). Without this file, a model that attends to other keys would be refused in its first forward pass
+only. So the source of its architecture in transformers is read once. The keys that a cache returns must reach the
+attention interface unchanged, and every argument beside them must be known here. Models from elsewhere, and
+installations without source, are left to the checks of the first forward pass.
 """
 
 import ast
@@ -16,14 +16,14 @@ from importlib import resources
 from transformers import MODEL_MAPPING, GenerationMixin, PreTrainedConfig
 
 
-# What models and `generate` call the cache: `cache` from transformers 5.24 on, which warns of the name that it had
-# before.
+# The name of the cache among the arguments of models and of `generate`: `cache` from transformers 5.24 on. It warns of
+# the earlier name.
 CACHE_ARGUMENT = (
     "cache"
     if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
     else "past_key_values"
 )
-# What attention functions are called with that can be reproduced, or does not change what a query sees.
+# Arguments of attention functions that the package reproduces, or that do not change what a query sees.
 KNOWN_ARGUMENTS = {
     "attention_mask",
     "cu_seq_lens_k",
@@ -43,7 +43,7 @@ KNOWN_ARGUMENTS = {
     "softcap",
     "value",
 }
-# What the flow of keys does not tell.
+# Reasons that the flow of keys does not show.
 NAMED_REASONS = {
     "bigbird_pegasus": "its decoder's attention is not marked as causal",
     "doge": "its attention hides keys by what their values are",
@@ -56,13 +56,13 @@ NAMED_REASONS = {
 
 def reason_against(config: PreTrainedConfig) -> str | None:
     """
-    Why a model's attention cannot be served, as far as its config and its source tell.
+    Why a model's attention cannot be served, by its config and its source.
 
     Args:
-        config (`PreTrainedConfig`): Of the decoder: `config.get_text_config(decoder=True)`.
+        config (`PreTrainedConfig`): The config of the decoder: `config.get_text_config(decoder=True)`.
 
     Returns:
-        `str` or None: The rest of a sentence, or None if there is nothing against the model.
+        `str` or None: The second half of an error's sentence, or None if the model can be served.
     """
     if config.model_type in NAMED_REASONS:
         return NAMED_REASONS[config.model_type]
@@ -83,7 +83,7 @@ def reason_against(config: PreTrainedConfig) -> str | None:
 
 
 def _package_of(config_class: type[PreTrainedConfig]) -> str:
-    """Where the source of a model is: beside its config, but some configs are of models of another architecture."""
+    """The Python package of a model: the one of its config, unless the config belongs to another architecture."""
     package = config_class.__module__.rpartition(".")[0]
     if not package.startswith("transformers.models.") or _sources(package):
         return package
@@ -93,7 +93,7 @@ def _package_of(config_class: type[PreTrainedConfig]) -> str:
 
 @functools.cache
 def _sources(package: str) -> list[str]:
-    """What the files of a package say that define models; none where installations come without source."""
+    """The text of the `modeling_` files of a package; an empty list where the installation has no source."""
     files = [file for file in resources.files(package).iterdir() if file.name.startswith("modeling_")]
     return [file.read_text(encoding="utf-8") for file in files if file.name.endswith(".py")]
 
@@ -101,8 +101,8 @@ def _sources(package: str) -> list[str]:
 @functools.cache
 def _reasons_by_class(package: str) -> dict[str, str | None] | None:
     """
-    For each attention class of an architecture that hands keys to a cache, what is against it, or None. None in place
-    of all if `package` is not one of transformers' models, or its source is not there.
+    For each attention class that hands keys to a cache: the reason against it, or None. The function returns None if
+    `package` is no package of transformers' models, or has no source.
     """
     if not package.startswith("transformers.models."):
         return None
@@ -120,7 +120,7 @@ def _reasons_by_class(package: str) -> dict[str, str | None] | None:
 
 
 def _update_of(function: ast.FunctionDef) -> ast.Assign | None:
-    """`key, value = cache.update(key, value, layer_idx)`, the last of them."""
+    """The last statement `key, value = cache.update(key, value, layer_idx)` of a function."""
     updates = [
         node
         for node in ast.walk(function)
@@ -135,7 +135,7 @@ def _update_of(function: ast.FunctionDef) -> ast.Assign | None:
 
 
 def _reason_against_class(class_node: ast.ClassDef, function: ast.FunctionDef, update: ast.Assign) -> str | None:
-    """What is against the way in which an attention class goes on from `update`, or None."""
+    """The reason against what an attention class does after `update`, or None."""
     calls = _interface_calls(function)
     if not calls:
         is_elsewhere = any(
@@ -159,7 +159,7 @@ def _reason_against_class(class_node: ast.ClassDef, function: ast.FunctionDef, u
 
 
 def _interface_calls(function: ast.FunctionDef) -> list[ast.Call]:
-    """Calls of what `get_interface` returned."""
+    """The calls of the function that `get_interface` returned."""
     interfaces: set[str] = set()
     for node in ast.walk(function):
         if isinstance(node, (ast.Assign, ast.AnnAssign)) and isinstance(node.value, ast.Call):
@@ -187,13 +187,13 @@ def _is_set_between(function: ast.FunctionDef, update: ast.stmt, call: ast.Call,
 
 
 def _conditions(function: ast.FunctionDef, inner: ast.AST) -> list[ast.If]:
-    """The conditions under which a part of a function runs."""
+    """The `if` statements around a part of a function."""
     branches = [node for node in ast.walk(function) if isinstance(node, ast.If)]
     return [node for node in branches if any(child is inner for child in ast.walk(node))]
 
 
 def _names(node: ast.AST | None) -> list[str]:
-    """The variables in a target or an argument: of a name that name, of a tuple those in it."""
+    """The variables in a target or an argument: a name, or the names in a tuple."""
     if isinstance(node, ast.Name):
         return [node.id]
     if isinstance(node, (ast.Tuple, ast.List)):

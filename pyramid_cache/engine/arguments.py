@@ -1,4 +1,4 @@
-"""What callers may hand to the methods of a cache: each function raises ValueError for anything else."""
+"""Checks of what callers hand to the methods of a cache. Each function raises ValueError for a bad argument."""
 
 import operator
 
@@ -6,7 +6,7 @@ import torch
 
 
 def as_tokens_to_remove(number: int) -> int:
-    """What `crop` was given, as an int; raises unless it is a negative integer or 0."""
+    """The argument of `crop` as an int. Raises unless it is a negative integer or 0."""
     try:
         tokens_to_remove = operator.index(number)
     except TypeError:
@@ -18,14 +18,14 @@ def as_tokens_to_remove(number: int) -> int:
 
 def as_row_indices(indices: torch.Tensor, num_rows: int) -> torch.Tensor:
     """
-    The rows that are chosen by indices, or by a bool mask, as int64 indices.
+    The int64 indices of the rows that indices or a bool mask choose.
 
     Args:
-        num_rows (`int`): How many there are, or -1 if that is not known.
+        num_rows (`int`): How many rows the cache has, or -1 if that is not known.
 
     Raises:
-        ValueError: They choose no row, or one that is not there (which is noticed on the CPU only: reading indices on
-            an accelerator would wait for it at every step of a beam search).
+        ValueError: The argument chooses no row, or a row that does not exist. Only indices on the CPU are checked: to
+            read them on an accelerator would wait for it at every step of a beam search.
     """
     try:
         rows = torch.as_tensor(indices)
@@ -47,7 +47,7 @@ def as_row_indices(indices: torch.Tensor, num_rows: int) -> torch.Tensor:
 
 
 def as_repeats(number: int) -> int:
-    """What `batch_repeat_interleave` was given, as an int; raises unless it is a positive integer."""
+    """The argument of `batch_repeat_interleave` as an int. Raises unless it is a positive integer."""
     try:
         repeats = operator.index(number)
     except TypeError:

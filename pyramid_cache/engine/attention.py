@@ -1,11 +1,11 @@
 """
 The seam to transformers: the only file that touches its attention registry.
 
-A `Cache` never sees a query. The attention function that a model calls right after `update` does, and every model asks
-`AttentionInterface.get_interface` for it at each forward. That one method is wrapped when the first cache is built: a
-key tensor that carries the attribute `cache_layer` is handed, with the function that would have run, to that layer's
-`attend`; all other calls go straight to the original function. The models' own eager functions pass through the same
-method, so eager is served like sdpa and flash-attention. Nothing here refers to a cache.
+A `Cache` never sees a query. The attention function that a model calls right after `update` sees it. Every model asks
+`AttentionInterface.get_interface` for that function in each forward pass. The first cache that is built wraps this one
+method. A call whose key tensor carries the attribute `cache_layer` goes to the `attend` of that layer, together with
+the function that would have run. All other calls go straight to the original function. The models' own eager functions
+pass through the same method, so eager is served like sdpa and flash-attention. Nothing here refers to a cache.
 """
 
 import functools
@@ -29,8 +29,8 @@ _original_get_interface: Callable | None = None
 
 def is_asked_for(name: str) -> bool:
     """
-    Whether the forward pass that is running collects outputs of that name: "attentions" (`output_attentions=True`) or
-    "hidden_states". transformers collects them behind the back of attention functions.
+    Whether the running forward pass collects outputs of that name: "attentions" (`output_attentions=True`) or
+    "hidden_states". Attention functions are not told.
     """
     collector = None if output_capturing is None else output_capturing._active_collector.get()
     return collector is not None and name in collector
@@ -75,7 +75,7 @@ class AttentionCall:
 
     @property
     def logit_arguments(self) -> dict[str, Any]:
-        """What the call says about its logits, as the ops take it."""
+        """The arguments of the call that decide its logits, by the names that the ops give them."""
         return {
             "scaling": self.kwargs.get("scaling") or self.query.shape[-1] ** -0.5,
             # transformers' sdpa leaves the cap out (before 5.18) or refuses it.

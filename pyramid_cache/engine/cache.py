@@ -1,5 +1,5 @@
 """
-The base of all caches: builds a layer for each decoder layer of a config, and answers what users ask about the whole.
+The base of all caches. It builds a cache layer for each decoder layer and answers questions about the whole cache.
 """
 
 import copy
@@ -34,15 +34,15 @@ class CompressedCache(Cache):
     transformers' own layers, which are bounded already.
 
     Args:
-        config (`PreTrainedConfig`): Of the model, as for `DynamicCache`.
-        build_layer (`Callable`): Called with the place of each full-attention layer and the mask reader that all
-            share.
+        config (`PreTrainedConfig`): The config of the model, as for `DynamicCache`.
+        build_layer (`Callable`): Makes the cache layer of a full-attention layer from its `LayerPlace` and from the
+            `MaskReader` that all layers share.
         settings (`dict`, *optional*): The other arguments of the constructor by name, with which `load` calls it. A
             cache without them cannot be saved.
 
     Raises:
         ValueError: `config` is no config of a decoder, or has no layer that could be compressed.
-        NotImplementedError: It is of an architecture whose attention cannot be served.
+        NotImplementedError: The attention of this architecture cannot be served.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class CompressedCache(Cache):
         Raises if a forward pass broke off: its first layers have seen tokens that the others have not.
 
         Raises:
-            RuntimeError: Nothing but `reset` helps.
+            RuntimeError: A forward pass broke off. Only `reset` helps.
         """
         lengths = [layer.get_seq_length() for layer in self.layers if isinstance(layer, CacheLayerMixin)]
         pending = [layer.place.layer_idx for layer in self.compressed_layers if layer.num_pending]
@@ -143,11 +143,11 @@ class CompressedCache(Cache):
 
     def compress(self) -> None:
         """
-        Ends a context: evicts at once what would wait for later, so that each layer holds no more than its budget.
+        Evicts now the tokens whose eviction waits, so that each layer holds no more than its budget.
 
-        A context that was read in one forward pass is compressed at its end anyway, and so is each later turn. After
-        generated tokens, and after forward passes that `activate_past_recording` has put aside, this makes the cache
-        as small as it gets, before it is saved or copied for any number of questions.
+        A prompt, or a later turn, is compressed as soon as it is read. Generated tokens wait for the next
+        `eviction_interval`, and recorded ones for `crop`. Call this before a cache is saved, or copied for several
+        questions: it is then as small as it gets.
 
         Raises:
             RuntimeError: The last forward pass broke off.
@@ -172,8 +172,8 @@ class CompressedCache(Cache):
         super().batch_repeat_interleave(as_repeats(repeats))
 
     def __setattr__(self, name: str, value: object) -> None:
-        # `generate` marks a cache that it was given whenever it starts: a recording that an earlier one left on ends
-        # there. No property: given the class by mistake, `generate` would overwrite it for all caches.
+        # `generate` sets this attribute on each cache that it is given, which ends a recording that an earlier call
+        # left on. It is no property: `generate`, given the class by mistake, would overwrite that for all caches.
         super().__setattr__(name, value)
         if name == "_is_user_defined":
             self.require_whole()
@@ -185,7 +185,7 @@ class CompressedCache(Cache):
 
     @property
     def is_croppable(self) -> bool:
-        """Whether transformers may take tokens back, as it does where it learns late that it should have stopped."""
+        """Whether transformers may crop this cache, as it does when it finds out late that it should have stopped."""
         return not self._is_beside_encoder and super().is_croppable
 
     def activate_past_recording(self) -> None:
@@ -199,14 +199,14 @@ class CompressedCache(Cache):
 
     def replay(self, prompt: Sequence[tuple[torch.nn.Module, RecordedChunk]]) -> None:
         """
-        Makes a new cache hold what it would hold had it read a prompt itself, with full attention.
+        Fills a new cache from a recorded prompt, as if it had read that prompt itself with full attention.
 
         Args:
             prompt (`Sequence`): `CompressedLayer.last_recorded` of each layer that evicts, from another cache that the
                 same model filled. Its tensors are read, and never written to.
 
         Raises:
-            ValueError: The cache has seen tokens, or the prompt is of another number of layers.
+            ValueError: The cache has seen tokens, or the prompt has another number of layers.
         """
         if self.get_seq_length():
             raise ValueError(
@@ -235,17 +235,17 @@ class CompressedCache(Cache):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """
-        Writes the cache to a file, from which `load` makes one that goes on as this one would, in another process too.
+        Writes the cache to a file. A cache that `load` makes of it goes on as this one would, in another process too.
 
         The file is in safetensors format. It is written beside `path` and then takes its place, so that an interrupted
-        save leaves an older file as it was. Slots that are allocated but not used are not saved.
+        save leaves an older file as it was. Unused slots are not saved.
 
         Args:
-            path (`str` or `os.PathLike`): Where to; an existing file is replaced.
+            path (`str` or `os.PathLike`): The file to write; an existing file is replaced.
 
         Raises:
-            ValueError: The cache holds nothing yet, is in the middle of a forward pass, or holds tokens that `crop`
-                may still take back.
+            ValueError: The cache holds nothing yet, a forward pass is not finished, or `crop` may still take tokens
+                back.
             NotImplementedError: The model has layers that are neither full, sliding-window nor linear attention.
 
         Example:
@@ -325,14 +325,14 @@ class CompressedCache(Cache):
 
     def positions(self, layer_idx: int) -> torch.Tensor:
         """
-        What a layer holds.
+        The positions of the tokens that a layer holds.
 
         Returns:
-            `torch.Tensor`: `(batch, kv_heads, slots)` int64, the position of the token in each slot, counted among its
-            row's tokens without padding; -1 for a slot that holds none.
+            `torch.Tensor`: `(batch, kv_heads, slots)` int64: for each slot the rank of its token among the tokens of
+            its row, padding not counted; -1 for an empty slot.
 
         Raises:
-            ValueError: The layer is not one that evicts, or holds nothing yet.
+            ValueError: The layer does not evict, or holds nothing yet.
         """
         if not isinstance(layer_idx, int) or not 0 <= layer_idx < len(self.layers):
             raise ValueError(f"There is no layer {layer_idx!r}: the cache has {len(self.layers)} layers.")
@@ -346,7 +346,7 @@ class CompressedCache(Cache):
         return layer.held_positions()
 
     def num_kept_tokens(self) -> list[int]:
-        """How many tokens each layer that evicts holds; of a batch, in the row that holds most."""
+        """How many tokens each layer that evicts holds: the largest number among the rows of the batch."""
         return [max(layer.num_held_per_row, default=0) for layer in self.compressed_layers]
 
     def memory(self) -> dict[str, dict[str, int]]:
@@ -355,7 +355,7 @@ class CompressedCache(Cache):
 
         Returns:
             `dict[str, dict[str, int]]`: By device, then by role: "keys", "values" and "bookkeeping" (positions,
-                scores). What a cache has moved from its device to the host is under "host", on the CPU too.
+                scores). Tensors that a cache has moved to the host are under "host", even if the device is the CPU.
         """
         held: dict[str, dict[str, int]] = {}
         storages: set[int] = set()
@@ -403,14 +403,14 @@ class CompressedCache(Cache):
 
     def plot(self, row: int = 0) -> "Figure":
         """
-        Draws how many tokens each layer holds, and which positions of a row they are. `pyramid_cache.plot` has both
-        apart, and more.
+        Draws how many tokens each layer holds, and which positions of a row they have. `pyramid_cache.plot` draws each
+        of the two alone, and more.
 
-        What a `ShadowKVCache` shows is its buffer, which is what a step attends to: the chosen chunks, the outliers
-        and the latest tokens. The others are not lost.
+        Of a `ShadowKVCache` the figure shows the buffer that a step attends to: the chosen chunks, the outliers and
+        the latest tokens. The other tokens are not lost.
 
         Args:
-            row (`int`, defaults to 0): Of the batch.
+            row (`int`, defaults to 0): The row of the batch.
 
         Returns:
             `matplotlib.figure.Figure`: A notebook shows it; `figure.savefig("kept.png")` writes it to a file.
@@ -432,21 +432,20 @@ class CompressedCache(Cache):
         attention_mask: torch.Tensor | None = None,
     ) -> "KeptText":
         """
-        The text of a row, each token coloured by how many of the layers that evict hold it in at least one KV head. A
-        notebook shows it as HTML with tooltips; `print` gives plain text.
+        The text of a row. The colour of a token says how many of the layers that evict hold it in at least one KV
+        head. A notebook shows HTML with tooltips; `print` gives plain text.
 
-        Of a `ShadowKVCache`, what counts is whether a token is in the buffer, which is what a step attends to: the
-        chosen chunks, the outliers and the latest tokens. The others are not lost.
+        Of a `ShadowKVCache` the tokens of the buffer count, which a step attends to: the chosen chunks, the outliers
+        and the latest tokens. The other tokens are not lost.
 
         Args:
-            tokenizer (`PreTrainedTokenizerBase`): Of the model.
-            input_ids (`torch.Tensor`): `(batch, tokens)`, or `(tokens,)` of a single row: all that the cache has seen,
-                or its beginning, such as the prompt, or the sequences that `generate` returned, whose last token no
-                layer has seen.
-            row (`int`, defaults to 0): Of the batch.
-            attention_mask (`torch.Tensor`, *optional*): `(batch, tokens)`, as the model was given it; columns behind
-                its last one are tokens. Without it padding is taken to be in front of the row, as many columns as the
-                row has seen fewer tokens than columns.
+            tokenizer (`PreTrainedTokenizerBase`): The tokenizer of the model.
+            input_ids (`torch.Tensor`): `(batch, tokens)`, or `(tokens,)` of a single row: all tokens that the cache
+                has seen, or the first of them, such as the prompt. The sequences that `generate` returns fit too: no
+                layer has seen their last token.
+            row (`int`, defaults to 0): The row of the batch.
+            attention_mask (`torch.Tensor`, *optional*): `(batch, tokens)`, as the model was given it. Columns behind
+                its last one are tokens. Without a mask, the padding of a row is taken to be in front of it.
 
         Raises:
             ValueError: The cache holds nothing yet or has no such row, or `input_ids` or the mask do not fit what it
@@ -460,8 +459,7 @@ class CompressedCache(Cache):
 
 def config_and_model(source: Any) -> tuple[PreTrainedConfig, PreTrainedModel | None]:
     """
-    A config and no model where a config is given. Else the model that is given, or that a wrapper around it holds
-    (PEFT, `torch.compile`), and its config.
+    A config and None for a config. For a model, its config and the model, out of any wrapper (PEFT, `torch.compile`).
     """
     modules = source.modules() if isinstance(source, torch.nn.Module) else ()
     model = next((module for module in modules if isinstance(module, PreTrainedModel)), None)
@@ -470,11 +468,11 @@ def config_and_model(source: Any) -> tuple[PreTrainedConfig, PreTrainedModel | N
 
 def check_decoder_config(config: PreTrainedConfig) -> None:
     """
-    Raises unless `config` is of a model that generates from a KV cache which the layers can serve.
+    Raises unless the model of `config` generates from a KV cache that the layers can serve.
 
     Raises:
-        ValueError: It is no config, or of an encoder.
-        NotImplementedError: It is of an architecture whose attention cannot be served.
+        ValueError: `config` is no config, or the config of an encoder.
+        NotImplementedError: The attention of this architecture cannot be served.
     """
     if not isinstance(config, PreTrainedConfig):
         given = f"the class {config.__name__}" if isinstance(config, type) else f"a {type(config).__name__}"

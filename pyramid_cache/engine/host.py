@@ -1,8 +1,8 @@
 """
-Where values are that the device has no room for: in memory of the host that the device can read, or in a mapped file.
+Values that the device has no room for: in memory of the host that the device can read, or in a mapped file.
 
-What goes to the host and comes from there does so on a second stream of a CUDA device, beside what it works out.
-Elsewhere there is one order of things, and nothing to wait for.
+On CUDA, copies to and from the host run on a second stream beside the computation. On other devices everything runs in
+order, and nothing has to wait.
 """
 
 import contextlib
@@ -27,9 +27,9 @@ DISK = "disk:"
 class HostPlace:
     """
     Attributes:
-        folder (`str`, *optional*): Of the files that hold values; without one they are in memory.
-        budget (`int`, *optional*): Bytes that the layers together may take.
-        num_layers (`int`): How many layers there are, which take as much each.
+        folder (`str`, *optional*): The folder of the files that hold values. Without a folder they are in memory.
+        budget (`int`, *optional*): Bytes that the values of all layers may take.
+        num_layers (`int`): The number of layers. All take the same number of bytes.
     """
 
     folder: str | None = None
@@ -38,10 +38,10 @@ class HostPlace:
 
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """
-        A tensor of zeros for values of a device. A file has no name, and is gone with its tensor.
+        A tensor of zeros for values of a device. Its file has no name, and is gone with the tensor.
 
         Raises:
-            ValueError: It takes more than the budget, with as much for each of the other layers.
+            ValueError: Tensors of this size for all layers take more than the budget.
             OSError: There is no room for the file.
         """
         numel = math.prod(shape)
@@ -56,18 +56,18 @@ class HostPlace:
         if self.folder is None or not numel:
             return torch.zeros(shape, dtype=dtype, pin_memory=device.type == "cuda" and numel > 0)
         with tempfile.NamedTemporaryFile(dir=self.folder, prefix="pyramid_cache-") as file:
-            # All of it at once: a full disk is an error here, and no signal later.
+            # The whole file at once: a full disk raises an error here, and sends no signal later.
             os.posix_fallocate(file.fileno(), 0, numel * dtype.itemsize)
             return torch.from_file(file.name, shared=True, size=numel, dtype=dtype).view(shape)
 
 
 def read_host(host: str, host_budget: int | str | None, num_layers: int) -> HostPlace:
     """
-    Where values go, as users write it.
+    The place for values that a user's argument names.
 
     Raises:
-        ValueError: It is neither "memory" nor a folder that exists behind "disk:" and takes files, or the budget is no
-            number of bytes.
+        ValueError: The argument is neither "memory" nor "disk:" with an existing folder that takes files, or the
+            budget is no number of bytes.
     """
     folder = None
     if host != "memory":
@@ -112,8 +112,8 @@ def second_stream(device: torch.device) -> torch.cuda.Stream:
 @contextlib.contextmanager
 def beside(device: torch.device, *read: torch.Tensor) -> Iterator[None]:
     """
-    What is launched inside runs beside what is launched behind it, up to `join`, and after all before. `read` are
-    tensors that may be let go before.
+    Kernels that are launched inside run after all earlier ones, and beside the later ones up to `join`. `read` are
+    tensors that may be freed before that.
     """
     if device.type != "cuda":
         yield
@@ -127,14 +127,14 @@ def beside(device: torch.device, *read: torch.Tensor) -> Iterator[None]:
 
 
 def join(device: torch.device) -> None:
-    """What is launched from here on runs after what was launched `beside`. The host does not wait."""
+    """Kernels that are launched from here on run after those launched `beside`. The host does not wait."""
     if device.type == "cuda":
         torch.cuda.current_stream(device).wait_stream(second_stream(device))
 
 
 def wait_for_host(device: torch.device) -> None:
     """
-    Waits until values have come to the host and been read from there, so that they can be read and moved on the host.
+    Waits until all copies to and from the host are done, so that the host can read and move the values.
     """
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
@@ -143,8 +143,8 @@ def wait_for_host(device: torch.device) -> None:
 
 def fetch_values(buffer: torch.Tensor, values: torch.Tensor, incoming: torch.Tensor, *, chunk_size: int) -> None:
     """
-    `gather_values`, of values in pageable memory too: mapped files are read by the host, which waits for the device to
-    say what it wants.
+    `gather_values` that also takes values in pageable memory. The host reads mapped files itself, once the device has
+    said which chunks it wants.
     """
     if buffer.device.type == "cpu" or values.is_pinned():
         gather_values(buffer, values, incoming, chunk_size=chunk_size)
@@ -153,7 +153,7 @@ def fetch_values(buffer: torch.Tensor, values: torch.Tensor, incoming: torch.Ten
 
 
 def gather_through_host(buffer: torch.Tensor, values: torch.Tensor, incoming: torch.Tensor, chunk_size: int) -> None:
-    """`gather_values`, the host reading what the device has no access to."""
+    """`gather_values` of memory that the device cannot read: the host reads it."""
     staging = torch.zeros(buffer.shape, dtype=buffer.dtype)
     gather_values(staging, values, incoming.cpu(), chunk_size=chunk_size)
     # The last chunk is a full one here.

@@ -7,7 +7,7 @@ from pyramid_cache.engine.layer import CompressedLayer
 
 
 def kept_tokens(cache: Cache) -> list[int]:
-    """The tokens that each layer holds: of the row and KV head that hold the most, where they differ."""
+    """How many tokens each layer holds: the largest number among rows and KV heads."""
     return [
         int(num_held_by_head(layer).max()) if isinstance(layer, CompressedLayer) else latest_tokens(layer)
         for layer in cache.layers
@@ -39,7 +39,7 @@ def kept_positions(cache: Cache, num_positions: int, row: int = 0) -> torch.Tens
 
 
 def latest_tokens(layer: object) -> int:
-    """How many tokens a layer of transformers holds, which are always the latest; none if it is no attention layer."""
+    """How many tokens a layer of transformers holds, always the latest ones; 0 if it is no attention layer."""
     keys = getattr(layer, "keys", None)
     return 0 if keys is None else keys.shape[-2]
 
@@ -60,10 +60,10 @@ def share_of_heads(positions: torch.Tensor, num_positions: int) -> torch.Tensor:
 
 def budgets(layers: list[CompressedLayer], prompt_length: int | None) -> list[float]:
     """
-    How many tokens layers may keep: of what they have seen, the mean over rows, or of a prompt that none has read.
+    How many tokens each layer may keep: the mean over rows of the tokens it has seen, or of a prompt of some length.
 
     Args:
-        prompt_length (`int`, *optional*): In tokens. A budget in bytes is known only where the layers have run.
+        prompt_length (`int`, *optional*): In tokens. A budget in bytes is known only after the layers have run.
     """
     if prompt_length is not None:
         return [float(min(layer.num_tokens_to_keep(prompt_length), prompt_length)) for layer in layers]
@@ -71,7 +71,7 @@ def budgets(layers: list[CompressedLayer], prompt_length: int | None) -> list[fl
     for layer in layers:
         seen = layer.num_seen_per_row
         is_unlimited = layer.budget is not None and layer.budget.is_unlimited
-        # What is still recorded has not been looked at by the method.
+        # The method has not looked at recorded tokens yet.
         kept = seen if is_unlimited or not layer.row_kept else map(min, layer.row_kept, seen)
         means.append(sum(kept) / len(seen))
     return means

@@ -1,6 +1,7 @@
 """
-What stands for a chunk of keys when a query chooses chunks: their mean (ShadowKV, arXiv 2410.21465, section 3.1), and
-how far they spread around it, in the place of the bounds of Quest (arXiv 2406.10774).
+Landmarks: the vectors by which a query chooses chunks of keys. A landmark is the mean of a chunk's keys (ShadowKV,
+arXiv 2410.21465, section 3.1) and their spread around it. The spread takes the place of the bounds of Quest (arXiv
+2406.10774).
 """
 
 import math
@@ -12,8 +13,7 @@ from pyramid_cache.engine.sizes import with_size
 
 def landmarks_of(chunks: torch.Tensor, num_bands: int) -> torch.Tensor:
     """
-    The mean of the keys of each chunk, and how far they spread around it: their standard deviations in each band of
-    dimensions.
+    The mean of the keys of each chunk, and the standard deviations of the keys in each band of dimensions.
 
     Args:
         chunks (`torch.Tensor`): `(batch, kv_heads, chunks, chunk_size, head_dim)` float32.
@@ -21,23 +21,22 @@ def landmarks_of(chunks: torch.Tensor, num_bands: int) -> torch.Tensor:
 
     Returns:
         `torch.Tensor`: `(batch, kv_heads, chunks, head_dim + num_bands)`. The product with `probe_of` a query is the
-        mean's logit and what a key has above it that deviates towards the query in every dimension, as far as those of
-        its band do on average.
+        logit of the mean, plus the logit of a deviation towards the query by one standard deviation of each band.
     """
     variances, means = torch.var_mean(chunks, dim=3, correction=0)
     return torch.cat([means, in_bands(variances.sqrt(), num_bands)], dim=-1)
 
 
 def probe_of(query: torch.Tensor, num_bands: int) -> torch.Tensor:
-    """What landmarks are multiplied by for a query `(..., head_dim)`: `(..., head_dim + num_bands)`."""
+    """The vectors `(..., head_dim + num_bands)` by which queries `(..., head_dim)` multiply landmarks."""
     return torch.cat([query, in_bands(query.abs().float(), num_bands).to(query.dtype)], dim=-1)
 
 
 def in_bands(numbers: torch.Tensor, num_bands: int) -> torch.Tensor:
     """
-    Sums `(..., num_bands)` over bands of dimensions, over the root of their width: the product of two of them is that
-    of a sum and a mean, and neither leaves the range of float16 first. What is half of a head apart, as RoPE's pairs
-    are, is in one band.
+    Sums `(..., num_bands)` over bands of dimensions, divided by the root of the band's width, so that they stay in the
+    range of float16. The product of two of them is the product of a sum and a mean. The two dimensions of a RoPE pair,
+    half a head apart, are in one band.
     """
     if not num_bands:
         return numbers[..., :0]

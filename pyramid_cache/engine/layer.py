@@ -1,14 +1,14 @@
 """
-One decoder layer's cache: slots, positions, the meeting with attention, and everything that is not a policy.
+The cache of one decoder layer: its slots, their positions, and the meeting with attention.
 
-A layer is *dense* until something is evicted: it holds what it has seen in order of arrival, padding included, and the
-model's attention function runs on it with the mask that came, so that it is `DynamicCache` bit for bit. From the first
-eviction on it holds *slots*: keys and values of the tokens it kept, the position of each (-1: empty), and what its
-method scores with. Keys carry RoPE at their original positions, so that slots need no order.
+A layer is *dense* until it evicts. It holds all tokens in order of arrival, padding included, and the model's own
+attention function runs on them with the model's mask. So it is `DynamicCache` bit for bit. From the first eviction on
+it holds *slots*: keys and values of the tokens it kept, the position of each (-1: empty), and the scores of its
+method. Keys carry RoPE at their original positions, so that slots need no order.
 
-While it records the past, new tokens are put aside until `crop` has told which of them stay (see `recording`).
+While a layer records the past, it puts new tokens aside until `crop` has told which of them stay (see `recording`).
 
-A method derives a layer, says how many tokens it keeps, and what it does with a prompt and with a decode step.
+A method derives a layer. It decides how many tokens stay, and what happens in a prompt and in a decode step.
 """
 
 import weakref
@@ -31,14 +31,14 @@ from pyramid_cache.ops.registration import needs_gradients
 from pyramid_cache.ops.transfer import numbers_on
 
 
-# A layer that must grow by one token grows by this many, or by a 64th of its length if that is more.
+# A layer without room for one more token grows by this many slots, or by a 64th of its length if that is more.
 MIN_GROWTH = 16
 
 
 @dataclass(frozen=True)
 class LayerPlace:
     """
-    Where a layer stands.
+    The place of a layer in its model.
 
     Attributes:
         layer_idx (`int`): Its index in the model.
@@ -63,7 +63,7 @@ class CompressedLayer(CacheLayerMixin):
 
     Args:
         place (`LayerPlace`): Which layer of the model this is.
-        budget (`Budget`, *optional*): What this layer may keep. Without one the method has a limit of its own.
+        budget (`Budget`, *optional*): How many tokens this layer may keep. Without one the method has its own limit.
         masks (`MaskReader`): Shared by the layers of a cache.
     """
 
@@ -74,7 +74,7 @@ class CompressedLayer(CacheLayerMixin):
     slot_tensors: tuple[str, ...] = ("keys", "values", "positions")
     row_tensors: tuple[str, ...] = ("next_position", "column_positions")
     row_counts: tuple[str, ...] = ("row_lengths", "row_held", "row_kept")
-    # What else a saved layer consists of: numbers, and names of what a method exports and imports on its own.
+    # The rest of a saved layer: numbers, and the names of numbers and tensors that a method exports on its own.
     state_numbers: tuple[str, ...] = ("num_seen", "columns_ascend")
     extra_numbers: tuple[str, ...] = ()
     extra_tensors: tuple[str, ...] = ()
@@ -84,7 +84,7 @@ class CompressedLayer(CacheLayerMixin):
     heads_share_positions = True
     # Whether all KV heads hold the same number of tokens.
     heads_keep_equal_numbers = True
-    # Whether what is not held is lost, instead of being brought back when it is attended to.
+    # Whether tokens that are not held are lost. ShadowKV brings them back when they are attended to.
     evicts = True
 
     def __init__(self, place: LayerPlace, budget: Budget | None, masks: MaskReader) -> None:
@@ -98,7 +98,7 @@ class CompressedLayer(CacheLayerMixin):
         for name in (*self.slot_tensors, *self.row_tensors):
             setattr(self, name, None)
         self.is_initialized = False
-        # How many tokens a budget in bytes comes to is known with the first of them.
+        # The first tokens tell how many tokens a budget in bytes pays for.
         in_bytes = self.budget is not None and self.budget.kind == "bytes"
         self.token_budget = None if in_bytes else self.budget
         self.length = 0
@@ -120,25 +120,26 @@ class CompressedLayer(CacheLayerMixin):
         self.num_pending = 0
         self._module: weakref.ref | None = None
         self._is_saved = False
-        # Of the attention module that filled a cache which was loaded from a file.
+        # The weights of the attention module that filled this layer, if it was loaded from a file.
         self.expected_weights: WeightFingerprint | None = None
 
     # What a method decides.
 
     @abstractmethod
     def num_tokens_to_keep(self, row_length: int) -> int:
-        """How many of a row's tokens stay, `row_length` of them having been seen."""
+        """How many tokens of a row stay after `row_length` of them have been seen."""
 
     @abstractmethod
     def attend_prompt(self, call: AttentionCall, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Attention of several queries (or of the very first one), and the eviction that follows. The keys of `call` are
-        what the layer held and the new tokens behind it, `tokens` their positions. An eviction ends in `keep`.
+        those that the layer held, and the new ones behind them; `tokens` has their positions. An eviction calls
+        `keep`.
         """
 
     @abstractmethod
     def attend_step(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attention of one query over what the layer holds, the new token included, and the eviction that follows."""
+        """Attention of one query over all held tokens, the new one included, and the eviction that follows."""
 
     # The meeting with the model: `update`, then `attend`.
 
@@ -169,12 +170,12 @@ class CompressedLayer(CacheLayerMixin):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Takes the new tokens in and returns what attention must see. The key tensor carries the layer in the attribute
-        `cache_layer`, by which the attention function finds its way back to `attend`.
+        Stores the new tokens and returns the keys and values for attention. The key tensor carries the layer in its
+        attribute `cache_layer`, by which the attention function finds `attend`.
 
         Raises:
             ValueError: The tensors do not fit those that the cache holds.
-            RuntimeError: The keys of the last `update` never came back.
+            RuntimeError: The attention function never got the keys of the last `update`.
         """
         self.require_attended()
         check_states(key_states, value_states)
@@ -192,7 +193,7 @@ class CompressedLayer(CacheLayerMixin):
         return keys, values
 
     def _store(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Takes the new tokens in, and returns all that attention must see."""
+        """Stores the new tokens and returns all keys and values that they attend to."""
         num_new = key_states.shape[2]
         self._spare_autograd()
         if self.positions is None and self._is_step(num_new):
@@ -211,25 +212,24 @@ class CompressedLayer(CacheLayerMixin):
         return keys, values
 
     def _is_step(self, num_new: int) -> bool:
-        """Whether new tokens are a decode step: one in each row, which no row begins with (it may be padding then)."""
+        """Whether new tokens are a decode step: one token in each row, and none is the first of its row."""
         return num_new == 1 and self.incoming is None and all(self.row_lengths)
 
     def attend(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
-        What happens instead of a model's call to its attention function.
+        Attends in the place of the model's attention function.
 
         Args:
-            call (`AttentionCall`): Its keys and values are what `update` returned, its mask in coordinates of
-                everything seen.
+            call (`AttentionCall`): The model's call. Its keys and values are those that `update` returned. Its mask
+                has a column for each column seen.
 
         Returns:
-            `tuple[torch.Tensor, torch.Tensor | None]`: As attention functions return it: `(batch, num_queries, heads,
-            head_dim)`, and attention weights where the function gave them.
+            `tuple[torch.Tensor, torch.Tensor | None]`: The output `(batch, num_queries, heads, head_dim)`, and the
+            attention weights if the attention function returned them.
         """
-        # What autograd saves of the key must not lead back to the layer: that cycle no collector could free.
+        # Autograd may save the key. A way from it back to the layer would be a cycle that no collector can free.
         call.key.cache_layer = None  # type: ignore[attr-defined]
-        # Keys that need no gradient themselves are saved for that of queries which do, as with adapters on some
-        # projections.
+        # Autograd saves keys that need no gradient, if queries need one, as with adapters on some projections.
         self._is_saved = needs_gradients(call.query, call.key, call.value)
         num_new = call.num_queries
         if num_new != self.num_pending:
@@ -256,21 +256,21 @@ class CompressedLayer(CacheLayerMixin):
 
     @torch.compiler.disable
     def _attend_several(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """A prompt, or tokens that may be taken back: a graph break for the compiler, which steps do without."""
+        """Attends to a prompt, or to tokens that may be taken back. Compilers break the graph here, not in steps."""
         if self.record_past:
             return self._record(call)
         seen = self._read_tokens(call) if self.incoming is None else self.incoming.to(self.device)
         return self.attend_prompt(call, self._take_in(seen, call.num_queries))
 
     def _attend_next(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """A decode step: one token more in every row."""
+        """Counts the new token of each row and attends to it."""
         self.row_lengths = [length + 1 for length in self.row_lengths]
         self.row_held = [held + 1 for held in self.row_held]
         self.next_position += 1
         return self.attend_step(call)
 
     def require_attended(self) -> None:
-        """Raises if keys went out through `update` and the attention function never brought them back."""
+        """Raises if the attention function never got the keys that `update` returned."""
         if self.num_pending:
             raise RuntimeError(
                 f"The attention of layer {self.place.layer_idx} did not go through the attention interface of "
@@ -360,13 +360,13 @@ class CompressedLayer(CacheLayerMixin):
 
     def _check_position_ids(self, call: AttentionCall, row_lengths: list[int], seen: Tokens | None = None) -> None:
         """
-        Raises if the model numbers new tokens lower than those seen before them: it was given a sequence from its
-        start again. Tokens may be numbered higher, as those are whose positions count padding.
+        Raises if the position ids of new tokens are lower than those of tokens seen before: the model was given a
+        sequence from its start again. Higher ids are allowed, since the ids of some models count padding.
 
         Args:
-            row_lengths (`list[int]`): The tokens that each row has seen before these.
-            seen (`Tokens`, *optional*): What it has seen with these. Without, the new columns of a row are taken to be
-                tokens if their positions rise by one: masks that are too short for what has been seen cannot be read.
+            row_lengths (`list[int]`): How many tokens each row has seen before these.
+            seen (`Tokens`, *optional*): All tokens seen, the new ones included. Without it, a mask was too short to be
+                read: the new columns of a row then count as tokens if their position ids rise by one.
         """
         position_ids, num_new = call.kwargs.get("position_ids"), call.num_queries
         if self.place.depth or position_ids is None:  # one layer speaks for all
@@ -390,7 +390,7 @@ class CompressedLayer(CacheLayerMixin):
             )
 
     def _read_tokens(self, call: AttentionCall) -> Tokens:
-        """All that the rows have seen by now, in columns."""
+        """The columns that all rows have seen, the new ones included, as the mask shows them."""
         num_new = call.num_queries
         num_seen = self.get_seq_length() + (num_new if self.record_past else 0)
         expected = self.num_seen_per_row
@@ -416,7 +416,7 @@ class CompressedLayer(CacheLayerMixin):
         return tokens
 
     def _take_in(self, seen: Tokens, num_new: int) -> Tokens:
-        """The tokens in the columns of the keys that went out; updates the counts of the rows."""
+        """The tokens in the columns of the keys that attention gets. Updates the counts of the rows."""
         if self.positions is None:
             tokens = seen
             self.column_positions = seen.positions if seen.has_gaps else None
@@ -431,7 +431,7 @@ class CompressedLayer(CacheLayerMixin):
 
     def _behind_slots(self, seen: Tokens, slot_positions: torch.Tensor, num_new: int) -> Tokens:
         """
-        The tokens in slots with those positions and in `num_new` columns behind them, which are the last of `seen`.
+        The tokens in slots with these positions, and in `num_new` columns behind them: the last columns of `seen`.
         """
         new = seen.positions[..., -num_new:].expand(-1, slot_positions.shape[1], -1)
         num_new_tokens = [length - before for length, before in zip(seen.row_lengths, self.row_lengths, strict=True)]
@@ -459,13 +459,13 @@ class CompressedLayer(CacheLayerMixin):
 
     @property
     def is_recording_tokens(self) -> bool:
-        """Whether tokens wait for `crop`."""
+        """Whether recorded tokens wait for `crop`."""
         return bool(self.recorded)
 
     def activate_past_recording(self) -> None:
         """
-        From now on nothing is evicted before the next `crop`, which may take tokens back. The tokens of the next
-        forward pass that stay are then treated as a turn's prompt, and those of later ones as generated one by one.
+        Nothing is evicted from now on until the next `crop`, which may take tokens back. Of the tokens that stay,
+        those of the next forward pass are then treated as a prompt, and later ones as generated one by one.
         """
         if not self.record_past:
             self.turn_begins = True
@@ -473,11 +473,11 @@ class CompressedLayer(CacheLayerMixin):
 
     @property
     def last_recorded(self) -> tuple[torch.nn.Module, RecordedChunk]:
-        """The tokens that were put aside last, and the attention module that brought them."""
+        """The chunk that was recorded last, and the attention module that it came from."""
         return self._module(), self.recorded[-1]
 
     def put_aside(self, module: torch.nn.Module, chunk: RecordedChunk) -> None:
-        """Records tokens that another layer has recorded, as if the attention module had brought them here."""
+        """Records a chunk of another layer, as if it had come from the attention module of this one."""
         self.lazy_initialization(chunk.key, chunk.value)
         self._check_module(module)
         self.activate_past_recording()
@@ -486,7 +486,7 @@ class CompressedLayer(CacheLayerMixin):
     def _with_recorded(
         self, key_states: torch.Tensor, value_states: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """All that attention must see: what is held, what is recorded, and the new tokens, which wait for `attend`."""
+        """Keys and values for attention: the held, the recorded and the new tokens. The new ones wait for `attend`."""
         self._arriving = own_storage(key_states), own_storage(value_states)
         self._slots_in_order = None if self.positions is None else self._sorted_slots()
         parts = []
@@ -501,7 +501,7 @@ class CompressedLayer(CacheLayerMixin):
         return torch.cat(keys, dim=2), torch.cat(values, dim=2)
 
     def _record(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attention of new tokens, which are put aside with their queries."""
+        """Attends to new tokens and records them with their queries."""
         seen = self._read_tokens(call)
         if seen.ends_in_padding:
             raise NotImplementedError(
@@ -519,16 +519,15 @@ class CompressedLayer(CacheLayerMixin):
 
     def attend_recorded(self, call: AttentionCall, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
-        Attention of tokens that may be taken back, over all that is held and recorded; nothing of the layer changes.
-        The keys of `call` are what the layer held, in order, and the recorded and new ones behind; `tokens` their
-        positions.
+        Attention of tokens that may be taken back. The layer stays as it is. The keys of `call` are the held ones in
+        order of position, then the recorded and the new ones; `tokens` has their positions.
         """
         if self.positions is not None:
             call = self.with_slot_mask(call, tokens.positions >= 0 if tokens.has_gaps else None)
         return call.run()
 
     def _settle(self) -> None:
-        """Does with the recorded tokens what waited."""
+        """Stores and scores the recorded tokens as if they came now, and evicts."""
         self._require_module_of_recorded()
         while self.recorded:
             chunk = self.recorded.pop(0)
@@ -550,7 +549,7 @@ class CompressedLayer(CacheLayerMixin):
 
     @property
     def has_empty_slots(self) -> bool:
-        """Whether some row holds fewer tokens than the layer has slots; known without asking the device."""
+        """Whether some row holds fewer tokens than the layer has slots. The host knows without asking the device."""
         return min(self.row_held) < self.length
 
     @property
@@ -582,7 +581,7 @@ class CompressedLayer(CacheLayerMixin):
         )
 
     def _before_append(self) -> None:
-        """For methods that must evict before the new token of a decode step is stored."""
+        """Lets a method evict before the new token of a decode step is stored."""
 
     def _append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Stores new tokens behind the others, in order of arrival."""
@@ -597,8 +596,7 @@ class CompressedLayer(CacheLayerMixin):
 
     def _reserve(self, num_slots: int) -> None:
         """
-        Makes room for that many slots, and for some more if the layer grows by a token at a time, but for no more than
-        it may keep.
+        Makes room for that many slots. A layer that grows by a token at a time gets some more, up to its budget.
         """
         if num_slots <= self.keys.shape[2]:
             return
@@ -609,14 +607,14 @@ class CompressedLayer(CacheLayerMixin):
         self._resize(num_slots)
 
     def _resize(self, num_slots: int) -> None:
-        """Moves what is in use into tensors of that many slots."""
+        """Moves the used slots into tensors of `num_slots` slots."""
         for name in self.slot_tensors:
             tensor = getattr(self, name)
             if tensor is not None:
                 setattr(self, name, grown(tensor, self.length, num_slots, fill=-1 if name == "positions" else 0))
 
     def leave_inference_mode(self) -> None:
-        """Copies what was made in inference mode before it is written to outside, which torch does not allow."""
+        """Copies tensors that were made in inference mode: torch does not allow writes to them outside of it."""
         if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
             return
         if self.keys is not None and self.keys.is_inference():
@@ -630,13 +628,13 @@ class CompressedLayer(CacheLayerMixin):
                 setattr(self, name, tensor.clone())
 
     def _write(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Stores one new token in a layer of slots: behind the others, unless the method has a slot to reuse."""
+        """Stores one new token behind the used slots. Some methods write into a free slot instead."""
         self._append(key_states, value_states)
         self.positions[:, :, self.length - 1 : self.length] = self.next_position
 
     def _overwrite(self, slots: torch.Tensor, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """
-        Stores one new token in the slots `(batch, kv_heads or 1, 1)`; nothing is allocated that grows with the cache.
+        Stores one new token in the slots `(batch, kv_heads or 1, 1)`, in place.
         """
         index = slots[..., None].expand(-1, key_states.shape[1], -1, -1)
         self.keys.scatter_(2, index.expand_as(key_states), key_states)
@@ -644,12 +642,12 @@ class CompressedLayer(CacheLayerMixin):
         self.positions.scatter_(2, slots, self.next_position.expand_as(slots))
 
     def _sorted_slots(self) -> dict[str, torch.Tensor]:
-        """Copies of the slots in order of their positions, empty ones first, for when more than one token is added."""
+        """Copies of the slots in order of their positions, empty ones first."""
         order = self.positions[..., : self.length].argsort(dim=-1)
         return {name: gather_tokens(getattr(self, name), order) for name in self.slot_tensors}
 
     def _take_slots(self) -> dict[str, torch.Tensor]:
-        """The slots in order, which the layer goes on with."""
+        """Brings the slots into order of their positions, and returns them."""
         held = self._sorted_slots()
         for name, tensor in held.items():
             setattr(self, name, tensor)
@@ -659,13 +657,13 @@ class CompressedLayer(CacheLayerMixin):
         self, key: torch.Tensor, value: torch.Tensor, tokens: Tokens, indices: torch.Tensor, num_free: int = 0
     ) -> None:
         """
-        Copies the chosen tokens into tensors of their own; what they were chosen from is let go.
+        Copies the chosen tokens into new tensors. The old ones are freed.
 
         Args:
             key, value (`torch.Tensor`): `(batch, kv_heads, columns, head_dim)`.
             tokens (`Tokens`): In these columns.
             indices (`torch.Tensor`): `(batch, kv_heads or 1, kept)`, -1 for a slot that stays empty.
-            num_free (`int`): Slots behind them that are in use from the start.
+            num_free (`int`): How many empty slots follow them.
         """
         self.require_left_padding(tokens)
         num_kept = indices.shape[-1]
@@ -679,7 +677,7 @@ class CompressedLayer(CacheLayerMixin):
         self.row_held = [min(held, kept) for held, kept in zip(self.row_held, self.row_kept, strict=True)]
 
     def require_left_padding(self, tokens: Tokens) -> None:
-        """Raises where an eviction would take padding behind tokens for a gap."""
+        """Raises if a row ends in padding: an eviction would take that padding for a gap."""
         if tokens.ends_in_padding:
             raise NotImplementedError(
                 "Some rows of the batch are padded on the right, and the cache has to evict. Pad on the left "
@@ -712,11 +710,11 @@ class CompressedLayer(CacheLayerMixin):
     # What `generate` asks of any layer.
 
     def get_seq_length(self) -> int:
-        """The number of tokens seen, padding included: what position ids and input slicing go by."""
+        """The number of columns seen, padding included. Position ids and the slicing of inputs go by it."""
         return self.num_seen + sum(chunk.num_columns for chunk in self.recorded)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """The mask is asked for in coordinates of everything seen; `attend` takes from it what it needs."""
+        """The length and the offset of the mask: a column for each column seen. `attend` reads what it needs."""
         num_seen = self.get_seq_length()
         if query_length == 0:
             raise ValueError(
@@ -727,22 +725,22 @@ class CompressedLayer(CacheLayerMixin):
         return num_seen + query_length, 0
 
     def get_max_length(self) -> int:
-        """No limit to what may be seen."""
+        """-1: a cache may see any number of tokens."""
         return -1
 
     def reset(self) -> None:
-        """Forgets everything and lets the tensors go."""
+        """Forgets everything and frees the tensors."""
         self._clear()
 
     def release_empty_slots(self) -> None:
-        """Lets go of slots without a token, for layers that can do without."""
+        """Frees the slots of evicted tokens, in layers that keep some for new tokens."""
 
     def compress(self) -> None:
-        """Evicts what the budget does not pay for, if the method lets tokens wait for that."""
+        """Evicts the tokens beyond the budget, if the method lets them wait."""
 
     @property
     def is_croppable(self) -> bool:  # type: ignore[override]
-        """Whether `crop` can take back what was not recorded: as long as nothing was evicted and nothing scored."""
+        """Whether `crop` can take back tokens that were not recorded: only if none was evicted and none scored."""
         return self.positions is None and all(getattr(self, name) is None for name in self.slot_tensors[3:])
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -771,7 +769,7 @@ class CompressedLayer(CacheLayerMixin):
         self._settle()
 
     def _require_module_of_recorded(self) -> None:
-        """Raises if tokens wait for an eviction that needs the attention module, which is gone."""
+        """Raises if recorded tokens need the attention module for their eviction, and the model is gone."""
         if self.recorded and self._module() is None:
             raise RuntimeError(
                 "The model that filled the cache is gone, so what it recorded cannot be evicted any more. Call "
@@ -779,7 +777,7 @@ class CompressedLayer(CacheLayerMixin):
             )
 
     def _ends_in_padding_without(self, num_columns: int) -> bool:
-        """Whether what stays of the recorded tokens would end in padding."""
+        """Whether the recorded tokens would end in padding without their last columns."""
         for chunk in reversed(self.recorded):
             if num_columns < chunk.num_columns:
                 return num_columns > 0 and chunk.seen.without_last(num_columns).ends_in_padding
@@ -798,7 +796,7 @@ class CompressedLayer(CacheLayerMixin):
         self.next_position = self.per_row(self.row_lengths)
 
     def require_croppable(self, tokens_to_remove: int) -> None:
-        """Raises unless that many tokens, given as a negative number, can be taken back."""
+        """Raises unless `crop(tokens_to_remove)` is possible."""
         if not self.is_initialized:
             return
         self.require_attended()
@@ -836,7 +834,7 @@ class CompressedLayer(CacheLayerMixin):
         indices = indices.nonzero().flatten() if indices.dtype == torch.bool else indices
         self._map_rows(lambda tensor: tensor[indices])
         self.batch_size = indices.shape[0]
-        # Rows that are all alike need no look at the indices, which may be on the device.
+        # Where all rows have the same counts, the indices need not be read from the device.
         counts = [getattr(self, name) for name in self.row_counts]
         counts += [chunk.seen.row_lengths for chunk in self.recorded]
         are_alike = all(len(set(numbers)) <= 1 for numbers in counts)
@@ -876,7 +874,7 @@ class CompressedLayer(CacheLayerMixin):
     # Files.
 
     def export_state(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        """All that the layer's future depends on: numbers as JSON has them, and tensors without their unused slots."""
+        """The state of the layer: numbers as JSON has them, and tensors without their unused slots."""
         if self.is_initialized and self.dtype != self._value_dtype:
             raise NotImplementedError(
                 f"The cache was filled under autocast: keys are {self.dtype}, values {self._value_dtype}, and a file "
@@ -931,7 +929,7 @@ class CompressedLayer(CacheLayerMixin):
 
     @property
     def score_label(self) -> str | None:
-        """What the scores are that the layer adds up while it runs, with their unit; None if it holds none."""
+        """The name and the unit of the scores that the layer holds; None if it holds none."""
         return None
 
     def held_scores(self) -> torch.Tensor | None:
@@ -953,12 +951,12 @@ class CompressedLayer(CacheLayerMixin):
 
     @property
     def num_seen_per_row(self) -> list[int]:
-        """How many tokens each row has seen, without padding, those that may be taken back included."""
+        """How many tokens each row has seen: padding does not count, recorded tokens do."""
         return self.recorded[-1].seen.row_lengths if self.recorded else self.row_lengths
 
     @property
     def num_held_per_row(self) -> list[int]:
-        """How many tokens of each row the layer holds, those that may be taken back included."""
+        """How many tokens of each row the layer holds; recorded tokens count."""
         if not self.recorded:
             return self.row_held
         seen = zip(self.row_held, self.row_lengths, self.recorded[-1].seen.row_lengths, strict=True)

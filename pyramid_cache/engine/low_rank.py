@@ -3,9 +3,9 @@ Keys of low rank: one factor per token that all heads share, and a basis per hea
 3.1).
 
 Before RoPE the keys of a layer lie near a subspace of few dimensions. Its basis comes from an eigendecomposition of
-the Gram matrix of the keys of all heads together, which gives the projection of the singular value decomposition,
-takes one matrix product over the tokens, and can be taken up again when more tokens come: the Gram matrix of the
-tokens that are held already follows from their factors.
+the Gram matrix of the keys of all heads together. The projection is that of the singular value decomposition, for one
+matrix product over the tokens. More tokens can join later: the Gram matrix of the held tokens follows from their
+factors.
 """
 
 import functools
@@ -18,10 +18,10 @@ from pyramid_cache.engine.sizes import with_size
 from pyramid_cache.ops.transfer import numbers_on
 
 
-# Float32 copies of keys are made of so many tokens at once.
+# How many tokens' keys are copied to float32 at once.
 TOKENS_PER_BLOCK = 8192
-# No axis is shorter than this share of the longest one: an eigenvalue as small is a rounding error of float32, and
-# what lies along its axis would be divided by it.
+# Shorter axes than this share of the longest one count as zero: so small an eigenvalue is a rounding error of float32,
+# and the factors would be divided by it.
 SHORTEST_SHARE = 1e-4
 
 
@@ -51,9 +51,9 @@ def fit_basis(gram: torch.Tensor, rank: int | float) -> torch.Tensor:
         rank (`int` or `float`): Dimensions, or the share of the sum of squares that they hold at least.
 
     Returns:
-        `torch.Tensor`: `(batch, rank, kv_heads * head_dim)` float32, the main axes, each as long as the root of the
-        sum of squares along it, so that factors are of one size; zeros where all keys are, and behind the last axis of
-        a row that needs fewer than others for its share.
+        `torch.Tensor`: `(batch, rank, kv_heads * head_dim)` float32, the main axes. The length of each is the root of
+        the sum of squares along it, so that factors are of one size. A row whose keys are zero has zeros, and so has
+        a row that needs fewer axes than others, behind its last one.
     """
     gram = gram.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)  # one spoiled row must not make it fail for all
     eigenvalues, vectors = torch.linalg.eigh(gram)  # ascending
@@ -74,7 +74,7 @@ def fit_basis(gram: torch.Tensor, rank: int | float) -> torch.Tensor:
 
 def project(keys: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
     """
-    The factors of keys: what `factors @ basis` makes of them again is their projection onto the basis.
+    The factors of keys: `factors @ basis` is the projection of the keys onto the basis.
 
     Args:
         keys (`torch.Tensor`): `(batch, tokens, kv_heads * head_dim)`.
@@ -94,7 +94,7 @@ def project(keys: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
 
 
 def extended_gram(gram: torch.Tensor, factors: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
-    """The Gram matrix of new keys and of those that factors `(batch, tokens, rank)` and a basis stand for."""
+    """The Gram matrix of new keys, and of held ones given as factors `(batch, tokens, rank)` and a basis."""
     inner = gram_matrix(factors)
     basis = basis.float()
     return gram + basis.mT @ inner @ basis
@@ -108,18 +108,19 @@ def add_keys(
     refits: list[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    Factors of new keys, on a basis that is first fitted to them and to the tokens held so far in rows that ask for it.
+    The factors of new keys. In some rows the basis is first fitted anew, to these keys and to the held ones.
 
     Args:
-        blocks (`Callable`): Gives the new keys, `(batch, tokens, kv_heads * head_dim)` float32 in blocks, whenever it
-            is called; zero where there is no token.
-        factors (`torch.Tensor`): `(batch, tokens, rank)`, of the tokens held, in a float dtype or one of one byte.
-        basis (`torch.Tensor`): `(batch, rank, kv_heads * head_dim)`, theirs.
+        blocks (`Callable`): Each call iterates over the new keys in blocks: `(batch, tokens, kv_heads * head_dim)`
+            float32, zero where there is no token.
+        factors (`torch.Tensor`): `(batch, tokens, rank)`, the factors of the held tokens, in a float dtype or in one
+            byte.
+        basis (`torch.Tensor`): `(batch, rank, kv_heads * head_dim)`, the basis of these factors.
         rank (`int` or `float`): See `fit_basis`.
-        refits (`list[bool]`): Whether the basis of a row is fitted anew.
+        refits (`list[bool]`): Whether the basis of each row is fitted anew.
 
     Returns:
-        `tuple`: Factors of the tokens held and the basis, and the factors of the new ones in the same dtype.
+        `tuple`: The factors of the held tokens, the basis, and the factors of the new tokens in the same dtype.
     """
     is_quantized = factors.dtype.itemsize == 1
     if any(refits):
@@ -128,7 +129,7 @@ def add_keys(
             gram = extended_gram(gram, factors, basis)
         fitted = fit_basis(gram, rank)
         if is_quantized:
-            # An axis is as long as to make the largest factor along it the largest number that is stored.
+            # Each axis is scaled so that the largest factor along it becomes the largest number of the dtype.
             held = factors.float() @ project(basis, fitted)
             largest = [held.abs().amax(dim=1)] if held.shape[1] else []
             largest += [project(block, fitted).abs().amax(dim=1) for block in blocks()]

@@ -1,9 +1,8 @@
 """
-A look at the hidden states between decoder layers, for caches that were built from a model.
+Shows the hidden states between decoder layers to caches that were built from a model.
 
-Some decoder layers of the model get a hook, once. It looks for the cache that the layer is called with, whatever the
-argument is called, and does nothing unless that cache was built from this very model and asked for that layer's
-output. Nothing is changed.
+Some decoder layers of the model get a hook, once. The hook finds the cache among the arguments of its layer. It does
+nothing unless that cache was built from this very model and asked for the output of this layer. It changes nothing.
 """
 
 import weakref
@@ -16,15 +15,15 @@ from transformers import Cache, PreTrainedModel
 
 class OutputProbes:
     """
-    The decoder layers of one model whose outputs a cache is shown: `cache.observe_output(layer_idx, hidden_states)` is
-    called for each of them in each forward pass. The cache keeps this in its attribute `output_probes`.
+    The decoder layers of one model whose outputs a cache sees. In each forward pass each of them calls
+    `cache.observe_output(layer_idx, hidden_states)`. The cache holds this object in its attribute `output_probes`.
 
     Args:
         model (`PreTrainedModel`): Only weak references to its layers are kept.
-        layer_indices (`list[int]`): Which of its layers.
+        layer_indices (`list[int]`): The indices of these layers.
 
     Raises:
-        NotImplementedError: The decoder has no list of layers, or is called with a cache inside of another.
+        NotImplementedError: The decoder has no list of layers, or gets its cache inside of another one.
     """
 
     def __init__(self, model: PreTrainedModel, layer_indices: list[int]) -> None:

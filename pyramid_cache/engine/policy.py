@@ -1,10 +1,9 @@
 """
-The extension point: a method is a score for each token.
+The extension point: a method gives each token a score.
 
-A `Policy` is asked after each prompt, and while an answer is generated every few tokens, how much each token of a
-layer is worth; the layer keeps those that are worth most. It looks at a `ScoringView` and at nothing else, so that
-padding, beams, later turns, files and the bound on memory are no concern of its own. docs/write-a-policy.md builds
-one.
+A layer asks its `Policy` for scores after each prompt, and every few tokens while an answer is generated. It keeps the
+tokens with the highest scores. A policy sees a `ScoringView` and nothing else. The layer takes care of padding, beams,
+later turns, files and the bound on memory. docs/write-a-policy.md builds a policy.
 """
 
 from abc import ABC, abstractmethod
@@ -21,19 +20,19 @@ from pyramid_cache.engine.rope import RotaryFrequencies
 @dataclass(frozen=True)
 class ScoringView:
     """
-    What a policy sees of one layer when tokens have to go.
+    The view of one layer that a policy scores when the layer has to evict.
 
     Attributes:
         key, value (`torch.Tensor`): `(batch, kv_heads, tokens, head_dim)`, as attention sees them: keys carry RoPE.
         positions (`torch.Tensor`): `(batch, kv_heads or 1, tokens)` int32, the rank of each token in its row, -1 for
-            padding and empty slots. Of a prompt tokens come in this order, later on in any.
-        length (`torch.Tensor`): `(batch, 1, 1)` int32, the tokens that each row has seen.
+            padding and empty slots. The tokens of a prompt are in order of position, those of later calls in any.
+        length (`torch.Tensor`): `(batch, 1, 1)` int32, how many tokens each row has seen.
         num_kept (`torch.Tensor`): `(batch, 1, 1)` int32, how many of them stay.
-        attention (`torch.Tensor`, *optional*): `(batch, kv_heads, tokens)` float32, the probability with which the
-            last `window_size` queries attended to each token: their mean, over the query heads of a KV head too. Each
-            token generated since has taken over `1 / window_size` of it. `(batch, 1, tokens)`, the mean over all
-            heads, if heads share tokens. None if `window_size` is 0.
-        state (`dict[str, torch.Tensor]`): What `Policy.observe` has returned last.
+        attention (`torch.Tensor`, *optional*): `(batch, kv_heads, tokens)` float32, the mean probability with which
+            the last `window_size` queries attended to each token, over the query heads of a KV head. Each token
+            generated since has taken over `1 / window_size` of it. If heads share tokens, it is the mean over all
+            heads, `(batch, 1, tokens)`. None if `window_size` is 0.
+        state (`dict[str, torch.Tensor]`): The tensors that `Policy.observe` returned last.
         layer_idx (`int`): Which layer of the model this is.
     """
 
@@ -53,8 +52,8 @@ class ScoringView:
 
     def is_recent(self, num_recent: int) -> torch.Tensor:
         """
-        `(batch, kv_heads or 1, tokens)` bool: the latest tokens of each row, but no more than half of what stays (of
-        one token that stays, that one): a window that is the whole budget would leave no choice.
+        `(batch, kv_heads or 1, tokens)` bool: the latest tokens of each row, at most half of the tokens that stay and
+        at least one. A window as large as the budget would leave no choice.
         """
         most = (self.num_kept // 2).clamp(min=1)
         return self.positions >= self.length - most.clamp(max=num_recent)
@@ -65,12 +64,12 @@ class ScoringView:
 
     def pool(self, scores: torch.Tensor, kernel_size: int, kind: str = "average") -> torch.Tensor:
         """
-        Each token's score becomes the average (what lies beyond the ends counts as 0) or the maximum of those around
-        it, so that a token keeps its neighbours.
+        Each token's score becomes the average or the maximum of the scores around it, so that a token keeps its
+        neighbours. For the average, places beyond the ends count as 0.
 
         Args:
             scores (`torch.Tensor`): `(batch, kv_heads or 1, tokens)`.
-            kernel_size (`int`): Odd: how many tokens, itself in the middle.
+            kernel_size (`int`): How many tokens, the token itself in the middle. An odd number.
             kind (`str`): "average" or "maximum".
         """
         order = self.positions.expand_as(scores).argsort(dim=-1, stable=True)
@@ -84,15 +83,14 @@ class ScoringView:
 @dataclass(frozen=True)
 class PromptView:
     """
-    What a policy sees of one layer while a forward pass brings several tokens.
+    The view of one layer that a policy observes in a forward pass of several tokens.
 
     Attributes:
-        query (`torch.Tensor`): `(batch, heads, queries, head_dim)` of the new tokens, as attention sees them: they
-            carry RoPE.
+        query (`torch.Tensor`): `(batch, heads, queries, head_dim)`, the queries of the new tokens, with RoPE.
         positions (`torch.Tensor`): `(batch, 1, queries)` int32 of the new tokens, -1 for padding.
-        length (`torch.Tensor`): `(batch, 1, 1)` int32, the tokens that each row has seen, these included.
-        scaling (`float`): What attention multiplies logits with.
-        state (`dict[str, torch.Tensor]`): What `Policy.observe` has returned last; empty before.
+        length (`torch.Tensor`): `(batch, 1, 1)` int32, how many tokens each row has seen, the new ones included.
+        scaling (`float`): The factor of attention on its logits.
+        state (`dict[str, torch.Tensor]`): The tensors that `Policy.observe` returned last; empty before.
         find_rotary (`Callable`): Gives the rotary frequencies of the layer; see `rotary`.
         longest (`int`): The length of the longest row.
     """
@@ -111,7 +109,7 @@ class PromptView:
         return self.find_rotary()
 
     def unrotated_query(self) -> torch.Tensor:
-        """The queries `(batch, heads, queries, head_dim)` as they were before RoPE."""
+        """The queries `(batch, heads, queries, head_dim)` without RoPE."""
         rotary = self.rotary
         if rotary is None:
             return self.query
@@ -120,15 +118,15 @@ class PromptView:
 
 class Policy(ABC):
     """
-    What a method decides. A subclass is a frozen dataclass whose fields are the method's hyper-parameters.
+    The decisions of a method. A subclass is a frozen dataclass whose fields are the method's hyper-parameters.
 
     Attributes:
         window_size (`int`): How many of the last queries `ScoringView.attention` is the mean of; 0 for a method that
             does not look at attention.
         heads_share_tokens (`bool`): Whether all heads of a layer keep the same tokens.
-        state_names (`tuple[str, ...]`): The names of what `observe` returns.
-        floor_ratio (`float`): Where heads share the budget of their layer (`RaggedLayer`), the part of a head's equal
-            share that it keeps whatever the others have.
+        state_names (`tuple[str, ...]`): The names of the tensors that `observe` returns.
+        floor_ratio (`float`): Where heads share the budget of their layer (`RaggedLayer`), each head keeps at least
+            this part of an equal share.
     """
 
     window_size: int = 0
@@ -139,23 +137,24 @@ class Policy(ABC):
     @abstractmethod
     def score(self, view: ScoringView) -> torch.Tensor:
         """
-        What each token is worth.
+        The score of each token.
 
         Returns:
-            `torch.Tensor`: `(batch, kv_heads, tokens)`, or `(batch, 1, tokens)` if heads share tokens; `inf` for what
-            must stay. Scores of padding and empty slots are not looked at. Of equal scores the older goes first.
+            `torch.Tensor`: `(batch, kv_heads, tokens)`, or `(batch, 1, tokens)` if heads share tokens; `inf` for
+            tokens that must stay. Scores of padding and empty slots are ignored. Of two equal scores, the older token
+            goes first.
         """
 
     def observe(self, prompt: PromptView) -> dict[str, torch.Tensor]:
         """
-        Called for each forward pass of several tokens, before `score`: float32 tensors to remember, batch first, under
-        the names in `state_names`. They count as memory of the cache.
+        Returns float32 tensors to remember, batch first, by the names in `state_names`. Each forward pass of several
+        tokens calls it before `score`. The tensors count as memory of the cache.
         """
         return {}
 
     def num_tokens(self, prompt_length: int, budget: Budget, depth: int, num_layers: int) -> int:
         """
-        How many tokens of a prompt a layer keeps: the same in each layer.
+        How many tokens of a prompt a layer keeps. The default is the same number in each layer.
 
         Args:
             prompt_length (`int`): In tokens, without padding.

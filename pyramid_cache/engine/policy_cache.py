@@ -25,11 +25,10 @@ DEFAULT_EVICTION_INTERVAL = 32
 
 class PolicyLayer(CompressedLayer):
     """
-    One layer of a `PolicyCache`. After a prompt it keeps what the policy scores highest. New tokens are stored behind;
-    when `eviction_interval` of them have come, all are scored, those that go leave their slots to those that stay, and
-    the rest is free again.
+    One layer of a `PolicyCache`. After a prompt it keeps the tokens of the highest scores. New tokens are stored
+    behind them. After `eviction_interval` new tokens all are scored, and those that stay move into the first slots.
 
-    `attention` `(batch, kv_heads or 1, slots)` float32 is what `ScoringView.attention` shows.
+    `attention` `(batch, kv_heads or 1, slots)` float32 is `ScoringView.attention`.
     """
 
     def __init__(
@@ -77,7 +76,7 @@ class PolicyLayer(CompressedLayer):
 
     @property
     def state(self) -> dict[str, torch.Tensor]:
-        """What the policy remembers."""
+        """The tensors that `Policy.observe` returned last, by name."""
         state = {name: getattr(self, name) for name in self.policy.state_names}
         return {name: tensor for name, tensor in state.items() if tensor is not None}
 
@@ -100,7 +99,7 @@ class PolicyLayer(CompressedLayer):
     def _attend_and_observe(
         self, call: AttentionCall, tokens: Tokens
     ) -> tuple[tuple[torch.Tensor, torch.Tensor | None], torch.Tensor | None]:
-        """The output of attention, and what `ScoringView.attention` shows of all keys."""
+        """The output of attention, and `ScoringView.attention` of all keys."""
         window_size = self.policy.window_size
         if not window_size:
             return self._attend_and_sum(call, tokens, 0, None)
@@ -120,7 +119,7 @@ class PolicyLayer(CompressedLayer):
     def _attend_and_sum(
         self, call: AttentionCall, tokens: Tokens, num_rows: int, row_weights: torch.Tensor | None
     ) -> tuple[tuple[torch.Tensor, torch.Tensor | None], torch.Tensor | None]:
-        """The output of attention, and what the last `num_rows` queries gave to each key, if there are any."""
+        """The output of attention, and the sums that the last `num_rows` queries gave to each key, if any counts."""
         return attend_and_score(call, tokens, num_rows, row_weights) if num_rows else (call.run(), None)
 
     def _mean_over_heads(self, sums: torch.Tensor, call: AttentionCall) -> torch.Tensor:
@@ -146,7 +145,7 @@ class PolicyLayer(CompressedLayer):
             setattr(self, name, state[name])
 
     def rotary_of(self, module: torch.nn.Module) -> RotaryFrequencies | None:
-        """How the attention module rotates; found out once, which takes a few milliseconds."""
+        """How the attention module rotates keys. The first call finds out, in a few milliseconds."""
         if self._rotary is None:
             self._rotary = (self.frequencies.frequencies_of(module, self.device),)
         return self._rotary[0]
@@ -209,7 +208,7 @@ class PolicyLayer(CompressedLayer):
             self._evict(is_due)
 
     def _attend_dense_step(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Nothing was evicted so far: the model's own attention, and beside it what the policy wants to know."""
+        """A step before the first eviction: the model's own attention, and beside it `ScoringView.attention`."""
         output = call.run()
         if self.budget.is_unlimited:
             return output
@@ -227,15 +226,15 @@ class PolicyLayer(CompressedLayer):
         return output
 
     def _add_query(self, attention: torch.Tensor, sums: torch.Tensor, call: AttentionCall) -> None:
-        """Lets the newest query take over its share of the window in `attention`; `sums` are its probabilities."""
+        """Puts the newest query into the window of `attention`; `sums` are its probabilities."""
         attention.mul_(1 - 1 / self.policy.window_size).add_(self._mean_over_heads(sums, call))
 
     def _is_due(self) -> list[bool]:
-        """Which rows hold as many tokens beyond their budget as may wait."""
+        """Which rows must evict: those with `eviction_interval` tokens beyond their budget."""
         return [held >= kept + self.num_spare_slots for held, kept in zip(self.row_held, self.row_kept, strict=True)]
 
     def _row_left(self, is_due: list[bool]) -> list[int]:
-        """How many tokens each row has when those that are due have evicted."""
+        """How many tokens each row holds after the rows that are due have evicted."""
         rows = zip(self.row_held, self.row_kept, is_due, strict=True)
         return [min(held, kept) if due else held for held, kept, due in rows]
 
@@ -247,7 +246,7 @@ class PolicyLayer(CompressedLayer):
     def _evict(self, is_due: list[bool]) -> None:
         """
         Evicts from the rows that are due, and closes the gaps: tokens behind the last slot that is needed move into
-        slots before it that are free.
+        free slots before it.
         """
         row_left = self._row_left(is_due)
         num_left = max(row_left)
@@ -257,7 +256,7 @@ class PolicyLayer(CompressedLayer):
         priority = self._priority(key, value, attention, positions)
         order = positions.argsort(dim=-1)
         indices = best_tokens(priority.gather(-1, order), self.per_row(row_left).flatten(), num_left)
-        # One slot more, for what is no index.
+        # One more slot takes the indices that are -1.
         slots = torch.where(indices < 0, self.length, order.gather(-1, indices.clamp(min=0)))
         is_kept = torch.zeros(*positions.shape[:2], self.length + 1, dtype=torch.bool, device=self.device)
         is_kept = is_kept.scatter_(-1, slots, True)[..., : self.length]
@@ -265,7 +264,7 @@ class PolicyLayer(CompressedLayer):
         self.row_held = row_left
 
     def _move_tokens(self, is_kept: torch.Tensor, num_left: int) -> None:
-        """Brings the tokens that are kept `(batch, kv_heads or 1, slots)` into the first `num_left` slots."""
+        """Moves the kept tokens, marked in `is_kept` `(batch, kv_heads or 1, slots)`, into the first slots."""
         is_kept_before, is_kept_behind = is_kept[..., :num_left], is_kept[..., num_left:]
         num_moves = min(num_left, is_kept_behind.shape[-1])
         free = is_kept_before.int().argsort(dim=-1, stable=True)[..., :num_moves]
@@ -285,7 +284,7 @@ class PolicyLayer(CompressedLayer):
         self.length = num_left
 
     def _renew_budget(self) -> None:
-        """Sets what each row keeps by all that it has seen."""
+        """Sets how many tokens each row keeps, by the number that it has seen."""
         self.row_kept = [self.num_tokens_to_keep(length) for length in self.row_lengths]
 
     def compress(self) -> None:
@@ -320,19 +319,18 @@ class PolicyLayer(CompressedLayer):
 
 class PolicyCache(CompressedCache):
     """
-    Keeps the tokens that a policy scores highest: what all caches with a score of their own derive from, and a cache
-    for a `Policy` that has none yet.
+    Keeps the tokens with the highest scores of a policy. Use it for a `Policy` of your own; the caches whose method is
+    a score derive from it.
 
     A layer holds `budget` tokens and up to `eviction_interval` more, however much is generated. The prompt is read
     with full attention, so the first new token is exact.
 
     Args:
-        config (`PreTrainedConfig` or `PreTrainedModel`): Of the model, or the model, whose config is taken.
-        budget (`float`, `int` or `str`): What each layer keeps: a fraction of the prompt (of everything seen, when a
-            later turn brings several tokens at once), a number of tokens, or bytes for the layers that evict such as
-            "256MiB". 1.0 never evicts.
+        config (`PreTrainedConfig` or `PreTrainedModel`): The config of the model, or the model itself.
+        budget (`float`, `int` or `str`): What each layer keeps: a fraction of the prompt, a number of tokens, or bytes
+            for all layers that evict ("256MiB"). In later turns, a fraction is of all tokens seen. 1.0 never evicts.
         policy (`Policy`): Scores the tokens.
-        eviction_interval (`int`, defaults to 32): Generated tokens that come in before as many go. Larger values take
+        eviction_interval (`int`, defaults to 32): How many generated tokens wait for an eviction. Larger values take
             more memory and less time.
 
     Raises:
@@ -396,5 +394,5 @@ class PolicyCache(CompressedCache):
 
 
 def fields_of(policy: Policy) -> dict[str, Any]:
-    """The hyper-parameters of a policy by name."""
+    """The hyper-parameters of a policy, by name."""
     return dataclasses.asdict(policy) if dataclasses.is_dataclass(policy) else {}

@@ -1,12 +1,11 @@
 """
 Pruning of hidden states between layers while a prompt is read (PyramidInfer): the only file that hooks a model.
 
-The decoder layers of a model get a pre-hook and a post-hook once. Both look at the cache that the layer is called with
-and do nothing unless it is one that prunes hidden states and was built from this very model. After a layer has run,
-the hidden states of the tokens that its cache layer passes on are gathered; before the next one, so is all that
-belongs to them: position embeddings, position ids, the mask. Tokens keep their positions. Rows are aligned on the
-right, so that the last token stays last. After the last layer, hidden states return to their places, with NaN where
-tokens were dropped.
+The decoder layers of a model get a pre-hook and a post-hook once. Both do nothing unless the layer is called with a
+cache that prunes hidden states and was built from this very model. After a layer has run, the post-hook gathers the
+hidden states of the tokens that the cache layer passes on. Before the next layer, the pre-hook gathers their position
+embeddings, position ids and mask. Tokens keep their positions. Rows are aligned on the right, so that the last token
+stays last. After the last layer, hidden states return to their columns, with NaN in those of dropped tokens.
 """
 
 import inspect
@@ -22,7 +21,7 @@ from pyramid_cache.engine.selection import gather_tokens
 from pyramid_cache.engine.tokens import Tokens, causal_mask
 
 
-# What decoder layers are called with that has a token dimension, or none.
+# The arguments of decoder layers that can be pruned, or have no token dimension.
 CACHE_ARGUMENTS = ("cache", "past_key_values", "layer_past")
 KNOWN_ARGUMENTS = {"hidden_states", "attention_mask", "position_ids", "position_embeddings", *CACHE_ARGUMENTS}
 
@@ -32,7 +31,7 @@ class PrunedPrefill:
     The state of one cache: which columns of the prompt the running layer computes.
 
     Args:
-        model (`PreTrainedModel`): Whose hidden states are pruned. Only a weak reference is kept.
+        model (`PreTrainedModel`): The model whose hidden states are pruned. Only a weak reference is kept.
 
     Raises:
         NotImplementedError: The decoder has no list of layers.
@@ -43,7 +42,7 @@ class PrunedPrefill:
         self.finish()
 
     def finish(self) -> None:
-        """No prompt is being read."""
+        """The prompt has been read."""
         self.is_running = False
         self.columns: torch.Tensor | None = None
         self.tokens: Tokens | None = None
@@ -55,7 +54,7 @@ class PrunedPrefill:
         self.tokens = tokens
 
     def require_running(self) -> None:
-        """Raises if a prompt is read that never passed the hooks."""
+        """Raises if a prompt is read without the hooks."""
         if not self.is_running:
             raise ValueError(
                 "The cache was built from another model than it is used with, so hidden states cannot be pruned. "
@@ -64,24 +63,25 @@ class PrunedPrefill:
 
     def index_of(self, layer: nn.Module) -> int | None:
         """
-        The place of a decoder layer, if this is the state for the model it is part of and not for a copy of that.
+        The index of a decoder layer; None if it belongs to another model, such as a copy of this one.
         """
         decoder = self.decoder()
         layers = () if decoder is None else decoder.layers
         return next((index for index, other in enumerate(layers) if other is layer), None)
 
     def _move_to(self, device: torch.device) -> None:
-        """Follows the hidden states to the device of another layer."""
+        """Moves the state to the device of the hidden states."""
         self.tokens = self.tokens.to(device)
         self.columns = None if self.columns is None else self.columns.to(device)
 
     def prune(self, hidden_states: torch.Tensor, passed_on: torch.Tensor) -> torch.Tensor:
         """
-        Hidden states of the tokens that go on to the next layer.
+        The hidden states of the tokens that the next layer computes.
 
         Args:
             hidden_states (`torch.Tensor`): `(batch, columns, hidden_size)`.
-            passed_on (`torch.Tensor`): `(batch, 1, kept)` indices of columns, -1 behind the last one of a shorter row.
+            passed_on (`torch.Tensor`): `(batch, 1, kept)` indices of their columns; -1 behind the last of a shorter
+                row.
         """
         self._move_to(hidden_states.device)
         indices = passed_on.sort(dim=-1).values  # -1 first: rows end in their last token
@@ -92,11 +92,11 @@ class PrunedPrefill:
         return gather_tokens(hidden_states[:, None], indices)[:, 0]
 
     def restore(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """`(batch, num_seen, hidden_size)`: hidden states back in their places, NaN where a token was dropped."""
+        """`(batch, num_seen, hidden_size)`: hidden states in their own columns, NaN in those of dropped tokens."""
         self._move_to(hidden_states.device)
         batch_size, _, hidden_size = hidden_states.shape
         num_seen = self.tokens.num_seen
-        # One column more, which takes what is no token.
+        # One more column takes the padding.
         result = hidden_states.new_full((batch_size, num_seen + 1, hidden_size), float("nan"))
         columns = torch.where(self.columns >= 0, self.columns, num_seen)[:, 0, :, None].expand_as(hidden_states)
         return result.scatter(1, columns, hidden_states)[:, :num_seen]
@@ -151,14 +151,14 @@ def _state_of(arguments: dict[str, Any]) -> PrunedPrefill | None:
 
 
 def _named(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments of a call by name; just those of `kwargs` where the others cannot hold a cache."""
+    """The arguments of a call by name. Where no cache can be among `args`, only those of `kwargs`."""
     if len(args) <= 1 and _state_of(kwargs) is None:
         return kwargs
     return dict(inspect.signature(layer.forward).bind_partial(*args).arguments) | kwargs
 
 
 def _has_nothing_to_prune(args: tuple, kwargs: dict[str, Any]) -> bool:
-    """Whether it is plain to see that a layer is not called to read a prompt; what follows is not for the compiler."""
+    """Whether a layer is surely not called to read a prompt. Compilers trace this, and break the graph otherwise."""
     if len(args) > 1:
         return False
     state = _state_of(kwargs)
@@ -243,7 +243,7 @@ def _leave_layer(
 
 
 def check_arguments(layer: nn.Module, arguments: dict[str, Any], num_columns: int) -> None:
-    """Raises if a decoder layer is called with something that belongs to tokens and is not known how to prune."""
+    """Raises if an argument of a decoder layer has a token dimension and this file cannot prune it."""
     for name, value in arguments.items():
         if name in KNOWN_ARGUMENTS:
             continue
@@ -267,7 +267,7 @@ def gather_rows(value: torch.Tensor | tuple, columns: torch.Tensor) -> torch.Ten
     The columns of position ids `(batch or 1, tokens)` or position embeddings `(batch or 1, tokens, rotary_dim)`.
 
     Args:
-        columns (`torch.Tensor`): `(batch, 1, kept)`; -1 gives the first column, which no attention will see.
+        columns (`torch.Tensor`): `(batch, 1, kept)`. An index of -1 gives the first column, which is masked.
     """
     if isinstance(value, (tuple, list)):
         return type(value)(gather_rows(part, columns) for part in value)

@@ -1,6 +1,5 @@
 """
-Numbers in one byte each, with a scale per column: what a column is multiplied by goes into the other factor of a
-product.
+Numbers in one byte each, with a scale for each column. The scale goes into the other factor of a product.
 """
 
 import torch
@@ -12,17 +11,17 @@ QUANTIZE = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
 def largest_number(dtype: torch.dtype) -> float:
-    """That of a dtype of one byte."""
+    """The largest number of a dtype of one byte."""
     return torch.iinfo(dtype).max if dtype == torch.int8 else torch.finfo(dtype).max
 
 
 def scale_of(largest: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What to divide numbers by, of which these are the largest, so that a dtype of one byte holds them best."""
+    """The unit for numbers whose largest are given: divided by it, they fill the range of a dtype of one byte."""
     return torch.where(largest > 0, largest / largest_number(dtype), 1)
 
 
 def stored(numbers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Numbers in the dtype in which they are kept."""
+    """Numbers in the dtype that stores them."""
     if dtype == torch.int8:
         numbers = numbers.round()
     if dtype.itemsize == 1:
@@ -40,10 +39,11 @@ def widened(held: torch.Tensor, new: torch.Tensor) -> tuple[torch.Tensor, torch.
         new (`torch.Tensor`): `(..., more tokens, width)`, in the same unit.
 
     Returns:
-        `tuple`: The held numbers in new units, and how much larger these are, `(..., 1, width)` float32: powers of
-        two, which other dtypes are multiplied by without rounding. 1 where the new numbers fit.
+        `tuple`: The held numbers in new units, and the factors of these units, `(..., 1, width)` float32. The factors
+        are powers of two, so that other tensors can be multiplied by them without rounding. 1 where the new numbers
+        fit.
     """
-    # What rounding has left above by less than a hundredth is cut off: twice as coarse a unit would cost more.
+    # A number that exceeds the range by less than a hundredth is cut off: a unit twice as coarse would cost more.
     excess = new.abs().amax(dim=-2, keepdim=True) / (1.01 * largest_number(held.dtype))
     ratio = excess.clamp(min=1).log2().ceil().exp2()
     return stored(held.float() / ratio, held.dtype), ratio
@@ -57,12 +57,12 @@ def add_scaled(
 
     Args:
         held (`torch.Tensor`): `(batch, kv_heads, tokens, width)` in a dtype of one byte.
-        scales (`torch.Tensor`): `(batch, kv_heads, 1, width)` float32, what they are multiplied by.
+        scales (`torch.Tensor`): `(batch, kv_heads, 1, width)` float32, the factors of the held numbers.
         new (`torch.Tensor`): `(batch, kv_heads, more tokens, width)` float32, zero where there is no token.
-        rescales (`list[bool]`): Whether a row gets scales anew.
+        rescales (`list[bool]`): Whether each row gets new scales.
 
     Returns:
-        `tuple`: The held numbers, their scales, and the new ones over these.
+        `tuple`: The held numbers, their scales, and the new numbers divided by these scales.
     """
     if any(rescales):
         is_rescaled = numbers_on(held.device, rescales, torch.bool).view(-1, 1, 1, 1)

@@ -2,9 +2,8 @@
 Layers whose heads keep different numbers of tokens, stored without padding.
 
 The tokens that heads keep are packed: one head behind the other. The latest tokens, which all heads hold, are in slots
-as in any layer. A step attends to both at once
-(`pyramid_cache.ops.decode_packed_attention`). For several tokens at once, and to be scored, packed tokens are unpacked
-into slots, some of them empty, which ends with the next eviction or step.
+as in any layer. A step attends to both at once (`pyramid_cache.ops.decode_packed_attention`). A forward pass of
+several tokens, and an eviction, unpack the tokens into slots, some of which are empty. The next step packs them again.
 """
 
 import copy
@@ -33,8 +32,8 @@ class PackedTokens:
     Attributes:
         tensors (`dict[str, torch.Tensor]`): By the names of slot tensors, each with the tokens in its first dimension.
         head_lengths (`list[list[int]]`): For each row, how many tokens each KV head holds.
-        starts (`torch.Tensor`): `(segments + 1,)` int64, where the segments begin and the last one ends: what steps
-            need of the lengths on their device.
+        starts (`torch.Tensor`): `(segments + 1,)` int64 on the device: where each segment begins, and where the last
+            one ends.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -44,7 +43,7 @@ class PackedTokens:
     @staticmethod
     def of(slots: dict[str, torch.Tensor], is_kept: torch.Tensor) -> "PackedTokens":
         """
-        Copies out of slots `(batch, kv_heads, slots, ...)` those that are kept `(batch, kv_heads, slots)`.
+        Packs the slots `(batch, kv_heads, slots, ...)` that `is_kept` `(batch, kv_heads, slots)` marks.
         """
         _, kv_heads, num_slots = is_kept.shape
         # The only wait for the device: how many tokens each head keeps is known there alone.
@@ -56,11 +55,11 @@ class PackedTokens:
 
     @property
     def lengths(self) -> list[int]:
-        """How many tokens each segment has."""
+        """The number of tokens of each segment."""
         return flat(self.head_lengths)
 
     def in_slots(self) -> dict[str, torch.Tensor]:
-        """The tensors with as many slots as the longest segment; those in front of a shorter one are empty."""
+        """The tensors with as many slots as the longest segment has tokens. Shorter ones begin with empty slots."""
         positions = self.tensors["positions"]
         lengths = numbers_on(positions.device, self.head_lengths, torch.int64)  # (batch, kv_heads)
         ends = lengths.flatten().cumsum(dim=0).view_as(lengths)[..., None]
@@ -75,7 +74,7 @@ class PackedTokens:
         return slots
 
     def map_rows(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "PackedTokens":
-        """What is left when `function` takes rows from tensors whose first dimension is the batch, or moves them."""
+        """The result of a function that selects, repeats or moves the rows of tensors."""
         indices = function(torch.arange(len(self.head_lengths), device=self.starts.device))
         device = indices.device
         tensors = {name: tensor.to(device) for name, tensor in self.tensors.items()}
@@ -92,12 +91,12 @@ class PackedTokens:
 
 class RaggedLayer(PolicyLayer):
     """
-    A `PolicyLayer` whose heads share its budget: what a layer keeps of a row are the best of all heads' tokens
-    together, `kv_heads` times its number of tokens, and of each head's own best at least `Policy.floor_ratio` of that
-    number (Ada-KV, https://arxiv.org/abs/2407.11550, Algorithm 1).
+    A `PolicyLayer` whose heads share its budget (Ada-KV, https://arxiv.org/abs/2407.11550, Algorithm 1). With a budget
+    of `n` tokens, a layer keeps of each row the best `kv_heads * n` tokens of all heads together. Each head keeps at
+    least its own best `Policy.floor_ratio * n`.
 
-    `packed` is what was kept, or None before the first eviction; the slot tensors are what came since. The numbers of
-    tokens in `row_held` are means over heads.
+    `packed` holds the kept tokens, or is None before the first eviction. The slot tensors hold the later tokens. The
+    numbers of tokens in `row_held` are means over heads.
     """
 
     heads_keep_equal_numbers = False
@@ -124,7 +123,7 @@ class RaggedLayer(PolicyLayer):
         return {name: getattr(self, name)[:, :, : self.length] for name in self.slot_tensors}
 
     def _pack(self, slots: dict[str, torch.Tensor], is_kept: torch.Tensor) -> None:
-        """Packs what is kept of slots; no slot is in use then."""
+        """Packs the kept slots. Afterwards no slot is in use."""
         slots["positions"] = slots["positions"].expand_as(is_kept)
         self.packed = PackedTokens.of(slots, is_kept)
         for name, tensor in slots.items():
@@ -132,7 +131,7 @@ class RaggedLayer(PolicyLayer):
         self.length = 0
 
     def _unpack(self) -> None:
-        """Brings what is packed into slots, in front of those in use."""
+        """Unpacks the packed tokens into slots in front of the used ones."""
         if self.packed is None:
             return
         packed, latest = self.packed.in_slots(), self._slots_in_use()
@@ -163,7 +162,7 @@ class RaggedLayer(PolicyLayer):
     def _attend_and_sum(
         self, call: AttentionCall, tokens: Tokens, num_rows: int, row_weights: torch.Tensor | None
     ) -> tuple[tuple[torch.Tensor, torch.Tensor | None], torch.Tensor | None]:
-        """Over slots, each KV head is a row of its own, for its empty slots are its own."""
+        """Attends with each KV head as a row of its own, since heads differ in their empty slots."""
         if self.positions is None:
             return super()._attend_and_sum(call, tokens, num_rows, row_weights)
         batch_size, kv_heads, num_keys = call.key.shape[:3]
@@ -266,7 +265,7 @@ class RaggedLayer(PolicyLayer):
         self.packed = PackedTokens(tensors, self.packed.head_lengths, self.packed.starts.clone())
 
     def _unpacked(self) -> "RaggedLayer":
-        """The same layer with everything in slots, for a while: it shares what is no slot tensor."""
+        """A copy of the layer with all tokens in slots. It shares the other tensors."""
         layer = copy.copy(self)
         layer._unpack()
         return layer
@@ -286,23 +285,23 @@ class RaggedLayer(PolicyLayer):
 
 
 def flat(head_lengths: list[list[int]]) -> list[int]:
-    """Numbers of rows and heads as those of segments."""
+    """Numbers per row and head as one number per segment."""
     return [length for row in head_lengths for length in row]
 
 
 def best_of_all_heads(priority: torch.Tensor, row_kept: list[int], floor_ratio: float) -> torch.Tensor:
     """
-    Which tokens are kept if heads share a budget.
+    Which tokens stay if heads share a budget.
 
     Args:
-        priority (`torch.Tensor`): `(batch, kv_heads, tokens)`, as for `best_tokens`. Of equal scores of two heads that
-            of the later head stays.
-        row_kept (`list[int]`): How many tokens a head of each row keeps on average.
-        floor_ratio (`float`): The share of that which each head keeps of its own best, whatever the others have.
+        priority (`torch.Tensor`): `(batch, kv_heads, tokens)`, as for `best_tokens`. Of equal scores of two heads, the
+            one of the later head stays.
+        row_kept (`list[int]`): How many tokens the heads of each row keep on average.
+        floor_ratio (`float`): Each head keeps at least this share of that number.
 
     Returns:
-        `torch.Tensor`: `(batch, kv_heads, tokens)` bool, `kv_heads * row_kept` of each row True, or as many as there
-            are.
+        `torch.Tensor`: `(batch, kv_heads, tokens)` bool. In each row `kv_heads * row_kept` are True, or all tokens if
+            there are fewer.
     """
     kv_heads, num_tokens = priority.shape[1:]
     device = priority.device

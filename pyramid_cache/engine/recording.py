@@ -1,9 +1,9 @@
 """
-Past recording: the tokens of forward passes that `generate` may still take back, whose eviction waits.
+Past recording: chunks of tokens that `generate` may still take back.
 
-Assisted generation and prompt lookup feed a model several guessed tokens at once, and then crop those that it would
-not have said. What was evicted could not be cropped; so layers keep such tokens aside, with their queries, until
-`crop` has said which of them stay, and only then do with those what they would have done without an assistant.
+Assisted generation and prompt lookup feed a model several guessed tokens at once, and then crop the wrong ones. An
+eviction could not be undone. So layers put such tokens aside with their queries until `crop` has told which of them
+stay. Only then do they store, score and evict, as they would without an assistant.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,16 +19,16 @@ from pyramid_cache.engine.tokens import Tokens
 @dataclass(frozen=True)
 class RecordedChunk:
     """
-    What one layer got in one forward pass.
+    The tokens that one layer got in one forward pass.
 
     Attributes:
         query (`torch.Tensor`): `(batch, heads, columns, head_dim)`.
         key, value (`torch.Tensor`): `(batch, kv_heads, columns, head_dim)`.
-        seen (`Tokens`): All that the rows had seen by then, padding included; the columns of the chunk are the last.
-        longest (`int`): The length of the longest row in that forward pass, which some rotary embeddings depend on.
-        logit_kwargs (`dict`): What the attention function was told about logits, and heeded.
-        lse (`torch.Tensor`, *optional*): `(batch, heads, columns)` float32, the log-sum-exps that attention normalised
-            the columns by, if they are known: for a chunk that begins a conversation.
+        seen (`Tokens`): All columns that the rows had seen, padding included. Those of the chunk are the last.
+        longest (`int`): The length of the longest row in that forward pass. Some rotary embeddings depend on it.
+        logit_kwargs (`dict`): The arguments of the attention function that decide logits.
+        lse (`torch.Tensor`, *optional*): `(batch, heads, columns)` float32, the log-sum-exps of attention, known for a
+            chunk that begins a conversation.
     """
 
     query: torch.Tensor
@@ -41,7 +41,7 @@ class RecordedChunk:
 
     @staticmethod
     def of(call: AttentionCall, key: torch.Tensor, value: torch.Tensor, seen: Tokens) -> "RecordedChunk":
-        """The chunk of a call, with the new keys and values among those that it attends to."""
+        """The chunk of a call. `key` and `value` are those of its new tokens."""
         arguments = call.logit_arguments
         kwargs = {name: arguments[name] for name in ("scaling", "softcap")} | {"s_aux": arguments["sink_logits"]}
         return RecordedChunk(call.query, key, value, seen, max(seen.row_lengths), kwargs)
@@ -56,7 +56,7 @@ class RecordedChunk:
         return self.seen.has_gaps and bool((self.seen.positions[..., -self.num_columns :] < 0).any())
 
     def without_last(self, num_columns: int) -> "RecordedChunk":
-        """What remains when the last columns are taken back."""
+        """The chunk without its last columns."""
         left = self.num_columns - num_columns
         return replace(
             self,
@@ -68,7 +68,7 @@ class RecordedChunk:
         )
 
     def followed_by(self, later: "RecordedChunk") -> "RecordedChunk":
-        """Both, as if they had come in one forward pass; log-sum-exps as far as the first has them."""
+        """Both chunks as one. Log-sum-exps are known if the first chunk has them."""
         return replace(
             later,
             query=torch.cat([self.query, later.query], dim=2),
@@ -86,18 +86,18 @@ class RecordedChunk:
             )
 
     def call(self, module: torch.nn.Module, key: torch.Tensor, value: torch.Tensor) -> AttentionCall:
-        """The call over what the layer holds by now, of which nobody needs the output."""
+        """The call of the chunk's queries over the keys that the layer holds now. Its output is not used."""
         return AttentionCall(no_attention, module, self.query, key, value, None, self.logit_kwargs, self.lse)
 
     def map_tensors(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "RecordedChunk":
-        """Applies a function to all tensors, whose first dimension is the batch."""
+        """Applies a function to all tensors. Their first dimension is the batch."""
         tensors: dict[str, Any] = {name: function(getattr(self, name)) for name in ("query", "key", "value")}
         if self.lse is not None:
             tensors["lse"] = function(self.lse)
         return replace(self, seen=replace(self.seen, positions=function(self.seen.positions)), **tensors)
 
     def map_rows(self, rows: list[int]) -> "RecordedChunk":
-        """The counts of the rows at these indices."""
+        """Selects the counts of the rows at these indices."""
         return replace(self, seen=self.seen.map_rows(rows))
 
     def held_tensors(self) -> dict[str, torch.Tensor]:
@@ -107,5 +107,5 @@ class RecordedChunk:
 
 
 def no_attention(*args, **kwargs) -> tuple[None, None]:
-    """An attention function for tokens that were attended to before."""
+    """The attention function of a replayed chunk. It gives no output, since the model has had it."""
     return None, None

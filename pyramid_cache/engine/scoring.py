@@ -1,8 +1,8 @@
 """
-Attention of several queries, and how much of it each key got.
+Attention of several queries, and how much attention each key gets.
 
-The attention that the user chose runs once. Where it gives its log-sum-exps, or its probabilities, the scores come out
-of them; else the log-sum-exps of the rows that score are computed beside it.
+The attention that the user chose runs once. Scores are computed from its log-sum-exps or from its probabilities. Where
+it gives neither, the log-sum-exps of the scoring rows are computed beside it.
 """
 
 import torch
@@ -18,16 +18,16 @@ def attend_and_score(
     call: AttentionCall, tokens: Tokens, num_rows: int, row_weights: torch.Tensor | None = None
 ) -> tuple[tuple[torch.Tensor, torch.Tensor | None], torch.Tensor]:
     """
-    Runs the attention of a call, and sums up what its last `num_rows` queries gave to each key.
+    Runs the attention of a call, and sums up the probabilities that its last `num_rows` queries give to each key.
 
     Args:
-        tokens (`Tokens`): Of the keys.
+        tokens (`Tokens`): The tokens in the columns of the keys.
         row_weights (`torch.Tensor`, *optional*): `(batch or 1, num_rows)`, 1 by default. Padded queries have weight 0
             anyway.
 
     Returns:
         The output of attention, as attention functions return it, and the scores `(batch, kv_heads, keys)` float32,
-        summed over the query heads that share a KV head. Padding has none.
+        summed over the query heads that share a KV head. The scores of padding are 0.
     """
     is_token = tokens.positions[:, 0] >= 0 if tokens.has_gaps else None
     if is_token is not None:
@@ -50,10 +50,10 @@ def attend_and_score(
         if lse is None:
             key_mask = None if is_token is None else is_token[:, None]
             lse = row_lse(query, key, key_mask=key_mask, sink_logits=sink_logits, **arguments)
-        # How much padding each row begins with: what needs no look at all.
+        # How many columns of padding each row begins with. The op skips them.
         key_start = None if is_token is None else is_token.int().argmax(dim=-1).int()
         scores = attention_scores(query, key, lse, row_weights=row_weights, key_start=key_start, **arguments)
-        # Padding between tokens was left out of the log-sum-exps, so that its own exponentials have no meaning.
+        # The log-sum-exps leave out padding between tokens, so that the scores of these columns have no meaning.
         return output, scores if is_token is None else scores.masked_fill_(~is_token[:, None], 0.0)
 
 
@@ -61,7 +61,7 @@ def run_with_lse(
     call: AttentionCall, is_token: torch.Tensor | None, row_present: list[int]
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """
-    The output of the attention that the user chose and its log-sum-exps, or None where it cannot be had to give them.
+    The output of the attention that the user chose, and its log-sum-exps. None where it does not give them.
     """
     if call.function is sdpa_attention_forward:
         implementation = "sdpa"
@@ -84,7 +84,7 @@ def run_with_lse(
         call.query,
         call.key,
         call.value,
-        # All heads see the same: it has been checked that masks say nothing but causality and padding.
+        # One mask serves all heads: masks have been checked to hide nothing but padding and later tokens.
         mask=None if implementation != "sdpa" or call.mask is None else call.mask[:, :1],
         key_mask=is_token,
         row_present=None if is_token is None else row_present,
@@ -94,8 +94,8 @@ def run_with_lse(
 
 def sum_of_probabilities(probabilities: torch.Tensor, kv_heads: int, row_weights: torch.Tensor | None) -> torch.Tensor:
     """
-    Scores out of attention probabilities `(batch, heads, rows, keys)`, one KV head at a time: a copy of them all in
-    float32 would take as much memory as eager attention does.
+    Scores from attention probabilities `(batch, heads, rows, keys)`, one KV head at a time: a float32 copy of all
+    would take as much memory as eager attention.
     """
     batch, heads, num_rows, num_keys = probabilities.shape
     if row_weights is None:
@@ -103,7 +103,7 @@ def sum_of_probabilities(probabilities: torch.Tensor, kv_heads: int, row_weights
     scores = []
     for per_head in probabilities.chunk(kv_heads, dim=1):
         per_row = per_head.sum(dim=1, dtype=torch.float32)  # (batch, rows, keys)
-        # Not a product with the weights, which would let the NaN of a row of padding through.
+        # A choice instead of a product: rows of padding may hold NaN.
         per_row = torch.where(row_weights[..., None] != 0, per_row * row_weights[..., None], 0.0)
         scores.append(per_row.sum(dim=1))
     return torch.stack(scores, dim=1)

@@ -11,10 +11,9 @@ def best_tokens(priority: torch.Tensor, num_kept: torch.Tensor, max_kept: int) -
 
     Args:
         priority (`torch.Tensor`): `(batch, heads, tokens)` float, older tokens first; `inf` for what must stay and
-            `-inf` for what is no token. A number that must stay and exceeds `num_kept` loses its oldest. NaN is the
-            lowest priority that a token can have: a row in which something overflowed keeps as many tokens as any
-            other.
-        num_kept (`torch.Tensor`): `(batch,)` how many each row keeps, at most.
+            `-inf` for padding. If more tokens than `num_kept` must stay, the oldest of them go. NaN is the lowest
+            priority that a token can have, so that a row with an overflow keeps as many tokens as any other.
+        num_kept (`torch.Tensor`): `(batch,)`, how many tokens each row keeps at most.
         max_kept (`int`): The largest of them.
 
     Returns:

@@ -1,11 +1,11 @@
-"""Tensors that grow in one dimension, and rows of them that are written behind one another."""
+"""Tensors that grow in one dimension, and writes of new tokens behind the held ones of each row."""
 
 from collections.abc import Callable
 
 import torch
 
 
-# What grows while an answer is generated grows by this part of its size.
+# A tensor that grows while an answer is generated grows by this part of its size.
 GROWTH = 16
 
 
@@ -24,8 +24,8 @@ def with_room(
     zeros: Callable[[tuple[int, ...]], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """
-    The tensor with at least `size` places in a dimension, and some more if it grows by little; new ones are zero.
-    `zeros` makes what it moves into.
+    The tensor with at least `size` places in a dimension, and some more if it grows by little. New places are zero.
+    `zeros` makes the new tensor.
     """
     held = tensor.shape[dim]
     if size <= held:
@@ -40,8 +40,8 @@ def with_room(
 
 def write_rows(target: torch.Tensor, new: torch.Tensor, starts: list[int], counts: list[int]) -> None:
     """
-    Writes the first `counts` of what is new of each row behind its first `starts`, in the dimension before the last.
-    What goes to pinned memory of the host is on its way when this returns.
+    Writes the first `counts` new tokens of each row behind its first `starts` tokens, in the dimension before the
+    last. Copies to pinned memory of the host may still run when this returns.
 
     Args:
         target, new (`torch.Tensor`): `(batch, ..., tokens, width)`.

@@ -19,10 +19,9 @@ class Tokens:
 
     Attributes:
         positions (`torch.Tensor`): `(batch, kv_heads or 1, columns)` int32, the rank of each column's token among the
-            tokens that its row has seen, which is the position that `generate` gives it; -1 for padding and empty
-            slots.
+            tokens of its row, which is the position that `generate` gives it; -1 for padding and empty slots.
         row_lengths (`list[int]`): How many tokens each row has seen.
-        row_present (`list[int]`): How many of them are in these columns.
+        row_present (`list[int]`): How many of these tokens are in the columns.
         num_seen (`int`): Columns that the model has been given, padding included.
         ends_in_padding (`bool`): Whether some row's last column is padding.
         is_ascending (`bool`): Whether the columns of each row are in order of their positions, gaps first.
@@ -45,7 +44,7 @@ class Tokens:
         return self if self.positions.device == device else replace(self, positions=self.positions.to(device))
 
     def without_last(self, num_columns: int) -> "Tokens":
-        """The tokens in all columns but the last ones."""
+        """The tokens without those of the last columns."""
         positions = self.positions[..., : self.positions.shape[-1] - num_columns]
         if not self.has_gaps:
             return Tokens.without_padding(positions.shape[0], positions.shape[-1], positions.device)
@@ -62,7 +61,7 @@ class Tokens:
         )
 
     def map_rows(self, rows: list[int]) -> "Tokens":
-        """The counts of the rows at these indices; `positions` are left to whoever maps tensors."""
+        """The tokens with the counts of the rows at these indices. The caller maps `positions`."""
         row_lengths, row_present = ([counts[row] for row in rows] for counts in (self.row_lengths, self.row_present))
         return replace(self, row_lengths=row_lengths, row_present=row_present)
 
@@ -74,7 +73,7 @@ class Tokens:
 
     @staticmethod
     def from_validity(is_token: torch.Tensor, device: torch.device) -> "Tokens":
-        """From a `(batch, columns)` bool tensor on the CPU, False for padding."""
+        """The tokens of a `(batch, columns)` bool mask on the CPU, False for padding."""
         if is_token.all():
             return Tokens.without_padding(is_token.shape[0], is_token.shape[1], device)
         ranks = is_token.cumsum(dim=1, dtype=torch.int32) - 1
@@ -92,13 +91,13 @@ class MaskReader:
         self.forget()
 
     def forget(self) -> None:
-        """Lets go of what was read last."""
+        """Forgets the last mask."""
         self._mask: weakref.ref | None = None
         self._tokens: Tokens | None = None
         self._row_lengths: list[int] | None = None
 
     def held_tensors(self) -> list[torch.Tensor]:
-        """What the reader refers to."""
+        """The tensors that the reader refers to."""
         return [] if self._tokens is None else [self._tokens.positions]
 
     def read(
@@ -114,7 +113,7 @@ class MaskReader:
 
         Raises:
             ValueError: The mask has another length, or hides the newest token of every row.
-            NotImplementedError: It is a mask of another kind than causal with padding.
+            NotImplementedError: The mask is not causal, or hides more than padding.
         """
         if attention_mask is None:
             self.forget()
@@ -127,7 +126,7 @@ class MaskReader:
         return self._tokens
 
     def count(self, attention_mask: torch.Tensor, batch_size: int, num_keys: int) -> list[int]:
-        """How many tokens of each row a decode step shows; the errors are those of `read`."""
+        """How many tokens of each row the mask of a decode step shows. Raises as `read` does."""
         if self._row_lengths is None or not self._has_read(attention_mask):
             is_token = padding_of_mask(attention_mask, batch_size, 1, num_keys)
             self.forget()
@@ -219,7 +218,7 @@ def causal_mask(
 
     Args:
         implementation (`str`, *optional*): The model's `attn_implementation`.
-        key_mask (`torch.Tensor`, *optional*): `(batch, 1, num_keys)` bool, False for keys that nobody may see.
+        key_mask (`torch.Tensor`, *optional*): `(batch, 1, num_keys)` bool, False for keys that no query may see.
 
     Returns:
         `torch.Tensor` or None: 2-D for flash-attention, additive 4-D in `dtype` for eager, bool 4-D otherwise; None
