@@ -49,7 +49,7 @@ is_turn = «self.turn_begins and →»chunk.num_columns > 1
 = engine/layer.py: test_bad_calls | gradients_over precision autocast
 setattr(self, name, tensor«.clone()→»)
 self._value_dtype = «value_states→key_states».dtype
-= engine/layer.py: test_h2o test_conversation
+= engine/layer.py: test_properties test_conversation | sequences H2O
 result[:, :, length:] = «fill→0»
 = engine/layer.py: test_bad_calls | mask
 if «shown != [length + 1 for length in self.row_lengths]→not shown»:
@@ -150,7 +150,7 @@ floor_ratio=«floor_ratio→0.2»)
 = caches/expected_attention.py: test_expected_attention
 covariance = covariance + «(share * (1 - share))→share»[..., None] * between
 angles = (view.length «→- 1 »+ steps[:, None])
-= caches/h2o.py: test_h2o | several_query
+= caches/h2o.py: test_properties | sequences H2O
 scores[..., :num_earlier] += «self.scores[..., :num_earlier]→0»
 = caches/keydiff.py: test_small_faults test_policies
 directions = directions.masked_fill(«~view.is_token[..., None]→view.positions[..., None] < -1», 0)

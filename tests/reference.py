@@ -253,24 +253,6 @@ def compare_with_policies(
 
 
 @dataclass
-class H2OPolicy(HoldingPolicy):
-    """The last tokens and the keys that gathered most attention from all queries so far, per key head."""
-
-    budget: int
-    heavy_ratio: float = 0.5
-
-    def evict(self, position: int, held: list[list[int]], given: torch.Tensor) -> list[list[int]]:
-        if len(held[0]) <= self.budget:
-            return held
-        kept, last_heavy = [], position - self.budget + int(self.budget * self.heavy_ratio)
-        for tokens, scores in zip(held, given.sum(dim=1).tolist(), strict=True):
-            recent = [token for token in tokens if token > last_heavy]
-            others = {token: scores[token] for token in tokens if token <= last_heavy}
-            kept.append(best(others, self.budget - len(recent)) + recent)
-        return kept
-
-
-@dataclass
 class StreamingLLMPolicy(Policy):
     """The first tokens and a rolling window, at the positions they have inside the cache.
 

@@ -1,48 +1,18 @@
-"""H2OCache against the loop-written H2O, and on attention so simple that the kept tokens can be worked out by hand."""
+"""
+H2OCache on attention so simple that the kept tokens can be worked out by hand, and the ops of a step.
+test_properties.py compares it with a loop-written H2O.
+"""
 
 import contextlib
 
 import pytest
 import torch
-from models import FAMILIES, build_model, drive, random_rows, random_tokens, tiny_model
-from reference import H2OPolicy, compare_with_policies
+from models import build_model, random_tokens
 from synthetic import SyntheticModel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyramid_cache import H2OCache
 from pyramid_cache.caches.h2o import H2OLayer
-from pyramid_cache.ops import cpu
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_held_positions_and_logits(family: str) -> None:
-    """Padded rows, each with its share."""
-    model, lengths = tiny_model(family), (23, 37, 30)
-    rows = random_rows(lengths, seed=3)
-    trace = drive(model, H2OCache(model.config, budget=0.3), rows, random_tokens(3, 25, seed=4))
-    compare_with_policies(model, trace, rows, [H2OPolicy(length, int(0.3 * length)) for length in lengths])
-
-
-def test_settings_and_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shares of heavy hitters, odd budgets, prompts around a budget, and prompts of more than one tile of scores."""
-    model = tiny_model("llama")
-    for budget, heavy_ratio, lengths in (
-        (5, 0.9, (19, 33)),
-        (11, 0.25, (33,)),
-        (12, 0.0, (12, 33)),
-        (12, 0.7, (13, 19)),
-        (12, 0.5, (3, 9, 14)),
-        (0.2, 0.5, (43, 161)),
-    ):
-        rows = random_rows(lengths, seed=5)
-        monkeypatch.setattr(cpu, "TILE_ELEMENTS", 2000)
-        cache = H2OCache(model.config, budget=budget, heavy_ratio=heavy_ratio)
-        trace = drive(model, cache, rows, random_tokens(len(rows), 12, seed=6))
-        budgets = [budget if isinstance(budget, int) else int(budget * length) for length in lengths]
-        policies = [H2OPolicy(*sizes, heavy_ratio) for sizes in zip(lengths, budgets, strict=True)]
-        compare_with_policies(model, trace, rows, policies)
-        assert cache.num_kept_tokens() == [max(budgets)] * 3
-        assert cache.get_seq_length() == max(lengths) + 12
 
 
 def test_equal_scores_by_hand() -> None:
@@ -59,13 +29,6 @@ def test_equal_scores_by_hand() -> None:
             first = 0 if magnitude == 0 else newest - 19
             wanted = [0, *(token + first for token in heavy[1:]), *range(newest - 3, newest + 1)]
             assert [sorted({*head} - {-1}) for head in cache.positions(0)[0].tolist()] == [wanted] * 2
-
-
-def test_several_query_tokens_at_once_are_scored_like_one_prompt() -> None:
-    """A second turn of several tokens within the budget: scores run on, as the reference's do."""
-    model, tokens = tiny_model("llama"), random_tokens(30)
-    trace = drive(model, H2OCache(model.config, budget=20), [tokens[:9]], tokens[None, 9:], pieces=[7, *[1] * 14])
-    compare_with_policies(model, trace, [tokens[:9]], [H2OPolicy(9, 20)])
 
 
 class Dispatched(TorchDispatchMode):
