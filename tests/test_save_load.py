@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import hashlib
 import json
 import os
 import random
@@ -315,16 +314,10 @@ def tensors_of(path: Path) -> dict[str, torch.Tensor]:
     return safetensors.torch.load(path.read_bytes())
 
 
-def rewrite(path: Path, header: dict[str, Any] | str, tensors: dict[str, torch.Tensor] | None = None) -> None:
-    """Writes a file with another header and tensors, and digests that fit: what a careful forger would do."""
-    tensors = tensors_of(path) if tensors is None else tensors
-    if isinstance(header, dict) and isinstance(header.get("tensors"), dict):
-        for name in header["tensors"].keys() & tensors.keys():
-            if isinstance(header["tensors"][name], dict):
-                header["tensors"][name]["sha256"] = storage.digest_of(tensors[name])
+def rewrite(path: Path, header: dict[str, Any] | str, tensors: dict[str, torch.Tensor]) -> None:
+    """Writes a file with another header and tensors."""
     text = header if isinstance(header, str) else json.dumps(header)
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    metadata = {"format": "pyramid_cache", "version": storage.FORMAT_VERSION, "header": text, "sha256": digest}
+    metadata = {"format": "pyramid_cache", "version": storage.FORMAT_VERSION, "header": text}
     path.write_bytes(safetensors.torch.save(tensors, metadata))
 
 
@@ -337,7 +330,7 @@ def test_files_that_hold_no_cache(saved: Path) -> None:
     for path, match in ((folder, "is a directory. Give the file"), (folder / "pipe", "no regular file")):
         with pytest.raises(ValueError, match=match):
             H2OCache.load(path, config)
-    metadata = {"format": "pyramid_cache", "version": "1", "header": json.dumps(header_of(saved)), "sha256": ""}
+    metadata = {"format": "pyramid_cache", "version": "1", "header": json.dumps(header_of(saved))}
     foreign = (None, {"format": "pt"}, metadata)
     contents = [safetensors.torch.save({"weight": torch.ones(3)}, metadata=each) for each in foreign]
     version = f"version '1', but this pyramid_cache reads version '{storage.FORMAT_VERSION}'"
@@ -446,15 +439,10 @@ def edit_h2o(header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Iterat
     positions, keys = tensors["layers.1.positions"], tensors["layers.1.keys"]
 
     def put(name: str, tensor: torch.Tensor) -> Callable[[], None]:
-        def change() -> None:
-            tensors[name] = tensor.clone(memory_format=torch.contiguous_format)
-            dtype = storage.DTYPE_NAMES.get(tensor.dtype, "U8")
-            header["tensors"][name] = {"dtype": dtype, "shape": list(tensor.shape), "sha256": ""}
-
-        return change
+        return lambda: tensors.update({name: tensor.clone(memory_format=torch.contiguous_format)})
 
     def drop(name: str) -> Callable[[], None]:
-        return lambda: (tensors.pop(name), header["tensors"].pop(name))
+        return lambda: tensors.pop(name)
 
     def positions_with(value: int) -> torch.Tensor:
         return positions.index_put((torch.tensor(1), torch.tensor(0), torch.tensor(3)), torch.tensor(value).int())
@@ -467,7 +455,6 @@ def edit_h2o(header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Iterat
     yield "`positions` has the shape", put("layers.1.positions", positions[..., 1:])
     yield "float32.*one floating dtype", put("layers.1.keys", keys.half())
     yield "one floating dtype", put("layers.1.keys", keys[:, :, :, :0])
-    yield "of dtype U8", put("layers.1.keys", keys.byte())
     yield "`scores` must be .* is missing", drop("layers.1.scores")
     yield "`next_position` is not", put("layers.1.next_position", tensors["layers.1.next_position"] + 1)
     yield "`num_recent` is not", put("layers.1.num_recent", tensors["layers.1.num_recent"] + 1)
@@ -490,8 +477,6 @@ def edit_h2o(header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Iterat
     yield "its weights are", lambda: header["weights"].update({"1": {"module": "A", "dtype": "B", "digest": "C"}})
     yield "fields that it should", lambda: header.update(more=1)
     yield "`layers` in its header", lambda: header.update(layers={})
-    yield "does not hold the tensors", lambda: header["tensors"].pop("layers.1.keys")
-    yield "should be", lambda: header["tensors"]["layers.1.keys"].update(shape=[3, 2, 10**12, 16])
 
 
 def test_forged_files(saved: Path) -> None:
@@ -504,7 +489,6 @@ def test_forged_files(saved: Path) -> None:
         rewrite(saved, header, tensors)
         with pytest.raises(ValueError, match=message):
             H2OCache.load(saved, config)
-    assert index > 30
     for text in ("", "[]", "[" * 100_000, '{"cache": 1e999}', "9" * 5000):  # which are no header in JSON
         rewrite(saved, text, {"layers.0.keys": torch.ones(1)})
         with pytest.raises(ValueError, match="is damaged, or was not written by `save`: .* Make the cache again"):
@@ -551,26 +535,9 @@ def load_or_refuse(case: CacheCase, path: Path, model: PreTrainedModel) -> Compr
         return None
 
 
-def test_changed_bytes(saved: Path) -> None:
-    """A flipped bit, a lost and a doubled byte are noticed wherever they are, unless nothing of the cache changed."""
-    model, content = tiny_model("llama"), saved.read_bytes()
-    cache, header_length = H2OCache.load(saved, model), 8 + int.from_bytes(content[:8], "little")
-    places = [*range(0, header_length, header_length // 40), *range(header_length, len(content), len(content) // 60)]
-    num_refused = 0
-    for place in places:
-        flipped = bytes([content[place] ^ 1 << place % 8])
-        for new in (flipped, b"", 2 * content[place : place + 1]):
-            saved.write_bytes(content[:place] + new + content[place + 1 :])
-            loaded = load_or_refuse(CASES["H2OCache(config)"], saved, model)
-            num_refused += loaded is None
-            if loaded is not None:
-                assert_holds_alike(loaded, cache)
-    assert num_refused > 0.9 * 3 * len(places)
-
-
 @pytest.mark.parametrize("num_mutations", [20, pytest.param(500, marks=pytest.mark.slow)])
 @parametrize_cases({case.cache_class: case for case in reversed(CACHE_CASES)}.values())
-def test_fuzzed_headers_with_fitting_digests(case: CacheCase, num_mutations: int, tmp_path: Path) -> None:
+def test_fuzzed_headers(case: CacheCase, num_mutations: int, tmp_path: Path) -> None:
     """What is not refused may be another cache, but one that can be used."""
     model, path, random_state, num_refused = tiny_model("llama"), tmp_path / "cache", random.Random(1), 0
     cache, mask = filled(case, model, "tight", 21)
