@@ -1,10 +1,8 @@
 """Caches in files: what is loaded goes on bit for bit as what was saved, and no other file is taken for a cache."""
 
-import contextlib
 import copy
 import json
 import os
-import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,7 +14,7 @@ from unittest.mock import patch
 import pytest
 import safetensors.torch
 import torch
-from caches import CACHE_CASES, CacheCase, every_cache, parametrize_cases
+from caches import CACHE_CASES, CacheCase, every_cache
 from models import (
     ARCHITECTURES,
     build_config,
@@ -444,27 +442,12 @@ def edit_h2o(header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Iterat
     def drop(name: str) -> Callable[[], None]:
         return lambda: tensors.pop(name)
 
-    def positions_with(value: int) -> torch.Tensor:
-        return positions.index_put((torch.tensor(1), torch.tensor(0), torch.tensor(3)), torch.tensor(value).int())
-
-    token = int(positions[1, 0][positions[1, 0] >= 0][-1])
-    yield "a token is held twice", put("layers.1.positions", positions_with(token))
-    yield "positions must be", put("layers.1.positions", positions_with(59))
-    yield "row_held", put("layers.1.positions", positions_with(-1))
-    yield "`positions` must be torch.int32", put("layers.1.positions", positions.long())
     yield "`positions` has the shape", put("layers.1.positions", positions[..., 1:])
     yield "float32.*one floating dtype", put("layers.1.keys", keys.half())
     yield "one floating dtype", put("layers.1.keys", keys[:, :, :, :0])
-    yield "`scores` must be .* is missing", drop("layers.1.scores")
-    yield "`next_position` is not", put("layers.1.next_position", tensors["layers.1.next_position"] + 1)
-    yield "`num_recent` is not", put("layers.1.num_recent", tensors["layers.1.num_recent"] + 1)
-    yield "not free", put("layers.1.free_slots", torch.full((3, 2, 1), 10**9))
+    yield "`next_position` has the shape", put("layers.1.next_position", tensors["layers.1.next_position"][:2])
     yield "no keys and values", drop("layers.1.keys")
-    yield "not free|interrupted|columns", drop("layers.1.positions")
     yield "nothing is known of its tensors", put("layers.7.keys", keys)
-    yield "have not seen the same tokens", lambda: numbers.update(num_seen=60)
-    yield "may keep", lambda: numbers.update(row_kept=[12, 0, 12])
-    yield "does not fit 3 rows", lambda: numbers.update(row_held=[12, 12])
     yield "no number", lambda: numbers.update(num_seen=float("nan"))
     yield "`num_seen` is", lambda: numbers.update(num_seen=True)
     yield "`num_budget_tokens` is", lambda: numbers.update(num_budget_tokens=10**9)
@@ -493,63 +476,3 @@ def test_forged_files(saved: Path) -> None:
         rewrite(saved, text, {"layers.0.keys": torch.ones(1)})
         with pytest.raises(ValueError, match="is damaged, or was not written by `save`: .* Make the cache again"):
             H2OCache.load(saved, config)
-
-
-# Fuzzing. A file either is refused with a ValueError or is as good as the original.
-
-NASTY: list[Any] = [
-    *(-1, 0, 1, 2**31, -(2**70), 10**400, 0.5, 1e308, float("nan"), float("inf"), True, None, "", "x", "1e9GiB"),
-    *("torch.float32", [], [[]], {}, {"a": 1}, [-1, 0], [2**40] * 3, [True] * 3, ["1"] * 3),
-]
-
-
-def places_in(node: Any) -> Iterator[tuple[Any, Any]]:
-    """Every container in a tree of JSON with every key or index in it."""
-    for key in list(node) if isinstance(node, dict) else range(len(node)):
-        yield node, key
-        if isinstance(node[key], (dict, list)):
-            yield from places_in(node[key])
-
-
-def mutate_header(header: dict[str, Any], random_state: random.Random) -> None:
-    """Puts something nasty somewhere, takes something away, or swaps two things."""
-    places = [place for place in places_in(header) if "architecture" not in place[0]]
-    (node, key), (other, other_key) = random_state.choices(places, k=2)
-    match random_state.choice(["replace", "replace", "replace", "shift", "remove", "swap"]):
-        case "shift" if type(node[key]) is int:
-            node[key] += random_state.choice([-17, -1, 1, 16])
-        case "remove":
-            del node[key]
-        case "swap":
-            node[key], other[other_key] = copy.deepcopy(other[other_key]), copy.deepcopy(node[key])
-        case _:
-            node[key] = copy.deepcopy(random_state.choice(NASTY))
-
-
-def load_or_refuse(case: CacheCase, path: Path, model: PreTrainedModel) -> CompressedCache | None:
-    """The cache, or None if it is refused as it should be."""
-    try:
-        return case.cache_class.load(path, model if case.from_model else model.config)
-    except ValueError as error:
-        assert str(path) in str(error), f"{error} does not name the file"
-        return None
-
-
-@pytest.mark.parametrize("num_mutations", [20, pytest.param(500, marks=pytest.mark.slow)])
-@parametrize_cases({case.cache_class: case for case in reversed(CACHE_CASES)}.values())
-def test_fuzzed_headers(case: CacheCase, num_mutations: int, tmp_path: Path) -> None:
-    """What is not refused may be another cache, but one that can be used."""
-    model, path, random_state, num_refused = tiny_model("llama"), tmp_path / "cache", random.Random(1), 0
-    cache, mask = filled(case, model, "tight", 21)
-    cache.save(path)
-    header, tensors = header_of(path), tensors_of(path)
-    for _ in range(num_mutations):
-        mutated = copy.deepcopy(header)
-        mutate_header(mutated, random_state)
-        rewrite(path, mutated, tensors)
-        loaded = load_or_refuse(case, path, model)
-        num_refused += loaded is None
-        if loaded is not None:
-            with contextlib.suppress(ValueError):
-                go_on(model, loaded, mask, later_pieces(3, 2)[4:])
-    assert num_refused > 0.6 * num_mutations

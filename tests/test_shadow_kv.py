@@ -425,28 +425,6 @@ def test_a_file_goes_on_as_the_cache_would(quantize: str | None, num_local_token
         assert torch.equal(read(model, loaded, tokens, pieces, mask), expected)
 
 
-@always_in_shadow
-def test_scales_and_landmarks_of_a_file_are_checked() -> None:
-    model = tiny_model("llama")
-    caches = [shadow_cache(model, budget=16, quantize=quantize) for quantize in ("int8", None)]
-    for cache in caches:
-        read(model, cache, random_tokens(2, 60), [60])
-    quantized, plain = (cache.compressed_layers[0] for cache in caches)
-    scales, landmarks = quantized.landmark_scales, plain.landmarks
-    for layer in (quantized, plain):
-        layer.check_state()
-    for wrong in (None, scales[..., 1:], scales.half(), -scales, scales * 0, scales * float("nan"), scales / 0):
-        quantized.landmark_scales = wrong
-        with pytest.raises(ValueError, match="`landmark_scales` must be"):
-            quantized.check_state()
-    plain.landmark_scales = scales
-    with pytest.raises(ValueError, match="of layers that quantize"):
-        plain.check_state()
-    plain.landmark_scales, plain.landmarks = None, landmarks * float("nan")
-    with pytest.raises(ValueError, match="`landmarks` must be finite"):
-        plain.check_state()
-
-
 # Tokens that are taken back.
 
 

@@ -192,7 +192,6 @@ def load_cache(
         except ValueError as error:
             damaged(path, f"in layer {index}, {error}", error)
         states.append(state)
-    require_agreement(path, cache)
     if model is not None:
         for index, expected in weights.items():
             module = attention_modules(model, expected.module).get(index)
@@ -373,9 +372,7 @@ def import_layer(index: int, layer: Any, numbers: dict[str, Any], tensors: dict[
     require_states(tensors["keys"], tensors["values"])
     require_numbers(layer, numbers)
     layer.import_state(numbers, tensors)
-    if layer.device.type == "cpu":  # elsewhere it has been checked on the way
-        check_layer(layer)
-        layer.check_state()
+    require_shapes(layer)
     layer.release_empty_slots()
 
 
@@ -398,89 +395,15 @@ def require_numbers(layer: CompressedLayer, numbers: dict[str, Any]) -> None:
         raise ValueError(f"`num_budget_tokens` is {num_budget_tokens!r}")
 
 
-def check_layer(layer: CompressedLayer) -> None:
-    """Raises ValueError unless shapes, positions and counts of a layer that evicts agree."""
+def require_shapes(layer: CompressedLayer) -> None:
+    """Raises ValueError unless all tensors of a layer are of the rows, heads and slots of its keys."""
     batch_size, kv_heads, length = layer.keys.shape[:3]
-    for name in layer.slot_tensors:
-        shape = () if getattr(layer, name) is None else getattr(layer, name).shape
-        if shape and (len(shape) < 3 or shape[0] != batch_size or shape[1] not in (1, kv_heads) or shape[2] != length):
-            raise ValueError(f"`{name}` has the shape {tuple(shape)} in {length} slots of {batch_size} rows")
-    for name in layer.row_tensors:
+    for name in (*layer.slot_tensors, *layer.row_tensors):
         tensor = getattr(layer, name)
-        if tensor is not None and (tensor.dim() == 0 or tensor.shape[0] != batch_size):
-            raise ValueError(f"`{name}` has the shape {tuple(tensor.shape)}, which does not fit {batch_size} rows")
-    for name in layer.row_counts:
-        counts = getattr(layer, name)
-        if len(counts) != batch_size and (counts or name in CompressedLayer.row_counts):
-            raise ValueError(f"`{name}` is {counts}, which does not fit {batch_size} rows")
-    layer.require_tensor("next_position", torch.int32, batch_size, 1, 1)
-    if layer.next_position.flatten().tolist() != layer.row_lengths:
-        raise ValueError(f"`next_position` is not {layer.row_lengths}, the number of tokens seen")
-    if not 0 < max(layer.row_lengths) <= layer.num_seen or 0 in layer.row_kept:
-        raise ValueError(
-            f"rows have seen {layer.row_lengths} of {layer.num_seen} tokens and may keep {layer.row_kept}"
-        )
-    if layer.positions is None:
-        check_columns(layer)
-    else:
-        check_slots(layer)
-
-
-def check_columns(layer: CompressedLayer) -> None:
-    """Raises ValueError unless a layer that has evicted nothing holds what it has seen."""
-    batch_size, length = layer.batch_size, layer.length
-    row_lengths = [length] * batch_size
-    if layer.column_positions is not None:
-        num_columns = layer.column_positions.shape[-1]
-        layer.require_tensor("column_positions", torch.int32, batch_size, 1, num_columns)
-        is_token = layer.column_positions >= 0
-        ranks = (is_token.cumsum(dim=-1) - 1).masked_fill(~is_token, -1)
-        is_ascending = not (is_token[..., :-1] & ~is_token[..., 1:]).any()
-        if num_columns > length or not torch.equal(layer.column_positions.long(), ranks):
-            raise ValueError("`column_positions` do not number the tokens of each row in turn")
-        if layer.columns_ascend and not is_ascending:
-            raise ValueError("`columns_ascend`, but there is padding behind tokens")
-        row_lengths = (is_token.sum(dim=(1, 2)) + length - num_columns).tolist()
-    if length != layer.num_seen or layer.row_lengths != row_lengths or layer.row_held != row_lengths:
-        raise ValueError(
-            f"{length} columns hold {row_lengths} tokens, but {layer.num_seen} columns with {layer.row_lengths} were "
-            f"seen, of which {layer.row_held} are held"
-        )
-
-
-def check_slots(layer: CompressedLayer) -> None:
-    """Raises ValueError unless each slot holds a token that was seen, or none, and no token is held twice."""
-    num_heads = 1 if layer.heads_share_positions else layer.keys.shape[1]
-    layer.require_tensor("positions", torch.int32, layer.batch_size, num_heads, layer.length)
-    if layer.column_positions is not None:
-        raise ValueError("`column_positions` are of a layer that has evicted nothing")
-    positions = layer.positions.sort(dim=-1).values
-    if layer.length == 0 or positions.min() < -1 or (positions >= layer.next_position).any():
-        raise ValueError(f"positions must be from -1 to below {layer.row_lengths}")
-    if ((positions[..., 1:] == positions[..., :-1]) & (positions[..., 1:] >= 0)).any():
-        raise ValueError("a token is held twice")
-    held = (positions >= 0).sum(dim=-1)
-    row_held = torch.tensor(layer.row_held)
-    if layer.heads_keep_equal_numbers:
-        is_right = (held == row_held[:, None]).all()
-    else:
-        is_right = (held.sum(dim=-1) == num_heads * row_held).all()
-    if not is_right:
-        raise ValueError(f"the slots hold {held.tolist()} tokens, but `row_held` is {layer.row_held}")
-
-
-def require_agreement(path: str, cache: "CompressedCache") -> None:
-    """Raises ValueError unless all layers have seen the same tokens of the same rows."""
-    first = cache.compressed_layers[0]
-    for layer in cache.compressed_layers:
-        if (layer.num_seen, layer.row_lengths) != (first.num_seen, first.row_lengths):
-            damaged(path, f"layers {first.place.layer_idx} and {layer.place.layer_idx} have not seen the same tokens")
-    for index, layer in enumerate(cache.layers):
-        if isinstance(layer, CompressedLayer):
+        if tensor is None:
             continue
-        kind = foreign_kind(index, layer)
-        if kind.num_seen(layer) not in (None, first.num_seen) or kind.batch_size(layer) not in (
-            None,
-            first.batch_size,
-        ):
-            damaged(path, f"layers {first.place.layer_idx} and {index} have not seen the same tokens")
+        is_right = tensor.shape[:1] == (batch_size,)
+        if name in layer.slot_tensors:
+            is_right = is_right and tensor.shape[1:3] in ((1, length), (kv_heads, length))
+        if not is_right:
+            raise ValueError(f"`{name}` has the shape {tuple(tensor.shape)} in {length} slots of {batch_size} rows")
