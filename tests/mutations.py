@@ -138,7 +138,7 @@ None« if self.function is sdpa_attention_forward else self.kwargs.get("softcap"
 = engine/arguments.py: test_bad_calls | reorder
 (rows >= -num_rows) & (rows <«→=» num_rows)
 = engine/foreign.py: test_save_load | other_kinds
-layer.keys, layer.values, layer.cumulative_length = keys, values, «num_seen→keys.shape[2]»
+layer.keys, layer.values, layer.cumulative_length = keys, values, «numbers["cumulative_length"]→keys.shape[2]»
 layer.recurrent_states[i].«copy_(recurrent→zero_(»)
 = engine/fingerprint.py: test_save_load | other_weights
 if found is None or found.«digest == self.digest→module == self.module»:

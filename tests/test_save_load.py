@@ -443,10 +443,9 @@ def edit_h2o(header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Iterat
         return lambda: tensors.pop(name)
 
     yield "`positions` has the shape", put("layers.1.positions", positions[..., 1:])
-    yield "float32.*one floating dtype", put("layers.1.keys", keys.half())
-    yield "one floating dtype", put("layers.1.keys", keys[:, :, :, :0])
+    yield "keys are torch.float16 .* and values torch.float32", put("layers.1.keys", keys.half())
     yield "`next_position` has the shape", put("layers.1.next_position", tensors["layers.1.next_position"][:2])
-    yield "no keys and values", drop("layers.1.keys")
+    yield "layer 1 has no 'keys'", drop("layers.1.keys")
     yield "nothing is known of its tensors", put("layers.7.keys", keys)
     yield "the numbers are", lambda: numbers.pop("num_seen")
     yield "not a H2OLayer", lambda: layer.update(layer="PyramidLayer")

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from pyramid_cache.engine.fingerprint import WeightFingerprint, architecture_of, attention_modules, device_of_layer
-from pyramid_cache.engine.foreign import foreign_kind, require_states
+from pyramid_cache.engine.foreign import foreign_kind
 from pyramid_cache.engine.layer import CompressedLayer
 
 
@@ -188,6 +188,8 @@ def load_cache(
         state = {name.removeprefix(prefix): tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
         try:
             import_layer(index, layer, header["layers"][index]["numbers"], state)
+        except KeyError as error:
+            damaged(path, f"layer {index} has no {error}", error)
         except ValueError as error:
             damaged(path, f"in layer {index}, {error}", error)
         states.append(state)
@@ -324,25 +326,24 @@ def import_layer(index: int, layer: Any, numbers: dict[str, Any], tensors: dict[
     if not isinstance(layer, CompressedLayer):
         foreign_kind(index, layer).fill(layer, numbers, tensors)
         return
-    if not {"keys", "values"} <= tensors.keys():
-        raise ValueError(f"it has the tensors {sorted(tensors)}, but no keys and values")
-    require_states(tensors["keys"], tensors["values"])
     if numbers.keys() != {*layer.state_numbers, *layer.row_counts, *layer.extra_numbers, "num_budget_tokens"}:
         raise ValueError(f"the numbers are {sorted(numbers)}")
+    require_shapes(layer, tensors)
     layer.import_state(numbers, tensors)
-    require_shapes(layer)
     layer.release_empty_slots()
 
 
-def require_shapes(layer: CompressedLayer) -> None:
+def require_shapes(layer: CompressedLayer, tensors: dict[str, torch.Tensor]) -> None:
     """Raises ValueError unless all tensors of a layer are of the rows, heads and slots of its keys."""
-    batch_size, kv_heads, length = layer.keys.shape[:3]
-    for name in (*layer.slot_tensors, *layer.row_tensors):
-        tensor = getattr(layer, name)
-        if tensor is None:
-            continue
-        is_right = tensor.shape[:1] == (batch_size,)
+    keys, values = tensors["keys"], tensors["values"]
+    if keys.dim() != 4 or keys.dtype != values.dtype or not keys.is_floating_point():
+        raise ValueError(f"keys are {keys.dtype} {tuple(keys.shape)} and values {values.dtype}")
+    batch_size, kv_heads, length = keys.shape[:3]
+    for name, tensor in tensors.items():
+        is_right = True
         if name in layer.slot_tensors:
-            is_right = is_right and tensor.shape[1:3] in ((1, length), (kv_heads, length))
+            is_right = tensor.shape[:3] in ((batch_size, 1, length), (batch_size, kv_heads, length))
+        elif name in layer.row_tensors:
+            is_right = tensor.shape[:1] == (batch_size,)
         if not is_right:
             raise ValueError(f"`{name}` has the shape {tuple(tensor.shape)} in {length} slots of {batch_size} rows")
