@@ -325,8 +325,8 @@ def test_files_that_hold_no_cache(saved: Path) -> None:
     with pytest.raises(FileNotFoundError):
         H2OCache.load(folder / "nothing", config)
     os.mkfifo(folder / "pipe")
-    for path, match in ((folder, "is a directory. Give the file"), (folder / "pipe", "no regular file")):
-        with pytest.raises(ValueError, match=match):
+    for path in (folder, folder / "pipe"):
+        with pytest.raises(ValueError, match="is no regular file. Give the file"):
             H2OCache.load(path, config)
     metadata = {"format": "pyramid_cache", "version": "1", "header": json.dumps(header_of(saved))}
     foreign = (None, {"format": "pt"}, metadata)
@@ -448,8 +448,8 @@ def edit_h2o(header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Iterat
     yield "layer 1 has no 'keys'", drop("layers.1.keys")
     yield "nothing is known of its tensors", put("layers.7.keys", keys)
     yield "the numbers are", lambda: numbers.pop("num_seen")
-    yield "not a H2OLayer", lambda: layer.update(layer="PyramidLayer")
-    yield "it has 2 layers, but the model has 3", lambda: header["layers"].pop()
+    yield "its layers are .*PyramidLayer.* instead of", lambda: layer.update(layer="PyramidLayer")
+    yield "its layers are", lambda: header["layers"].pop()
     yield "no H2OCache can be built", lambda: header["settings"].update(budget=-1)
     yield "fields that it should", lambda: header.update(more=1)
 

@@ -167,8 +167,7 @@ def load_cache(
     source: Any = config
     model = source if isinstance(source, PreTrainedModel) else None
     architecture = architecture_of(source if model is None else model.config)
-    if device is not None:
-        device = usable_device(device)
+    device = None if device is None else usable_device(device)
     with opened(path) as file:
         header = read_header(path, file)
         if header["cache"] != cache_class.__name__:
@@ -178,43 +177,33 @@ def load_cache(
             )
         require_architecture(path, header["architecture"], architecture)
         cache = build_cache(path, cache_class, config, header["settings"] | changed)
+        weights = {int(index): WeightFingerprint(**fields) for index, fields in header["weights"].items()}
+        if model is not None:
+            require_weights(path, model, weights)
         require_layers(path, header, set(file.keys()), cache)
-        # A copy starts where computation expects it, unlike what was read.
-        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
-    weights = {int(index): WeightFingerprint(**fields) for index, fields in header["weights"].items()}
-    states = []
-    for index, layer in enumerate(cache.layers):
-        prefix = f"layers.{index}."
-        state = {name.removeprefix(prefix): tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
-        try:
-            import_layer(index, layer, header["layers"][index]["numbers"], state)
-        except KeyError as error:
-            damaged(path, f"layer {index} has no {error}", error)
-        except ValueError as error:
-            damaged(path, f"in layer {index}, {error}", error)
-        states.append(state)
-    if model is not None:
-        for index, expected in weights.items():
-            module = attention_modules(model, expected.module).get(index)
-            if module is None:
-                continue
+        for index, layer in enumerate(cache.layers):
+            target = device
+            if device is None:
+                target = torch.device("cpu") if model is None else device_of_layer(model, index)
+            if target.type == "meta":
+                raise ValueError(
+                    f"Layer {index} of the model is on the meta device. Say where the cache belongs: `device=...`."
+                )
+            prefix = f"layers.{index}."
+            # A copy starts where computation expects it, unlike what was read.
+            tensors = {
+                name.removeprefix(prefix): file.get_tensor(name).to(target, copy=True)
+                for name in file.keys()
+                if name.startswith(prefix)
+            }
             try:
-                expected.require_same(module)
+                import_layer(index, layer, header["layers"][index]["numbers"], tensors)
+            except KeyError as error:
+                damaged(path, f"layer {index} has no {error}", error)
             except ValueError as error:
-                raise ValueError(f"{path}: {error}") from error
-    for index, (layer, state) in enumerate(zip(cache.layers, states, strict=True)):
-        target = device
-        if device is None:
-            target = torch.device("cpu") if model is None else device_of_layer(model, index)
-        if target.type == "meta":
-            raise ValueError(
-                f"Layer {index} of the model is on the meta device. Say where the cache belongs: `device=...`."
-            )
-        if target.type != "cpu":
-            state = {name: tensor.to(target) for name, tensor in state.items()}
-            import_layer(index, layer, header["layers"][index]["numbers"], state)
-        if index in weights:
-            layer.expected_weights = weights[index]
+                damaged(path, f"in layer {index}, {error}", error)
+            if index in weights:
+                layer.expected_weights = weights[index]
     return cache
 
 
@@ -237,10 +226,8 @@ def usable_device(device: torch.device | str | int) -> torch.device:
 @contextlib.contextmanager
 def opened(path: str) -> Iterator[Any]:
     """A safetensors file; what is wrong with it while it is read becomes a ValueError."""
-    mode = os.stat(path).st_mode
-    if not stat.S_ISREG(mode):
-        kind = "a directory" if stat.S_ISDIR(mode) else "no regular file"
-        raise ValueError(f"{path} is {kind}. Give the file that `save` wrote.")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"{path} is no regular file. Give the file that `save` wrote.")
     try:
         # Read, not mapped: a file that changes later must not change the cache.
         with safe_open(path, framework="pt", device="cpu", backend="pread") as file:
@@ -286,6 +273,17 @@ def require_architecture(path: str, saved: dict[str, Any], given: dict[str, Any]
         )
 
 
+def require_weights(path: str, model: PreTrainedModel, weights: dict[int, WeightFingerprint]) -> None:
+    """Raises ValueError if a layer of the model is known to have other weights than the one that filled the file."""
+    for index, expected in weights.items():
+        module = attention_modules(model, expected.module).get(index)
+        if module is not None:
+            try:
+                expected.require_same(module)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error
+
+
 def build_cache(
     path: str,
     cache_class: type[CacheType],
@@ -303,22 +301,17 @@ def build_cache(
 
 def require_layers(path: str, header: dict[str, Any], names: set[str], cache: "CompressedCache") -> None:
     """Raises ValueError unless layers, and names of tensors, are those of a cache of that class."""
-    layers = header["layers"]
-    if len(layers) != len(cache.layers):
-        damaged(path, f"it has {len(layers)} layers, but the model has {len(cache.layers)}")
-    known = set()
-    for index, (saved, layer) in enumerate(zip(layers, cache.layers, strict=True)):
-        kind = type(layer).__name__
-        if saved["layer"] != kind:
-            damaged(path, f"layer {index} is not a {kind}")
+    found, kinds = [saved["layer"] for saved in header["layers"]], [type(layer).__name__ for layer in cache.layers]
+    if found != kinds:
+        damaged(path, f"its layers are {found} instead of {kinds}")
+    for index, layer in enumerate(cache.layers):
         if isinstance(layer, CompressedLayer):
-            of_layer = (*layer.slot_tensors, *layer.row_tensors, *layer.extra_tensors)
+            known = (*layer.slot_tensors, *layer.row_tensors, *layer.extra_tensors)
         else:
-            of_layer = foreign_kind(index, layer).tensor_names(layer)
-        known |= {f"layers.{index}.{name}" for name in of_layer}
-    unknown = sorted(names - known)
-    if unknown:
-        damaged(path, f"nothing is known of its tensors {unknown}")
+            known = foreign_kind(index, layer).tensor_names(layer)
+        names = names - {f"layers.{index}.{name}" for name in known}
+    if names:
+        damaged(path, f"nothing is known of its tensors {sorted(names)}")
 
 
 def import_layer(index: int, layer: Any, numbers: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
