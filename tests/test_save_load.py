@@ -3,9 +3,6 @@
 import copy
 import json
 import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -56,8 +53,8 @@ def go_on(
 
 def later_pieces(batch_size: int, steps: int) -> list[torch.Tensor]:
     """Some single tokens, a question of seven, and `steps` more."""
-    pieces = [random_tokens(batch_size, 1, seed=seed) for seed in range(5)]
-    return [*pieces, random_tokens(batch_size, 7), *(random_tokens(batch_size, 1, seed=70 + i) for i in range(steps))]
+    pieces = [random_tokens(batch_size, 1, seed=seed) for seed in range(5 + steps)]
+    return [*pieces[:5], random_tokens(batch_size, 7), *pieces[5:]]
 
 
 def assert_goes_on_alike(
@@ -205,25 +202,6 @@ def test_whatever_can_be_done_with_a_cache_can_be_done_with_a_loaded_one(case: C
     assert torch.equal(torch.stack(output), torch.stack(wanted))
 
 
-def answer(cache: StreamingLLMCache | str) -> list[int]:
-    """The answer to a question behind a context that the cache, or the one in the file, has read."""
-    model = tiny_model("llama")
-    cache = StreamingLLMCache.load(cache, model) if isinstance(cache, str) else cache
-    history = torch.cat([random_tokens(1, 60), random_tokens(1, 6, seed=1)], dim=1)
-    return model.generate(history, past_key_values=cache, max_new_tokens=24, do_sample=False)[0, 66:].tolist()
-
-
-def test_another_process_answers_from_the_file(tmp_path: Path) -> None:
-    cache = StreamingLLMCache(tiny_model("llama").config, budget=12)
-    feed(tiny_model("llama"), cache, random_tokens(1, 60))
-    cache.save(tmp_path / "cache")
-    call = f"tests.answer({str(tmp_path / 'cache')!r})"
-    program = f"import torch, test_save_load as tests; torch.set_num_threads(1); print({call})"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    printed = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, check=True).stdout
-    assert json.loads(printed) == answer(cache)
-
-
 # Saving.
 
 
@@ -234,10 +212,9 @@ def test_caches_that_cannot_be_saved(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds nothing that could be saved: run the model"):
         cache.save(path)
     feed(model, cache, prompt)
-    with pytest.raises(ValueError, match="is a directory"):
-        cache.save(tmp_path)
-    with pytest.raises(FileNotFoundError, match="no directory .*nowhere"):
-        cache.save(tmp_path / "nowhere" / "cache")
+    for place, error in ((tmp_path, OSError), (tmp_path / "nowhere" / "cache", FileNotFoundError)):
+        with pytest.raises(error, match=str(place)):
+            cache.save(place)
     cache.activate_past_recording()
     feed(model, cache, prompt[:, :5])
     with pytest.raises(ValueError, match=r"may still be taken back. Settle them with `cache.crop\(0\)`"):
@@ -270,24 +247,24 @@ def test_an_interrupted_save_leaves_the_old_file(saved: Path) -> None:
 
     def half_of_a_file(tensors: Any, path: str, **named: Any) -> None:
         Path(path).write_bytes(b"half of a file")
-        # What safetensors raises when the disk is full becomes an error of the operating system.
-        raise storage.SafetensorError("I/O error: No space left on device")
+        raise OSError("No space left on device")
 
-    for place, name, error, match in (
-        (storage, "save_file", half_of_a_file, "No space left"),
-        *((storage.os, name, error, "") for name in ("fsync", "replace") for error in (KeyboardInterrupt, OSError)),
+    for place, name, error in (
+        (storage, "save_file", half_of_a_file),
+        (storage.os, "fsync", KeyboardInterrupt),
+        (storage.os, "replace", OSError),
     ):
-        expected = OSError if error is half_of_a_file else error
-        with patch.object(place, name, side_effect=error), pytest.raises(expected, match=match):
+        with patch.object(place, name, side_effect=error), pytest.raises((OSError, KeyboardInterrupt)):
             cache.save(saved)
         assert saved.read_bytes() == before and list(saved.parent.iterdir()) == [saved]
 
-    link, other = saved.parent / "link", saved.parent / "other"
+    link = saved.parent / "link"
     link.symlink_to(saved)
-    other.touch()
+    saved.unlink()
+    saved.touch()
+    mode = saved.stat().st_mode
     cache.save(link)
-    assert link.is_symlink() and not saved.is_symlink()
-    assert saved.stat().st_mode == other.stat().st_mode
+    assert link.is_symlink() and not saved.is_symlink() and saved.stat().st_mode == mode
 
 
 # Files that are none of ours, or no longer.
@@ -305,18 +282,6 @@ def header_of(path: Path) -> dict[str, Any]:
     """The header of a file."""
     with safe_open(path, framework="pt") as file:
         return json.loads(file.metadata()["header"])
-
-
-def tensors_of(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a file, which stay what they are when the file is overwritten."""
-    return safetensors.torch.load(path.read_bytes())
-
-
-def rewrite(path: Path, header: dict[str, Any] | str, tensors: dict[str, torch.Tensor]) -> None:
-    """Writes a file with another header and tensors."""
-    text = header if isinstance(header, str) else json.dumps(header)
-    metadata = {"format": "pyramid_cache", "version": storage.FORMAT_VERSION, "header": text}
-    path.write_bytes(safetensors.torch.save(tensors, metadata))
 
 
 def test_files_that_hold_no_cache(saved: Path) -> None:
@@ -345,9 +310,8 @@ def test_files_that_hold_no_cache(saved: Path) -> None:
     for name in {case.cache_class.__name__: case for case in CACHE_CASES}.keys() - {"H2OCache"}:
         with pytest.raises(ValueError, match=f"holds a H2OCache, not a {name}: load .*H2OCache.load"):
             getattr(pyramid_cache, name).load(saved, tiny_model("llama"))
-    for device in ("nonsense", "cuda:99", "meta", 1.5):
-        with pytest.raises(ValueError, match="device"):
-            H2OCache.load(saved, config, device=device)
+    with pytest.raises(ValueError, match="on the meta device"):
+        H2OCache.load(saved, config, device="meta")
 
 
 def test_models_of_another_architecture(saved: Path) -> None:
@@ -428,43 +392,26 @@ def test_weights_and_frequencies_that_the_file_does_not_tell(tmp_path: Path) -> 
         feed(model, StreamingLLMCache.load(path, model.config), prompt[:, :1])
 
 
-# What contradicts itself though all digests fit.
-
-
-def edit_h2o(header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Iterator[tuple[str, Callable[[], None]]]:
-    """What a forger may change in the file of an H2O cache, and a part of the message it gives."""
-    layer, numbers = header["layers"][1], header["layers"][1]["numbers"]
-    positions, keys = tensors["layers.1.positions"], tensors["layers.1.keys"]
-
-    def put(name: str, tensor: torch.Tensor) -> Callable[[], None]:
-        return lambda: tensors.update({name: tensor.clone(memory_format=torch.contiguous_format)})
-
-    def drop(name: str) -> Callable[[], None]:
-        return lambda: tensors.pop(name)
-
-    yield "`positions` has the shape", put("layers.1.positions", positions[..., 1:])
-    yield "keys are torch.float16 .* and values torch.float32", put("layers.1.keys", keys.half())
-    yield "`next_position` has the shape", put("layers.1.next_position", tensors["layers.1.next_position"][:2])
-    yield "layer 1 has no 'keys'", drop("layers.1.keys")
-    yield "nothing is known of its tensors", put("layers.7.keys", keys)
-    yield "the numbers are", lambda: numbers.pop("num_seen")
-    yield "its layers are .*PyramidLayer.* instead of", lambda: layer.update(layer="PyramidLayer")
-    yield "its layers are", lambda: header["layers"].pop()
-    yield "no H2OCache can be built", lambda: header["settings"].update(budget=-1)
-    yield "fields that it should", lambda: header.update(more=1)
-
-
-def test_forged_files(saved: Path) -> None:
-    content, config = saved.read_bytes(), tiny_model("llama").config
-    for index in range(len(list(edit_h2o(header_of(saved), tensors_of(saved))))):
-        saved.write_bytes(content)
-        header, tensors = header_of(saved), tensors_of(saved)
-        message, change = list(edit_h2o(header, tensors))[index]
-        change()
-        rewrite(saved, header, tensors)
-        with pytest.raises(ValueError, match=message):
-            H2OCache.load(saved, config)
-    for text in ("", "[]"):  # which are no header in JSON
-        rewrite(saved, text, {"layers.0.keys": torch.ones(1)})
-        with pytest.raises(ValueError, match="is damaged, or was not written by `save`: .* Make the cache again"):
+def test_files_whose_parts_do_not_fit(saved: Path) -> None:
+    """Tensors and numbers that are missing, unknown or of other shapes, and settings that no cache takes."""
+    config, header, tensors = tiny_model("llama").config, header_of(saved), safetensors.torch.load(saved.read_bytes())
+    keys, positions = tensors["layers.1.keys"], tensors["layers.1.positions"]
+    first, second, third = header["layers"]
+    numbers = {name: value for name, value in second["numbers"].items() if name != "num_seen"}
+    for new_header, new_tensors, match in (
+        ({}, {"layers.1.positions": positions[..., 1:].contiguous()}, "`positions` has the shape"),
+        ({}, {"layers.1.next_position": torch.zeros(2, 1, 1, dtype=torch.int32)}, "`next_position` has the shape"),
+        ({}, {"layers.1.other": keys.clone()}, "`other` has the shape"),
+        ({}, {"layers.1.keys": keys.half()}, "keys are torch.float16 .* and values torch.float32"),
+        ({}, {"layers.1.keys": None}, "layer 1 .*'keys'.* Make the cache again from its prompt"),
+        ({"layers": [first, second | {"numbers": numbers}, third]}, {}, "layer 1 .*'num_seen'"),
+        ({"layers": [first, second]}, {}, "its layers are .* instead of"),
+        ({"settings": {"budget": -1}}, {}, "No H2OCache can be built with the settings in .*`budget"),
+        ({"settings": {"width": 12}}, {}, "No H2OCache can be built with the settings in .*width"),
+    ):
+        text = json.dumps(header | new_header)
+        metadata = {"format": "pyramid_cache", "version": storage.FORMAT_VERSION, "header": text}
+        changed = {name: tensor for name, tensor in (tensors | new_tensors).items() if tensor is not None}
+        saved.write_bytes(safetensors.torch.save(changed, metadata))
+        with pytest.raises(ValueError, match=match):
             H2OCache.load(saved, config)

@@ -14,6 +14,8 @@ from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionL
 Numbers = dict[str, Any]
 Tensors = dict[str, torch.Tensor]
 
+UNSETTLED = "hold tokens that may still be taken back. Settle them with `cache.crop(0)` before you save it."
+
 
 @dataclass(frozen=True)
 class ForeignKind:
@@ -21,25 +23,18 @@ class ForeignKind:
     How layers of a class go into files.
 
     Attributes:
-        tensor_names (`Callable`): The names of the tensors that a layer may have.
         export (`Callable`): Numbers, as JSON has them, and tensors of a layer.
         fill (`Callable`): Gives them to an empty layer.
         num_seen (`Callable`): The tokens that a layer has seen, None if it does not know.
     """
 
-    tensor_names: Callable[[Any], tuple[str, ...]]
     export: Callable[[Any], tuple[Numbers, Tensors]]
     fill: Callable[[Any, Numbers, Tensors], None]
     num_seen: Callable[[Any], int | None] = lambda layer: None
 
 
 def foreign_kind(index: int, layer: Any) -> ForeignKind:
-    """
-    The kind of a layer of transformers.
-
-    Raises:
-        NotImplementedError: It is none that is known.
-    """
+    """The kind of a layer of transformers; NotImplementedError if it is none that is known."""
     # By name: not every version of transformers has each class.
     kind = FOREIGN_KINDS.get(type(layer).__name__)
     if kind is None:
@@ -56,10 +51,7 @@ def foreign_kind(index: int, layer: Any) -> ForeignKind:
 def export_sliding(layer: DynamicSlidingWindowLayer) -> tuple[Numbers, Tensors]:
     # It holds one token less than the window, in which the next one is; of a window of one token, all.
     if layer.keys is not None and layer.keys.shape[-2] >= layer.sliding_window > 1:
-        raise ValueError(
-            "The sliding-window layers of the cache hold tokens that may still be taken back. Settle them with "
-            "`cache.crop(0)` before you save it."
-        )
+        raise ValueError(f"The sliding-window layers of the cache {UNSETTLED}")
     return {"cumulative_length": layer.cumulative_length}, {"keys": layer.keys, "values": layer.values}
 
 
@@ -72,18 +64,11 @@ def fill_sliding(layer: DynamicSlidingWindowLayer, numbers: Numbers, tensors: Te
 # Linear attention.
 
 
-def linear_names(layer: LinearAttentionLayer) -> tuple[str, ...]:
-    return tuple(f"{name}.{i}" for name in ("conv_states", "recurrent_states") for i in range(layer.number_of_states))
-
-
 def export_linear(layer: LinearAttentionLayer) -> tuple[Numbers, Tensors]:
     states = {f"conv_states.{i}": state for i, state in layer.conv_states.items()}
     for i, state in layer.conv_states.items():
         if state is not None and state.shape[-1] > layer.conv_kernel_size[i]:
-            raise ValueError(
-                "The linear-attention layers of the cache hold tokens that may still be taken back. Settle them with "
-                "`cache.crop(0)` before you save it."
-            )
+            raise ValueError(f"The linear-attention layers of the cache {UNSETTLED}")
     states |= {f"recurrent_states.{i}": state for i, state in layer.recurrent_states.items()}
     numbers = {"has_previous_state": [bool(has) for has in layer.has_previous_state.values()]}
     return numbers, {name: state for name, state in states.items() if state is not None}
@@ -104,17 +89,8 @@ def fill_linear(layer: LinearAttentionLayer, numbers: Numbers, tensors: Tensors)
 
 
 FOREIGN_KINDS = {
-    "DynamicSlidingWindowLayer": ForeignKind(
-        tensor_names=lambda layer: ("keys", "values"),
-        export=export_sliding,
-        fill=fill_sliding,
-        num_seen=lambda layer: layer.get_seq_length(),
-    ),
-    "LinearAttentionLayer": ForeignKind(tensor_names=linear_names, export=export_linear, fill=fill_linear),
+    "DynamicSlidingWindowLayer": ForeignKind(export_sliding, fill_sliding, lambda layer: layer.get_seq_length()),
+    "LinearAttentionLayer": ForeignKind(export_linear, fill_linear),
     # The place of a layer without a cache.
-    "DummyLayer": ForeignKind(
-        tensor_names=lambda layer: (),
-        export=lambda layer: ({}, {}),
-        fill=lambda layer, numbers, tensors: None,
-    ),
+    "DummyLayer": ForeignKind(lambda layer: ({}, {}), lambda layer, numbers, tensors: None),
 }

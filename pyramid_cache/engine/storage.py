@@ -32,7 +32,6 @@ CacheType = TypeVar("CacheType", bound="CompressedCache")
 
 FORMAT = "pyramid_cache"
 FORMAT_VERSION = "3"
-HEADER_FIELDS = {"cache", "settings", "architecture", "weights", "layers"}
 ANEW = "Make the cache again from its prompt, and save it."
 
 
@@ -42,10 +41,6 @@ ANEW = "Make the cache again from its prompt, and save it."
 def save_cache(cache: "CompressedCache", path: str | os.PathLike[str]) -> None:
     """See `CompressedCache.save`."""
     path = os.path.realpath(os.fsdecode(path))
-    if os.path.isdir(path):
-        raise ValueError(f"{path} is a directory. Give the name of a file in it.")
-    if not os.path.isdir(os.path.dirname(path)):
-        raise FileNotFoundError(f"There is no directory {os.path.dirname(path)} to save {path} in. Make it first.")
     settings = settings_of(cache)
     require_complete(cache)
     layers: list[dict[str, Any]] = []
@@ -86,8 +81,6 @@ def settings_of(cache: "CompressedCache") -> dict[str, Any]:
     for name, value in cache.settings.items():
         if isinstance(value, Real) and not isinstance(value, bool):  # one of numpy's, or a fraction
             value = int(value) if isinstance(value, Integral) else float(value)
-        if value is not None and type(value) not in (bool, int, float, str):
-            raise ValueError(f"`{name}={value!r}` cannot be saved: build the cache with a number or a string.")
         settings[name] = value
     return settings
 
@@ -113,8 +106,6 @@ def require_complete(cache: "CompressedCache") -> None:
             "The last forward pass of the cache was interrupted, so its layers have not seen the same tokens. Call "
             "`cache.reset()` and run the model again before you save it."
         )
-    if cache.batch_size < 1 or not any(cache.compressed_layers[0].row_lengths):
-        raise ValueError("The cache holds no row with a token that could be saved.")
 
 
 def weights_of(cache: "CompressedCache") -> dict[int, WeightFingerprint]:
@@ -130,18 +121,13 @@ def weights_of(cache: "CompressedCache") -> dict[int, WeightFingerprint]:
 
 @contextlib.contextmanager
 def replacing(path: str) -> Iterator[str]:
-    """
-    A name in the directory of `path`; what is written there replaces `path` in one step, or is removed on an error.
-    """
+    """A name beside `path`: what is written there replaces `path` in one step, or is removed on an error."""
     temporary_path = f"{path}.{secrets.token_hex(8)}.tmp"
     try:
         # Made here, for the permissions that a new file gets.
         with open(temporary_path, "xb") as file:
             permissions = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-        try:
-            yield temporary_path
-        except SafetensorError as error:
-            raise OSError(f"{path} could not be written: {error}") from error
+        yield temporary_path
         os.chmod(temporary_path, permissions)
         with open(temporary_path, "rb+") as file:
             os.fsync(file.fileno())
@@ -166,8 +152,6 @@ def load_cache(
     path = os.fsdecode(path)
     source: Any = config
     model = source if isinstance(source, PreTrainedModel) else None
-    architecture = architecture_of(source if model is None else model.config)
-    device = None if device is None else usable_device(device)
     with opened(path) as file:
         header = read_header(path, file)
         if header["cache"] != cache_class.__name__:
@@ -175,20 +159,20 @@ def load_cache(
                 f"{path} holds a {header['cache']}, not a {cache_class.__name__}: load it with "
                 f"`{header['cache']}.load`."
             )
-        require_architecture(path, header["architecture"], architecture)
+        require_architecture(path, header["architecture"], architecture_of(source if model is None else model.config))
         cache = build_cache(path, cache_class, config, header["settings"] | changed)
         weights = {int(index): WeightFingerprint(**fields) for index, fields in header["weights"].items()}
         if model is not None:
             require_weights(path, model, weights)
-        require_layers(path, header, set(file.keys()), cache)
+        found, kinds = [each["layer"] for each in header["layers"]], [type(layer).__name__ for layer in cache.layers]
+        if found != kinds:
+            damaged(path, f"its layers are {found} instead of {kinds}")
         for index, layer in enumerate(cache.layers):
-            target = device
-            if device is None:
-                target = torch.device("cpu") if model is None else device_of_layer(model, index)
+            target = torch.device("cpu" if device is None else device)
+            if device is None and model is not None:
+                target = device_of_layer(model, index)
             if target.type == "meta":
-                raise ValueError(
-                    f"Layer {index} of the model is on the meta device. Say where the cache belongs: `device=...`."
-                )
+                raise ValueError(f"Layer {index} would be on the meta device. Give another one: `device=...`.")
             prefix = f"layers.{index}."
             # A copy starts where computation expects it, unlike what was read.
             tensors = {
@@ -198,10 +182,8 @@ def load_cache(
             }
             try:
                 import_layer(index, layer, header["layers"][index]["numbers"], tensors)
-            except KeyError as error:
-                damaged(path, f"layer {index} has no {error}", error)
-            except ValueError as error:
-                damaged(path, f"in layer {index}, {error}", error)
+            except (KeyError, ValueError) as error:
+                damaged(path, f"layer {index} cannot be read ({error!r})", error)
             if index in weights:
                 layer.expected_weights = weights[index]
     return cache
@@ -210,17 +192,6 @@ def load_cache(
 def damaged(path: str, what: str, cause: Exception | None = None) -> NoReturn:
     """Raises ValueError for a file that `save` did not leave behind."""
     raise ValueError(f"{path} is damaged, or was not written by `save`: {what}. {ANEW}") from cause
-
-
-def usable_device(device: torch.device | str | int) -> torch.device:
-    """A device as users write it."""
-    try:
-        found = torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError, TypeError) as error:
-        raise ValueError(f"`device={device!r}` cannot be used: {error}") from error
-    if found.type == "meta":
-        raise ValueError("`device='meta'` holds no data. Give a device that does.")
-    return found
 
 
 @contextlib.contextmanager
@@ -233,9 +204,7 @@ def opened(path: str) -> Iterator[Any]:
         with safe_open(path, framework="pt", device="cpu", backend="pread") as file:
             yield file
     except SafetensorError as error:
-        raise ValueError(
-            f"{path} is no whole safetensors file ({error}): it was truncated or damaged, or is something else. {ANEW}"
-        ) from error
+        raise ValueError(f"{path} is no whole safetensors file ({error}): it may be truncated. {ANEW}") from error
 
 
 def read_header(path: str, file: Any) -> dict[str, Any]:
@@ -251,25 +220,20 @@ def read_header(path: str, file: Any) -> dict[str, Any]:
             f"{path} is of version {metadata.get('version')!r}, but this pyramid_cache reads version "
             f"{FORMAT_VERSION!r}. Use the version of pyramid_cache that wrote it."
         )
-    try:
-        header = json.loads(metadata.get("header", ""))
-    except ValueError as error:
-        damaged(path, f"its header is no JSON ({error})", error)
-    if type(header) is not dict or header.keys() != HEADER_FIELDS:
-        damaged(path, "its header does not have the fields that it should")
-    return header
+    return json.loads(metadata["header"])
 
 
 def require_architecture(path: str, saved: dict[str, Any], given: dict[str, Any]) -> None:
     """Raises ValueError unless the file is of a model of the same architecture."""
-    names = [name for name in (*given, *saved) if saved.get(name) != given.get(name)]
-    if names:
-        differences = ", ".join(
-            f"`{name}` {saved.get(name)!r} instead of {given.get(name)!r}" for name in dict.fromkeys(names)
-        )
+    differences = [
+        f"`{name}` {saved.get(name)!r} instead of {given.get(name)!r}"
+        for name in given | saved
+        if saved.get(name) != given.get(name)
+    ]
+    if differences:
         raise ValueError(
-            f"{path} was filled by another model, which has {differences}. Load it for the model that made it, or "
-            "make the cache again with this one."
+            f"{path} was filled by another model, which has {', '.join(differences)}. Load it for the model that made "
+            "it, or make the cache again with this one."
         )
 
 
@@ -284,59 +248,29 @@ def require_weights(path: str, model: PreTrainedModel, weights: dict[int, Weight
                 raise ValueError(f"{path}: {error}") from error
 
 
-def build_cache(
-    path: str,
-    cache_class: type[CacheType],
-    config: PreTrainedConfig | PreTrainedModel,
-    settings: dict[str, Any],
-) -> CacheType:
+def build_cache(path: str, cache_class: type[CacheType], config: Any, settings: dict[str, Any]) -> CacheType:
     """An empty cache with the settings of the file."""
     try:
-        return cache_class(config, **settings)  # type: ignore[arg-type]
+        return cache_class(config, **settings)
     except (ValueError, TypeError, ArithmeticError) as error:
-        raise ValueError(
-            f"{path} holds settings with which no {cache_class.__name__} can be built: {error}"
-        ) from error
-
-
-def require_layers(path: str, header: dict[str, Any], names: set[str], cache: "CompressedCache") -> None:
-    """Raises ValueError unless layers, and names of tensors, are those of a cache of that class."""
-    found, kinds = [saved["layer"] for saved in header["layers"]], [type(layer).__name__ for layer in cache.layers]
-    if found != kinds:
-        damaged(path, f"its layers are {found} instead of {kinds}")
-    for index, layer in enumerate(cache.layers):
-        if isinstance(layer, CompressedLayer):
-            known = (*layer.slot_tensors, *layer.row_tensors, *layer.extra_tensors)
-        else:
-            known = foreign_kind(index, layer).tensor_names(layer)
-        names = names - {f"layers.{index}.{name}" for name in known}
-    if names:
-        damaged(path, f"nothing is known of its tensors {sorted(names)}")
+        raise ValueError(f"No {cache_class.__name__} can be built with the settings in {path}: {error}") from error
 
 
 def import_layer(index: int, layer: Any, numbers: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-    """Fills an empty layer. What cannot be is a ValueError."""
+    """Fills an empty layer. What cannot be is a KeyError or ValueError."""
     if not isinstance(layer, CompressedLayer):
         foreign_kind(index, layer).fill(layer, numbers, tensors)
         return
-    if numbers.keys() != {*layer.state_numbers, *layer.row_counts, *layer.extra_numbers, "num_budget_tokens"}:
-        raise ValueError(f"the numbers are {sorted(numbers)}")
-    require_shapes(layer, tensors)
-    layer.import_state(numbers, tensors)
-    layer.release_empty_slots()
-
-
-def require_shapes(layer: CompressedLayer, tensors: dict[str, torch.Tensor]) -> None:
-    """Raises ValueError unless all tensors of a layer are of the rows, heads and slots of its keys."""
     keys, values = tensors["keys"], tensors["values"]
     if keys.dim() != 4 or keys.dtype != values.dtype or not keys.is_floating_point():
         raise ValueError(f"keys are {keys.dtype} {tuple(keys.shape)} and values {values.dtype}")
     batch_size, kv_heads, length = keys.shape[:3]
     for name, tensor in tensors.items():
-        is_right = True
         if name in layer.slot_tensors:
             is_right = tensor.shape[:3] in ((batch_size, 1, length), (batch_size, kv_heads, length))
-        elif name in layer.row_tensors:
-            is_right = tensor.shape[:1] == (batch_size,)
-        if not is_right:
+        else:
+            is_right = name in layer.extra_tensors or tensor.shape[:1] == (batch_size,)
+        if not is_right or name not in (*layer.slot_tensors, *layer.row_tensors, *layer.extra_tensors):
             raise ValueError(f"`{name}` has the shape {tuple(tensor.shape)} in {length} slots of {batch_size} rows")
+    layer.import_state(numbers, tensors)
+    layer.release_empty_slots()
