@@ -86,7 +86,7 @@ is_ascending = «not bool((is_token[:, :-1] & ~is_token[:, 1:]).any())→True»
 if not agrees.«all→any»():
 = engine/budget.py: test_pyramid test_policies test_massive_activation
 for index in by_remainder[: total - sum(numbers)«→ - 1»]:
-= engine/budget.py: test_small_faults
+= engine/budget.py: test_pyramid | decimal
 return math.floor(«Fraction(repr(float(fraction)))→fraction» * count)
 = engine/budget.py: test_massive_activation
 max(min(in_proportion, prompt_length, rest« - assured_later→»), assured)
