@@ -86,7 +86,7 @@ is_ascending = «not bool((is_token[:, :-1] & ~is_token[:, 1:]).any())→True»
 if not agrees.«all→any»():
 = engine/budget.py: test_pyramid test_policies test_massive_activation
 for index in by_remainder[: total - sum(numbers)«→ - 1»]:
-= engine/budget.py: test_small_faults
+= engine/budget.py: test_pyramid | decimal
 return math.floor(«Fraction(repr(float(fraction)))→fraction» * count)
 = engine/budget.py: test_massive_activation
 max(min(in_proportion, prompt_length, rest« - assured_later→»), assured)
@@ -105,9 +105,8 @@ first * cosine «- second * sine, second * cosine +→+ second * sine, second * 
 elif longest >«→=» self.original_max_position_embeddings:
 = engine/rope.py: test_small_faults
 compute_dtype = «torch.float64 if dtype == torch.float64 else torch.float32→dtype»
-= engine/storage.py: test_save_load | fuzzed_bytes another_architecture
-if digest_of(tensor) «!= expected["sha256"]→== ""»:
-require_architecture(path, «header["architecture"]→architecture», architecture)
+= engine/storage.py: test_save_load | another_architecture
+if «differences→not saved»:
 = engine/recording.py: test_recording | rows_and_copies
 value=self.value[:, :, «:left→-left:»],
 for name in ("«query", "→»key", "value")
@@ -139,7 +138,7 @@ None« if self.function is sdpa_attention_forward else self.kwargs.get("softcap"
 = engine/arguments.py: test_bad_calls | reorder
 (rows >= -num_rows) & (rows <«→=» num_rows)
 = engine/foreign.py: test_save_load | other_kinds
-layer.keys, layer.values, layer.cumulative_length = keys, values, «num_seen→keys.shape[2]»
+layer.keys, layer.values, layer.cumulative_length = keys, values, «numbers["cumulative_length"]→keys.shape[2]»
 layer.recurrent_states[i].«copy_(recurrent→zero_(»)
 = engine/fingerprint.py: test_save_load | other_weights
 if found is None or found.«digest == self.digest→module == self.module»:

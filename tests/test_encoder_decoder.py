@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from caches import CACHE_CASES, CacheCase, every_cache, shadow_within_reach
-from models import COMMON, Trace, drive, random_tokens
+from models import COMMON, drive, random_tokens
 from reference import masks_of
 from test_architectures import run_masked
 from transformers import (
@@ -44,7 +44,6 @@ LIKE_LLAMA |= {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_
 MODELS: dict[str, dict[str, Any]] = {
     "bart": LIKE_BART,
     "marian": LIKE_BART,
-    "mbart": LIKE_BART,
     "whisper": {
         **LIKE_BART,
         **{"num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 128},
@@ -152,16 +151,6 @@ def encoder_outputs(name: str) -> dict[str, Any]:
     return {"encoder_outputs": model_of(name).get_encoder()(**inputs), **mask}
 
 
-def drive_decoder(name: str, cache: CompressedCache, prompts: torch.Tensor, continuation: torch.Tensor) -> Trace:
-    """Feeds the decoder a prompt and then one token at a time."""
-    fixed = {**encoder_outputs(name), "past_key_values": beside_encoder(cache), "use_cache": True}
-
-    def decode(input_ids: torch.Tensor, **ignored: Any) -> Any:
-        return model_of(name)(decoder_input_ids=input_ids, **fixed)
-
-    return drive(decode, cache, list(prompts), continuation, with_mask=False)
-
-
 def streaming_mask(cache: StreamingLLMCache, kv_heads: int, length: int) -> torch.Tensor:
     """`(kv_heads, length, length)`: what each token of a stream sees."""
     layer = cache.compressed_layers[0]
@@ -177,7 +166,12 @@ def check_masked(name: str, cache: CompressedCache, prompts: torch.Tensor, conti
     Every logit is that of an uncached decoder whose own attention hides what was evicted. A shadow within reach hides
     nothing.
     """
-    trace = drive_decoder(name, cache, prompts, continuation)
+    model, outputs = model_of(name), encoder_outputs(name)
+
+    def decode(input_ids: torch.Tensor, **ignored: Any) -> Any:
+        return model(decoder_input_ids=input_ids, **outputs, past_key_values=beside_encoder(cache), use_cache=True)
+
+    trace = drive(decode, cache, list(prompts), continuation, with_mask=False)
     tokens, masks = torch.cat([prompts, continuation], dim=1), {}
     kv_heads, length = trace.positions[0][0].shape[1], tokens.shape[1]
     if isinstance(cache, StreamingLLMCache):
@@ -186,7 +180,7 @@ def check_masked(name: str, cache: CompressedCache, prompts: torch.Tensor, conti
         of_rows = [masks_of(trace, row, kv_heads) for row in range(2)]
         masks = {layer: torch.stack(pair) for layer, pair in enumerate(zip(*of_rows, strict=True))}
     assert not masks or not masks[2][:, :, -1].all()
-    wanted, _ = run_masked(model_of(name), masks, **encoder_outputs(name), decoder_input_ids=tokens)
+    wanted, _ = run_masked(model, masks, **outputs, decoder_input_ids=tokens)
     torch.testing.assert_close(trace.logits, wanted[:, PROMPT_LENGTH - 1 :], atol=TOLERANCE, rtol=0)
 
 

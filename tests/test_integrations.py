@@ -94,7 +94,6 @@ def test_adapter(case: CacheCase) -> None:
             assert torch.equal(output, inner(tokens, past_key_values=expected).logits[:, -1])
     # Merged for a while, and for good: a model of other weights, which the adapter beside them comes close to.
     merged = build_adapted().merge_and_unload()
-    assert isinstance(merged, PreTrainedModel)
     wanted = generate(merged, case.build(merged), ROWS, NEW_TOKENS)
     for change in (lambda: None, adapted.merge_adapter, adapted.unmerge_adapter):
         change()
@@ -112,11 +111,11 @@ def split_map(model: PreTrainedModel, first: str | int, second: str | int) -> di
 
 
 # All weights in a dictionary on the CPU and the rotary frequencies too, all in files, and what `device_map` does.
-OFFLOADS: list[Callable[[PreTrainedModel, Path], PreTrainedModel]] = [
+OFFLOADS: list[Callable[[PreTrainedModel, str], PreTrainedModel]] = [
     lambda model, folder: cpu_offload(model, execution_device=torch.device("cpu"), offload_buffers=True),
-    lambda model, folder: disk_offload(model, str(folder), execution_device=torch.device("cpu")),
+    lambda model, folder: disk_offload(model, folder, execution_device=torch.device("cpu")),
     lambda model, folder: dispatch_model(
-        model, split_map(model, "cpu", "disk"), main_device="cpu", offload_dir=str(folder)
+        model, split_map(model, "cpu", "disk"), main_device="cpu", offload_dir=folder
     ),
 ]
 
@@ -127,7 +126,7 @@ def test_offloaded_weights(case: CacheCase, tmp_path: Path) -> None:
     plain, model = build_model("llama"), build_model("llama")
     wanted = generate(plain, case.build(plain), ROWS, NEW_TOKENS)
     before = case.build(model)
-    model = OFFLOADS[CACHE_CASES.index(case) % 3](model, tmp_path)
+    model = OFFLOADS[CACHE_CASES.index(case) % 3](model, str(tmp_path))
     assert "meta" in {parameter.device.type for parameter in model.parameters()}
     for cache in (before, case.build(model)):
         assert_same(generate(model, cache, ROWS, NEW_TOKENS), wanted)
@@ -217,9 +216,9 @@ def run_placed(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     in_place = {id(bare(tensor)): tensor for tensor in tensors}
 
     def place(item: Any) -> Any:
-        if not isinstance(item, torch.Tensor):
-            return item
-        return in_place.get(id(item)) if id(item) in in_place else PlacedTensor(item, device)
+        if id(item) in in_place or not isinstance(item, torch.Tensor):
+            return in_place.get(id(item), item)
+        return PlacedTensor(item, device)
 
     return results if device.type == "cpu" else tree_map(place, results)
 

@@ -96,14 +96,14 @@ def test_what_the_slots_would_hold_stays_as_it_is() -> None:
 @always_in_shadow
 def test_generate_is_that_of_the_full_cache() -> None:
     model = tiny_model("llama")
-    for arguments in ({"num_beams": 3}, {"prefill_chunk_size": 16}, {"prompt_lookup_num_tokens": 3}):
-        tokens = random_tokens(1 if "prompt_lookup_num_tokens" in arguments else 2, 60, seed=5)
+    for num_rows, arguments in (
+        (2, {"num_beams": 3}),
+        (2, {"prefill_chunk_size": 16}),
+        (1, {"prompt_lookup_num_tokens": 3}),
+    ):
         caches = DynamicCache(config=model.config), shadow_cache(model, budget=400, rank=FULL_RANK)
-        outputs = [
-            model.generate(tokens, past_key_values=cache, max_new_tokens=16, do_sample=False, **arguments)
-            for cache in caches
-        ]
-        assert torch.equal(*outputs), arguments
+        arguments |= {"inputs": random_tokens(num_rows, 60, seed=5), "max_new_tokens": 16, "do_sample": False}
+        assert torch.equal(*(model.generate(past_key_values=cache, **arguments) for cache in caches))
 
 
 # A reference in loops.
@@ -180,14 +180,12 @@ class ReferenceShadow:
 
 
 def test_spreads_stay_within_float16() -> None:
-    """Where the sum over a band of dimensions would not, of queries or of keys."""
+    """Where the sum over a band of dimensions would not, of queries or of keys; the higher key counts."""
     query = torch.full((1, 1, 1, 256), 2100.0, dtype=torch.float16)
     keys = torch.stack([torch.zeros(256), torch.full((256,), 4000.0)])[None, None, None]
-    probe, landmark = probe_of(query, 4), landmarks_of(keys, 4).half()
+    probe, landmark = probe_of(query, 4).flatten(), landmarks_of(keys, 4).half().flatten()
     assert probe.isfinite().all() and landmark.isfinite().all()
-    # As high above the mean as the higher key is.
-    product = (probe.flatten().double() * landmark.flatten().double()).sum().item()
-    assert product == pytest.approx(256 * 2100 * 4000, rel=1e-3)
+    assert (probe.double() @ landmark.double()).item() == pytest.approx(256 * 2100 * 4000, rel=1e-3)
 
 
 @pytest.mark.parametrize("kv_heads, group, rank, num_bands", [(2, 2, 7, 2), (1, 4, 3, 0), (3, 1, 18, 100)])
@@ -196,13 +194,12 @@ def test_steps_are_those_of_the_reference(kv_heads: int, group: int, rank: int, 
     """What is attended to and what comes of it, of rows that begin and move at different times."""
     paddings, num_prompt, num_steps, head_dim = [0, 7], 90, 60, 6
     model = SyntheticModel(1, kv_heads, group, head_dim)
-    settings = {**SMALL, "num_spread_bands": num_bands}
-    cache = shadow_cache(model, budget=12, rank=rank, **settings)
+    cache = shadow_cache(model, budget=12, rank=rank, num_spread_bands=num_bands)
     (layer,) = cache.compressed_layers
     generator = torch.Generator().manual_seed(kv_heads)
-    settings["num_spread_bands"] = min(num_bands, head_dim // 2)  # a band has two dimensions at least
+    settings = {**SMALL, "num_spread_bands": min(num_bands, head_dim // 2)}  # a band has two dimensions at least
     references = [ReferenceShadow(kv_heads, head_dim, 3, rank, **settings) for _ in paddings]
-    is_token = torch.arange(num_prompt) >= torch.tensor(paddings)[:, None]
+    is_token = torch.arange(num_prompt + num_steps) >= torch.tensor(paddings)[:, None]
     is_hit, is_miss, last_query = False, False, None
     for step in range(num_steps + 1):
         width = num_prompt if step == 0 else 1
@@ -212,28 +209,26 @@ def test_steps_are_those_of_the_reference(kv_heads: int, group: int, rank: int, 
         key, value = (torch.randn(2, kv_heads, width, head_dim, generator=generator) for _ in range(2))
         key[:, :, 1:] += key[:, :, :-1].clone()
         last_query = query[:, :, -1:]
-        if step:
-            is_token = torch.nn.functional.pad(is_token, (0, 1), value=True)
         held = None if layer.held_chunks is None else layer.held_chunks.clone()
-        output = model.run_layer(cache, 0, query, key, value, model.mask(is_token, width, False))
-        for row, (padding, reference) in enumerate(zip(paddings, references, strict=True)):
-            first = padding if step == 0 else 0
-            reference.append(key[row, :, first:], value[row, :, first:])
-        if step == 0:
-            for reference in references:
-                reference.move()
-            continue
+        mask = model.mask(is_token[:, : num_prompt + step], width, False)
+        output = model.run_layer(cache, 0, query, key, value, mask)
         for row, reference in enumerate(references):
+            first = 0 if step else paddings[row]
+            reference.append(key[row, :, first:], value[row, :, first:])
+            if step == 0:
+                reference.move()
+                continue
             expected, attended = reference.attend(query[row, :, 0], model.scaling)
             torch.testing.assert_close(output[row, 0], expected, atol=1e-4, rtol=0)
             if reference.num_tail < 4 + 6 + 4:  # else the tail has moved since
                 assert held_by(cache, 0, row) == attended
             else:
                 reference.move()
-        assert cache.num_kept_tokens() == [max(len(head) for row in range(2) for head in held_by(cache, 0, row))]
-        is_hit |= bool((held == layer.held_chunks).any())
-        is_miss |= bool((held != layer.held_chunks).any())
-        assert layer.row_shadow == [reference.num_shadow for reference in references]
+        if step:
+            assert cache.num_kept_tokens() == [max(len(head) for row in range(2) for head in held_by(cache, 0, row))]
+            is_hit |= bool((held == layer.held_chunks).any())
+            is_miss |= bool((held != layer.held_chunks).any())
+            assert layer.row_shadow == [reference.num_shadow for reference in references]
     assert is_hit and is_miss
 
 
@@ -250,30 +245,16 @@ def test_rows_do_what_they_do_alone(settings: dict[str, Any]) -> None:
     together = shadow_cache(model, **settings)
     logits = read(model, together, tokens, pieces, mask)
     assert len({*together.compressed_layers[0].row_shadow}) > 2
-    for row in range(4):
+    for row, first in enumerate(mask.int().argmax(dim=1).tolist()):
         alone = shadow_cache(model, **settings)
-        first = int(mask[row].int().argmax())
-        row_pieces = [70 - first, *pieces[1:]]
-        found = read(model, alone, tokens[row : row + 1, first:], row_pieces, mask[row : row + 1, first:])
+        own = slice(row, row + 1), slice(first, None)
+        found = read(model, alone, tokens[own], [70 - first, *pieces[1:]], mask[own])
         if "quantize" in settings:  # numbers near the middle of two steps may be rounded to either
             scales = [cache.compressed_layers[0].landmark_scales for cache in (together, alone)]
             torch.testing.assert_close(scales[0][row], scales[1][0], atol=0, rtol=1e-4)
             continue
         torch.testing.assert_close(logits[row, first:], found[0], atol=1e-3, rtol=0)
-        assert [held_by(together, layer, row) for layer in range(3)] == [
-            held_by(alone, layer, 0) for layer in range(3)
-        ]
-
-
-def test_a_row_that_is_left_goes_on_with_a_share_of_its_own() -> None:
-    model, tokens = tiny_model("llama"), random_tokens(2, 320, seed=1)
-    mask = torch.arange(320) >= torch.tensor([[0], [180]])
-    both, one = (shadow_cache(model, budget=0.3, rank=FULL_RANK) for _ in range(2))
-    read(model, both, tokens, [300], mask)
-    read(model, one, tokens[1:, 180:], [120])
-    both.batch_select_indices(torch.tensor([1]))
-    found, expected = read(model, both, tokens[1:], [1] * 20, mask[1:]), read(model, one, tokens[1:, 180:], [1] * 20)
-    torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
+        assert all(held_by(together, layer, row) == held_by(alone, layer, 0) for layer in range(3))
 
 
 # Keys of low rank.
@@ -314,14 +295,13 @@ def test_a_prompt_in_chunks_has_the_basis_of_all_of_it() -> None:
     caches = [shadow_cache(model, rank=FULL_RANK) for _ in range(2)]
     for cache, pieces in zip(caches, ([100], [40, 25, 35]), strict=True):
         read(model, cache, tokens, pieces)
-    for whole, pieces in zip(*(cache.compressed_layers for cache in caches), strict=True):
-        assert torch.equal(whole.outlier_chunks, pieces.outlier_chunks)
-        torch.testing.assert_close(whole.landmarks, pieces.landmarks, atol=1e-4, rtol=0)
-        for layer in (whole, pieces):
+    for layers in zip(*(cache.compressed_layers for cache in caches), strict=True):
+        assert torch.equal(*(layer.outlier_chunks for layer in layers))
+        torch.testing.assert_close(*(layer.landmarks for layer in layers), atol=1e-4, rtol=0)
+        for layer in layers:
             layer.outlier_chunks.fill_(-1)
-        keys = [layer._sorted_slots()["keys"] for layer in (whole, pieces)]
-        torch.testing.assert_close(*keys, atol=1e-3, rtol=0)
-        grams = [gram_matrix(layer.basis.transpose(1, 2).flatten(2)) for layer in (whole, pieces)]
+        torch.testing.assert_close(*(layer._sorted_slots()["keys"] for layer in layers), atol=1e-3, rtol=0)
+        grams = (gram_matrix(layer.basis.transpose(1, 2).flatten(2)) for layer in layers)
         torch.testing.assert_close(*grams, rtol=1e-3, atol=1e-2)
 
 
@@ -329,25 +309,26 @@ def test_a_prompt_in_chunks_has_the_basis_of_all_of_it() -> None:
 @torch.no_grad()
 def test_quantised_keys_are_near() -> None:
     """Of a prompt, and of generated tokens whose factors exceed all that the prompt had."""
-    model = tiny_model("llama")
+    model, generator = tiny_model("llama"), torch.Generator().manual_seed(0)
     for quantize, tolerance in (("int8", 0.02), ("fp8", 0.05)):
         caches = [shadow_cache(model, rank=FULL_RANK, quantize=name) for name in (quantize, None)]
         for cache in caches:
             conversation(model, cache, [0, 5], [60])
-        generator = torch.Generator().manual_seed(0)
-        for layer, other in zip(*(cache.compressed_layers for cache in caches), strict=True):
-            assert layer.factors.dtype.itemsize == layer.landmarks.dtype.itemsize == 1
-            kv_heads, head_dim = layer._key_shape
+        for layers in zip(*(cache.compressed_layers for cache in caches), strict=True):
+            kv_heads, head_dim = layers[0]._key_shape
             key, value = (3 * torch.randn(2, kv_heads, 24, head_dim, generator=generator) for _ in range(2))
-            for each in (layer, other):
+            for each in layers:
+                positions = torch.tensor(each.row_lengths)[:, None, None] + torch.arange(24)
                 each.row_lengths = [length + 24 for length in each.row_lengths]
-                positions = torch.tensor(each.row_lengths)[:, None, None] - 24 + torch.arange(24)
                 pairs = zip(each._outside(), (key, value, positions.int()), strict=True)
                 each._arrange(*(torch.cat(pair, dim=2) for pair in pairs), [each.num_movable(24)] * 2, [False] * 2)
-            found, expected = (each._sorted_slots()["keys"] for each in (layer, other))
-            assert ((found - expected).norm() / expected.norm()).item() < tolerance
-            landmarks = layer.landmarks.float() * layer.landmark_scales
-            assert ((landmarks - other.landmarks).norm() / other.landmarks.norm()).item() < tolerance
+            layer, other = layers
+            assert layer.factors.dtype.itemsize == layer.landmarks.dtype.itemsize == 1
+            for found, expected in (
+                (layer._sorted_slots()["keys"], other._sorted_slots()["keys"]),
+                (layer.landmarks.float() * layer.landmark_scales, other.landmarks),
+            ):
+                assert ((found - expected).norm() / expected.norm()).item() < tolerance
 
 
 # Where values are.
@@ -358,18 +339,18 @@ def test_values_in_a_file_are_the_same(tmp_path: Path) -> None:
     """A copy has a file of its own."""
     model, folder = tiny_model("llama"), f"disk:{tmp_path}"
     in_file, in_memory = (shadow_cache(model, budget=16, rank=12, host=host) for host in (folder, "memory"))
-    found, expected = (conversation(model, cache, [0, 5], [70, 30, 9, 5]) for cache in (in_file, in_memory))
-    assert torch.equal(found, expected)
+    assert torch.equal(*(conversation(model, cache, [0, 5], [70, 30, 9, 5]) for cache in (in_file, in_memory)))
     assert in_file.memory()["host"] == in_memory.memory()["host"]
     assert not list(tmp_path.iterdir())  # files without a name
-    twin, before = copy.deepcopy(in_file), copy.deepcopy(in_file)
+    twin = copy.deepcopy(in_file)
     for layer, other in zip(in_file.compressed_layers, twin.compressed_layers, strict=True):
         assert other.host_values.untyped_storage().filename is not None
         assert torch.equal(layer.host_values, other.host_values)
         assert layer.host_values.data_ptr() != other.host_values.data_ptr()
     tokens, mask = random_tokens(2, 115, seed=9), torch.arange(115) >= torch.tensor([[0], [5]])
-    assert torch.equal(*(read(model, cache, tokens, [1], mask) for cache in (twin, before)))
+    found = read(model, twin, tokens, [1], mask)
     assert in_file.get_seq_length() == 114 and twin.get_seq_length() == 115
+    assert torch.equal(found, read(model, in_file, tokens, [1], mask))
 
 
 def test_the_host_reads_for_a_device_what_it_has_no_access_to() -> None:
@@ -420,31 +401,8 @@ def test_a_file_goes_on_as_the_cache_would(quantize: str | None, num_local_token
             ShadowKVCache.load(file, model, **arguments)
     for host in ("memory", f"disk:{tmp_path}"):
         loaded = ShadowKVCache.load(file, model, host=host)
-        assert loaded.settings["host_budget"] is None
-        assert loaded.memory()["host"] == {"keys": 0, "values": loaded.memory()["host"]["values"], "bookkeeping": 0}
+        assert loaded.settings["host_budget"] is None and loaded.memory()["host"]["values"] > 0
         assert torch.equal(read(model, loaded, tokens, pieces, mask), expected)
-
-
-@always_in_shadow
-def test_scales_and_landmarks_of_a_file_are_checked() -> None:
-    model = tiny_model("llama")
-    caches = [shadow_cache(model, budget=16, quantize=quantize) for quantize in ("int8", None)]
-    for cache in caches:
-        read(model, cache, random_tokens(2, 60), [60])
-    quantized, plain = (cache.compressed_layers[0] for cache in caches)
-    scales, landmarks = quantized.landmark_scales, plain.landmarks
-    for layer in (quantized, plain):
-        layer.check_state()
-    for wrong in (None, scales[..., 1:], scales.half(), -scales, scales * 0, scales * float("nan"), scales / 0):
-        quantized.landmark_scales = wrong
-        with pytest.raises(ValueError, match="`landmark_scales` must be"):
-            quantized.check_state()
-    plain.landmark_scales = scales
-    with pytest.raises(ValueError, match="of layers that quantize"):
-        plain.check_state()
-    plain.landmark_scales, plain.landmarks = None, landmarks * float("nan")
-    with pytest.raises(ValueError, match="`landmarks` must be finite"):
-        plain.check_state()
 
 
 # Tokens that are taken back.
@@ -543,21 +501,20 @@ def test_a_layer_of_llama_8b_takes_the_bytes_of_the_formula(
     That of section 3.2 of the paper, with its third term mended and spreads beside the means. Outliers are as there,
     24 chunks for 1,024 tokens of the budget. Tensors have no numbers; a prompt, and steps until chunks have moved.
     """
-    rank, chunk_size, num_bands, num_tail = 160, 8, 4, 32 + 32 + 8
+    rank, chunk_size, num_bands, num_tail, width = 160, 8, 4, 32 + 32 + 8, 8 * 128
     num_outlier_chunks = budget // 1024 * 24
     with FakeTensorMode():
         model = SyntheticModel(1, 8, 4, 128)
         cache = ShadowKVCache(model.config, budget, num_outlier_chunks=num_outlier_chunks, quantize=quantize)
         (layer,) = cache.compressed_layers
-        for width in (num_tokens, *[1] * 41):
-            query = torch.randn(1, 32, width, 128, dtype=torch.bfloat16)
-            key, value = (torch.randn(1, 8, width, 128, dtype=torch.bfloat16) for _ in range(2))
+        for num_new in (num_tokens, *[1] * 41):
+            query, key, value = (torch.randn(1, heads, num_new, 128, dtype=torch.bfloat16) for heads in (32, 8, 8))
             model.run_layer(cache, 0, query, key, value, None)
-            if width > 1:
+            if num_new > 1:
                 held = sum(tensor.nbytes for name, tensor in layer.held_tensors().items() if name != "host values")
                 num_shadow = layer.row_shadow[0]
     assert layer.row_shadow[0] > num_shadow > num_tokens - 40
-    width, stored_bytes = 8 * 128, 1 if quantize else 2
+    stored_bytes = 1 if quantize else 2
     landmarks = num_shadow // chunk_size * (width + 8 * num_bands)
     shadow = stored_bytes * (num_shadow * rank + landmarks) + 2 * rank * width
     slots = num_outlier_chunks * chunk_size + budget + num_tail

@@ -135,23 +135,6 @@ class H2OLayer(CompressedLayer):
         slots = self.positions.argmin(dim=-1, keepdim=True) if self.free_slots is None else self.free_slots
         self.unwritten = key_states, value_states, slots
 
-    def check_state(self) -> None:
-        if self.budget.is_unlimited:
-            return
-        batch_size, kv_heads = self.batch_size, self._key_shape[0]
-        self.require_tensor("scores", torch.float32, batch_size, kv_heads, self.length)
-        self.require_tensor("num_recent", torch.int32, batch_size, 1, 1)
-        row_recent = [kept - floor_of_product(self.heavy_ratio, kept) for kept in self.row_kept]
-        if self.num_recent.flatten().tolist() != row_recent:
-            raise ValueError(f"`num_recent` is not {row_recent}")
-        if self.positions is not None and (self.must_evict or max(self.row_held) >= self.length):
-            raise ValueError(f"rows hold {self.row_held} tokens, but may keep {self.row_kept} in {self.length} slots")
-        if self.free_slots is not None:
-            self.require_tensor("free_slots", torch.int64, batch_size, kv_heads, 1)
-            is_slot = (self.free_slots >= 0) & (self.free_slots < self.length)
-            if self.positions is None or not is_slot.all() or (self.positions.gather(-1, self.free_slots) >= 0).any():
-                raise ValueError("`free_slots` are not free")
-
 
 class H2OCache(CompressedCache):
     """

@@ -411,29 +411,6 @@ class MassiveActivationLayer(PolicyLayer):
         """`(batch, kv_heads or 1, slots)`: the positions of what is held."""
         return self.column_tokens.positions if self.positions is None else self.positions[..., : self.length]
 
-    def check_state(self) -> None:
-        super().check_state()
-        if self.budget.is_unlimited:
-            return
-        batch_size, (kv_heads, head_dim) = self.batch_size, self._key_shape
-        positions = ["found_positions", "known_positions", "stand_ins"]
-        if self.exact_positions is not None:
-            positions.append("exact_positions")
-            self.require_tensor("exact_median", torch.float32, batch_size)
-        for name in positions:
-            self.require_tensor(name, torch.int32, batch_size, MAX_MASSIVE_TOKENS)
-            # Those of stand-ins may be of tokens that are still to come.
-            limits = self.next_position[:, 0].clamp(min=NUM_FIRST_TOKENS)
-            if (getattr(self, name) < -1).any() or (getattr(self, name) >= limits).any():
-                raise ValueError(f"`{name}` holds what is no position of {self.row_lengths} tokens")
-        for name in ("found_ratios", "found_cosines"):
-            self.require_tensor(name, torch.float32, batch_size, MAX_MASSIVE_TOKENS)
-        self.require_tensor("are_inherited", torch.int32, batch_size)
-        self.require_tensor("template_key", torch.float32, batch_size, kv_heads, head_dim)
-        self.require_tensor("template_norm", torch.float32, batch_size, kv_heads)
-        if self.row_looked != self.row_lengths:
-            raise ValueError(f"`row_looked` is {self.row_looked}, but {self.row_lengths} tokens have been seen")
-
 
 class MassiveActivationCache(PolicyCache):
     """

@@ -428,33 +428,6 @@ class PyramidLayer(CompressedLayer):
         first_unjudged = self.prompt_length + ZONE_LENGTH * self.per_row(self.row_zones)
         return result.masked_fill(positions < first_unjudged, torch.nan)
 
-    def check_state(self) -> None:
-        batch_size, is_dense = self.batch_size, self.positions is None
-        has_begun = bool(self.row_prompt_lengths) or not is_dense
-        for name in ("row_prompt_lengths", "row_recent", "row_zones"):
-            if len(getattr(self, name)) != (batch_size if has_begun else 0):
-                raise ValueError(f"`{name}` is {getattr(self, name)}, which does not fit {batch_size} rows")
-        for name, numbers in (("prompt_length", self.row_prompt_lengths), ("num_recent", self.row_recent)):
-            if has_begun:
-                self.require_tensor(name, torch.int32, batch_size, 1, 1)
-            found = [] if getattr(self, name) is None else getattr(self, name).flatten().tolist()
-            if found != numbers:
-                raise ValueError(f"`{name}` is {found} instead of {numbers}")
-        if self.scores is not None:
-            self.require_tensor("scores", torch.float32, batch_size, 1, self.scores.shape[-1])
-        if is_dense:
-            if self.scores is not None or self.num_settled or self.row_front:
-                raise ValueError("a layer that has evicted nothing has judged tokens")
-            return
-        if self.num_settled > self.length:
-            raise ValueError(f"`num_settled={self.num_settled}` exceeds {self.length} slots")
-        for length, prompt, zones in zip(self.row_lengths, self.row_prompt_lengths, self.row_zones, strict=True):
-            if zones and prompt + zones * ZONE_LENGTH > length:
-                raise ValueError(f"{zones} zones are judged, but {length} tokens were seen, {prompt} of them a prompt")
-        row_open = (self.positions[..., self.num_settled :] >= 0).sum(dim=(1, 2)).tolist()
-        if [held - open_ for held, open_ in zip(self.row_held, row_open, strict=True)] != self.row_front:
-            raise ValueError(f"`row_front` is {self.row_front} with `num_settled` of {self.num_settled}")
-
 
 class PyramidCache(CompressedCache):
     """

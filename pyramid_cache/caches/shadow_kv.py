@@ -676,55 +676,6 @@ class ShadowKVLayer(CompressedLayer):
             self.host_values = self._host_zeros(tuple(values.shape))
             self.host_values.copy_(values)
 
-    def check_state(self) -> None:
-        if self.positions is None:
-            if self.host_values is not None or self.row_shadow or self.factors is not None:
-                raise ValueError("a layer that holds all tokens as they are has no shadow")
-            return
-        batch_size, (kv_heads, head_dim) = self.batch_size, self._key_shape
-        num_tokens = max(self.row_shadow, default=0)
-        num_chunks = num_tokens // self.chunk_size
-        if len(self.row_shadow) != batch_size or any(count % self.chunk_size for count in self.row_shadow):
-            raise ValueError(f"`row_shadow` is {self.row_shadow}")
-        if (
-            len(self.row_sparse) != batch_size
-            or not 1 <= min(self.row_sparse) <= max(self.row_sparse) <= self.num_sparse_chunks
-        ):
-            raise ValueError(f"`row_sparse` is {self.row_sparse}, of {self.num_sparse_chunks}")
-        if not 0 <= self.num_croppable <= self.num_seen:
-            raise ValueError(f"`num_croppable` is {self.num_croppable}, of {self.num_seen}")
-        if not self.num_chunk_slots <= self.length < self.max_slots:
-            raise ValueError(f"{self.length} slots are not {self.num_sparse_chunks} chunks and a tail")
-        rank = self.factors.shape[-1] if self.factors is not None else 0
-        self.require_tensor("factors", self.stored_dtype, batch_size, num_tokens, rank)
-        self.require_tensor("basis", self.dtype, batch_size, kv_heads, rank, head_dim)
-        landmark_width = head_dim + self.num_bands
-        self.require_tensor("landmarks", self.stored_dtype, batch_size, kv_heads, num_chunks, landmark_width)
-        if self.quantize is not None:
-            self.require_tensor("landmark_scales", torch.float32, batch_size, kv_heads, 1, landmark_width)
-            if not (self.landmark_scales > 0).all() or self.landmark_scales.isinf().any():
-                raise ValueError("`landmark_scales` must be positive")
-        elif self.landmark_scales is not None:
-            raise ValueError("`landmark_scales` are of layers that quantize")
-        if not self.landmarks.float().isfinite().all():
-            raise ValueError("`landmarks` must be finite")
-        self.require_tensor("is_selectable", torch.bool, batch_size, kv_heads, num_chunks)
-        self.require_tensor("held_chunks", torch.int64, batch_size, kv_heads, self.num_sparse_chunks)
-        self.require_tensor("outlier_chunks", torch.int64, batch_size, kv_heads, self.num_outlier_chunks)
-        self.require_tensor("outlier_cosines", torch.float32, batch_size, kv_heads, self.num_outlier_chunks)
-        self.require_tensor("host_values", self._value_dtype, batch_size, kv_heads, num_tokens, self._value_shape[1])
-        limit = self.per_row(self.row_shadow) // self.chunk_size
-        for name in ("held_chunks", "outlier_chunks"):
-            chunks = getattr(self, name)
-            if (chunks < -1).any() or (chunks >= limit).any():
-                raise ValueError(f"`{name}` are not chunks of {self.row_shadow} tokens")
-        if not torch.equal(self.is_selectable, self._selectable(num_chunks)):
-            raise ValueError("`is_selectable` are not the chunks without the outliers")
-        expected = torch.cat([self._tokens_of(self.outlier_chunks), self._tokens_of(self.held_chunks)], dim=-1)
-        chunk_slots = slice(0, self.num_chunk_slots)
-        if not torch.equal(self.positions[..., chunk_slots], self._where_shadow(expected, chunk_slots)):
-            raise ValueError("the slots do not hold the chunks that they should")
-
     def held_tensors(self) -> dict[str, torch.Tensor]:
         held = super().held_tensors()
         held |= {f"keys in {name}": held.pop(name) for name in ("factors", "basis", "landmarks") if name in held}

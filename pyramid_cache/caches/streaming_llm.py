@@ -395,26 +395,6 @@ class StreamingLLMLayer(CompressedLayer):
         rotary = import_frequencies(numbers["rotary"], tensors, self._key_shape[1])
         self.rotary = None if rotary is None else self.rotations.shared(rotary)
 
-    def check_state(self) -> None:
-        longest = max(self.row_lengths)
-        if self.base % REBASE_INTERVAL or self.base > longest or (self.base and self.rotary is None):
-            raise ValueError(f"`base={self.base}` after {longest} tokens")
-        if self.positions is None:
-            if self.base or self.sink_keys is not None:
-                raise ValueError("a layer that has evicted nothing has moved its sinks")
-            return
-        num_sinks = self.num_sink_tokens
-        self.require_tensor(
-            "sink_keys", self.dtype, self.batch_size, self._key_shape[0], num_sinks, self._key_shape[1]
-        )
-        slots, lengths = torch.arange(self.window_length), self.per_row(self.row_lengths)
-        latest = lengths - 1 - (lengths - 1 - slots) % self.window
-        expected = torch.where(
-            slots < num_sinks, slots.where(slots < lengths, -1), latest.where(latest >= num_sinks, -1)
-        )
-        if not torch.equal(self.positions.long(), expected):
-            raise ValueError("the slots do not hold the sinks and the latest tokens")
-
 
 class StreamingLLMCache(CompressedCache):
     """

@@ -288,9 +288,9 @@ class CompressedCache(Cache):
         """
         Reads a cache that `save` wrote. See there for an example.
 
-        All of the file is checked before the cache is handed out: a file that was truncated, tampered with or made by
-        another model gives an error and no cache. The weights of the model are compared by samples, at once if the
-        model is given and at its first forward pass with the cache otherwise.
+        A file that was truncated or made by another model gives an error and no cache. The weights of the model are
+        compared by samples, at once if the model is given and at its first forward pass with the cache otherwise.
+        Numbers within tensors are taken as they are: load only files that you trust.
 
         Args:
             path (`str` or `os.PathLike`): The file.

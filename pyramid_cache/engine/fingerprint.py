@@ -17,48 +17,16 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 # What keys and values depend on beside the weights. Fields that a config does not have count as None. Those of
 # training and generation, and the ids of special tokens, may differ.
-ARCHITECTURE_FIELDS = (
-    "model_type",
-    "num_hidden_layers",
-    "layer_types",
-    "hidden_size",
-    "intermediate_size",
-    "hidden_act",
-    "hidden_activation",
-    "vocab_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "num_global_key_value_heads",
-    "head_dim",
-    "global_head_dim",
-    "attention_bias",
-    "kv_lora_rank",
-    "qk_nope_head_dim",
-    "qk_rope_head_dim",
-    "v_head_dim",
-    "sliding_window",
-    "attention_chunk_size",
-    "num_kv_shared_layers",
-    "max_position_embeddings",
-    "rope_parameters",
-    "rope_theta",
-    "partial_rotary_factor",
-    "no_rope_layers",
-    "position_embedding_type",
-    "alibi",
-    "rms_norm_eps",
-    "layer_norm_eps",
-    "layer_norm_epsilon",
-    "query_pre_attn_scalar",
-    "attn_logit_softcapping",
-    "embedding_multiplier",
-    "residual_multiplier",
-    "attention_multiplier",
-    "num_experts",
-    "num_local_experts",
-    "n_routed_experts",
-    "num_experts_per_tok",
-)
+ARCHITECTURE_FIELDS = """
+    model_type num_hidden_layers layer_types hidden_size intermediate_size hidden_act hidden_activation vocab_size
+    num_attention_heads num_key_value_heads num_global_key_value_heads head_dim global_head_dim attention_bias
+    kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim
+    sliding_window attention_chunk_size num_kv_shared_layers
+    max_position_embeddings rope_parameters rope_theta partial_rotary_factor no_rope_layers position_embedding_type
+    alibi rms_norm_eps layer_norm_eps layer_norm_epsilon query_pre_attn_scalar attn_logit_softcapping
+    embedding_multiplier residual_multiplier attention_multiplier
+    num_experts num_local_experts n_routed_experts num_experts_per_tok
+""".split()
 # Elements of each parameter that are looked at.
 NUM_SAMPLES = 1024
 
@@ -107,18 +75,13 @@ class WeightFingerprint:
 
     @torch.compiler.disable
     def require_same(self, module: nn.Module) -> None:
-        """
-        Raises ValueError if the weights of `module` are known to be others.
-        """
+        """Raises ValueError if the weights of `module` are known to be others."""
         found = WeightFingerprint.of(module)
         if found is None or found.digest == self.digest:
             return
-        if found.module != self.module:
-            difference = f"whose attention layers were of class {self.module} instead of {found.module}"
-        elif found.dtype != self.dtype:
-            difference = f"whose weights were {self.dtype} instead of {found.dtype}"
-        else:
-            difference = "with other weights (another checkpoint, or an adapter)"
+        difference = "with other weights (another checkpoint, or an adapter)"
+        if (found.module, found.dtype) != (self.module, self.dtype):
+            difference = f"with {self.module} in {self.dtype} instead of {found.module} in {found.dtype}"
         raise ValueError(
             f"The cache was loaded from a file that a model {difference} has filled. Use it with the model that made "
             "it, or make it again with this one."

@@ -891,9 +891,7 @@ class CompressedLayer(CacheLayerMixin):
         }
 
     def import_state(self, numbers: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-        """
-        Takes over what `export_state` gave, whose types have been checked; see `storage.check_layer` for the rest.
-        """
+        """Takes over what `export_state` gave."""
         self._clear()
         keys, values = tensors["keys"], tensors["values"]
         # One row is enough to tell shapes, and a budget in bytes may not pay for rows that were repeated later.
@@ -906,16 +904,6 @@ class CompressedLayer(CacheLayerMixin):
             setattr(self, name, numbers[name])
         for name in (*self.slot_tensors, *self.row_tensors):
             setattr(self, name, tensors.get(name))
-
-    def check_state(self) -> None:
-        """Raises ValueError where state of the method's own contradicts itself; for what was read from a file."""
-
-    def require_tensor(self, name: str, dtype: torch.dtype, *shape: int) -> None:
-        """Raises ValueError if a tensor of the layer is missing or another one than it must be."""
-        tensor = getattr(self, name)
-        if tensor is None or tensor.dtype != dtype or tensor.shape != shape:
-            found = "missing" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
-            raise ValueError(f"`{name}` must be {dtype} {shape}, but is {found}")
 
     # What users ask.
 

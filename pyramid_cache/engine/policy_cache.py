@@ -302,20 +302,6 @@ class PolicyLayer(CompressedLayer):
         if self.keys.shape[2] > self.length:  # slots for tokens that would have come in before as many go
             self._resize(self.length)
 
-    def check_state(self) -> None:
-        if self.budget.is_unlimited:
-            return
-        if self.policy.window_size:
-            heads = 1 if self.heads_share_positions else self._key_shape[0]
-            self.require_tensor("attention", torch.float32, self.batch_size, heads, self.length)
-        for name in self.policy.state_names:
-            tensor = getattr(self, name)
-            if tensor is None or tensor.dtype != torch.float32 or tensor.shape[0] != self.batch_size:
-                raise ValueError(f"`{name}` must be float32 with {self.batch_size} rows")
-        limits = [kept + self.num_spare_slots for kept in self.row_kept]
-        if any(held >= limit for held, limit in zip(self.row_held, limits, strict=True)):
-            raise ValueError(f"rows hold {self.row_held} tokens, but evict at {limits}")
-
 
 class PolicyCache(CompressedCache):
     """
