@@ -1,4 +1,4 @@
-"""Massive tokens, the spread of attention and MassiveActivationCache, against loops and hand-computed numbers."""
+"""Massive tokens and MassiveActivationCache, against loops and hand-computed numbers."""
 
 import json
 import math
@@ -19,7 +19,7 @@ from pyramid_cache.caches.massive_activation import (
     first_positions,
     probed_layers,
 )
-from pyramid_cache.engine.budget import bounded_shares, fair_shares, online_budget, support_schedule
+from pyramid_cache.engine.budget import bounded_shares, fair_shares, support_schedule
 from pyramid_cache.engine.fingerprint import architecture_of
 from pyramid_cache.engine.massive import (
     massive_in_hidden_states,
@@ -27,7 +27,6 @@ from pyramid_cache.engine.massive import (
     median_magnitude,
 )
 from pyramid_cache.engine.rope import RotaryFrequencies
-from pyramid_cache.engine.spread import attention_spread, layer_class
 from pyramid_cache.lab.demo.planted_number import read_text
 from pyramid_cache.lab.profile.activations import decoder_layers, measure_text
 from pyramid_cache.lab.weights import fetch_default_model
@@ -145,45 +144,6 @@ class TestKeysAndValues:
         assert found.mask(num_columns).sum(dim=1).tolist() == [len(row) for row in expected]
 
 
-# Where attention goes.
-
-
-def slow_spread(attention: list[float], massive: set[int], num_local: int) -> tuple[float, float, int]:
-    """Sink share, local share and support of one head."""
-    total = sum(attention)
-    shares = [x / total for x in attention]
-    local = set(range(len(shares) - num_local, len(shares))) - massive
-    covered, support = sum(shares[i] for i in massive | local), len(massive | local)
-    for share in sorted((shares[i] for i in range(len(shares)) if i not in massive | local), reverse=True):
-        if covered >= 0.95:
-            break
-        covered, support = covered + share, support + 1
-    return sum(shares[i] for i in massive), sum(shares[i] for i in local), support
-
-
-class TestSpread:
-    def test_against_loops(self) -> None:
-        attention = torch.rand(2, 3, 40).pow(6)
-        padded = 11
-        attention[1, :, :padded] = 0
-        is_token = torch.ones(2, 40, dtype=torch.bool)
-        is_token[1, :padded] = False
-        is_massive = torch.zeros(2, 1, 40, dtype=torch.bool)
-        is_massive[0, 0, [0, 5, 38]] = is_massive[1, 0, [11, 39]] = True
-        spread = attention_spread(attention, positions_of(is_token), is_massive, 6)
-        for row, first in enumerate((0, padded)):
-            massive = {column - first for column in is_massive[row, 0].nonzero().flatten().tolist()}
-            heads = [slow_spread(attention[row, head, first:].tolist(), massive, 6) for head in range(3)]
-            means = [sum(numbers) / 3 for numbers in zip(*heads, strict=True)]
-            found = [spread.sink_share[row], spread.local_share[row], spread.support[row]]
-            assert [number.item() for number in found] == pytest.approx(means, rel=1e-5)
-
-    def test_classes(self) -> None:
-        assert layer_class(0.51, 0.9) == "uniform"
-        assert layer_class(0.5, 0.7) == "local"
-        assert layer_class(0.5, 0.69) == layer_class(0.1, 0.0) == "concentrated"
-
-
 class TestBudgets:
     def test_shares_are_in_proportion_within_bounds(self) -> None:
         # 60 to share: the last is held at 30, the first at 5; 25 remain for 2 and 3, in proportion 10 and 15.
@@ -208,25 +168,6 @@ class TestBudgets:
             (300, 40, (100, 40, 64, 96)),
         ):
             assert support_schedule(100, total, (0.6, 0.1, 0.2, 0.3), minimum) == expected
-
-    def test_shares_by_support_of_layers_so_far(self) -> None:
-        for rest, num_layers, supports, minimum, expected in (
-            # Two layers alike: half of what is left each. The last one gets all that is left.
-            (190, 2, [0.3], 1, 95),
-            (40, 2, [0.3], 1, 20),
-            (40, 1, [0.3, 0.1], 1, 40),
-            (140, 1, [0.3, 0.1], 1, 100),
-            # Assured are 60, and 45 to each of two to come: of 120 an equal share of 40 is all that can be had.
-            (120, 3, [0.1, 0.2], 1, 40),
-            (160, 3, [0.1, 0.2], 1, 64),  # 160 * 0.2 / (0.2 + 2 * 0.15)
-            # A layer that needs less than an equal share leaves the rest to others, which need 0.2 on average.
-            (200, 3, [0.3, 0.1], 1, 40),  # 200 * 0.1 / 0.5
-            (120, 3, [0.3, 0.1], 1, 30),  # it is assured of three times its support
-            # The minimum is kept for the layers above, and for itself.
-            (40, 2, [0.01, 0.9], 15, 20),
-            (40, 2, [0.9, 0.01], 15, 15),
-        ):
-            assert online_budget(100, rest, num_layers, supports, minimum) == expected
 
     def test_first_positions(self) -> None:
         parts = [torch.tensor([[5, -1, 9]]), torch.tensor([[3, 5, 1, 0, 11, 12, 13, 14]])]
@@ -256,26 +197,6 @@ class MassiveScore(ReferenceScore):
         return scores
 
 
-class FollowingPolicy(ScoredPolicy):
-    """Shares the budget between layers by the support of their attention, one layer after another."""
-
-    def evict(self, position: int, held: list[list[int]], given: torch.Tensor) -> list[list[int]]:
-        window, num_layers = self.score.window_size, len(self.kept)
-        if position == self.prompt_length - 1:
-            self.supports = self.supports if self.layer else []
-            shares = given[:, position + 1 - window : position + 1, : position + 1].mean(dim=1).tolist()
-            spreads = [slow_spread(attention, self.score.massive, window) for attention in shares]
-            self.supports.append(sum(spread[2] for spread in spreads) / len(spreads) / self.prompt_length)
-            rest = sum(self.kept[self.layer :])
-            number = online_budget(self.prompt_length, rest, num_layers - self.layer, self.supports, window + 8 + 64)
-            # What is left is kept for the layers above, in whatever parts.
-            self.kept[self.layer] = number
-            self.kept[self.layer + 1 :] = [0] * (num_layers - self.layer - 1)
-            if self.layer + 1 < num_layers:
-                self.kept[self.layer + 1] = rest - number
-        return super().evict(position, held, given)
-
-
 def test_held_tokens_and_logits_are_those_of_the_reference() -> None:
     """An answer has a massive token at position 34; a padded row has none, and keeps its first tokens."""
     model = massive_model(magnitude=1e4)
@@ -290,24 +211,6 @@ def test_held_tokens_and_logits_are_those_of_the_reference() -> None:
         ({6: "keys and values", 34: "keys and values"}, dict.fromkeys(range(4), "first tokens"))
     ):
         assert {token.position: token.reason for token in cache.massive_tokens()[0][row]} == found
-
-
-def test_budgets_of_layers_that_follow_attention_are_those_of_the_reference() -> None:
-    model = massive_model(magnitude=1e4)
-    model.model.layers[1].self_attn.q_proj.weight.data.zero_()  # looks everywhere
-    model.model.layers[2].self_attn.q_proj.weight.data.mul_(8)  # looks at few tokens
-    rows, later = [torch.randint(8, 101, (length,)) for length in (260, 143)], torch.randint(8, 101, (2, 5))
-    rows[0][[9, 20]] = MASSIVE_TOKEN
-    scores = MassiveScore({9, 20}, 6, 3), MassiveScore({0, 1, 2, 3}, 6, 3)
-    settings = {"window_size": 6, "kernel_size": 3, "eviction_interval": 3}
-    for budget, means in ((110, (110, 110)), (0.6, (156, 85))):
-        cache = MassiveActivationCache(model.config, budget=budget, follow_attention=True, **settings)
-        trace = drive(model, cache, rows, later)
-        policies = [FollowingPolicy(scores[row], len(rows[row]), [means[row]] * 4, 3, trace, row) for row in range(2)]
-        compare_with_policies(model, trace, rows, policies)
-        for policy, mean in zip(policies, means, strict=True):
-            assert 4 * mean - 4 <= sum(policy.kept) <= 4 * mean
-        assert policies[0].kept[1] > policies[0].kept[2]
 
 
 def held(cache: MassiveActivationCache, layer_idx: int, row: int = 0) -> list[set[int]]:
@@ -454,11 +357,8 @@ def test_bad_arguments() -> None:
         ({"kernel_size": 4}, "3 or 5"),
         ({"window_size": 0}, "window_size"),
         ({"budget": 0}, "keeps no token"),
-        ({"follow_attention": 1}, "True or False"),
         ({"profile": 3}, "must be the path"),
         ({"profile": "."}, "is a folder"),
-        ({"follow_attention": True, "preset": "22-sparse-layers-1536"}, "a profile or a preset"),
-        ({"follow_attention": True, "profile": "profile.json"}, "a profile or a preset"),
     ):
         with pytest.raises(ValueError, match=message):
             MassiveActivationCache(tiny_model("llama").config, **arguments)

@@ -1,5 +1,5 @@
 """
-Tokens with massive activations always stay. The spread of attention can decide how many tokens each layer keeps.
+Tokens with massive activations always stay. A profile of the model can decide how many tokens each layer keeps.
 
 A few tokens with massive activations (Sun et al., 2024, https://arxiv.org/abs/2402.17762) carry no content, and yet a
 model without them fails: they take the attention that has nowhere else to go. `pyramid_cache.engine.massive` finds
@@ -9,12 +9,12 @@ https://blogs.novita.ai/how-kv-sparsity-achieves-1-5x-acceleration-for-vllm and
 https://github.com/vllm-project/vllm/issues/10942). Each KV head keeps the massive tokens, the latest tokens, and those
 with most attention, weighed by the norm of their value (VATP, https://arxiv.org/abs/2406.12335).
 
-Departures from these sources: budgets are equal, or follow the attention of the prompt or of a profile. Only `preset`
-splits layers into dense and sparse ones; docs/massive-activations.md says what each loses. Sparse layers keep their
-massive tokens within their window. A token's score is its own attention and the average over its neighbours, so that
-facts stay whole. SmolLM2-135M-Instruct answers 0.85, 0.82 and 0.06 of eight numbers in 1,024 tokens at budgets of 0.5,
-0.25 and 0.1, with the question in view (80 questions). SnapKVCache answers 0.38, 0.25 and 0.03. The recall model finds
-0.77, 0.45 and 0.17 of its pairs, against 0.68, 0.32 and 0.13 (docs/quality.md).
+Departures from these sources: budgets are equal, or follow a profile's attention. Only `preset` splits layers into
+dense and sparse ones; docs/massive-activations.md says what each loses. Sparse layers keep their massive tokens within
+their window. A token's score is its own attention and the average over its neighbours, so that facts stay whole.
+SmolLM2-135M-Instruct answers 0.85, 0.82 and 0.06 of eight numbers in 1,024 tokens at budgets of 0.5, 0.25 and 0.1,
+with the question in view (80 questions). SnapKVCache answers 0.38, 0.25 and 0.03. The recall model finds 0.77, 0.45
+and 0.17 of its pairs, against 0.68, 0.32 and 0.13 (docs/quality.md).
 """
 
 import os
@@ -29,7 +29,6 @@ from pyramid_cache.engine.attention import AttentionCall
 from pyramid_cache.engine.budget import (
     MAX_TOKENS,
     Budget,
-    online_budget,
     read_count,
     read_kernel_size,
     support_schedule,
@@ -49,7 +48,6 @@ from pyramid_cache.engine.policy_cache import DEFAULT_EVICTION_INTERVAL, PolicyC
 from pyramid_cache.engine.profile import Profile, read_profile
 from pyramid_cache.engine.rope import SharedFrequencies, refuse_unsupported_rope
 from pyramid_cache.engine.selection import gather_tokens
-from pyramid_cache.engine.spread import attention_spread
 from pyramid_cache.engine.tokens import Tokens
 
 
@@ -109,7 +107,6 @@ class MassiveActivationPolicy(Policy):
 
     profile: str | None = None
     preset: str | None = None
-    follow_attention: bool = False
     window_size: int = 64
     kernel_size: int = 13
 
@@ -117,13 +114,6 @@ class MassiveActivationPolicy(Policy):
         if self.preset is not None and (not isinstance(self.preset, str) or self.preset not in PRESETS):
             raise ValueError(
                 f"`preset={self.preset!r}` is unknown. Choose one of {sorted(PRESETS)}, or give a `budget`."
-            )
-        if not isinstance(self.follow_attention, bool):
-            raise ValueError(f"`follow_attention={self.follow_attention!r}` must be True or False.")
-        if self.follow_attention and (self.preset is not None or self.profile is not None):
-            raise ValueError(
-                "`follow_attention=True` shares the budget by the attention of each prompt, but a profile or a "
-                "preset says what each layer keeps. Leave out one of them."
             )
         object.__setattr__(self, "window_size", read_count("window_size", self.window_size, least=1))
         object.__setattr__(self, "kernel_size", read_kernel_size(self.kernel_size))
@@ -145,25 +135,18 @@ class MassiveActivationPolicy(Policy):
 @dataclass(frozen=True)
 class LayerBudgets:
     """
-    How many tokens the layers of a cache keep: all the same, by a preset, by a profile, or by the attention of each
-    prompt.
+    How many tokens the layers of a cache keep: all the same, by a preset, or by a profile.
 
     Attributes:
         preset (`str`, *optional*): A name in `PRESETS`.
         profile (`Profile`, *optional*): Of the model.
-        by_attention (`bool`): Of each prompt.
     """
 
     preset: str | None
     profile: Profile | None
-    by_attention: bool
-
-    def follow_attention(self, prompt_length: int, budget: Budget) -> bool:
-        """Whether the attention of the prompt decides, instead of its length alone."""
-        return self.by_attention and budget.num_tokens(prompt_length) < prompt_length
 
     def num_tokens(self, depth: int, num_layers: int, prompt_length: int, budget: Budget, minimum: int) -> int:
-        """What the layer at that depth keeps; of budgets that follow attention the mean."""
+        """What the layer at that depth keeps."""
         if self.preset is not None:
             num_dense, window = PRESETS[self.preset]
             return MAX_TOKENS if depth < round(num_dense * num_layers / PRESET_DEPTH) else window
@@ -187,7 +170,7 @@ class MassiveActivationLayer(PolicyLayer):
       nothing, and 1 if that is from the layer below.
     """
 
-    row_counts = (*PolicyLayer.row_counts, "row_looked", "row_is_divided")
+    row_counts = (*PolicyLayer.row_counts, "row_looked")
     found_positions: torch.Tensor | None
     found_ratios: torch.Tensor | None
     found_cosines: torch.Tensor | None
@@ -202,7 +185,7 @@ class MassiveActivationLayer(PolicyLayer):
     # Set by the cache: the layers below this one, from the first on, how all of them share the budget, and whether the
     # output of this layer is looked at.
     below: tuple["MassiveActivationLayer", ...] = ()
-    budgets = LayerBudgets(None, None, False)
+    budgets = LayerBudgets(None, None)
     is_probed = False
 
     def __init__(self, *args: Any) -> None:
@@ -213,11 +196,7 @@ class MassiveActivationLayer(PolicyLayer):
         super()._clear()
         for name in MASSIVE_TENSORS:
             setattr(self, name, None)
-        # Per row: tokens that have been looked at; whether attention has decided what the row keeps (1 or 0), and the
-        # share of the tokens that the last queries of a prompt needed.
-        self.row_looked: list[int] = []
-        self.row_is_divided: list[int] = []
-        self.row_support: list[float] = []
+        self.row_looked: list[int] = []  # tokens that have been looked at
         self._new_positions: torch.Tensor | None = None
 
     # How many tokens stay.
@@ -237,38 +216,7 @@ class MassiveActivationLayer(PolicyLayer):
     ) -> tuple[tuple[torch.Tensor, torch.Tensor | None], torch.Tensor | None]:
         output, attention = super()._attend_and_observe(call, tokens)
         self._look(call.key, call.value, tokens.positions)
-        self._divide_budget(attention, tokens.positions)
         return output, attention
-
-    def _divide_budget(self, attention: torch.Tensor, positions: torch.Tensor) -> None:
-        """Sets `row_kept` of the rows for which the attention of the prompt decides it."""
-        rows = [
-            row
-            for row, length in enumerate(self.row_lengths)
-            if self.budgets.follow_attention(length, self.token_budget)
-        ]
-        self.row_support = [0.0] * self.batch_size
-        self.row_is_divided = [int(row in rows) for row in range(self.batch_size)]
-        if not rows:
-            return
-        spread = attention_spread(attention, positions, self._is_massive(positions), self.policy.window_size)
-        supports = spread.support.tolist()
-        for row in rows:
-            length = self.row_lengths[row]
-            total = self.place.num_layers * self.token_budget.num_tokens(length)
-            self.row_support[row] = supports[row] / length
-            self.row_kept[row] = online_budget(
-                length,
-                total - sum(layer.row_kept[row] for layer in self.below),
-                self.place.num_layers - self.place.depth,
-                [layer.row_support[row] for layer in (*self.below, self)],
-                self.minimum,
-            )
-
-    def _renew_budget(self) -> None:
-        """Where the attention of the prompt has divided the budget, it stays divided like that."""
-        rows = zip(self.row_is_divided or [0] * self.batch_size, self.row_kept, self.row_lengths, strict=True)
-        self.row_kept = [kept if divided else self.num_tokens_to_keep(length) for divided, kept, length in rows]
 
     # Which tokens never go.
 
@@ -438,19 +386,17 @@ class MassiveActivationLayer(PolicyLayer):
 class MassiveActivationCache(PolicyCache):
     """
     Keeps the tokens with massive activations (https://arxiv.org/abs/2402.17762), the most recent ones, and per KV head
-    those with most attention. On request, layers whose attention is spread keep more than others.
+    those with most attention. With a profile, layers whose attention is spread keep more than others.
 
     The layers hold `budget` tokens on average and up to `eviction_interval` more each, however much is generated:
     `layers * batch * kv_heads * (budget + eviction_interval) * (2 * head_dim * itemsize + 8)` bytes. The prompt is
     read with full attention, so the first new token is exact.
 
     All layers keep the same number by default, which lost least in measured texts. They can share the budget by a
-    profile or by the attention of each prompt. A layer's support is the number of tokens that hold 0.95 of its last
-    queries' attention. If the budget is less than three times the supports, layers share it equally, but none gets
-    more than three times its support. A larger budget's rest is shared in proportion. A layer whose support is a third
-    of the prompt or more keeps all of it. A profile knows all layers beforehand. A prompt's attention is followed from
-    the first layer to the last, as if the layers above needed what those so far did on average. The budget is never
-    exceeded.
+    profile. A layer's support is the number of tokens that hold 0.95 of its last queries' attention. If the budget is
+    less than three times the supports, layers share it equally, but none gets more than three times its support. A
+    larger budget's rest is shared in proportion. A layer whose support is a third of the prompt or more keeps all of
+    it. The budget is never exceeded.
 
     Keys and values tell massive tokens, in the prompt and among generated tokens. With a model instead of its config,
     hidden states tell them too: at the outputs of layer 2 and of the layers at a quarter and half of the depth. With a
@@ -466,7 +412,6 @@ class MassiveActivationCache(PolicyCache):
         preset (`str`, *optional*): A published setting instead of a budget, such as "22-sparse-layers-1536": of 32
             layers, the lowest 10 keep everything, and the others 1,536 tokens each. Models of another depth have as
             large a share of such layers.
-        follow_attention (`bool`, defaults to False): Whether layers share the budget by the attention of each prompt.
         window_size (`int`, defaults to 64): How many of the last queries choose. As many of the last tokens always
             stay, but no more than half of what a layer keeps. Each generated token takes over `1 / window_size` of
             that attention.
@@ -512,7 +457,6 @@ class MassiveActivationCache(PolicyCache):
         *,
         profile: str | os.PathLike[str] | None = None,
         preset: str | None = None,
-        follow_attention: bool = False,
         window_size: int = 64,
         kernel_size: int = 13,
         eviction_interval: int = DEFAULT_EVICTION_INTERVAL,
@@ -523,7 +467,7 @@ class MassiveActivationCache(PolicyCache):
         if profile is not None and not isinstance(profile, (str, os.PathLike)):
             raise ValueError(f"`profile={profile!r}` must be the path of a file that `pyramid-cache profile` wrote.")
         path = None if profile is None else os.fspath(profile)
-        policy = MassiveActivationPolicy(path, preset, follow_attention, window_size, kernel_size)
+        policy = MassiveActivationPolicy(path, preset, window_size, kernel_size)
         if preset is not None:
             window = PRESETS[preset][1]
             if profile is not None or budget not in (None, window):
@@ -545,7 +489,7 @@ class MassiveActivationCache(PolicyCache):
                 f"{path} is of the layers {[layer.layer_idx for layer in read.layers]}, but those that evict are "
                 f"{[layer.place.layer_idx for layer in layers]}. Make it again with `pyramid-cache profile`."
             )
-        budgets = LayerBudgets(preset, read, follow_attention)
+        budgets = LayerBudgets(preset, read)
         for depth, layer in enumerate(layers):
             layer.below, layer.budgets, layer.frequencies = tuple(layers[:depth]), budgets, self.frequencies
         self.output_probes = None

@@ -8,14 +8,14 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from transformers import PreTrainedConfig
 
 from pyramid_cache.engine.fingerprint import architecture_of
-from pyramid_cache.engine.spread import LayerClass
 
 
+LayerClass = Literal["uniform", "local", "concentrated"]
 FORMAT = "pyramid_cache profile"
 VERSION = 1
 
