@@ -296,21 +296,6 @@ def test_no_more_than_eight_and_they_win_over_recent_tokens() -> None:
         assert held(cache, layer_idx) == [told, told]
 
 
-@torch.no_grad()
-def test_a_preset_keeps_the_lowest_layers_whole() -> None:
-    """10 of 32 layers are 1.25 of 4, one layer; 1 of 32 is none. Each other one keeps as many as the preset says."""
-    model, ids = tiny_model("llama_multi_query"), torch.randint(8, 101, (1, 1600))
-    for preset, expected in (
-        ("22-sparse-layers-1536", [1603, 1536, 1536, 1536]),
-        ("31-sparse-layers-1024", [1024] * 4),
-    ):
-        cache = MassiveActivationCache(model.config, preset=preset)
-        for tokens in (ids, ids[:, :3]):
-            model(tokens, past_key_values=cache, logits_to_keep=1)
-        cache.compress()
-        assert cache.num_kept_tokens() == expected
-
-
 def test_a_profile_sets_the_budgets(tmp_path: Path) -> None:
     model = massive_model(magnitude=1e4)
     record = profile_record(model.config, support=[0.6, 0.1, 0.2, 0.3])
@@ -352,8 +337,6 @@ def profile_record(config: object, support: list[float]) -> dict:
 
 def test_bad_arguments() -> None:
     for arguments, message in (
-        ({"preset": "all"}, "22-sparse-layers-1536"),
-        ({"preset": "22-sparse-layers-1536", "budget": 0.5}, "Leave out `budget`"),
         ({"kernel_size": 4}, "3 or 5"),
         ({"window_size": 0}, "window_size"),
         ({"budget": 0}, "keeps no token"),

@@ -9,9 +9,8 @@ https://blogs.novita.ai/how-kv-sparsity-achieves-1-5x-acceleration-for-vllm and
 https://github.com/vllm-project/vllm/issues/10942). Each KV head keeps the massive tokens, the latest tokens, and those
 with most attention, weighed by the norm of their value (VATP, https://arxiv.org/abs/2406.12335).
 
-Departures from these sources: budgets are equal, or follow a profile's attention. Only `preset` splits layers into
-dense and sparse ones; docs/massive-activations.md says what each loses. Sparse layers keep their massive tokens within
-their window. A token's score is its own attention and the average over its neighbours, so that facts stay whole.
+Departures from these sources: budgets are equal, or follow the attention of a profile. A token's score is its
+own attention and the average over its neighbours, so that facts stay whole.
 SmolLM2-135M-Instruct answers 0.85, 0.82 and 0.06 of eight numbers in 1,024 tokens at budgets of 0.5, 0.25 and 0.1,
 with the question in view (80 questions). SnapKVCache answers 0.38, 0.25 and 0.03. The recall model finds 0.77, 0.45
 and 0.17 of its pairs, against 0.68, 0.32 and 0.13 (docs/quality.md).
@@ -26,13 +25,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from pyramid_cache.engine.attention import AttentionCall
-from pyramid_cache.engine.budget import (
-    MAX_TOKENS,
-    Budget,
-    read_count,
-    read_kernel_size,
-    support_schedule,
-)
+from pyramid_cache.engine.budget import MAX_TOKENS, read_count, read_kernel_size, support_schedule
 from pyramid_cache.engine.cache import check_decoder_config, config_and_model
 from pyramid_cache.engine.massive import (
     MAX_MASSIVE_TOKENS,
@@ -51,15 +44,6 @@ from pyramid_cache.engine.selection import gather_tokens
 from pyramid_cache.engine.tokens import Tokens
 
 
-DEFAULT_BUDGET = 0.2
-# The published settings: of 32 layers, how many at the bottom keep everything, and the tokens that each of the others
-# keeps.
-PRESET_DEPTH = 32
-PRESETS = {
-    f"{PRESET_DEPTH - num_dense}-sparse-layers-{window}": (num_dense, window)
-    for num_dense in (10, 6, 1)
-    for window in (1536, 1280, 1024)
-}
 # What a layer gets beside its window and its massive tokens, if the budget has as much.
 LEAST_OTHERS = 64
 
@@ -106,15 +90,10 @@ class MassiveActivationPolicy(Policy):
     """
 
     profile: str | None = None
-    preset: str | None = None
     window_size: int = 64
     kernel_size: int = 13
 
     def __post_init__(self) -> None:
-        if self.preset is not None and (not isinstance(self.preset, str) or self.preset not in PRESETS):
-            raise ValueError(
-                f"`preset={self.preset!r}` is unknown. Choose one of {sorted(PRESETS)}, or give a `budget`."
-            )
         object.__setattr__(self, "window_size", read_count("window_size", self.window_size, least=1))
         object.__setattr__(self, "kernel_size", read_kernel_size(self.kernel_size))
 
@@ -127,34 +106,6 @@ class MassiveActivationPolicy(Policy):
         highest = torch.finfo(torch.float32).max
         norms = torch.linalg.vector_norm(view.value, ord=1, dim=-1, dtype=torch.float32)
         return (attention * norms).masked_fill(is_recent, highest)
-
-
-# How many tokens each layer keeps.
-
-
-@dataclass(frozen=True)
-class LayerBudgets:
-    """
-    How many tokens the layers of a cache keep: all the same, by a preset, or by a profile.
-
-    Attributes:
-        preset (`str`, *optional*): A name in `PRESETS`.
-        profile (`Profile`, *optional*): Of the model.
-    """
-
-    preset: str | None
-    profile: Profile | None
-
-    def num_tokens(self, depth: int, num_layers: int, prompt_length: int, budget: Budget, minimum: int) -> int:
-        """What the layer at that depth keeps."""
-        if self.preset is not None:
-            num_dense, window = PRESETS[self.preset]
-            return MAX_TOKENS if depth < round(num_dense * num_layers / PRESET_DEPTH) else window
-        mean = budget.num_tokens(prompt_length)
-        if mean >= prompt_length or self.profile is None:  # a short prompt may grow up to the budget
-            return mean
-        supports = tuple(layer.support for layer in self.profile.layers)
-        return support_schedule(prompt_length, mean * num_layers, supports, minimum)[depth]
 
 
 class MassiveActivationLayer(PolicyLayer):
@@ -182,10 +133,10 @@ class MassiveActivationLayer(PolicyLayer):
     stand_ins: torch.Tensor | None
     are_inherited: torch.Tensor | None
 
-    # Set by the cache: the layers below this one, from the first on, how all of them share the budget, and whether the
-    # output of this layer is looked at.
+    # Set by the cache: the layers below this one, from the first on, the profile by which all of them share the
+    # budget, and whether the output of this layer is looked at.
     below: tuple["MassiveActivationLayer", ...] = ()
-    budgets = LayerBudgets(None, None)
+    profile: Profile | None = None
     is_probed = False
 
     def __init__(self, *args: Any) -> None:
@@ -201,15 +152,13 @@ class MassiveActivationLayer(PolicyLayer):
 
     # How many tokens stay.
 
-    @property
-    def minimum(self) -> int:
-        """What a layer keeps at least, if the budget has as much."""
-        return self.policy.window_size + MAX_MASSIVE_TOKENS + LEAST_OTHERS
-
     def num_tokens_to_keep(self, row_length: int) -> int:
-        place = self.place
-        kept = self.budgets.num_tokens(place.depth, place.num_layers, row_length, self.token_budget, self.minimum)
-        return max(kept, 1)
+        mean = self.token_budget.num_tokens(row_length)
+        if mean >= row_length or self.profile is None:  # a short prompt may grow up to the budget
+            return mean
+        supports = tuple(layer.support for layer in self.profile.layers)
+        minimum = self.policy.window_size + MAX_MASSIVE_TOKENS + LEAST_OTHERS
+        return support_schedule(row_length, mean * len(supports), supports, minimum)[self.place.depth]
 
     def _attend_and_observe(
         self, call: AttentionCall, tokens: Tokens
@@ -405,13 +354,10 @@ class MassiveActivationCache(PolicyCache):
     Args:
         config (`PreTrainedConfig` or `PreTrainedModel`): The config of the model, or the model itself. With the model,
             hidden states of two or three layers are read, which takes more time.
-        budget (`float`, `int` or `str`, *optional*): What layers keep on average: a fraction of the prompt, a number
-            of tokens, or bytes for all layers that evict ("256MiB"). In later turns, a fraction is of all tokens seen.
-            1.0 never evicts. 0.2 by default.
+        budget (`float`, `int` or `str`, defaults to 0.2): What layers keep on average: a fraction of the prompt, a
+            number of tokens, or bytes for all layers that evict ("256MiB"). In later turns, a fraction is of all
+            tokens seen. 1.0 never evicts.
         profile (`str`, *optional*): A file of `pyramid-cache profile`, by which layers share the budget.
-        preset (`str`, *optional*): A published setting instead of a budget, such as "22-sparse-layers-1536": of 32
-            layers, the lowest 10 keep everything, and the others 1,536 tokens each. Models of another depth have as
-            large a share of such layers.
         window_size (`int`, defaults to 64): How many of the last queries choose. As many of the last tokens always
             stay, but no more than half of what a layer keeps. Each generated token takes over `1 / window_size` of
             that attention.
@@ -453,10 +399,9 @@ class MassiveActivationCache(PolicyCache):
     def __init__(
         self,
         config: PreTrainedConfig | PreTrainedModel,
-        budget: float | int | str | None = None,
+        budget: float | int | str = 0.2,
         *,
         profile: str | os.PathLike[str] | None = None,
-        preset: str | None = None,
         window_size: int = 64,
         kernel_size: int = 13,
         eviction_interval: int = DEFAULT_EVICTION_INTERVAL,
@@ -467,17 +412,8 @@ class MassiveActivationCache(PolicyCache):
         if profile is not None and not isinstance(profile, (str, os.PathLike)):
             raise ValueError(f"`profile={profile!r}` must be the path of a file that `pyramid-cache profile` wrote.")
         path = None if profile is None else os.fspath(profile)
-        policy = MassiveActivationPolicy(path, preset, window_size, kernel_size)
-        if preset is not None:
-            window = PRESETS[preset][1]
-            if profile is not None or budget not in (None, window):
-                raise ValueError(
-                    f"`preset={preset!r}` says what each layer keeps. Leave out `budget` and `profile`, or `preset`."
-                )
-            budget = window
-        super().__init__(
-            config, DEFAULT_BUDGET if budget is None else budget, policy, eviction_interval=eviction_interval
-        )
+        policy = MassiveActivationPolicy(path, window_size, kernel_size)
+        super().__init__(config, budget, policy, eviction_interval=eviction_interval)
         if model is not None:
             self.frequencies = SharedFrequencies(config, weakref.ref(model))
         layers = self.compressed_layers
@@ -489,9 +425,8 @@ class MassiveActivationCache(PolicyCache):
                 f"{path} is of the layers {[layer.layer_idx for layer in read.layers]}, but those that evict are "
                 f"{[layer.place.layer_idx for layer in layers]}. Make it again with `pyramid-cache profile`."
             )
-        budgets = LayerBudgets(preset, read)
         for depth, layer in enumerate(layers):
-            layer.below, layer.budgets, layer.frequencies = tuple(layers[:depth]), budgets, self.frequencies
+            layer.below, layer.profile, layer.frequencies = tuple(layers[:depth]), read, self.frequencies
         self.output_probes = None
         if model is not None:
             indices = [layer.place.layer_idx for layer in layers[:-1]]  # nothing is above the last one
