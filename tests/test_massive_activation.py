@@ -170,10 +170,9 @@ class TestBudgets:
             assert support_schedule(100, total, (0.6, 0.1, 0.2, 0.3), minimum) == expected
 
     def test_first_positions(self) -> None:
-        parts = [torch.tensor([[5, -1, 9]]), torch.tensor([[3, 5, 1, 0, 11, 12, 13, 14]])]
-        found = first_positions([part.int() for part in parts], torch.tensor([[1, -1]]).int())
-        assert found.tolist() == [[0, 3, 5, 9, 11, 12, 13, 14]]
-        assert first_positions([parts[0].int()]).tolist() == [[5, 9, -1, -1, -1, -1, -1, -1]]
+        positions = torch.tensor([[5, -1, 9, 3, 1, 0, 11, 12, 13, 14]]).int()
+        assert first_positions(positions).tolist() == [[0, 1, 3, 5, 9, 11, 12, 13]]
+        assert first_positions(positions[:, :3]).tolist() == [[5, 9, -1, -1, -1, -1, -1, -1]]
 
 
 # The cache.

@@ -56,9 +56,6 @@ MASSIVE_TENSORS = (
     "template_norm",
     "exact_positions",
     "exact_median",
-    "known_positions",
-    "stand_ins",
-    "are_inherited",
 )
 
 
@@ -70,8 +67,7 @@ class MassiveToken:
     Attributes:
         position (`int`): Its rank among the tokens of its row.
         reason (`str`): "keys and values" if it looks massive to this layer, "hidden states" if it is by definition at
-            the output of a layer below, "layer below" if it looked massive there and nothing does here, or "first
-            tokens" where nothing was found.
+            the output of a layer below, or "first tokens" where nothing looks massive to this layer.
         value_ratio (`float`, *optional*): Its value norm over the median, where keys and values told it.
         cosine (`float`, *optional*): Of its un-rotated key and the template, where keys and values told it.
     """
@@ -115,10 +111,7 @@ class MassiveActivationLayer(PolicyLayer):
     - `found_positions` `(batch, 8)` int32 with `found_ratios` and `found_cosines` float32: what looks massive to this
       layer; `template_key` `(batch, kv_heads, head_dim)` and `template_norm` `(batch, kv_heads)` float32, what it is
       compared with;
-    - `exact_positions` `(batch, 8)` int32 and `exact_median` `(batch,)`: what is massive in the output of this layer;
-    - `known_positions` `(batch, 8)` int32: what is massive in the outputs of layers below;
-    - `stand_ins` `(batch, 8)` int32 and `are_inherited` `(batch,)` int32: what stands in where this layer found
-      nothing, and 1 if that is from the layer below.
+    - `exact_positions` `(batch, 8)` int32 and `exact_median` `(batch,)`: what is massive in the output of this layer.
     """
 
     row_counts = (*PolicyLayer.row_counts, "row_looked")
@@ -129,9 +122,6 @@ class MassiveActivationLayer(PolicyLayer):
     template_norm: torch.Tensor | None
     exact_positions: torch.Tensor | None
     exact_median: torch.Tensor | None
-    known_positions: torch.Tensor | None
-    stand_ins: torch.Tensor | None
-    are_inherited: torch.Tensor | None
 
     # Set by the cache: the layers below this one, from the first on, the profile by which all of them share the
     # budget, and whether the output of this layer is looked at.
@@ -178,10 +168,16 @@ class MassiveActivationLayer(PolicyLayer):
 
     def _is_massive(self, positions: torch.Tensor) -> torch.Tensor:
         """`(batch, kv_heads or 1, tokens)` bool: the tokens that never go, given their positions."""
-        is_massive = torch.zeros_like(positions, dtype=torch.bool)
-        for position in torch.cat([self.found_positions, self.known_positions, self.stand_ins], dim=1).unbind(dim=1):
+        finds_nothing = self.found_positions[:, :1, None] < 0
+        is_massive = finds_nothing & (positions < NUM_FIRST_TOKENS)
+        for position in torch.cat([self.found_positions, self._known_positions()], dim=1).unbind(dim=1):
             is_massive |= positions == position[:, None, None]
         return is_massive & (positions >= 0)
+
+    def _known_positions(self) -> torch.Tensor:
+        """`(batch, any)` int32: what is massive in the outputs of layers below, -1 for none."""
+        exact = [layer.exact_positions.to(self.device) for layer in self.below if layer.exact_positions is not None]
+        return torch.cat([self.found_positions[:, :0], *exact], dim=1)
 
     @torch.no_grad()
     def _look(self, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor) -> None:
@@ -203,7 +199,6 @@ class MassiveActivationLayer(PolicyLayer):
         self.template_key, self.template_norm = template.key, template.value_norm
         self._add(found.columns, found.value_ratios, found.cosines, positions[:, 0])
         self.row_looked = list(self.row_lengths)
-        self._hear_of_others()
 
     def _add(
         self, columns: torch.Tensor, ratios: torch.Tensor, cosines: torch.Tensor, positions: torch.Tensor
@@ -224,27 +219,6 @@ class MassiveActivationLayer(PolicyLayer):
         self.found_positions, self.found_ratios, self.found_cosines = (
             tensor.gather(1, order) for tensor in (found, ratios, cosines)
         )
-
-    def _hear_of_others(self) -> None:
-        """
-        Takes over what is massive in the outputs of layers below, and what stands in where this layer found nothing.
-        """
-        exact = [layer.exact_positions.to(self.device) for layer in self.below if layer.exact_positions is not None]
-        self.known_positions = first_positions(exact, self.found_positions)
-        slots = torch.arange(MAX_MASSIVE_TOKENS, dtype=torch.int32, device=self.device)
-        first = slots.masked_fill(slots >= NUM_FIRST_TOKENS, -1).expand_as(self.found_positions)
-        inherited = torch.full_like(self.found_positions, -1)
-        if self.below:
-            last = self.below[-1]
-            found, stand_ins, are_inherited = (
-                tensor.to(self.device) for tensor in (last.found_positions, last.stand_ins, last.are_inherited)
-            )
-            inherited = torch.where(are_inherited[:, None] == 1, stand_ins, found)
-        finds_nothing = self.found_positions[:, 0] < 0
-        has_heard = finds_nothing & (inherited >= 0).any(dim=1)
-        self.are_inherited = has_heard.int()
-        stand_ins = torch.where(has_heard[:, None], inherited, first)
-        self.stand_ins = stand_ins.masked_fill(~finds_nothing[:, None], -1)
 
     # Hidden states.
 
@@ -273,28 +247,31 @@ class MassiveActivationLayer(PolicyLayer):
             median = median_magnitude(hidden_states, is_token)
             self.exact_median = torch.where(self.exact_median.isnan(), median, self.exact_median)
         is_massive = massive_in_hidden_states(hidden_states, self.exact_median, is_token)
-        parts = [positions.masked_fill(~is_massive, -1)]
-        parts += [] if self.exact_positions is None else [self.exact_positions]
-        self.exact_positions = first_positions(parts)
+        positions = positions.masked_fill(~is_massive, -1)
+        if self.exact_positions is not None:
+            positions = torch.cat([self.exact_positions, positions], dim=1)
+        self.exact_positions = first_positions(positions)
 
     # What users ask, and files.
 
     def massive_tokens(self) -> list[list[MassiveToken]]:
         """The tokens of each row that never go."""
-        tensors = (self.found_positions, self.found_ratios, self.found_cosines, self.known_positions, self.stand_ins)
         if self.found_positions is None:
             return [[] for _ in range(len(self.row_lengths))]
+        tensors = (self.found_positions, self.found_ratios, self.found_cosines, self._known_positions())
         rows = []
-        for found, ratios, cosines, known, stand_ins, length, inherited in zip(
-            *(tensor.tolist() for tensor in tensors), self.row_lengths, self.are_inherited.tolist(), strict=True
+        for found, ratios, cosines, known, length in zip(
+            *(tensor.tolist() for tensor in tensors), self.row_lengths, strict=True
         ):
-            reason = "layer below" if inherited else "first tokens"
             tokens = [
                 MassiveToken(position, "keys and values", ratio, cosine)
                 for position, ratio, cosine in zip(found, ratios, cosines, strict=True)
             ]
+            known = sorted(set(known) - set(found))
             tokens += [MassiveToken(position, "hidden states") for position in known]
-            tokens += [MassiveToken(position, reason) for position in stand_ins if position not in known]
+            if found[0] < 0:
+                first = set(range(NUM_FIRST_TOKENS)) - set(known)
+                tokens += [MassiveToken(position, "first tokens") for position in sorted(first)]
             rows.append([token for token in tokens if 0 <= token.position < length])
         return rows
 
@@ -313,19 +290,17 @@ class MassiveActivationLayer(PolicyLayer):
         if self.budget.is_unlimited:
             return
         batch_size, (kv_heads, head_dim) = self.batch_size, self._key_shape
-        positions = ["found_positions", "known_positions", "stand_ins"]
+        positions = ["found_positions"]
         if self.exact_positions is not None:
             positions.append("exact_positions")
             self.require_tensor("exact_median", torch.float32, batch_size)
         for name in positions:
             self.require_tensor(name, torch.int32, batch_size, MAX_MASSIVE_TOKENS)
-            # Those of stand-ins may be of tokens that are still to come.
-            limits = self.next_position[:, 0].clamp(min=NUM_FIRST_TOKENS)
-            if (getattr(self, name) < -1).any() or (getattr(self, name) >= limits).any():
+            found = getattr(self, name)
+            if (found < -1).any() or (found >= self.next_position[:, 0]).any():
                 raise ValueError(f"`{name}` holds what is no position of {self.row_lengths} tokens")
         for name in ("found_ratios", "found_cosines"):
             self.require_tensor(name, torch.float32, batch_size, MAX_MASSIVE_TOKENS)
-        self.require_tensor("are_inherited", torch.int32, batch_size)
         self.require_tensor("template_key", torch.float32, batch_size, kv_heads, head_dim)
         self.require_tensor("template_norm", torch.float32, batch_size, kv_heads)
         if self.row_looked != self.row_lengths:
@@ -448,8 +423,8 @@ class MassiveActivationCache(PolicyCache):
 
         Returns:
             `dict[int, list[list[MassiveToken]]]`: By the index of each layer that evicts, for each row: what looks
-            massive to the layer, those with the shortest values first, then what is massive in hidden states below, or
-            what stands in.
+            massive to the layer, those with the shortest values first, then what is massive in hidden states below,
+            then the first tokens if nothing looks massive to the layer.
         """
         return {layer.place.layer_idx: layer.massive_tokens() for layer in self.compressed_layers}
 
@@ -464,24 +439,14 @@ def probed_layers(num_layers: int, profile: Profile | None) -> list[int]:
     return sorted({min(2, num_layers - 1), num_layers // 4, num_layers // 2})
 
 
-def first_positions(parts: list[torch.Tensor], known: torch.Tensor | None = None) -> torch.Tensor:
+def first_positions(positions: torch.Tensor) -> torch.Tensor:
     """
-    The 8 lowest different positions among parts `(batch, any)` int32, -1 for none, but for those in `known`
-    `(batch, any)`.
+    The 8 lowest of different positions `(batch, any)` int32, -1 for none.
 
     Returns:
         `torch.Tensor`: `(batch, 8)` int32, -1 behind the last.
     """
-    if not parts:
-        return torch.full_like(known, -1)
-    positions = torch.cat(parts, dim=1)
-    is_none = positions < 0
-    if known is not None:
-        is_none |= (positions[:, :, None] == known[:, None]).any(dim=-1)
-    positions = positions.masked_fill(is_none, MAX_TOKENS).sort(dim=1).values
-    is_repeated = torch.nn.functional.pad(positions[:, 1:] == positions[:, :-1], (1, 0))
-    positions = positions.masked_fill(is_repeated, MAX_TOKENS).sort(dim=1).values[:, :MAX_MASSIVE_TOKENS]
-    positions = torch.nn.functional.pad(
-        positions, (0, max(MAX_MASSIVE_TOKENS - positions.shape[1], 0)), value=MAX_TOKENS
-    )
+    missing = max(MAX_MASSIVE_TOKENS - positions.shape[1], 0)
+    positions = torch.nn.functional.pad(positions, (0, missing), value=-1)
+    positions = positions.masked_fill(positions < 0, MAX_TOKENS).sort(dim=1).values[:, :MAX_MASSIVE_TOKENS]
     return positions.masked_fill(positions == MAX_TOKENS, -1)
