@@ -116,7 +116,7 @@ torch.cat([parts[row] for row in «rows→sorted(rows)»])
 = engine/prefill.py: test_pyramid | pruned
 self.columns = «gather_columns(self.columns, indices) if self.columns is not None else →»indices
 = engine/massive.py: test_massive_activation
-rotary.rotate(states, «-→»rotary.model_angles(positions, longest))
+rotary.rotate(keys, «-→»rotary.model_angles(positions[:, None], longest))
 = engine/outputs.py: test_small_faults
 value.observe_output(index, «output[0] if isinstance(output, tuple) else output→args[0]»)
 = lab/profile/spread.py: lab/test_profile

@@ -31,6 +31,7 @@ from pyramid_cache.engine.massive import (
     MAX_MASSIVE_TOKENS,
     NUM_FIRST_TOKENS,
     MassiveTemplate,
+    MassiveTokens,
     massive_in_hidden_states,
     massive_in_keys_and_values,
     median_magnitude,
@@ -46,17 +47,6 @@ from pyramid_cache.engine.tokens import Tokens
 
 # What a layer gets beside its window and its massive tokens, if the budget has as much.
 LEAST_OTHERS = 64
-
-# The tensors of a layer beside those of `PolicyLayer`; see there.
-MASSIVE_TENSORS = (
-    "found_positions",
-    "found_ratios",
-    "found_cosines",
-    "template_key",
-    "template_norm",
-    "exact_positions",
-    "exact_median",
-)
 
 
 @dataclass(frozen=True)
@@ -105,21 +95,27 @@ class MassiveActivationPolicy(Policy):
 
 
 class MassiveActivationLayer(PolicyLayer):
-    """
-    One layer of `MassiveActivationCache`. Positions in these tensors are -1 for none:
+    """One layer of `MassiveActivationCache`."""
 
-    - `found_positions` `(batch, 8)` int32 with `found_ratios` and `found_cosines` float32: what looks massive to this
-      layer; `template_key` `(batch, kv_heads, head_dim)` and `template_norm` `(batch, kv_heads)` float32, what it is
-      compared with;
-    - `exact_positions` `(batch, 8)` int32 and `exact_median` `(batch,)`: what is massive in the output of this layer.
-    """
-
+    row_tensors = (
+        *PolicyLayer.row_tensors,
+        "found_positions",
+        "found_ratios",
+        "found_cosines",
+        "template_key",
+        "template_norm",
+        "exact_positions",
+        "exact_median",
+    )
     row_counts = (*PolicyLayer.row_counts, "row_looked")
+    # What looks massive to this layer: `(batch, 8)`, see `MassiveTokens`. What later tokens are compared with:
+    # `(batch, kv_heads, head_dim)` and `(batch, kv_heads)`, see `MassiveTemplate`.
     found_positions: torch.Tensor | None
     found_ratios: torch.Tensor | None
     found_cosines: torch.Tensor | None
     template_key: torch.Tensor | None
     template_norm: torch.Tensor | None
+    # What is massive in the output of this layer, `(batch, 8)` int32, -1 for none; the median of a prompt, `(batch,)`.
     exact_positions: torch.Tensor | None
     exact_median: torch.Tensor | None
 
@@ -129,26 +125,20 @@ class MassiveActivationLayer(PolicyLayer):
     profile: Profile | None = None
     is_probed = False
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.row_tensors = (*self.row_tensors, *MASSIVE_TENSORS)
-
     def _clear(self) -> None:
         super()._clear()
-        for name in MASSIVE_TENSORS:
-            setattr(self, name, None)
         self.row_looked: list[int] = []  # tokens that have been looked at
         self._new_positions: torch.Tensor | None = None
-
-    # How many tokens stay.
 
     def num_tokens_to_keep(self, row_length: int) -> int:
         mean = self.token_budget.num_tokens(row_length)
         if mean >= row_length or self.profile is None:  # a short prompt may grow up to the budget
             return mean
-        supports = tuple(layer.support for layer in self.profile.layers)
+        supports = self.profile.supports
         minimum = self.policy.window_size + MAX_MASSIVE_TOKENS + LEAST_OTHERS
         return support_schedule(row_length, mean * len(supports), supports, minimum)[self.place.depth]
+
+    # Which tokens never go.
 
     def _attend_and_observe(
         self, call: AttentionCall, tokens: Tokens
@@ -156,8 +146,6 @@ class MassiveActivationLayer(PolicyLayer):
         output, attention = super()._attend_and_observe(call, tokens)
         self._look(call.key, call.value, tokens.positions)
         return output, attention
-
-    # Which tokens never go.
 
     def _priority(
         self, key: torch.Tensor, value: torch.Tensor, attention: torch.Tensor | None, positions: torch.Tensor
@@ -196,29 +184,12 @@ class MassiveActivationLayer(PolicyLayer):
         with torch.autocast(self.device.type, enabled=False):
             rotary = self.rotary_of(module)
             found, template = massive_in_keys_and_values(key, value, positions, rotary, longest, template)
-        self.template_key, self.template_norm = template.key, template.value_norm
-        self._add(found.columns, found.value_ratios, found.cosines, positions[:, 0])
-        self.row_looked = list(self.row_lengths)
-
-    def _add(
-        self, columns: torch.Tensor, ratios: torch.Tensor, cosines: torch.Tensor, positions: torch.Tensor
-    ) -> None:
-        """
-        Adds what was found to what had been, those with the shortest values first, and drops what is beyond the cap.
-        """
-        found = positions.gather(1, columns.clamp(min=0)).masked_fill(columns < 0, -1)
-        ratios, cosines = ratios.masked_fill(columns < 0, 0), cosines.masked_fill(columns < 0, 0)
-        parts = [(found, ratios, cosines)]
+        earlier = MassiveTokens.none(self.batch_size, self.device)
         if self.found_positions is not None:
-            parts.insert(0, (self.found_positions, self.found_ratios, self.found_cosines))
-        found, ratios, cosines = (torch.cat(tensors, dim=1) for tensors in zip(*parts, strict=True))
-        missing = max(MAX_MASSIVE_TOKENS - found.shape[1], 0)
-        found = torch.nn.functional.pad(found, (0, missing), value=-1)
-        ratios, cosines = (torch.nn.functional.pad(tensor, (0, missing)) for tensor in (ratios, cosines))
-        order = ratios.masked_fill(found < 0, float("inf")).argsort(dim=1, stable=True)[:, :MAX_MASSIVE_TOKENS]
-        self.found_positions, self.found_ratios, self.found_cosines = (
-            tensor.gather(1, order) for tensor in (found, ratios, cosines)
-        )
+            earlier = MassiveTokens(self.found_positions, self.found_ratios, self.found_cosines)
+        self.found_positions, self.found_ratios, self.found_cosines = earlier.and_later(found)
+        self.template_key, self.template_norm = template
+        self.row_looked = list(self.row_lengths)
 
     # Hidden states.
 
@@ -257,52 +228,45 @@ class MassiveActivationLayer(PolicyLayer):
     def massive_tokens(self) -> list[list[MassiveToken]]:
         """The tokens of each row that never go."""
         if self.found_positions is None:
-            return [[] for _ in range(len(self.row_lengths))]
+            return [[] for _ in self.row_lengths]
         tensors = (self.found_positions, self.found_ratios, self.found_cosines, self._known_positions())
         rows = []
-        for found, ratios, cosines, known, length in zip(
-            *(tensor.tolist() for tensor in tensors), self.row_lengths, strict=True
-        ):
+        for length, *row in zip(self.row_lengths, *(tensor.tolist() for tensor in tensors), strict=True):
+            found, ratios, cosines, known = row
             tokens = [
                 MassiveToken(position, "keys and values", ratio, cosine)
                 for position, ratio, cosine in zip(found, ratios, cosines, strict=True)
             ]
-            known = sorted(set(known) - set(found))
-            tokens += [MassiveToken(position, "hidden states") for position in known]
-            if found[0] < 0:
-                first = set(range(NUM_FIRST_TOKENS)) - set(known)
-                tokens += [MassiveToken(position, "first tokens") for position in sorted(first)]
+            tokens += [MassiveToken(position, "hidden states") for position in sorted(set(known) - set(found))]
+            first = range(NUM_FIRST_TOKENS if found[0] < 0 else 0)
+            tokens += [MassiveToken(position, "first tokens") for position in first if position not in known]
             rows.append([token for token in tokens if 0 <= token.position < length])
         return rows
 
     def export_state(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """Looks first: the module that tells how keys were rotated is not there when the file is read."""
         if not self.budget.is_unlimited:
-            self._look(self.keys[:, :, : self.length], self.values[:, :, : self.length], self._held_columns())
+            positions = self.column_tokens.positions if self.positions is None else self.positions[..., : self.length]
+            self._look(self.keys[:, :, : self.length], self.values[:, :, : self.length], positions)
         return super().export_state()
-
-    def _held_columns(self) -> torch.Tensor:
-        """`(batch, kv_heads or 1, slots)`: the positions of what is held."""
-        return self.column_tokens.positions if self.positions is None else self.positions[..., : self.length]
 
     def check_state(self) -> None:
         super().check_state()
         if self.budget.is_unlimited:
             return
         batch_size, (kv_heads, head_dim) = self.batch_size, self._key_shape
-        positions = ["found_positions"]
-        if self.exact_positions is not None:
-            positions.append("exact_positions")
-            self.require_tensor("exact_median", torch.float32, batch_size)
-        for name in positions:
+        is_probed = self.exact_positions is not None
+        for name in ("found_positions", "exact_positions")[: 1 + is_probed]:
             self.require_tensor(name, torch.int32, batch_size, MAX_MASSIVE_TOKENS)
             found = getattr(self, name)
             if (found < -1).any() or (found >= self.next_position[:, 0]).any():
                 raise ValueError(f"`{name}` holds what is no position of {self.row_lengths} tokens")
-        for name in ("found_ratios", "found_cosines"):
-            self.require_tensor(name, torch.float32, batch_size, MAX_MASSIVE_TOKENS)
+        self.require_tensor("found_ratios", torch.float32, batch_size, MAX_MASSIVE_TOKENS)
+        self.require_tensor("found_cosines", torch.float32, batch_size, MAX_MASSIVE_TOKENS)
         self.require_tensor("template_key", torch.float32, batch_size, kv_heads, head_dim)
         self.require_tensor("template_norm", torch.float32, batch_size, kv_heads)
+        if is_probed:
+            self.require_tensor("exact_median", torch.float32, batch_size)
         if self.row_looked != self.row_lengths:
             raise ValueError(f"`row_looked` is {self.row_looked}, but {self.row_lengths} tokens have been seen")
 
@@ -316,11 +280,8 @@ class MassiveActivationCache(PolicyCache):
     `layers * batch * kv_heads * (budget + eviction_interval) * (2 * head_dim * itemsize + 8)` bytes. The prompt is
     read with full attention, so the first new token is exact.
 
-    All layers keep the same number by default, which lost least in measured texts. They can share the budget by a
-    profile. A layer's support is the number of tokens that hold 0.95 of its last queries' attention. If the budget is
-    less than three times the supports, layers share it equally, but none gets more than three times its support. A
-    larger budget's rest is shared in proportion. A layer whose support is a third of the prompt or more keeps all of
-    it. The budget is never exceeded.
+    All layers keep the same number by default, which lost least in measured texts. docs/massive-activations.md says
+    how they share the budget by a profile.
 
     Keys and values tell massive tokens, in the prompt and among generated tokens. With a model instead of its config,
     hidden states tell them too: at the outputs of layer 2 and of the layers at a quarter and half of the depth. With a
@@ -354,9 +315,7 @@ class MassiveActivationCache(PolicyCache):
     >>> from pyramid_cache import MassiveActivationCache
     >>> import torch
 
-    >>> config = LlamaConfig(
-    ...     hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=99
-    ... )
+    >>> config = LlamaConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=99)
     >>> model = LlamaForCausalLM(config)
     >>> cache = MassiveActivationCache(model.config, budget=16, window_size=8)
     >>> tokens = model.generate(torch.arange(40)[None], past_key_values=cache, max_new_tokens=8, eos_token_id=None)
@@ -389,29 +348,19 @@ class MassiveActivationCache(PolicyCache):
         path = None if profile is None else os.fspath(profile)
         policy = MassiveActivationPolicy(path, window_size, kernel_size)
         super().__init__(config, budget, policy, eviction_interval=eviction_interval)
+        layers, self.output_probes = self.compressed_layers, None
+        indices = [layer.place.layer_idx for layer in layers]
+        read = None if path is None else read_profile(path, config, indices)
         if model is not None:
             self.frequencies = SharedFrequencies(config, weakref.ref(model))
-        layers = self.compressed_layers
-        read = None if path is None else read_profile(path, config)
-        if read is not None and [layer.layer_idx for layer in read.layers] != [
-            layer.place.layer_idx for layer in layers
-        ]:
-            raise ValueError(
-                f"{path} is of the layers {[layer.layer_idx for layer in read.layers]}, but those that evict are "
-                f"{[layer.place.layer_idx for layer in layers]}. Make it again with `pyramid-cache profile`."
-            )
+            wanted = probed_layers(len(self.layers), read)
+            # The next layers that evict; nothing is above the last one.
+            probed = sorted({above[0] for least in wanted if (above := [i for i in indices[:-1] if i >= least])})
+            self.output_probes = OutputProbes(model, probed)
+            for index in probed:
+                self.layers[index].is_probed = True
         for depth, layer in enumerate(layers):
             layer.below, layer.profile, layer.frequencies = tuple(layers[:depth]), read, self.frequencies
-        self.output_probes = None
-        if model is not None:
-            indices = [layer.place.layer_idx for layer in layers[:-1]]  # nothing is above the last one
-            probed = {
-                next((index for index in indices if index >= wanted), None)
-                for wanted in probed_layers(len(self.layers), read)
-            }
-            self.output_probes = OutputProbes(model, sorted(probed - {None}))
-            for index in probed - {None}:
-                self.layers[index].is_probed = True
 
     def observe_output(self, layer_idx: int, hidden_states: torch.Tensor) -> None:
         """Shows a layer its decoder layer's output; called by the hook of `OutputProbes`."""
@@ -422,9 +371,7 @@ class MassiveActivationCache(PolicyCache):
         The tokens that never go, and why.
 
         Returns:
-            `dict[int, list[list[MassiveToken]]]`: By the index of each layer that evicts, for each row: what looks
-            massive to the layer, those with the shortest values first, then what is massive in hidden states below,
-            then the first tokens if nothing looks massive to the layer.
+            `dict[int, list[list[MassiveToken]]]`: By the index of each layer that evicts, for each row.
         """
         return {layer.place.layer_idx: layer.massive_tokens() for layer in self.compressed_layers}
 
@@ -434,8 +381,8 @@ def probed_layers(num_layers: int, profile: Profile | None) -> list[int]:
     The decoder layers whose outputs are looked at. Massive activations appear in layer 1 or 2 of Llama and Mistral and
     in layer 11 of SmolLM2's 30, and stay until the last layers.
     """
-    if profile is not None and profile.massive_layers is not None:
-        return [profile.massive_layers[0]]
+    if profile is not None and profile.first_massive_layer is not None:
+        return [profile.first_massive_layer]
     return sorted({min(2, num_layers - 1), num_layers // 4, num_layers // 2})
 
 

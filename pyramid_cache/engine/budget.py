@@ -250,14 +250,6 @@ def fair_shares(total: int, wanted: Sequence[int]) -> tuple[int, ...]:
     return tuple(numbers)
 
 
-# Shares by support: what a layer's attention is spread over decides how much of the budget it gets.
-
-
-def assured_tokens(prompt_length: int, support: float, minimum: int) -> int:
-    """What a layer gets before any other gets more than that: three times its support, at least `minimum`."""
-    return min(max(round(SUPPORT_MARGIN * support * prompt_length), minimum), prompt_length)
-
-
 @functools.lru_cache(maxsize=1024)
 def support_schedule(prompt_length: int, total: int, supports: tuple[float, ...], minimum: int) -> tuple[int, ...]:
     """
@@ -273,7 +265,9 @@ def support_schedule(prompt_length: int, total: int, supports: tuple[float, ...]
         minimum (`int`): No layer keeps fewer, unless the mean is less.
     """
     minimum = min(minimum, total // len(supports))
-    assured = [assured_tokens(prompt_length, support, minimum) for support in supports]
+    # What a layer gets before any other gets more than that.
+    wanted = [round(SUPPORT_MARGIN * support * prompt_length) for support in supports]
+    assured = [min(max(number, minimum), prompt_length) for number in wanted]
     if sum(assured) >= total:
         return fair_shares(total, assured)
     return bounded_shares(total, supports, minimum, prompt_length)

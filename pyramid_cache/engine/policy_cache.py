@@ -47,7 +47,7 @@ class PolicyLayer(CompressedLayer):
         self.heads_share_positions = policy.heads_share_tokens
         if policy.window_size:
             self.slot_tensors = (*CompressedLayer.slot_tensors, "attention")
-        self.row_tensors = (*CompressedLayer.row_tensors, *policy.state_names)
+        self.row_tensors = (*type(self).row_tensors, *policy.state_names)
         super().__init__(place, budget, masks)
 
     def _clear(self) -> None:

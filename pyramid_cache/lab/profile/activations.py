@@ -98,7 +98,7 @@ class TextFindings:
 
 def measure_output(hidden_states: torch.Tensor) -> OutputFindings:
     """The findings in hidden states, `(1, tokens, hidden_size)`."""
-    median = median_magnitude(hidden_states)
+    median = median_magnitude(hidden_states, torch.ones_like(hidden_states[..., 0], dtype=torch.bool))
     states = hidden_states[0].detach().float()
     magnitudes = states.abs()
     largest = magnitudes.amax(dim=-1).topk(min(NUM_LARGEST, states.shape[0])).values
@@ -135,11 +135,9 @@ def measure_text(
     exact = sorted(set().union(*(output.positions for output in outputs)))
     layers = {}
     for layer in cache.compressed_layers:
-        [is_massive] = layer.found.mask(num_tokens)
-        found = set(is_massive.nonzero().flatten().tolist())
-        is_massive[exact] = True
-        if not is_massive.any():
-            is_massive[:NUM_FIRST_TOKENS] = True
+        found = {position for position in layer.found.positions[0].tolist() if position >= 0}
+        is_massive = torch.zeros(num_tokens, dtype=torch.bool, device=layer.device)
+        is_massive[sorted(found.union(exact) or range(NUM_FIRST_TOKENS))] = True
         spread = attention_spread(layer.attention[0], is_massive, window_size)
         layers[layer.place.layer_idx] = LayerFindings(found, spread)
     tokens = {position: str(tokenizer.decode([int(token_ids[0, position])])) for position in exact}

@@ -1,11 +1,12 @@
 """How widely the attention of a layer is spread, seen in what the last queries of a text look at: pure functions."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
-from pyramid_cache.engine.profile import LayerClass
 
+LayerClass = Literal["uniform", "local", "concentrated"]
 
 # The share of attention that counts as all of it, and where the classes of layers end.
 SUPPORT_SHARE = 0.95
