@@ -285,6 +285,9 @@ def test_a_profile_sets_the_budgets(tmp_path: Path) -> None:
             assert torch.equal(*logits)
     assert loaded.massive_tokens() == cache.massive_tokens()
     assert all(torch.equal(cache.positions(layer), loaded.positions(layer)) for layer in range(4))
+    path.unlink()
+    with pytest.raises(ValueError, match="cache.safetensors holds settings with which .*profile.json"):
+        MassiveActivationCache.load(tmp_path / "cache.safetensors", model)
 
 
 def test_bad_arguments() -> None:

@@ -365,7 +365,7 @@ def build_cache(
             damaged(path, f"its setting `{name}` is {value!r}")
     try:
         cache = cache_class(config, **settings)  # type: ignore[arg-type]
-    except (ValueError, TypeError, ArithmeticError) as error:
+    except (ValueError, TypeError, ArithmeticError, OSError) as error:  # a profile may be gone
         raise ValueError(
             f"{path} holds settings with which no {cache_class.__name__} can be built: {error}"
         ) from error
