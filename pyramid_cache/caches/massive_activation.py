@@ -9,11 +9,11 @@ https://blogs.novita.ai/how-kv-sparsity-achieves-1-5x-acceleration-for-vllm and
 https://github.com/vllm-project/vllm/issues/10942). Each KV head keeps the massive tokens, the latest tokens, and those
 with most attention, weighed by the norm of their value (VATP, https://arxiv.org/abs/2406.12335).
 
-Departures from these sources: budgets are equal, or follow the attention of a profile. A token's score is its
-own attention and the average over its neighbours, so that facts stay whole.
-SmolLM2-135M-Instruct answers 0.85, 0.82 and 0.06 of eight numbers in 1,024 tokens at budgets of 0.5, 0.25 and 0.1,
-with the question in view (80 questions). SnapKVCache answers 0.38, 0.25 and 0.03. The recall model finds 0.77, 0.45
-and 0.17 of its pairs, against 0.68, 0.32 and 0.13 (docs/quality.md).
+Departures from these sources: budgets are equal, or follow the attention of a profile. A token's score is its own
+attention and the average over its neighbours, so that facts stay whole. SmolLM2-135M-Instruct answers 0.85, 0.82 and
+0.06 of eight numbers in 1,024 tokens at budgets of 0.5, 0.25 and 0.1, with the question in view (80 questions).
+SnapKVCache answers 0.38, 0.25 and 0.03. The recall model finds 0.77, 0.45 and 0.17 of its pairs, against 0.68, 0.32
+and 0.13 (docs/quality.md).
 """
 
 import os

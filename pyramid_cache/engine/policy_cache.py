@@ -284,14 +284,10 @@ class PolicyLayer(CompressedLayer):
                 tensor.scatter_(2, target, moved)
         self.length = num_left
 
-    def _renew_budget(self) -> None:
-        """Sets what each row keeps by all that it has seen."""
-        self.row_kept = [self.num_tokens_to_keep(length) for length in self.row_lengths]
-
     def compress(self) -> None:
         if not self.is_initialized or self.budget.is_unlimited:
             return
-        self._renew_budget()
+        self.row_kept = [self.num_tokens_to_keep(length) for length in self.row_lengths]
         if self.positions is None:
             if self.must_evict:
                 attention = None if self.attention is None else self.attention[..., : self.length]
