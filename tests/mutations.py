@@ -88,8 +88,6 @@ if not agrees.«all→any»():
 for index in by_remainder[: total - sum(numbers)«→ - 1»]:
 = engine/budget.py: test_pyramid | decimal
 return math.floor(«Fraction(repr(float(fraction)))→fraction» * count)
-= engine/budget.py: test_massive_activation
-max(min(in_proportion, prompt_length, rest« - assured_later→»), assured)
 = engine/budget.py: test_small_faults
 (num_layers * batch_size * bytes_per_token)« - num_spare_slots→»
 = engine/selection.py: test_batch_rows test_adakv
@@ -117,11 +115,11 @@ torch.cat([parts[row] for row in «rows→sorted(rows)»])
 = engine/prefill.py: test_pyramid | pruned
 self.columns = «gather_columns(self.columns, indices) if self.columns is not None else →»indices
 = engine/massive.py: test_massive_activation
-rotary.rotate(states, «-→»rotary.model_angles(positions, longest))
+rotary.rotate(keys, «-→»rotary.model_angles(positions[:, None], longest))
 = engine/outputs.py: test_small_faults
 value.observe_output(index, «output[0] if isinstance(output, tuple) else output→args[0]»)
-= engine/spread.py: test_massive_activation
-is_local = (positions >«=→» next_position - num_local)
+= lab/profile/spread.py: lab/test_profile
+is_local[«-num_local→1 - num_local»:] = True
 = engine/profile.py: test_small_faults
 if different«→ is None»:
 = engine/low_rank.py: test_shadow_kv | chunks svd

@@ -1,4 +1,4 @@
-"""Massive tokens, the spread of attention and MassiveActivationCache, against loops and hand-computed numbers."""
+"""Massive tokens and MassiveActivationCache, against loops and hand-computed numbers."""
 
 import json
 import math
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from massive_models import MASSIVE_TOKEN, massive_model
-from models import drive, tiny_model
+from models import drive, left_pad, tiny_model
 from reference import HeldTokens, ReferenceScore, ScoredPolicy, compare_with_policies
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -17,9 +17,8 @@ from pyramid_cache.caches.massive_activation import (
     MassiveActivationCache,
     MassiveActivationLayer,
     first_positions,
-    probed_layers,
 )
-from pyramid_cache.engine.budget import bounded_shares, fair_shares, online_budget, support_schedule
+from pyramid_cache.engine.budget import bounded_shares, fair_shares, support_schedule
 from pyramid_cache.engine.fingerprint import architecture_of
 from pyramid_cache.engine.massive import (
     massive_in_hidden_states,
@@ -27,215 +26,131 @@ from pyramid_cache.engine.massive import (
     median_magnitude,
 )
 from pyramid_cache.engine.rope import RotaryFrequencies
-from pyramid_cache.engine.spread import attention_spread, layer_class
 from pyramid_cache.lab.demo.planted_number import read_text
 from pyramid_cache.lab.profile.activations import decoder_layers, measure_text
 from pyramid_cache.lab.weights import fetch_default_model
 
 
-def positions_of(is_token: torch.Tensor) -> torch.Tensor:
-    """`(batch, 1, columns)` int32: the rank of each token in its row, -1 for padding."""
-    return (is_token.cumsum(dim=1) - 1).masked_fill(~is_token, -1).int()[:, None]
-
-
 # Detectors.
 
 
-class TestHiddenStates:
-    def test_definition(self) -> None:
-        """Row 0 has median 1: 1000 is massive, 999 is not. Row 1 has median 0.05: what exceeds 100 is massive."""
-        states = torch.ones(2, 4, 5)
-        states[1] = 0.05
-        states[0, 1, 3], states[0, 2, 0] = -1000, 999
-        states[1, 0, 2], states[1, 3, 4] = 100, -100.5
-        median = median_magnitude(states)
-        assert median.tolist() == pytest.approx([1, 0.05])
-        found = massive_in_hidden_states(states, median)
-        assert found.tolist() == [[False, True, False, False], [False, False, False, True]]
-
-    def test_padding_does_not_count(self) -> None:
-        """In short texts, and in long ones, of which a part is looked at: magnitudes rise from 0 to 1."""
-        states = torch.full((1, 7, 3), 1e6)
-        states[0, 4:] = torch.tensor([[1.0, 1, 1], [2, 2, 2], [3000, 3, 3]])
-        is_token = torch.tensor([[False] * 4 + [True] * 3])
-        median = median_magnitude(states, is_token)
-        assert median.item() == 2
-        assert massive_in_hidden_states(states, median, is_token).nonzero().tolist() == [[0, 6]]
-        states = torch.linspace(0, 1, 5000)[None, :, None].expand(2, -1, 4)
-        is_token = torch.ones(2, 5000, dtype=torch.bool)
-        is_token[1, :2000] = False
-        assert median_magnitude(states).tolist() == pytest.approx([0.5, 0.5], abs=1e-3)
-        assert median_magnitude(states, is_token).tolist() == pytest.approx([0.5, 0.7], abs=1e-3)
+def test_massive_in_hidden_states() -> None:
+    """Row 0 has median 1: 1000 is massive, 999 is not. Row 1 has median 0.05: what exceeds 100 is massive."""
+    states = torch.ones(2, 9, 5)
+    states[1] = 0.05
+    states[0, 6, 3], states[0, 7, 0] = -1000, 999
+    states[1, 5, 2], states[1, 8, 4] = 100, -100.5
+    states[:, :5] = 1e6
+    is_token = (torch.arange(9) >= 5).expand(2, -1)
+    median = median_magnitude(states, is_token)
+    assert median.tolist() == pytest.approx([1, 0.05])
+    assert massive_in_hidden_states(states, median, is_token).nonzero().tolist() == [[0, 6], [1, 8]]
+    # Of long texts a part is looked at, here with magnitudes from 0 to 1.
+    states = torch.linspace(0, 1, 5000)[None, :, None].expand(2, -1, 4)
+    is_token = torch.ones(2, 5000, dtype=torch.bool)
+    is_token[1, :2000] = False
+    assert median_magnitude(states, is_token).tolist() == pytest.approx([0.5, 0.7], abs=1e-3)
 
 
 def slow_massive(
-    key: torch.Tensor, value: torch.Tensor, is_token: torch.Tensor, inv_freq: torch.Tensor | None
+    key: torch.Tensor, value: torch.Tensor, is_token: torch.Tensor, inv_freq: list[float]
 ) -> list[list[tuple[int, float, float]]]:
-    """The detector on keys and values, one row and token at a time: (column, value ratio, cosine) of each row."""
+    """The detector on keys and values, one row and token at a time: (position, value ratio, cosine) of each row."""
     rows = []
     for row in range(key.shape[0]):
-        columns = [column for column in range(key.shape[2]) if is_token[row, column]]
-        ratios = dict.fromkeys(columns, 0.0)
-        for head in range(key.shape[1]):
-            norms = {column: math.sqrt(sum(x * x for x in value[row, head, column].tolist())) for column in columns}
-            median = sorted(norms.values())[(len(columns) - 1) // 2]
-            for column in columns:
-                ratios[column] += norms[column] / median / key.shape[1]
-        unturned = key[row].clone()
-        for position, column in enumerate(columns):
-            half = 0 if inv_freq is None else len(inv_freq)
-            for pair in range(half):
-                angle = -position * inv_freq[pair].item()
-                x, y = key[row, :, column, pair], key[row, :, column, pair + half]
-                unturned[:, column, pair] = x * math.cos(angle) - y * math.sin(angle)
-                unturned[:, column, pair + half] = y * math.cos(angle) + x * math.sin(angle)
-        template = min(columns, key=lambda column: ratios[column])
-        template = columns[0] if ratios[columns[0]] < 0.5 else template
-        found = []
-        for column in columns:
-            cosine = sum(
-                torch.cosine_similarity(unturned[head, column], unturned[head, template], dim=0).item()
-                for head in range(key.shape[1])
-            )
-            if ratios[column] < 0.5 and cosine / key.shape[1] > 0.9:
-                found.append((column, ratios[column], cosine / key.shape[1]))
+        keys, values = key[row, :, is_token[row]].clone(), value[row, :, is_token[row]]
+        norms = [[math.sqrt(sum(x * x for x in each)) for each in head] for head in values.tolist()]
+        medians = [sorted(of_head)[(len(of_head) - 1) // 2] for of_head in norms]
+        ratios = [
+            sum(norm / median for norm, median in zip(each, medians, strict=True)) / len(medians)
+            for each in zip(*norms, strict=True)
+        ]
+        for position in range(len(ratios)):
+            for pair, frequency in enumerate(inv_freq):
+                cosine, sine = math.cos(position * frequency), math.sin(position * frequency)
+                x, y = keys[:, position, pair].clone(), keys[:, position, pair + len(inv_freq)].clone()
+                keys[:, position, pair] = x * cosine + y * sine
+                keys[:, position, pair + len(inv_freq)] = y * cosine - x * sine
+        template = 0 if ratios[0] < 0.5 else ratios.index(min(ratios))
+        cosines = torch.cosine_similarity(keys, keys[:, template : template + 1], dim=-1).mean(dim=0).tolist()
+        found = [
+            (position, ratio, cosine)
+            for position, (ratio, cosine) in enumerate(zip(ratios, cosines, strict=True))
+            if ratio < 0.5 and cosine > 0.9
+        ]
         rows.append(sorted(found, key=lambda token: token[1])[:8])
     return rows
 
 
-class TestKeysAndValues:
-    @pytest.mark.parametrize("num_sinks, has_rope", [(0, True), (3, False), (11, True)])
-    def test_against_loops(self, num_sinks: int, has_rope: bool) -> None:
-        """
-        Planted: short values with equal keys (found) or other keys, and equal keys with long values. Where three are
-        found, one is the first of the row: it leads, though the values of the others are shorter.
-        """
-        torch.manual_seed(num_sinks)
-        batch_size, kv_heads, num_columns, head_dim = 3, 2, 47, 8
-        key, value = torch.randn(2, batch_size, kv_heads, num_columns, head_dim).unbind()
-        is_token = torch.ones(batch_size, num_columns, dtype=torch.bool)
-        is_token[1, :9] = False
-        is_token[2, :5] = is_token[2, 20:23] = False
-        positions = positions_of(is_token)
-        rotary = RotaryFrequencies(torch.tensor([1.0, 0.3, 0.01])) if has_rope else None
-        sinks = (12, 17, 24, 25, 30, 31, 33, 36, 38, 40, 46)[:num_sinks]
-        for row in range(batch_size):
-            direction = torch.randn(kv_heads, head_dim) * 3
-            first = int(is_token[row].int().argmax())
-            for rank, column in enumerate((*sinks[1:], first) if num_sinks == 3 else sinks):
-                key[row, :, column] = direction + 0.1 * torch.randn(kv_heads, head_dim)
-                value[row, :, column] *= 0.05 + 0.005 * rank
-            key[row, :, 44] = direction
-            value[row, :, 14] *= 0.2
-        # Padding looks like the perfect sink.
-        value[~is_token[:, None].expand(-1, kv_heads, -1)] = 1e-3
-        if has_rope:
-            key = rotary.rotate(key, rotary.model_angles(positions.clamp(min=0), num_columns))
-        expected = slow_massive(key, value, is_token, None if rotary is None else rotary.inv_freq)
-        if num_sinks:
-            assert [len(row) for row in expected] == [min(num_sinks, 8)] * 3
-        found, _ = massive_in_keys_and_values(key, value, positions, rotary, num_columns)
-        for row in range(batch_size):
-            columns = [column for column in found.columns[row].tolist() if column >= 0]
-            assert columns == [column for column, _, _ in expected[row]]
-            numbers = torch.stack([found.value_ratios[row], found.cosines[row]], dim=1)[: len(columns)]
-            assert numbers.flatten().tolist() == pytest.approx(
-                [x for token in expected[row] for x in token[1:]], abs=1e-5
-            )
-        assert found.mask(num_columns).sum(dim=1).tolist() == [len(row) for row in expected]
+@pytest.mark.parametrize("num_sinks, has_rope", [(0, True), (3, False), (11, True)])
+def test_massive_in_keys_and_values(num_sinks: int, has_rope: bool) -> None:
+    """
+    Planted: short values with equal keys (found) or other keys, and equal keys with long values. Where three are
+    found, one is the first of the row: it leads, though the values of the others are shorter.
+    """
+    torch.manual_seed(num_sinks)
+    batch_size, kv_heads, num_columns, head_dim = 3, 2, 47, 8
+    key, value = torch.randn(2, batch_size, kv_heads, num_columns, head_dim).unbind()
+    is_token = torch.ones(batch_size, num_columns, dtype=torch.bool)
+    is_token[1, :9] = False
+    is_token[2, :5] = is_token[2, 20:23] = False
+    positions = (is_token.cumsum(dim=1) - 1).masked_fill(~is_token, -1).int()[:, None]
+    frequencies = [1.0, 0.3, 0.01] if has_rope else []
+    rotary = RotaryFrequencies(torch.tensor(frequencies)) if has_rope else None
+    sinks = (12, 17, 24, 25, 30, 31, 33, 36, 38, 40, 46)[:num_sinks]
+    for row in range(batch_size):
+        direction = torch.randn(kv_heads, head_dim) * 3
+        first = int(is_token[row].int().argmax())
+        for rank, column in enumerate((*sinks[1:], first) if num_sinks == 3 else sinks):
+            key[row, :, column] = direction + 0.1 * torch.randn(kv_heads, head_dim)
+            value[row, :, column] *= 0.05 + 0.005 * rank
+        key[row, :, 44] = direction
+        value[row, :, 14] *= 0.2
+    # Padding looks like the perfect sink.
+    value[~is_token[:, None].expand(-1, kv_heads, -1)] = 1e-3
+    if has_rope:
+        key = rotary.rotate(key, rotary.model_angles(positions.clamp(min=0), num_columns))
+    expected = slow_massive(key, value, is_token, frequencies)
+    if num_sinks:
+        assert [len(row) for row in expected] == [min(num_sinks, 8)] * 3
+    found, _ = massive_in_keys_and_values(key, value, positions, rotary, num_columns)
+    for positions_of_row, *numbers, tokens in zip(*found, expected, strict=True):
+        assert [position for position in positions_of_row.tolist() if position >= 0] == [token[0] for token in tokens]
+        numbers = torch.stack(numbers, dim=1)[: len(tokens)]
+        assert numbers.flatten().tolist() == pytest.approx([x for token in tokens for x in token[1:]], abs=1e-5)
 
 
-# Where attention goes.
+# Budgets by a profile.
 
 
-def slow_spread(attention: list[float], massive: set[int], num_local: int) -> tuple[float, float, int]:
-    """Sink share, local share and support of one head."""
-    total = sum(attention)
-    shares = [x / total for x in attention]
-    local = set(range(len(shares) - num_local, len(shares))) - massive
-    covered, support = sum(shares[i] for i in massive | local), len(massive | local)
-    for share in sorted((shares[i] for i in range(len(shares)) if i not in massive | local), reverse=True):
-        if covered >= 0.95:
-            break
-        covered, support = covered + share, support + 1
-    return sum(shares[i] for i in massive), sum(shares[i] for i in local), support
-
-
-class TestSpread:
-    def test_against_loops(self) -> None:
-        attention = torch.rand(2, 3, 40).pow(6)
-        padded = 11
-        attention[1, :, :padded] = 0
-        is_token = torch.ones(2, 40, dtype=torch.bool)
-        is_token[1, :padded] = False
-        is_massive = torch.zeros(2, 1, 40, dtype=torch.bool)
-        is_massive[0, 0, [0, 5, 38]] = is_massive[1, 0, [11, 39]] = True
-        spread = attention_spread(attention, positions_of(is_token), is_massive, 6)
-        for row, first in enumerate((0, padded)):
-            massive = {column - first for column in is_massive[row, 0].nonzero().flatten().tolist()}
-            heads = [slow_spread(attention[row, head, first:].tolist(), massive, 6) for head in range(3)]
-            means = [sum(numbers) / 3 for numbers in zip(*heads, strict=True)]
-            found = [spread.sink_share[row], spread.local_share[row], spread.support[row]]
-            assert [number.item() for number in found] == pytest.approx(means, rel=1e-5)
-
-    def test_classes(self) -> None:
-        assert layer_class(0.51, 0.9) == "uniform"
-        assert layer_class(0.5, 0.7) == "local"
-        assert layer_class(0.5, 0.69) == layer_class(0.1, 0.0) == "concentrated"
-
-
-class TestBudgets:
-    def test_shares_are_in_proportion_within_bounds(self) -> None:
-        # 60 to share: the last is held at 30, the first at 5; 25 remain for 2 and 3, in proportion 10 and 15.
-        assert bounded_shares(60, (1, 20, 30, 90), 5, 30) == (5, 10, 15, 30)
-        assert bounded_shares(10, (1.0, 1.0, 1.0), 1, 9) == (4, 3, 3)
-
-    def test_what_is_scarce_is_shared_fairly(self) -> None:
-        # Who wants 5 and 10 gets it; 45 remain for two who want more, and the one who asked later gets the odd one.
-        assert fair_shares(60, (30, 5, 90, 10)) == (22, 5, 23, 10)
-        assert fair_shares(3, (9, 9)) == (1, 2)
-        assert fair_shares(99, (9, 0, 9)) == (9, 0, 9)
-
-    def test_shares_by_support_of_all_layers(self) -> None:
-        for total, minimum, expected in (
-            # Assured are 100, 30, 60 and 90 of 100 tokens, 280 in all. Of 240 the second gets its 30, the third its
-            # 60, and the others half of what is left each.
-            (240, 1, (75, 30, 60, 75)),
-            (240, 999, (60, 60, 60, 60)),
-            (120, 1, (30, 30, 30, 30)),
-            # Of 300 there are 20 to spare: beside 100 for the first, 200 are shared in proportion 1:2:3.
-            (300, 1, (100, 33, 67, 100)),
-            (300, 40, (100, 40, 64, 96)),
-        ):
-            assert support_schedule(100, total, (0.6, 0.1, 0.2, 0.3), minimum) == expected
-
-    def test_shares_by_support_of_layers_so_far(self) -> None:
-        for rest, num_layers, supports, minimum, expected in (
-            # Two layers alike: half of what is left each. The last one gets all that is left.
-            (190, 2, [0.3], 1, 95),
-            (40, 2, [0.3], 1, 20),
-            (40, 1, [0.3, 0.1], 1, 40),
-            (140, 1, [0.3, 0.1], 1, 100),
-            # Assured are 60, and 45 to each of two to come: of 120 an equal share of 40 is all that can be had.
-            (120, 3, [0.1, 0.2], 1, 40),
-            (160, 3, [0.1, 0.2], 1, 64),  # 160 * 0.2 / (0.2 + 2 * 0.15)
-            # A layer that needs less than an equal share leaves the rest to others, which need 0.2 on average.
-            (200, 3, [0.3, 0.1], 1, 40),  # 200 * 0.1 / 0.5
-            (120, 3, [0.3, 0.1], 1, 30),  # it is assured of three times its support
-            # The minimum is kept for the layers above, and for itself.
-            (40, 2, [0.01, 0.9], 15, 20),
-            (40, 2, [0.9, 0.01], 15, 15),
-        ):
-            assert online_budget(100, rest, num_layers, supports, minimum) == expected
-
-    def test_first_positions(self) -> None:
-        parts = [torch.tensor([[5, -1, 9]]), torch.tensor([[3, 5, 1, 0, 11, 12, 13, 14]])]
-        found = first_positions([part.int() for part in parts], torch.tensor([[1, -1]]).int())
-        assert found.tolist() == [[0, 3, 5, 9, 11, 12, 13, 14]]
-        assert first_positions([parts[0].int()]).tolist() == [[5, 9, -1, -1, -1, -1, -1, -1]]
+def test_shares() -> None:
+    # 60 to share: the last is held at 30, the first at 5; 25 remain for 2 and 3, in proportion 10 and 15.
+    assert bounded_shares(60, (1, 20, 30, 90), 5, 30) == (5, 10, 15, 30)
+    assert bounded_shares(10, (1.0, 1.0, 1.0), 1, 9) == (4, 3, 3)
+    # Who wants 5 and 10 gets it; 45 remain for two who want more, and the one who asked later gets the odd one.
+    assert fair_shares(60, (30, 5, 90, 10)) == (22, 5, 23, 10)
+    assert fair_shares(3, (9, 9)) == (1, 2)
+    assert fair_shares(99, (9, 0, 9)) == (9, 0, 9)
+    for total, minimum, expected in (
+        # Assured are 100, 30, 60 and 90 of 100 tokens, 280 in all. Of 240 the second gets its 30, the third its 60,
+        # and the others half of what is left each.
+        (240, 1, (75, 30, 60, 75)),
+        (240, 999, (60, 60, 60, 60)),
+        (120, 1, (30, 30, 30, 30)),
+        # Of 300 there are 20 to spare: beside 100 for the first, 200 are shared in proportion 1:2:3.
+        (300, 1, (100, 33, 67, 100)),
+        (300, 40, (100, 40, 64, 96)),
+    ):
+        assert support_schedule(100, total, (0.6, 0.1, 0.2, 0.3), minimum) == expected
 
 
 # The cache.
+
+
+def test_first_positions() -> None:
+    positions = torch.tensor([[5, -1, 9, 3, 1, 0, 11, 12, 13, 14]]).int()
+    assert first_positions(positions).tolist() == [[0, 1, 3, 5, 9, 11, 12, 13]]
+    assert first_positions(positions[:, :3]).tolist() == [[5, 9, -1, -1, -1, -1, -1, -1]]
 
 
 @dataclass
@@ -256,26 +171,6 @@ class MassiveScore(ReferenceScore):
         return scores
 
 
-class FollowingPolicy(ScoredPolicy):
-    """Shares the budget between layers by the support of their attention, one layer after another."""
-
-    def evict(self, position: int, held: list[list[int]], given: torch.Tensor) -> list[list[int]]:
-        window, num_layers = self.score.window_size, len(self.kept)
-        if position == self.prompt_length - 1:
-            self.supports = self.supports if self.layer else []
-            shares = given[:, position + 1 - window : position + 1, : position + 1].mean(dim=1).tolist()
-            spreads = [slow_spread(attention, self.score.massive, window) for attention in shares]
-            self.supports.append(sum(spread[2] for spread in spreads) / len(spreads) / self.prompt_length)
-            rest = sum(self.kept[self.layer :])
-            number = online_budget(self.prompt_length, rest, num_layers - self.layer, self.supports, window + 8 + 64)
-            # What is left is kept for the layers above, in whatever parts.
-            self.kept[self.layer] = number
-            self.kept[self.layer + 1 :] = [0] * (num_layers - self.layer - 1)
-            if self.layer + 1 < num_layers:
-                self.kept[self.layer + 1] = rest - number
-        return super().evict(position, held, given)
-
-
 def test_held_tokens_and_logits_are_those_of_the_reference() -> None:
     """An answer has a massive token at position 34; a padded row has none, and keeps its first tokens."""
     model = massive_model(magnitude=1e4)
@@ -292,42 +187,18 @@ def test_held_tokens_and_logits_are_those_of_the_reference() -> None:
         assert {token.position: token.reason for token in cache.massive_tokens()[0][row]} == found
 
 
-def test_budgets_of_layers_that_follow_attention_are_those_of_the_reference() -> None:
-    model = massive_model(magnitude=1e4)
-    model.model.layers[1].self_attn.q_proj.weight.data.zero_()  # looks everywhere
-    model.model.layers[2].self_attn.q_proj.weight.data.mul_(8)  # looks at few tokens
-    rows, later = [torch.randint(8, 101, (length,)) for length in (260, 143)], torch.randint(8, 101, (2, 5))
-    rows[0][[9, 20]] = MASSIVE_TOKEN
-    scores = MassiveScore({9, 20}, 6, 3), MassiveScore({0, 1, 2, 3}, 6, 3)
-    settings = {"window_size": 6, "kernel_size": 3, "eviction_interval": 3}
-    for budget, means in ((110, (110, 110)), (0.6, (156, 85))):
-        cache = MassiveActivationCache(model.config, budget=budget, follow_attention=True, **settings)
-        trace = drive(model, cache, rows, later)
-        policies = [FollowingPolicy(scores[row], len(rows[row]), [means[row]] * 4, 3, trace, row) for row in range(2)]
-        compare_with_policies(model, trace, rows, policies)
-        for policy, mean in zip(policies, means, strict=True):
-            assert 4 * mean - 4 <= sum(policy.kept) <= 4 * mean
-        assert policies[0].kept[1] > policies[0].kept[2]
-
-
 def held(cache: MassiveActivationCache, layer_idx: int, row: int = 0) -> list[set[int]]:
     """The positions that each head of a layer holds of a row."""
     return [{p for p in head.tolist() if p >= 0} for head in cache.positions(layer_idx)[row]]
 
 
-def prompts_with(places: list[set[int]], lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Left-padded random rows with the massive token at some positions of each, and their mask."""
-    width = max(lengths)
-    ids, mask = torch.zeros(len(lengths), width, dtype=torch.long), torch.zeros(len(lengths), width, dtype=torch.long)
-    for row, (places_of_row, length) in enumerate(zip(places, lengths, strict=True)):
-        tokens = torch.randint(8, 101, (length,))
-        tokens[sorted(places_of_row)] = MASSIVE_TOKEN
-        ids[row, width - length :], mask[row, width - length :] = tokens, 1
-    return ids, mask
-
-
 @torch.no_grad()
-def read(model: PreTrainedModel, cache: MassiveActivationCache, ids: torch.Tensor, mask: torch.Tensor) -> None:
+def read(model: PreTrainedModel, cache: MassiveActivationCache, *prompts: tuple[int, set[int]]) -> None:
+    """Left-padded random rows, each with its length and the positions of the massive token."""
+    rows = [torch.randint(8, 101, (length,)) for length, _ in prompts]
+    for row, (_, places) in zip(rows, prompts, strict=True):
+        row[sorted(places)] = MASSIVE_TOKEN
+    ids, mask = left_pad(rows)
     model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), past_key_values=cache)
 
 
@@ -341,30 +212,27 @@ def test_hidden_states_tell_where_keys_and_values_do_not() -> None:
     """With long values only the exact detector sees the tokens, above the probed outputs of layers 1 and 2."""
     model = massive_model(magnitude=1e4)
     lengthen_values(model)
-    ids, mask = prompts_with([{33, 40}, {21}], [70, 55])
-    cache = MassiveActivationCache(model, budget=14, window_size=4)
-    read(model, cache, ids, mask)
-    assert probed_layers(4, None) == [1, 2]
+    cache, other = (MassiveActivationCache(source, budget=14, window_size=4) for source in (model, model.config))
+    for each in (cache, other):
+        read(model, each, (70, {33, 40}), (55, {21}))
+    assert [layer.is_probed for layer in cache.layers] == [False, True, True, False]
     for layer_idx, rows in cache.massive_tokens().items():
         for row, wanted in enumerate(({33, 40}, {21})):
             exact = {token.position for token in rows[row] if token.reason == "hidden states"}
             assert exact == (wanted if layer_idx >= 2 else set())
             assert all(exact <= head for head in held(cache, layer_idx, row))
-    other = MassiveActivationCache(model.config, budget=14, window_size=4)
-    read(model, other, ids, mask)
     assert not any(token.reason == "hidden states" for rows in other.massive_tokens().values() for token in rows[0])
 
 
 def test_generated_tokens_are_looked_at() -> None:
     """The massive token is generated at position 50, and outlives 40 more in a budget of 14."""
-    ids, mask = prompts_with([{3}, {4}], [50, 50])
     for from_model in (False, True):
         model = massive_model(magnitude=1e4)
         if from_model:
             lengthen_values(model)
         source = model if from_model else model.config
         cache = MassiveActivationCache(source, budget=14, window_size=4, eviction_interval=5)
-        read(model, cache, ids, mask)
+        read(model, cache, (50, {3}), (50, {4}))
         with torch.no_grad():
             for step in range(40):
                 token = torch.full((2, 1), 9 + step % 80)
@@ -383,9 +251,8 @@ def test_generated_tokens_are_looked_at() -> None:
 def test_no_more_than_eight_and_they_win_over_recent_tokens() -> None:
     model = massive_model(magnitude=1e4)
     places = {3, 4, 10, 11, 12, 20, 21, 22, 30, 31, 32}
-    ids, mask = prompts_with([places], [60])
     cache = MassiveActivationCache(model.config, budget=8)
-    read(model, cache, ids, mask)
+    read(model, cache, (60, places))
     for layer_idx in range(4):
         told = {token.position for token in cache.massive_tokens()[layer_idx][0]}
         assert len(told) == 8
@@ -393,29 +260,19 @@ def test_no_more_than_eight_and_they_win_over_recent_tokens() -> None:
         assert held(cache, layer_idx) == [told, told]
 
 
-@torch.no_grad()
-def test_a_preset_keeps_the_lowest_layers_whole() -> None:
-    """10 of 32 layers are 1.25 of 4, one layer; 1 of 32 is none. Each other one keeps as many as the preset says."""
-    model, ids = tiny_model("llama_multi_query"), torch.randint(8, 101, (1, 1600))
-    for preset, expected in (
-        ("22-sparse-layers-1536", [1603, 1536, 1536, 1536]),
-        ("31-sparse-layers-1024", [1024] * 4),
-    ):
-        cache = MassiveActivationCache(model.config, preset=preset)
-        for tokens in (ids, ids[:, :3]):
-            model(tokens, past_key_values=cache, logits_to_keep=1)
-        cache.compress()
-        assert cache.num_kept_tokens() == expected
-
-
 def test_a_profile_sets_the_budgets(tmp_path: Path) -> None:
-    model = massive_model(magnitude=1e4)
-    record = profile_record(model.config, support=[0.6, 0.1, 0.2, 0.3])
-    path = tmp_path / "profile.json"
+    """And a loaded cache goes on as the one that was saved."""
+    model, path = massive_model(magnitude=1e4), tmp_path / "profile.json"
+    record = {
+        "format": "pyramid_cache profile",
+        "version": 1,
+        "architecture": architecture_of(model.config),
+        "massive": {"layers": [1, 3]},
+        "layers": [{"layer": index, "support": support} for index, support in enumerate((0.6, 0.1, 0.2, 0.3))],
+    }
     path.write_text(json.dumps(record))
     cache = MassiveActivationCache(model, budget=0.65, profile=path, window_size=2)
-    ids, mask = prompts_with([{7}], [300])
-    read(model, cache, ids, mask)
+    read(model, cache, (300, {7}))
     # 780 in all: three times their support for the second and the third layer, and half of what is left for the
     # others.
     assert cache.num_kept_tokens() == [255, 90, 180, 255]
@@ -428,37 +285,18 @@ def test_a_profile_sets_the_budgets(tmp_path: Path) -> None:
             assert torch.equal(*logits)
     assert loaded.massive_tokens() == cache.massive_tokens()
     assert all(torch.equal(cache.positions(layer), loaded.positions(layer)) for layer in range(4))
-
-
-def profile_record(config: object, support: list[float]) -> dict:
-    """A profile as the command writes it, as far as caches read it."""
-    shares = {"sink_share": 0.2, "local_share": 0.2}
-    layers = [
-        {"layer": index, **shares, "support": share, "kind": "uniform" if share > 0.5 else "concentrated"}
-        for index, share in enumerate(support)
-    ]
-    return {
-        "format": "pyramid_cache profile",
-        "version": 1,
-        "architecture": architecture_of(config),
-        "settings": {"num_tokens": 100},
-        "massive": {"layers": [1, 3]},
-        "layers": layers,
-    }
+    path.unlink()
+    with pytest.raises(ValueError, match="cache.safetensors holds settings with which .*profile.json"):
+        MassiveActivationCache.load(tmp_path / "cache.safetensors", model)
 
 
 def test_bad_arguments() -> None:
     for arguments, message in (
-        ({"preset": "all"}, "22-sparse-layers-1536"),
-        ({"preset": "22-sparse-layers-1536", "budget": 0.5}, "Leave out `budget`"),
         ({"kernel_size": 4}, "3 or 5"),
         ({"window_size": 0}, "window_size"),
         ({"budget": 0}, "keeps no token"),
-        ({"follow_attention": 1}, "True or False"),
         ({"profile": 3}, "must be the path"),
         ({"profile": "."}, "is a folder"),
-        ({"follow_attention": True, "preset": "22-sparse-layers-1536"}, "a profile or a preset"),
-        ({"follow_attention": True, "profile": "profile.json"}, "a profile or a preset"),
     ):
         with pytest.raises(ValueError, match=message):
             MassiveActivationCache(tiny_model("llama").config, **arguments)

@@ -78,25 +78,19 @@ def map_of(axes: Axes) -> np.ndarray:
     return np.ma.filled(axes.images[0].get_array().astype(float), np.nan)
 
 
-class TestMechanics:
-    def test_layers_of_transformers_hold_the_latest_tokens(self) -> None:
-        config = Gemma3TextConfig(
-            num_hidden_layers=2, sliding_window=4, layer_types=["sliding_attention", "full_attention"]
-        )
-        cache = DynamicCache(config=config)
-        for layer_idx in range(2):
-            cache.update(torch.zeros(1, 2, 6, 8), torch.zeros(1, 2, 6, 8), layer_idx)
-        assert kept_tokens(cache) == [3, 6]
-        assert kept_positions(cache, 6).tolist() == [[0, 0, 0, 1, 1, 1], [1, 1, 1, 1, 1, 1]]
-        # Of a row with padding, which is shorter than the window.
-        assert kept_positions(cache, 2).tolist() == [[1, 1], [1, 1]]
-        # Of a layer of this library, the head that holds most counts.
-        assert kept_tokens(hand_made_cache(HELD, 7)) == [3, 1]
-
-    def test_neighbours_are_averaged_without_what_is_missing(self) -> None:
-        values = torch.tensor([[1.0, 0.0, torch.nan, 4.0, torch.nan, torch.nan, 3.0]])
-        assert shrink(values, 1) is not None and torch.equal(shrink(values[:, :2], 1), values[:, :2])
-        assert str(shrink(values, 2).tolist()) == "[[0.5, 4.0, nan, 3.0]]"
+def test_layers_of_transformers_hold_the_latest_tokens() -> None:
+    config = Gemma3TextConfig(
+        num_hidden_layers=2, sliding_window=4, layer_types=["sliding_attention", "full_attention"]
+    )
+    cache = DynamicCache(config=config)
+    for layer_idx in range(2):
+        cache.update(torch.zeros(1, 2, 6, 8), torch.zeros(1, 2, 6, 8), layer_idx)
+    assert kept_tokens(cache) == [3, 6]
+    assert kept_positions(cache, 6).tolist() == [[0, 0, 0, 1, 1, 1], [1, 1, 1, 1, 1, 1]]
+    # Of a row with padding, which is shorter than the window.
+    assert kept_positions(cache, 2).tolist() == [[1, 1], [1, 1]]
+    # Of a layer of this library, the head that holds most counts.
+    assert kept_tokens(hand_made_cache(HELD, 7)) == [3, 1]
 
 
 class TestKeptTokens:
@@ -161,6 +155,8 @@ class TestKeptPositions:
             assert len(values) == max(cells) + 1 and {cell: pytest.approx(values[cell]) for cell in cells} == cells
             assert axes.get_xlabel() == f"position (means of {size} neighbours)"
             assert axes.images[0].get_extent()[:2] == [0, width] and axes.get_xlim() == (0, seen)
+        values = torch.tensor([[1.0, 0.0, torch.nan, 4.0, torch.nan, torch.nan, 3.0]])
+        assert str(shrink(values, 2).tolist()) == "[[0.5, 4.0, nan, 3.0]]"
 
 
 class TestBudgets:
@@ -287,53 +283,49 @@ class TestScores:
     def test_points_are_means_of_the_heads_that_hold_a_token(self) -> None:
         cache = hand_made_cache(HELD, 7, self.SCORES)
         [axes] = plot_scores(cache, 0).axes
-        [line] = axes.lines
         # Head 0 holds 0, 5 and 6 with 4, 1/4 and 1; head 1 holds 6, 2 and 0 with 3, 1/2 and 2.
-        assert list(zip(line.get_xdata(), line.get_ydata(), strict=True)) == [(0, 3), (2, 0.5), (5, 0.25), (6, 2)]
+        assert axes.lines[0].get_xydata().tolist() == [[0, 3], [2, 0.5], [5, 0.25], [6, 2]]
         segments = [segment.tolist() for segment in axes.collections[0].get_segments()]
         assert segments == [[[0, 2], [0, 4]], [[2, 0.5], [2, 0.5]], [[5, 0.25], [5, 0.25]], [[6, 1], [6, 3]]]
         assert axes.get_title() == "H2OCache: scores of layer 0, row 0"
         assert axes.get_ylabel() == "attention so far\n(sum of probabilities over queries)"
-        [axes] = plot_scores(cache, 0, row=1).axes
-        assert axes.lines[0].get_xydata().tolist() == [[0, 0.5], [4, 1], [6, 1.0625]]
-        [axes] = plot_scores(cache, 1).axes
-        assert axes.lines[0].get_xydata().tolist() == [[6, 0.5]]
         # A score of zero has its place.
-        [axes] = plot_scores(hand_made_cache([[[[0, 1]]]], 2, [[[[0.0, 0.0]]]]), 0).axes
-        assert axes.lines[0].get_xydata().tolist() == [[0, 0], [1, 0]]
-        axes.figure._repr_png_()
+        zeros = hand_made_cache([[[[0, 1]]]], 2, [[[[0.0, 0.0]]]])
+        for drawn, layer_idx, row, points in (
+            (cache, 0, 1, [[0, 0.5], [4, 1], [6, 1.0625]]),
+            (cache, 1, 0, [[6, 0.5]]),
+            (zeros, 0, 0, [[0, 0], [1, 0]]),
+        ):
+            figure = plot_scores(drawn, layer_idx, row)
+            assert figure.axes[0].lines[0].get_xydata().tolist() == points and figure._repr_png_()
 
     def test_are_sums_or_means_of_attention(self) -> None:
         rows, model = random_rows((25, 25)), build_model("llama", seed=sum(b"llama"))
         model.set_attn_implementation("eager")
         with torch.no_grad():
             attentions = model(torch.stack(rows), output_attentions=True).attentions  # (batch, heads, queries, keys)
-        for cache_class, window_size in (
-            (H2OCache, None),
-            (SnapKVCache, 4),
-            (AdaKVCache, 4),
-            (MassiveActivationCache, 4),
-            (TOVACache, 1),
+        for cache_class, window_size, settings in (
+            (H2OCache, None, {}),
+            (SnapKVCache, 4, {"window_size": 4}),
+            (AdaKVCache, 4, {"window_size": 4}),
+            (MassiveActivationCache, 4, {"window_size": 4}),
+            (TOVACache, 1, {}),
         ):
-            settings = {} if cache_class in (H2OCache, TOVACache) else {"window_size": window_size}
-            for budget in (12, 4096):
+            for budget, (layer_idx, attention) in itertools.product((12, 4096), enumerate(attentions)):
                 cache = cache_class(tiny_model("llama").config, budget=budget, **settings)
                 generate(tiny_model("llama"), cache, rows, 1)
-                for layer_idx, attention in enumerate(attentions):
-                    by_group = attention.unflatten(1, (2, 2))
-                    if window_size is None:
-                        expected = by_group.sum(dim=(2, 3))
-                    else:
-                        expected = by_group[:, :, :, -window_size:].mean(dim=(2, 3))
-                    if cache_class is TOVACache:
-                        expected = expected.mean(dim=1, keepdim=True).expand(-1, 2, -1)
-                    positions, scores = cache.positions(layer_idx), cache.layers[layer_idx].held_scores()
-                    held = positions >= 0
-                    assert scores.shape == positions.shape and held.any() and scores[~held].isnan().all()
-                    found = expected.gather(-1, positions.clamp(min=0))
-                    torch.testing.assert_close(scores[held], found[held], rtol=1e-4, atol=1e-6)
-            if window_size is not None:
-                assert str(window_size) in plot_scores(cache, 1).axes[0].get_ylabel()
+                by_group = attention.unflatten(1, (2, 2))
+                expected = by_group.sum(dim=(2, 3))
+                if window_size is not None:
+                    expected = by_group[:, :, :, -window_size:].mean(dim=(2, 3))
+                if cache_class is TOVACache:
+                    expected = expected.mean(dim=1, keepdim=True).expand(-1, 2, -1)
+                positions, scores = cache.positions(layer_idx), cache.layers[layer_idx].held_scores()
+                held = positions >= 0
+                assert scores.shape == positions.shape and held.any() and scores[~held].isnan().all()
+                found = expected.gather(-1, positions.clamp(min=0))
+                torch.testing.assert_close(scores[held], found[held], rtol=1e-4, atol=1e-6)
+            assert window_size is None or str(window_size) in plot_scores(cache, 1).axes[0].get_ylabel()
         # Tokens that are recorded, and may be taken back, have no score yet.
         cache.activate_past_recording()
         before = cache.layers[0].held_scores()
@@ -425,13 +417,8 @@ class TestRecorder:
         model = tiny_model("llama")
         cache = H2OCache(model.config, budget=12)
         recorder = ScoreRecorder(cache)
-        model.generate(
-            random_tokens(1, 30).repeat(1, 2),
-            past_key_values=cache,
-            max_new_tokens=8,
-            prompt_lookup_num_tokens=3,
-            logits_processor=[recorder],
-        )
+        settings = {"max_new_tokens": 8, "prompt_lookup_num_tokens": 3, "logits_processor": [recorder]}
+        model.generate(random_tokens(1, 30).repeat(1, 2), past_key_values=cache, **settings)
         assert len(recorder.num_seen) > 1 and recorder.plot()._repr_png_()
 
 
@@ -465,18 +452,11 @@ class TestRefusals:
         hybrid, held = H2OCache(build_config("gemma3"), budget=5), hand_made_cache(HELD, 7)
         recorder = ScoreRecorder(held, [1], row=2)
         for call, message in (
-            (
-                lambda: plot_budgets(*caches, labels=["one"]),
-                "`labels=['one']` must be a label for each of the 2 caches",
-            ),
+            (lambda: plot_budgets(*caches, labels=["1"]), "`labels=['1']` must be a label for each of the 2 caches"),
             (lambda: plot_budgets(*caches, labels="ab"), "`labels='ab'` must be"),
             (lambda: plot_budgets(*caches, prompt_length=0), "`prompt_length=0` must be a positive number of tokens"),
             (lambda: plot_budgets(*caches, prompt_length=True), "`prompt_length=True` must be"),
-            (lambda: plot_budgets(*caches, prompt_length=9.0), "`prompt_length=9.0` must be"),
-            (
-                lambda: plot_budgets(*caches, prompt_length=9),
-                "How many tokens the 24,576 bytes of the H2OCache come to",
-            ),
+            (lambda: plot_budgets(*caches, prompt_length=9), "How many tokens the 24,576 bytes of the H2OCache come"),
             (lambda: plot_budgets(*caches), "The H2OCache holds nothing yet: run the model with it first"),
             (lambda: plot_budgets(), "give one cache at least"),
             (lambda: ScoreRecorder(held, []), "`layer_indices=[]` must be a list"),

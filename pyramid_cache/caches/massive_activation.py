@@ -1,5 +1,5 @@
 """
-Tokens with massive activations always stay. The spread of attention can decide how many tokens each layer keeps.
+Tokens with massive activations always stay. A profile of the model can decide how many tokens each layer keeps.
 
 A few tokens with massive activations (Sun et al., 2024, https://arxiv.org/abs/2402.17762) carry no content, and yet a
 model without them fails: they take the attention that has nowhere else to go. `pyramid_cache.engine.massive` finds
@@ -9,12 +9,11 @@ https://blogs.novita.ai/how-kv-sparsity-achieves-1-5x-acceleration-for-vllm and
 https://github.com/vllm-project/vllm/issues/10942). Each KV head keeps the massive tokens, the latest tokens, and those
 with most attention, weighed by the norm of their value (VATP, https://arxiv.org/abs/2406.12335).
 
-Departures from these sources: budgets are equal, or follow the attention of the prompt or of a profile. Only `preset`
-splits layers into dense and sparse ones; docs/massive-activations.md says what each loses. Sparse layers keep their
-massive tokens within their window. A token's score is its own attention and the average over its neighbours, so that
-facts stay whole. SmolLM2-135M-Instruct answers 0.85, 0.82 and 0.06 of eight numbers in 1,024 tokens at budgets of 0.5,
-0.25 and 0.1, with the question in view (80 questions). SnapKVCache answers 0.38, 0.25 and 0.03. The recall model finds
-0.77, 0.45 and 0.17 of its pairs, against 0.68, 0.32 and 0.13 (docs/quality.md).
+Departures from these sources: budgets are equal, or follow the attention of a profile. A token's score is its own
+attention and the average over its neighbours, so that facts stay whole. SmolLM2-135M-Instruct answers 0.85, 0.82 and
+0.06 of eight numbers in 1,024 tokens at budgets of 0.5, 0.25 and 0.1, with the question in view (80 questions).
+SnapKVCache answers 0.38, 0.25 and 0.03. The recall model finds 0.77, 0.45 and 0.17 of its pairs, against 0.68, 0.32
+and 0.13 (docs/quality.md).
 """
 
 import os
@@ -26,19 +25,13 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from pyramid_cache.engine.attention import AttentionCall
-from pyramid_cache.engine.budget import (
-    MAX_TOKENS,
-    Budget,
-    online_budget,
-    read_count,
-    read_kernel_size,
-    support_schedule,
-)
+from pyramid_cache.engine.budget import MAX_TOKENS, read_count, read_kernel_size, support_schedule
 from pyramid_cache.engine.cache import check_decoder_config, config_and_model
 from pyramid_cache.engine.massive import (
     MAX_MASSIVE_TOKENS,
     NUM_FIRST_TOKENS,
     MassiveTemplate,
+    MassiveTokens,
     massive_in_hidden_states,
     massive_in_keys_and_values,
     median_magnitude,
@@ -49,35 +42,11 @@ from pyramid_cache.engine.policy_cache import DEFAULT_EVICTION_INTERVAL, PolicyC
 from pyramid_cache.engine.profile import Profile, read_profile
 from pyramid_cache.engine.rope import SharedFrequencies, refuse_unsupported_rope
 from pyramid_cache.engine.selection import gather_tokens
-from pyramid_cache.engine.spread import attention_spread
 from pyramid_cache.engine.tokens import Tokens
 
 
-DEFAULT_BUDGET = 0.2
-# The published settings: of 32 layers, how many at the bottom keep everything, and the tokens that each of the others
-# keeps.
-PRESET_DEPTH = 32
-PRESETS = {
-    f"{PRESET_DEPTH - num_dense}-sparse-layers-{window}": (num_dense, window)
-    for num_dense in (10, 6, 1)
-    for window in (1536, 1280, 1024)
-}
 # What a layer gets beside its window and its massive tokens, if the budget has as much.
 LEAST_OTHERS = 64
-
-# The tensors of a layer beside those of `PolicyLayer`; see there.
-MASSIVE_TENSORS = (
-    "found_positions",
-    "found_ratios",
-    "found_cosines",
-    "template_key",
-    "template_norm",
-    "exact_positions",
-    "exact_median",
-    "known_positions",
-    "stand_ins",
-    "are_inherited",
-)
 
 
 @dataclass(frozen=True)
@@ -88,8 +57,7 @@ class MassiveToken:
     Attributes:
         position (`int`): Its rank among the tokens of its row.
         reason (`str`): "keys and values" if it looks massive to this layer, "hidden states" if it is by definition at
-            the output of a layer below, "layer below" if it looked massive there and nothing does here, or "first
-            tokens" where nothing was found.
+            the output of a layer below, or "first tokens" where nothing looks massive to this layer.
         value_ratio (`float`, *optional*): Its value norm over the median, where keys and values told it.
         cosine (`float`, *optional*): Of its un-rotated key and the template, where keys and values told it.
     """
@@ -108,23 +76,10 @@ class MassiveActivationPolicy(Policy):
     """
 
     profile: str | None = None
-    preset: str | None = None
-    follow_attention: bool = False
     window_size: int = 64
     kernel_size: int = 13
 
     def __post_init__(self) -> None:
-        if self.preset is not None and (not isinstance(self.preset, str) or self.preset not in PRESETS):
-            raise ValueError(
-                f"`preset={self.preset!r}` is unknown. Choose one of {sorted(PRESETS)}, or give a `budget`."
-            )
-        if not isinstance(self.follow_attention, bool):
-            raise ValueError(f"`follow_attention={self.follow_attention!r}` must be True or False.")
-        if self.follow_attention and (self.preset is not None or self.profile is not None):
-            raise ValueError(
-                "`follow_attention=True` shares the budget by the attention of each prompt, but a profile or a "
-                "preset says what each layer keeps. Leave out one of them."
-            )
         object.__setattr__(self, "window_size", read_count("window_size", self.window_size, least=1))
         object.__setattr__(self, "kernel_size", read_kernel_size(self.kernel_size))
 
@@ -139,138 +94,58 @@ class MassiveActivationPolicy(Policy):
         return (attention * norms).masked_fill(is_recent, highest)
 
 
-# How many tokens each layer keeps.
-
-
-@dataclass(frozen=True)
-class LayerBudgets:
-    """
-    How many tokens the layers of a cache keep: all the same, by a preset, by a profile, or by the attention of each
-    prompt.
-
-    Attributes:
-        preset (`str`, *optional*): A name in `PRESETS`.
-        profile (`Profile`, *optional*): Of the model.
-        by_attention (`bool`): Of each prompt.
-    """
-
-    preset: str | None
-    profile: Profile | None
-    by_attention: bool
-
-    def follow_attention(self, prompt_length: int, budget: Budget) -> bool:
-        """Whether the attention of the prompt decides, instead of its length alone."""
-        return self.by_attention and budget.num_tokens(prompt_length) < prompt_length
-
-    def num_tokens(self, depth: int, num_layers: int, prompt_length: int, budget: Budget, minimum: int) -> int:
-        """What the layer at that depth keeps; of budgets that follow attention the mean."""
-        if self.preset is not None:
-            num_dense, window = PRESETS[self.preset]
-            return MAX_TOKENS if depth < round(num_dense * num_layers / PRESET_DEPTH) else window
-        mean = budget.num_tokens(prompt_length)
-        if mean >= prompt_length or self.profile is None:  # a short prompt may grow up to the budget
-            return mean
-        supports = tuple(layer.support for layer in self.profile.layers)
-        return support_schedule(prompt_length, mean * num_layers, supports, minimum)[depth]
-
-
 class MassiveActivationLayer(PolicyLayer):
-    """
-    One layer of `MassiveActivationCache`. Positions in these tensors are -1 for none:
+    """One layer of `MassiveActivationCache`."""
 
-    - `found_positions` `(batch, 8)` int32 with `found_ratios` and `found_cosines` float32: what looks massive to this
-      layer; `template_key` `(batch, kv_heads, head_dim)` and `template_norm` `(batch, kv_heads)` float32, what it is
-      compared with;
-    - `exact_positions` `(batch, 8)` int32 and `exact_median` `(batch,)`: what is massive in the output of this layer;
-    - `known_positions` `(batch, 8)` int32: what is massive in the outputs of layers below;
-    - `stand_ins` `(batch, 8)` int32 and `are_inherited` `(batch,)` int32: what stands in where this layer found
-      nothing, and 1 if that is from the layer below.
-    """
-
-    row_counts = (*PolicyLayer.row_counts, "row_looked", "row_is_divided")
+    row_tensors = (
+        *PolicyLayer.row_tensors,
+        "found_positions",
+        "found_ratios",
+        "found_cosines",
+        "template_key",
+        "template_norm",
+        "exact_positions",
+        "exact_median",
+    )
+    row_counts = (*PolicyLayer.row_counts, "row_looked")
+    # What looks massive to this layer: `(batch, 8)`, see `MassiveTokens`. What later tokens are compared with:
+    # `(batch, kv_heads, head_dim)` and `(batch, kv_heads)`, see `MassiveTemplate`.
     found_positions: torch.Tensor | None
     found_ratios: torch.Tensor | None
     found_cosines: torch.Tensor | None
     template_key: torch.Tensor | None
     template_norm: torch.Tensor | None
+    # What is massive in the output of this layer, `(batch, 8)` int32, -1 for none; the median of a prompt, `(batch,)`.
     exact_positions: torch.Tensor | None
     exact_median: torch.Tensor | None
-    known_positions: torch.Tensor | None
-    stand_ins: torch.Tensor | None
-    are_inherited: torch.Tensor | None
 
-    # Set by the cache: the layers below this one, from the first on, how all of them share the budget, and whether the
-    # output of this layer is looked at.
+    # Set by the cache: the layers below this one, from the first on, the profile by which all of them share the
+    # budget, and whether the output of this layer is looked at.
     below: tuple["MassiveActivationLayer", ...] = ()
-    budgets = LayerBudgets(None, None, False)
+    profile: Profile | None = None
     is_probed = False
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.row_tensors = (*self.row_tensors, *MASSIVE_TENSORS)
 
     def _clear(self) -> None:
         super()._clear()
-        for name in MASSIVE_TENSORS:
-            setattr(self, name, None)
-        # Per row: tokens that have been looked at; whether attention has decided what the row keeps (1 or 0), and the
-        # share of the tokens that the last queries of a prompt needed.
-        self.row_looked: list[int] = []
-        self.row_is_divided: list[int] = []
-        self.row_support: list[float] = []
+        self.row_looked: list[int] = []  # tokens that have been looked at
         self._new_positions: torch.Tensor | None = None
 
-    # How many tokens stay.
-
-    @property
-    def minimum(self) -> int:
-        """What a layer keeps at least, if the budget has as much."""
-        return self.policy.window_size + MAX_MASSIVE_TOKENS + LEAST_OTHERS
-
     def num_tokens_to_keep(self, row_length: int) -> int:
-        place = self.place
-        kept = self.budgets.num_tokens(place.depth, place.num_layers, row_length, self.token_budget, self.minimum)
-        return max(kept, 1)
+        mean = self.token_budget.num_tokens(row_length)
+        if mean >= row_length or self.profile is None:  # a short prompt may grow up to the budget
+            return mean
+        supports = self.profile.supports
+        minimum = self.policy.window_size + MAX_MASSIVE_TOKENS + LEAST_OTHERS
+        return support_schedule(row_length, mean * len(supports), supports, minimum)[self.place.depth]
+
+    # Which tokens never go.
 
     def _attend_and_observe(
         self, call: AttentionCall, tokens: Tokens
     ) -> tuple[tuple[torch.Tensor, torch.Tensor | None], torch.Tensor | None]:
         output, attention = super()._attend_and_observe(call, tokens)
         self._look(call.key, call.value, tokens.positions)
-        self._divide_budget(attention, tokens.positions)
         return output, attention
-
-    def _divide_budget(self, attention: torch.Tensor, positions: torch.Tensor) -> None:
-        """Sets `row_kept` of the rows for which the attention of the prompt decides it."""
-        rows = [
-            row
-            for row, length in enumerate(self.row_lengths)
-            if self.budgets.follow_attention(length, self.token_budget)
-        ]
-        self.row_support = [0.0] * self.batch_size
-        self.row_is_divided = [int(row in rows) for row in range(self.batch_size)]
-        if not rows:
-            return
-        spread = attention_spread(attention, positions, self._is_massive(positions), self.policy.window_size)
-        supports = spread.support.tolist()
-        for row in rows:
-            length = self.row_lengths[row]
-            total = self.place.num_layers * self.token_budget.num_tokens(length)
-            self.row_support[row] = supports[row] / length
-            self.row_kept[row] = online_budget(
-                length,
-                total - sum(layer.row_kept[row] for layer in self.below),
-                self.place.num_layers - self.place.depth,
-                [layer.row_support[row] for layer in (*self.below, self)],
-                self.minimum,
-            )
-
-    def _renew_budget(self) -> None:
-        """Where the attention of the prompt has divided the budget, it stays divided like that."""
-        rows = zip(self.row_is_divided or [0] * self.batch_size, self.row_kept, self.row_lengths, strict=True)
-        self.row_kept = [kept if divided else self.num_tokens_to_keep(length) for divided, kept, length in rows]
-
-    # Which tokens never go.
 
     def _priority(
         self, key: torch.Tensor, value: torch.Tensor, attention: torch.Tensor | None, positions: torch.Tensor
@@ -281,10 +156,16 @@ class MassiveActivationLayer(PolicyLayer):
 
     def _is_massive(self, positions: torch.Tensor) -> torch.Tensor:
         """`(batch, kv_heads or 1, tokens)` bool: the tokens that never go, given their positions."""
-        is_massive = torch.zeros_like(positions, dtype=torch.bool)
-        for position in torch.cat([self.found_positions, self.known_positions, self.stand_ins], dim=1).unbind(dim=1):
+        finds_nothing = self.found_positions[:, :1, None] < 0
+        is_massive = finds_nothing & (positions < NUM_FIRST_TOKENS)
+        for position in torch.cat([self.found_positions, self._known_positions()], dim=1).unbind(dim=1):
             is_massive |= positions == position[:, None, None]
         return is_massive & (positions >= 0)
+
+    def _known_positions(self) -> torch.Tensor:
+        """`(batch, any)` int32: what is massive in the outputs of layers below, -1 for none."""
+        exact = [layer.exact_positions.to(self.device) for layer in self.below if layer.exact_positions is not None]
+        return torch.cat([self.found_positions[:, :0], *exact], dim=1)
 
     @torch.no_grad()
     def _look(self, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor) -> None:
@@ -303,51 +184,12 @@ class MassiveActivationLayer(PolicyLayer):
         with torch.autocast(self.device.type, enabled=False):
             rotary = self.rotary_of(module)
             found, template = massive_in_keys_and_values(key, value, positions, rotary, longest, template)
-        self.template_key, self.template_norm = template.key, template.value_norm
-        self._add(found.columns, found.value_ratios, found.cosines, positions[:, 0])
-        self.row_looked = list(self.row_lengths)
-        self._hear_of_others()
-
-    def _add(
-        self, columns: torch.Tensor, ratios: torch.Tensor, cosines: torch.Tensor, positions: torch.Tensor
-    ) -> None:
-        """
-        Adds what was found to what had been, those with the shortest values first, and drops what is beyond the cap.
-        """
-        found = positions.gather(1, columns.clamp(min=0)).masked_fill(columns < 0, -1)
-        ratios, cosines = ratios.masked_fill(columns < 0, 0), cosines.masked_fill(columns < 0, 0)
-        parts = [(found, ratios, cosines)]
+        earlier = MassiveTokens.none(self.batch_size, self.device)
         if self.found_positions is not None:
-            parts.insert(0, (self.found_positions, self.found_ratios, self.found_cosines))
-        found, ratios, cosines = (torch.cat(tensors, dim=1) for tensors in zip(*parts, strict=True))
-        missing = max(MAX_MASSIVE_TOKENS - found.shape[1], 0)
-        found = torch.nn.functional.pad(found, (0, missing), value=-1)
-        ratios, cosines = (torch.nn.functional.pad(tensor, (0, missing)) for tensor in (ratios, cosines))
-        order = ratios.masked_fill(found < 0, float("inf")).argsort(dim=1, stable=True)[:, :MAX_MASSIVE_TOKENS]
-        self.found_positions, self.found_ratios, self.found_cosines = (
-            tensor.gather(1, order) for tensor in (found, ratios, cosines)
-        )
-
-    def _hear_of_others(self) -> None:
-        """
-        Takes over what is massive in the outputs of layers below, and what stands in where this layer found nothing.
-        """
-        exact = [layer.exact_positions.to(self.device) for layer in self.below if layer.exact_positions is not None]
-        self.known_positions = first_positions(exact, self.found_positions)
-        slots = torch.arange(MAX_MASSIVE_TOKENS, dtype=torch.int32, device=self.device)
-        first = slots.masked_fill(slots >= NUM_FIRST_TOKENS, -1).expand_as(self.found_positions)
-        inherited = torch.full_like(self.found_positions, -1)
-        if self.below:
-            last = self.below[-1]
-            found, stand_ins, are_inherited = (
-                tensor.to(self.device) for tensor in (last.found_positions, last.stand_ins, last.are_inherited)
-            )
-            inherited = torch.where(are_inherited[:, None] == 1, stand_ins, found)
-        finds_nothing = self.found_positions[:, 0] < 0
-        has_heard = finds_nothing & (inherited >= 0).any(dim=1)
-        self.are_inherited = has_heard.int()
-        stand_ins = torch.where(has_heard[:, None], inherited, first)
-        self.stand_ins = stand_ins.masked_fill(~finds_nothing[:, None], -1)
+            earlier = MassiveTokens(self.found_positions, self.found_ratios, self.found_cosines)
+        self.found_positions, self.found_ratios, self.found_cosines = earlier.and_later(found)
+        self.template_key, self.template_norm = template
+        self.row_looked = list(self.row_lengths)
 
     # Hidden states.
 
@@ -376,58 +218,50 @@ class MassiveActivationLayer(PolicyLayer):
             median = median_magnitude(hidden_states, is_token)
             self.exact_median = torch.where(self.exact_median.isnan(), median, self.exact_median)
         is_massive = massive_in_hidden_states(hidden_states, self.exact_median, is_token)
-        parts = [positions.masked_fill(~is_massive, -1)]
-        parts += [] if self.exact_positions is None else [self.exact_positions]
-        self.exact_positions = first_positions(parts)
+        positions = positions.masked_fill(~is_massive, -1)
+        if self.exact_positions is not None:
+            positions = torch.cat([self.exact_positions, positions], dim=1)
+        self.exact_positions = first_positions(positions)
 
     # What users ask, and files.
 
     def massive_tokens(self) -> list[list[MassiveToken]]:
         """The tokens of each row that never go."""
-        tensors = (self.found_positions, self.found_ratios, self.found_cosines, self.known_positions, self.stand_ins)
         if self.found_positions is None:
-            return [[] for _ in range(len(self.row_lengths))]
+            return [[] for _ in self.row_lengths]
+        tensors = (self.found_positions, self.found_ratios, self.found_cosines, self._known_positions())
         rows = []
-        for found, ratios, cosines, known, stand_ins, length, inherited in zip(
-            *(tensor.tolist() for tensor in tensors), self.row_lengths, self.are_inherited.tolist(), strict=True
-        ):
-            reason = "layer below" if inherited else "first tokens"
+        for length, *row in zip(self.row_lengths, *(tensor.tolist() for tensor in tensors), strict=True):
+            found, ratios, cosines, known = row
             tokens = [
                 MassiveToken(position, "keys and values", ratio, cosine)
                 for position, ratio, cosine in zip(found, ratios, cosines, strict=True)
             ]
-            tokens += [MassiveToken(position, "hidden states") for position in known]
-            tokens += [MassiveToken(position, reason) for position in stand_ins if position not in known]
+            tokens += [MassiveToken(position, "hidden states") for position in sorted(set(known) - set(found))]
+            first = range(NUM_FIRST_TOKENS if found[0] < 0 else 0)
+            tokens += [MassiveToken(position, "first tokens") for position in first if position not in known]
             rows.append([token for token in tokens if 0 <= token.position < length])
         return rows
 
     def export_state(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """Looks first: the module that tells how keys were rotated is not there when the file is read."""
         if not self.budget.is_unlimited:
-            self._look(self.keys[:, :, : self.length], self.values[:, :, : self.length], self._held_columns())
+            positions = self.column_tokens.positions if self.positions is None else self.positions[..., : self.length]
+            self._look(self.keys[:, :, : self.length], self.values[:, :, : self.length], positions)
         return super().export_state()
-
-    def _held_columns(self) -> torch.Tensor:
-        """`(batch, kv_heads or 1, slots)`: the positions of what is held."""
-        return self.column_tokens.positions if self.positions is None else self.positions[..., : self.length]
 
 
 class MassiveActivationCache(PolicyCache):
     """
     Keeps the tokens with massive activations (https://arxiv.org/abs/2402.17762), the most recent ones, and per KV head
-    those with most attention. On request, layers whose attention is spread keep more than others.
+    those with most attention. With a profile, layers whose attention is spread keep more than others.
 
     The layers hold `budget` tokens on average and up to `eviction_interval` more each, however much is generated:
     `layers * batch * kv_heads * (budget + eviction_interval) * (2 * head_dim * itemsize + 8)` bytes. The prompt is
     read with full attention, so the first new token is exact.
 
-    All layers keep the same number by default, which lost least in measured texts. They can share the budget by a
-    profile or by the attention of each prompt. A layer's support is the number of tokens that hold 0.95 of its last
-    queries' attention. If the budget is less than three times the supports, layers share it equally, but none gets
-    more than three times its support. A larger budget's rest is shared in proportion. A layer whose support is a third
-    of the prompt or more keeps all of it. A profile knows all layers beforehand. A prompt's attention is followed from
-    the first layer to the last, as if the layers above needed what those so far did on average. The budget is never
-    exceeded.
+    All layers keep the same number by default, which lost least in measured texts. docs/massive-activations.md says
+    how they share the budget by a profile.
 
     Keys and values tell massive tokens, in the prompt and among generated tokens. With a model instead of its config,
     hidden states tell them too: at the outputs of layer 2 and of the layers at a quarter and half of the depth. With a
@@ -436,14 +270,10 @@ class MassiveActivationCache(PolicyCache):
     Args:
         config (`PreTrainedConfig` or `PreTrainedModel`): The config of the model, or the model itself. With the model,
             hidden states of two or three layers are read, which takes more time.
-        budget (`float`, `int` or `str`, *optional*): What layers keep on average: a fraction of the prompt, a number
-            of tokens, or bytes for all layers that evict ("256MiB"). In later turns, a fraction is of all tokens seen.
-            1.0 never evicts. 0.2 by default.
+        budget (`float`, `int` or `str`, defaults to 0.2): What layers keep on average: a fraction of the prompt, a
+            number of tokens, or bytes for all layers that evict ("256MiB"). In later turns, a fraction is of all
+            tokens seen. 1.0 never evicts.
         profile (`str`, *optional*): A file of `pyramid-cache profile`, by which layers share the budget.
-        preset (`str`, *optional*): A published setting instead of a budget, such as "22-sparse-layers-1536": of 32
-            layers, the lowest 10 keep everything, and the others 1,536 tokens each. Models of another depth have as
-            large a share of such layers.
-        follow_attention (`bool`, defaults to False): Whether layers share the budget by the attention of each prompt.
         window_size (`int`, defaults to 64): How many of the last queries choose. As many of the last tokens always
             stay, but no more than half of what a layer keeps. Each generated token takes over `1 / window_size` of
             that attention.
@@ -465,9 +295,7 @@ class MassiveActivationCache(PolicyCache):
     >>> from pyramid_cache import MassiveActivationCache
     >>> import torch
 
-    >>> config = LlamaConfig(
-    ...     hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=99
-    ... )
+    >>> config = LlamaConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=99)
     >>> model = LlamaForCausalLM(config)
     >>> cache = MassiveActivationCache(model.config, budget=16, window_size=8)
     >>> tokens = model.generate(torch.arange(40)[None], past_key_values=cache, max_new_tokens=8, eos_token_id=None)
@@ -485,11 +313,9 @@ class MassiveActivationCache(PolicyCache):
     def __init__(
         self,
         config: PreTrainedConfig | PreTrainedModel,
-        budget: float | int | str | None = None,
+        budget: float | int | str = 0.2,
         *,
         profile: str | os.PathLike[str] | None = None,
-        preset: str | None = None,
-        follow_attention: bool = False,
         window_size: int = 64,
         kernel_size: int = 13,
         eviction_interval: int = DEFAULT_EVICTION_INTERVAL,
@@ -500,41 +326,21 @@ class MassiveActivationCache(PolicyCache):
         if profile is not None and not isinstance(profile, (str, os.PathLike)):
             raise ValueError(f"`profile={profile!r}` must be the path of a file that `pyramid-cache profile` wrote.")
         path = None if profile is None else os.fspath(profile)
-        policy = MassiveActivationPolicy(path, preset, follow_attention, window_size, kernel_size)
-        if preset is not None:
-            window = PRESETS[preset][1]
-            if profile is not None or budget not in (None, window):
-                raise ValueError(
-                    f"`preset={preset!r}` says what each layer keeps. Leave out `budget` and `profile`, or `preset`."
-                )
-            budget = window
-        super().__init__(
-            config, DEFAULT_BUDGET if budget is None else budget, policy, eviction_interval=eviction_interval
-        )
+        policy = MassiveActivationPolicy(path, window_size, kernel_size)
+        super().__init__(config, budget, policy, eviction_interval=eviction_interval)
+        layers, self.output_probes = self.compressed_layers, None
+        indices = [layer.place.layer_idx for layer in layers]
+        read = None if path is None else read_profile(path, config, indices)
         if model is not None:
             self.frequencies = SharedFrequencies(config, weakref.ref(model))
-        layers = self.compressed_layers
-        read = None if path is None else read_profile(path, config)
-        if read is not None and [layer.layer_idx for layer in read.layers] != [
-            layer.place.layer_idx for layer in layers
-        ]:
-            raise ValueError(
-                f"{path} is of the layers {[layer.layer_idx for layer in read.layers]}, but those that evict are "
-                f"{[layer.place.layer_idx for layer in layers]}. Make it again with `pyramid-cache profile`."
-            )
-        budgets = LayerBudgets(preset, read, follow_attention)
-        for depth, layer in enumerate(layers):
-            layer.below, layer.budgets, layer.frequencies = tuple(layers[:depth]), budgets, self.frequencies
-        self.output_probes = None
-        if model is not None:
-            indices = [layer.place.layer_idx for layer in layers[:-1]]  # nothing is above the last one
-            probed = {
-                next((index for index in indices if index >= wanted), None)
-                for wanted in probed_layers(len(self.layers), read)
-            }
-            self.output_probes = OutputProbes(model, sorted(probed - {None}))
-            for index in probed - {None}:
+            wanted = probed_layers(len(self.layers), read)
+            # The next layers that evict; nothing is above the last one.
+            probed = sorted({above[0] for least in wanted if (above := [i for i in indices[:-1] if i >= least])})
+            self.output_probes = OutputProbes(model, probed)
+            for index in probed:
                 self.layers[index].is_probed = True
+        for depth, layer in enumerate(layers):
+            layer.below, layer.profile, layer.frequencies = tuple(layers[:depth]), read, self.frequencies
 
     def observe_output(self, layer_idx: int, hidden_states: torch.Tensor) -> None:
         """Shows a layer its decoder layer's output; called by the hook of `OutputProbes`."""
@@ -545,9 +351,7 @@ class MassiveActivationCache(PolicyCache):
         The tokens that never go, and why.
 
         Returns:
-            `dict[int, list[list[MassiveToken]]]`: By the index of each layer that evicts, for each row: what looks
-            massive to the layer, those with the shortest values first, then what is massive in hidden states below, or
-            what stands in.
+            `dict[int, list[list[MassiveToken]]]`: By the index of each layer that evicts, for each row.
         """
         return {layer.place.layer_idx: layer.massive_tokens() for layer in self.compressed_layers}
 
@@ -557,29 +361,19 @@ def probed_layers(num_layers: int, profile: Profile | None) -> list[int]:
     The decoder layers whose outputs are looked at. Massive activations appear in layer 1 or 2 of Llama and Mistral and
     in layer 11 of SmolLM2's 30, and stay until the last layers.
     """
-    if profile is not None and profile.massive_layers is not None:
-        return [profile.massive_layers[0]]
+    if profile is not None and profile.first_massive_layer is not None:
+        return [profile.first_massive_layer]
     return sorted({min(2, num_layers - 1), num_layers // 4, num_layers // 2})
 
 
-def first_positions(parts: list[torch.Tensor], known: torch.Tensor | None = None) -> torch.Tensor:
+def first_positions(positions: torch.Tensor) -> torch.Tensor:
     """
-    The 8 lowest different positions among parts `(batch, any)` int32, -1 for none, but for those in `known`
-    `(batch, any)`.
+    The 8 lowest of different positions `(batch, any)` int32, -1 for none.
 
     Returns:
         `torch.Tensor`: `(batch, 8)` int32, -1 behind the last.
     """
-    if not parts:
-        return torch.full_like(known, -1)
-    positions = torch.cat(parts, dim=1)
-    is_none = positions < 0
-    if known is not None:
-        is_none |= (positions[:, :, None] == known[:, None]).any(dim=-1)
-    positions = positions.masked_fill(is_none, MAX_TOKENS).sort(dim=1).values
-    is_repeated = torch.nn.functional.pad(positions[:, 1:] == positions[:, :-1], (1, 0))
-    positions = positions.masked_fill(is_repeated, MAX_TOKENS).sort(dim=1).values[:, :MAX_MASSIVE_TOKENS]
-    positions = torch.nn.functional.pad(
-        positions, (0, max(MAX_MASSIVE_TOKENS - positions.shape[1], 0)), value=MAX_TOKENS
-    )
+    missing = max(MAX_MASSIVE_TOKENS - positions.shape[1], 0)
+    positions = torch.nn.functional.pad(positions, (0, missing), value=-1)
+    positions = positions.masked_fill(positions < 0, MAX_TOKENS).sort(dim=1).values[:, :MAX_MASSIVE_TOKENS]
     return positions.masked_fill(positions == MAX_TOKENS, -1)

@@ -250,14 +250,6 @@ def fair_shares(total: int, wanted: Sequence[int]) -> tuple[int, ...]:
     return tuple(numbers)
 
 
-# Shares by support: what a layer's attention is spread over decides how much of the budget it gets.
-
-
-def assured_tokens(prompt_length: int, support: float, minimum: int) -> int:
-    """What a layer gets before any other gets more than that: three times its support, at least `minimum`."""
-    return min(max(round(SUPPORT_MARGIN * support * prompt_length), minimum), prompt_length)
-
-
 @functools.lru_cache(maxsize=1024)
 def support_schedule(prompt_length: int, total: int, supports: tuple[float, ...], minimum: int) -> tuple[int, ...]:
     """
@@ -273,26 +265,9 @@ def support_schedule(prompt_length: int, total: int, supports: tuple[float, ...]
         minimum (`int`): No layer keeps fewer, unless the mean is less.
     """
     minimum = min(minimum, total // len(supports))
-    assured = [assured_tokens(prompt_length, support, minimum) for support in supports]
+    # What a layer gets before any other gets more than that.
+    wanted = [round(SUPPORT_MARGIN * support * prompt_length) for support in supports]
+    assured = [min(max(number, minimum), prompt_length) for number in wanted]
     if sum(assured) >= total:
         return fair_shares(total, assured)
     return bounded_shares(total, supports, minimum, prompt_length)
-
-
-def online_budget(prompt_length: int, rest: int, num_layers_left: int, supports: Sequence[float], minimum: int) -> int:
-    """
-    `support_schedule` for one layer before those above it are known: they are taken to need what those so far do on
-    average. Whatever comes, all layers together keep no more than the budget.
-
-    Args:
-        rest (`int`): What the layers below have left of the budget.
-        num_layers_left (`int`): With this one.
-        supports (`Sequence[float]`): Of the layers so far, this one last.
-    """
-    equal_share, num_later = rest // num_layers_left, num_layers_left - 1
-    minimum = min(minimum, equal_share)
-    mean_support = sum(supports) / len(supports)
-    assured = min(assured_tokens(prompt_length, supports[-1], minimum), equal_share)
-    assured_later = num_later * assured_tokens(prompt_length, mean_support, minimum)
-    in_proportion = int(rest * supports[-1] / (supports[-1] + num_later * mean_support))
-    return max(min(in_proportion, prompt_length, rest - assured_later), assured)

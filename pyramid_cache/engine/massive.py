@@ -9,16 +9,14 @@ there when they need not look anywhere. What a model says without these tokens i
 
 Hidden states tell them by definition (`massive_in_hidden_states`). Keys and values tell them without hooks
 (`massive_in_keys_and_values`): a value much shorter than others, and a key in the direction of another such token's.
-
-Both are facts about models and no way to choose tokens, which is why they are here: the command that measures them and
-the caches that use them share this file.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from pyramid_cache.engine.rope import RotaryFrequencies
+from pyramid_cache.engine.selection import gather_tokens
 
 
 # The definition of Sun et al., Section 2, with their second number: beyond 100, and 1,000 times the median.
@@ -37,36 +35,30 @@ NUM_CANDIDATES = 64
 NUM_MEDIAN_TOKENS = 1024
 
 
-def median_magnitude(hidden_states: torch.Tensor, is_token: torch.Tensor | None = None) -> torch.Tensor:
+def median_magnitude(hidden_states: torch.Tensor, is_token: torch.Tensor) -> torch.Tensor:
     """
     The median of `|h|` over all dimensions and tokens, of long texts over 1,024 tokens that are spread evenly.
 
     Args:
         hidden_states (`torch.Tensor`): `(batch, tokens, hidden_size)`.
-        is_token (`torch.Tensor`, *optional*): `(batch, tokens)` bool, False for padding.
+        is_token (`torch.Tensor`): `(batch, tokens)` bool, False for padding.
 
     Returns:
         `torch.Tensor`: `(batch,)` float32; NaN for a row of padding.
     """
-    num_tokens = hidden_states.shape[1]
-    if num_tokens > NUM_MEDIAN_TOKENS:
+    if hidden_states.shape[1] > NUM_MEDIAN_TOKENS:
         steps = torch.arange(NUM_MEDIAN_TOKENS, device=hidden_states.device)
-        if is_token is None:
-            hidden_states = hidden_states[:, steps * num_tokens // NUM_MEDIAN_TOKENS]
-        else:
-            # Tokens first, in their order. A row that has fewer than are taken gives some of them more than once.
-            order = (~is_token).byte().argsort(dim=1, stable=True)
-            columns = order.gather(1, steps * is_token.sum(dim=1, keepdim=True) // NUM_MEDIAN_TOKENS)
-            hidden_states = hidden_states.gather(1, columns[..., None].expand(-1, -1, hidden_states.shape[2]))
-            is_token = is_token.gather(1, columns)
-    magnitudes = hidden_states.detach().abs().float()
-    if is_token is not None:
-        magnitudes = magnitudes.masked_fill(~is_token[..., None], float("nan"))
+        # Tokens first, in their order. A row that has fewer than are taken gives some of them more than once.
+        order = (~is_token).byte().argsort(dim=1, stable=True)
+        columns = order.gather(1, steps * is_token.sum(dim=1, keepdim=True) // NUM_MEDIAN_TOKENS)
+        hidden_states = hidden_states.gather(1, columns[..., None].expand(-1, -1, hidden_states.shape[2]))
+        is_token = is_token.gather(1, columns)
+    magnitudes = hidden_states.detach().abs().float().masked_fill(~is_token[..., None], float("nan"))
     return magnitudes.flatten(1).nanmedian(dim=1).values
 
 
 def massive_in_hidden_states(
-    hidden_states: torch.Tensor, median: torch.Tensor, is_token: torch.Tensor | None = None
+    hidden_states: torch.Tensor, median: torch.Tensor, is_token: torch.Tensor
 ) -> torch.Tensor:
     """
     The tokens with massive activations, by definition: some `|h| > 100` that is at least 1,000 times the median.
@@ -74,18 +66,16 @@ def massive_in_hidden_states(
     Args:
         hidden_states (`torch.Tensor`): `(batch, tokens, hidden_size)`, the output of a decoder layer.
         median (`torch.Tensor`): `(batch,)` of `median_magnitude`, of these tokens or of a prompt before them.
-        is_token (`torch.Tensor`, *optional*): `(batch, tokens)` bool, False for padding.
+        is_token (`torch.Tensor`): `(batch, tokens)` bool, False for padding.
 
     Returns:
         `torch.Tensor`: `(batch, tokens)` bool, False for padding.
     """
     largest = torch.linalg.vector_norm(hidden_states.detach(), ord=float("inf"), dim=-1, dtype=torch.float32)
-    is_massive = (largest > LEAST_MAGNITUDE) & (largest >= LEAST_RATIO * median[:, None])
-    return is_massive if is_token is None else is_massive & is_token
+    return (largest > LEAST_MAGNITUDE) & (largest >= LEAST_RATIO * median[:, None]) & is_token
 
 
-@dataclass(frozen=True)
-class MassiveTemplate:
+class MassiveTemplate(NamedTuple):
     """
     What the later tokens of a row are compared with.
 
@@ -99,26 +89,33 @@ class MassiveTemplate:
     value_norm: torch.Tensor
 
 
-@dataclass(frozen=True)
-class MassiveTokens:
+class MassiveTokens(NamedTuple):
     """
-    Tokens that were found, those with the shortest values first.
+    Tokens that were found, 8 at most, those with the shortest values first.
 
     Attributes:
-        columns (`torch.Tensor`): `(batch, found)` int64, -1 behind the last one of a row; `found` is at most 8.
-        value_ratios (`torch.Tensor`): `(batch, found)` float32, of the value norm to its median, the mean over heads.
+        positions (`torch.Tensor`): `(batch, found)` int32, -1 behind the last one of a row.
+        value_ratios (`torch.Tensor`): `(batch, found)` float32, of the value norm to its median, the mean over heads;
+            infinite behind the last.
         cosines (`torch.Tensor`): `(batch, found)` float32, of the un-rotated key and the template, the mean over
             heads.
     """
 
-    columns: torch.Tensor
+    positions: torch.Tensor
     value_ratios: torch.Tensor
     cosines: torch.Tensor
 
-    def mask(self, num_columns: int) -> torch.Tensor:
-        """`(batch, num_columns)` bool, True for the tokens that were found."""
-        is_found = torch.zeros(self.columns.shape[0], num_columns + 1, dtype=torch.bool, device=self.columns.device)
-        return is_found.scatter_(1, self.columns.remainder(num_columns + 1), True)[:, :num_columns]
+    @classmethod
+    def none(cls, batch_size: int, device: torch.device) -> "MassiveTokens":
+        """Room for 8 tokens in each row."""
+        ratios = torch.full((batch_size, MAX_MASSIVE_TOKENS), float("inf"), device=device)
+        return cls(torch.full_like(ratios, -1, dtype=torch.int32), ratios, torch.zeros_like(ratios))
+
+    def and_later(self, later: "MassiveTokens") -> "MassiveTokens":
+        """Both together, without those that are beyond the cap. Of equal values the earlier ones come first."""
+        positions, ratios, cosines = (torch.cat(parts, dim=1) for parts in zip(self, later, strict=True))
+        order = ratios.argsort(dim=1, stable=True)[:, :MAX_MASSIVE_TOKENS]
+        return MassiveTokens(positions.gather(1, order), ratios.gather(1, order), cosines.gather(1, order))
 
 
 @torch.no_grad()
@@ -147,63 +144,38 @@ def massive_in_keys_and_values(
             takes it from these tokens.
 
     Returns:
-        `tuple[MassiveTokens, MassiveTemplate]`: Their columns, and the template for later tokens.
+        `tuple[MassiveTokens, MassiveTemplate]`: The tokens, and the template for later ones.
     """
-    is_token = positions[:, 0] >= 0
+    positions = positions[:, 0]
+    is_token = positions >= 0
     norms = torch.linalg.vector_norm(value, dim=-1, dtype=torch.float32)  # (batch, kv_heads, tokens)
     if template is None:
         value_norm = norms.masked_fill(~is_token[:, None], float("nan")).nanmedian(dim=-1).values.nan_to_num(0)
-    else:
-        value_norm = template.value_norm
-    ratios = (norms / value_norm[..., None].clamp(min=torch.finfo(torch.float32).tiny)).mean(dim=1)
-    ratios = ratios.masked_fill(~is_token, float("inf"))
-    num_candidates = min(NUM_CANDIDATES, ratios.shape[1])
+        template = MassiveTemplate(norms.new_zeros(*key.shape[:2], key.shape[3]), value_norm)
+    ratios = (norms / template.value_norm[..., None].clamp(min=torch.finfo(torch.float32).tiny)).mean(dim=1)
     # Stable: of equals the first one, whatever the device.
-    ratios_in_order, columns = (part[:, :num_candidates] for part in ratios.sort(dim=1, stable=True))
-    candidates = unrotated(gather_columns(key, columns), positions[:, 0].gather(1, columns)[:, None], rotary, longest)
+    ratios, columns = ratios.masked_fill(~is_token, float("inf")).sort(dim=1, stable=True)
+    ratios, columns = ratios[:, :NUM_CANDIDATES], columns[:, :NUM_CANDIDATES]
+    positions = positions.gather(1, columns)  # (batch, candidates)
+    keys = gather_tokens(key, columns[:, None]).float()
+    if rotary is not None:
+        keys = rotary.rotate(keys, -rotary.model_angles(positions[:, None], longest))
 
-    is_short = ratios_in_order < MAX_VALUE_RATIO  # (batch, candidates)
-    is_first = (positions[:, 0].gather(1, columns) == 0) & is_short
-    chosen = is_first.int().argmax(dim=1)  # the first candidate, which has the shortest value, where none is
-    own_key = candidates.gather(2, chosen[:, None, None, None].expand(-1, candidates.shape[1], 1, candidates.shape[3]))
-    own_key = own_key[:, :, 0].masked_fill(~is_short.gather(1, chosen[:, None])[..., None], 0)
-    if template is None:
-        template_key = own_key
-    else:
-        has_key = template.key.ne(0).flatten(1).any(dim=1)
-        template_key = torch.where(has_key[:, None, None], template.key, own_key)
+    is_short = ratios < MAX_VALUE_RATIO
+    # The first candidate, which has the shortest value, where the first token of the row is none.
+    chosen = ((positions == 0) & is_short).int().argmax(dim=1)[:, None]
+    own_key = gather_tokens(keys, chosen[:, None])[:, :, 0].masked_fill(~is_short.gather(1, chosen)[..., None], 0)
+    has_key = template.key.ne(0).flatten(1).any(dim=1)
+    template = template._replace(key=torch.where(has_key[:, None, None], template.key, own_key))
 
-    cosines = torch.nn.functional.cosine_similarity(candidates, template_key[:, :, None], dim=-1).mean(dim=1)
+    cosines = torch.nn.functional.cosine_similarity(keys, template.key[:, :, None], dim=-1).mean(dim=1)
     is_massive = is_short & (cosines > LEAST_COSINE)
     # Those that were found come first and keep their order.
     order = (~is_massive).byte().argsort(dim=1, stable=True)[:, :MAX_MASSIVE_TOKENS]
-    is_massive, columns, ratios, cosines = (
-        tensor.gather(1, order) for tensor in (is_massive, columns, ratios_in_order, cosines)
+    is_none = ~is_massive.gather(1, order)
+    found = MassiveTokens(
+        positions.gather(1, order).masked_fill(is_none, -1),
+        ratios.gather(1, order).masked_fill(is_none, float("inf")),
+        cosines.gather(1, order).masked_fill(is_none, 0),
     )
-    return MassiveTokens(columns.masked_fill(~is_massive, -1), ratios, cosines), MassiveTemplate(
-        template_key, value_norm
-    )
-
-
-def unrotated(
-    states: torch.Tensor, positions: torch.Tensor, rotary: RotaryFrequencies | None, longest: int
-) -> torch.Tensor:
-    """
-    Keys as they were before the model rotated them, but for a common turn if the model does not count positions from
-    0.
-
-    Args:
-        states (`torch.Tensor`): `(batch, kv_heads, tokens, head_dim)`.
-        positions (`torch.Tensor`): `(batch, 1, tokens)`; what is turned at -1 has no meaning.
-        longest (`int`): See `RotaryFrequencies.model_angles`.
-
-    Returns:
-        `torch.Tensor`: The same shape, in float32.
-    """
-    states = states.float()
-    return states if rotary is None else rotary.rotate(states, -rotary.model_angles(positions, longest))
-
-
-def gather_columns(states: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """The columns `(batch, chosen)` of `(batch, kv_heads, tokens, head_dim)`, the same for all heads."""
-    return states.gather(2, columns[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3]))
+    return found, template

@@ -46,7 +46,7 @@ class PolicyLayer(CompressedLayer):
         self.heads_share_positions = policy.heads_share_tokens
         if policy.window_size:
             self.slot_tensors = (*CompressedLayer.slot_tensors, "attention")
-        self.row_tensors = (*CompressedLayer.row_tensors, *policy.state_names)
+        self.row_tensors = (*type(self).row_tensors, *policy.state_names)
         super().__init__(place, budget, masks)
 
     def _clear(self) -> None:
@@ -283,14 +283,10 @@ class PolicyLayer(CompressedLayer):
                 tensor.scatter_(2, target, moved)
         self.length = num_left
 
-    def _renew_budget(self) -> None:
-        """Sets how many tokens each row keeps, by the number that it has seen."""
-        self.row_kept = [self.num_tokens_to_keep(length) for length in self.row_lengths]
-
     def compress(self) -> None:
         if not self.is_initialized or self.budget.is_unlimited:
             return
-        self._renew_budget()
+        self.row_kept = [self.num_tokens_to_keep(length) for length in self.row_lengths]
         if self.positions is None:
             if self.must_evict:
                 attention = None if self.attention is None else self.attention[..., : self.length]

@@ -4,40 +4,18 @@ prints.
 """
 
 import json
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from transformers import PreTrainedConfig
 
 from pyramid_cache.engine.fingerprint import architecture_of
-from pyramid_cache.engine.spread import LayerClass
 
 
 FORMAT = "pyramid_cache profile"
 VERSION = 1
-
-
-@dataclass(frozen=True)
-class LayerProfile:
-    """
-    How widely one layer looks.
-
-    Attributes:
-        layer_idx (`int`): Its index in the model.
-        sink_share, local_share (`float`): What massive tokens and the last tokens got of the attention of the last
-            queries.
-        support (`float`): The share of all tokens that got 0.95 of it.
-        kind (`str`): "uniform", "local" or "concentrated".
-    """
-
-    layer_idx: int
-    sink_share: float
-    local_share: float
-    support: float
-    kind: LayerClass
 
 
 @dataclass(frozen=True)
@@ -46,23 +24,23 @@ class Profile:
     What a cache uses of a profile.
 
     Attributes:
-        layers (`tuple[LayerProfile, ...]`): Those with full attention, in the order of the model.
-        massive_layers (`tuple[int, int]`, *optional*): The first and the last layer whose output has massive
-            activations; None where there were none.
-        num_tokens (`int`): The length of the texts that were read.
+        supports (`tuple[float, ...]`): Of each layer with full attention, in the order of the model: the share of all
+            tokens that got 0.95 of the attention of the last queries.
+        first_massive_layer (`int`, *optional*): The first layer whose output has massive activations; None where there
+            were none.
     """
 
-    layers: tuple[LayerProfile, ...]
-    massive_layers: tuple[int, int] | None
-    num_tokens: int
+    supports: tuple[float, ...]
+    first_massive_layer: int | None
 
 
-def read_profile(path: str | os.PathLike[str], config: PreTrainedConfig) -> Profile:
+def read_profile(path: str | os.PathLike[str], config: PreTrainedConfig, layer_indices: list[int]) -> Profile:
     """
     Reads a file that `pyramid-cache profile` wrote.
 
     Args:
         config (`PreTrainedConfig`): Of the model that it is to be used with.
+        layer_indices (`list[int]`): The layers of that model that evict.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -85,7 +63,7 @@ def read_profile(path: str | os.PathLike[str], config: PreTrainedConfig) -> Prof
         )
     check_architecture(path, record.get("architecture"), architecture_of(config))
     try:
-        return as_profile(record)
+        return as_profile(record, layer_indices)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error}). Make it again with `pyramid-cache profile`.") from error
 
@@ -103,27 +81,17 @@ def check_architecture(path: str | os.PathLike[str], found: object, expected: di
         )
 
 
-def as_profile(record: dict[str, Any]) -> Profile:
+def as_profile(record: dict[str, Any], layer_indices: list[int]) -> Profile:
     """
     Raises KeyError, TypeError or ValueError for a record that cannot be.
     """
-    layers = tuple(
-        LayerProfile(layer["layer"], layer["sink_share"], layer["local_share"], layer["support"], layer["kind"])
-        for layer in record["layers"]
-    )
-    indices = [layer.layer_idx for layer in layers]
-    if not layers or any(type(index) is not int for index in indices) or indices != sorted(set(indices)):
-        raise ValueError(f"its layers are {indices}")
-    for layer in layers:
-        shares = (layer.sink_share, layer.local_share, layer.support)
-        if not all(math.isfinite(share) and 0 <= share <= 1.001 for share in shares) or layer.support == 0:
-            raise ValueError(f"the shares of layer {layer.layer_idx} are {shares}")
-        if layer.kind not in get_args(LayerClass):
-            raise ValueError(f"layer {layer.layer_idx} is {layer.kind!r}")
+    found = [layer["layer"] for layer in record["layers"]]
+    if found != layer_indices:
+        raise ValueError(f"its layers are {found}, but those that evict are {layer_indices}")
+    supports = tuple(layer["support"] for layer in record["layers"])
+    if not all(0 < support <= 1.001 for support in supports):  # NaN is none of these either
+        raise ValueError(f"the supports of its layers are {supports}")
     massive = record["massive"]["layers"]
-    num_tokens = record["settings"]["num_tokens"]
-    if type(num_tokens) is not int or num_tokens < 1:
-        raise ValueError(f"its texts have {num_tokens!r} tokens")
     if massive is not None and not 0 <= int(massive[0]) <= int(massive[1]):
         raise ValueError(f"massive activations are in layers {massive}")
-    return Profile(layers, None if massive is None else (int(massive[0]), int(massive[1])), num_tokens)
+    return Profile(supports, None if massive is None else int(massive[0]))

@@ -140,12 +140,6 @@ CACHES = {
         CacheEntry("expected-attention", "ExpectedAttentionCache", library.ExpectedAttentionCache),
         CacheEntry("rkv", "RKVCache", library.RKVCache),
         CacheEntry("massive", "MassiveActivationCache", library.MassiveActivationCache),
-        CacheEntry(
-            "massive-follow",
-            "MassiveActivationCache, follow_attention",
-            library.MassiveActivationCache,
-            {"follow_attention": True},
-        ),
         CacheEntry("pyramid-config", "PyramidCache(config)", library.PyramidCache),
         CacheEntry("pyramid", "PyramidCache(model)", library.PyramidCache, from_model=True, reading="own"),
         CacheEntry("shadow", "ShadowKVCache", library.ShadowKVCache, reads_answers_by_step=True, takes_batches=False),

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 # Okabe and Ito's colours (https://jfly.uni-koeln.de/color/): people with any colour vision can tell them apart. Their
 # yellow is left out because it is too pale for lines on white.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-LINE_STYLES = ("-", "--", "-.", ":")
-MARKERS = "osD^vPX"
 OTHER_LAYERS_COLOR = "#b5b5b5"
 # A map is over seven inches wide, of nine. It has no more columns than that has pixels at `DPI`; the columns of a
 # longer one are means of neighbours, so that none is lost.

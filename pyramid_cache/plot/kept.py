@@ -1,40 +1,26 @@
 """Figures of how many tokens layers hold, and which."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from transformers import Cache
 
 from pyramid_cache.engine.kept import budgets, kept_positions, latest_tokens, num_held_by_head
-from pyramid_cache.engine.layer import CompressedLayer
 from pyramid_cache.plot.arguments import as_row, compressed_layers, loses_tokens, require_filled, tokens_seen
-from pyramid_cache.plot.figure import (
-    COLORS,
-    LINE_STYLES,
-    MARKERS,
-    OTHER_LAYERS_COLOR,
-    draw_map,
-    new_figure,
-    position_label,
-    tidy,
-)
+from pyramid_cache.plot.figure import COLORS, OTHER_LAYERS_COLOR, draw_map, new_figure, position_label, tidy
 
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+LINE_STYLES = ("-", "--", "-.", ":")
+MARKERS = "osD^vPX"
+
 
 def plot_cache(cache: Cache, row: int = 0) -> "Figure":
     """`plot_kept_tokens` above `plot_kept_positions`; see `CompressedCache.plot`."""
-    require_filled(cache)
-    row = as_row(row, cache.batch_size)
-    figure = new_figure(6)
-    tokens, positions = figure.subplots(2, 1, height_ratios=(2, 3))
-    draw_kept_tokens(tokens, cache)
-    draw_kept_positions(positions, cache, row)
-    figure.suptitle(title_of(cache))
-    return figure
+    return draw(cache, row, 6, draw_kept_tokens, draw_kept_positions)
 
 
 def plot_kept_tokens(cache: Cache) -> "Figure":
@@ -52,12 +38,7 @@ def plot_kept_tokens(cache: Cache) -> "Figure":
         ValueError: The cache is not of this library, or is empty.
         RuntimeError: The last forward pass broke off.
     """
-    require_filled(cache)
-    figure = new_figure(3)
-    axes = figure.subplots()
-    draw_kept_tokens(axes, cache)
-    axes.set_title(title_of(cache))
-    return figure
+    return draw(cache, 0, 3, draw_kept_tokens)
 
 
 def plot_kept_positions(cache: Cache, row: int = 0) -> "Figure":
@@ -77,13 +58,7 @@ def plot_kept_positions(cache: Cache, row: int = 0) -> "Figure":
         ValueError: The cache is not of this library, is empty, or has no such row.
         RuntimeError: The last forward pass broke off.
     """
-    require_filled(cache)
-    row = as_row(row, cache.batch_size)
-    figure = new_figure(3.8)
-    axes = figure.subplots()
-    draw_kept_positions(axes, cache, row)
-    axes.set_title(title_of(cache))
-    return figure
+    return draw(cache, row, 3.8, draw_kept_positions)
 
 
 def plot_budgets(*caches: Cache, labels: Sequence[str] | None = None, prompt_length: int | None = None) -> "Figure":
@@ -109,28 +84,31 @@ def plot_budgets(*caches: Cache, labels: Sequence[str] | None = None, prompt_len
         raise ValueError("`plot_budgets()`: give one cache at least.")
     if labels is not None and (isinstance(labels, str) or len(labels) != len(caches)):
         raise ValueError(f"`labels={labels!r}` must be a label for each of the {len(caches)} caches.")
-    is_length = isinstance(prompt_length, int) and not isinstance(prompt_length, bool) and prompt_length > 0
-    if prompt_length is not None and not is_length:
+    if prompt_length is not None and (type(prompt_length) is not int or prompt_length < 1):
         raise ValueError(f"`prompt_length={prompt_length!r}` must be a positive number of tokens.")
+    lines = []
     for cache in caches:
+        layers = compressed_layers(cache)
         if prompt_length is None:
             require_filled(cache)
-        else:
-            require_budgets_in_tokens(cache)
+        elif any(layer.budget is not None and layer.token_budget is None for layer in layers):
+            raise ValueError(
+                f"How many tokens the {layers[0].budget.amount:,} bytes of the {type(cache).__name__} come to is "
+                "known once it holds some: run the model with it first."
+            )
+        lines.append(([layer.place.layer_idx for layer in layers], budgets(layers, prompt_length)))
     figure = new_figure(4)
     axes = figure.subplots()
-    for index, (cache, label) in enumerate(zip(caches, labels or distinct_labels(caches), strict=True)):
-        layers = compressed_layers(cache)
-        num_layers = len(layers)
+    for index, ((depths, kept), label) in enumerate(zip(lines, labels or distinct_labels(caches), strict=True)):
         axes.plot(
-            [layer.place.layer_idx for layer in layers],
-            budgets(layers, prompt_length),
+            depths,
+            kept,
             color=COLORS[index % len(COLORS)],
             linestyle=LINE_STYLES[index % len(LINE_STYLES)],
             marker=MARKERS[index % len(MARKERS)],
             markersize=4,
             # Lines that coincide take turns with their markers.
-            markevery=(index % num_layers, min(len(caches), num_layers)),
+            markevery=(index % len(depths), min(len(caches), len(depths))),
             label=label,
         )
     of_what = "what they have seen" if prompt_length is None else f"a prompt of {prompt_length:,} tokens"
@@ -140,59 +118,47 @@ def plot_budgets(*caches: Cache, labels: Sequence[str] | None = None, prompt_len
     return figure
 
 
-def require_budgets_in_tokens(cache: Cache) -> None:
-    """Raises ValueError for a cache with a budget in bytes that does not know yet how many tokens fit."""
-    for layer in compressed_layers(cache):
-        if layer.budget is not None and layer.token_budget is None:
-            raise ValueError(
-                f"How many tokens the {layer.budget.amount:,} bytes of the {type(cache).__name__} come to is known "
-                "once it holds some: run the model with it first."
-            )
-
-
 def distinct_labels(caches: Sequence[Any]) -> list[str]:
     """The classes of caches, with the settings in which caches of one class differ."""
     labels = []
     for cache in caches:
+        settings, label = cache.settings or {}, type(cache).__name__
         alike = [other.settings or {} for other in caches if type(other) is type(cache)]
-        differing = [
-            f"{name}={value!r}"
-            for name, value in (cache.settings or {}).items()
-            if any(other.get(name) != value for other in alike)
-        ]
-        labels.append(type(cache).__name__ + (f"({', '.join(differing)})" if differing else ""))
+        differing = [name for name, value in settings.items() if any(other.get(name) != value for other in alike)]
+        shown = ", ".join(f"{name}={settings[name]!r}" for name in differing)
+        labels.append(f"{label}({shown})" if shown else label)
     return labels
 
 
-def title_of(cache: Cache) -> str:
-    """The title of a figure of one cache."""
+def draw(cache: Cache, row: int, height: float, *parts: Callable[["Axes", Cache, int], None]) -> "Figure":
+    """A figure of one cache with a title, whose parts are drawn below each other."""
+    require_filled(cache)
+    row = as_row(row, cache.batch_size)
+    figure = new_figure(height)
+    # A map takes more room than bars.
+    axes = figure.subplots(len(parts), 1, squeeze=False, height_ratios=(2, 3)[: len(parts)])[:, 0]
+    for part_axes, draw_part in zip(axes, parts, strict=True):
+        draw_part(part_axes, cache, row)
     lost = "" if loses_tokens(cache) else ", none of them lost"
-    return f"{type(cache).__name__}: {tokens_seen(cache):,} tokens seen{lost}"
+    set_title = axes[0].set_title if len(parts) == 1 else figure.suptitle
+    set_title(f"{type(cache).__name__}: {tokens_seen(cache):,} tokens seen{lost}")
+    return figure
 
 
-def draw_kept_tokens(axes: "Axes", cache: Cache) -> None:
-    """Bars of tokens over layers."""
-    own = {layer.place.layer_idx: num_held_by_head(layer).float().cpu() for layer in compressed_layers(cache)}
-    means = {index: held.mean().item() for index, held in own.items()}
+def draw_kept_tokens(axes: "Axes", cache: Cache, row: int) -> None:
+    """Bars of tokens over layers, of all rows."""
+    held = {layer.place.layer_idx: num_held_by_head(layer).float().cpu() for layer in compressed_layers(cache)}
+    means = {index: counts.mean().item() for index, counts in held.items()}
     label = f"{'kept' if loses_tokens(cache) else 'in the buffer'}, mean over KV heads and rows"
     axes.bar(list(means), list(means.values()), color=COLORS[0], label=label)
-    ranged = [index for index, held in own.items() if held.amin() < held.amax()]
+    ranged = [index for index, counts in held.items() if counts.amin() < counts.amax()]
     if ranged:
-        below = [means[index] - own[index].amin().item() for index in ranged]
-        above = [own[index].amax().item() - means[index] for index in ranged]
-        axes.errorbar(
-            ranged,
-            [means[index] for index in ranged],
-            yerr=[below, above],
-            fmt="none",
-            ecolor="black",
-            elinewidth=1,
-            capsize=2,
-            label="range over KV heads and rows",
-        )
-    others = {
-        i: latest_tokens(layer) for i, layer in enumerate(cache.layers) if not isinstance(layer, CompressedLayer)
-    }
+        middle = [means[index] for index in ranged]
+        below = [means[index] - held[index].amin().item() for index in ranged]
+        above = [held[index].amax().item() - means[index] for index in ranged]
+        bars = axes.errorbar(ranged, middle, [below, above], fmt="none", ecolor="black", capsize=2)
+        bars.set_label("range over KV heads and rows")
+    others = {i: latest_tokens(layer) for i, layer in enumerate(cache.layers) if i not in held}
     if others:
         axes.bar(list(others), list(others.values()), color=OTHER_LAYERS_COLOR, label="layers of transformers")
     seen = tokens_seen(cache)

@@ -12,7 +12,6 @@ from pyramid_cache.plot.figure import COLORS, draw_map, new_figure, position_lab
 
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # A map of scores spans this many powers of ten below the largest score.
@@ -44,11 +43,24 @@ def plot_scores(cache: Cache, layer_idx: int, row: int = 0) -> "Figure":
     by_head = scores_by_position(layer, row)
     if by_head.isnan().all():
         raise ValueError(why_no_scores(cache, layer_idx, row))
+    scored = (~by_head.isnan()).any(dim=0).nonzero().flatten()
+    means = by_head[:, scored].nanmean(dim=0)
+    low = by_head[:, scored].nan_to_num(nan=torch.inf).amin(dim=0)
+    high = by_head[:, scored].nan_to_num(nan=-torch.inf).amax(dim=0)
+    positions = scored.tolist()
     figure = new_figure(3.5)
     axes = figure.subplots()
-    draw_scores(axes, by_head)
+    if (low < high).any():
+        axes.vlines(positions, low.tolist(), high.tolist(), color=COLORS[4], linewidth=1, label="range over KV heads")
+    axes.plot(positions, means.tolist(), ".", color=COLORS[0], markersize=3, label="mean over KV heads")
+    # Linear below the least mean, so that a score of 0 has a place on the axis.
+    axes.set_yscale("symlog", linthresh=min(means[means > 0].tolist(), default=1.0))
+    margin = max(by_head.shape[1] / 100, 1)
+    axes.set(xlabel="position", xlim=(-margin, by_head.shape[1] - 1 + margin), ylabel=label, ylim=(0, None))
+    axes.legend(frameon=False, fontsize="small", ncols=2)
+    tidy(axes)
     of_row = f", row {row}" if cache.batch_size > 1 else ""
-    axes.set(title=f"{type(cache).__name__}: scores of layer {layer_idx}{of_row}", ylabel=label)
+    axes.set_title(f"{type(cache).__name__}: scores of layer {layer_idx}{of_row}")
     return figure
 
 
@@ -81,25 +93,6 @@ def scores_by_position(layer: CompressedLayer, row: int) -> torch.Tensor:
     return result[:, :-1]
 
 
-def draw_scores(axes: "Axes", by_head: torch.Tensor) -> None:
-    """Points over positions, with lines from the lowest to the highest KV head."""
-    scored = (~by_head.isnan()).any(dim=0).nonzero().flatten()
-    means = by_head[:, scored].nanmean(dim=0)
-    low = by_head[:, scored].nan_to_num(nan=torch.inf).amin(dim=0)
-    high = by_head[:, scored].nan_to_num(nan=-torch.inf).amax(dim=0)
-    positions = scored.tolist()
-    if (low < high).any():
-        axes.vlines(positions, low.tolist(), high.tolist(), color=COLORS[4], linewidth=1, label="range over KV heads")
-    axes.plot(positions, means.tolist(), ".", color=COLORS[0], markersize=3, label="mean over KV heads")
-    least = means[means > 0].min().item() if (means > 0).any() else 1.0
-    # Linear below the least mean, so that a score of 0 has a place on the axis.
-    axes.set_yscale("symlog", linthresh=least)
-    margin = max(by_head.shape[1] / 100, 1)
-    axes.set(xlabel="position", xlim=(-margin, by_head.shape[1] - 1 + margin), ylim=(0, None))
-    axes.legend(frameon=False, fontsize="small", ncols=2)
-    tidy(axes)
-
-
 class ScoreRecorder(LogitsProcessor):
     """
     Records the scores of some layers after each forward pass of `generate`, whose answer does not change. On an
@@ -127,19 +120,12 @@ class ScoreRecorder(LogitsProcessor):
     >>> from pyramid_cache.plot import ScoreRecorder
     >>> import torch
 
-    >>> config = LlamaConfig(
-    ...     hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=99
-    ... )
+    >>> config = LlamaConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=99)
     >>> model = LlamaForCausalLM(config)
     >>> cache = H2OCache(model, budget=16)
     >>> recorder = ScoreRecorder(cache)
-    >>> tokens = model.generate(
-    ...     torch.arange(40)[None],
-    ...     past_key_values=cache,
-    ...     max_new_tokens=8,
-    ...     logits_processor=[recorder],
-    ...     eos_token_id=None,
-    ... )
+    >>> settings = {"max_new_tokens": 8, "eos_token_id": None, "logits_processor": [recorder]}
+    >>> tokens = model.generate(torch.arange(40)[None], past_key_values=cache, **settings)
     >>> recorder.num_seen
     [40, 41, 42, 43, 44, 45, 46, 47]
     >>> figure = recorder.plot()
@@ -152,9 +138,7 @@ class ScoreRecorder(LogitsProcessor):
         if layer_indices is None:
             layer_indices = sorted({layers[0], layers[len(layers) // 2], layers[-1]})
         if isinstance(layer_indices, (int, str)) or not len(layer_indices):
-            raise ValueError(
-                f"`layer_indices={layer_indices!r}` must be a list of the layers to record, one at least."
-            )
+            raise ValueError(f"`layer_indices={layer_indices!r}` must be a list of layers to record, one at least.")
         for layer_idx in layer_indices:
             label_of_scores(cache, as_layer(layer_idx, cache))
         self.cache: Any = cache

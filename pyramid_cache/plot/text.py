@@ -15,8 +15,10 @@ from pyramid_cache.plot.arguments import as_row, compressed_layers, loses_tokens
 # The colours of tokens that no layer and that all layers hold. Both have one hue: only the lightness tells shades
 # apart.
 PALEST, STRONGEST = (255, 255, 255), (8, 81, 156)
-# The lightest grey that is legible on white (a contrast of 4.5).
+# The lightest grey that is legible on white (a contrast of 4.5), and the share from which on white text has more
+# contrast with the background than black.
 FORGOTTEN_COLOR = "#767676"
+LEAST_WHITE_SHARE = 0.773
 NUM_LEGEND_STEPS = 5
 # More tokens than any character needs. Bytes that are no text must not become one group: the time to decode a group
 # grows with the square of its length.
@@ -76,15 +78,15 @@ class KeptText:
     @property
     def heading(self) -> str:
         """The counts, and what they leave out."""
-        counts = self.num_layers_per_token
-        num_all, num_none = counts.count(self.num_layers), counts.count(0)
-        heading = f"{self.name}, {len(counts):,} tokens: {num_all:,} {self.held_by} all {self.num_layers} layers, "
+        counts, num_layers = self.num_layers_per_token, self.num_layers
+        num_all, num_none = counts.count(num_layers), counts.count(0)
+        heading = f"{self.name}, {len(counts):,} tokens: {num_all:,} {self.held_by} all {num_layers} layers, "
         heading += f"{num_none:,} {self.held_by} none."
         if not self.is_lost:
             heading += " None is lost: what is in the buffer is what a step attends to."
-        if self.num_layers < self.num_model_layers:
-            heading += f" {self.num_layers} of the model's {self.num_model_layers} layers count:"
-            heading += " the others are transformers' own."
+        if num_layers < self.num_model_layers:
+            heading += f" {num_layers} of the model's {self.num_model_layers} layers count: "
+            heading += "the others are transformers' own."
         if self.num_behind:
             heading += f" {self.num_behind:,} tokens behind these are not shown."
         return heading
@@ -188,11 +190,10 @@ def tokens_of_row(cache: Cache, input_ids: torch.Tensor, row: int, attention_mas
                 "`attention_mask` as well."
             )
         return input_ids[row, num_padding:].tolist()
-    mask = as_rows("attention_mask", attention_mask, cache.batch_size)
-    if mask.shape[1] > num_columns:
-        raise ValueError(f"`attention_mask` has {mask.shape[1]} columns, but `input_ids` have {num_columns}.")
-    is_token = torch.ones(num_columns, dtype=torch.bool)
-    is_token[: mask.shape[1]] = mask[row] != 0
+    mask = as_rows("attention_mask", attention_mask, cache.batch_size)[row] != 0
+    if len(mask) > num_columns:
+        raise ValueError(f"`attention_mask` has {len(mask)} columns, but `input_ids` have {num_columns}.")
+    is_token = torch.nn.functional.pad(mask, (0, num_columns - len(mask)), value=True)
     num_tokens = int(is_token[:num_seen].sum())
     if num_tokens > row_length or (num_columns >= num_seen and num_tokens < row_length) or not num_tokens:
         raise ValueError(
@@ -250,26 +251,13 @@ def visible(text: str) -> str:
 def style_of(share: float) -> str:
     """The colours, as CSS, of a token that this share of the layers holds."""
     background = [round(pale + share * (strong - pale)) for pale, strong in zip(PALEST, STRONGEST, strict=True)]
-    color = FORGOTTEN_COLOR if not share else max(("#000000", "#ffffff"), key=lambda text: contrast(text, background))
+    color = FORGOTTEN_COLOR if not share else "#000000" if share < LEAST_WHITE_SHARE else "#ffffff"
     return f"background:#{bytes(background).hex()};color:{color}"
-
-
-def contrast(color: str, background: list[int]) -> float:
-    """The contrast ratio of two sRGB colours as WCAG 2 defines it, from 1 to 21."""
-    lights = []
-    for levels in (bytes.fromhex(color[1:]), background):
-        channels = [level / 255 for level in levels]
-        linear = [level / 12.92 if level <= 0.04045 else ((level + 0.055) / 1.055) ** 2.4 for level in channels]
-        lights.append(0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2])
-    return (max(lights) + 0.05) / (min(lights) + 0.05)
 
 
 def ranges(numbers: list[int]) -> str:
     """Ascending numbers in words: "0-3, 7"."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and number == parts[-1][1] + 1:
-            parts[-1][1] = number
-        else:
-            parts.append([number, number])
-    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in parts)
+    # Neighbours have the same distance to their ranks.
+    runs = itertools.groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])
+    parts = [[number for _, number in run] for _, run in runs]
+    return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)

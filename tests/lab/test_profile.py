@@ -15,6 +15,7 @@ from pyramid_cache.engine.profile import read_profile
 from pyramid_cache.engine.scoring import sum_of_probabilities
 from pyramid_cache.lab.cli import main
 from pyramid_cache.lab.profile import activations
+from pyramid_cache.lab.profile.spread import layer_class
 
 
 # With one token per byte in alphabetical order, this is the massive one.
@@ -29,11 +30,9 @@ DAMAGED = (
     (["layers", 1, "layer"], 0, "damaged"),
     (["layers", 1, "support"], 0.0, "damaged"),
     (["layers", 1, "support"], 7.0, "damaged"),
-    (["layers", 1, "kind"], "dense", "damaged"),
-    (["layers", 1, "sink_share"], "much", "damaged"),
+    (["layers", 1, "support"], "much", "damaged"),
     (["massive"], {}, "damaged"),
     (["massive", "layers"], [3, 1], "damaged"),
-    (["settings", "num_tokens"], None, "damaged"),
 )
 
 
@@ -78,12 +77,10 @@ def test_massive_dimensions_tokens_and_layers(
     # What caches read of it.
     path, config = tmp_path / "p.json", LlamaConfig.from_pretrained(model_folder)
     assert MassiveActivationCache(config, budget=0.5, profile=path).compressed_layers
-    found = read_profile(path, config)
-    assert [layer.support for layer in found.layers] == [row["support"] for row in record["layers"]]
-    assert [layer.kind for layer in found.layers] == [row["kind"] for row in record["layers"]]
-    assert (found.massive_layers, found.num_tokens) == ((0, 3), 150)
+    found = read_profile(path, config, [0, 1, 2, 3])
+    assert (list(found.supports), found.first_massive_layer) == ([row["support"] for row in record["layers"]], 0)
     with pytest.raises(ValueError, match="num_hidden_layers 4 instead of 5"):
-        read_profile(path, LlamaConfig.from_pretrained(model_folder, num_hidden_layers=5))
+        read_profile(path, LlamaConfig.from_pretrained(model_folder, num_hidden_layers=5), [0, 1, 2, 3, 4])
     contents = [(b"\xff\xfe{}", "is not JSON"), (b"[]", "pyramid-cache profile MODEL --out")]
     for place, value, message in DAMAGED:
         damaged = part = json.loads(json.dumps(record))
@@ -94,7 +91,7 @@ def test_massive_dimensions_tokens_and_layers(
     for content, message in contents:
         path.write_bytes(content)
         with pytest.raises(ValueError, match=message):
-            read_profile(path, config)
+            read_profile(path, config, [0, 1, 2, 3])
 
 
 def test_shares_and_support_against_probabilities(model_folder: Path) -> None:
@@ -117,10 +114,16 @@ def test_shares_and_support_against_probabilities(model_folder: Path) -> None:
             while sum(shares[position] for position in covered) < 0.95:
                 covered.add(rest.pop(0))
             supports.append(len(covered) / 150)
-        found = findings.layers[layer]
+        found = findings.layers[layer].spread
         assert found.sink_share == pytest.approx(sums[:, sorted(massive)].sum(dim=-1).mean().item(), abs=1e-5)
         assert found.local_share == pytest.approx(sums[:, sorted(local)].sum(dim=-1).mean().item(), abs=1e-5)
         assert found.support == pytest.approx(sum(supports) / 2, abs=1e-5)
+
+
+def test_classes_of_layers() -> None:
+    assert layer_class(0.51, 0.9) == "uniform"
+    assert layer_class(0.5, 0.7) == "local"
+    assert layer_class(0.5, 0.69) == layer_class(0.1, 0.0) == "concentrated"
 
 
 def test_a_model_without_a_list_of_layers_is_refused() -> None:

@@ -26,8 +26,8 @@ from pyramid_cache.engine.massive import (
 from pyramid_cache.engine.outputs import decoder_layers
 from pyramid_cache.engine.rope import SharedFrequencies
 from pyramid_cache.engine.scoring import attend_and_score
-from pyramid_cache.engine.spread import attention_spread, layer_class
 from pyramid_cache.engine.tokens import MaskReader, Tokens
+from pyramid_cache.lab.profile.spread import AttentionSpread, attention_spread, layer_class
 
 
 # Magnitudes per layer that are kept for the plot: the paper's figures show as many.
@@ -84,9 +84,7 @@ class LayerFindings:
     """The attention of one layer for one text."""
 
     found: set[int]  # positions that look massive to keys and values
-    sink_share: float
-    local_share: float
-    support: float  # as a share of the tokens
+    spread: AttentionSpread
 
 
 @dataclass(frozen=True)
@@ -100,7 +98,7 @@ class TextFindings:
 
 def measure_output(hidden_states: torch.Tensor) -> OutputFindings:
     """The findings in hidden states, `(1, tokens, hidden_size)`."""
-    median = median_magnitude(hidden_states)
+    median = median_magnitude(hidden_states, torch.ones_like(hidden_states[..., 0], dtype=torch.bool))
     states = hidden_states[0].detach().float()
     magnitudes = states.abs()
     largest = magnitudes.amax(dim=-1).topk(min(NUM_LARGEST, states.shape[0])).values
@@ -137,16 +135,11 @@ def measure_text(
     exact = sorted(set().union(*(output.positions for output in outputs)))
     layers = {}
     for layer in cache.compressed_layers:
-        is_massive = layer.found.mask(num_tokens)
-        found = set(is_massive[0].nonzero().flatten().tolist())
-        is_massive[0, exact] = True
-        if not is_massive.any():
-            is_massive[:, :NUM_FIRST_TOKENS] = True
-        positions = torch.arange(num_tokens, dtype=torch.int32, device=is_massive.device).view(1, 1, -1)
-        spread = attention_spread(layer.attention, positions, is_massive[:, None], window_size)
-        layers[layer.place.layer_idx] = LayerFindings(
-            found, spread.sink_share.item(), spread.local_share.item(), spread.support.item() / num_tokens
-        )
+        found = {position for position in layer.found.positions[0].tolist() if position >= 0}
+        is_massive = torch.zeros(num_tokens, dtype=torch.bool, device=layer.device)
+        is_massive[sorted(found.union(exact) or range(NUM_FIRST_TOKENS))] = True
+        spread = attention_spread(layer.attention[0], is_massive, window_size)
+        layers[layer.place.layer_idx] = LayerFindings(found, spread)
     tokens = {position: str(tokenizer.decode([int(token_ids[0, position])])) for position in exact}
     return TextFindings(tokens, outputs, layers)
 
@@ -184,7 +177,7 @@ def summarize_layers(findings: list[TextFindings]) -> list[dict[str, Any]]:
         num_both = sum(len(layer.found & positions) for layer, positions in zip(layers, exact, strict=True))
         num_either = num_exact + num_found - num_both
         names = ("sink_share", "local_share", "support")
-        shares = {name: statistics.mean(getattr(layer, name) for layer in layers) for name in names}
+        shares = {name: statistics.mean(getattr(layer.spread, name) for layer in layers) for name in names}
         rows.append(
             {
                 "layer": index,
