@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pyramid_cache.lab.bench import bench_command, gpu_parts, gpu_suite, op_times, timing
+from pyramid_cache.lab.bench import bench_command, gpu_parts, gpu_suite, op_times
 from pyramid_cache.lab.bench.op_times import OPS, Shape, build_case, bytes_moved
 from pyramid_cache.lab.cli import main
 from pyramid_cache.lab.terminal import write_json
@@ -20,8 +20,8 @@ needs_no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a
 
 @pytest.fixture(autouse=True)
 def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "COPY_BYTES", {"cpu": 1 << 16, "cuda": 1 << 16})
-    monkeypatch.setattr(timing, "CPU_TURN_SECONDS", 1e-4)
+    monkeypatch.setattr(op_times, "COPY_BYTES", {"cpu": 1 << 16, "cuda": 1 << 16})
+    monkeypatch.setattr(op_times, "CPU_TURN_SECONDS", 1e-4)
 
 
 def small_shape(dtype: torch.dtype = torch.float32) -> Shape:
@@ -33,15 +33,17 @@ def small_shape(dtype: torch.dtype = torch.float32) -> Shape:
     # Five rounds, however long they take; of two seconds per round, the seventh begins after 12.
     [(1.0, 0.0, 200, 5), (1.0, 13.0, 200, 7), (0.25, 3.0, 200, 6), (0.001, 100.0, 9, 9)],
 )
-def test_turns_go_on_for_the_budget(seconds: float, budget: float, most: int, rounds: int) -> None:
+def test_turns_go_on_for_the_budget(
+    seconds: float, budget: float, most: int, rounds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls: list[str] = []
 
     def measure(run: Callable[[], object]) -> float:
         run()
         return 1.0 if calls[-1] == "a" else 2.0
 
-    limits = {"budget_seconds": budget, "most_rounds": most, "now": lambda: seconds * (len(calls) - 2)}
-    times = timing.time_in_turns(lambda: calls.append("a"), lambda: calls.append("b"), measure, **limits)
+    monkeypatch.setattr(op_times.time, "perf_counter", lambda: seconds * (len(calls) - 2))
+    times = op_times.time_in_turns(lambda: calls.append("a"), lambda: calls.append("b"), measure, budget, most)
     assert times == ([1.0] * rounds, [2.0] * rounds)
     # The first call of each is not measured. Then the order changes from round to round.
     assert "".join(calls) == "ab" + ("abba" * rounds)[: 2 * rounds]
@@ -49,19 +51,19 @@ def test_turns_go_on_for_the_budget(seconds: float, budget: float, most: int, ro
 
 def test_torch_takes_times_on_the_cpu_and_triton_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     threads = []
-    assert 0 < timing.seconds_of(lambda: threads.append(torch.get_num_threads()), CPU) < 0.1
+    assert 0 < op_times.seconds_of(lambda: threads.append(torch.get_num_threads()), CPU) < 0.1
     assert set(threads) == {torch.get_num_threads()}
-    assert timing.copy_bandwidth(CPU) > 0
+    assert op_times.copy_bandwidth(CPU) > 0
     testing = pytest.importorskip("triton.testing")
     monkeypatch.setattr(testing, "do_bench", lambda run, warmup, rep, return_mode: run())
     monkeypatch.setattr(testing, "do_bench_cudagraph", lambda run, rep, return_mode: 2 * run())
     monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
     device = torch.device("cuda", 0)
-    assert timing.seconds_of(lambda: 3.0, device) == 3e-3
-    assert timing.seconds_of(lambda: 3.0, device, in_graph=True) == 6e-3
+    assert op_times.seconds_of(lambda: 3.0, device) == 3e-3
+    assert op_times.seconds_of(lambda: 3.0, device, in_graph=True) == 6e-3
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(ValueError, match="triton, which is missing: pip install triton"):
-        timing.seconds_of(lambda: 3.0, device)
+        op_times.seconds_of(lambda: 3.0, device)
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -13,8 +13,7 @@ from pyramid_cache import ShadowKVCache
 from pyramid_cache.caches import shadow_kv
 from pyramid_cache.lab import registry
 from pyramid_cache.lab.bench import bench_report, cache_times
-from pyramid_cache.lab.bench.bench_command import add_caches_options, parse
-from pyramid_cache.lab.bench.bench_models import SHAPES, build_model, shape_config
+from pyramid_cache.lab.bench.bench_command import SHAPES, add_caches_options, build_model, parse, shape_config
 from pyramid_cache.lab.bench.cache_times import Bench, FetchCounter, Measured, as_row, split_bytes, stage_shares
 from pyramid_cache.lab.cli import main
 from pyramid_cache.lab.demo.timed_answers import generate

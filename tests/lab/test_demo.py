@@ -138,7 +138,7 @@ def test_row_is_worked_out_from_medians() -> None:
     assert demo_report.bars([16, 12, 8, 4, 1, 0], full=16, height=2, max_columns=10) == ["█▄    ", "███▄▁ "]
     # Bars of many layers are means of neighbours.
     assert demo_report.bars([8, 8, 4, 4, 8, 0], full=8, height=1, max_columns=3) == ["█▄▄"]
-    assert demo_report.first_words("a\nb  " * 20).endswith("a b …")
+    assert demo_report.shown_row(row | {"answer": "a\nb  " * 20})["answer"].endswith("a b …")
     rows = [{"prefill_seconds_by_repeat": [2.0, 3.0, 2.0], "decode_tokens_per_second_by_repeat": [10.0, 10.0, 11.0]}]
     for load, is_busy in ((None, False), (2.3, False), (4.0, True)):
         machine = {"torch_threads": 2, "cores": 2, "load_average_after": load}

@@ -38,9 +38,6 @@ DENSE_CASES = [
 ]
 
 
-# One reading.
-
-
 @parametrize_cases(DENSE_CASES)
 @torch.no_grad()
 def test_a_reading_gives_what_the_cache_would_have_read(case: CacheCase) -> None:
@@ -87,9 +84,6 @@ def test_models_whose_reading_cannot_be_shared_are_refused() -> None:
     with pytest.raises(NotImplementedError, match="'dynamic' scaling"):
         rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
         Reader(build_model("llama", rope_parameters=rope), random_tokens(1, 10))
-
-
-# Scores.
 
 
 def test_questions_of_equal_length_are_asked_side_by_side() -> None:
@@ -178,9 +172,6 @@ def test_scores_are_those_of_generate_and_of_a_slow_loop(name: str) -> None:
             assert len(result.held_shares) == (3 if is_alone else 1)
 
 
-# What is certain.
-
-
 def test_a_window_forgets_what_is_out_of_it_and_all_of_a_budget_nothing() -> None:
     """All that a window of 44 tokens can answer are questions about the last 22 pairs."""
     model, contexts = load_recall_model(), build_contexts(parse_task("recall-448"), samples=2)
@@ -206,9 +197,6 @@ def test_a_window_forgets_what_is_out_of_it_and_all_of_a_budget_nothing() -> Non
     wanted = [score.log_likelihood for score in full.scores]
     for name in ("h2o", "snapkv"):
         assert [score.log_likelihood for score in results[name, 1.0].scores] == pytest.approx(wanted, abs=1e-4)
-
-
-# The command.
 
 
 def record_of(arguments: list[str], path: Path) -> dict[str, Any]:
@@ -247,9 +235,6 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for together, alone in zip(batched["rows"], rows_of([*noted, "--samples", "3"], path), strict=True):
         assert together["cases"]["token_accuracy"] == alone["cases"]["token_accuracy"]
         assert together["cases"]["log_likelihood"] == pytest.approx(alone["cases"]["log_likelihood"], abs=1e-3)
-
-
-# Folders of answers.
 
 
 INTERRUPTED = 130

@@ -27,9 +27,6 @@ def printed_by(notebook: NotebookNode) -> str:
     return "".join(output.text for output in outputs if output.get("name") == "stdout")
 
 
-# What a notebook prints must hold wherever it runs: figures are read from the output of the run.
-
-
 def numbers(pattern: str, text: str) -> list[float]:
     """What the groups of the first match say."""
     found = re.search(pattern, text)
