@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
+from pyramid_cache.engine.architectures import CACHE_ARGUMENT
 from pyramid_cache.engine.kept import kept_positions
 from pyramid_cache.lab.evaluation.cells import ALL_QUESTIONS, CellKey, append_line, read_lines
 from pyramid_cache.lab.evaluation.evaluator import Evaluation, Result, enumerate_by_task, len_behind
@@ -57,8 +58,10 @@ def collect_answers(
 ) -> list[Answer]:
     """The answers that results are means of, in the same order. `decode` makes texts of right answers."""
     by_place = {(context.task, index): context for index, context in enumerate_by_task(contexts)}
-    # A prompt of one token is what the full cache takes for a token.
-    token_bytes = Reader(model, torch.zeros(1, 1, dtype=torch.long, device=model.device)).context.nbytes
+    cache: Any = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(torch.zeros(1, 1, dtype=torch.long, device=model.device), **{CACHE_ARGUMENT: cache}, logits_to_keep=1)
+    token_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     answers = []
     for result in results:
         for cell in result.cells:

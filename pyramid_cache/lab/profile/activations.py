@@ -99,7 +99,7 @@ def measure_text(
 ) -> TextFindings:
     """Reads one text, `(1, tokens)`. The window is that of the last queries, and the tokens that are local to them."""
     frequencies = SharedFrequencies(model.config, lambda: model)
-    cache = CompressedCache(model.config, lambda *place: ProfilingLayer(*place, window_size, frequencies))
+    cache = CompressedCache(model.config, lambda place, masks: ProfilingLayer(place, masks, window_size, frequencies))
     outputs: list[OutputFindings] = []
 
     def note(module: nn.Module, args: tuple, output: torch.Tensor | tuple) -> None:
