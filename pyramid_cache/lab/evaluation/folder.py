@@ -1,4 +1,4 @@
-"""The folder that an evaluation leaves behind, the same however often it was stopped. Its files: docs/evaluation.md."""
+"""The folder that an evaluation leaves behind, the same however often it was stopped: see docs/evaluation.md."""
 
 import re
 from collections.abc import Callable, Sequence
