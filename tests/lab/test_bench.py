@@ -15,7 +15,6 @@ from pyramid_cache.lab.terminal import write_json
 
 
 CPU = torch.device("cpu")
-needs_no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 
 
 @pytest.fixture(autouse=True)
@@ -153,43 +152,6 @@ def test_ops_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         ratio = f"{row['with_scores_seconds'] / row['attention_seconds']:.2f}×"
         assert [cell.strip() for cell in line[:6]] == [row["op"], str(row["length"]), row["dtype"], *times, ratio]
 
-
-REFUSED = [
-    ("", "give `caches`, `ops` or --suite"),
-    ("--suite gpu ops", "give --suite or ops, not both"),
-    ("--suite cpu --json x caches", "give --suite or caches, not both"),
-    ("--parts ops ops", "--parts are parts of `bench --suite gpu`"),
-    ("--suite cpu --parts ops", "--parts are parts of `bench --suite gpu`"),
-    ("--suite gpu --parts ops,speed", "'speed' is none of tests, ops, caches, oracle, gather"),
-    pytest.param("--suite gpu", "needs a CUDA device", marks=needs_no_cuda),
-    ("ops --rounds 4", "'4' is no whole number of at least 5"),
-    ("ops --device meta", "'meta' cannot be used"),
-    ("ops --device cpu --heads 5 --kv-heads 3", "5 query heads cannot share 3 KV heads"),
-    ("ops --device cpu --lengths 32", "A window of 64 rows is longer than 32 tokens"),
-    ("ops --device cpu --lengths 99999999999", "Lower --lengths"),
-    ("caches --caches h3o", "'h3o' is no cache"),
-    ("caches --budgets 1.5", "1.5"),
-    ("caches --lengths 64,x", "'x' is no whole number of at least 1"),
-    ("caches --model tiny --device cpu --largest-batch", "--largest-batch fills the memory of a CUDA device"),
-    ("caches --model tiny --device cpu --lengths 131072", "but the model was made for 131,072"),
-    ("caches --model tiny --device cpu --lengths 500000", "exceeds the 131,072 tokens that there"),
-    ("caches --model tiny --device cpu --caches offloaded", "choose another device than the cpu"),
-    ("caches --plot picture.doc", "must end in one of"),
-    ("caches --save-tokens missing/tokens.json", "a file in a folder that exists"),
-]
-
-
-@pytest.mark.parametrize("arguments, message", REFUSED)
-def test_what_cannot_be_measured_is_refused(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    try:
-        status = main(["bench", *arguments.split()])
-    except SystemExit as caught:
-        status = caught.code
-    assert status == 2
-    assert message in capsys.readouterr().err.splitlines()[-1]
-
-
-# The suite.
 
 TESTS = """
 import os, signal, time

@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import inspect
+import itertools
 import json
 import os
 import re
@@ -78,9 +79,7 @@ def test_the_api_page_is_of_all_that_is_public() -> None:
     text = (DOCS / "api.md").read_text()
     shown = re.findall(r"^::: (\S+)$", text, re.MULTILINE)
     assert len(shown) == len(set(shown))
-    expected = {f"pyramid_cache.{name}" for name in pyramid_cache.__all__}
-    expected |= {f"pyramid_cache.ops.{name}" for name in ops.__all__}
-    expected |= {f"pyramid_cache.plot.{name}" for name in plot.__all__}
+    expected = {f"{module.__name__}.{name}" for module in (pyramid_cache, ops, plot) for name in module.__all__}
     beside = {"cache.CompressedCache", "policy.ScoringView", "policy.PromptView"}
     assert set(shown) == expected | {f"pyramid_cache.engine.{name}" for name in beside}
     for name in shown:
@@ -252,11 +251,8 @@ def test_memory_of_shadow_kv() -> None:
 
 def test_what_shadow_kv_says_of_models() -> None:
     """The shares of the full cache that its page gives follow from the formula."""
-    defaults = {
-        parameter.name: parameter.default
-        for parameter in inspect.signature(pyramid_cache.ShadowKVCache.__init__).parameters.values()
-        if parameter.default is not inspect.Parameter.empty
-    }
+    parameters = inspect.signature(pyramid_cache.ShadowKVCache.__init__).parameters.values()
+    defaults = {each.name: each.default for each in parameters if each.default is not inspect.Parameter.empty}
     text = one_line(PAGES["ShadowKVCache"])
 
     def shares(tokens: int, layers: int, kv_heads: int, head_dim: int, itemsize: int) -> tuple[str, str]:
@@ -275,7 +271,7 @@ def test_what_shadow_kv_says_of_models() -> None:
         assert float(shares(about - 150, *shape)[0]) > 1 > float(shares(about + 150, *shape)[0])
 
 
-def answers(protocols: tuple[str, ...] = ("context", "question")) -> dict[tuple[str, str], list[float]]:
+def answers() -> dict[tuple[str, str], list[float]]:
     """
     Exact answers in docs/quality.md by task ("needles-8-1024, question first") and label: at 0.5, 0.25 and 0.1.
     `DynamicCache` has one number.
@@ -284,7 +280,7 @@ def answers(protocols: tuple[str, ...] = ("context", "question")) -> dict[tuple[
     found: dict[tuple[str, str], list[float]] = {}
     for section in part.split("\n### ")[1:]:
         task = section.partition("\n")[0]
-        if not task.endswith(tuple(f"{protocol} first" for protocol in protocols)):
+        if not task.endswith((" context first", " question first")):
             continue
         [full] = re.findall(r"^DynamicCache: ([\d.]+) /", section, re.MULTILINE)
         found[task, "DynamicCache"] = [float(full)]
@@ -295,27 +291,18 @@ def answers(protocols: tuple[str, ...] = ("context", "question")) -> dict[tuple[
     return found
 
 
-def results_table(labels: list[str]) -> str:
-    """Exact answers of some rows of docs/quality.md."""
+def with_results(page: str) -> str:
+    """A page whose results are exact answers of some rows of docs/quality.md."""
     found = answers()
-    lines = ["| task | cache | full cache | 0.5 | 0.25 | 0.1 |", "|---|---|---|---|---|---|"]
-    for task in dict.fromkeys(task for task, _ in found):
-        for label in labels:
+
+    def table(match: re.Match[str]) -> str:
+        lines = ["| task | cache | full cache | 0.5 | 0.25 | 0.1 |", "|---|---|---|---|---|---|"]
+        for task, label in itertools.product(dict.fromkeys(task for task, _ in found), match[1].split("; ")):
             numbers = [*found[task, "DynamicCache"], *found[task, label]]
             lines.append(f"| {task} | {label} | {' | '.join(f'{number:.2f}' for number in numbers)} |")
-    return "\n".join(lines)
+        return "\n".join([f"<!-- results: {match[1]} -->", "", *lines, "", "<!-- end of results -->"])
 
-
-def with_results(page: str) -> str:
-    """A page whose results are those of docs/quality.md."""
-    return re.sub(
-        r"<!-- results: (.*?) -->\n.*?<!-- end of results -->",
-        lambda match: (
-            f"<!-- results: {match[1]} -->\n\n{results_table(match[1].split('; '))}\n\n<!-- end of results -->"
-        ),
-        page,
-        flags=re.DOTALL,
-    )
+    return re.sub(r"<!-- results: (.*?) -->\n.*?<!-- end of results -->", table, page, flags=re.DOTALL)
 
 
 def test_results_are_those_of_the_table() -> None:
@@ -325,59 +312,6 @@ def test_results_are_those_of_the_table() -> None:
         own = {label for _, label in answers() if re.split(r"[(,]", label)[0] == name}
         assert set(labels.split("; ")) == own, name
         assert with_results(text) == text, f"{page} is not what docs/quality.md has. Run `{COMMAND}`."
-
-
-def ahead(label: str, other: str, *protocols: str) -> dict[tuple[str, int], float]:
-    """By task and budget where one cache has more answers than another: how many it has."""
-    found = answers(protocols)
-    own = {task: numbers for (task, name), numbers in found.items() if name == label}
-    return {
-        (task, index): number
-        for task, numbers in own.items()
-        for index, number in enumerate(numbers)
-        if number > found[task, other][index]
-    }
-
-
-def test_what_pages_say_of_caches_beside_each_other() -> None:
-    """Of exact answers in docs/quality.md, at budgets of 0.5, 0.25 and 0.1: indices 0, 1 and 2."""
-    found, massive, both = answers(), "MassiveActivationCache", ("context", "question")
-    eight, longer, one = (f"needles-{task}, question first" for task in ("8-1024", "8-2048", "1-4096"))
-    for label, other, protocols, places in (
-        ("PyramidCache(config)", "SnapKVCache", both[1:], {(longer, 0): 0.35, (longer, 1): 0.15, (longer, 2): 0.03}),
-        ("PyramidCache(config)", massive, both[1:], {}),
-        ("PyramidCache(model)", "PyramidCache(config)", both[1:], {}),
-        ("PyramidKVCache", "SnapKVCache", both, {(longer, 0): 0.17}),
-        ("H2OCache", massive, both[1:], {}),
-        ("SnapKVCache", "H2OCache", both[:1], {}),
-        ("SnapKVCache", massive, both, {("needles-8-2048, context first", 0): 0.23}),
-        ("KeyDiffCache", "TOVACache", both[1:], {}),
-    ):
-        assert ahead(label, other, *protocols) == places, (label, other)
-    assert {index for _, index in ahead("AdaKVCache", "SnapKVCache", *both)} == {2}
-    for task, label, indices in (
-        *(
-            (task, label, (0,))
-            for task in (eight, eight.replace("question", "context"))
-            for label in ["ShadowKVCache"]
-        ),
-        (eight, "TOVACache", (0, 1)),
-        (eight, massive, (0,)),
-        (longer, massive, (1,)),
-        (one, massive, (2,)),
-        (one, "RKVCache", (0,)),
-    ):
-        assert all(found[task, label][index] >= found[task, "DynamicCache"][0] for index in indices), (task, label)
-    for task in (eight, longer):
-        assert (
-            max(
-                (numbers[2], label)
-                for (own, label), numbers in found.items()
-                if own == task and numbers[1:] and label != "ShadowKVCache"
-            )[1]
-            == "TOVACache"
-        )
-    assert max(max(numbers) for (_, label), numbers in found.items() if label == "KnormCache") <= 0.2
 
 
 def test_every_recorded_run_has_its_command_and_machine() -> None:
@@ -542,10 +476,8 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     for name in (*(f"pyramid_cache.{name}" for name in pyramid_cache.__all__), "pyramid_cache.ops.decode_attention"):
         assert f'id="{name}"' in api
     assert "defaults to" not in api
-    for path, page in pages.items():
-        assert not re.search(
-            r"<(?:script|img)[^>]* src=\"?https?:|<link[^>]* href=\"?https?:(?!.*rel=\"?canonical)", page
-        ), path
+    fetched = r"<(?:script|img)[^>]* src=\"?https?:|<link[^>]* href=\"?https?:(?!.*rel=\"?canonical)"
+    assert [path for path, page in pages.items() if re.search(fetched, page)] == []
 
 
 if __name__ == "__main__":

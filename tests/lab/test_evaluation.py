@@ -200,7 +200,9 @@ def test_a_window_forgets_what_is_out_of_it_and_all_of_a_budget_nothing() -> Non
 
 
 def record_of(arguments: list[str], path: Path) -> dict[str, Any]:
+    num_threads = torch.get_num_threads()
     assert main([*arguments, "--json", str(path)]) == 0
+    torch.set_num_threads(num_threads)
     return json.loads(path.read_text())
 
 
@@ -288,11 +290,7 @@ def test_processes_share_an_evaluation(tmp_path: Path) -> None:
     """Two, in the environment that `torchrun` gives, with a thread each: what one leaves, byte for byte."""
     arguments = ["eval", "--tasks", "recall-64,recall-66", "--caches", "knorm,streaming", "--samples", "3"]
     arguments += ["--budgets", "0.5", "--device", "cpu", "--threads", "1"]
-    num_threads = torch.get_num_threads()
-    try:
-        wanted = rows_of([*arguments, "--out", str(tmp_path / "one")], tmp_path / "wanted.json")
-    finally:
-        torch.set_num_threads(num_threads)
+    wanted = rows_of([*arguments, "--out", str(tmp_path / "one")], tmp_path / "wanted.json")
     found, folder, logs = tmp_path / "found.json", tmp_path / "two", [tmp_path / "log.0", tmp_path / "log.1"]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -318,47 +316,6 @@ def test_processes_share_an_evaluation(tmp_path: Path) -> None:
     assert len(names) == 7  # answers, two reports, and four pictures
     for name in names:
         assert (folder / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
-
-
-@pytest.mark.slow
-def test_accelerate_launches_an_evaluation(tmp_path: Path) -> None:
-    """As the page has it: two processes have half of the contexts each, and the rows are those of one process."""
-    arguments = "eval --tasks recall-64 --caches knorm --samples 4 --device cpu --threads 1".split()
-    num_threads = torch.get_num_threads()
-    try:
-        wanted = rows_of(arguments, tmp_path / "wanted.json")
-    finally:
-        torch.set_num_threads(num_threads)
-    launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0 "
-    launch += "--mixed_precision no --dynamo_backend no -m pyramid_cache.lab.cli"
-    folder, found = tmp_path / "two", tmp_path / "found.json"
-    command = [sys.executable, *launch.split(), *arguments, "--out", str(folder), "--json", str(found)]
-    subprocess.run(command, check=True, timeout=300)
-    record = json.loads(found.read_text())
-    assert (record["machine"]["processes"], record["rows"]) == (2, wanted)
-    numbers = [len((folder / name).read_text().splitlines()) for name in ("cells.jsonl", "cells.1.jsonl")]
-    assert numbers[0] == numbers[1] > 0
-
-
-def test_bad_options_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments, message in (
-        (["--caches", "lru"], "h2o"),
-        (["--caches", "static"], "evicts nothing"),
-        (["--budgets", "1.5"], "budget"),
-        (["--budgets", "512"], "fractions between 0 and 1"),
-        (["--budgets", "many"], "budget"),
-        (["--protocols", "later"], "context, question"),
-        (["--tasks", "sorting"], "There is no task 'sorting'"),
-        (["--tasks", "recall-64", "--lengths", "64"], "has no effect"),
-        (["--save-cases", "cases.json"], "token ids of one model"),
-        (["--json", "no/such/folder.json"], "cannot be written"),
-    ):
-        try:
-            status = main(["eval", *arguments])
-        except SystemExit as error:  # of the parser
-            status = error.code
-        assert status == 2
-        assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_tables_can_be_read(capsys: pytest.CaptureFixture[str]) -> None:
