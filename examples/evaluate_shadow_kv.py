@@ -135,7 +135,7 @@ def main() -> None:
     )
     print("|---|---|---|---|---|")
     settings = {name: value for name, value in vars(options).items() if name != "out"}
-    versions = describe_versions("pyramid_cache", "torch", "transformers")
+    versions = describe_versions()
     record: dict[str, Any] = {"rows": [], "settings": settings, "machine": machine, "versions": versions}
     with ProgressBar(messages) as progress:
         for row in measure(model, tokenizer, options, progress):

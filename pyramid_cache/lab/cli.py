@@ -1,6 +1,7 @@
 """The command `pyramid-cache`."""
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 
@@ -22,20 +23,15 @@ def build_parser() -> argparse.ArgumentParser:
         prog="pyramid-cache", description="Key-value caches for transformers that keep only the tokens that matter."
     )
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    demo_command.add_parser(subparsers)
-    bench_command.add_parser(subparsers)
-    eval_command.add_parser(subparsers)
-    profile_command.add_parser(subparsers)
+    for command in (demo_command, bench_command, eval_command, profile_command):
+        command.add_parser(subparsers)
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """
-    Runs the command line.
-
-    Returns:
-        `int`: The exit status: 0, or what the subcommand returns. It is 2 for options that cannot be honoured, and 1
-        for anything else that the user can mend, each with one line on stderr. It is 130 when interrupted.
+    Runs the command line. Returns the exit status: 0, or what the subcommand returns; with one line on stderr 2 for
+    options that cannot be honoured, 1 for anything else that the user can mend, and 130 when interrupted.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -51,11 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         extra = OPTIONAL_PACKAGES[error.name]
         return fail(f"the package `{error.name}` is missing; run: pip install 'pyramid_cache[{extra}]'", 1)
-    except (OSError, MemoryError) as error:
-        return fail(error, 1)
-    except RuntimeError as error:
+    except (OSError, MemoryError, RuntimeError) as error:
         # torch has no exception of its own for a CPU that cannot allocate; its CUDA one is a RuntimeError too.
-        if "allocate" not in str(error) and "out of memory" not in str(error):
+        if isinstance(error, RuntimeError) and not re.search("allocate|out of memory", str(error)):
             raise
         return fail(error, 1)
     except KeyboardInterrupt:

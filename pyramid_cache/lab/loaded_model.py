@@ -3,7 +3,7 @@
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import (
@@ -14,15 +14,16 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from pyramid_cache.lab.terminal import ProgressBar
+from pyramid_cache.lab import terminal
 from pyramid_cache.lab.weights import MODEL_NAME, fetch_default_model
 
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
-
 MODEL_HELP = f"folder or hub id of a causal language model (default: {MODEL_NAME})"
+
+
+def where(model: PreTrainedModel) -> dict[str, str]:
+    """What a record says of where a model runs, and in which type."""
+    return {"dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device)}
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,6 @@ class LoadedModel:
         length = next((i for i, token_id in enumerate(token_ids) if token_id in self.end_token_ids), len(token_ids))
         return str(self.tokenizer.decode(token_ids[:length], skip_special_tokens=True)).strip()
 
-    def where(self) -> dict[str, str]:
-        """What a record says of the model: its name, its dtype and its device."""
-        dtype = str(self.model.dtype).removeprefix("torch.")
-        return {"model": self.name, "dtype": dtype, "device": str(self.model.device)}
-
     def require_positions(self, num_tokens: int, option: str) -> None:
         """Raises ValueError if the model was not made for sequences of that length: its answers would mean nothing."""
         limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
@@ -51,38 +47,25 @@ class LoadedModel:
             raise ValueError(f"{num_tokens} tokens exceed the {limit} positions of {self.name}. Lower {option}.")
 
 
-def load_chosen_model(options: argparse.Namespace, messages: "Console") -> LoadedModel:
+def load_chosen_model(options: argparse.Namespace, messages: "terminal.Console") -> LoadedModel:
     """Loads what `--model` and the options of `add_machine_options` choose, by default the default model."""
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    is_default = options.model in (None, MODEL_NAME)
-    name = MODEL_NAME if is_default else options.model
-    messages.print(f"Loading {name}", highlight=False, markup=False, soft_wrap=True)
-    with ProgressBar(messages) as progress:
-        folder = fetch_default_model(progress) if is_default else options.model
-    target = options.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name = options.model or MODEL_NAME
+    terminal.say(messages, f"Loading {name}")
+    with terminal.ProgressBar(messages) as progress:
+        folder = fetch_default_model(progress) if name == MODEL_NAME else name
+    target = options.device or terminal.default_device()
     return load_model(folder, name, target, options.dtype, getattr(options, "attn_implementation", None))
 
 
 def load_model(
-    folder: str | Path,
-    name: str,
-    device: torch.device,
-    dtype: str | None = None,
-    attn_implementation: str | None = None,
+    folder: str | Path, name: str, device: torch.device, dtype: str | None = None, attention: str | None = None
 ) -> LoadedModel:
-    """
-    Loads a model and its tokenizer from a folder or from the hub, by default in float32 on a CPU, else in bfloat16.
-
-    Raises:
-        OSError: There is no such model, or it cannot be read.
-        ValueError: It is no causal language model, or cannot run as asked.
-    """
-    dtype = dtype or ("float32" if device.type == "cpu" else "bfloat16")
+    """Loads from a folder or the hub, by default in float32 on a CPU, else bfloat16. Raises OSError or ValueError."""
+    chosen = {"dtype": getattr(torch, dtype or terminal.default_dtype(device)), "attn_implementation": attention}
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, dtype), attn_implementation=attn_implementation
-        )
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, **chosen)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, ImportError) as error:
         kind = OSError if isinstance(error, OSError) else ValueError

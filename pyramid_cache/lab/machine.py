@@ -36,8 +36,13 @@ def describe_run(command: str, device: torch.device) -> dict[str, Any]:
         "device": machine["accelerator"] or machine["processor"],
         "threads": torch.get_num_threads(),
         "machine": machine,
-        "versions": describe_versions("pyramid_cache", "torch", "transformers", "triton"),
+        "versions": describe_versions("triton"),
     }
+
+
+def describe_end(machine: dict[str, Any]) -> dict[str, Any]:
+    """What a record of a measurement ends with: what it ran on, as described before, how busy it was, versions."""
+    return {"machine": machine | {"load_average_after": load_average()}, "versions": describe_versions()}
 
 
 def free_memory(device: torch.device) -> int | None:
@@ -62,10 +67,10 @@ def busy_note(machine: dict[str, Any]) -> str:
     return f" Other work kept the machine busy (load {load:.1f} on {machine['cores']} cores): do not trust the times."
 
 
-def describe_versions(*packages: str) -> dict[str, str | None]:
-    """The versions of some packages, None for one that is not installed, and Python's."""
+def describe_versions(*more: str) -> dict[str, str | None]:
+    """The versions of what every measurement runs and of some more packages, None if not installed; and Python's."""
     versions: dict[str, str | None] = {}
-    for name in packages:
+    for name in ("pyramid_cache", "torch", "transformers", *more):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:  # this package itself, where it runs from its folder

@@ -1,10 +1,9 @@
 """
 The caches that the lab measures: one row each. A new cache needs one row here to be in every command and every table.
-
-A budget is written the same way everywhere: a fraction of the prompt (`0.25`), tokens per layer (`512`) or bytes
-(`"256MiB"`).
+A budget is a fraction of the prompt (`0.25`), tokens per layer (`512`) or bytes (`"256MiB"`).
 """
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
@@ -53,12 +52,9 @@ class CacheEntry:
 
     def build(self, model: PreTrainedModel, budget: BudgetLike, workload: Workload) -> Cache:
         """
-        A new cache for a model. The caches of transformers ignore the budget. The window of StreamingLLMCache has room
-        for `num_later` tokens more: other caches evict none meanwhile. For ShadowKVCache a fraction or bytes pay for
-        all that a step attends to; see `shadow_settings`.
-
-        Raises:
-            ValueError: The cache refuses the budget, or cannot be built on this device or machine.
+        A new cache for a model; a ValueError if it refuses the budget, or cannot be built here. The caches of
+        transformers ignore the budget. The window of StreamingLLMCache has room for `num_later` tokens more: other
+        caches evict none meanwhile. For ShadowKVCache fractions and bytes pay for all that a step attends to.
         """
         if not self.has_budget:
             return build_of_transformers(self.name, model, workload)
@@ -75,17 +71,10 @@ class CacheEntry:
 
 
 def shadow_settings(num_attended: int) -> tuple[int, dict[str, int]]:
-    """
-    The budget and settings of a ShadowKVCache whose steps attend to so many tokens in all. Outliers take a quarter of
-    them and the latest tokens another, as far as the defaults go. Chunks of the shadow take the rest.
-    """
-    settings = {
-        "num_outlier_chunks": min(num_attended // 32, 48),
-        "num_local_tokens": min(num_attended // 4, 32),
-        "offload_interval": 8,
-    }
-    num_others = 8 * settings["num_outlier_chunks"] + settings["num_local_tokens"] + 8
-    return max(num_attended - num_others, 1), settings
+    """For steps that attend to so many tokens: up to a quarter each are outliers and latest ones, the rest chunks."""
+    num_chunks, num_local = min(num_attended // 32, 48), min(num_attended // 4, 32)
+    settings = {"num_outlier_chunks": num_chunks, "num_local_tokens": num_local, "offload_interval": 8}
+    return max(num_attended - (8 * num_chunks + num_local + 8), 1), settings
 
 
 def tokens_of_budget(budget: BudgetLike, model: PreTrainedModel, workload: Workload) -> int:
@@ -126,6 +115,7 @@ TRANSFORMERS = {
         CacheEntry("offloaded", "DynamicCache, offloaded", DynamicCache, copies_rows=False),
     )
 }
+STREAM = library.StreamingLLMCache
 # The order is that of tables. Where a class has several rows, its own name stands for the one labelled with it alone.
 CACHES = {
     entry.name: entry
@@ -143,14 +133,8 @@ CACHES = {
         CacheEntry("pyramid-config", "PyramidCache(config)", library.PyramidCache),
         CacheEntry("pyramid", "PyramidCache(model)", library.PyramidCache, from_model=True, reading="own"),
         CacheEntry("shadow", "ShadowKVCache", library.ShadowKVCache, reads_answers_by_step=True, takes_batches=False),
-        CacheEntry(
-            "streaming-dense",
-            "StreamingLLMCache, dense",
-            library.StreamingLLMCache,
-            {"prefill": "dense"},
-            takes_batches=False,
-        ),
-        CacheEntry("streaming", "StreamingLLMCache", library.StreamingLLMCache, reading="stream", takes_batches=False),
+        CacheEntry("streaming-dense", "StreamingLLMCache, dense", STREAM, {"prefill": "dense"}, takes_batches=False),
+        CacheEntry("streaming", "StreamingLLMCache", STREAM, reading="stream", takes_batches=False),
     )
 }
 # The row that a class's name stands for. `PyramidCache` is built from the model, which prunes the prefill as in its
@@ -172,9 +156,7 @@ def read_budget(text: str) -> BudgetLike:
     """Reads "512" as tokens, "0.25" as a fraction and "256MiB" as bytes; ValueError for anything else."""
     value: BudgetLike = text
     for convert in (float, int):
-        try:
+        with contextlib.suppress(ValueError):
             value = convert(text)
-        except ValueError:
-            pass
     parse_budget(value)
     return value

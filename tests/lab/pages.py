@@ -1,9 +1,11 @@
 """What tests ask of the pages in docs/: their code, run from top to bottom, their tables and their links."""
 
+import argparse
 import contextlib
 import io
 import re
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -87,3 +89,15 @@ def anchors_of(text: str) -> set[str]:
     headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE), re.MULTILINE)
     slugs = {re.sub(r"[^\w\s-]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
     return slugs | set(re.findall(r"^::: (\S+)$", text, re.MULTILINE))
+
+
+def rewrite(pages: Iterable[Path], rewritten: Callable[[str], str]) -> None:
+    """Lists pages that are not what the records have or, with `--write`, writes them."""
+    parser = argparse.ArgumentParser(description="Lists pages that differ from what is recorded.")
+    parser.add_argument("--write", action="store_true", help="write the pages as well")
+    write = parser.parse_args().write
+    for page in pages:
+        if (text := rewritten(page.read_text())) != page.read_text():
+            print(page)
+            if write:
+                page.write_text(text)

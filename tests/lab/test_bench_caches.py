@@ -13,8 +13,7 @@ from pyramid_cache import ShadowKVCache
 from pyramid_cache.caches import shadow_kv
 from pyramid_cache.lab import registry
 from pyramid_cache.lab.bench import bench_report, cache_times
-from pyramid_cache.lab.bench.bench_command import add_caches_options, parse
-from pyramid_cache.lab.bench.bench_models import SHAPES, build_model, shape_config
+from pyramid_cache.lab.bench.bench_command import add_caches_options, build_model, parse
 from pyramid_cache.lab.bench.cache_times import Bench, FetchCounter, Measured, as_row, split_bytes, stage_shares
 from pyramid_cache.lab.cli import main
 from pyramid_cache.lab.demo.timed_answers import generate
@@ -37,18 +36,18 @@ def measured(cache: str, batch_size: int, rows: int, prefill: list[float], step:
 def test_figures_by_hand() -> None:
     baseline = measured(BASELINE, 2, 2, [1.0, 3.0, 2.0], [0.1, 0.2, 0.4], 800)
     row = as_row(measured("h2o:0.25", 2, 2, [1.5, 3.0, 4.0], [0.1, 0.1, 0.1], 200), baseline)
-    assert (row["prefill_ratio"], row["prefill_ratio_range"]) == (1.5, [1.0, 2.0])  # medians 3 and 2
-    assert (row["step_ratio"], row["step_ratio_range"]) == (0.5, [0.25, 1.0])
-    assert (row["tokens_per_second"], row["tokens_ratio"], row["bytes_ratio"]) == (20.0, 2.0, 0.25)
-    # Largest batches: two rows at 0.2 s and eight at 0.2 s. Steps of different batches have no ratio.
-    row = as_row(measured("shadow:64", 8, 2, [1.0], [0.2], 400), baseline)
-    assert (row["tokens_ratio"], row["step_ratio"], row["bytes_ratio"]) == (4.0, None, 0.125)
-    # Prompts of another number of rows have none either.
-    row = as_row(measured("static", 2, 4, [4.0], [0.2], 4), baseline)
-    assert (row["prefill_ratio"], row["step_ratio"]) == (None, 1.0)
-    row = as_row(measured("h2o:0.25", 4, 1, [1.0], [0.5], 4), None)
-    assert row["tokens_per_second"] == 8.0
-    assert row["step_ratio"] is row["prefill_ratio"] is row["tokens_ratio"] is row["bytes_ratio"] is None
+    assert (row["prefill_ratio_range"], row["step_ratio_range"]) == ([1.0, 2.0], [0.25, 1.0])
+    names = ("prefill_ratio", "step_ratio", "tokens_ratio", "bytes_ratio", "tokens_per_second")
+    for own, other, figures in (
+        (("h2o:0.25", 2, 2, [1.5, 3.0, 4.0], [0.1, 0.1, 0.1], 200), baseline, (1.5, 0.5, 2, 0.25, 20)),
+        # Largest batches: two rows at 0.2 s and eight at 0.2 s. Steps of different batches have no ratio.
+        (("shadow:64", 8, 2, [1.0], [0.2], 400), baseline, (0.5, None, 4, 0.125, 40)),
+        # Prompts of another number of rows have none either.
+        (("static", 2, 4, [4.0], [0.2], 800), baseline, (None, 1, 1, 1, 10)),
+        (("h2o:0.25", 4, 1, [1.0], [0.5], 4), None, (None, None, None, None, 8)),
+    ):
+        row = as_row(measured(*own), other)
+        assert tuple(row[name] for name in names) == figures
 
 
 def test_table_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
@@ -141,7 +140,8 @@ def test_caches_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert main([*arguments.split(), "--json", str(path), "--plot", str(picture)]) == 0
     record = json.loads(path.read_text())
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert "--caches static,h2o,quantized,shadow,streaming-dense --budgets 0.25,100 --lengths 600" in record["command"]
+    command = "--caches static,h2o,quantized,shadow,streaming-dense --budgets 0.25,100 --lengths 600"
+    assert record["command"].startswith(f"pyramid-cache bench caches --model tiny {command} ")
     names = ["dynamic", "static", "h2o:0.25", "h2o:100", "quantized", "shadow:0.25", "shadow:100"]
     rows = {(row["cache"], row["batch_size"]): row for row in record["rows"]}
     assert list(rows) == [
@@ -199,15 +199,6 @@ def test_what_does_not_fit_is_a_row_with_its_reason(monkeypatch: pytest.MonkeyPa
     failures = {(row["cache"], row["batch_size"]): row["failure"] for row in rows}
     expected = dict.fromkeys([(BASELINE, 1), (BASELINE, 2), ("full:0.25", 1)])
     assert failures == expected | {("full:0.25", 2): "CUDA out of memory."}
-
-
-def test_published_shapes() -> None:
-    """Bytes of a token of the full cache in bfloat16: 128 KiB of Llama 3.1 8B, 800 KiB of Llama 2 13B."""
-    sizes = {}
-    for name in SHAPES:
-        config = shape_config(name)
-        sizes[name] = config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2 * 2
-    assert (sizes["llama-3.1-8b"], sizes["llama-2-13b"]) == (128 * 1024, 800 * 1024)
 
 
 def test_tokens_are_written_for_other_programs(tmp_path: Path) -> None:

@@ -42,6 +42,37 @@ REFUSED = (
     ("profile {model} --device cpu --out p.json --tokens 9000", "9000 tokens exceed the 8192 positions"),
     ("profile {model} --device cpu --out p.json --tokens 8000 --text short.txt", "Give fewer, or a longer --text"),
     ("", "the following arguments are required: COMMAND"),
+    ("bench", "give `caches`, `ops` or --suite"),
+    ("bench --suite gpu ops", "give --suite or ops, not both"),
+    ("bench --suite cpu --json x caches", "give --suite or caches, not both"),
+    ("bench --parts ops ops", "--parts are parts of `bench --suite gpu`"),
+    ("bench --suite cpu --parts ops", "--parts are parts of `bench --suite gpu`"),
+    ("bench --suite gpu --parts ops,speed", "'speed' is none of tests, ops, caches, oracle, gather"),
+    ("bench --suite gpu", "needs a CUDA device"),
+    ("bench ops --rounds 4", "'4' is no whole number of at least 5"),
+    ("bench ops --device meta", "'meta' cannot be used"),
+    ("bench ops --device cpu --heads 5 --kv-heads 3", "5 query heads cannot share 3 KV heads"),
+    ("bench ops --device cpu --lengths 32", "A window of 64 rows is longer than 32 tokens"),
+    ("bench ops --device cpu --lengths 99999999999", "Lower --lengths"),
+    ("bench caches --caches h3o", "'h3o' is no cache"),
+    ("bench caches --budgets 1.5", "1.5"),
+    ("bench caches --lengths 64,x", "'x' is no whole number of at least 1"),
+    ("bench caches --model tiny --device cpu --largest-batch", "--largest-batch fills the memory of a CUDA device"),
+    ("bench caches --model tiny --device cpu --lengths 131072", "but the model was made for 131,072"),
+    ("bench caches --model tiny --device cpu --lengths 500000", "exceeds the 131,072 tokens that there"),
+    ("bench caches --model tiny --device cpu --caches offloaded", "choose another device than the cpu"),
+    ("bench caches --plot picture.doc", "must end in one of"),
+    ("bench caches --save-tokens missing/tokens.json", "a file in a folder that exists"),
+    ("eval --caches lru", "'lru' is no cache"),
+    ("eval --caches static", "evicts nothing"),
+    ("eval --budgets 1.5", "budget"),
+    ("eval --budgets 512", "fractions between 0 and 1"),
+    ("eval --budgets many", "budget"),
+    ("eval --protocols later", "context, question"),
+    ("eval --tasks sorting", "There is no task 'sorting'"),
+    ("eval --tasks recall-64 --lengths 64", "has no effect"),
+    ("eval --save-cases cases.json", "token ids of one model"),
+    ("eval --json no/such/folder.json", "cannot be written"),
 )
 # What a command raises, and the exit status and the line that it becomes.
 FAILURES = (
@@ -63,6 +94,7 @@ def test_what_cannot_be_is_refused_with_one_line_and_status_2(
     (tmp_path / "short.txt").write_text("short")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     capsys.readouterr()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for command, message in REFUSED:
         try:
             status = main(shlex.split(command.format(model=model_folder)))
@@ -70,7 +102,7 @@ def test_what_cannot_be_is_refused_with_one_line_and_status_2(
             status = error.code
         printed = capsys.readouterr()
         line = printed.err.splitlines()[-1]
-        assert re.match(r"pyramid-cache( \w+)?: error: ", line) and message in line, (command, line)
+        assert re.match(r"pyramid-cache( \w+)*: error: ", line) and message in line, (command, line)
         assert (status, printed.out) == (2, "") and "Traceback" not in printed.err, command
 
 

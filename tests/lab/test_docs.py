@@ -1,15 +1,14 @@
 """The site in docs/: every cache has its page, and what the pages say is what the code does."""
 
-import argparse
 import ast
 import importlib.util
 import inspect
+import itertools
 import json
 import os
 import re
 import subprocess
 import sys
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch
 import yaml
 from caches import CACHE_CASES
 from models import build_model, random_tokens
-from pages import DOCS, ROOT, anchors_of, links_of, run_page, section_of, table_rows
+from pages import DOCS, ROOT, anchors_of, links_of, rewrite, run_page, section_of, table_rows
 from transformers import PreTrainedModel
 
 import pyramid_cache
@@ -53,9 +52,6 @@ def one_line(page: Path) -> str:
     return " ".join(page.read_text().split())
 
 
-# Where pages are and lead.
-
-
 def test_every_cache_has_a_page_and_every_page_a_place() -> None:
     assert sorted(PAGES) == sorted(CACHE_NAMES)
     assert len(set(PAGES.values())) == len(CACHE_NAMES)
@@ -83,9 +79,7 @@ def test_the_api_page_is_of_all_that_is_public() -> None:
     text = (DOCS / "api.md").read_text()
     shown = re.findall(r"^::: (\S+)$", text, re.MULTILINE)
     assert len(shown) == len(set(shown))
-    expected = {f"pyramid_cache.{name}" for name in pyramid_cache.__all__}
-    expected |= {f"pyramid_cache.ops.{name}" for name in ops.__all__}
-    expected |= {f"pyramid_cache.plot.{name}" for name in plot.__all__}
+    expected = {f"{module.__name__}.{name}" for module in (pyramid_cache, ops, plot) for name in module.__all__}
     beside = {"cache.CompressedCache", "policy.ScoringView", "policy.PromptView"}
     assert set(shown) == expected | {f"pyramid_cache.engine.{name}" for name in beside}
     for name in shown:
@@ -112,9 +106,6 @@ def test_the_table_of_caches() -> None:
     ]
     bounded = {case.cache_class.__name__: case.is_bounded for case in CACHE_CASES}
     assert {name: row[3] == "yes" for name, row in zip(PAGES, rows, strict=True)} == bounded
-
-
-# What a page says of its cache.
 
 
 def test_settings_are_those_of_the_constructor() -> None:
@@ -260,11 +251,8 @@ def test_memory_of_shadow_kv() -> None:
 
 def test_what_shadow_kv_says_of_models() -> None:
     """The shares of the full cache that its page gives follow from the formula."""
-    defaults = {
-        parameter.name: parameter.default
-        for parameter in inspect.signature(pyramid_cache.ShadowKVCache.__init__).parameters.values()
-        if parameter.default is not inspect.Parameter.empty
-    }
+    parameters = inspect.signature(pyramid_cache.ShadowKVCache.__init__).parameters.values()
+    defaults = {each.name: each.default for each in parameters if each.default is not inspect.Parameter.empty}
     text = one_line(PAGES["ShadowKVCache"])
 
     def shares(tokens: int, layers: int, kv_heads: int, head_dim: int, itemsize: int) -> tuple[str, str]:
@@ -283,10 +271,7 @@ def test_what_shadow_kv_says_of_models() -> None:
         assert float(shares(about - 150, *shape)[0]) > 1 > float(shares(about + 150, *shape)[0])
 
 
-# What the pages say of quality comes from one table.
-
-
-def answers(protocols: tuple[str, ...] = ("context", "question")) -> dict[tuple[str, str], list[float]]:
+def answers() -> dict[tuple[str, str], list[float]]:
     """
     Exact answers in docs/quality.md by task ("needles-8-1024, question first") and label: at 0.5, 0.25 and 0.1.
     `DynamicCache` has one number.
@@ -295,7 +280,7 @@ def answers(protocols: tuple[str, ...] = ("context", "question")) -> dict[tuple[
     found: dict[tuple[str, str], list[float]] = {}
     for section in part.split("\n### ")[1:]:
         task = section.partition("\n")[0]
-        if not task.endswith(tuple(f"{protocol} first" for protocol in protocols)):
+        if not task.endswith((" context first", " question first")):
             continue
         [full] = re.findall(r"^DynamicCache: ([\d.]+) /", section, re.MULTILINE)
         found[task, "DynamicCache"] = [float(full)]
@@ -306,27 +291,18 @@ def answers(protocols: tuple[str, ...] = ("context", "question")) -> dict[tuple[
     return found
 
 
-def results_table(labels: list[str]) -> str:
-    """Exact answers of some rows of docs/quality.md."""
+def with_results(page: str) -> str:
+    """A page whose results are exact answers of some rows of docs/quality.md."""
     found = answers()
-    lines = ["| task | cache | full cache | 0.5 | 0.25 | 0.1 |", "|---|---|---|---|---|---|"]
-    for task in dict.fromkeys(task for task, _ in found):
-        for label in labels:
+
+    def table(match: re.Match[str]) -> str:
+        lines = ["| task | cache | full cache | 0.5 | 0.25 | 0.1 |", "|---|---|---|---|---|---|"]
+        for task, label in itertools.product(dict.fromkeys(task for task, _ in found), match[1].split("; ")):
             numbers = [*found[task, "DynamicCache"], *found[task, label]]
             lines.append(f"| {task} | {label} | {' | '.join(f'{number:.2f}' for number in numbers)} |")
-    return "\n".join(lines)
+        return "\n".join([f"<!-- results: {match[1]} -->", "", *lines, "", "<!-- end of results -->"])
 
-
-def with_results(page: str) -> str:
-    """A page whose results are those of docs/quality.md."""
-    return re.sub(
-        r"<!-- results: (.*?) -->\n.*?<!-- end of results -->",
-        lambda match: (
-            f"<!-- results: {match[1]} -->\n\n{results_table(match[1].split('; '))}\n\n<!-- end of results -->"
-        ),
-        page,
-        flags=re.DOTALL,
-    )
+    return re.sub(r"<!-- results: (.*?) -->\n.*?<!-- end of results -->", table, page, flags=re.DOTALL)
 
 
 def test_results_are_those_of_the_table() -> None:
@@ -336,106 +312,6 @@ def test_results_are_those_of_the_table() -> None:
         own = {label for _, label in answers() if re.split(r"[(,]", label)[0] == name}
         assert set(labels.split("; ")) == own, name
         assert with_results(text) == text, f"{page} is not what docs/quality.md has. Run `{COMMAND}`."
-
-
-def ahead(label: str, other: str, *protocols: str) -> dict[tuple[str, int], tuple[float, float]]:
-    """By task and budget where one cache has more answers than another: both numbers."""
-    found = answers(protocols or ("context", "question"))
-    return {
-        (task, index): (number, found[task, other][index])
-        for (task, name), numbers in found.items()
-        if name == label
-        for index, number in enumerate(numbers)
-        if number > found[task, other][index]
-    }
-
-
-def evicting(task: str, index: int) -> dict[str, float]:
-    """The answers of the caches that evict, the most last."""
-    numbers = {
-        label: numbers[index]
-        for (other, label), numbers in answers().items()
-        if other == task and label not in ("ShadowKVCache", "DynamicCache")
-    }
-    return dict(sorted(numbers.items(), key=lambda item: item[1]))
-
-
-def best(task: str, index: int) -> set[str]:
-    numbers = evicting(task, index)
-    return {label for label, number in numbers.items() if number == max(numbers.values())}
-
-
-def test_what_pages_say_of_caches_beside_each_other() -> None:
-    """Of exact answers in docs/quality.md, at budgets of 0.5, 0.25 and 0.1: indices 0, 1 and 2."""
-    found = answers()
-    eight, longer, one = (f"needles-{task}, question first" for task in ("8-1024", "8-2048", "1-4096"))
-    one_before, pairs = "needles-1-4096, context first", "recall-448, context first"
-
-    def of(label: str, *protocols: str) -> list[list[float]]:
-        return [numbers for (_, other), numbers in answers(protocols).items() if other == label]
-
-    attentive = ("TOVACache", "RKVCache", "MassiveActivationCache")
-    # PyramidCache and PyramidKVCache.
-    more = [(0.35, 0.15), (0.15, 0.07), (0.03, 0.0)]
-    assert ahead("PyramidCache(config)", "SnapKVCache", "question") == {(longer, i): more[i] for i in range(3)}
-    for label in ("PyramidCache(config)", "H2OCache"):
-        assert not any(ahead(label, other, "question") for other in attentive)
-    assert not ahead("PyramidCache(model)", "PyramidCache(config)", "question")
-    assert ahead("PyramidKVCache", "SnapKVCache") == {(longer, 0): (0.17, 0.15)}
-    # SnapKVCache and H2OCache.
-    assert not ahead("SnapKVCache", "H2OCache", "context")
-    assert ahead("SnapKVCache", "MassiveActivationCache") == {("needles-8-2048, context first", 0): (0.23, 0.2)}
-    tasks = zip(of("SnapKVCache", "question"), of("MassiveActivationCache", "question"), strict=True)
-    assert all(number < other for numbers, others in tasks for number, other in zip(numbers, others, strict=True))
-    # AdaKVCache.
-    assert all(index == 2 for _, index in ahead("AdaKVCache", "SnapKVCache"))
-    assert found[eight, "AdaKVCache"][2] > found[eight, "SnapKVCache"][2]
-    # TOVACache.
-    assert best(eight, 2) == best(longer, 2) == {"TOVACache"}
-    assert min(found[eight, "TOVACache"][:2]) >= found[eight, "DynamicCache"][0]
-    # KeyDiffCache, ExpectedAttentionCache and KnormCache.
-    assert best(one_before, 0) == {"KeyDiffCache"}
-    for index in (0, 1):
-        assert list(evicting(pairs, index))[-2:] == ["KeyDiffCache", "ExpectedAttentionCache"]
-        assert best(pairs, index) == {"ExpectedAttentionCache"}
-    needles = [numbers[2] for (task, label), numbers in found.items() if label == "KeyDiffCache" and task[0] == "n"]
-    assert max(needles) <= 0.05
-    assert not any(ahead("KeyDiffCache", other, "question") for other in ("TOVACache", "MassiveActivationCache"))
-    assert found[one, "ExpectedAttentionCache"] == found[one_before, "ExpectedAttentionCache"] == [0, 0, 0]
-    assert max(max(numbers) for numbers in of("KnormCache", "context", "question")) <= 0.2
-    # RKVCache.
-    for task, index in product((eight, one), (0, 1)):
-        numbers = evicting(task, index)
-        others = {label.partition(",")[0] for label, number in numbers.items() if number > numbers["RKVCache"]}
-        assert others <= {"MassiveActivationCache", "TOVACache"}
-    assert found[one, "RKVCache"][0] == 1
-    assert max(numbers[2] for numbers in of("RKVCache", "context")) < 0.1
-    # MassiveActivationCache.
-    assert found[one, "MassiveActivationCache"][2] == found[one, "DynamicCache"][0]
-    assert found[eight, "MassiveActivationCache"][0] >= found[eight, "DynamicCache"][0]
-    assert found[eight, "MassiveActivationCache"][2] < found[eight, "TOVACache"][2]
-    assert found[longer, "MassiveActivationCache"][1] == found[longer, "DynamicCache"][0]
-    # ShadowKVCache.
-    for protocol in ("context", "question"):
-        task = f"needles-8-1024, {protocol} first"
-        assert found[task, "ShadowKVCache"][0] >= found[task, "DynamicCache"][0]
-        assert found[f"needles-1-4096, {protocol} first", "ShadowKVCache"][1] == 1
-
-
-def test_what_the_page_says_of_kvpress() -> None:
-    """SnapKV's hidden numbers at a half and a quarter, and all of Knorm's."""
-    part = QUALITY.read_text().partition("## Beside kvpress")[2]
-    for label, other, tasks, width in (("SnapKVCache", "SnapKV", "needles", 2), ("KnormCache", "Knorm", "", 3)):
-        sections = [section for section in part.split("\n### ")[1:] if section.startswith(tasks)]
-        assert len(sections) >= 4
-        for section in sections:
-            rows = {
-                row[0]: [cell.partition(" / ")[0] for cell in row[2 : 2 + width]] for row in table_rows(section)[1:]
-            }
-            assert rows[label] == rows[other]
-
-
-# Recorded runs.
 
 
 def test_every_recorded_run_has_its_command_and_machine() -> None:
@@ -467,60 +343,48 @@ def test_every_recorded_run_has_its_command_and_machine() -> None:
 
 def test_figures_are_those_of_recorded_runs() -> None:
     """And those of other pages, of formulas and of what the package needs."""
-    figures = []
-    half, pyramid, gpu = (
-        json.loads((DOCS / "results" / f"2026-11-{file}.json").read_text())
-        for file in (
-            "22-amd-epyc-2-cores-budget-0.25",
-            "22-amd-epyc-2-cores-pyramid-0.4",
-            "26-nvidia-h100-80gb-hbm3-gpu",
-        )
-    )
+    files = ("22-amd-epyc-2-cores-budget-0.25", "22-amd-epyc-2-cores-pyramid-0.4", "26-nvidia-h100-80gb-hbm3-gpu")
+    half, pyramid, gpu = (json.loads((DOCS / "results" / f"2026-11-{file}.json").read_text()) for file in files)
     assert (half["settings"]["budget"], half["settings"]["batch_size"]) == (0.25, 8)
-    rows = {row["cache"]: row for row in half["rows"]}
-    for name, label in (("H2OCache", "h2o"), ("StreamingLLMCache", "streaming")):
-        figures.append((name, f"decoding was {rows[label]['decode_ratio']:.2f} times as fast as"))
-        figures.append((name, f"the prefill took {rows[label]['prefill_ratio']:.2f} of the time"))
-    [ratio] = [row["prefill_ratio"] for row in pyramid["rows"] if row["label"] == "PyramidCache(model)"]
-    sizes = pyramid["settings"]
-    prompts = f"{sizes['batch_size']} prompts of {sizes['prompt_tokens']:,} tokens"
-    figures.append(
-        (
-            "PyramidCache",
-            f"at a budget of {sizes['budget']} took {ratio:.2f} of the time of `DynamicCache` for {prompts}",
-        )
+    decode, prefill = (
+        {row["cache"]: f"{row[name]:.2f}" for row in half["rows"]} for name in ("decode_ratio", "prefill_ratio")
     )
-    rows = gpu["parts"]["ops"]["result"]["rows"]
-    ratios = {row["op"]: f"{row['ratio_to_attention']:.2f}" for row in rows if row["length"] == 32_768}
-    figures.append(("H2OCache", f"{ratios['all_row_scores']} times attention alone at 32,768 tokens on an H100"))
-    figures.append(("H2OCache", f"Those of a window cost {ratios['window_scores']}"))
+    [pruned] = [f"{row['prefill_ratio']:.2f}" for row in pyramid["rows"] if row["label"] == "PyramidCache(model)"]
+    sizes = pyramid["settings"]
+    ops = gpu["parts"]["ops"]["result"]["rows"]
+    ratios = {row["op"]: f"{row['ratio_to_attention']:.2f}" for row in ops if row["length"] == 32_768}
     without = table_rows(section_of((DOCS / "massive-activations.md").read_text(), "What happens without them"))
     kept, forced_out, _ = (float(row[1]) for row in without[1:])
-    figures.append(("MassiveActivationCache", f"a perplexity of {forced_out:.0f} instead of {kept:.0f}"))
     # Statistics for 32 heads over 8 of width 128 in bfloat16, in tokens.
-    numbers = {"layers": 1, "batch": 1, "heads": 32, "kv_heads": 8, "head_dim": 128, "itemsize": 2}
-    none, one = (
-        memory_formula("ExpectedAttentionCache", **numbers, slots=slots, use_covariance=True)["nbytes"]
-        for slots in (0, 1)
-    )
-    figures.append(("ExpectedAttentionCache", f"as {round(none / (one - none), -1):.0f} tokens"))
-    for name, figure in figures:
+    numbers = {
+        "layers": 1,
+        "batch": 1,
+        "heads": 32,
+        "kv_heads": 8,
+        "head_dim": 128,
+        "itemsize": 2,
+        "use_covariance": True,
+    }
+    none, one = (memory_formula("ExpectedAttentionCache", **numbers, slots=slots)["nbytes"] for slots in (0, 1))
+    for name, figure in (
+        ("H2OCache", f"decoding was {decode['h2o']} times as fast as"),
+        ("H2OCache", f"the prefill took {prefill['h2o']} of the time"),
+        ("StreamingLLMCache", f"decoding was {decode['streaming']} times as fast as"),
+        ("StreamingLLMCache", f"the prefill took {prefill['streaming']} of the time"),
+        ("PyramidCache", f"at a budget of {sizes['budget']} took {pruned} of the time of `DynamicCache` for "),
+        ("PyramidCache", f" for {sizes['batch_size']} prompts of {sizes['prompt_tokens']:,} tokens"),
+        ("H2OCache", f"{ratios['all_row_scores']} times attention alone at 32,768 tokens on an H100"),
+        ("H2OCache", f"Those of a window cost {ratios['window_scores']}"),
+        ("MassiveActivationCache", f"a perplexity of {forced_out:.0f} instead of {kept:.0f}"),
+        ("ExpectedAttentionCache", f"as {round(none / (one - none), -1):.0f} tokens"),
+    ):
         assert figure in one_line(PAGES[name]), name
-    [(zone, *ends)] = re.findall(
-        r"zones of (\d+), .* first layer keeps (\d+) and the last of (\d+) keeps (\d+)",
-        one_line(PAGES["PyramidCache"]),
-    )
-    first, depth, last = map(int, ends)
-    assert [num_kept_of_zone(layer, depth) for layer in (0, depth - 1)] == [first, last] and int(zone) == 16
+    zones = r"zones of (\d+), .* first layer keeps (\d+) and the last of (\d+) keeps (\d+)"
+    [(zone, first, depth, last)] = [map(int, found) for found in re.findall(zones, one_line(PAGES["PyramidCache"]))]
+    assert (zone, first, last) == (16, *(num_kept_of_zone(layer, depth) for layer in (0, depth - 1)))
     text = (ROOT / "pyproject.toml").read_text()
-    python, of_torch, of_transformers = (
-        re.search(f"{name}>=([\\d.]+)", text)[1] for name in ('python = "', "torch", "transformers")
-    )
-    needed = f"Python {python}, torch {of_torch} and transformers {of_transformers} or newer"
-    assert needed in one_line(DOCS / "index.md")
-
-
-# What the page of the design says.
+    needs = [re.search(f"{name}>=([\\d.]+)", text)[1] for name in ('python = "', "torch", "transformers")]
+    assert "Python {}, torch {} and transformers {} or newer".format(*needs) in one_line(DOCS / "index.md")
 
 
 def test_the_design_names_folders_files_and_caches_that_are_there() -> None:
@@ -552,9 +416,6 @@ def test_errors_are_as_the_design_has_them() -> None:
     assert title == ["what", "error", "of which it says"] and len(rows) >= 10
     for _, error, words in rows:
         assert words.strip("`") in raised[re.match(r"`(\w+)`", error)[1]], words
-
-
-# Pictures.
 
 
 def description_of(picture: Path) -> dict[str, Any]:
@@ -598,9 +459,6 @@ def test_pictures_show_what_caches_hold(name: str, tmp_path: Path) -> None:
     assert drawn["held"] == shown["held"]
 
 
-# The site itself.
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("mkdocs") is None or importlib.util.find_spec("mkdocstrings") is None,
@@ -618,20 +476,9 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     for name in (*(f"pyramid_cache.{name}" for name in pyramid_cache.__all__), "pyramid_cache.ops.decode_attention"):
         assert f'id="{name}"' in api
     assert "defaults to" not in api
-    for path, page in pages.items():
-        assert not re.search(
-            r"<(?:script|img)[^>]* src=\"?https?:|<link[^>]* href=\"?https?:(?!.*rel=\"?canonical)", page
-        ), path
+    fetched = r"<(?:script|img)[^>]* src=\"?https?:|<link[^>]* href=\"?https?:(?!.*rel=\"?canonical)"
+    assert [path for path, page in pages.items() if re.search(fetched, page)] == []
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description="Writes into the pages of caches what docs/quality.md has, or lists those that differ."
-    )
-    parser.add_argument("--write", action="store_true", help="write the pages instead of listing them")
-    write = parser.parse_args().write
-    for file in PAGES.values():
-        if with_results(file.read_text()) != file.read_text():
-            print(file)
-            if write:
-                file.write_text(with_results(file.read_text()))
+    rewrite(PAGES.values(), with_results)

@@ -38,9 +38,6 @@ DENSE_CASES = [
 ]
 
 
-# One reading.
-
-
 @parametrize_cases(DENSE_CASES)
 @torch.no_grad()
 def test_a_reading_gives_what_the_cache_would_have_read(case: CacheCase) -> None:
@@ -87,9 +84,6 @@ def test_models_whose_reading_cannot_be_shared_are_refused() -> None:
     with pytest.raises(NotImplementedError, match="'dynamic' scaling"):
         rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
         Reader(build_model("llama", rope_parameters=rope), random_tokens(1, 10))
-
-
-# Scores.
 
 
 def test_questions_of_equal_length_are_asked_side_by_side() -> None:
@@ -178,9 +172,6 @@ def test_scores_are_those_of_generate_and_of_a_slow_loop(name: str) -> None:
             assert len(result.held_shares) == (3 if is_alone else 1)
 
 
-# What is certain.
-
-
 def test_a_window_forgets_what_is_out_of_it_and_all_of_a_budget_nothing() -> None:
     """All that a window of 44 tokens can answer are questions about the last 22 pairs."""
     model, contexts = load_recall_model(), build_contexts(parse_task("recall-448"), samples=2)
@@ -208,11 +199,10 @@ def test_a_window_forgets_what_is_out_of_it_and_all_of_a_budget_nothing() -> Non
         assert [score.log_likelihood for score in results[name, 1.0].scores] == pytest.approx(wanted, abs=1e-4)
 
 
-# The command.
-
-
 def record_of(arguments: list[str], path: Path) -> dict[str, Any]:
+    num_threads = torch.get_num_threads()
     assert main([*arguments, "--json", str(path)]) == 0
+    torch.set_num_threads(num_threads)
     return json.loads(path.read_text())
 
 
@@ -247,9 +237,6 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for together, alone in zip(batched["rows"], rows_of([*noted, "--samples", "3"], path), strict=True):
         assert together["cases"]["token_accuracy"] == alone["cases"]["token_accuracy"]
         assert together["cases"]["log_likelihood"] == pytest.approx(alone["cases"]["log_likelihood"], abs=1e-3)
-
-
-# Folders of answers.
 
 
 INTERRUPTED = 130
@@ -303,11 +290,7 @@ def test_processes_share_an_evaluation(tmp_path: Path) -> None:
     """Two, in the environment that `torchrun` gives, with a thread each: what one leaves, byte for byte."""
     arguments = ["eval", "--tasks", "recall-64,recall-66", "--caches", "knorm,streaming", "--samples", "3"]
     arguments += ["--budgets", "0.5", "--device", "cpu", "--threads", "1"]
-    num_threads = torch.get_num_threads()
-    try:
-        wanted = rows_of([*arguments, "--out", str(tmp_path / "one")], tmp_path / "wanted.json")
-    finally:
-        torch.set_num_threads(num_threads)
+    wanted = rows_of([*arguments, "--out", str(tmp_path / "one")], tmp_path / "wanted.json")
     found, folder, logs = tmp_path / "found.json", tmp_path / "two", [tmp_path / "log.0", tmp_path / "log.1"]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -333,47 +316,6 @@ def test_processes_share_an_evaluation(tmp_path: Path) -> None:
     assert len(names) == 7  # answers, two reports, and four pictures
     for name in names:
         assert (folder / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
-
-
-@pytest.mark.slow
-def test_accelerate_launches_an_evaluation(tmp_path: Path) -> None:
-    """As the page has it: two processes have half of the contexts each, and the rows are those of one process."""
-    arguments = "eval --tasks recall-64 --caches knorm --samples 4 --device cpu --threads 1".split()
-    num_threads = torch.get_num_threads()
-    try:
-        wanted = rows_of(arguments, tmp_path / "wanted.json")
-    finally:
-        torch.set_num_threads(num_threads)
-    launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0 "
-    launch += "--mixed_precision no --dynamo_backend no -m pyramid_cache.lab.cli"
-    folder, found = tmp_path / "two", tmp_path / "found.json"
-    command = [sys.executable, *launch.split(), *arguments, "--out", str(folder), "--json", str(found)]
-    subprocess.run(command, check=True, timeout=300)
-    record = json.loads(found.read_text())
-    assert (record["machine"]["processes"], record["rows"]) == (2, wanted)
-    numbers = [len((folder / name).read_text().splitlines()) for name in ("cells.jsonl", "cells.1.jsonl")]
-    assert numbers[0] == numbers[1] > 0
-
-
-def test_bad_options_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments, message in (
-        (["--caches", "lru"], "h2o"),
-        (["--caches", "static"], "evicts nothing"),
-        (["--budgets", "1.5"], "budget"),
-        (["--budgets", "512"], "fractions between 0 and 1"),
-        (["--budgets", "many"], "budget"),
-        (["--protocols", "later"], "context, question"),
-        (["--tasks", "sorting"], "There is no task 'sorting'"),
-        (["--tasks", "recall-64", "--lengths", "64"], "has no effect"),
-        (["--save-cases", "cases.json"], "token ids of one model"),
-        (["--json", "no/such/folder.json"], "cannot be written"),
-    ):
-        try:
-            status = main(["eval", *arguments])
-        except SystemExit as error:  # of the parser
-            status = error.code
-        assert status == 2
-        assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_tables_can_be_read(capsys: pytest.CaptureFixture[str]) -> None:

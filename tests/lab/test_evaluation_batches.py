@@ -55,11 +55,11 @@ def test_batches_give_what_contexts_give_alone(name: str, kind: str) -> None:
     alone, together = evaluate(contexts, 1, [name]), evaluate(contexts, 3, [name])
     assert set(alone) == set(together) and len(alone) == 4
     for setting, result in alone.items():
-        scores = together[setting].scores
-        assert len(scores) == len(result.scores) == 11
-        assert [score.token_accuracy for score in scores] == [score.token_accuracy for score in result.scores]
-        found, wanted = ([score.log_likelihood for score in which] for which in (scores, result.scores))
-        assert found == pytest.approx(wanted, abs=1e-3)
+        pairs = list(zip(together[setting].scores, result.scores, strict=True))
+        assert len(pairs) == 11 and all(found.token_accuracy == one.token_accuracy for found, one in pairs)
+        assert [found.log_likelihood for found, _ in pairs] == pytest.approx(
+            [one.log_likelihood for _, one in pairs], abs=1e-3
+        )
         # Padding takes some room.
         assert together[setting].held_shares == pytest.approx(result.held_shares, abs=0.15)
     full = [score.is_exact for score in together["context", BASELINE, 1.0].scores]

@@ -19,12 +19,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from pyramid_cache.engine.architectures import CACHE_ARGUMENT
 from pyramid_cache.lab.cli import main
 from pyramid_cache.lab.evaluation import score_plots
-from pyramid_cache.lab.evaluation.answers import Answer, as_row, collect_answers
+from pyramid_cache.lab.evaluation.answers import MAX_COLUMNS, Answer, as_row, collect_answers, measure_kept_positions
 from pyramid_cache.lab.evaluation.cells import Cell, CellKey, CellStore
 from pyramid_cache.lab.evaluation.evaluator import Evaluation
 from pyramid_cache.lab.evaluation.folder import ResultFolder
 from pyramid_cache.lab.evaluation.html_page import page
-from pyramid_cache.lab.evaluation.kept import MAX_COLUMNS, measure_kept_positions
 from pyramid_cache.lab.evaluation.tasks import Context, Question
 from pyramid_cache.lab.registry import BASELINE, CACHES, Workload, find_entry
 from pyramid_cache.lab.weights import no_progress
@@ -32,9 +31,6 @@ from pyramid_cache.lab.weights import no_progress
 
 def ignore(text: str) -> None:
     """Takes what would be announced."""
-
-
-# Answers.
 
 
 def successor_model() -> LlamaForCausalLM:
@@ -141,9 +137,6 @@ def test_answers_are_those_scored_by_hand(hand_folder: Path) -> None:
     assert held == {cache.nbytes} and 4 * 64 <= cache.nbytes < 8 * 64
 
 
-# Cells.
-
-
 CELL = Cell(CellKey("recall-64", 0, -1, "context", "knorm", 0.5), [1.0], [-0.5], 0.5)
 LINE = (
     '{"key": {"task": "recall-64", "context": 0, "question": -1, "protocol": "context", "cache": "knorm", '
@@ -217,9 +210,6 @@ def test_other_settings_are_named(tmp_path: Path) -> None:
         CellStore(tmp_path / "cells.jsonl", {})
 
 
-# What is kept.
-
-
 def test_positions_are_measured_once(tmp_path: Path) -> None:
     caches = {name: CACHES[name] for name in ("streaming", "streaming-dense", "pyramid", "snapkv")}
     evaluation = Evaluation(successor_model(), caches, [0.5])
@@ -245,9 +235,6 @@ def test_positions_are_measured_once(tmp_path: Path) -> None:
     assert len(said) == 1 and (tmp_path / "positions.jsonl").read_text() == lines
     evaluation.model = None  # nothing is left to read
     assert measure_kept_positions(evaluation, context, tmp_path, ignore) == kept
-
-
-# Pictures.
 
 
 def answer(cache: str, budget: float, length: int, depth: float, token_accuracy: float) -> Answer:
@@ -285,9 +272,6 @@ def test_pictures_are_the_same_for_everybody(monkeypatch: pytest.MonkeyPatch) ->
     assert not [plot.name for plot in first for kind in (b"tIME", b"tEXt", b"iTXt", b"zTXt") if kind in plot.png]
     styles = [tuple(score_plots.style_of(cache).values()) for cache in CACHES]
     assert len({(color, line) for color, line, _ in styles}) == len(CACHES)  # also without markers
-
-
-# The page.
 
 
 def check_page(text: str) -> list[list[str]]:
@@ -359,9 +343,6 @@ def test_leftovers_are_removed(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir() if path.is_file()} == files
     settings = json.loads((tmp_path / "settings.json").read_text())
     assert settings["settings"] == {"model": "a"} and settings["run"]["command"] == "none"
-
-
-# Killed.
 
 
 @pytest.mark.slow

@@ -65,9 +65,6 @@ def values_of(question: Question) -> list[str]:
     return [decode(question.answer[start:stop]).strip() for start, stop in spans]
 
 
-# Cases that recorded results are of.
-
-
 def test_recorded_cases_are_what_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
     beginning = read_text()[:20_000]
     monkeypatch.setattr(haystack, "read_text", lambda: beginning)
@@ -79,9 +76,6 @@ def test_recorded_cases_are_what_they_were(monkeypatch: pytest.MonkeyPatch) -> N
     ):
         rows = [[context.ids, [[q.ids, q.answer] for q in context.questions]] for context in contexts]
         assert hashlib.sha256(json.dumps(rows).encode()).hexdigest().startswith(wanted)
-
-
-# What contexts are.
 
 
 def test_contexts_fit_and_depend_on_the_seed_alone(novel: str) -> None:
@@ -205,9 +199,6 @@ def test_a_continuation_is_that_of_the_novel(novel: str) -> None:
         assert novel.count(decode(context.ids + question.ids + question.answer)) == 1
 
 
-# Names.
-
-
 def test_names_have_lengths_or_get_them() -> None:
     found = parse_tasks(["needles", "needles-8", "variables", "passkey-500", "needles-multikey-200-999"], [1024, 64])
     assert [task.name for task in found] == [
@@ -247,9 +238,6 @@ def test_names_and_lengths_that_cannot_be_are_refused(novel: str) -> None:
     ):
         with pytest.raises(PromptError, match=message):
             build(name)
-
-
-# Scores.
 
 
 def test_values_are_found_or_not() -> None:

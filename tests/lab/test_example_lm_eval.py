@@ -12,7 +12,7 @@ import pytest
 import torch
 from models import Trace, build_model, random_tokens
 from reference import MaskPolicy, masks_of, run_policy
-from running_examples import import_example, run_example
+from running_examples import import_example
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -75,20 +75,10 @@ def test_continuations_are_read_in_view_of_what_is_kept(held_back: int) -> None:
 # One task of each public set: the harness's own definition, its splits, and a row of the published columns.
 PUBLIC: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     "gsm8k": ("gsm8k/gsm8k", ("train", "test"), {"question": "What are 3 times 400?", "answer": "#### 1,200"}),
-    "longbench_hotpotqa": (
-        "longbench/hotpotqa",
-        ("test",),
-        {"question": "Who wrote it?", "context": "Jane wrote it.", "answers": ["Jane"], "all_classes": None},
-    ),
     "longbench2_govt_single": (
         "longbench2/govt_single_doc",
         ("train",),
         {"question": "Which?", "context": "It is three.", "choices": ["one", "two", "three", "four"], "answer": "C"},
-    ),
-    "infinitebench_kv_retrieval": (
-        "infinitebench/infinitebench_kv_retrieval",
-        ("kv_retrieval",),
-        {"id": 1, "context": '{"k": "v-1"}', "input": 'Key: "k"', "answer": ["v-1"], "options": []},
     ),
 }
 # The harness makes RULER's contexts. Its YAML files import a list of six million words and fetch data of nltk, which
@@ -200,21 +190,3 @@ def test_contexts_of_one_token_and_too_long_ones_and_what_is_refused() -> None:
     assert cache_model(lambda model: StreamingLLMCache(model.config, 8)).loglikelihood_rolling([]) == []
     with pytest.raises(ValueError, match="`num_held_back=0` must be an integer of at least 1"):
         cache_model(None, held_back=0)
-
-
-@pytest.mark.slow
-def test_runs_as_a_script(tmp_path: Path) -> None:
-    public_tasks(tmp_path)
-    (tmp_path / "ruler.yaml").unlink()
-    arguments = (
-        "--tasks",
-        "local_longbench2_govt_single",
-        "--include-path",
-        tmp_path,
-        "--json",
-        tmp_path / "found.json",
-    )
-    finished = run_example("lm_eval_harness.py", *arguments, "--cache", "TOVACache", "--budget", "64", cwd=tmp_path)
-    assert "local_longbench2_govt_single" in finished.stdout
-    figures = json.loads((tmp_path / "found.json").read_text())["results"]["local_longbench2_govt_single"]
-    assert 0 <= figures["acc,none"] <= 1

@@ -64,9 +64,6 @@ def count(text: str) -> int:
     return int(text.replace(",", ""))
 
 
-# chat.py
-
-
 @pytest.mark.slow
 def test_chat_answers_as_new_caches_that_read_the_whole_conversation(tmp_path: Path) -> None:
     """StreamingLLMCache gives the same answer however the tokens before it came."""
@@ -133,9 +130,6 @@ def test_caches_are_built_as_options_say() -> None:
     assert [script_options.setting(text)[1] for text in texts] == [32, 0.9, "dense", True, "b=c"]
 
 
-# retrieval.py
-
-
 @pytest.mark.slow
 def test_what_is_loaded_answers_as_what_was_read_and_as_a_cache_that_was_never_saved(tmp_path: Path) -> None:
     model, tokenizer = default_model()
@@ -178,9 +172,6 @@ def test_what_a_file_is_of_is_compared() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             wanted.require_same(path, retrieval.PrefixRecord(**record | change))
-
-
-# serve_batches.py
 
 
 @pytest.mark.slow

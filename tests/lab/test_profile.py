@@ -1,6 +1,9 @@
 """`pyramid-cache profile` on a tiny model with massive activations: what it finds, writes, prints and reads again."""
 
+import functools
+import itertools
 import json
+import operator
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +31,8 @@ DAMAGED = (
     (["architecture"], None, "does not say which model"),
     (["layers"], [], "damaged"),
     (["layers", 1, "layer"], 0, "damaged"),
-    (["layers", 1, "support"], 0.0, "damaged"),
-    (["layers", 1, "support"], 7.0, "damaged"),
-    (["layers", 1, "support"], "much", "damaged"),
-    (["massive"], {}, "damaged"),
-    (["massive", "layers"], [3, 1], "damaged"),
+    *((["layers", 1, "support"], value, "damaged") for value in (0.0, 7.0, "much")),
+    *((["massive", *name], value, "damaged") for name, value in (([], {}), (["layers"], [3, 1]))),
 )
 
 
@@ -61,12 +61,8 @@ def test_massive_dimensions_tokens_and_layers(
     assert massive["dimensions"][0]["largest"] == pytest.approx(1e4, rel=0.01)
     # Three stretches, from the start, the middle and the end of the text, each token of which is a byte.
     starts = [index * (len(TEXT) - 150) // 2 for index in range(3)]
-    wanted = [
-        (text, position)
-        for text, start in enumerate(starts)
-        for position in range(150)
-        if TEXT[start + position] == MASSIVE_LETTER
-    ]
+    places = itertools.product(range(3), range(150))
+    wanted = [(text, place) for text, place in places if TEXT[starts[text] + place] == MASSIVE_LETTER]
     assert [(row["text"], row["position"]) for row in massive["tokens"]] == wanted
     assert {row["token"] for row in massive["tokens"]} == {MASSIVE_LETTER}
     assert [row["num_massive_tokens"] for row in record["outputs"]] == [len(wanted)] * 4
@@ -82,11 +78,9 @@ def test_massive_dimensions_tokens_and_layers(
     with pytest.raises(ValueError, match="num_hidden_layers 4 instead of 5"):
         read_profile(path, LlamaConfig.from_pretrained(model_folder, num_hidden_layers=5), [0, 1, 2, 3, 4])
     contents = [(b"\xff\xfe{}", "is not JSON"), (b"[]", "pyramid-cache profile MODEL --out")]
-    for place, value, message in DAMAGED:
-        damaged = part = json.loads(json.dumps(record))
-        for name in place[:-1]:
-            part = part[name]
-        part[place[-1]] = value
+    for (*place, last), value, message in DAMAGED:
+        damaged = json.loads(json.dumps(record))
+        functools.reduce(operator.getitem, place, damaged)[last] = value
         contents.append((json.dumps(damaged).encode(), message))
     for content, message in contents:
         path.write_bytes(content)

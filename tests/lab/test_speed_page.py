@@ -1,13 +1,12 @@
 """docs/speed.md has the figures of the records in docs/results."""
 
-import argparse
 import itertools
 import json
 import re
 from collections.abc import Sequence
 from typing import Any
 
-from pages import DOCS
+from pages import DOCS, rewrite
 
 from pyramid_cache.lab.bench.bench_command import SUITES, add_caches_options, parse
 
@@ -71,25 +70,5 @@ def test_the_record_is_of_the_suite() -> None:
     assert measured == set(itertools.product(suite.caches, suite.lengths, suite.batch_sizes))
 
 
-def test_a_table_by_hand() -> None:
-    figures = {"label": "A", "length": 8, "prefill_ratio": 1.5, "bytes_ratio": 0.25}
-    rows = [figures | {"batch_size": size, "tokens_ratio": size} for size in (1, 2)]
-    assert table(rows).splitlines() == [
-        "| cache | 8: read | tokens/s, 1 / 2 rows | bytes |",
-        "|---|---|---|---|",
-        "| A | 1.50 | 1.00 / 2.00 | 0.25 |",
-    ]
-    press = {"press": "B", "length": 8, "batch_size": 1, "prefill_seconds_ratio": 2.0, "step_seconds_ratio": 0.5}
-    record = {"versions": {"kvpress": "0.5"}, "rows": [press | {"bytes_ratio": 1.0}]}
-    assert table(rows_of(record)).splitlines()[-1] == "| B | 2.00 | 2.00 | 1.00 |"
-    assert rows_of({"versions": {}, "rows": rows}) is rows
-
-
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Writes the tables of docs/speed.md, or says whether they differ.")
-    parser.add_argument("--write", action="store_true", help="write the page instead of comparing it")
-    text = PAGE.read_text()
-    if with_times(text) != text:
-        print(PAGE)
-        if parser.parse_args().write:
-            PAGE.write_text(with_times(text))
+    rewrite([PAGE], with_times)

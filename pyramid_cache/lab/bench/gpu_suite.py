@@ -1,8 +1,7 @@
 """
 `pyramid-cache bench --suite gpu`: everything that needs a GPU, in one run.
 
-Each part is a process of its own. A part that hangs is stopped at its limit. A part that leaves the device in an error
-does not spoil the next. The record is written after every part.
+Each part is a process of its own, which is stopped at its limit and cannot spoil the next.
 """
 
 import collections
@@ -24,7 +23,7 @@ import torch
 
 import pyramid_cache
 from pyramid_cache.lab.machine import describe_run, load_average
-from pyramid_cache.lab.terminal import write_json
+from pyramid_cache.lab.terminal import command_text, write_json
 
 
 # The parts in their order, and their limits in seconds, nine minutes together.
@@ -43,19 +42,13 @@ def run(path: Path | None, chosen: list[str] | None = None) -> dict[str, Any]:
     if unknown:
         raise ValueError(f"--parts: {unknown[0]!r} is none of {', '.join(PART_LIMITS)}.")
     if not torch.cuda.is_available():
-        raise ValueError(
-            f"`--suite gpu` needs a CUDA device, and torch {torch.__version__} finds none here. `pyramid-cache bench "
-            "ops` measures on the CPU."
-        )
+        problem = f"`--suite gpu` needs a CUDA device, and torch {torch.__version__} finds none here"
+        raise ValueError(f"{problem}. `pyramid-cache bench ops` measures on the CPU.")
     names = [name for name in PART_LIMITS if chosen is None or name in chosen]
-    command = "pyramid-cache bench --suite gpu" + ("" if chosen is None else f" --parts {','.join(names)}")
-    record = describe_run(command, torch.device("cuda", torch.cuda.current_device())) | {
-        "driver": driver_version(),
-        "cuda": torch.version.cuda,
-        "chosen_parts": names,
-        "is_complete": False,
-        "parts": {},
-    }
+    command = command_text(["bench"], {"suite": "gpu", "parts": chosen and names})
+    record = describe_run(command, torch.device("cuda", torch.cuda.current_device()))
+    record |= {"driver": driver_version(), "cuda": torch.version.cuda, "chosen_parts": names}
+    record |= {"is_complete": False, "parts": {}}
     root = Path(pyramid_cache.__file__).resolve().parents[1]
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
@@ -120,16 +113,11 @@ def command_of(name: str, root: Path, result_path: Path) -> list[str]:
 
 def run_process(command: list[str], folder: Path, limit_seconds: float) -> tuple[int | None, list[str]]:
     """Runs a command and prints its output; returns its status, None if it was stopped, and its last lines."""
-    settings = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
-    output: dict[str, Any] = {
-        "stdout": subprocess.PIPE,
-        "stderr": subprocess.STDOUT,
-        "encoding": "utf-8",
-        "errors": "replace",
-    }
+    output: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "encoding": "utf-8"}
+    output |= {"errors": "replace", "env": os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}}
     # Background jobs of a shell ignore the interrupt that ends a part at its limit, and so would the part.
     heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    process = subprocess.Popen(command, cwd=folder, env=settings, preexec_fn=heed, **output)
+    process = subprocess.Popen(command, cwd=folder, preexec_fn=heed, **output)
     last_lines: collections.deque[str] = collections.deque(maxlen=TAIL_LINES)
 
     def pass_on() -> None:

@@ -2,12 +2,15 @@
 What attention with scores takes, as the caches run it, beside attention alone, as transformers' sdpa runs it.
 
 Inputs are random. Those of decoding are a full layer of `H2OCache`: all slots are held, half of them by recent tokens.
+`torch.utils.benchmark` measures on the CPU, `triton.testing` on CUDA devices. Functions that are compared take turns,
+so that other work on the machine slows both down alike.
 """
 
 import functools
 import itertools
 import math
 import statistics
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +18,8 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.benchmark import Timer
 
-from pyramid_cache.lab.bench.timing import seconds_of, time_in_turns
 from pyramid_cache.lab.machine import free_memory
 from pyramid_cache.ops import attention_scores, decode_attention, decode_attention_and_evict, row_lse
 from pyramid_cache.ops.lse import attention_with_lse, can_give_lse
@@ -31,6 +34,14 @@ WORKSPACE_BYTES = 1 << 28
 FLUSHED_CACHE_SIZES = 4
 # For each pair of functions. Long calls exceed it, as at least five rounds are run.
 BUDGET_SECONDS = {"cpu": 4.0, "cuda": 1.0}
+LEAST_ROUNDS = 5
+# One turn of a function: its median call within this time, or a single call that takes longer.
+CPU_TURN_SECONDS = 0.02
+CUDA_TURN_MILLISECONDS = 10
+# A copy of this many bytes is far larger than the caches of any processor.
+COPY_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}
+COPY_ROUNDS = 7
+SIZES = ("batch_size", "heads", "kv_heads", "head_dim", "window")
 Times = tuple[list[float], list[float]]
 
 
@@ -65,6 +76,55 @@ class Case:
     recomputes_lse: bool = False
 
 
+def seconds_of(run: Callable[[], object], device: torch.device, in_graph: bool = False) -> float:
+    """
+    The median seconds of a call in one turn. On CUDA the second-level cache is emptied before each call. With
+    `in_graph` a CUDA graph launches the calls, and the function must read more than that cache holds.
+    """
+    if device.type == "cpu":
+        timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
+        return timer.blocked_autorange(min_run_time=CPU_TURN_SECONDS).median
+    try:
+        from triton import testing
+    except ImportError as error:
+        raise ValueError("Times on CUDA devices are taken by triton, which is missing: pip install triton.") from error
+    turn = CUDA_TURN_MILLISECONDS
+    with torch.cuda.device(device):
+        if in_graph:
+            return testing.do_bench_cudagraph(run, rep=turn, return_mode="median") / 1e3
+        return testing.do_bench(run, warmup=turn // 2, rep=turn, return_mode="median") / 1e3
+
+
+def time_in_turns(
+    first: Callable[[], object],
+    second: Callable[[], object],
+    measure: Callable[[Callable[[], object]], float],
+    budget_seconds: float,
+    most_rounds: int,
+) -> tuple[list[float], list[float]]:
+    """
+    The seconds of two functions in each round, as `measure` gives them. Which goes first changes from round to round.
+    No round begins after `budget_seconds`, except the first `LEAST_ROUNDS`.
+    """
+    first(), second()  # kernels are compiled before the clock starts
+    times: tuple[list[float], list[float]] = ([], [])
+    start = time.perf_counter()
+    for index in range(most_rounds):
+        if index >= LEAST_ROUNDS and time.perf_counter() - start >= budget_seconds:
+            break
+        turns = list(zip((first, second), times, strict=True))
+        for run, seconds in turns if index % 2 == 0 else turns[::-1]:
+            seconds.append(measure(run))
+    return times
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes per second of the fastest of several large copies, bytes that are read and bytes that are written."""
+    source = torch.ones(COPY_BYTES[device.type], dtype=torch.uint8, device=device)
+    copy = functools.partial(torch.empty_like(source).copy_, source)
+    return 2 * source.numel() / min(seconds_of(copy, device) for _ in range(COPY_ROUNDS))
+
+
 def bytes_moved(op: str, shape: Shape) -> int:
     """Bytes of queries, keys, values, log-sum-exps, scores and output. Eviction also reads scores and positions."""
     rows = shape.length if op in PREFILL_OPS else 1
@@ -94,8 +154,7 @@ def build_shapes(
 
 
 def check_memory(op: str, shape: Shape, available: int | None) -> None:
-    """Raises ValueError where the inputs and outputs of an op exceed the available bytes."""
-    # Both attentions hold an output at once.
+    """Raises ValueError where the inputs and outputs of an op, both of whose attentions hold one, exceed the bytes."""
     needed = (num_copies(op, shape) + 1) * bytes_moved(op, shape) + WORKSPACE_BYTES
     if available is not None and needed > available:
         raise ValueError(
@@ -127,11 +186,8 @@ def build_case(op: str, shape: Shape) -> Case:
 
     def read_with_scores() -> tuple[torch.Tensor, torch.Tensor]:
         given = attention_with_lse("sdpa", query, key, value, scaling=scaling)
-        if given is None:
-            output, lse = attention(), row_lse(scored, key, scaling=scaling)
-        else:
-            output, lse = given[0], given[1][:, :, -scored.shape[2] :]
-        return output, attention_scores(scored, key, lse, scaling=scaling)
+        output, lse = given or (attention(), row_lse(scored, key, scaling=scaling))
+        return output, attention_scores(scored, key, lse[:, :, -scored.shape[2] :], scaling=scaling)
 
     return Case(attention, read_with_scores, recomputes_lse=not can_give_lse("sdpa", query, key, value))
 
@@ -190,13 +246,10 @@ def measure_op(op: str, shape: Shape, bandwidth: float, most_rounds: int) -> dic
 
 
 def as_row(op: str, shape: Shape, times: Times, graph_times: Times | None, bandwidth: float) -> dict[str, Any]:
-    """
-    The figures of one op at one shape: medians over the rounds, and their ratios. Times are seconds of attention alone
-    and of attention with scores in each round, without and with a CUDA graph. `bandwidth` is that of `copy_bandwidth`.
-    """
+    """One op at one shape: medians of seconds of attention alone and with scores, without and with a CUDA graph."""
     attention, with_scores = map(statistics.median, times)
     num_bytes = bytes_moved(op, shape)
-    sizes = {name: getattr(shape, name) for name in ("batch_size", "heads", "kv_heads", "head_dim", "window")}
+    sizes = {name: getattr(shape, name) for name in SIZES}
     row = {"op": op, "length": shape.length, "dtype": shape.dtype_name, **sizes} | {
         "rounds": len(times[0]),
         "attention_seconds": attention,

@@ -10,15 +10,14 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
-from rich.table import Table
 from rich.text import Text
 
 from pyramid_cache.lab.demo.planted_number import Prompts
 from pyramid_cache.lab.demo.timed_answers import Result
-from pyramid_cache.lab.loaded_model import LoadedModel
-from pyramid_cache.lab.machine import busy_note, describe_versions, load_average
+from pyramid_cache.lab.loaded_model import LoadedModel, where
+from pyramid_cache.lab.machine import busy_note, describe_end
 from pyramid_cache.lab.registry import BASELINE, find_entry
-from pyramid_cache.lab.terminal import report_console
+from pyramid_cache.lab.terminal import print_table, report_console
 from pyramid_cache.plot.figure import COLORS, DPI, draw_map
 
 
@@ -28,34 +27,38 @@ CHART_MAX_COLUMNS = 64
 ANSWER_WORDS = 20
 BASELINE_COLOR = "#8a8a8a"
 FACT_COLOR = "#c2185b"
-COLUMNS: tuple[str, ...] = ("cache", "tokens kept\nper layer", "bytes held", "share\nof full")
-COLUMNS += ("prefill\nseconds", "ratio", "decode\ntokens/s", "ratio")
+# For `print_table`, which strips titles: two are the same word.
+COLUMNS = {
+    "cache": "{label:<}",
+    "tokens kept\nper layer": "{kept}",
+    "bytes held": "{held_bytes_mib:,.1f} MiB",
+    "share\nof full": "{share_of_full:.1%}",
+    "prefill\nseconds": "{prefill_seconds:.2f}",
+    "ratio": "{prefill_ratio:.2f}×",
+    "decode\ntokens/s": "{decode_tokens_per_second:.1f}",
+    " ratio": "{decode_ratio:.2f}×",
+    "recalled": "[{color}]{shown:^}[/]",
+    "answer": "{answer:<}",
+}
 
 
 def as_record(
     results: list[Result], loaded: LoadedModel, prompts: Prompts, options: argparse.Namespace, machine: dict[str, Any]
 ) -> dict[str, Any]:
-    """
-    Everything that was measured, and on what, as JSON takes it: "rows", one per cache, with times as medians over the
-    repeats and ratios to the baseline; "settings"; "machine", described before the measurement; "versions".
-    """
+    """Everything that was measured, with times as medians over the repeats and ratios to the baseline, and on what."""
     baseline = next(result for result in results if result.entry.name == BASELINE)
     return {
         "rows": [as_row(result, baseline, prompts, options.max_new_tokens) for result in results],
         "settings": {
-            **loaded.where(),
+            "model": loaded.name,
+            **where(loaded.model),
             "num_parameters": loaded.model.num_parameters(),
             "attn_implementation": loaded.model.config._attn_implementation,
-            "prompt_tokens": prompts.num_tokens,
-            "max_new_tokens": options.max_new_tokens,
-            "batch_size": options.batch_size,
+            **{name: vars(options)[name] for name in "prompt_tokens max_new_tokens batch_size seed repeats".split()},
             "budget": options.budgets,
-            "seed": options.seed,
-            "repeats": options.repeats,
             "numbers": prompts.numbers,
         },
-        "machine": machine | {"load_average_after": load_average()},
-        "versions": describe_versions("pyramid_cache", "torch", "transformers"),
+        **describe_end(machine),
     }
 
 
@@ -87,51 +90,25 @@ def as_row(result: Result, baseline: Result, prompts: Prompts, max_new_tokens: i
 def show(record: dict[str, Any], fact: str) -> None:
     """Prints the table and the chart."""
     console = report_console()
-    settings = record["settings"]
-    console.print(
-        f"{settings['model']} · {settings['dtype']} on {settings['device']} · {settings['batch_size']} × "
-        f"{settings['prompt_tokens']:,} prompt tokens · {settings['max_new_tokens']} new ones · "
-        f"budget {settings['budget']}",
-        style="bold",
-        markup=False,
-    )
+    title = "{model} · {dtype} on {device} · {batch_size} × {prompt_tokens:,} prompt tokens · "
+    title += "{max_new_tokens} new ones · budget {budget}"
+    console.print(title.format_map(record["settings"]), style="bold", markup=False)
     console.print(f"planted in the middle: {' '.join(fact.split())}\n", markup=False)
-    console.print(table(record))
+    print_table(console, COLUMNS, list(map(shown_row, record["rows"])), folds=["answer"])
     console.print(Text(footnote(record), style="dim"))
     console.print(f"\n{chart(record['rows'])}", markup=False, soft_wrap=True)
 
 
-def table(record: dict[str, Any]) -> Table:
-    """One row per cache."""
-    result = Table(header_style="bold")
-    for header in COLUMNS:
-        result.add_column(header, justify="left" if header == "cache" else "right", no_wrap=True)
-    result.add_column("recalled", justify="center", no_wrap=True)
-    result.add_column("answer", overflow="fold")
-    for row in record["rows"]:
-        low, high = min(row["kept_tokens"]), max(row["kept_tokens"])
-        num_rows = len(row["answers"])
-        yes_or_no = "yes" if row["recalled"] else "no"
-        recalled = f"{round(row['recalled_share'] * num_rows)} of {num_rows}" if num_rows > 1 else yes_or_no
-        result.add_row(
-            row["label"],
-            f"{low:,}" if low == high else f"{low:,}–{high:,}",
-            f"{row['held_bytes'] / 2**20:,.1f} MiB",
-            f"{row['share_of_full']:.1%}",
-            f"{row['prefill_seconds']:.2f}",
-            f"{row['prefill_ratio']:.2f}×",
-            f"{row['decode_tokens_per_second']:.1f}",
-            f"{row['decode_ratio']:.2f}×",
-            Text(recalled, style="green" if row["recalled"] else "red"),
-            Text(first_words(row["answer"])),
-        )
-    return result
-
-
-def first_words(answer: str) -> str:
-    """The beginning of an answer, on one line."""
-    words = answer.split()
-    return " ".join(words[:ANSWER_WORDS]) + (" …" if len(words) > ANSWER_WORDS else "")
+def shown_row(row: dict[str, Any]) -> dict[str, Any]:
+    """A row with what its cells show of lists and texts."""
+    low, high, num_rows = min(row["kept_tokens"]), max(row["kept_tokens"]), len(row["answers"])
+    yes_or_no, words = "yes" if row["recalled"] else "no", row["answer"].split()
+    return row | {
+        "kept": f"{low:,}" if low == high else f"{low:,}–{high:,}",
+        "shown": f"{round(row['recalled_share'] * num_rows)} of {num_rows}" if num_rows > 1 else yes_or_no,
+        "color": "green" if row["recalled"] else "red",
+        "answer": " ".join(words[:ANSWER_WORDS]) + " …" * (len(words) > ANSWER_WORDS),
+    }
 
 
 def footnote(record: dict[str, Any]) -> str:
@@ -156,9 +133,8 @@ def chart(rows: list[dict[str, Any]]) -> str:
     lines = [f"tokens kept per layer, first to last of {len(rows[0]['kept_tokens'])} (a full bar is {full:,})"]
     width = max(len(row["label"]) for row in rows)
     for row in rows:
-        drawn = bars(row["kept_tokens"], full, CHART_HEIGHT, CHART_MAX_COLUMNS)
-        labels = itertools.chain([row["label"]], itertools.repeat(""))
-        lines += [f"{label:<{width}}  {line}" for label, line in zip(labels, drawn, strict=False)]
+        drawn = enumerate(bars(row["kept_tokens"], full, CHART_HEIGHT, CHART_MAX_COLUMNS))
+        lines += [f"{'' if index else row['label']:<{width}}  {line}" for index, line in drawn]
     return "\n".join(lines)
 
 
@@ -175,14 +151,8 @@ def bars(values: list[int], full: int, height: int, max_columns: int) -> list[st
     ]
 
 
-# The picture.
-
-
 def draw(results: list[Result], prompts: Prompts, path: Path) -> None:
-    """
-    Draws a PNG: the tokens that each cache keeps per layer and, for each but the baseline, a map of the positions that
-    it keeps of the first row, layer × position.
-    """
+    """Draws the tokens that each cache keeps per layer and, for all but the baseline, a map of the positions kept."""
     maps = [result for result in results if result.entry.name != BASELINE]
     figure = Figure(figsize=(10, 3.2 + 1.9 * len(maps)), layout="constrained")
     axes = figure.subplots(1 + len(maps), 1, squeeze=False, height_ratios=[1.5] + [1] * len(maps))[:, 0]
@@ -205,10 +175,7 @@ def draw(results: list[Result], prompts: Prompts, path: Path) -> None:
 
 
 def draw_positions(axes: Axes, shares: torch.Tensor, prompts: Prompts) -> AxesImage:
-    """
-    Draws a map of the shares of the KV heads that hold each position, `(layers, positions)`, with a bar at the planted
-    fact and a line at the end of the prompt.
-    """
+    """Draws shares of the KV heads that hold each position, `(layers, positions)`, the fact, and the prompt's end."""
     image = draw_map(axes, shares, vmin=0, vmax=1)
     # Above the map, so that the bar hides nothing of what is kept there.
     axes.plot(prompts.fact_spans[0], [-1, -1], color=FACT_COLOR, linewidth=4, clip_on=False, solid_capstyle="butt")

@@ -4,13 +4,9 @@ import random
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
-
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 
 FACT = "\n\nThe secret pass number of the old gatekeeper is {number}. Remember it.\n\n"
@@ -46,16 +42,12 @@ def read_text(path: Path | None = None) -> str:
 
 
 def build_prompts(
-    tokenizer: "PreTrainedTokenizerBase", text: str, prompt_tokens: int, batch_size: int = 1, seed: int = 0
+    tokenizer: PreTrainedTokenizerBase, text: str, prompt_tokens: int, batch_size: int = 1, seed: int = 0
 ) -> Prompts:
     """
-    Cuts a text into one prompt per row, each of exactly `prompt_tokens` tokens with a number of its own planted in the
-    middle. The rows are different stretches of the text; they overlap where it is too short for that.
-
-    The seed chooses the numbers and, from 1 on, where in the text the first row starts.
-
-    Raises:
-        PromptError: The prompt is too short for the question, or the text too short for the prompt.
+    Cuts a text into a prompt per row, each of exactly `prompt_tokens` tokens with a number of its own in the middle.
+    Rows
+    are different stretches, which overlap where the text is short. The seed chooses numbers and, from 1 on, the start.
     """
     generator = random.Random(seed)
     before, after = frame(tokenizer)
@@ -88,7 +80,7 @@ def build_prompts(
     return Prompts(torch.tensor(rows), numbers, fact_spans)
 
 
-def frame(tokenizer: "PreTrainedTokenizerBase", question: str = QUESTION) -> tuple[list[int], list[int]]:
+def frame(tokenizer: PreTrainedTokenizerBase, question: str = QUESTION) -> tuple[list[int], list[int]]:
     """The token ids before a text and after it: those of the chat template, and behind the text a question's."""
     marker = "\0text\0"
     start_ids = []
@@ -102,7 +94,7 @@ def frame(tokenizer: "PreTrainedTokenizerBase", question: str = QUESTION) -> tup
     return start_ids + before, after
 
 
-def end_of_sentence(tokenizer: "PreTrainedTokenizerBase", token_ids: list[int]) -> int:
+def end_of_sentence(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> int:
     """The index just after the sentence end nearest to the middle of some tokens, or the middle if there is none."""
     middle = len(token_ids) // 2
     tokens = tokenizer.convert_ids_to_tokens(token_ids)

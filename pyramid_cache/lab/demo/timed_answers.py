@@ -40,17 +40,17 @@ class Stopwatch(LogitsProcessor):
     """Notes when the logits of each token were there. Those of the first token end the prefill."""
 
     def __init__(self, device: torch.device, on_token: Callable[[int], None]) -> None:
-        self.device = device
-        self.on_token = on_token
-        self.stamps = [self.now()]
+        self.device, self.on_token = device, on_token
+        self.stamps: list[float] = []
+        self.note()
 
-    def now(self) -> float:
+    def note(self) -> None:
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
-        return time.perf_counter()
+        self.stamps.append(time.perf_counter())
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        self.stamps.append(self.now())
+        self.note()
         self.on_token(len(self.stamps) - 1)
         return scores
 
@@ -73,14 +73,11 @@ def measure_caches(
     progress: ProgressCallback,
 ) -> list[Result]:
     """
-    Measures each cache on the same prompts. In each round all caches take their turn, so that whatever else the
-    machine does in a minute falls on all of them alike. Before the first round each cache runs once unmeasured.
-
-    The baseline is put in front of the names if it is missing.
+    Measures each cache on the same prompts, and the baseline. In each round all caches take their turn, so that other
+    work on the machine falls on all of them alike. Before the first round each cache runs once unmeasured.
     """
-    names = names if BASELINE in names else [BASELINE, *names]
     model, input_ids = loaded.model, prompts.input_ids.to(loaded.model.device)
-    results = [Result(find_entry(name)) for name in names]
+    results = [Result(find_entry(name)) for name in (names if BASELINE in names else [BASELINE, *names])]
 
     def new_cache(entry: CacheEntry) -> Cache:
         # The tokens of the answer count against a budget.
@@ -121,10 +118,7 @@ def generate(
     max_new_tokens: int,
     on_token: Callable[[int], None] = lambda done: None,
 ) -> tuple[torch.Tensor, Stopwatch]:
-    """
-    Decodes greedily with a cache from `(batch, prompt_tokens)` without padding. Returns the sequences, `(batch,
-    prompt_tokens + max_new_tokens)`, and when their tokens were there.
-    """
+    """Decodes greedily from `(batch, tokens)` without padding. Returns all tokens, and when new ones were there."""
     stopwatch = Stopwatch(model.device, on_token)
     sequences = model.generate(
         input_ids,

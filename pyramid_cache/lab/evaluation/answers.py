@@ -1,56 +1,53 @@
-"""What came of an evaluation: every answer for a CSV file, and means over the answers for tables."""
+"""What came of an evaluation: every answer, means over answers, and which positions each cache keeps of a context."""
 
 import csv
 import io
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from pyramid_cache.engine.architectures import CACHE_ARGUMENT
-from pyramid_cache.lab.evaluation.cells import ALL_QUESTIONS, CellKey
-from pyramid_cache.lab.evaluation.evaluator import Result, enumerate_by_task
+from pyramid_cache.engine.kept import kept_positions
+from pyramid_cache.lab.evaluation.cells import ALL_QUESTIONS, CellKey, append_line, read_lines
+from pyramid_cache.lab.evaluation.evaluator import Evaluation, Result, enumerate_by_task, len_behind
+from pyramid_cache.lab.evaluation.reading import Reader
 from pyramid_cache.lab.evaluation.tasks import Context
 from pyramid_cache.lab.registry import find_entry
 
 
 CSV_DECIMALS = 6
 CASE_DECIMALS = 4
+SHARE_DECIMALS = 2
+POSITIONS_FILE = "positions.jsonl"
+# A picture has room for so many dots side by side.
+MAX_COLUMNS = 256
 
 
 @dataclass(frozen=True)
 class Answer:
-    """
-    What one cache made of one question. The score is that of `Score`.
-
-    Attributes:
-        length (`int`): Tokens of the context.
-        budget (`float`): 1.0 for the full cache.
-        context, question (`int`): Which context of the task, and which question of the context.
-        depths (`tuple[float, ...]`): See `Question`.
-        answer (`str`): The right one: its text, or its token ids where there is no tokenizer.
-        held_share (`float`): The bytes that the cache held as a share of the full one's.
-        held_bytes (`int`): That share of what the full one takes for all that was read when it was measured.
-    """
+    """What one cache made of one question. The score is that of `Score`."""
 
     task: str
-    length: int
+    length: int  # tokens of the context
     cache: str
-    budget: float
+    budget: float  # 1.0 for the full cache
     protocol: str
-    context: int
-    question: int
-    depths: tuple[float, ...]
-    answer: str
+    context: int  # which one of the task
+    question: int  # which one of the context
+    depths: tuple[float, ...]  # see `Question`
+    answer: str  # the right one: its text, or its token ids where there is no tokenizer
     exact: bool
     token_accuracy: float
     log_likelihood: float
-    held_share: float
-    held_bytes: int
+    held_share: float  # the bytes that the cache held as a share of the full one's
+    held_bytes: int  # that share of what the full one takes for all that was read when it was measured
 
 
 def collect_answers(
@@ -59,19 +56,12 @@ def collect_answers(
     model: PreTrainedModel,
     decode: Callable[[list[int]], str] | None = None,
 ) -> list[Answer]:
-    """
-    The answers that results of a model are means of, in the same order.
-
-    Args:
-        contexts (`Sequence[Context]`): All that the evaluation was given, in the same order.
-        decode (`Callable`, *optional*): Makes texts of right answers.
-    """
+    """The answers that results are means of, in the same order. `decode` makes texts of right answers."""
     by_place = {(context.task, index): context for index, context in enumerate_by_task(contexts)}
-    cache = DynamicCache(config=model.config)
+    cache: Any = DynamicCache(config=model.config)
     with torch.no_grad():
         model(torch.zeros(1, 1, dtype=torch.long, device=model.device), **{CACHE_ARGUMENT: cache}, logits_to_keep=1)
-    layers: list[Any] = cache.layers
-    token_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+    token_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     answers = []
     for result in results:
         for cell in result.cells:
@@ -109,8 +99,8 @@ def csv_text(answers: Sequence[Answer]) -> str:
 def as_row(result: Result) -> dict[str, Any]:
     """
     One cache on one task: means over the cases, and the scores of each case under "cases", in the order of contexts
-    and their questions. A case is an exact match if its token accuracy is 1. `perplexity-L` has its "perplexity" too:
-    the exponential of the negative mean log-likelihood per token. Conversations have the mean of each turn.
+    and their questions. `perplexity-L` has the exponential of the negative mean log-likelihood per token, and
+    conversations have the mean of each turn.
     """
     scores = result.scores
     row: dict[str, Any] = {
@@ -136,3 +126,41 @@ def as_row(result: Result) -> dict[str, Any]:
     elif result.task.startswith("perplexity-"):
         row["perplexity"] = math.exp(-row["log_likelihood"])
     return row
+
+
+@dataclass(frozen=True)
+class KeptPositions:
+    """What a cache held of the first context of a task, of `num_tokens` tokens, when it had read it."""
+
+    task: str
+    cache: str
+    budget: float
+    num_tokens: int
+    # Per layer the share of the KV heads that held each position, or of neighbours if there are over `MAX_COLUMNS`.
+    shares: list[list[float]]
+
+    def __post_init__(self) -> None:
+        torch.tensor(self.shares, dtype=torch.float32)  # raises ValueError or TypeError for what was read and is none
+
+
+def measure_kept_positions(
+    evaluation: Evaluation, context: Context, folder: Path, announce: Callable[[str], None]
+) -> list[KeptPositions]:
+    """What each cache at each budget keeps of the first context of a task: written at once, and measured once."""
+    path = folder / POSITIONS_FILE
+    known = read_lines(path, lambda fields: KeptPositions(**fields), True, announce) if path.exists() else ()
+    found = {(kept.task, kept.cache, kept.budget): kept for kept in known}
+    wanted = [(context.task, *setting) for setting in itertools.product(evaluation.caches, evaluation.budgets)]
+    missing = [place for place in wanted if place not in found]
+    if missing:
+        num_tokens = len(context.ids)
+        reading = Reader(evaluation.model, torch.tensor([context.ids], device=evaluation.model.device)).context
+        for place in missing:
+            cache, _ = evaluation.read(place[1:], [context.ids], reading, len_behind(context.threads))
+            shares = kept_positions(cache, num_tokens)
+            if num_tokens > MAX_COLUMNS:
+                shares = torch.nn.functional.adaptive_avg_pool1d(shares, MAX_COLUMNS)
+            rounded = [[round(share, SHARE_DECIMALS) for share in layer] for layer in shares.tolist()]
+            found[place] = KeptPositions(*place, num_tokens, rounded)
+            append_line(path, asdict(found[place]))
+    return [found[place] for place in wanted]

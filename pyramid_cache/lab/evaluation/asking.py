@@ -21,17 +21,12 @@ Thread = tuple[int, Sequence[Question]]
 
 @dataclass(frozen=True)
 class Score:
-    """
-    How right an answer is.
+    """How right an answer is."""
 
-    Attributes:
-        token_accuracy (`float`): The share of its tokens that the model finds most likely, each behind the right ones.
-            Of several values: the share of those all of whose tokens are found.
-        log_likelihood (`float`): The mean of the log-probabilities of its tokens, or of those of its values.
-    """
-
+    # The share of its tokens that the model finds most likely, each behind the right ones. Of several values: the
+    # share of those all of whose tokens are found.
     token_accuracy: float
-    log_likelihood: float
+    log_likelihood: float  # the mean of the log-probabilities of its tokens, or of those of its values
 
     @property
     def is_exact(self) -> bool:
@@ -69,12 +64,11 @@ def ask(
     padding: torch.Tensor | None = None,
 ) -> list[list[Score]]:
     """
-    Scores of the answers of each thread, which is asked on a copy of its row of the cache. Each of its questions
-    follows the one before and its right answer. A right answer is read in one forward pass.
+    Scores of the answers of each thread, which is asked on a copy of its row of a cache that has read the contexts.
+    Each
+    of its questions follows the one before and its right answer. Answers are read in one forward pass, or `by_step`.
 
     Args:
-        cache (`Cache`): Has read the contexts. It stays as it is.
-        by_step (`bool`): Whether answers are read token by token.
         first_logits (`torch.Tensor`, *optional*): `(batch, vocabulary)`, what the model says behind each row. The
             cache has then read the first questions as well, which are given without tokens.
         padding (`torch.Tensor`, *optional*): `(batch,)`, how many columns of padding each row begins with.

@@ -1,8 +1,8 @@
 """
 What has been measured so far, kept in a folder: an evaluation that is stopped loses nothing and repeats nothing.
 
-A cell is what one cache made of one context, or of one question if that was compressed with it. It is written as soon
-as it is measured, as one line of JSON. Processes that share the work write files of their own and read those of all.
+A cell is what one cache made of one context, or of one question if that was compressed with it. Each is one line of
+JSON, written at once. Processes that share the work write files of their own and read those of all.
 """
 
 import hashlib
@@ -11,32 +11,35 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pyramid_cache.lab.evaluation.asking import Score
 from pyramid_cache.lab.evaluation.tasks.cases import Context
-from pyramid_cache.lab.terminal import write_json
+from pyramid_cache.lab.terminal import default_device, write_json
 
 
 SETTINGS_FILE = "settings.json"
+REMEDY = "Choose another folder, or delete this one."
 # A question of its own, or all questions of the context.
 ALL_QUESTIONS = -1
+# How long a process that is done waits for the slowest one.
+PATIENCE = timedelta(days=7)
 
 
 @dataclass(frozen=True, order=True)
 class CellKey:
-    """
-    Which cache on which questions: the numbers of the context and of its question, or `ALL_QUESTIONS`. The budget of
-    the full cache is 1.0.
-    """
+    """Which cache on which questions."""
 
     task: str
-    context: int
-    question: int
+    context: int  # its number in the task
+    question: int  # its number in the context, or `ALL_QUESTIONS`
     protocol: str
     cache: str
-    budget: float
+    budget: float  # 1.0 for the full cache
 
     def question_numbers(self, context: Context) -> list[int]:
         """Which questions of its context a cell answers."""
@@ -47,9 +50,7 @@ class CellKey:
 
 @dataclass(frozen=True)
 class Cell:
-    """
-    What came of it: a `Score` per question, and the bytes that the cache held as a share of the full one's.
-    """
+    """What came of it: a `Score` per question, and the bytes that the cache held as a share of the full one's."""
 
     key: CellKey
     token_accuracy: list[float]
@@ -63,16 +64,10 @@ class Cell:
 
 class CellStore:
     """
-    The cells of an evaluation, in memory, and in a folder as well if there is one: in `cells.jsonl`, those of further
-    processes in `cells.1.jsonl` and so on.
-
-    Args:
-        folder (`Path`, *optional*): Made if it is not there. Cells of an earlier run in it are taken over.
-        settings (`dict`): What all cells depend on.
-        announce (`Callable`, *optional*): Told of a broken last line, which is dropped.
-
-    Raises:
-        ValueError: The folder has cells of other settings, or lines in the middle of a file that are no cells.
+    The cells of an evaluation, in memory and, if there is a folder, in `cells.jsonl`, or for other processes in
+    `cells.1.jsonl` and so on. Cells of an earlier run are taken over. A broken last line is announced and dropped.
+    Raises
+    ValueError for cells of other settings, and for lines in the middle of a file that are no cells.
     """
 
     def __init__(
@@ -87,7 +82,7 @@ class CellStore:
         self.path = None if folder is None else folder / (f"cells.{process}.jsonl" if process else "cells.jsonl")
         if folder is None:
             return
-        if folder.exists() and not folder.is_dir():
+        if folder.is_file():
             raise ValueError(f"{folder} is a file. Name a folder for the results.")
         folder.mkdir(parents=True, exist_ok=True)
         check_settings(folder, settings or {}, process)
@@ -97,26 +92,24 @@ class CellStore:
 
     def require_contexts(self, contexts: Sequence[Context]) -> None:
         """
-        Notes in the folder what the contexts are, so that cells of other contexts under the same names are not taken
-        for theirs: a data set may have changed.
-
-        Raises:
-            ValueError: There are cells of a context that was another one, or with too few or too many answers.
+        Notes in the folder what the contexts are: a data set may change. Raises ValueError if there are cells of a
+        context that was another one, or with too few or too many answers.
         """
         if self.path is None:
             return
         folder = self.path.parent
-        by_task = {task: [own for own in contexts if own.task == task] for task in {own.task: 0 for own in contexts}}
+        by_task: dict[str, list[Context]] = {}
+        for context in contexts:
+            by_task.setdefault(context.task, []).append(context)
         record = read_settings(folder)
         noted: dict[str, list[str]] = record.setdefault("contexts", {})
         for task, found in by_task.items():
-            digests, earlier = [digest_of(context) for context in found], noted.get(task, [])
+            texts = (json.dumps(asdict(context), sort_keys=True) for context in found)
+            digests, earlier = [hashlib.sha256(text.encode()).hexdigest()[:16] for text in texts], noted.get(task, [])
             for index, (one, other) in enumerate(zip(earlier, digests, strict=False)):
                 if one != other:
-                    raise ValueError(
-                        f"{folder} has results of {task} whose context {index} is another one now: its source has "
-                        "changed. Choose another folder, or delete this one."
-                    )
+                    problem = f"{folder} has results of {task} whose context {index} is another one now"
+                    raise ValueError(f"{problem}: its source has changed. {REMEDY}")
             noted[task] = max(earlier, digests, key=len)
         for key, cell in self.cells.items():
             for context in by_task.get(key.task, [])[key.context : key.context + 1]:
@@ -129,9 +122,6 @@ class CellStore:
         if self.process == 0:
             write_json(record, folder / SETTINGS_FILE)
 
-    def __contains__(self, key: CellKey) -> bool:
-        return key in self.cells
-
     def add(self, cell: Cell) -> None:
         """Takes a cell, and has it written when this returns."""
         self.cells[cell.key] = cell
@@ -139,17 +129,11 @@ class CellStore:
             append_line(self.path, asdict(cell))
 
 
-def digest_of(context: Context) -> str:
-    """A digest of all that answers depend on."""
-    return hashlib.sha256(json.dumps(asdict(context), sort_keys=True).encode()).hexdigest()[:16]
-
-
 def parse_cell(fields: dict[str, Any]) -> Cell:
     """Reads a cell from JSON; raises ValueError, TypeError, KeyError or AttributeError if it is none."""
     cell = Cell(**{**fields, "key": CellKey(**fields["key"])})
-    numbers = len(cell.token_accuracy), len(cell.log_likelihood)
-    if not numbers[0] == numbers[1] > 0:
-        raise ValueError("{} token accuracies and {} log-likelihoods, one each per question".format(*numbers))
+    if not len(cell.token_accuracy) == len(cell.log_likelihood) > 0:
+        raise ValueError("there is not one token accuracy and one log-likelihood per question")
     # A text among the numbers raises here, and not when they are summed up later.
     if not math.isfinite(sum(cell.token_accuracy) + sum(cell.log_likelihood) + cell.held_share):
         raise ValueError("not all of its numbers are finite")
@@ -161,10 +145,7 @@ def check_settings(folder: Path, settings: dict[str, Any], process: int = 0) -> 
     path = folder / SETTINGS_FILE
     has_cells = any(cells.stat().st_size for cells in folder.glob("cells*.jsonl"))
     if has_cells and not path.exists():
-        raise ValueError(
-            f"{folder} has results, but no {SETTINGS_FILE} that says what was measured. Choose another folder, or "
-            "delete this one."
-        )
+        raise ValueError(f"{folder} has results, but no {SETTINGS_FILE} that says what was measured. {REMEDY}")
     noted = read_settings(folder)["settings"] if path.exists() else {}
     if not has_cells:
         # No cell depends on the settings of a run that measured nothing.
@@ -174,26 +155,18 @@ def check_settings(folder: Path, settings: dict[str, Any], process: int = 0) -> 
     differing = [name for name in {**noted, **settings} if noted.get(name) != settings.get(name)]
     if differing:
         text = ", ".join(f"{name} {noted.get(name)!r} instead of {settings.get(name)!r}" for name in differing)
-        raise ValueError(f"{folder} has results of other settings: {text}. Choose another folder, or delete this one.")
+        raise ValueError(f"{folder} has results of other settings: {text}. {REMEDY}")
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """
-    Reads the file of settings: under "settings" what all cells depend on, under "contexts" digests of the contexts of
-    each task, and under "run" the command, machine and versions of a finished run.
-    """
+    """Reads what all cells depend on ("settings"), digests of contexts by task ("contexts"), and a finished "run"."""
     path = folder / SETTINGS_FILE
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         record["settings"].items()
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(
-            f"{path} does not hold the settings of an evaluation. Choose another folder, or delete this one."
-        ) from error
+        raise ValueError(f"{path} does not hold the settings of an evaluation. {REMEDY}") from error
     return record
-
-
-# Files of one JSON object per line: what is in them when a process is stopped is kept.
 
 
 def append_line(path: Path, record: dict[str, Any]) -> None:
@@ -208,9 +181,8 @@ def read_lines(
     path: Path, parse: Callable[[dict[str, Any]], Any], is_own: bool, announce: Callable[[str], None]
 ) -> Iterator[Any]:
     """
-    Reads what `append_line` wrote with a function that makes of a record what is wanted, or raises ValueError,
-    TypeError, KeyError or AttributeError. A broken last line was being written when its process was stopped: it is
-    announced, dropped, and cut off from the process's own file. Any other broken line is a ValueError.
+    Reads what `append_line` wrote. `parse` makes of a record what is wanted, or raises. A broken last line was being
+    written when its process was stopped: it is announced and, in the process's own file, cut off.
     """
     *lines, rest = path.read_bytes().split(b"\n")
     start, is_broken = 0, bool(rest)
@@ -230,3 +202,33 @@ def read_lines(
         announce(f"Dropped the last line of {path}: it is not whole. Its result is measured again.")
         if is_own:
             os.truncate(path, start)
+
+
+class Team:
+    """The processes of one evaluation: which one this is, from 0 on, and its device, a GPU by default or the CPU."""
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.process, self.num_processes = 0, 1
+        self.device = device or default_device()
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            from accelerate import PartialState
+
+            state = PartialState(cpu=self.device.type == "cpu", timeout=PATIENCE)
+            self.process, self.num_processes = state.process_index, state.num_processes
+            self.device = device or state.device
+
+    def share(self, store: CellStore) -> None:
+        """Waits for the others, and gives each the cells of all."""
+        if self.num_processes == 1:
+            return
+        from accelerate.utils import gather_object
+
+        for cell in gather_object(list(store.cells.values())):
+            store.cells[cell.key] = cell
+
+    def leave(self) -> None:
+        """Ends what connects the processes, which some backends do not survive at exit."""
+        if self.num_processes > 1:
+            from accelerate import PartialState
+
+            PartialState().destroy_process_group()

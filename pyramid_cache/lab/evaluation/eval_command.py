@@ -2,35 +2,22 @@
 
 import argparse
 import functools
-import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from pyramid_cache.lab import weights
+from pyramid_cache.lab import terminal, weights
 from pyramid_cache.lab.evaluation import recall, tasks
-from pyramid_cache.lab.evaluation.cells import CellStore
+from pyramid_cache.lab.evaluation.cells import CellStore, Team
 from pyramid_cache.lab.evaluation.evaluator import PROTOCOLS, Evaluation, Result, len_behind
 from pyramid_cache.lab.evaluation.tasks import Context, Haystack
 from pyramid_cache.lab.evaluation.tasks.dataset import load_data, save_data
-from pyramid_cache.lab.evaluation.team import Team
-from pyramid_cache.lab.loaded_model import load_chosen_model
-from pyramid_cache.lab.machine import describe_machine, describe_versions, load_average
+from pyramid_cache.lab.loaded_model import load_chosen_model, where
+from pyramid_cache.lab.machine import describe_end, describe_machine, describe_versions
 from pyramid_cache.lab.registry import BASELINE, CACHES
-from pyramid_cache.lab.terminal import (
-    ProgressBar,
-    add_machine_options,
-    budgets,
-    cache_names,
-    check_output,
-    list_of,
-    positive_int,
-    positive_ints,
-    write_json,
-)
 
 
 if TYPE_CHECKING:
@@ -39,7 +26,6 @@ if TYPE_CHECKING:
 
 
 DEFAULT_BUDGETS = (0.5, 0.25, 0.1)
-VERSIONED = ("pyramid_cache", "torch", "transformers")
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -61,25 +47,24 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
     add("--model", f"folder or hub id of a causal language model (default: {weights.MODEL_NAME})")
     names = f"{', '.join(CACHES)} (default: all; the full cache is always measured)"
-    add_list("--caches", cache_names, list(CACHES), f"caches, by the names of their classes or of {names}")
+    add_list("--caches", terminal.cache_names, list(CACHES), f"caches, by the names of their classes or of {names}")
     shown = ", ".join(map(str, DEFAULT_BUDGETS))
-    add_list("--budgets", budgets, DEFAULT_BUDGETS, f"fractions of the prompt (default: {shown})")
+    add_list("--budgets", terminal.budgets, DEFAULT_BUDGETS, f"fractions of the prompt (default: {shown})")
     forms = f"{tasks.TASK_FORMS}. Each of --lengths stands for a missing L, and N may be missing with it"
     shown = ", ".join(tasks.DEFAULT_TASKS)
-    add_list("--tasks", list_of(str), tasks.DEFAULT_TASKS, f"tasks (default: {shown}): {forms}")
-    add_list("--lengths", positive_ints, [], "tokens of the contexts of tasks that are named without a length")
+    add_list("--tasks", terminal.list_of(str), tasks.DEFAULT_TASKS, f"tasks (default: {shown}): {forms}")
+    lengths = "tokens of the contexts of tasks that are named without a length"
+    add_list("--lengths", terminal.positive_ints, [], lengths)
     meaning = "context (it is compressed before the question is read) or question (both are read, then compressed)"
-    add_list("--protocols", list_of(protocol), PROTOCOLS, f"protocols (default: both): {meaning}")
+    add_list("--protocols", terminal.list_of(protocol), PROTOCOLS, f"protocols (default: both): {meaning}")
     samples = "contexts of each task (default: as many as make 80 questions, and 20 at most)"
-    add("--samples", samples, type=positive_int, metavar="N")
+    add("--samples", samples, type=terminal.positive_int, metavar="N")
     size = "contexts to read at a time, padded on the left; caches that are built for one length read one (default: 1)"
-    add("--batch-size", size, type=positive_int, default=1, metavar="N")
+    add("--batch-size", size, type=terminal.positive_int, default=1, metavar="N")
     add("--seed", "chooses the cases (default: 0)", type=int, default=0)
-    add_machine_options(parser)
-    out = (
-        "write each answer there at once, and answers.csv, pictures and reports at the end; the same command goes on "
-        "from what is there, and `accelerate launch` or `torchrun` share the contexts between processes"
-    )
+    terminal.add_machine_options(parser)
+    out = "write each answer there at once, and answers.csv, pictures and reports at the end; the same command goes "
+    out += "on from what is there, and `accelerate launch` or `torchrun` share the contexts between processes"
     for name, metavar, text in (
         ("--json", "FILE", "write the figures there as well, with every case"),
         ("--out", "FOLDER", out),
@@ -98,11 +83,9 @@ def protocol(text: str) -> str:
     return text
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A model with the contexts of all tasks that are for it, and what makes texts of its tokens."""
+class Prepared(NamedTuple):
+    """A model with the contexts of its tasks; `decode` makes texts of tokens, which the recall model has none of."""
 
-    is_recall: bool
     name: str
     model: "PreTrainedModel"
     contexts: list[Context]
@@ -111,8 +94,6 @@ class Prepared:
 
 def run(options: argparse.Namespace) -> None:
     """Evaluates, and prints what came of it."""
-    from rich.console import Console
-
     from pyramid_cache.lab.evaluation import score_tables
     from pyramid_cache.lab.evaluation.answers import as_row
     from pyramid_cache.lab.evaluation.folder import ResultFolder
@@ -123,9 +104,9 @@ def run(options: argparse.Namespace) -> None:
         torch.set_num_threads(options.threads)
     team = Team(options.device)
     options.device = team.device
-    messages = Console(stderr=True, quiet=team.process > 0)
+    messages = terminal.message_console(quiet=team.process > 0)
     machine = describe_machine(team.device)
-    announce = functools.partial(messages.print, highlight=False, markup=False, soft_wrap=True)
+    announce = functools.partial(terminal.say, messages)
     store = CellStore(options.out, settings_of_store(options, team), team.process, announce)
     folder = None if options.out is None else ResultFolder(options.out, announce)
     kinds = list(dict.fromkeys(task.is_for_recall_model for task in options.tasks))
@@ -136,18 +117,20 @@ def run(options: argparse.Namespace) -> None:
     prepared = [prepare(is_recall, options, team.device, messages) for is_recall in kinds]
     if saved_to is not None:
         if options.save_cases is not None:
-            tasks.save_contexts(prepared[0].contexts, prepared[0].name, saved_to)
-        announce(f"Wrote {saved_to}")
+            contexts = [asdict(context) for context in prepared[0].contexts]
+            terminal.write_json({"model": prepared[0].name, "contexts": contexts}, saved_to)
+        terminal.say_written(messages, saved_to)
         return
     settings: dict[str, Any] = {}
     for own in prepared:
         store.require_contexts(own.contexts)
-        settings |= {"recall_model" if own.is_recall else "model": own.name} | settings_of_model(own.model)
+        settings |= {"model" if own.decode else "recall_model": own.name} | where(own.model)
+        settings |= {"attn_implementation": own.model.config._attn_implementation, "baseline": BASELINE}
     caches = {name: CACHES[name] for name in options.caches}
     results: list[Result] = []
     for own in prepared:
         evaluation = Evaluation(own.model, caches, options.budgets, options.protocols, store, options.batch_size)
-        with ProgressBar(messages) as progress:
+        with terminal.ProgressBar(messages) as progress:
             evaluation.measure(own.contexts, progress, team.process, team.num_processes)
         team.share(store)
         results += evaluation.results(own.contexts)
@@ -160,22 +143,19 @@ def run(options: argparse.Namespace) -> None:
         "rows": [as_row(result) for result in results],
         "settings": settings | {"seed": options.seed, "samples": options.samples, "batch_size": options.batch_size},
         "command": command_of(options),
-        "machine": machine | {"processes": team.num_processes, "load_average_after": load_average()},
-        "versions": describe_versions(*VERSIONED),
+        **describe_end(machine | {"processes": team.num_processes}),
     }
     written = [] if folder is None else folder.write(record)
     if options.json is not None:
-        write_json(record, options.json)
-        written.insert(0, options.json)
+        terminal.write_json(record, options.json)
     score_tables.show(record)
-    for path in written:
-        announce(f"Wrote {path}")
+    terminal.say_written(messages, options.json, *written)
 
 
 def check_options(options: argparse.Namespace) -> None:
-    """Raises where options mean nothing here, exclude each other, or name files that could not be written."""
-    check_output("--json", options.json)
-    check_output("--save-cases", options.save_cases)
+    """Raises ValueError where options mean nothing, exclude each other, or name files that cannot be written."""
+    terminal.check_output("--json", options.json)
+    terminal.check_output("--save-cases", options.save_cases)
     unknown = [name for name in options.caches if name not in CACHES]
     if unknown:
         raise ValueError(f"--caches {','.join(unknown)} evicts nothing. Choose from {', '.join(CACHES)}.")
@@ -186,32 +166,31 @@ def check_options(options: argparse.Namespace) -> None:
         raise ValueError("--save-data writes cases that are made, and --data reads them: give one of the two.")
     if options.save_data and options.save_cases:
         raise ValueError("--save-cases and --save-data write the same cases in two forms. Give one of them at a time.")
-    if options.save_cases is not None and len({task.is_for_recall_model for task in options.tasks}) > 1:
-        names = ",".join(task.name for task in options.tasks if not task.is_for_recall_model)
-        raise ValueError(
-            f"--save-cases writes token ids of one model. Leave out the tasks for the recall model: --tasks {names}."
-        )
+    names = ",".join(task.name for task in options.tasks if not task.is_for_recall_model)
+    if options.save_cases is not None and names and any(task.is_for_recall_model for task in options.tasks):
+        problem = "--save-cases writes token ids of one model"
+        raise ValueError(f"{problem}. Leave out the tasks for the recall model: --tasks {names}.")
 
 
 def prepare(is_recall: bool, options: argparse.Namespace, target: torch.device, messages: "Console") -> Prepared:
     """Loads the recall model or the other one, and makes its contexts."""
     if is_recall:
-        model: Any = recall.load_recall_model(getattr(torch, options.dtype or default_dtype(target)))
-        return Prepared(True, recall.NAME, model.to(target), find_contexts(options))
+        model: Any = recall.load_recall_model(getattr(torch, options.dtype or terminal.default_dtype(target)))
+        return Prepared(recall.NAME, model.to(target), find_contexts(options))
     loaded = load_chosen_model(options, messages)
     contexts = find_contexts(options, Haystack(loaded.tokenizer))
     # Beyond these positions the full cache's answers would mean nothing.
     longest = max(len(context.ids) + 1 + len_behind(context.threads) for context in contexts)
     loaded.require_positions(longest, "the length of a task in --tasks")
     decode: Any = functools.partial(loaded.tokenizer.decode, skip_special_tokens=True)
-    return Prepared(False, loaded.name, loaded.model, contexts, decode)
+    return Prepared(loaded.name, loaded.model, contexts, decode)
 
 
 def find_contexts(options: argparse.Namespace, haystack: Haystack | None = None) -> list[Context]:
     """Makes the contexts of the recall model or of a haystack, or reads them; `--save-data` writes them."""
     tokenizer = None if haystack is None else haystack.tokenizer
     contexts: list[Context] = []
-    for task in [task for task in options.tasks if task.is_for_recall_model == (haystack is None)]:
+    for task in (task for task in options.tasks if task.is_for_recall_model == (haystack is None)):
         if options.data is not None:
             found = load_data(options.data, task.name, tokenizer, options.seed, options.samples)
         else:
@@ -222,39 +201,19 @@ def find_contexts(options: argparse.Namespace, haystack: Haystack | None = None)
     return contexts
 
 
-def default_dtype(target: torch.device) -> str:
-    """The default of `load_model`."""
-    return "float32" if target.type == "cpu" else "bfloat16"
-
-
 def settings_of_store(options: argparse.Namespace, team: Team) -> dict[str, Any]:
     """All that answers in the folder of `--out` depend on."""
     return {
         "model": options.model or weights.MODEL_NAME,
-        "dtype": options.dtype or default_dtype(team.device),
+        "dtype": options.dtype or terminal.default_dtype(team.device),
         "device": team.device.type,
         "seed": options.seed,
-        **{f"versions.{name}": version for name, version in describe_versions(*VERSIONED).items()},
-    }
-
-
-def settings_of_model(model: "PreTrainedModel") -> dict[str, Any]:
-    """Settings of a model that figures depend on."""
-    return {
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": str(model.device),
-        "attn_implementation": model.config._attn_implementation,
-        "baseline": BASELINE,
+        **{f"versions.{name}": version for name, version in describe_versions().items()},
     }
 
 
 def command_of(options: argparse.Namespace) -> str:
     """The command that measures the same, with nothing left to defaults but where to run."""
-    words = ["pyramid-cache", "eval"]
     values = vars(options) | {"tasks": [task.name for task in options.tasks]}
-    lists = ("caches", "budgets", "tasks", "protocols")
-    for name in ("model", *lists, "data", "samples", "batch_size", "seed", "dtype", "threads"):
-        if (value := values[name]) is not None:
-            text = ",".join(map(str, value)) if name in lists else str(value)
-            words += [f"--{name.replace('_', '-')}", text]
-    return shlex.join(words)
+    names = "model caches budgets tasks protocols data samples batch_size seed dtype threads"
+    return terminal.command_text(["eval"], {name: values[name] for name in names.split()})

@@ -1,10 +1,9 @@
 """
 Answers to the questions of contexts, from each cache and from the full one.
 
-The right answer is scored in one forward pass over its tokens. If the model finds each of them most likely, then the
-answer is what greedy decoding says, as long as the cache evicts nothing more: what question and answer themselves
-drive out is not measured. In a conversation the right answers are read, and each later turn makes a cache evict as
-usual.
+The right answer is scored in one forward pass over its tokens. If the model finds each of them most likely, greedy
+decoding says the same, as long as the cache evicts nothing more: what question and answer drive out is not measured.
+In a conversation the right answers are read, and each later turn makes a cache evict as usual.
 """
 
 import functools
@@ -34,26 +33,18 @@ Setting = tuple[str, float]
 FULL: Setting = (BASELINE, 1.0)
 # Contexts of one task, each with its rank.
 Batch = list[tuple[int, Context]]
-# For each cache and budget, the rows of a batch that are not measured yet.
-Missing = dict[Setting, list[tuple[int, CellKey]]]
 
 
 @dataclass
 class Result:
-    """
-    What one cache, or `BASELINE` with a budget of 1.0, made of the cases of a task.
-
-    Attributes:
-        num_turns (`int`): How many scores one after the other are of the turns of one conversation; 1 for other tasks.
-        cells (`list[Cell]`): In the order of contexts and their questions.
-    """
+    """What one cache, or `BASELINE` with a budget of 1.0, made of the cases of a task."""
 
     task: str
     protocol: str
     cache: str
     budget: float
-    num_turns: int = 1
-    cells: list[Cell] = field(default_factory=list)
+    num_turns: int = 1  # how many scores one after the other are of one conversation
+    cells: list[Cell] = field(default_factory=list)  # in the order of contexts and their questions
 
     @property
     def scores(self) -> list[Score]:
@@ -68,22 +59,14 @@ class Result:
 
 @dataclass
 class Evaluation:
-    """
-    Results of some caches on the contexts of a model.
-
-    Attributes:
-        caches (`Mapping[str, CacheEntry]`): By name.
-        budgets (`Sequence[float]`): Fractions of the prompt, or whole numbers of tokens; each cache gets each of them.
-        store (`CellStore`): Takes what is measured. What it holds already is not measured again.
-        batch_size (`int`): How many contexts of a task are read at a time, padded on the left.
-    """
+    """Results of some caches on the contexts of a model."""
 
     model: PreTrainedModel
-    caches: Mapping[str, CacheEntry]
-    budgets: Sequence[float]
+    caches: Mapping[str, CacheEntry]  # by name
+    budgets: Sequence[float]  # fractions of the prompt, or whole numbers of tokens; each cache gets each of them
     protocols: Sequence[str] = PROTOCOLS
-    store: CellStore = field(default_factory=CellStore)
-    batch_size: int = 1
+    store: CellStore = field(default_factory=CellStore)  # what it holds already is not measured again
+    batch_size: int = 1  # how many contexts of a task are read at a time, padded on the left
 
     def run(self, contexts: Sequence[Context], progress: ProgressCallback) -> list[Result]:
         """Asks all questions. There is a result per task, protocol, cache and budget, the full cache first."""
@@ -132,9 +115,9 @@ class Evaluation:
         settings = [FULL, *itertools.product(others, self.budgets)]
         # Where all is known already, there is nothing to read.
         find_reader = functools.cache(lambda: Reader(self.model, *pad_left(prompts, self.model.device)))
+        all_behind = functools.partial(self._answer, batch, prompts, threads, lambda: find_reader().context)
         if "context" in self.protocols:
-            missing = self._missing(batch, ["context"], ALL_QUESTIONS, settings)
-            self._answer(batch, missing, prompts, threads, lambda: find_reader().context)
+            all_behind(["context"], ALL_QUESTIONS, settings)
             yield num_questions
         if "question" in self.protocols:
             for number in range(max(len(context.threads) for context in contexts)):
@@ -146,16 +129,12 @@ class Evaluation:
             # Those of one token, and later turns.
             yield num_questions
         # To streams both protocols are the same, but for a budget that counts the question as well.
-        missing = self._missing(batch, self.protocols, ALL_QUESTIONS, itertools.product(streams, self.budgets))
-        self._answer(batch, missing, prompts, threads, lambda: find_reader().context)
+        all_behind(self.protocols, ALL_QUESTIONS, itertools.product(streams, self.budgets))
 
     def _ask_in_view(
         self, batch: Batch, number: int, settings: Sequence[Setting], find_reader: Callable[[], Reader] | None
     ) -> None:
-        """
-        Asks a question that is read with its context, and the later ones of a conversation behind it. The reader has
-        read the contexts of the batch, if there is one.
-        """
+        """Asks a question that is read with its context, and later turns. A reader has read the contexts."""
         turns = [context.threads[number] for _, context in batch]
         firsts = [first.ids for first, *_ in turns]
         prompts = [context.ids + first for (_, context), first in zip(batch, firsts, strict=True)]
@@ -167,31 +146,28 @@ class Evaluation:
             return Reader(self.model, *pad_left(prompts, self.model.device)).context
 
         question = ALL_QUESTIONS if batch[0][1].is_conversation else number
-        missing = self._missing(batch, ["question"], question, settings)
-        self._answer(batch, missing, prompts, threads, find_reading, is_in_view=True)
-
-    def _missing(self, batch: Batch, protocols: Sequence[str], question: int, settings: Iterable[Setting]) -> Missing:
-        """What has not been measured of some caches and budgets."""
-        missing: Missing = {}
-        for setting, protocol, (row, (index, context)) in itertools.product(settings, protocols, enumerate(batch)):
-            key = CellKey(context.task, index, question, protocol, *setting)
-            if key not in self.store and key.question_numbers(context):
-                missing.setdefault(setting, []).append((row, key))
-        return missing
+        self._answer(batch, prompts, threads, find_reading, ["question"], question, settings, is_in_view=True)
 
     def _answer(
         self,
         batch: Batch,
-        missing: Missing,
         prompts: Sequence[list[int]],
         threads: Sequence[Thread],
         find_reading: Callable[[], Reading],
+        protocols: Sequence[str],
+        question: int,
+        settings: Iterable[Setting],
         is_in_view: bool = False,
     ) -> None:
         """
-        Measures what is missing: each cache reads the prompts and is asked the threads behind them. In view, the first
-        question of each thread is part of its prompt.
+        Measures what is not in the store: each cache at its budget reads the prompts and is asked the threads behind
+        them. In view, the first question of each thread is part of its prompt.
         """
+        missing: dict[Setting, list[tuple[int, CellKey]]] = {}
+        for setting, protocol, (row, (index, context)) in itertools.product(settings, protocols, enumerate(batch)):
+            key = CellKey(context.task, index, question, protocol, *setting)
+            if key not in self.store.cells and key.question_numbers(context):
+                missing.setdefault(setting, []).append((row, key))
         if not missing:
             return
         reading = find_reading()

@@ -1,15 +1,4 @@
-"""
-The folder that an evaluation leaves behind.
-
-- `cells.jsonl`, and `cells.1.jsonl` and so on of further processes: what was measured, written as it was measured;
-- `positions.jsonl`: what each cache kept of an example context;
-- `answers.csv`: every answer; `results.json`: means and cases of each cache;
-- `report.md`, `report.html`, `plots/*.png`: for people; the page has the pictures in it;
-- `settings.json`: the settings that all of it depends on, and the last finished run.
-
-An evaluation that was stopped any number of times leaves the same answers, pictures and reports behind as one that was
-not.
-"""
+"""The folder that an evaluation leaves behind, the same however often it was stopped: see docs/evaluation.md."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -18,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from pyramid_cache.engine.storage import replacing
-from pyramid_cache.lab.evaluation.answers import Answer, collect_answers, csv_text
+from pyramid_cache.lab.evaluation import answers
 from pyramid_cache.lab.evaluation.cells import SETTINGS_FILE, read_settings
 from pyramid_cache.lab.evaluation.evaluator import Evaluation
 from pyramid_cache.lab.evaluation.html_page import page
-from pyramid_cache.lab.evaluation.kept import KeptPositions, measure_kept_positions
 from pyramid_cache.lab.evaluation.score_plots import draw_all
 from pyramid_cache.lab.evaluation.score_tables import markdown
 from pyramid_cache.lab.evaluation.tasks import Context
@@ -35,25 +23,22 @@ class ResultFolder:
     def __init__(self, path: Path, announce: Callable[[str], None]) -> None:
         self.path = path
         self.announce = announce
-        self.answers: list[Answer] = []
-        self.kept: list[KeptPositions] | None = None
+        self.answers: list[answers.Answer] = []
+        self.kept: list[answers.KeptPositions] | None = None
 
     def take(
         self, evaluation: Evaluation, contexts: Sequence[Context], decode: Callable[[list[int]], str] | None = None
     ) -> None:
-        """
-        Takes the answers of a finished evaluation of contexts; see `collect_answers`. For the first one, also measures
-        what its caches keep of its first context.
-        """
-        self.answers += collect_answers(evaluation.results(contexts), contexts, evaluation.model, decode)
+        """Takes the answers of a finished evaluation; for the first one also what its caches keep of a context."""
+        self.answers += answers.collect_answers(evaluation.results(contexts), contexts, evaluation.model, decode)
         if self.kept is None:
-            self.kept = measure_kept_positions(evaluation, contexts[0], self.path, self.announce)
+            self.kept = answers.measure_kept_positions(evaluation, contexts[0], self.path, self.announce)
 
     def write(self, record: dict[str, Any]) -> list[Path]:
         """Writes all files of a record but the cells, each in one step. Returns those that are worth a look first."""
         plots = draw_all(record["rows"], self.answers, self.kept or [])
         files = {f"plots/{plot.name}.png": plot.png for plot in plots}
-        files["answers.csv"] = csv_text(self.answers).encode()
+        files["answers.csv"] = answers.csv_text(self.answers).encode()
         files["report.md"] = markdown(record).encode()
         files["report.html"] = page(record, plots).encode()
         (self.path / "plots").mkdir(exist_ok=True)

@@ -14,10 +14,7 @@ from pyramid_cache.lab.registry import BASELINE
 
 
 def page(record: dict[str, Any], plots: Sequence[Plot]) -> str:
-    """
-    The report as HTML5, of the record of the command. What differs between two runs of the same command on the same
-    machine, such as its load, is not shown.
-    """
+    """The report as HTML5, without what differs between two runs of a command on a machine, such as its load."""
     title = title_of(record, ", ")
     sections: dict[str, list[str]] = {}
     for (task, protocol), rows in groups(record["rows"]).items():
@@ -30,10 +27,8 @@ def page(record: dict[str, Any], plots: Sequence[Plot]) -> str:
     sections["Settings and versions"] = [notes(record)]
     items = [f'<li><a href="#part-{number}">{escape(name)}</a></li>' for number, name in enumerate(sections)]
     parts = [f"<h1>{escape(title)}</h1>", f'<p class="dim">{escape(footnote(record, "in a column of its own"))}</p>']
-    parts += [
-        f"<p><code>{escape(record['command'])}</code></p>",
-        f'<nav aria-label="Contents"><ul>{"".join(items)}</ul></nav>',
-    ]
+    parts.append(f"<p><code>{escape(record['command'])}</code></p>")
+    parts.append(f'<nav aria-label="Contents"><ul>{"".join(items)}</ul></nav>')
     for number, (heading, content) in enumerate(sections.items()):
         parts += [f'<h2 id="part-{number}">{escape(heading)}</h2>', *content]
     template = resources.files("pyramid_cache.lab").joinpath("data/report.html").read_text(encoding="utf-8")
@@ -67,9 +62,6 @@ def notes(record: dict[str, Any]) -> str:
     """A table of settings, machine and versions that are set, and are the same for the same command on a machine."""
     machine = {name: record["machine"].get(name) for name in ("processor", "accelerator", "system")}
     values = record["settings"] | machine | record["versions"]
-    lines = [
-        f'<tr><th scope="row">{escape(name.replace("_", " "))}</th><td>{escape(value)}</td></tr>'
-        for name, value in values.items()
-        if value is not None
-    ]
-    return '<table class="notes">\n<tbody>\n' + "\n".join(lines) + "\n</tbody>\n</table>"
+    pairs = [(escape(name.replace("_", " ")), escape(value)) for name, value in values.items() if value is not None]
+    lines = (f'<tr><th scope="row">{name}</th><td>{value}</td></tr>' for name, value in pairs)
+    return "\n".join(['<table class="notes">', "<tbody>", *lines, "</tbody>", "</table>"])

@@ -1,9 +1,8 @@
 """
 One reading of prompts for many caches.
 
-A cache that reads its prompt with full attention sees the same queries, keys and values as any other: it is read once,
-and what each layer got is handed to every cache, which evicts from it what it would have evicted from its own. Prompts
-of several lengths are one batch, padded on the left as `generate` takes them.
+A cache that reads its prompt with full attention sees the same queries, keys and values as any other. A prompt is read
+once, and every cache evicts from what each layer got. Prompts of several lengths are padded on the left.
 """
 
 from collections.abc import Sequence
@@ -38,19 +37,11 @@ def padding_arguments(padding: torch.Tensor | None, num_seen: int, num_new: int)
 
 @dataclass(frozen=True)
 class Reading:
-    """
-    A prompt as the layers of a model got it.
+    """A prompt as the layers of a model got it. Caches share these tensors: none writes to them."""
 
-    Attributes:
-        layers (`list[tuple[torch.nn.Module, RecordedChunk]]`): The attention module of each layer, and the queries,
-            keys, values and log-sum-exps that it had. Caches share these tensors: none writes to them.
-        logits (`torch.Tensor`): `(batch, vocabulary)` of the last token.
-        padding (`torch.Tensor`, *optional*): See `pad_left`.
-    """
-
-    layers: list[tuple[nn.Module, RecordedChunk]]
-    logits: torch.Tensor
-    padding: torch.Tensor | None = None
+    layers: list[tuple[nn.Module, RecordedChunk]]  # attention modules, and the queries, keys, values that they had
+    logits: torch.Tensor  # (batch, vocabulary), of the last token
+    padding: torch.Tensor | None = None  # see `pad_left`
 
     @property
     def num_tokens(self) -> int:
@@ -72,16 +63,10 @@ class Reading:
 
 class Reader:
     """
-    Reads a context once, and questions behind it.
-
-    Args:
-        model (`PreTrainedModel`): Each of its layers has full attention. Its rotary frequencies do not depend on the
-            length of what it reads at a time (as with dynamic or longrope scaling): a question read behind the context
-            is to be what it would be if both were read at once.
-        ids, padding (`torch.Tensor`): The context as `pad_left` gives it.
-
-    Raises:
-        NotImplementedError: The model has layers of other kinds, or such frequencies.
+    Reads a context, as `pad_left` gives it, once, and questions behind it. Raises NotImplementedError for models in
+    which
+    that differs from reading both at once: layers without full attention, and rotary frequencies that depend on
+    lengths.
     """
 
     def __init__(self, model: PreTrainedModel, ids: torch.Tensor, padding: torch.Tensor | None = None) -> None:
@@ -118,22 +103,18 @@ class Reader:
 
 @torch.no_grad()
 def with_lse(reading: Reading) -> Reading:
-    """
-    Works out the log-sum-exps of those queries that have none yet, the last ones: caches would each do so. With
-    padding they do.
-    """
+    """Works out the log-sum-exps of the last queries, which have none yet, for all caches. With padding each does."""
     if any(chunk.has_padding for _, chunk in reading.layers[:1]):
         return replace(reading, layers=[(module, replace(chunk, lse=None)) for module, chunk in reading.layers])
     layers = []
     for module, chunk in reading.layers:
-        num_known = 0 if chunk.lse is None else chunk.lse.shape[2]
-        query, sink_logits = chunk.query[:, :, num_known:], chunk.logit_kwargs["s_aux"]
+        known = [] if chunk.lse is None else [chunk.lse]
+        query = chunk.query[:, :, sum(lse.shape[2] for lse in known) :]
         arguments = {name: chunk.logit_kwargs[name] for name in ("scaling", "softcap")}
-        found = None
+        sink_logits, found = chunk.logit_kwargs["s_aux"], None
         if sink_logits is None:
             found = attention_with_lse("sdpa", query, chunk.key, chunk.value, **arguments)
         lse = row_lse(query, chunk.key, sink_logits=sink_logits, **arguments) if found is None else found[1]
-        known = [] if chunk.lse is None else [chunk.lse]
         layers.append((module, replace(chunk, lse=torch.cat([*known, lse], dim=2))))
     return replace(reading, layers=layers)
 

@@ -1,10 +1,8 @@
 """
-The recall model: a small Llama that has learned to look up the values of keys, trained by
-`examples/train_recall_model.py`.
+The recall model: a small Llama that has learned to look up the values of keys (`examples/train_recall_model.py`).
 
-It reads pairs of a key and its value, and after a key that it has read before it says that key's value. What a cache
-has dropped of the keys and values it cannot say: quality can be tested in seconds, with retrieval heads that were
-learned.
+It reads pairs of a key and its value, and behind a key that it has read it says the value, unless a cache has dropped
+it: quality is tested in seconds, with retrieval heads that were learned.
 """
 
 import random

@@ -1,7 +1,4 @@
-"""
-The pictures of an evaluation: scores against budgets and bytes, where in a context answers are lost, and what is kept
-of one.
-"""
+"""The pictures of an evaluation: scores by budgets and bytes, where in a context answers are lost, what is kept."""
 
 import io
 import math
@@ -18,8 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
-from pyramid_cache.lab.evaluation.answers import Answer
-from pyramid_cache.lab.evaluation.kept import KeptPositions
+from pyramid_cache.lab.evaluation.answers import Answer, KeptPositions
 from pyramid_cache.lab.evaluation.score_tables import groups
 from pyramid_cache.lab.registry import BASELINE, CACHES, find_entry
 
@@ -32,6 +28,7 @@ BASELINE_COLOR = "#6e6e6e"
 FACT_COLOR = "#c2185b"
 SHARE_TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 NUM_DEPTHS = 5
+MAP_SETTINGS: dict[str, Any] = {"aspect": "auto", "interpolation": "nearest", "vmin": 0, "vmax": 1}
 DPI = 110
 
 
@@ -56,19 +53,16 @@ def draw_all(rows: Sequence[dict[str, Any]], answers: Sequence[Answer], kept: Se
             plots.append(Plot(f"score-{task}-{protocol}", section, title, draw_scores(here)))
         # Several values have one score, which is at none of their depths.
         known = [answer for answer in answers if len(answer.depths) == 1]
-        for family, protocol in dict.fromkeys((family_of(answer), answer.protocol) for answer in known):
-            shown = [answer for answer in known if (family_of(answer), answer.protocol) == (family, protocol)]
+        families: dict[tuple[str, str], list[Answer]] = {}
+        for answer in known:  # by task without the length at the end of its name
+            families.setdefault((re.sub(r"-\d+$", "", answer.task), answer.protocol), []).append(answer)
+        for (family, protocol), shown in families.items():
             title = f"{family}, {protocol} first: token accuracy by depth of the answer and length of the context"
             plots.append(Plot(f"depth-{family}-{protocol}", "Where answers stand", title, draw_depths(shown)))
         if kept:
             title = f"{kept[0].task}: positions of its first context that each cache keeps"
             plots.append(Plot(f"positions-{kept[0].task}", "What is kept", title, draw_positions(kept, answers)))
     return plots
-
-
-def family_of(answer: Answer) -> str:
-    """The task without the length at the end of its name: tasks that differ in nothing else are one picture."""
-    return re.sub(r"-\d+$", "", answer.task)
 
 
 def style_of(cache: str) -> dict[str, Any]:
@@ -85,16 +79,10 @@ def as_png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-# Scores.
-
-
 def draw_scores(rows: Sequence[dict[str, Any]]) -> bytes:
-    """
-    Exact match and log-likelihood, or perplexity, of one task and protocol, against the budget and the bytes kept.
-    """
+    """Exact match and log-likelihood, or perplexity, of one task and protocol, by the budget and the bytes kept."""
     scores = {"exact_match": "exact match", "log_likelihood": "log-likelihood per token"}
-    if "perplexity" in rows[0]:
-        scores = {"perplexity": "perplexity"}
+    scores = {"perplexity": "perplexity"} if "perplexity" in rows[0] else scores
     figure = Figure(figsize=(11, 7.5 if len(scores) > 1 else 4.5), layout="constrained")
     grid = figure.subplots(len(scores), 2, sharex="col", sharey="row", squeeze=False)
     budgets = sorted({row["budget"] for row in rows if row["cache"] != BASELINE})
@@ -133,19 +121,13 @@ def draw_lines(axis: Axes, rows: Sequence[dict[str, Any]], place: str, score: st
     axis.spines[["top", "right"]].set_visible(False)
 
 
-# Maps, one per cache and budget.
-
-
 def draw_maps(
     places: Sequence[tuple[str, float]],
     size: tuple[float, float],
     draw: Callable[[Axes, tuple[str, float]], AxesImage],
     labels: tuple[str, str, str],
 ) -> bytes:
-    """
-    A picture with a row per cache and a column per budget. `size` is that of each map in inches, and the labels are of
-    the x axes, the y axes and the colours. The full cache has a row with one map, if it is among the places.
-    """
+    """A row per cache, a column per budget; `size` of each map in inches, and labels of x axes, y axes and colours."""
     caches = list(dict.fromkeys(cache for cache, _ in places))
     budgets = list(dict.fromkeys(budget for cache, budget in places if cache != BASELINE)) or [1.0]
     width, height = size
@@ -175,10 +157,7 @@ def draw_maps(
 
 
 def depth_means(answers: Sequence[Answer]) -> tuple[list[int], dict[tuple[str, float], list[list[float]]]]:
-    """
-    Mean token accuracy by depth and length: the lengths of contexts, and for each cache with its budget a row per
-    fifth of the depth, in it a mean per length; NaN where there was no question.
-    """
+    """Lengths of contexts, and by cache and budget a row per fifth of the depth, with a mean or NaN per length."""
     lengths = sorted({answer.length for answer in answers})
     cells: dict[tuple[str, float], list[list[list[float]]]] = {}
     for answer in answers:
@@ -199,7 +178,7 @@ def draw_depths(answers: Sequence[Answer]) -> bytes:
     colors = matplotlib.colormaps["cividis"].with_extremes(bad="#d9d9d9")
 
     def draw(axis: Axes, place: tuple[str, float]) -> AxesImage:
-        image = axis.imshow(means[place], aspect="auto", cmap=colors, vmin=0, vmax=1, interpolation="nearest")
+        image = axis.imshow(means[place], cmap=colors, **MAP_SETTINGS)
         axis.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
         axis.set_yticks([-0.5, NUM_DEPTHS / 2 - 0.5, NUM_DEPTHS - 0.5], ["0 %", "50 %", "100 %"])
         for depth, row in enumerate(means[place] if len(lengths) <= 6 else ()):
@@ -216,22 +195,13 @@ def draw_depths(answers: Sequence[Answer]) -> bytes:
 def draw_positions(kept: Sequence[KeptPositions], answers: Sequence[Answer]) -> bytes:
     """Layer × position, per cache and budget; marks where the answers to the questions about the context stand."""
     maps = {(one.cache, one.budget): one for one in kept}
-    depths = {
-        depth for answer in answers if (answer.task, answer.context) == (kept[0].task, 0) for depth in answer.depths
-    }
-    facts = [depth * kept[0].num_tokens for depth in sorted(depths)]
+    asked = [answer for answer in answers if (answer.task, answer.context) == (kept[0].task, 0)]
+    facts = [depth * kept[0].num_tokens for depth in sorted({depth for answer in asked for depth in answer.depths})]
 
     def draw(axis: Axes, place: tuple[str, float]) -> AxesImage:
         shares = maps[place].shares
         extent = (0, maps[place].num_tokens, len(shares) - 0.5, -0.5)
-        settings: dict[str, Any] = {
-            "aspect": "auto",
-            "interpolation": "nearest",
-            "cmap": "Blues",
-            "vmin": 0,
-            "vmax": 1,
-        }
-        image = axis.imshow(shares, extent=extent, **settings)
+        image = axis.imshow(shares, cmap="Blues", extent=extent, **MAP_SETTINGS)
         if facts:
             # Below the map, so that they hide nothing of what is kept there.
             below: dict[str, Any] = {"transform": axis.get_xaxis_transform(), "clip_on": False, "linestyle": ""}

@@ -1,5 +1,6 @@
 """What the caches lost, as tables: for the terminal and for a Markdown file."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,13 +37,11 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
         shown = "perplexity" if "perplexity" in columns[task, protocol][0] else "exact token loglik"
         result.add_column(f"{task}\n{protocol} first\n{shown}", justify="right", no_wrap=True)
     labels = {(row["budget"], row["cache"]): row["label"] for row in rows}
-    above: float | None = None
-    for budget, cache in sorted(labels, key=lambda place: -place[0]):
-        if budget != above:
-            result.add_section()
-        above = budget
-        found = [by_place.get((*column, budget, cache)) for column in columns]
-        result.add_row(labels[budget, cache], "" if cache == BASELINE else f"{budget:g}", *map(measures, found))
+    for budget, places in itertools.groupby(sorted(labels, key=lambda place: -place[0]), key=lambda place: place[0]):
+        result.add_section()
+        for _, cache in places:
+            found = [by_place.get((*column, budget, cache)) for column in columns]
+            result.add_row(labels[budget, cache], "" if cache == BASELINE else f"{budget:g}", *map(measures, found))
     return result
 
 
@@ -101,9 +100,7 @@ def turns(row: dict[str, Any]) -> str:
 
 
 def measures(row: dict[str, Any] | None, separator: str = "  ") -> str:
-    """
-    The figures of a row, in columns or, behind another separator, with the turns. Empty for what was not measured.
-    """
+    """The figures of a row, in columns or, with another separator, with the turns. Empty if it was not measured."""
     if row is None:
         return ""
     if separator.isspace():

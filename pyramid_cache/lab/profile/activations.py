@@ -2,8 +2,7 @@
 
 import statistics
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,18 +10,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pyramid_cache.engine import massive
 from pyramid_cache.engine.architectures import CACHE_ARGUMENT
 from pyramid_cache.engine.attention import AttentionCall
 from pyramid_cache.engine.cache import CompressedCache
 from pyramid_cache.engine.layer import CompressedLayer, LayerPlace
-from pyramid_cache.engine.massive import (
-    LEAST_MAGNITUDE,
-    LEAST_RATIO,
-    NUM_FIRST_TOKENS,
-    MassiveTokens,
-    massive_in_keys_and_values,
-    median_magnitude,
-)
 from pyramid_cache.engine.outputs import decoder_layers
 from pyramid_cache.engine.rope import SharedFrequencies
 from pyramid_cache.engine.scoring import attend_and_score
@@ -40,7 +32,7 @@ class ProfilingLayer(CompressedLayer):
     def __init__(self, place: LayerPlace, masks: MaskReader, num_queries: int, frequencies: SharedFrequencies) -> None:
         self.num_queries = num_queries
         self.frequencies = frequencies
-        self.found: MassiveTokens | None = None
+        self.found: massive.MassiveTokens | None = None
         self.attention: torch.Tensor | None = None
         super().__init__(place, None, masks)
 
@@ -50,20 +42,12 @@ class ProfilingLayer(CompressedLayer):
     def attend_prompt(self, call: AttentionCall, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor | None]:
         rotary = self.frequencies.frequencies_of(call.module, self.device)
         longest = max(tokens.row_lengths)
-        self.found, _ = massive_in_keys_and_values(call.key, call.value, tokens.positions, rotary, longest)
+        self.found, _ = massive.massive_in_keys_and_values(call.key, call.value, tokens.positions, rotary, longest)
         output, self.attention = attend_and_score(call, tokens, min(self.num_queries, call.num_queries))
         return output
 
     def attend_step(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
         return call.run()
-
-
-class ProfilingCache(CompressedCache):
-    """The cache through which a text is read; `compressed_layers` hold what was measured."""
-
-    def __init__(self, model: PreTrainedModel, num_queries: int) -> None:
-        frequencies = SharedFrequencies(model.config, lambda: model)
-        super().__init__(model.config, lambda place, masks: ProfilingLayer(place, masks, num_queries, frequencies))
 
 
 @dataclass(frozen=True)
@@ -98,29 +82,13 @@ class TextFindings:
 
 def measure_output(hidden_states: torch.Tensor) -> OutputFindings:
     """The findings in hidden states, `(1, tokens, hidden_size)`."""
-    median = median_magnitude(hidden_states, torch.ones_like(hidden_states[..., 0], dtype=torch.bool))
+    median = massive.median_magnitude(hidden_states, torch.ones_like(hidden_states[..., 0], dtype=torch.bool))
     states = hidden_states[0].detach().float()
     magnitudes = states.abs()
     largest = magnitudes.amax(dim=-1).topk(min(NUM_LARGEST, states.shape[0])).values
-    is_massive = (magnitudes > LEAST_MAGNITUDE) & (magnitudes >= LEAST_RATIO * median)
+    is_massive = (magnitudes > massive.LEAST_MAGNITUDE) & (magnitudes >= massive.LEAST_RATIO * median)
     entries = [(*place, states[tuple(place)].item()) for place in is_massive.nonzero().tolist()]
     return OutputFindings(median.item(), largest.tolist(), entries)
-
-
-@contextmanager
-def watched_outputs(model: PreTrainedModel) -> Iterator[list[OutputFindings]]:
-    """While entered, a list that gets the findings of each decoder layer's output."""
-    findings: list[OutputFindings] = []
-
-    def note(module: nn.Module, args: tuple, output: torch.Tensor | tuple) -> None:
-        findings.append(measure_output(output[0] if isinstance(output, tuple) else output))
-
-    hooks = [layer.register_forward_hook(note) for layer in decoder_layers(model)]
-    try:
-        yield findings
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @torch.no_grad()
@@ -128,8 +96,16 @@ def measure_text(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, token_ids: torch.Tensor, window_size: int
 ) -> TextFindings:
     """Reads one text, `(1, tokens)`. The window is that of the last queries, and the tokens that are local to them."""
-    cache = ProfilingCache(model, window_size)
-    with watched_outputs(model) as outputs:
+    frequencies = SharedFrequencies(model.config, lambda: model)
+    cache = CompressedCache(model.config, lambda place, masks: ProfilingLayer(place, masks, window_size, frequencies))
+    outputs: list[OutputFindings] = []
+
+    def note(module: nn.Module, args: tuple, output: torch.Tensor | tuple) -> None:
+        outputs.append(measure_output(output[0] if isinstance(output, tuple) else output))
+
+    with ExitStack() as hooks:
+        for layer in decoder_layers(model):
+            hooks.callback(layer.register_forward_hook(note).remove)
         model(input_ids=token_ids.to(model.device), **{CACHE_ARGUMENT: cache}, logits_to_keep=1)
     num_tokens = token_ids.shape[1]
     exact = sorted(set().union(*(output.positions for output in outputs)))
@@ -137,7 +113,7 @@ def measure_text(
     for layer in cache.compressed_layers:
         found = {position for position in layer.found.positions[0].tolist() if position >= 0}
         is_massive = torch.zeros(num_tokens, dtype=torch.bool, device=layer.device)
-        is_massive[sorted(found.union(exact) or range(NUM_FIRST_TOKENS))] = True
+        is_massive[sorted(found.union(exact) or range(massive.NUM_FIRST_TOKENS))] = True
         spread = attention_spread(layer.attention[0], is_massive, window_size)
         layers[layer.place.layer_idx] = LayerFindings(found, spread)
     tokens = {position: str(tokenizer.decode([int(token_ids[0, position])])) for position in exact}
@@ -145,30 +121,20 @@ def measure_text(
 
 
 def cut_texts(tokenizer: PreTrainedTokenizerBase, text: str, num_tokens: int, num_texts: int) -> list[torch.Tensor]:
-    """
-    Stretches of a text, spread evenly over it. Each is `(1, num_tokens)` and begins with the token that the tokenizer
-    begins texts with, if there is one. A text that is too short is refused with ValueError.
-    """
+    """Evenly spread stretches `(1, num_tokens)` of a text behind its first token; a ValueError if it is too short."""
     beginning = tokenizer("a")["input_ids"]
     start_ids = beginning[:1] if beginning and beginning[0] == tokenizer.bos_token_id else []
     token_ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     length = num_tokens - len(start_ids)
     if length < 1 or length > len(token_ids):
-        raise ValueError(
-            f"--tokens {num_tokens}: the text has {len(token_ids)} tokens. Give fewer, or a longer --text."
-        )
+        problem = f"--tokens {num_tokens}: the text has {len(token_ids)} tokens"
+        raise ValueError(f"{problem}. Give fewer, or a longer --text.")
     starts = [index * (len(token_ids) - length) // max(num_texts - 1, 1) for index in range(num_texts)]
     return [torch.tensor([start_ids + token_ids[start : start + length]]) for start in starts]
 
 
-# Summaries over all texts.
-
-
 def summarize_layers(findings: list[TextFindings]) -> list[dict[str, Any]]:
-    """
-    One record for each layer with full attention, means over the texts. Detectors are compared where both look at the
-    same hidden state: keys and values of a layer are made from the output of the layer before it.
-    """
+    """Means over the texts by layer. Keys and values are compared with what they are made from, the output before."""
     rows = []
     for index in findings[0].layers:
         layers = [text.layers[index] for text in findings]

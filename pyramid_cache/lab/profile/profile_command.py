@@ -1,26 +1,16 @@
 """`pyramid-cache profile`: its options, and its steps from loading the model to writing the profile."""
 
 import argparse
-import shlex
 from pathlib import Path
 from typing import Any
 
 from pyramid_cache.engine.fingerprint import architecture_of
 from pyramid_cache.engine.profile import FORMAT, VERSION
+from pyramid_cache.lab import terminal
 from pyramid_cache.lab.demo.planted_number import read_text
-from pyramid_cache.lab.loaded_model import MODEL_HELP, LoadedModel, load_chosen_model
-from pyramid_cache.lab.machine import describe_machine, describe_versions, load_average
+from pyramid_cache.lab.loaded_model import MODEL_HELP, LoadedModel, load_chosen_model, where
+from pyramid_cache.lab.machine import describe_end, describe_machine
 from pyramid_cache.lab.profile import activations
-from pyramid_cache.lab.terminal import (
-    ProgressBar,
-    add_machine_options,
-    check_input,
-    check_output,
-    check_picture,
-    positive_int,
-    print_written,
-    write_json,
-)
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -38,69 +28,65 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     add("--out", type=Path, required=True, metavar="FILE", help="where the profile goes, as JSON")
     add("--plot", type=Path, metavar="FILE", help="draw it as well: a PNG, or what the name says")
     add("--text", type=Path, metavar="FILE", help="the text to read (default: a novel)")
-    add("--tokens", type=positive_int, default=1024, metavar="N", help="length of each stretch (default: 1024)")
-    add("--num-texts", type=positive_int, default=8, metavar="K", help="number of stretches (default: 8)")
-    help_of_window = "watched queries at the end of a stretch, and tokens that are local to them (default: 64)"
-    add("--window", type=positive_int, default=64, metavar="N", help=help_of_window)
-    add_machine_options(parser)
+    window = "watched queries at the end of a stretch, and tokens that are local to them (default: 64)"
+    number: dict[str, Any] = {"type": terminal.positive_int, "metavar": "N"}
+    add("--tokens", default=1024, help="length of each stretch (default: 1024)", **number)
+    add("--num-texts", default=8, help="number of stretches (default: 8)", **number | {"metavar": "K"})
+    add("--window", default=64, help=window, **number)
+    terminal.add_machine_options(parser)
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
     """Measures a profile, writes it and prints it."""
-    from rich.console import Console
-
     from pyramid_cache.lab.profile import profile_report
 
-    check_output("--out", options.out)
-    check_picture("--plot", options.plot)
-    check_input("--text", options.text)
+    terminal.check_output("--out", options.out)
+    terminal.check_picture("--plot", options.plot)
+    terminal.check_input("--text", options.text)
     if options.tokens <= options.window:
         raise ValueError(
             f"--tokens {options.tokens} must exceed the window of {options.window}: raise it, or lower --window."
         )
     text = read_text(options.text)
-    messages = Console(stderr=True)
+    messages = terminal.message_console()
     loaded = load_chosen_model(options, messages)
     loaded.require_positions(options.tokens, "--tokens")
     machine = describe_machine(loaded.model.device)
     texts = activations.cut_texts(loaded.tokenizer, text, options.tokens, options.num_texts)
     findings = []
-    with ProgressBar(messages) as progress:
+    with terminal.ProgressBar(messages) as progress:
         for index, token_ids in enumerate(texts):
             progress(f"Reading {len(texts)} texts of {options.tokens:,} tokens", index, len(texts))
             findings.append(activations.measure_text(loaded.model, loaded.tokenizer, token_ids, options.window))
     record = as_record(findings, loaded, options, machine)
-    write_json(record, options.out)
+    terminal.write_json(record, options.out)
     if options.plot is not None:
         profile_report.draw(record, options.plot)
     profile_report.show(record)
-    print_written(messages, options.out, options.plot)
+    terminal.say_written(messages, options.out, options.plot)
 
 
 def as_record(
     findings: list[activations.TextFindings], loaded: LoadedModel, options: argparse.Namespace, machine: dict[str, Any]
 ) -> dict[str, Any]:
     """The profile for `--out`; `read_profile` reads the part that caches use."""
-    words = ["pyramid-cache", "profile", loaded.name]
-    for name in ("out", "text", "tokens", "num_texts", "window"):
-        if (value := getattr(options, name)) is not None:
-            words += [f"--{name.replace('_', '-')}", str(value)]
+    chosen = {name: getattr(options, name) for name in ("out", "text", "tokens", "num_texts", "window")}
     return {
         "format": FORMAT,
         "version": VERSION,
         "architecture": architecture_of(loaded.model.config),
         "settings": {
-            **loaded.where(),
+            "model": loaded.name,
+            **where(loaded.model),
             "text": None if options.text is None else options.text.name,
             "num_tokens": options.tokens,
             "num_texts": options.num_texts,
             "window": options.window,
-            "command": shlex.join(words),
+            "command": terminal.command_text(["profile", loaded.name], chosen),
         },
         "massive": activations.summarize_massive(findings),
         "layers": activations.summarize_layers(findings),
         "outputs": activations.summarize_outputs(findings),
-        "machine": machine | {"load_average_after": load_average()},
-        "versions": describe_versions("pyramid_cache", "torch", "transformers"),
+        **describe_end(machine),
     }

@@ -1,23 +1,21 @@
 """A profile as tables for the terminal and as a picture."""
 
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
 from rich.text import Text
 
 from pyramid_cache.engine.massive import LEAST_MAGNITUDE, LEAST_RATIO
-from pyramid_cache.lab.terminal import report_console
+from pyramid_cache.lab.terminal import print_table, report_console
 
 
 MAX_TOKEN_ROWS = 24
 MAGNITUDE_COLORS = {"largest token": "#1f5fa8", "second": "#5b9bd0", "third": "#a9cbe8"}
 CLASS_COLORS = {"uniform": "#d1652a", "local": "#3b8f5a", "concentrated": "#1f5fa8"}
-# Columns of the layers: titles, and fields of a layer's record with their formats.
+# Columns of tables, for `print_table`.
 LAYER_COLUMNS = {
     "layer": "{layer}",
-    "class": "{kind}",
+    "class": "{kind:<}",
     "sinks": "{sink_share:.1%}",
     "local": "{local_share:.1%}",
     "support": "{support:.1%}",
@@ -27,6 +25,10 @@ LAYER_COLUMNS = {
     "largest\noutput": "{largest[0]:,.0f}",
     "median": "{median:.2f}",
 }
+EXTENT = {"largest value": "{largest:<,.0f}", "layers": "{first_layer:<} to {last_layer}"}
+DIMENSION_COLUMNS = {"dimension": "{dimension:<}", "tokens": "{num_tokens:<}"} | EXTENT
+TOKEN_COLUMNS = {"text": "{text:<}", "position": "{position:<}", "token": "{token:<}", "dimensions": "{shown:<}"}
+TOKEN_COLUMNS |= EXTENT
 
 
 def show(record: dict[str, Any]) -> None:
@@ -34,38 +36,21 @@ def show(record: dict[str, Any]) -> None:
     console = report_console()
     massive = record["massive"]
     console.print(title_of(record["settings"]), style="bold", markup=False)
-    layers = Table(header_style="bold")
-    for title in LAYER_COLUMNS:
-        layers.add_column(title, justify="left" if title == "class" else "right", no_wrap=True)
-    for row in record["layers"]:
-        fields = row | record["outputs"][row["layer"]]
-        layers.add_row(*(form.format_map(fields) for form in LAYER_COLUMNS.values()))
-    console.print(layers)
-    if massive["tokens"]:
-        dimensions = ((row["dimension"], row["num_tokens"], row) for row in massive["dimensions"])
-        console.print(table_of_massive(("dimension", "tokens"), dimensions))
-        tokens = (
-            (row["text"], row["position"], repr(row["token"]), ", ".join(map(str, row["dimensions"])), row)
-            for row in massive["tokens"][:MAX_TOKEN_ROWS]
-        )
-        console.print(table_of_massive(("text", "position", "token", "dimensions"), tokens))
-        if len(massive["tokens"]) > MAX_TOKEN_ROWS:
-            console.print(f"and {len(massive['tokens']) - MAX_TOKEN_ROWS} more tokens")
+    print_table(console, LAYER_COLUMNS, [row | record["outputs"][row["layer"]] for row in record["layers"]])
+    print_table(console, DIMENSION_COLUMNS, massive["dimensions"])
+    tokens = [
+        row | {"token": repr(row["token"]), "shown": ", ".join(map(str, row["dimensions"]))}
+        for row in massive["tokens"]
+    ]
+    print_table(console, TOKEN_COLUMNS, tokens[:MAX_TOKEN_ROWS], folds=["dimensions"])
+    if len(tokens) > MAX_TOKEN_ROWS:
+        console.print(f"and {len(tokens) - MAX_TOKEN_ROWS} more tokens")
     console.print(Text(summary(record), style="dim"))
 
 
 def title_of(settings: dict[str, Any]) -> str:
     texts = f"{settings['num_texts']} texts of {settings['num_tokens']:,} tokens"
     return f"{settings['model']} · {settings['dtype']} · {texts}"
-
-
-def table_of_massive(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
-    """A table of massive activations. The last value of each row is the record with their extent."""
-    result = Table(*headers, "largest value", "layers", header_style="bold")
-    for *values, extent in rows:
-        layers = f"{extent['first_layer']} to {extent['last_layer']}"
-        result.add_row(*(Text(str(value)) for value in values), f"{extent['largest']:,.0f}", layers)
-    return result
 
 
 def summary(record: dict[str, Any]) -> str:
@@ -75,10 +60,8 @@ def summary(record: dict[str, Any]) -> str:
     found = f"No activation is massive {what}: the first tokens stand in for massive ones."
     if massive["layers"] is not None:
         num_texts = len({row["text"] for row in massive["tokens"]})
-        found = (
-            f"Massive activations {what} in the outputs of layers {massive['layers'][0]} to {massive['layers'][1]}, "
-            f"in {num_texts} of {settings['num_texts']} texts."
-        )
+        found = "Massive activations {} in the outputs of layers {} to {}, ".format(what, *massive["layers"])
+        found += f"in {num_texts} of {settings['num_texts']} texts."
     return (
         f"{found} Sinks: the share of attention that the last queries give to massive tokens. Local: the share that "
         f"they give to the last {settings['window']} tokens. Support: the share of all tokens that gets 0.95 of their "
@@ -87,14 +70,8 @@ def summary(record: dict[str, Any]) -> str:
     )
 
 
-# The picture.
-
-
 def draw(record: dict[str, Any], path: Path) -> None:
-    """
-    Draws the largest magnitudes of each layer's output beside what makes one massive. Below are the shares of
-    attention and the support of each layer.
-    """
+    """Draws the largest magnitudes of each layer's output, and below the shares of attention and the support."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 7), layout="constrained")

@@ -1,6 +1,6 @@
 """The generated cases: contexts of token ids with questions and their answers, made from a seed."""
 
-from pyramid_cache.lab.evaluation.tasks.cases import Context, Question, Task, save_contexts
+from pyramid_cache.lab.evaluation.tasks.cases import Context, Question, Task
 from pyramid_cache.lab.evaluation.tasks.haystack import Haystack
 from pyramid_cache.lab.evaluation.tasks.names import (
     DEFAULT_TASKS,
@@ -23,5 +23,4 @@ __all__ = [
     "build_contexts",
     "parse_task",
     "parse_tasks",
-    "save_contexts",
 ]

@@ -1,10 +1,6 @@
 """A task, and what every task gives: contexts of token ids, with questions and their answers."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-
-from pyramid_cache.lab.terminal import write_json
+from dataclasses import dataclass, field
 
 
 RECALL = "recall"
@@ -12,13 +8,11 @@ RECALL = "recall"
 
 @dataclass(frozen=True)
 class Task:
-    """
-    A task by its parts: a kind of `TASK_KINDS`, the N of its name or 0, and how long its contexts are at most.
-    """
+    """A task by its parts."""
 
-    kind: str
-    count: int
-    num_tokens: int
+    kind: str  # of `TASK_KINDS`
+    count: int  # the N of its name, or 0
+    num_tokens: int  # how long its contexts are at most
 
     @property
     def name(self) -> str:
@@ -32,38 +26,24 @@ class Task:
 
 @dataclass(frozen=True)
 class Question:
-    """
-    A question about a context.
-
-    Attributes:
-        ids (`list[int]`): Its tokens, which begin right behind the context.
-        answer (`list[int]`): The tokens of the right answer.
-        values (`list[list[int]]`): For an answer of several values, where the tokens of each begin and end. The score
-            is the share of values that is found. Empty for an answer that is one value.
-        depths (`list[float]`): For each value, the share of the context's tokens that come before the words that tell
-            it. Empty where no single place tells it.
-    """
+    """A question about a context: its tokens, which begin right behind the context, and those of the right answer."""
 
     ids: list[int]
     answer: list[int]
+    # For an answer of several values, where the tokens of each begin and end. The score is the share of those found.
     values: list[list[int]] = field(default_factory=list)
+    # For each value, the share of the context before the words that tell it. Empty where no single place tells it.
     depths: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Context:
-    """
-    What is read before the questions, which are one or more.
+    """What is read before the questions, which are one or more."""
 
-    Attributes:
-        task (`str`): The name of its task.
-        is_conversation (`bool`): Whether each question follows the question before and its right answer. Otherwise
-            each follows the context on its own.
-    """
-
-    task: str
+    task: str  # the name of its task
     ids: list[int]
     questions: list[Question]
+    # Whether each question follows the question before and its right answer. Otherwise each follows the context.
     is_conversation: bool = False
 
     @property
@@ -79,8 +59,3 @@ class Context:
         """
         numbers = range(len(self.questions))
         return [number for number in numbers if self.is_conversation or len(self.questions[number].answer) > 1]
-
-
-def save_contexts(contexts: Sequence[Context], model: str, path: Path) -> None:
-    """Writes cases so that other programs can be measured on them: `{"model": ..., "contexts": [...]}`."""
-    write_json({"model": model, "contexts": [asdict(context) for context in contexts]}, path)

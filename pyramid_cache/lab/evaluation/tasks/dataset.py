@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transformers import PreTrainedTokenizerBase
+
 from pyramid_cache.lab.evaluation.tasks.cases import Context, Question, Task
 from pyramid_cache.lab.evaluation.tasks.haystack import Haystack
 from pyramid_cache.lab.evaluation.tasks.names import build_contexts, parse_task
@@ -11,7 +13,6 @@ from pyramid_cache.lab.evaluation.tasks.names import build_contexts, parse_task
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
 
 
 # Columns with an entry for each question, and the attribute of a question that the entry is.
@@ -19,10 +20,10 @@ QUESTION_COLUMNS = {"question_ids": "ids", "answer_ids": "answer", "values": "va
 
 
 def build_dataset(
-    task: Task | str, tokenizer: "PreTrainedTokenizerBase | None" = None, seed: int = 0, samples: int | None = None
+    task: Task | str, tokenizer: PreTrainedTokenizerBase | None = None, seed: int = 0, samples: int | None = None
 ) -> "Dataset":
     """
-    The contexts of a generated task, one a row.
+    The contexts of a generated task, or of the task of a name such as "variables-4096", one a row.
 
     Columns: `task` (str), `seed` and `index` (int), by which the context can be made again; `text` (str) and
     `input_ids` (list of int), the context; `is_conversation` (bool), whether each question follows the one before;
@@ -30,14 +31,7 @@ def build_dataset(
     (lists of int), `values` (lists of the first token of a value in its answer and the one behind its last) and
     `depths` (lists of the share of the context before each value). Texts are empty where there is no tokenizer.
 
-    Args:
-        task (`Task` or `str`): Or its name, such as "variables-4096".
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): Of the model. `recall-L` has none.
-        samples (`int`, *optional*): How many; by default as many as the task has.
-
-    Raises:
-        ValueError: There is no such task, its length cannot be, or it needs a tokenizer.
-        ModuleNotFoundError: The extra `eval` is not installed.
+    Raises ValueError for a task that cannot be, and ModuleNotFoundError if the extra `eval` is not installed.
     """
     task = parse_task(task) if isinstance(task, str) else task
     haystack = None if tokenizer is None else Haystack(tokenizer)
@@ -45,7 +39,7 @@ def build_dataset(
 
 
 def as_dataset(
-    contexts: Sequence[Context], tokenizer: "PreTrainedTokenizerBase | None" = None, seed: int = 0
+    contexts: Sequence[Context], tokenizer: PreTrainedTokenizerBase | None = None, seed: int = 0
 ) -> "Dataset":
     """Contexts as the rows of a dataset; see `build_dataset` for its columns."""
     from datasets import Dataset
@@ -96,25 +90,16 @@ def as_contexts(dataset: "Dataset") -> list[Context]:
 
 
 def save_data(
-    contexts: Sequence[Context], folder: Path, tokenizer: "PreTrainedTokenizerBase | None" = None, seed: int = 0
+    contexts: Sequence[Context], folder: Path, tokenizer: PreTrainedTokenizerBase | None = None, seed: int = 0
 ) -> None:
     """Writes the contexts of a task as a dataset to a folder of its own in `folder`."""
     as_dataset(contexts, tokenizer, seed).save_to_disk(str(folder / contexts[0].task))
 
 
 def load_data(
-    folder: Path,
-    task: str,
-    tokenizer: "PreTrainedTokenizerBase | None" = None,
-    seed: int = 0,
-    samples: int | None = None,
+    folder: Path, task: str, tokenizer: PreTrainedTokenizerBase | None, seed: int = 0, samples: int | None = None
 ) -> list[Context]:
-    """
-    Reads the first contexts of a task that `save_data` wrote, or all.
-
-    Raises:
-        ValueError: The folder has no such contexts, or too few.
-    """
+    """Reads the first contexts of a task that `save_data` wrote, or all; a ValueError if there are no such ones."""
     from datasets import load_from_disk
 
     place = folder / task
@@ -127,9 +112,8 @@ def load_data(
     if samples is not None and samples > len(contexts):
         raise ValueError(f"{place} has {len(contexts)} contexts, not {samples}. Ask for as many at most.")
     if any(other != seed for other in dataset["seed"]):
-        raise ValueError(
-            f"{place} was made from seed {dataset[0]['seed']}, not {seed}. Give --seed {dataset[0]['seed']}."
-        )
+        own = dataset[0]["seed"]
+        raise ValueError(f"{place} was made from seed {own}, not {seed}. Give --seed {own}.")
     for text, context in zip(dataset["text"], contexts, strict=True):
         if text != text_of(context.ids, tokenizer):
             raise ValueError(
@@ -139,6 +123,6 @@ def load_data(
     return contexts[:samples]
 
 
-def text_of(ids: list[int], tokenizer: "PreTrainedTokenizerBase | None") -> str:
+def text_of(ids: list[int], tokenizer: PreTrainedTokenizerBase | None) -> str:
     """What tokens say; nothing where there is no tokenizer."""
     return "" if tokenizer is None else str(tokenizer.decode(ids))

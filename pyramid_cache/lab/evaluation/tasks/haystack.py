@@ -3,14 +3,11 @@
 import random
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
+
+from transformers import PreTrainedTokenizerBase
 
 from pyramid_cache.lab.demo.planted_number import PromptError, end_of_sentence, frame, read_text
 from pyramid_cache.lab.evaluation.tasks.cases import Question, Task
-
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 # How far from where it belongs a needle may move to stand between two sentences.
@@ -19,15 +16,20 @@ MAX_SHIFT = 48
 MARKER = "\0text\0"
 
 
-class Haystack:
-    """
-    Makes contexts and questions with a tokenizer, whose chat template, if it has one, frames them. Every context
-    begins with the tokens `before`.
-    """
+def different_words(letters: str, length: int, count: int, generator: random.Random) -> list[str]:
+    """Made-up words that all differ."""
+    words: dict[str, None] = {}
+    while len(words) < count:
+        words["".join(generator.choices(letters, k=length))] = None
+    return list(words)
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+
+class Haystack:
+    """Makes contexts and questions with a tokenizer, whose chat template, if it has one, frames them."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-        self.before, _ = frame(tokenizer)
+        self.before, _ = frame(tokenizer)  # the tokens that every context begins with
 
     @cached_property
     def novel(self) -> list[int]:
@@ -40,9 +42,8 @@ class Haystack:
         self, task: Task, needles: Sequence[list[int]], generator: random.Random, instruction: str = ""
     ) -> tuple[list[int], list[float]]:
         """
-        A context that is an instruction and a stretch of the novel with the tokens of needles in it, which keep their
-        order; and the share of it that comes before each needle. A PromptError if it is too short for the needles or
-        longer than the novel.
+        A context that is an instruction and a stretch of the novel with needles in it, and the share of it before each
+        needle. A PromptError if it is too short for the needles or longer than the novel.
         """
         before = self.before + self.encode(instruction) if instruction else self.before
         num_text = task.num_tokens - len(before) - sum(map(len, needles))

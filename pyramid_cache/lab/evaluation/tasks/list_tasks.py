@@ -1,15 +1,9 @@
 """
-Tasks made from lists.
-
-- `common-words-L`: a numbered list in which ten words come more often than all others;
-- `frequent-words-L`: a text of made-up words whose frequencies follow Zipf's law; the first is no word but dots;
-- `key-value-L`: a JSON object of random pairs of UUIDs, as many as there is room for, and a question for one value;
-- `recall-L`: L tokens of key-value pairs, and questions for up to 64 of the values, for the recall model.
+Tasks made from lists; `TASK_KINDS` says what they are.
 
 The words follow RULER (arXiv 2404.06654, section 3.3), the JSON object InfiniteBench (arXiv 2402.13718, Retrieve.KV).
-RULER takes the words in any order from generated text. Here they are asked for in an order, so that their tokens can
-be scored in one forward pass: the common ones, all as frequent as each other, as they first come, and the frequent
-ones by frequency.
+RULER takes the words in any order from generated text. Here their tokens are scored in one forward pass, so that they
+are asked for in an order: common ones, which are equally frequent, as they first come, and the others by frequency.
 """
 
 import random
@@ -21,7 +15,7 @@ from collections.abc import Sequence
 from pyramid_cache.lab.demo.planted_number import PromptError, read_text
 from pyramid_cache.lab.evaluation.recall import random_pairs
 from pyramid_cache.lab.evaluation.tasks.cases import Context, Question, Task
-from pyramid_cache.lab.evaluation.tasks.haystack import Haystack
+from pyramid_cache.lab.evaluation.tasks.haystack import Haystack, different_words
 
 
 NUM_COMMON = 10
@@ -70,31 +64,30 @@ def common_words(haystack: Haystack, task: Task, generator: random.Random) -> Co
     for index, word in enumerate(words):
         more = repeats[0] if index < NUM_COMMON else repeats[1]
         numbers = range(len(listed) + 1, len(listed) + 1 + more)
-        num_left -= more * len(haystack.encode(f" {word}\n"))
-        num_left -= sum(len(haystack.encode(f"{number}.")) for number in numbers)
+        num_left -= sum(len(entry_of(haystack, number, word)) for number in numbers)
         if num_left < 0:
             break
         listed += [word] * more
     if len(listed) <= NUM_COMMON * repeats[0]:
         raise too_short(task, f"{NUM_COMMON} words {repeats[0]} times each")
     generator.shuffle(listed)
-    entries = [
-        haystack.encode(f"{number}.") + haystack.encode(f" {word}\n") for number, word in enumerate(listed, start=1)
-    ]
-    ids, depths = joined(before, entries)
+    ids, depths = joined(before, [entry_of(haystack, *entry) for entry in enumerate(listed, start=1)])
     common = sorted(words[:NUM_COMMON], key=listed.index)
     asked = haystack.question(COMMON_QUESTION, COMMON_BEGINNING)
     places = [depths[listed.index(word)] for word in common]
     return Context(task.name, ids, [haystack.listing(asked, [f" {word}" for word in common], places, ",")])
 
 
+def entry_of(haystack: Haystack, number: int, word: str) -> list[int]:
+    """A line of a numbered list, in which words have the same tokens everywhere."""
+    return haystack.encode(f"{number}.") + haystack.encode(f" {word}\n")
+
+
 def frequent_words(haystack: Haystack, task: Task, generator: random.Random) -> Context:
-    """A context of `frequent-words-L`."""
+    """A context of `frequent-words-L`: frequencies follow Zipf's law, and the most frequent word is dots."""
     before = haystack.before + haystack.encode(FREQUENT_INSTRUCTION)
-    words = [DOTS]
-    while len(words) < max(task.num_tokens // TOKENS_PER_WORD, 1 + NUM_FREQUENT + 1):
-        word = "".join(generator.choices(string.ascii_lowercase, k=WORD_LENGTH))
-        words += [] if word in words else [word]
+    num_words = max(task.num_tokens // TOKENS_PER_WORD, 1 + NUM_FREQUENT + 1)
+    words = [DOTS, *different_words(string.ascii_lowercase, WORD_LENGTH, num_words - 1, generator)]
     tokens = [haystack.encode(f" {word}") for word in words]
     room = task.num_tokens - len(before)
     # The most words that fit, between what is known to fit and what is known not to.

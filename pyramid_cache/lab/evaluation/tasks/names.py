@@ -23,20 +23,13 @@ DEFAULT_TASKS = ("needles-8-1024", "needles-1-4096", "recall-448")
 
 @dataclass(frozen=True)
 class TaskKind:
-    """
-    What tasks of one kind have in common.
-
-    Attributes:
-        counts (`tuple[int, int]`, *optional*): The least and the greatest N of `kind-N-L`; None if names have no N.
-        default_count (`int`): The N of a name without numbers.
-        has_question_each (`bool`): Whether a context has N questions, and not one.
-    """
+    """What tasks of one kind have in common."""
 
     meaning: str
     build: Callable[[Haystack, Task, random.Random], Context]
-    counts: tuple[int, int] | None = None
-    default_count: int = 0
-    has_question_each: bool = False
+    counts: tuple[int, int] | None = None  # the least and the greatest N of `kind-N-L`; None if names have no N
+    default_count: int = 0  # the N of a name without numbers
+    has_question_each: bool = False  # a context has N questions, and not one
 
 
 NEEDLES = (1, MAX_NEEDLES)
@@ -74,17 +67,11 @@ def parse_task(name: str) -> Task:
 def parse_tasks(names: Sequence[str], lengths: Sequence[int] = ()) -> list[Task]:
     """
     Reads names of tasks; see `TASK_FORMS`. Those without a length, such as `variables` and `needles-8`, get each of
-    some lengths in tokens; `needles` alone is `needles-1`.
-
-    Raises:
-        ValueError: There is no such task, a name has no length and there are no others, or all have one and there are
-            others.
+    some lengths in tokens. Raises ValueError for tasks that cannot be, missing lengths, and lengths that none needs.
     """
     tasks: list[Task] = []
-    num_without = 0
-    for name in names:
-        kind, count, length = parts_of(name)
-        num_without += length is None
+    found = [(name, *parts_of(name)) for name in names]
+    for name, kind, count, length in found:
         if length is None and not lengths:
             raise ValueError(f"The task {name!r} has no length. Name it {name}-1024, for example, or give --lengths.")
         counts = TASK_KINDS[kind].counts
@@ -102,7 +89,7 @@ def parse_tasks(names: Sequence[str], lengths: Sequence[int] = ()) -> list[Task]
                 f"The task {task.name!r} cannot be: keys and values take an even number of tokens, and the model has "
                 f"positions for {MAX_TOKENS - 2} before a question."
             )
-    if lengths and not num_without:
+    if lengths and all(length is not None for *_, length in found):
         raise ValueError(
             f"None of the tasks {', '.join(names)} is named without a length: --lengths {','.join(map(str, lengths))} "
             "has no effect. Leave it out, or name tasks without one."
@@ -125,13 +112,7 @@ def parts_of(name: str) -> tuple[str, int, int | None]:
 def build_contexts(
     task: Task, haystack: Haystack | None = None, seed: int = 0, samples: int | None = None
 ) -> list[Context]:
-    """
-    Makes the contexts of a task from a seed: so many, or as many as the whole task has.
-
-    Raises:
-        PromptError: The length cannot be.
-        ValueError: The task needs a tokenizer, which a haystack has.
-    """
+    """Makes so many contexts of a task from a seed, or all. A ValueError if it cannot be, or needs a haystack."""
     if haystack is None and not task.is_for_recall_model:
         raise ValueError(f"The contexts of {task.name!r} need a tokenizer: give Haystack(tokenizer).")
     build = TASK_KINDS[task.kind].build

@@ -1,14 +1,5 @@
 """
-Tasks made from a novel.
-
-- `needles-N-L`: N persons have a number each, and there is a question about each of them;
-- `needles-multikey-N-L`: the same with up to 256 persons, many of whom share a word, and a question about one;
-- `needles-multivalue-N-L`: one person has N numbers, and one question asks for all of them;
-- `needles-multiquery-N-L`: N persons have a number each, and one question asks for all of them;
-- `turns-N-L`: as `needles-N-L`, but the questions are turns of one conversation;
-- `passkey-L`: a pass key of 64 digits;
-- `variables-L`: two chains of assignments, and a question for the variables that have the value of the first;
-- `perplexity-L`: how well a model goes on with the novel. The text is given as it is, without a chat template.
+Tasks made from a novel; `TASK_KINDS` says what they are.
 
 The four kinds of needles and the variables are those of RULER (arXiv 2404.06654, sections 3.1 and 3.2), with other
 words: its keys and sentences are harder than a small model can tell apart. Answers of several values are asked for in
@@ -27,7 +18,7 @@ from collections.abc import Sequence
 
 from pyramid_cache.lab.demo.planted_number import PromptError
 from pyramid_cache.lab.evaluation.tasks.cases import Context, Question, Task
-from pyramid_cache.lab.evaluation.tasks.haystack import Haystack
+from pyramid_cache.lab.evaluation.tasks.haystack import Haystack, different_words
 
 
 # SmolLM2-135M has trouble to tell one needle from another, and none to go on with a number that it has begun. Of some
@@ -78,19 +69,21 @@ def choose_numbers(count: int, generator: random.Random) -> list[str]:
     return [first + "".join(rest) for first, rest in zip(firsts, rests, strict=True)]
 
 
+# A context, and of each person in it the number and its depth.
+Told = tuple[list[int], list[tuple[str, str, float]]]
+
+
 def hide_numbers(
     haystack: Haystack, task: Task, persons: Sequence[str], numbers: Sequence[str], generator: random.Random
-) -> tuple[list[int], list[tuple[str, str, float]]]:
-    """A context that tells the number of each person, and for each the person, the number and its depth."""
+) -> Told:
+    """Tells the number of each person."""
     told = [haystack.encode(NEEDLE.format(*pair)) for pair in zip(persons, numbers, strict=True)]
     ids, depths = haystack.hide(task, told, generator)
     return ids, list(zip(persons, numbers, depths, strict=True))
 
 
-def number_each(
-    haystack: Haystack, task: Task, generator: random.Random
-) -> tuple[list[int], list[tuple[str, str, float]]]:
-    """What `hide_numbers` gives for N persons with a number each."""
+def number_each(haystack: Haystack, task: Task, generator: random.Random) -> Told:
+    """Tells a number each of N persons."""
     persons = generator.sample(PERSONS, task.count)
     return hide_numbers(haystack, task, persons, choose_numbers(task.count, generator), generator)
 
@@ -154,10 +147,7 @@ def passkey(haystack: Haystack, task: Task, generator: random.Random) -> Context
 
 def variables(haystack: Haystack, task: Task, generator: random.Random) -> Context:
     """A context of `variables-L`: `VAR X1 = 12345` comes first, then `VAR X2 = VAR X1` and so on."""
-    names: list[str] = []
-    while len(names) < NUM_CHAINS * CHAIN_LENGTH:
-        name = "".join(generator.choices(string.ascii_uppercase, k=NAME_LENGTH))
-        names += [] if name in names else [name]
+    names = different_words(string.ascii_uppercase, NAME_LENGTH, NUM_CHAINS * CHAIN_LENGTH, generator)
     values = [str(value) for value in generator.sample(range(10_000, 100_000), NUM_CHAINS)]
     chains = [names[chain * CHAIN_LENGTH :][:CHAIN_LENGTH] for chain in range(NUM_CHAINS)]
     # Which chain goes on at each place of the text.
@@ -175,7 +165,10 @@ def variables(haystack: Haystack, task: Task, generator: random.Random) -> Conte
 
 
 def perplexity(haystack: Haystack, task: Task, generator: random.Random) -> Context:
-    """A context of `perplexity-L`: its question is one more token of the text, and the answer the 128 behind that."""
+    """
+    A context of `perplexity-L`, without a chat template: its question is one more token of the text, and the answer
+    the 128 behind that.
+    """
     bos_id = haystack.tokenizer.bos_token_id
     before = [] if bos_id is None else [bos_id]
     num_text = task.num_tokens - len(before)
