@@ -154,30 +154,6 @@ class TestGroups:
             assert text != "It is a truth" or groups == ["It", " is", " a", " tr", "uth"]
 
 
-def contrast(color: str, background: str) -> float:
-    """The contrast ratio of two sRGB colours as WCAG 2 defines it, from 1 to 21."""
-    lights = []
-    for levels in (bytes.fromhex(color[1:]), bytes.fromhex(background[1:])):
-        channels = [level / 255 for level in levels]
-        linear = [level / 12.92 if level <= 0.04045 else ((level + 0.055) / 1.055) ** 2.4 for level in channels]
-        lights.append(0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2])
-    return (max(lights) + 0.05) / (min(lights) + 0.05)
-
-
-def test_every_shade_is_legible() -> None:
-    for color, expected in (("#000000", 21), ("#ffffff", 1), ("#777777", 4.48)):  # the last is known
-        assert contrast(color, "#ffffff") == pytest.approx(expected, abs=0.005)
-    seen = set()
-    for count in range(81):
-        style = re.fullmatch(r"background:(#[0-9a-f]{6});color:(#[0-9a-f]{6})", style_of(count / 80))
-        background, color = style.groups()
-        # As much contrast as there can be, but for tokens that no layer holds.
-        best = max(contrast(text, background) for text in ("#000000", "#ffffff"))
-        assert contrast(color, background) >= (best if count else 4.5) >= 4.5
-        seen.add(background)
-    assert len(seen) == 81
-
-
 def test_ranges() -> None:
     for numbers, text in (([], ""), ([3], "3"), ([0, 1, 2, 7], "0-2, 7"), ([1, 3, 4], "1, 3-4"), ([5, 6], "5-6")):
         assert ranges(numbers) == text

@@ -16,28 +16,9 @@ def byte_tokenizer(**special_tokens: str) -> PreTrainedTokenizerFast:
 def sentence_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer as SentencePiece's: words begin with a mark, unknown characters fall back to bytes."""
     pieces = ["<unk>", "▁It", "▁is", "▁a", "▁tr", "uth", "▁", "!", *(f"<0x{byte:02X}>" for byte in range(256))]
-    backend = Tokenizer(
-        models.BPE(
-            {
-                piece: index
-                for index, piece in enumerate(dict.fromkeys([*pieces, *"Itisarutrh", "It", "is", "tr", "ut"]))
-            },
-            [
-                ("I", "t"),
-                ("▁", "It"),
-                ("i", "s"),
-                ("▁", "is"),
-                ("▁", "a"),
-                ("t", "r"),
-                ("▁", "tr"),
-                ("u", "t"),
-                ("ut", "h"),
-            ],
-            unk_token="<unk>",
-            byte_fallback=True,
-            fuse_unk=True,
-        )
-    )
+    vocabulary = {piece: index for index, piece in enumerate([*pieces, *"Itiarsuh", "It", "is", "tr", "ut"])}
+    merges = [tuple(pair.split("+")) for pair in "I+t ▁+It i+s ▁+is ▁+a t+r ▁+tr u+t ut+h".split()]
+    backend = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(split=False)
     backend.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
