@@ -195,10 +195,6 @@ counts = torch.bincount(«rows * kv_heads + heads→heads * batch + rows», minl
 = ops/shadow_reference.py: ops/test_shadow
 missing[..., num_places] = «-1→0»
 scores = scores.«amax→mean»(dim=2)
-= ops/transposed.py: ops/test_transposed
-TERMS = «3→1»
-= ops/scores.py: test_small_faults
-is_plain = row_weights is None and« key_start is None and→»
 = ops/registration.py: ops/test_scores | autocast
 with torch.autocast(device_type, enabled=«False→True»):
 = ops/triton_scores.py: ops/test_kernels

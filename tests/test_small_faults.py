@@ -25,8 +25,6 @@ from pyramid_cache.engine.fingerprint import architecture_of
 from pyramid_cache.engine.profile import check_architecture
 from pyramid_cache.engine.rope import RotaryFrequencies
 from pyramid_cache.engine.scoring import sum_of_probabilities
-from pyramid_cache.ops import reference
-from pyramid_cache.ops.scores import attention_scores_without_kernels
 
 
 SLIDING = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
@@ -100,13 +98,6 @@ def test_probabilities_in_half_precision_are_summed_in_float32() -> None:
     scores = sum_of_probabilities(probabilities, 2, None)
     assert scores.dtype == torch.float32
     torch.testing.assert_close(scores.double(), probabilities.double().view(1, 2, 2, 300, 5).sum(dim=(2, 3)))
-
-
-def test_scores_of_a_gpu_without_triton_leave_padding_out() -> None:
-    query, key = torch.randn(2, 4, 9, 16), torch.randn(2, 2, 9, 16)
-    key_start = torch.tensor([0, 3], dtype=torch.int32)
-    arguments = (query, key, torch.zeros(2, 4, 9), None, key_start, 0.25, None, True)
-    torch.testing.assert_close(attention_scores_without_kernels(*arguments), reference.attention_scores(*arguments))
 
 
 # Budgets and angles.

@@ -10,9 +10,7 @@ from collections.abc import Callable
 import torch
 
 from pyramid_cache.ops import cpu, reference
-from pyramid_cache.ops.lse import MAX_HEAD_DIM, can_give_lse
 from pyramid_cache.ops.registration import check_dtype, check_query, check_shape, needs_gradients, register
-from pyramid_cache.ops.transposed import EXTRA_DIMS, transposed_flash_scores
 
 
 def attention_scores(
@@ -229,27 +227,8 @@ def _fake_decode_and_evict(query, new_key, new_value, slots, *rest):
     )
 
 
-def attention_scores_without_kernels(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    lse: torch.Tensor,
-    row_weights: torch.Tensor | None,
-    key_start: torch.Tensor | None,
-    scaling: float,
-    softcap: float | None,
-    group_sum: bool,
-) -> torch.Tensor:
-    """
-    `attention_scores` on a CUDA device where there is no Triton, as on Windows: by flash-attention where that can be.
-    """
-    is_plain = row_weights is None and key_start is None and not softcap and query.shape[2] == key.shape[2]
-    if is_plain and query.shape[3] <= MAX_HEAD_DIM - EXTRA_DIMS and can_give_lse("sdpa", query, key, key):
-        return transposed_flash_scores(query, key, lse, None, scaling, group_sum)
-    return reference.attention_scores(query, key, lse, row_weights, key_start, scaling, softcap, group_sum)
-
-
 def _cuda(name: str, fallback: Callable) -> Callable:
-    """The Triton kernel of that name, imported when it is first called."""
+    """The Triton kernel of that name, imported at its first call; `fallback` where there is no Triton (Windows)."""
 
     def run(*arguments):
         try:
@@ -265,7 +244,7 @@ _attention_scores = register(
     "attention_scores(Tensor query, Tensor key, Tensor lse, Tensor? row_weights, Tensor? key_start, float scaling, "
     "float? softcap, bool group_sum) -> Tensor",
     cpu=cpu.attention_scores,
-    cuda=_cuda("attention_scores", attention_scores_without_kernels),
+    cuda=_cuda("attention_scores", reference.attention_scores),
     fake=_fake_scores,
 )
 _decode_attention = register(

@@ -82,27 +82,6 @@ def test_scores_are_sums_of_the_whole_matrix(shape, dtype) -> None:
         assert found[1].eq(0).all() and found[0, :, : keys // 3].eq(0).all()
 
 
-def test_scores_of_a_gpu_without_triton(monkeypatch) -> None:
-    """By flash-attention where every row counts alike and scores, else by the specification."""
-    rising, start = torch.linspace(0, 1, 61)[None], torch.tensor([0, 9], dtype=torch.int32)
-    for rows, *options in (
-        (61, None, None, None),
-        (61, rising, None, None),
-        (61, None, start, None),
-        (61, None, None, 9.0),
-        (30, None, None, None),
-    ):
-        query, key, _ = states(9, 3, 64, rows, 61, torch.float32)
-        probabilities, lse = exact.attention(query, key, 0.125, exact.causal(rows, 61))
-        expected, calls = probabilities.sum(dim=2), []
-        monkeypatch.setattr(reference, "attention_scores", lambda *given, e=expected, c=calls: c.append(given) or e)
-        weights, key_start, softcap = options
-        arguments = (query, key, lse.float(), weights, key_start, 0.125, softcap, False)
-        found = scores.attention_scores_without_kernels(*arguments)
-        assert calls == ([] if rows == 61 and options == [None] * 3 else [arguments])
-        assert (found - expected).abs().max() <= 2e-5 * 61
-
-
 def test_rows_that_do_not_count_add_nothing_whatever_they_hold() -> None:
     for op in (ops.attention_scores, reference_scores):
         function = functools.partial(op, scaling=0.125, row_weights=torch.tensor([[0.0, 1, 1, 1, 0, 1]]))
