@@ -73,7 +73,6 @@ class ShadowKVLayer(CompressedLayer):
     )
     row_counts = (*CompressedLayer.row_counts, "row_shadow", "row_sparse")
     state_numbers = (*CompressedLayer.state_numbers, "num_croppable")
-    extra_numbers = ("rotary",)
     extra_tensors = ("host_values", *FREQUENCY_TENSORS)
     heads_share_positions = False
     evicts = False

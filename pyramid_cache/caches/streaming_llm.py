@@ -82,7 +82,6 @@ class StreamingLLMLayer(CompressedLayer):
 
     row_tensors = ("next_position", "column_positions", "sink_keys")
     state_numbers = (*CompressedLayer.state_numbers, "base")
-    extra_numbers = ("rotary",)
     extra_tensors = FREQUENCY_TENSORS
 
     def __init__(
