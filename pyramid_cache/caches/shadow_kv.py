@@ -73,7 +73,6 @@ class ShadowKVLayer(CompressedLayer):
     )
     row_counts = (*CompressedLayer.row_counts, "row_shadow", "row_sparse")
     state_numbers = (*CompressedLayer.state_numbers, "num_croppable")
-    extra_numbers = ("rotary",)
     extra_tensors = ("host_values", *FREQUENCY_TENSORS)
     heads_share_positions = False
     evicts = False
@@ -669,7 +668,7 @@ class ShadowKVLayer(CompressedLayer):
 
     def import_state(self, numbers: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         super().import_state(numbers, tensors)
-        rotary = import_frequencies(numbers["rotary"], tensors, self._key_shape[1])
+        rotary = import_frequencies(numbers["rotary"], tensors)
         self.rotary = None if rotary is None else self.frequencies.shared(rotary)
         values = tensors.get("host_values")
         if values is not None:

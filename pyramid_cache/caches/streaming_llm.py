@@ -82,7 +82,6 @@ class StreamingLLMLayer(CompressedLayer):
 
     row_tensors = ("next_position", "column_positions", "sink_keys")
     state_numbers = (*CompressedLayer.state_numbers, "base")
-    extra_numbers = ("rotary",)
     extra_tensors = FREQUENCY_TENSORS
 
     def __init__(
@@ -392,7 +391,7 @@ class StreamingLLMLayer(CompressedLayer):
 
     def import_state(self, numbers: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         super().import_state(numbers, tensors)
-        rotary = import_frequencies(numbers["rotary"], tensors, self._key_shape[1])
+        rotary = import_frequencies(numbers["rotary"], tensors)
         self.rotary = None if rotary is None else self.rotations.shared(rotary)
 
 

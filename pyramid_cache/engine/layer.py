@@ -74,9 +74,8 @@ class CompressedLayer(CacheLayerMixin):
     slot_tensors: tuple[str, ...] = ("keys", "values", "positions")
     row_tensors: tuple[str, ...] = ("next_position", "column_positions")
     row_counts: tuple[str, ...] = ("row_lengths", "row_held", "row_kept")
-    # The rest of a saved layer: numbers, and the names of numbers and tensors that a method exports on its own.
+    # The rest of a saved layer: numbers, and the names of tensors that a method exports and imports on its own.
     state_numbers: tuple[str, ...] = ("num_seen", "columns_ascend")
-    extra_numbers: tuple[str, ...] = ()
     extra_tensors: tuple[str, ...] = ()
     # Slots that may be allocated beyond the tokens that are kept, for methods that write before they evict.
     num_spare_slots = 0

@@ -131,14 +131,6 @@ def hook_decoder(model: PreTrainedModel) -> nn.Module:
     return decoder
 
 
-def unhook_decoder(model: PreTrainedModel) -> None:
-    """Removes the hooks from a model. Caches built from it before no longer work with it."""
-    for layer in model.get_decoder().layers:
-        for hooks, hook in ((layer._forward_pre_hooks, _before_layer), (layer._forward_hooks, _after_layer)):
-            for key in [key for key, value in hooks.items() if value is hook]:
-                del hooks[key]
-
-
 def _cache_of(arguments: dict[str, Any]) -> Any:
     """The cache that a decoder layer is called with, by whatever name."""
     return next((arguments[name] for name in CACHE_ARGUMENTS if arguments.get(name) is not None), None)

@@ -286,31 +286,11 @@ def export_frequencies(rotary: RotaryFrequencies | None) -> tuple[dict[str, Any]
     return numbers, {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
-def import_frequencies(
-    numbers: dict[str, Any] | None, tensors: dict[str, torch.Tensor], head_dim: int
-) -> RotaryFrequencies | None:
-    """
-    The frequencies that `export_frequencies` gave, as a file has them.
-
-    Raises:
-        ValueError: They contradict themselves, or do not fit heads of that width.
-    """
-    inv_freq, long_inv_freq = tensors.get("inv_freq"), tensors.get("long_inv_freq")
-    match numbers:
-        case None if inv_freq is None and long_inv_freq is None:
-            return None
-        case {"layout": "half" | "interleaved" as layout, "original_max_position_embeddings": longest}:
-            is_long = type(longest) is int and longest > 0
-            if inv_freq is None or is_long != (long_inv_freq is not None) or not (is_long or longest is None):
-                raise ValueError("the rotary frequencies are incomplete")
-        case other:
-            raise ValueError(f"`rotary` is {other!r}")
-    for tensor in (inv_freq, inv_freq if long_inv_freq is None else long_inv_freq):
-        if tensor.dtype != torch.float32 or tensor.shape != inv_freq.shape or tensor.dim() != 1:
-            raise ValueError(f"rotary frequencies are {tensor.dtype} {tuple(tensor.shape)}")
-    if not 0 < 2 * len(inv_freq) <= head_dim:
-        raise ValueError(f"{len(inv_freq)} rotary frequencies do not fit heads of width {head_dim}")
-    return RotaryFrequencies(inv_freq, layout, long_inv_freq, longest)
+def import_frequencies(numbers: dict[str, Any] | None, tensors: dict[str, torch.Tensor]) -> RotaryFrequencies | None:
+    """The frequencies that `export_frequencies` gave, out of the numbers and tensors of a file."""
+    if numbers is None:
+        return None
+    return RotaryFrequencies(**numbers, **{name: tensors[name] for name in FREQUENCY_TENSORS if name in tensors})
 
 
 class SharedFrequencies:
