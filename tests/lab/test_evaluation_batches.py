@@ -68,9 +68,7 @@ def test_batches_give_what_contexts_give_alone(name: str, kind: str) -> None:
 
 @pytest.mark.parametrize("name", ["knorm", "streaming"])
 def test_contexts_are_read_together(name: str) -> None:
-    """
-    Four, three at a time, are one batch of three and one of one; a cache that takes no batches reads each for itself.
-    """
+    """Four are one batch of three and one of one; a cache that takes no batches reads each for itself."""
     contexts = contexts_of("questions")
     model, read = tiny_model("llama"), []
     handle = model.register_forward_pre_hook(lambda module, arguments: read.append(tuple(arguments[0].shape)))

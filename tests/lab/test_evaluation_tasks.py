@@ -241,9 +241,7 @@ def test_names_and_lengths_that_cannot_be_are_refused(novel: str) -> None:
 
 
 def test_values_are_found_or_not() -> None:
-    """
-    Six tokens, of which the third is a separator: two values of two tokens, of which one is found, and one of one.
-    """
+    """The third of six tokens is a separator: two values of two tokens, of which one is found, and one of one."""
     logits = torch.full((1, 6, 4), -1.0)
     for place, said_token in enumerate([0, 1, 3, 2, 3, 1]):
         logits[0, place, said_token] = 2.0

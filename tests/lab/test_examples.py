@@ -207,7 +207,6 @@ def test_requests_are_grouped_by_what_they_take() -> None:
     layers = serving.Room(limit=36, budget=9, num_layers=2, bytes_per_token=3, num_spare_slots=1)
     assert serving.batches_of([request(1, 1)] * 3, layers, 64) == [[0, 1], [2]]
     assert serving.batches_of([], room, 64) == []
-    # A request that never fits is refused.
     room = serving.Room(limit=5, budget=8, num_layers=1, bytes_per_token=1, num_spare_slots=1)
     with pytest.raises(ValueError, match="5 bytes cannot hold request 'long' alone, which takes 6. Raise --memory"):
         serving.batches_of([request(1, 1), request(4, 1, "long")], room, 64)
