@@ -171,12 +171,12 @@ def read(
 
 def check_memory(
     name: str,
-    model: PreTrainedModel,
+    model: Any,
     *source: Any,
+    formula: dict,
     steps: int = 0,
     more: int = 0,
     shared: bool = False,
-    formula: dict[str, Any],
     **named: Any,
 ) -> CompressedCache:
     """

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 from models import Trace, build_model, random_tokens
+from pages import import_example, run_example
 from reference import MaskPolicy, masks_of, run_policy
-from running_examples import import_example, run_example
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 
