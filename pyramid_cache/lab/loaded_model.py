@@ -62,7 +62,7 @@ def load_chosen_model(options: argparse.Namespace, messages: "terminal.Console")
 def load_model(
     folder: str | Path, name: str, device: torch.device, dtype: str | None = None, attention: str | None = None
 ) -> LoadedModel:
-    """Loads from a folder or the hub, by default in float32 on a CPU, else bfloat16. Raises OSError or ValueError."""
+    """Loads from a folder or the hub, by default in float32 on a CPU, else bfloat16; or an OSError or ValueError."""
     chosen = {"dtype": getattr(torch, dtype or terminal.default_dtype(device)), "attn_implementation": attention}
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(folder, **chosen)

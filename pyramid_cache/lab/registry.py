@@ -71,7 +71,7 @@ class CacheEntry:
 
 
 def shadow_settings(num_attended: int) -> tuple[int, dict[str, int]]:
-    """For steps that attend to so many tokens: up to a quarter each are outliers and latest ones, the rest chunks."""
+    """For steps that attend to so many tokens: up to a quarter each are outliers and the latest, the rest chunks."""
     num_chunks, num_local = min(num_attended // 32, 48), min(num_attended // 4, 32)
     settings = {"num_outlier_chunks": num_chunks, "num_local_tokens": num_local, "offload_interval": 8}
     return max(num_attended - (8 * num_chunks + num_local + 8), 1), settings

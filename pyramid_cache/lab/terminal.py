@@ -160,10 +160,8 @@ def print_table(
 ) -> None:
     """
     Prints a table, or nothing where there are no rows. Of each column there are the title and the form of its cells,
-    which
-    `fill` fills from a row: with `:<` or `:^` in it the column is aligned so, else on the right. Columns without a
-    cell
-    are left out. Those of `folds` may have cells of several lines.
+    which `fill` fills from a row: with `:<` or `:^` in it the column is aligned so, else on the right. Columns without
+    a cell are left out. Those of `folds` may have cells of several lines.
     """
     from rich.table import Table
 

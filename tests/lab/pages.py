@@ -1,9 +1,12 @@
-"""What tests ask of the pages in docs/: their code, run from top to bottom, their tables and their links."""
+"""What tests ask of the pages in docs/ (their code, tables and links), and the scripts in examples/ as they run."""
 
 import argparse
 import contextlib
+import importlib
 import io
+import os
 import re
+import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -14,7 +17,7 @@ import pytest
 
 
 ROOT = Path(__file__).parents[2]
-DOCS = ROOT / "docs"
+DOCS, EXAMPLES = ROOT / "docs", ROOT / "examples"
 NUMBER = r"-?\d+\.\d+"
 # Shares of right answers may differ where torch rounds otherwise; 8 contexts have 1,792 questions.
 TOLERANCE = 0.02
@@ -101,3 +104,20 @@ def rewrite(pages: Iterable[Path], rewritten: Callable[[str], str]) -> None:
             print(page)
             if write:
                 page.write_text(text)
+
+
+def import_example(name: str) -> ModuleType:
+    """A script as a module; those that it imports from its own folder are found as when it runs."""
+    if str(EXAMPLES) not in sys.path:
+        sys.path.append(str(EXAMPLES))
+    return importlib.import_module(name)
+
+
+def run_example(name: str, *arguments: object, cwd: Path, status: int = 0) -> subprocess.CompletedProcess[str]:
+    """Runs a script, which must end with the status."""
+    command = [sys.executable, str(EXAMPLES / name), *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
+    finished = subprocess.run(command, capture_output=True, encoding="utf-8", cwd=cwd, env=environment, timeout=600)
+    assert finished.returncode == status, finished.stderr
+    assert "Traceback" not in finished.stderr
+    return finished

@@ -202,26 +202,23 @@ def test_parts_are_stopped_at_their_limit(tmp_path: Path, monkeypatch: pytest.Mo
     heeds = "try: time.sleep(600)\nexcept KeyboardInterrupt: result.write_text('{}')"
     ignores = "signal.signal(signal.SIGINT, signal.SIG_IGN); result.write_text('<testsuites><testsu'); time.sleep(600)"
     run = {"oracle": code + heeds, "tests": code + ignores}
-    with monkeypatch.context() as patch:
-        patch.setattr(gpu_suite, "command_of", lambda name, root, path: [sys.executable, "-c", run[name], str(path)])
-        patch.setattr(gpu_suite, "END_SECONDS", 2)
-        interrupted = gpu_suite.run_part("oracle", tmp_path, tmp_path / "whole.json", 3)
-        killed = gpu_suite.run_part("tests", tmp_path, tmp_path / "half.xml", 3)
+    part = gpu_suite.run_part("tests", tmp_path, tmp_path / "none.xml", 60)
+    assert "holds no tests marked cuda" in part["failures"][0]
+    monkeypatch.setattr(gpu_suite, "command_of", lambda name, _, path: [sys.executable, "-c", run[name], str(path)])
+    monkeypatch.setattr(gpu_suite, "END_SECONDS", 2)
+    interrupted, killed = (gpu_suite.run_part(name, tmp_path, tmp_path / name, 3) for name in ("oracle", "tests"))
     assert interrupted["failures"] == ["stopped after 3 s"]
     # Half a file is no result.
     assert killed["failures"] == ["stopped after 3 s", "no results were written"]
     assert (killed["result"], killed["output_tail"]) == ({"outcomes": {}}, ["started"])
-    part = gpu_suite.run_part("tests", tmp_path, tmp_path / "none.xml", 60)
-    assert "holds no tests marked cuda" in part["failures"][0]
 
 
 @pytest.mark.parametrize("chosen", ["tests,ops,caches,oracle,gather", "oracle, tests"])
 def test_parts_run_in_order_and_all_is_written_after_each(
     chosen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Imaginary GPU")
+    for name, value in (("is_available", True), ("current_device", 0), ("get_device_name", "Imaginary GPU")):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     assert sum(gpu_suite.PART_LIMITS.values()) <= 9 * 60
     path = tmp_path / "record.json"
     row = op_times.as_row("decode_scores", small_shape(), ([1.0], [1.5]), None, 1e9)
@@ -262,13 +259,11 @@ def test_parts_find_wrong_results(factor: float, status: int, tmp_path: Path, mo
         gather(buffer, *rest, chunk_size=chunk_size)
         buffer.mul_(factor)
 
-    monkeypatch.setattr(gpu_parts, "DEVICE", CPU)
-    monkeypatch.setattr(gpu_parts, "ORACLE_CASES", ((96, False), (96, True)))
-    monkeypatch.setattr(gpu_parts, "HOST_TOKENS", 256)
-    monkeypatch.setattr(gpu_parts, "GATHER_PLACES", (2, 5))
-    monkeypatch.setattr(gpu_parts, "TIMES", (0.0, 5))
-    monkeypatch.setattr(gpu_parts, "attention_scores", lambda *args, **named: scores(*args, **named) * factor)
-    monkeypatch.setattr(gpu_parts, "gather_values", gather_values)
+    small = {"DEVICE": CPU, "ORACLE_CASES": ((96, False), (96, True)), "TIMES": (0.0, 5)}
+    small |= {"HOST_TOKENS": 256, "GATHER_PLACES": (2, 5), "gather_values": gather_values}
+    small["attention_scores"] = lambda *args, **named: scores(*args, **named) * factor
+    for name, value in small.items():
+        monkeypatch.setattr(gpu_parts, name, value)
     found = {}
     for name in ("oracle", "gather"):
         path = tmp_path / name

@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import pyramid_cache
 from pyramid_cache import ops, plot
 from pyramid_cache.caches.pyramid import num_kept_of_zone
 from pyramid_cache.engine.cache import CompressedCache
+from pyramid_cache.lab.bench.bench_command import SUITES, add_caches_options, parse
 
 
 CACHE_NAMES = [name for name in pyramid_cache.__all__ if name not in ("Policy", "PolicyCache")]
@@ -34,7 +36,7 @@ PAGES: dict[str, Path] = {
     title: DOCS / place for entry in NAV["Caches"] if isinstance(entry, dict) for title, place in entry.items()
 }
 MAX_PICTURE_BYTES = 60_000
-QUALITY = DOCS / "quality.md"
+QUALITY, SPEED = DOCS / "quality.md", DOCS / "speed.md"
 BUDGETS = ["0.5", "0.25", "0.1"]
 COMMAND = "python tests/lab/test_docs.py --write"
 
@@ -169,12 +171,12 @@ def read(
 
 def check_memory(
     name: str,
-    model: PreTrainedModel,
+    model: Any,
     *source: Any,
+    formula: dict,
     steps: int = 0,
     more: int = 0,
     shared: bool = False,
-    formula: dict[str, Any],
     **named: Any,
 ) -> CompressedCache:
     """
@@ -480,5 +482,62 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     assert [path for path, page in pages.items() if re.search(fetched, page)] == []
 
 
+# What a table is of: the record behind a marker in the page.
+MARKED = re.compile(r"<!-- times: (\S+) -->\n.*?<!-- end of times -->", re.DOTALL)
+
+
+def rows_of(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of `bench caches`, or of examples/bench_kvpress.py under the same names."""
+    if "kvpress" not in record["versions"]:
+        return record["rows"]
+    names = {"label": "press", "prefill_ratio": "prefill_seconds_ratio"}
+    return [
+        row | {name: row[key] for name, key in names.items()} | {"tokens_ratio": 1 / row["step_seconds_ratio"]}
+        for row in record["rows"]
+    ]
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """A line per cache: at each length the time of one row's prompt, tokens/s by rows and bytes of one row."""
+    lengths, batch_sizes = (sorted({row[name] for row in rows}) for name in ("length", "batch_size"))
+    tokens = f"tokens/s, {' / '.join(map(str, batch_sizes))} row{'s' * (batch_sizes[-1] > 1)}"
+    titles = [title for length in lengths for title in (f"{length:,}: read", tokens, "bytes")]
+    lines = [f"| cache | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
+    found = {(row["label"], row["length"], row["batch_size"]): row for row in rows}
+    for label in dict.fromkeys(row["label"] for row in rows):
+        cells = []
+        for length in lengths:
+            own = [found[label, length, batch_size] for batch_size in batch_sizes]
+            rates = " / ".join(f"{row['tokens_ratio']:.2f}" for row in own)
+            cells += [f"{own[0]['prefill_ratio']:.2f}", rates, f"{own[0]['bytes_ratio']:.2f}"]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def with_times(page: str) -> str:
+    """A page whose tables are those of the records."""
+
+    def marked(match: re.Match[str]) -> str:
+        record = json.loads((DOCS / "results" / match[1]).read_text())
+        return f"<!-- times: {match[1]} -->\n\n{table(rows_of(record))}\n\n<!-- end of times -->"
+
+    return MARKED.sub(marked, page)
+
+
+def test_tables_are_those_of_the_records() -> None:
+    page = SPEED.read_text()
+    assert len(MARKED.findall(page)) == 2
+    assert with_times(page) == page, f"{SPEED.name} is not what the records have. Run `{COMMAND}`."
+
+
+def test_the_record_is_of_the_suite() -> None:
+    name = MARKED.findall(SPEED.read_text())[0]
+    record = json.loads((DOCS / "results" / name).read_text())
+    suite = parse(add_caches_options, SUITES["cpu"][0])
+    assert f"--lengths {','.join(map(str, suite.lengths))} " in record["command"]
+    measured = {(row["cache"].partition(":")[0], row["length"], row["batch_size"]) for row in record["rows"]}
+    assert measured == set(itertools.product(suite.caches, suite.lengths, suite.batch_sizes))
+
+
 if __name__ == "__main__":
-    rewrite(PAGES.values(), with_results)
+    rewrite([*PAGES.values(), SPEED], lambda text: with_times(with_results(text)))

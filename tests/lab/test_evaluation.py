@@ -8,6 +8,8 @@ import os
 import socket
 import subprocess
 import sys
+import warnings
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +17,20 @@ import pytest
 import torch
 from caches import CACHE_CASES, CacheCase, parametrize_cases
 from models import build_model, random_tokens, tiny_model
+from modes import tiny_tokenizer
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from pyramid_cache import SnapKVCache, StreamingLLMCache
 from pyramid_cache.lab.cli import main
+from pyramid_cache.lab.demo.timed_answers import generate
 from pyramid_cache.lab.evaluation import score_tables
 from pyramid_cache.lab.evaluation.asking import groups_of_equal_length
 from pyramid_cache.lab.evaluation.cells import Cell, CellStore
-from pyramid_cache.lab.evaluation.evaluator import Evaluation
-from pyramid_cache.lab.evaluation.reading import Reader
+from pyramid_cache.lab.evaluation.evaluator import Evaluation, batches_of
+from pyramid_cache.lab.evaluation.reading import Reader, pad_left, padding_arguments
 from pyramid_cache.lab.evaluation.recall import load_recall_model
 from pyramid_cache.lab.evaluation.tasks import Context, Question, build_contexts, parse_task
+from pyramid_cache.lab.profile.activations import measure_text
 from pyramid_cache.lab.registry import BASELINE, CACHES, Workload
 from pyramid_cache.lab.weights import no_progress
 
@@ -41,9 +46,7 @@ DENSE_CASES = [
 @parametrize_cases(DENSE_CASES)
 @torch.no_grad()
 def test_a_reading_gives_what_the_cache_would_have_read(case: CacheCase) -> None:
-    """
-    A context alone, and a context with a question behind it; the reading serves a second cache as well as a first.
-    """
+    """A context alone, and with a question behind it; the reading serves a second cache as well as a first."""
     model, tokens = tiny_model("llama"), random_tokens(1, 60, seed=3)
     reader = Reader(model, tokens[:, :33])
     for reading, length in ((reader.context, 33), (reader.with_question(tokens[:, 33:40]), 40)):
@@ -130,10 +133,7 @@ def slow_scores(
 
 @pytest.mark.parametrize("name", [BASELINE, "snapkv", "pyramid", "shadow", "streaming"])
 def test_scores_are_those_of_generate_and_of_a_slow_loop(name: str) -> None:
-    """
-    Questions on their own and turns of a conversation, in both protocols: answers that the cache itself gives, that
-    have a wrong token, and that the full cache gives.
-    """
+    """Questions on their own and turns, in both protocols: answers of the cache, of the full one, and wrong ones."""
     model, context = tiny_model("llama"), random_tokens(1, 48, seed=5)[0].tolist()
     caches = {} if name == BASELINE else {name: CACHES[name]}
     for is_conversation in (False, True):
@@ -246,10 +246,7 @@ RESUMED = ["eval", "--tasks", "recall-64", "--caches", "knorm,streaming", "--bud
 def test_a_stopped_evaluation_loses_nothing_and_repeats_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """
-    Stopped behind each cell in turn, and in the middle of a line, it ends with the very figures of a run without a
-    folder.
-    """
+    """Stopped behind each cell and in a line, it ends with the very figures of a run without a folder."""
     wanted = rows_of(RESUMED, tmp_path / "wanted.json")
     folder, cells = tmp_path / "answers", tmp_path / "answers" / "cells.jsonl"
     add, num_added = CellStore.add, 0
@@ -277,13 +274,11 @@ def test_a_stopped_evaluation_loses_nothing_and_repeats_nothing(
     # Results are those of what is asked for; what else the folder has waits until it is asked for again.
     few = rows_of([*RESUMED, "--caches", "knorm", "--out", str(folder)], tmp_path / "few.json")
     assert few == [row for row in wanted if row["cache"] != "streaming"]
-    exact = {(row["label"], row["budget"]): f"{row['exact_match']:.2f}" for row in wanted}
     for other in (["--seed", "1"], ["--dtype", "bfloat16"]):
         assert main([*RESUMED, "--out", str(folder), *other]) == 2
         assert f"other settings: {other[0][2:]} " in capsys.readouterr().err.splitlines()[-1]
-    report = (folder / "report.md").read_text()
-    assert f"DynamicCache: {exact['DynamicCache', 1.0]} / " in report
-    assert f"| KnormCache | {exact['KnormCache', 0.5]} / " in report
+    exact, report = ([f"{row['exact_match']:.2f} / " for row in few], (folder / "report.md").read_text())
+    assert f"DynamicCache: {exact[0]}" in report and f"| KnormCache | {exact[1]}" in report
 
 
 def test_processes_share_an_evaluation(tmp_path: Path) -> None:
@@ -318,6 +313,21 @@ def test_processes_share_an_evaluation(tmp_path: Path) -> None:
         assert (folder / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
 
 
+@pytest.mark.slow
+def test_accelerate_launches_an_evaluation(tmp_path: Path) -> None:
+    """As the page has it: two processes have half of the contexts each, and the rows are those of one process."""
+    arguments = "eval --tasks recall-64 --caches knorm --samples 4 --device cpu --threads 1".split()
+    launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0 "
+    launch += "--mixed_precision no --dynamo_backend no -m pyramid_cache.lab.cli"
+    folder, found = tmp_path / "two", tmp_path / "found.json"
+    command = [sys.executable, *launch.split(), *arguments, "--out", str(folder), "--json", str(found)]
+    subprocess.run(command, check=True, timeout=300)
+    record, wanted = json.loads(found.read_text()), rows_of(arguments, tmp_path / "wanted.json")
+    assert (record["machine"]["processes"], record["rows"]) == (2, wanted)
+    numbers = [len((folder / name).read_text().splitlines()) for name in ("cells.jsonl", "cells.1.jsonl")]
+    assert numbers[0] == numbers[1] > 0
+
+
 def test_tables_can_be_read(capsys: pytest.CaptureFixture[str]) -> None:
     """What a task is measured by, and many tasks with long names."""
     common = {"task": "needles-multikey-4-1024", "protocol": "context", "cache": "dynamic", "label": "DynamicCache"}
@@ -335,3 +345,112 @@ def test_tables_can_be_read(capsys: pytest.CaptureFixture[str]) -> None:
     unbroken = "".join(printed.split())
     assert [unbroken.count(name) for name in names] == [2] * 7  # in a table and in the line of counts
     assert printed.count("DynamicCache") == 3
+
+
+def test_measurements_do_not_warn_of_what_their_users_never_wrote() -> None:
+    """What an evaluation reads, asks and answers itself, what a profile reads, and what the demo generates."""
+    model, prompt, later = tiny_model("llama"), random_tokens(2, 40, seed=70), random_tokens(2, 3, seed=71)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "`past_key_values`", FutureWarning)
+        generate(model, prompt, DynamicCache(config=model.config), 2)
+        measure_text(model, tiny_tokenizer(), prompt[:1], window_size=8)
+        context = Context("made-up", prompt[0].tolist(), [Question(later[0].tolist(), later[1].tolist())])
+        caches = {name: CACHES[name] for name in ("snapkv", "streaming")}
+        results = Evaluation(model, caches, [0.5]).run([context], no_progress)
+    assert {result.cache for result in results} == {"dynamic", "snapkv", "streaming"}
+
+
+LENGTHS = (43, 57, 50, 57)
+# A cache of each kind of reading; all others are slow.
+QUICK = ("snapkv", "pyramid", "streaming")
+NAMES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CACHES]
+
+
+@cache
+def contexts_of(kind: str) -> list[Context]:
+    """Contexts whose questions have right answers, wrong ones, and several lengths."""
+    model = tiny_model("llama")
+    contexts = []
+    for index, length in enumerate(LENGTHS):
+        ids = random_tokens(1, length, seed=30 + index)[0].tolist()
+        questions: list[Question] = []
+        for number, num_asked in enumerate((6, 4 + index % 2, 6)):
+            asked = random_tokens(1, num_asked, seed=100 + 10 * index + number)[0].tolist()
+            before = sum((question.ids + question.answer for question in questions), []) if kind == "turns" else []
+            answer = said(model, DynamicCache(config=model.config), ids + before + asked, 5 - number % 2)
+            answer[2] = (answer[2] + (number == 1)) % model.config.vocab_size
+            questions.append(Question(asked, answer, [[0, 2], [2, len(answer)]] if number == 2 else []))
+        # The last one has fewer.
+        contexts.append(Context("made-up", ids, questions[: 3 if index < 3 else 2], kind == "turns"))
+    return contexts
+
+
+def evaluate(contexts: list[Context], batch_size: int, names: list[str]) -> dict[tuple, list]:
+    caches = {name: CACHES[name] for name in names}
+    evaluation = Evaluation(tiny_model("llama"), caches, [0.4], batch_size=batch_size)
+    results = evaluation.run(contexts, no_progress)
+    return {(result.protocol, result.cache, result.budget): result for result in results}
+
+
+@pytest.mark.parametrize("kind", ["questions", "turns"])
+@pytest.mark.parametrize("name", NAMES)
+def test_batches_give_what_contexts_give_alone(name: str, kind: str) -> None:
+    contexts = contexts_of(kind)
+    alone, together = evaluate(contexts, 1, [name]), evaluate(contexts, 3, [name])
+    assert set(alone) == set(together) and len(alone) == 4
+    for setting, result in alone.items():
+        pairs = list(zip(together[setting].scores, result.scores, strict=True))
+        assert len(pairs) == 11 and all(found.token_accuracy == one.token_accuracy for found, one in pairs)
+        assert [found.log_likelihood for found, _ in pairs] == pytest.approx(
+            [one.log_likelihood for _, one in pairs], abs=1e-3
+        )
+        # Padding takes some room.
+        assert together[setting].held_shares == pytest.approx(result.held_shares, abs=0.15)
+    full = [score.is_exact for score in together["context", BASELINE, 1.0].scores]
+    assert any(full) and not all(full)
+
+
+@pytest.mark.parametrize("name", ["knorm", "streaming"])
+def test_contexts_are_read_together(name: str) -> None:
+    """Four are one batch of three and one of one; a cache that takes no batches reads each for itself."""
+    contexts = contexts_of("questions")
+    model, read = tiny_model("llama"), []
+    handle = model.register_forward_pre_hook(lambda module, arguments: read.append(tuple(arguments[0].shape)))
+    try:
+        Evaluation(model, {name: CACHES[name]}, [0.4], ["context"], batch_size=3).run(contexts, no_progress)
+    finally:
+        handle.remove()
+    prompts = [shape for shape in read if shape[1] >= min(LENGTHS)]
+    wanted = [(3, 57), (1, 57)]
+    if name == "streaming":  # its own readings, and three of the full cache, which its size is compared with
+        wanted += [(1, length) for length in (*LENGTHS, *LENGTHS[:3])]
+    assert sorted(prompts) == sorted(wanted)
+
+
+def test_padding_by_hand() -> None:
+    ids, padding = pad_left([[5, 6, 7], [8]], torch.device("cpu"))
+    assert ids.tolist() == [[5, 6, 7], [0, 0, 8]] and padding.tolist() == [0, 2]
+    assert pad_left([[5, 6], [7, 8]], torch.device("cpu"))[1] is None and padding_arguments(None, 3, 1) == {}
+    arguments = padding_arguments(padding, 3, 2)
+    assert arguments["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]]
+    assert arguments["position_ids"].tolist() == [[3, 4], [1, 2]]
+    assert padding_arguments(padding, 0, 3)["position_ids"].tolist() == [[0, 1, 2], [0, 0, 0]]
+
+
+def test_batches_are_of_one_task() -> None:
+    places = [(index, Context(task, [1], [])) for task, num in (("a", 5), ("b", 1)) for index in range(num)]
+    found = [[(context.task, index) for index, context in batch] for batch in batches_of(places, 2)]
+    assert found == [[("a", 0), ("a", 1)], [("a", 2), ("a", 3)], [("a", 4)], [("b", 0)]]
+
+
+def test_what_is_known_of_a_batch_is_not_measured_again() -> None:
+    contexts = contexts_of("questions")
+    store = CellStore()
+    evaluation = Evaluation(tiny_model("llama"), {"knorm": CACHES["knorm"]}, [0.5], store=store, batch_size=4)
+    evaluation.run(contexts[:1], no_progress)
+    first = dict(store.cells)
+    evaluation.run(contexts, no_progress)
+    assert all(store.cells[key] is cell for key, cell in first.items())
+    whole = Evaluation(tiny_model("llama"), {"knorm": CACHES["knorm"]}, [0.5])
+    whole.run(contexts, no_progress)
+    assert set(store.cells) == set(whole.store.cells) > set(first)

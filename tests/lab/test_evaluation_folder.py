@@ -35,23 +35,12 @@ def ignore(text: str) -> None:
 
 def successor_model() -> LlamaForCausalLM:
     """
-    Says of 16 tokens always the one after the last: the logit of that is 2, those of the others are 0.
-
-    Attention and MLP add nothing, so that the last layer gets the token as a one-hot vector of 16 numbers. Its norm
-    makes the one a 4, and the head halves it.
+    Says of 16 tokens always the one after the last: the logit of that is 2, those of the others are 0. Attention and
+    MLP add nothing to a one-hot vector of 16 numbers. The last norm makes the one a 4, and the head halves it.
     """
-    config = LlamaConfig(
-        vocab_size=16,
-        hidden_size=16,
-        intermediate_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        rms_norm_eps=1e-12,
-        tie_word_embeddings=False,
-    )
-    model = LlamaForCausalLM(config).eval()
+    sizes = {"vocab_size": 16, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, rms_norm_eps=1e-12, tie_word_embeddings=False)).eval()
     with torch.no_grad():
         model.model.embed_tokens.weight.copy_(torch.eye(16))
         model.model.layers[0].self_attn.o_proj.weight.zero_()
@@ -312,10 +301,8 @@ def test_the_page_escapes_names_and_shows_what_a_task_is_measured_by() -> None:
     """Perplexities alone, and a column for turns."""
     evil = '<script>alert("&")</script>\'"'
     common = score_row(BASELINE, 1.0, 0.38) | {"label": evil, "protocol": evil}
-    rows = [
-        common | {"task": "perplexity-64", "perplexity": 33.31},
-        common | {"task": evil, "token_accuracy_by_turn": [0.0, 0.25]},
-    ]
+    rows = [common | {"task": "perplexity-64", "perplexity": 33.31}]
+    rows.append(common | {"task": evil, "token_accuracy_by_turn": [0.0, 0.25]})
     record = {"rows": rows, "settings": {"model": evil, "dtype": evil, "device": evil, evil: evil}, "command": evil}
     record |= {"machine": {"processor": evil}, "versions": {evil: evil}}
     text = page(record, [score_plots.Plot("a", evil, evil, b"")])
@@ -349,9 +336,9 @@ def test_leftovers_are_removed(tmp_path: Path) -> None:
 def test_an_evaluation_that_is_killed_loses_nothing_and_repeats_nothing(tmp_path: Path) -> None:
     """Killed at twenty moments and started again, it leaves behind what it leaves if it is not, byte for byte."""
     command = "eval --tasks recall-64,recall-66 --caches knorm,streaming,shadow --budgets 0.5,0.2 --threads 1 --out"
-    context, modules = multiprocessing.get_context("forkserver"), ["cli", "evaluation.folder"]
-    context.set_forkserver_preload([*(f"pyramid_cache.lab.{name}" for name in modules), "transformers.models.llama"])
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pyramid_cache.lab.cli", "pyramid_cache.lab.evaluation.folder"])
+    whole, killed, cells = tmp_path / "whole", tmp_path / "killed", tmp_path / "killed" / "cells.jsonl"
 
     def start(folder: Path) -> Any:
         process = context.Process(target=main, args=([*command.split(), str(folder)],))
@@ -364,9 +351,6 @@ def test_an_evaluation_that_is_killed_loses_nothing_and_repeats_nothing(tmp_path
         assert process.exitcode == 0
         return [json.dumps(json.loads(line)["key"]) for line in (folder / "cells.jsonl").read_text().splitlines()]
 
-    def num_lines() -> int:
-        return (killed / "cells.jsonl").read_bytes().count(b"\n") if (killed / "cells.jsonl").exists() else 0
-
     num_cells, num_killed, seen = len(run(whole)), 0, b""
     generator = random.Random(7)
     # After how many cells, and how many seconds later.
@@ -375,23 +359,24 @@ def test_an_evaluation_that_is_killed_loses_nothing_and_repeats_nothing(tmp_path
     moments += [(num_cells, generator.uniform(0, 2.5)) for _ in range(8)]
     for count, seconds in moments:
         process, stop = start(killed), time.monotonic() + 120
-        while num_lines() < count and process.is_alive():
+        while (cells.read_bytes().count(b"\n") if cells.exists() else 0) < count and process.is_alive():
             assert time.monotonic() < stop
             time.sleep(0.0005)
         process.join(seconds)
         num_killed += process.is_alive()
         process.kill()
         process.join()
-        content = (killed / "cells.jsonl").read_bytes()
+        content = cells.read_bytes()
         assert content.startswith(seen)  # nothing is lost
         seen = content[: content.rfind(b"\n") + 1]
     assert num_killed >= 15
     keys = run(killed)
     assert len(keys) == len(set(keys)) == num_cells  # nothing is repeated
-    files = {path.relative_to(whole) for path in whole.rglob("*") if path.is_file()}
-    assert {path.relative_to(killed) for path in killed.rglob("*") if path.is_file()} == files
-    for path in files - {Path("cells.jsonl"), Path("settings.json"), Path("results.json")}:
-        assert (killed / path).read_bytes() == (whole / path).read_bytes()
-    assert len((whole / "positions.jsonl").read_text().splitlines()) == 3 * 2
-    records = [json.loads((folder / "results.json").read_text()) for folder in (killed, whole)]
-    assert records[0]["rows"] == records[1]["rows"]
+    found, wanted = (
+        {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        for folder in (killed, whole)
+    )
+    rows, wanted_rows = (json.loads(files.pop(Path("results.json")))["rows"] for files in (found, wanted))
+    differing = {path for path in wanted if found[path] != wanted[path]}
+    assert found.keys() == wanted.keys() and differing <= {Path("cells.jsonl"), Path("settings.json")}
+    assert rows == wanted_rows and wanted[Path("positions.jsonl")].count(b"\n") == 3 * 2

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 from models import Trace, build_model, random_tokens
+from pages import import_example, run_example
 from reference import MaskPolicy, masks_of, run_policy
-from running_examples import import_example
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -75,10 +75,17 @@ def test_continuations_are_read_in_view_of_what_is_kept(held_back: int) -> None:
 # One task of each public set: the harness's own definition, its splits, and a row of the published columns.
 PUBLIC: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     "gsm8k": ("gsm8k/gsm8k", ("train", "test"), {"question": "What are 3 times 400?", "answer": "#### 1,200"}),
+    "longbench_hotpotqa": (
+        *("longbench/hotpotqa", ("test",)),
+        {"question": "Who wrote it?", "context": "Jane wrote it.", "answers": ["Jane"], "all_classes": None},
+    ),
     "longbench2_govt_single": (
-        "longbench2/govt_single_doc",
-        ("train",),
+        *("longbench2/govt_single_doc", ("train",)),
         {"question": "Which?", "context": "It is three.", "choices": ["one", "two", "three", "four"], "answer": "C"},
+    ),
+    "infinitebench_kv_retrieval": (
+        *("infinitebench/infinitebench_kv_retrieval", ("kv_retrieval",)),
+        {"id": 1, "context": '{"k": "v-1"}', "input": 'Key: "k"', "answer": ["v-1"], "options": []},
     ),
 }
 # The harness makes RULER's contexts. Its YAML files import a list of six million words and fetch data of nltk, which
@@ -112,16 +119,10 @@ def public_tasks(folder: Path) -> tuple[list[str], Any]:
         known = " ".join(f"w{index:03}" for index in random_tokens(40).tolist())  # the tokenizer knows no others
         rows = [row, {**row, asked: known}]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
-        settings = {
-            "include": str(Path(lm_eval.__file__).parent / "tasks" / f"{definition}.yaml"),
-            "task": f"local_{name}",
-            "dataset_path": "json",
-            "dataset_name": None,
-            "dataset_kwargs": {
-                "cache_dir": str(folder / "datasets"),
-                "data_files": dict.fromkeys(splits, str(folder / f"{name}.jsonl")),
-            },
-        }
+        files = {"data_files": dict.fromkeys(splits, str(folder / f"{name}.jsonl"))}
+        settings = {"include": str(Path(lm_eval.__file__).parent / "tasks" / f"{definition}.yaml")}
+        settings |= {"task": f"local_{name}", "dataset_path": "json", "dataset_name": None}
+        settings["dataset_kwargs"] = files | {"cache_dir": str(folder / "datasets")}
         (folder / f"{name}.yaml").write_text(json.dumps(settings))  # which is YAML as well
     (folder / "ruler_functions.py").write_text(RULER_FUNCTIONS)
     (folder / "ruler.yaml").write_text(RULER)
@@ -190,3 +191,13 @@ def test_contexts_of_one_token_and_too_long_ones_and_what_is_refused() -> None:
     assert cache_model(lambda model: StreamingLLMCache(model.config, 8)).loglikelihood_rolling([]) == []
     with pytest.raises(ValueError, match="`num_held_back=0` must be an integer of at least 1"):
         cache_model(None, held_back=0)
+
+
+@pytest.mark.slow
+def test_runs_as_a_script(tmp_path: Path) -> None:
+    public_tasks(tmp_path)
+    (tmp_path / "ruler.yaml").unlink()
+    name, record = "local_longbench2_govt_single", tmp_path / "found.json"
+    arguments = ["--tasks", name, "--include-path", tmp_path, "--json", record, "--cache", "TOVACache", "--budget", 64]
+    assert name in run_example("lm_eval_harness.py", *arguments, cwd=tmp_path).stdout
+    assert 0 <= json.loads(record.read_text())["results"][name]["acc,none"] <= 1

@@ -1,4 +1,4 @@
-"""The scripts chat.py, retrieval.py and serve_batches.py in examples/, and the options that they share."""
+"""The scripts in examples/, the options that they share, and the code of README.md and of pages in docs/."""
 
 import argparse
 import itertools
@@ -12,7 +12,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from models import random_tokens, tiny_model
-from running_examples import import_example, run_example
+from pages import DOCS, ROOT, import_example, run_example, run_page
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from pyramid_cache import SnapKVCache, StreamingLLMCache
@@ -207,7 +207,6 @@ def test_requests_are_grouped_by_what_they_take() -> None:
     layers = serving.Room(limit=36, budget=9, num_layers=2, bytes_per_token=3, num_spare_slots=1)
     assert serving.batches_of([request(1, 1)] * 3, layers, 64) == [[0, 1], [2]]
     assert serving.batches_of([], room, 64) == []
-    # A request that never fits is refused.
     room = serving.Room(limit=5, budget=8, num_layers=1, bytes_per_token=1, num_spare_slots=1)
     with pytest.raises(ValueError, match="5 bytes cannot hold request 'long' alone, which takes 6. Raise --memory"):
         serving.batches_of([request(1, 1), request(4, 1, "long")], room, 64)
@@ -255,3 +254,49 @@ def test_requests_are_read_and_answers_come_in_their_order() -> None:
     answers = ((given.append(index), (index, str(index)))[1] for index in (1, 3, 0, 2))
     taken = [(*pair, len(given)) for pair in serving.in_order(answers)]
     assert taken == [(0, "0", 3), (1, "1", 3), (2, "2", 4), (3, "3", 4)]
+
+
+# Pages whose code is run: here, that of plots.md in test_show.py. Those of caches are in test_docs.py.
+PAGES = {"evaluation.md", "index.md", "ops.md", "plots.md", "write-a-policy.md"}
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_with_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What pages write goes to a folder that looks like the root of the repository."""
+    (tmp_path / "pyramid_cache").symlink_to(ROOT / "pyramid_cache")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+
+
+def test_every_page_with_code_is_run() -> None:
+    with_code = {path.name for path in DOCS.glob("*.md") if re.search(r"^```python$", path.read_text(), re.MULTILINE)}
+    assert with_code == PAGES
+    assert "received" in run_page(DOCS / "ops.md", shows_output=False)
+
+
+@pytest.mark.slow
+def test_the_tutorial_and_the_page_of_the_evaluation_run() -> None:
+    run_page(DOCS / "write-a-policy.md")
+    dataset = run_page(DOCS / "evaluation.md", shows_output=False)["dataset"]
+    assert len(dataset) == 5
+    assert all(0.5 * 1024 < len(row["input_ids"]) <= 1024 for row in dataset)
+
+
+@pytest.mark.slow
+def test_the_first_page_and_the_readme_run() -> None:
+    names = run_page(DOCS / "index.md", shows_output=False)
+    cache, inputs = names["cache"], names["inputs"]
+    assert cache.get_seq_length() == inputs.input_ids.shape[1] + 31
+    # All of a quarter of everything seen, since `compress`.
+    assert max(cache.num_kept_tokens()) == cache.get_seq_length() // 4
+    loaded = type(cache).load("novel.safetensors", names["model"])
+    assert loaded.num_kept_tokens() == cache.num_kept_tokens()
+    run_page(ROOT / "README.md", shows_output=False)
+
+
+@pytest.mark.slow
+def test_the_script_of_the_page_of_plots_runs(model_folder: Path, tmp_path: Path) -> None:
+    run_example("plot_kept_tokens.py", "--model", model_folder, "--html", "text.html", cwd=tmp_path)
+    for name in ("kept-tokens.png", "kept-scores.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "text.html").read_text(encoding="utf-8").startswith("<!doctype html>")

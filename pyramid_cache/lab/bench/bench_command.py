@@ -216,7 +216,7 @@ def parse(add_options: Callable[[argparse.ArgumentParser], None], text: str) -> 
 def measure_caches(
     runs: list[argparse.Namespace], progress: ProgressCallback, path: Path | None = None
 ) -> list[dict[str, Any]]:
-    """Measures with each of these options: "rows" of `cache_times.as_row`. They are written after each cache."""
+    """The records of `bench caches`, one for each of these options; written after each cache."""
     records: list[dict[str, Any]] = []
     for options in runs:
         target = options.device or terminal.default_device()
@@ -242,7 +242,7 @@ def measure_caches(
 
 
 def measure_ops(options: argparse.Namespace, progress: ProgressCallback, path: Path | None = None) -> dict[str, Any]:
-    """Measures ops: "rows" of `op_times.as_row`, and what `describe_run` has. It is written after each row."""
+    """The record of `bench ops`: "rows" of `op_times.as_row` and what `describe_run` has; written after each row."""
     target = options.device or terminal.default_device()
     if target.type not in OP_DEFAULTS:
         raise ValueError(f"The ops have kernels for cpu and cuda, not for {target.type}. Choose one by --device.")

@@ -1,4 +1,4 @@
-"""What a cache costs in a model: reading a prompt, decode steps of plain `generate`, and bytes, by DynamicCache."""
+"""What a cache costs in a model, beside DynamicCache: reading a prompt, steps of plain `generate`, and bytes."""
 
 import argparse
 import itertools
@@ -261,7 +261,7 @@ class FetchCounter:
 
 
 def stage_shares(events: Iterable[Any], device_type: str) -> dict[str, float]:
-    """Shares of ops in the averages of a torch profiler, on CUDA of the device's time: kernels at once count twice."""
+    """Shares of ops in a torch profiler's averages. On CUDA kernels that run at once count twice."""
     totals: Counter[str] = Counter()
     whole = 0.0
     is_cuda = device_type == "cuda"
@@ -292,7 +292,7 @@ def split_bytes(cache: Cache) -> tuple[int, int]:
 
 
 def as_row(measured: Measured, baseline: Measured | None) -> dict[str, Any]:
-    """The fields, and ratios to the baseline: of medians with extremes, of tokens per second, of bytes of a row."""
+    """The fields of `Measured`, and ratios of its medians, tokens per second and bytes to the baseline's."""
     names = ("tokens_per_second", "prefill_ratio", "prefill_ratio_range", "step_ratio", "step_ratio_range")
     row = asdict(measured) | dict.fromkeys((*names, "tokens_ratio", "bytes_ratio"))
     if measured.failure is not None or not measured.step_seconds:

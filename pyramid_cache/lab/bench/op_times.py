@@ -154,7 +154,8 @@ def build_shapes(
 
 
 def check_memory(op: str, shape: Shape, available: int | None) -> None:
-    """Raises ValueError where the inputs and outputs of an op, both of whose attentions hold one, exceed the bytes."""
+    """Raises ValueError where the inputs and outputs of an op exceed the available bytes."""
+    # Both attentions hold an output at once.
     needed = (num_copies(op, shape) + 1) * bytes_moved(op, shape) + WORKSPACE_BYTES
     if available is not None and needed > available:
         raise ValueError(
@@ -246,7 +247,7 @@ def measure_op(op: str, shape: Shape, bandwidth: float, most_rounds: int) -> dic
 
 
 def as_row(op: str, shape: Shape, times: Times, graph_times: Times | None, bandwidth: float) -> dict[str, Any]:
-    """One op at one shape: medians of seconds of attention alone and with scores, without and with a CUDA graph."""
+    """The figures of one op at one shape. Times are seconds of attention alone and with scores, by round."""
     attention, with_scores = map(statistics.median, times)
     num_bytes = bytes_moved(op, shape)
     sizes = {name: getattr(shape, name) for name in SIZES}

@@ -46,8 +46,8 @@ def build_prompts(
 ) -> Prompts:
     """
     Cuts a text into a prompt per row, each of exactly `prompt_tokens` tokens with a number of its own in the middle.
-    Rows
-    are different stretches, which overlap where the text is short. The seed chooses numbers and, from 1 on, the start.
+    Rows are different stretches, which overlap where the text is short. The seed chooses numbers and, from 1 on, the
+    start.
     """
     generator = random.Random(seed)
     before, after = frame(tokenizer)

@@ -66,8 +66,7 @@ class CellStore:
     """
     The cells of an evaluation, in memory and, if there is a folder, in `cells.jsonl`, or for other processes in
     `cells.1.jsonl` and so on. Cells of an earlier run are taken over. A broken last line is announced and dropped.
-    Raises
-    ValueError for cells of other settings, and for lines in the middle of a file that are no cells.
+    Raises ValueError for cells of other settings, and for lines in the middle of a file that are no cells.
     """
 
     def __init__(
@@ -132,8 +131,9 @@ class CellStore:
 def parse_cell(fields: dict[str, Any]) -> Cell:
     """Reads a cell from JSON; raises ValueError, TypeError, KeyError or AttributeError if it is none."""
     cell = Cell(**{**fields, "key": CellKey(**fields["key"])})
-    if not len(cell.token_accuracy) == len(cell.log_likelihood) > 0:
-        raise ValueError("there is not one token accuracy and one log-likelihood per question")
+    counts = len(cell.token_accuracy), len(cell.log_likelihood)
+    if not counts[0] == counts[1] > 0:
+        raise ValueError("{} token accuracies and {} log-likelihoods, one each per question".format(*counts))
     # A text among the numbers raises here, and not when they are summed up later.
     if not math.isfinite(sum(cell.token_accuracy) + sum(cell.log_likelihood) + cell.held_share):
         raise ValueError("not all of its numbers are finite")

@@ -134,7 +134,7 @@ class Evaluation:
     def _ask_in_view(
         self, batch: Batch, number: int, settings: Sequence[Setting], find_reader: Callable[[], Reader] | None
     ) -> None:
-        """Asks a question that is read with its context, and later turns. A reader has read the contexts."""
+        """Asks a question that is read with its context, and later turns. A given reader has read the contexts."""
         turns = [context.threads[number] for _, context in batch]
         firsts = [first.ids for first, *_ in turns]
         prompts = [context.ids + first for (_, context), first in zip(batch, firsts, strict=True)]

@@ -64,8 +64,7 @@ class Reading:
 class Reader:
     """
     Reads a context, as `pad_left` gives it, once, and questions behind it. Raises NotImplementedError for models in
-    which
-    that differs from reading both at once: layers without full attention, and rotary frequencies that depend on
+    which that differs from reading both at once: layers without full attention, and rotary frequencies that depend on
     lengths.
     """
 

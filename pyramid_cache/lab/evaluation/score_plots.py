@@ -127,7 +127,7 @@ def draw_maps(
     draw: Callable[[Axes, tuple[str, float]], AxesImage],
     labels: tuple[str, str, str],
 ) -> bytes:
-    """A row per cache, a column per budget; `size` of each map in inches, and labels of x axes, y axes and colours."""
+    """A row of maps per cache and a column per budget. Sizes are inches of a map; labels are of x, y and colours."""
     caches = list(dict.fromkeys(cache for cache, _ in places))
     budgets = list(dict.fromkeys(budget for cache, budget in places if cache != BASELINE)) or [1.0]
     width, height = size
@@ -157,7 +157,7 @@ def draw_maps(
 
 
 def depth_means(answers: Sequence[Answer]) -> tuple[list[int], dict[tuple[str, float], list[list[float]]]]:
-    """Lengths of contexts, and by cache and budget a row per fifth of the depth, with a mean or NaN per length."""
+    """Lengths of contexts; by cache and budget a row per fifth of the depth, with a mean or NaN per length."""
     lengths = sorted({answer.length for answer in answers})
     cells: dict[tuple[str, float], list[list[list[float]]]] = {}
     for answer in answers:

@@ -134,7 +134,7 @@ def cut_texts(tokenizer: PreTrainedTokenizerBase, text: str, num_tokens: int, nu
 
 
 def summarize_layers(findings: list[TextFindings]) -> list[dict[str, Any]]:
-    """Means over the texts by layer. Keys and values are compared with what they are made from, the output before."""
+    """Means over texts by layer. Keys and values are compared with their source, the output of the layer before."""
     rows = []
     for index in findings[0].layers:
         layers = [text.layers[index] for text in findings]
