@@ -290,7 +290,7 @@ def import_frequencies(numbers: dict[str, Any] | None, tensors: dict[str, torch.
     """The frequencies that `export_frequencies` gave, out of the numbers and tensors of a file."""
     if numbers is None:
         return None
-    return RotaryFrequencies(**numbers, **{name: tensors[name] for name in FREQUENCY_TENSORS if name in tensors})
+    return RotaryFrequencies(**numbers | {name: tensors[name] for name in FREQUENCY_TENSORS if name in tensors})
 
 
 class SharedFrequencies:
