@@ -26,8 +26,8 @@ from pyramid_cache.lab.demo.timed_answers import generate
 from pyramid_cache.lab.evaluation import score_tables
 from pyramid_cache.lab.evaluation.asking import groups_of_equal_length
 from pyramid_cache.lab.evaluation.cells import Cell, CellStore
-from pyramid_cache.lab.evaluation.evaluator import Evaluation, batches_of
-from pyramid_cache.lab.evaluation.reading import Reader, pad_left, padding_arguments
+from pyramid_cache.lab.evaluation.evaluator import Evaluation
+from pyramid_cache.lab.evaluation.reading import Reader
 from pyramid_cache.lab.evaluation.recall import load_recall_model
 from pyramid_cache.lab.evaluation.tasks import Context, Question, build_contexts, parse_task
 from pyramid_cache.lab.profile.activations import measure_text
@@ -313,21 +313,6 @@ def test_processes_share_an_evaluation(tmp_path: Path) -> None:
         assert (folder / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
 
 
-@pytest.mark.slow
-def test_accelerate_launches_an_evaluation(tmp_path: Path) -> None:
-    """As the page has it: two processes have half of the contexts each, and the rows are those of one process."""
-    arguments = "eval --tasks recall-64 --caches knorm --samples 4 --device cpu --threads 1".split()
-    launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0 "
-    launch += "--mixed_precision no --dynamo_backend no -m pyramid_cache.lab.cli"
-    folder, found = tmp_path / "two", tmp_path / "found.json"
-    command = [sys.executable, *launch.split(), *arguments, "--out", str(folder), "--json", str(found)]
-    subprocess.run(command, check=True, timeout=300)
-    record, wanted = json.loads(found.read_text()), rows_of(arguments, tmp_path / "wanted.json")
-    assert (record["machine"]["processes"], record["rows"]) == (2, wanted)
-    numbers = [len((folder / name).read_text().splitlines()) for name in ("cells.jsonl", "cells.1.jsonl")]
-    assert numbers[0] == numbers[1] > 0
-
-
 def test_tables_can_be_read(capsys: pytest.CaptureFixture[str]) -> None:
     """What a task is measured by, and many tasks with long names."""
     common = {"task": "needles-multikey-4-1024", "protocol": "context", "cache": "dynamic", "label": "DynamicCache"}
@@ -425,22 +410,6 @@ def test_contexts_are_read_together(name: str) -> None:
     if name == "streaming":  # its own readings, and three of the full cache, which its size is compared with
         wanted += [(1, length) for length in (*LENGTHS, *LENGTHS[:3])]
     assert sorted(prompts) == sorted(wanted)
-
-
-def test_padding_by_hand() -> None:
-    ids, padding = pad_left([[5, 6, 7], [8]], torch.device("cpu"))
-    assert ids.tolist() == [[5, 6, 7], [0, 0, 8]] and padding.tolist() == [0, 2]
-    assert pad_left([[5, 6], [7, 8]], torch.device("cpu"))[1] is None and padding_arguments(None, 3, 1) == {}
-    arguments = padding_arguments(padding, 3, 2)
-    assert arguments["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]]
-    assert arguments["position_ids"].tolist() == [[3, 4], [1, 2]]
-    assert padding_arguments(padding, 0, 3)["position_ids"].tolist() == [[0, 1, 2], [0, 0, 0]]
-
-
-def test_batches_are_of_one_task() -> None:
-    places = [(index, Context(task, [1], [])) for task, num in (("a", 5), ("b", 1)) for index in range(num)]
-    found = [[(context.task, index) for index, context in batch] for batch in batches_of(places, 2)]
-    assert found == [[("a", 0), ("a", 1)], [("a", 2), ("a", 3)], [("a", 4)], [("b", 0)]]
 
 
 def test_what_is_known_of_a_batch_is_not_measured_again() -> None:
