@@ -147,7 +147,10 @@ floor_ratio=«floor_ratio→0.2»)
 = caches/expected_attention.py: test_expected_attention
 covariance = covariance + «(share * (1 - share))→share»[..., None] * between
 angles = (view.length «→- 1 »+ steps[:, None])
-= caches/h2o.py: test_properties | sequences H2O
+= caches/h2o.py: test_h2o test_properties | hand sequences H2O
+self.scores.«scatter_(2, slots, 0.0)→mul_(1)»
+is_protected = self.positions >«=→» self.next_position - self.num_recent
+positions.masked_fill(is_safe, torch.iinfo(positions.dtype).max).arg«min→max»(
 scores[..., :num_earlier] += «self.scores[..., :num_earlier]→0»
 = caches/keydiff.py: test_small_faults test_policies
 directions = directions.masked_fill(«~view.is_token[..., None]→view.positions[..., None] < -1», 0)
@@ -182,8 +185,6 @@ in_ring = num_sinks + «(position - num_sinks)→position» % self.window
 view.attention«.masked_fill(view.is_recent(1), float("inf"))→»
 = ops/reference.py: ops/test_scores
 sink_logits.float().view(1, «kv_heads, group, 1, 1→group, kv_heads, 1, 1).transpose(1, 2»)
-scores.«scatter_(2, slots, 0.0→scatter_add_(2, slots, torch.zeros_like(slots, dtype=scores.dtype)»)
-is_protected = positions >«=→» next_position - num_recent
 = ops/cpu.py: ops/test_scores
 dtype=torch.bool).triu_(«1→0»)
 = ops/lse.py: ops/test_lse

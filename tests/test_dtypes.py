@@ -10,7 +10,6 @@ from transformers import DynamicCache, PreTrainedModel
 
 from pyramid_cache.engine.layer import CompressedLayer
 from pyramid_cache.engine.selection import best_tokens
-from pyramid_cache.ops.reference import lowest_slots
 
 
 LENGTHS = (25, 41, 33)
@@ -93,10 +92,7 @@ def count_held(layer: CompressedLayer) -> list[int]:
 
 
 def test_scores_that_are_no_numbers_protect_what_is_protected() -> None:
-    """The victim is the oldest token that may go, never an empty slot; of what is chosen, as many stay as ever."""
-    scores, positions = torch.full((1, 1, 4), NAN), torch.tensor([[[-1, 7, 3, 5]]])
-    protected = torch.tensor([[[True, False, True, False]]])
-    assert lowest_slots(scores, positions, protected).item() == 3
+    """Of the tokens that are chosen, as many stay as ever."""
     priority = torch.tensor([[[INFINITY, NAN, 2.0, NAN, -INFINITY]]])
     assert best_tokens(priority, torch.tensor([3]), 3).tolist() == [[[0, 2, 3]]]
     assert best_tokens(priority, torch.tensor([5]), 5).tolist() == [[[0, 1, 2, 3, -1]]]

@@ -12,7 +12,7 @@ from synthetic import SyntheticModel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyramid_cache import H2OCache
-from pyramid_cache.caches.h2o import H2OLayer
+from pyramid_cache.caches.h2o import H2OLayer, lowest_slots
 
 
 def test_equal_scores_by_hand() -> None:
@@ -44,21 +44,47 @@ class Dispatched(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_a_decode_step_is_attention_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between the projections of a full layer: one op, and the count of what was seen."""
-    model, dispatched = build_model("llama"), Dispatched()
-    cache = H2OCache(model.config, budget=12)
-    with torch.no_grad():
-        for tokens in (random_tokens(2, 30), *random_tokens(3, 2, 1)):
-            model(tokens, past_key_values=cache)
-        for name in ("update", "attend"):
-            run = getattr(H2OLayer, name)
+def test_a_decode_step_asks_for_attention_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the projections of a full layer, whatever it holds: one attention op, and as many small ones."""
+    counts = []
+    for budget in (12, 28):
+        model, dispatched = build_model("llama"), Dispatched()
+        cache = H2OCache(model.config, budget=budget)
+        with torch.no_grad(), monkeypatch.context() as patch:
+            for tokens in (random_tokens(2, 30), *random_tokens(3, 2, 1)):
+                model(tokens, past_key_values=cache)
+            for name in ("update", "attend"):
+                run = getattr(H2OLayer, name)
 
-            def watched(layer, *args, run=run, **kwargs):
-                # The first layer also looks at the position ids, for all of them.
-                with dispatched if layer.place.layer_idx == 1 else contextlib.nullcontext():
-                    return run(layer, *args, **kwargs)
+                def watched(layer, *args, run=run, dispatched=dispatched, **kwargs):
+                    # The first layer also looks at the position ids, for all of them.
+                    with dispatched if layer.place.layer_idx == 1 else contextlib.nullcontext():
+                        return run(layer, *args, **kwargs)
 
-            monkeypatch.setattr(H2OLayer, name, watched)
-        model(random_tokens(2, 1), past_key_values=cache)
-    assert dispatched.names == ["aten::add_.Tensor", "pyramid_cache::decode_attention_and_evict"]
+                patch.setattr(H2OLayer, name, watched)
+            model(random_tokens(2, 1), past_key_values=cache)
+        assert dispatched.names.count("pyramid_cache::decode_attention") == 1
+        counts.append(len(dispatched.names))
+    assert counts[0] == counts[1] <= 20, dispatched.names
+
+
+NAN, INFINITY = float("nan"), float("inf")
+# Scores of five slots, their positions (-1: empty), and the slot whose token goes. From position 97 on tokens are
+# recent.
+VICTIMS = [
+    ("of equals the oldest", [3, 2, 2, 5, 9], [4, 9, 7, 1, 2], 2),
+    ("zeros of both signs are equal", [0.0, -0.0, 1, 1, 1], [8, 9, 1, 2, 3], 0),
+    ("minus infinity", [INFINITY, 4, -INFINITY, 2, 1], [1, 2, 3, 4, 5], 2),
+    ("plus infinity", [INFINITY] * 5, [5, 4, 3, 2, 1], 4),
+    ("one is not a number: the oldest of all", [3, 2, NAN, 5, 1], [4, 9, 7, 1, 2], 3),
+    ("a recent one is not a number", [3, 2, NAN, 5, 1], [4, 9, 98, 1, 2], 4),
+    ("an empty one is not a number", [3, 2, NAN, 5, 1], [4, 9, -1, 1, 2], 4),
+    ("neither empty nor recent", [-3, 2, -9, 5, 1], [-1, 9, 99, 1, 2], 4),
+]
+
+
+@pytest.mark.parametrize("name, scores, held, victim", VICTIMS, ids=[name for name, *_ in VICTIMS])
+def test_victims_by_hand(name: str, scores: list[float], held: list[int], victim: int) -> None:
+    positions = torch.tensor([[held]])
+    slots = lowest_slots(torch.tensor([[scores]], dtype=torch.float32), positions, (positions < 0) | (positions >= 97))
+    assert slots.item() == victim

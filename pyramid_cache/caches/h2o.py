@@ -19,7 +19,7 @@ from pyramid_cache.engine.layer import CompressedLayer, LayerPlace, grown
 from pyramid_cache.engine.scoring import attend_and_score
 from pyramid_cache.engine.selection import best_tokens, gather_tokens
 from pyramid_cache.engine.tokens import MaskReader, Tokens
-from pyramid_cache.ops import decode_attention_and_evict
+from pyramid_cache.ops import decode_attention
 from pyramid_cache.ops.reference import decode_probabilities
 
 
@@ -41,11 +41,6 @@ class H2OLayer(CompressedLayer):
     def __init__(self, place: LayerPlace, budget: Budget, masks: MaskReader, heavy_ratio: float) -> None:
         super().__init__(place, budget, masks)
         self.heavy_ratio = heavy_ratio
-
-    def _clear(self) -> None:
-        super()._clear()
-        # The new token of a decode step and its slots `(batch, kv_heads, 1)`, between `update` and `attend`.
-        self.unwritten: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
     @property
     def score_label(self) -> str:
@@ -76,32 +71,27 @@ class H2OLayer(CompressedLayer):
     def attend_step(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
         if self.positions is None:
             return self._attend_dense_step(call)
-        is_full = [held > kept for held, kept in zip(self.row_held, self.row_kept, strict=True)]
-        if all(is_full):
-            evicts = None
-        elif any(is_full):
-            evicts = self.per_row(is_full).flatten().bool()
-        else:
-            evicts = torch.zeros(self.batch_size, dtype=torch.bool, device=self.device)
-        (key_states, value_states, slots), self.unwritten = self.unwritten, None
-        output, _, victims = decode_attention_and_evict(
-            call.query,
-            key_states,
-            value_states,
-            slots,
-            key=self.keys,
-            value=self.values,
-            positions=self.positions,
-            scores=self.scores,
-            next_position=self.next_position,
-            num_recent=self.num_recent,
-            evicts=evicts,
-            has_empty_slots=self.has_empty_slots,
-            **call.logit_arguments,
+        is_held = self.slot_mask()
+        output, _, probabilities = decode_attention(
+            call.query, self.keys, self.values, mask=is_held, **call.logit_arguments
         )
-        self.free_slots = victims if evicts is None else None
-        self.row_held = [min(held, kept) for held, kept in zip(self.row_held, self.row_kept, strict=True)]
+        self.scores += probabilities.detach()
+        self._evict(is_held)
         return output, None
+
+    def _evict(self, is_held: torch.Tensor | None) -> None:
+        """Evicts, from each head of the rows that are full, the token of lowest score outside the recent window."""
+        is_full = [held > kept for held, kept in zip(self.row_held, self.row_kept, strict=True)]
+        is_protected = self.positions >= self.next_position - self.num_recent
+        if is_held is not None:
+            is_protected |= ~is_held
+        if not all(is_full):
+            is_protected |= ~self.per_row(is_full).bool()
+        victims = lowest_slots(self.scores, self.positions, is_protected)
+        may_go = ~is_protected.gather(-1, victims)
+        self.positions.scatter_(-1, victims, self.positions.gather(-1, victims).masked_fill(may_go, -1))
+        self.free_slots = victims if all(is_full) else None
+        self.row_held = [min(held, kept) for held, kept in zip(self.row_held, self.row_kept, strict=True)]
 
     def _attend_dense_step(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Nothing was evicted so far: the model's own attention, and beside it the scores."""
@@ -131,9 +121,28 @@ class H2OLayer(CompressedLayer):
         self.keep(key, value, tokens, indices, num_free=self.num_spare_slots)
 
     def _write(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Leaves the new token to `attend_step`, which writes it, attends and evicts in one op."""
+        """Stores the new token in the spare slot of each head."""
         slots = self.positions.argmin(dim=-1, keepdim=True) if self.free_slots is None else self.free_slots
-        self.unwritten = key_states, value_states, slots
+        self._overwrite(slots, key_states, value_states)
+        self.scores.scatter_(2, slots, 0.0)
+
+
+def lowest_slots(scores: torch.Tensor, positions: torch.Tensor, is_protected: torch.Tensor) -> torch.Tensor:
+    """
+    The slot of the token to evict: the lowest score among tokens that are not protected, the oldest of equals.
+
+    Args:
+        scores (`torch.Tensor`): `(batch, heads, slots)`. Of scores that are NaN none is higher than the lowest.
+        positions (`torch.Tensor`): `(batch, heads, slots)`, distinct among the tokens of a head.
+        is_protected (`torch.Tensor`): bool `(batch, heads, slots)`. The slot of a head without any other token has no
+            meaning.
+
+    Returns:
+        `torch.Tensor`: `(batch, heads, 1)` int64.
+    """
+    candidates = scores.masked_fill(is_protected, float("inf"))
+    is_safe = (candidates > candidates.amin(dim=-1, keepdim=True)) | is_protected
+    return positions.masked_fill(is_safe, torch.iinfo(positions.dtype).max).argmin(dim=-1, keepdim=True)
 
 
 class H2OCache(CompressedCache):

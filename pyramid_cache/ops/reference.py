@@ -5,7 +5,7 @@ Everything is accumulated in float32, and queries are taken in chunks, so that n
 materialised. Scores are sums over the query heads that share a KV head.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 
@@ -209,64 +209,6 @@ def decode_in_given_precision(
     output = torch.matmul(probabilities.to(value.dtype), value)  # (batch, kv_heads, group, value_dim)
     output = output.view(query.shape[0], 1, query.shape[1], value.shape[-1])
     return output, lse, probabilities.sum(dim=2)
-
-
-def decode_attention_and_evict(
-    query: torch.Tensor,
-    new_key: torch.Tensor,
-    new_value: torch.Tensor,
-    slots: torch.Tensor,
-    next_position: torch.Tensor,
-    num_recent: torch.Tensor,
-    evicts: torch.Tensor | None,
-    sink_logits: torch.Tensor | None,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    positions: torch.Tensor,
-    scores: torch.Tensor,
-    scaling: float,
-    softcap: float | None,
-    has_empty_slots: bool,
-    attend: Callable = decode_attention,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The specification of `pyramid_cache.ops.scores.decode_attention_and_evict`; `attend` is its attention."""
-    index = slots[..., None]
-    key.scatter_(2, index.expand_as(new_key), new_key)
-    value.scatter_(2, index.expand_as(new_value), new_value)
-    positions.scatter_(2, slots, (next_position - 1).expand_as(slots))
-    scores.scatter_(2, slots, 0.0)
-    is_held = positions >= 0 if has_empty_slots else None
-    output, lse, probabilities = attend(query, key, value, is_held, sink_logits, scaling, softcap)
-    scores += probabilities.detach()
-    is_protected = positions >= next_position - num_recent
-    if is_held is not None:
-        is_protected |= ~is_held
-    victims = lowest_slots(scores, positions, is_protected)
-    is_evicted = ~is_protected.gather(-1, victims)
-    if evicts is not None:
-        is_evicted &= evicts[:, None, None]
-    positions.scatter_(-1, victims, positions.gather(-1, victims).masked_fill(is_evicted, -1))
-    return output, lse, victims
-
-
-def lowest_slots(scores: torch.Tensor, positions: torch.Tensor, is_protected: torch.Tensor) -> torch.Tensor:
-    """
-    The slot to evict: the unprotected one of lowest score, the oldest of equals.
-
-    Args:
-        scores (`torch.Tensor`): `(batch, heads, slots)`.
-        positions (`torch.Tensor`): `(batch, heads, slots)`, distinct among the tokens of a head.
-        is_protected (`torch.Tensor`): bool `(batch, heads, slots)`. A head where it is all True gets a slot without
-            meaning.
-
-    Returns:
-        `torch.Tensor`: `(batch, heads, 1)` int64.
-    """
-    candidates = scores.masked_fill(is_protected, float("inf"))
-    lowest = candidates.amin(dim=-1, keepdim=True)
-    # Among scores that are NaN none is higher than the lowest: then the oldest that is not protected goes.
-    is_safe = (candidates > lowest) | is_protected
-    return positions.masked_fill(is_safe, torch.iinfo(positions.dtype).max).argmin(dim=-1, keepdim=True)
 
 
 def split_attention(

@@ -4,7 +4,6 @@ Attention that also tells how much each key was attended to: the public function
 `pyramid_cache.ops.reference` is their specification, `cpu` and `triton_scores` are what computes them.
 """
 
-import functools
 from collections.abc import Callable
 
 import torch
@@ -106,94 +105,6 @@ def decode_attention(
     return reference.decode_attention(*arguments) if needs_gradients(*arguments) else _decode_attention(*arguments)
 
 
-def decode_attention_and_evict(
-    query: torch.Tensor,
-    new_key: torch.Tensor,
-    new_value: torch.Tensor,
-    slots: torch.Tensor,
-    *,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    positions: torch.Tensor,
-    scores: torch.Tensor,
-    next_position: torch.Tensor,
-    num_recent: torch.Tensor,
-    evicts: torch.Tensor | None = None,
-    has_empty_slots: bool = True,
-    scaling: float,
-    softcap: float | None = None,
-    sink_logits: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """
-    A whole decode step of a cache with heavy hitters, in place: the new token is written into its slot, attends, every
-    token's score grows by the probability it got, and the token of lowest score outside the recent window is evicted.
-
-    Args:
-        query (`torch.Tensor`): `(batch, heads, 1, head_dim)`.
-        new_key, new_value (`torch.Tensor`): `(batch, kv_heads, 1, head_dim)` of the new token; the values may have a
-            width of their own.
-        slots (`torch.Tensor`): `(batch, kv_heads, 1)` int64, where each head stores it. Not checked on the device.
-        key, value (`torch.Tensor`): `(batch, kv_heads, slots, head_dim)`, changed at `slots`.
-        positions (`torch.Tensor`): `(batch, kv_heads, slots)` int32, -1 for an empty slot. Becomes `next_position - 1`
-            at `slots`, then -1 at the victims.
-        scores (`torch.Tensor`): `(batch, kv_heads, slots)` float32, sums over the query heads that share a KV head.
-            Becomes 0 at `slots`, then grows.
-        next_position (`torch.Tensor`): `(batch, 1, 1)` int32, the position after that of the new token.
-        num_recent (`torch.Tensor`): `(batch, 1, 1)` int32: positions from `next_position - num_recent` on stay.
-        evicts (`torch.Tensor`, *optional*): `(batch,)` bool, which rows evict; all by default.
-        has_empty_slots (`bool`, defaults to `True`): `False` promises that every slot is held once the new token is
-            written, which saves looking.
-        scaling, softcap, sink_logits: As in `decode_attention`.
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: output and log-sum-exps as of `decode_attention`, and the
-        slots `(batch, kv_heads, 1)` int64 of the victims: lowest score, then oldest, scores that are NaN being all
-        equal. Where a row does not evict, or no token of a head may go, nothing is evicted and the slot has no
-        meaning.
-
-    Raises:
-        ValueError: For shapes and dtypes that do not fit.
-    """
-    _check_decode(query, key, value, sink_logits)
-    batch, kv_heads, num_slots, head_dim = key.shape
-    check_shape("new_key", new_key, batch, kv_heads, 1, head_dim)
-    check_shape("new_value", new_value, batch, kv_heads, 1, value.shape[3])
-    check_shape("slots", slots, batch, kv_heads, 1)
-    check_shape("positions", positions, batch, kv_heads, num_slots)
-    check_shape("scores", scores, batch, kv_heads, num_slots)
-    check_shape("next_position", next_position, batch, 1, 1)
-    check_shape("num_recent", num_recent, batch, 1, 1)
-    check_shape("evicts", evicts, batch)
-    # Before anything is written.
-    check_dtype("new_key", new_key, key.dtype)
-    check_dtype("new_value", new_value, value.dtype)
-    check_dtype("slots", slots, torch.int64)
-    check_dtype("scores", scores, torch.float32)
-    check_dtype("evicts", evicts, torch.bool)
-    for name, numbers in (("positions", positions), ("next_position", next_position), ("num_recent", num_recent)):
-        check_dtype(name, numbers, torch.int32)
-    arguments = (
-        query,
-        new_key,
-        new_value,
-        slots,
-        next_position,
-        num_recent,
-        evicts,
-        sink_logits,
-        key,
-        value,
-        positions,
-        scores,
-        scaling,
-        softcap,
-        has_empty_slots,
-    )
-    if needs_gradients(*arguments):
-        return reference.decode_attention_and_evict(*arguments)
-    return _decode_attention_and_evict(*arguments)
-
-
 def _check_decode(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sink_logits: torch.Tensor | None
 ) -> None:
@@ -214,16 +125,6 @@ def _fake_decode(query, key, value, mask, sink_logits, scaling, softcap):
         value.new_empty(batch, 1, heads, value.shape[3]),
         value.new_empty(batch, heads, dtype=torch.float32),
         value.new_empty(key.shape[:3], dtype=torch.float32),
-    )
-
-
-def _fake_decode_and_evict(query, new_key, new_value, slots, *rest):
-    value = rest[5]
-    batch, heads = query.shape[:2]
-    return (
-        value.new_empty(batch, 1, heads, value.shape[3]),
-        value.new_empty(batch, heads, dtype=torch.float32),
-        slots.new_empty(slots.shape),
     )
 
 
@@ -253,12 +154,4 @@ _decode_attention = register(
     cpu=reference.decode_in_given_precision,
     cuda=_cuda("decode_attention", reference.decode_attention),
     fake=_fake_decode,
-)
-_decode_attention_and_evict = register(
-    "decode_attention_and_evict(Tensor query, Tensor new_key, Tensor new_value, Tensor slots, Tensor next_position, "
-    "Tensor num_recent, Tensor? evicts, Tensor? sink_logits, Tensor(a!) key, Tensor(b!) value, Tensor(c!) positions, "
-    "Tensor(d!) scores, float scaling, float? softcap, bool has_empty_slots) -> (Tensor, Tensor, Tensor)",
-    cpu=functools.partial(reference.decode_attention_and_evict, attend=reference.decode_in_given_precision),
-    cuda=_cuda("decode_attention_and_evict", reference.decode_attention_and_evict),
-    fake=_fake_decode_and_evict,
 )

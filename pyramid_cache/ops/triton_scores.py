@@ -25,18 +25,9 @@ from pyramid_cache.ops.launching import ceil_div, has_kernels, on_device, padded
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-INT64_MAX = tl.constexpr(2**63 - 1)
-INT64_MIN = tl.constexpr(-(2**63))
-INT32_MAX = tl.constexpr(2**31 - 1)
 
 # Partial results that one row of the second kernel takes in at once.
 MAX_SPLITS = 128
-# Slots that one program goes through to find the victim of a head, which saves a launch. With a group of 4 it moves 28
-# bytes for each, where the attention read 512 (bfloat16, head_dim 128) with the whole device: at 128k it would take
-# longer.
-MAX_SLOTS_OF_ONE_PROGRAM = 8192
-# Candidates for eviction that the third kernel takes in at once.
-CANDIDATES_PER_STEP = 1024
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
 
@@ -292,13 +283,8 @@ def scores_kernel(
 @triton.jit(
     do_not_specialize=[
         "held_ptr",
-        "slots_ptr",
-        "next_position_ptr",
         "stride_hb",
         "stride_hh",
-        "stride_slots_b",
-        "stride_slots_h",
-        "stride_next",
         "kv_heads",
         "group",
         "num_chunks",
@@ -314,10 +300,6 @@ def decode_kernel(
     value_ptr,
     held_ptr,
     scratch_ptr,
-    new_key_ptr,
-    new_value_ptr,
-    slots_ptr,
-    next_position_ptr,
     stride_qb,
     stride_qh,
     stride_qd,
@@ -332,15 +314,6 @@ def decode_kernel(
     stride_hb,
     stride_hh,
     stride_hn,
-    stride_nkb,
-    stride_nkh,
-    stride_nkd,
-    stride_nvb,
-    stride_nvh,
-    stride_nvd,
-    stride_slots_b,
-    stride_slots_h,
-    stride_next,
     kv_heads,
     group,
     num_chunks,
@@ -351,7 +324,6 @@ def decode_kernel(
     num_programs,
     factor,
     softcap,
-    CHECKS_HELD: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -362,11 +334,6 @@ def decode_kernel(
     """
     Attention of up to `ROWS` heads of a group over one split of the slots: output, log-sum-exp, and the logits
     themselves.
-
-    `held_ptr` is a bool mask, or, where a new token is stored, the positions. The new token stays out of the loop and
-    joins at its end, in the program whose split has its slot. Others leave the slot out, and what they may read there
-    while it is being written (heads of the same group in a second program) is not used. So there is no race: nothing
-    that this kernel writes is used by another of its programs.
 
     The scratch is logits (programs, group, padded_slots), outputs (programs, splits, group, VALUE_DIM) and
     log-sum-exps (programs, splits, group), where a program stands for a KV head of a row of the batch.
@@ -399,25 +366,19 @@ def decode_kernel(
     logits_ptr = scratch_ptr + (pair * group + rows) * padded_slots
     begin = split * split_size
     end = tl.minimum(begin + split_size, num_slots)
-    slot = -1
-    if slots_ptr is not None:
-        slot = tl.load(slots_ptr + batch * stride_slots_b + kv_head * stride_slots_h).to(tl.int32)
 
     highest = tl.full([ROWS], float("-inf"), dtype=tl.float32)
     total = tl.zeros([ROWS], dtype=tl.float32)
     output = tl.zeros([ROWS, BLOCK_DV], dtype=tl.float32)
-    if CHECKS_HELD:
+    if held_ptr is not None:
         slots = begin + tl.arange(0, BLOCK_N)
         held = tl.load(held_ptr + slots.to(tl.int64) * stride_hn, mask=slots < end, other=0)
     for first in range(begin, end, BLOCK_N):
         slots = first + tl.arange(0, BLOCK_N)
         is_slot = slots < end
-        is_used = is_slot & (slots != slot)
-        if CHECKS_HELD:
-            if slots_ptr is not None:
-                is_used = is_used & (held >= 0)
-            else:
-                is_used = is_used & (held != 0)
+        is_used = is_slot
+        if held_ptr is not None:
+            is_used = is_used & (held != 0)
             # One step ahead: the compiler does not start loads early that wait for another one of the same step.
             held = tl.load(held_ptr + (slots + BLOCK_N).to(tl.int64) * stride_hn, mask=slots + BLOCK_N < end, other=0)
         key = tl.load(
@@ -432,7 +393,7 @@ def decode_kernel(
         tl.store(
             logits_ptr[:, None] + slots[None, :],
             logits,
-            mask=is_row[:, None] & ((slots < padded_slots) & (slots != slot))[None, :],
+            mask=is_row[:, None] & (slots < padded_slots)[None, :],
         )
         new_highest = tl.maximum(highest, tl.max(logits, axis=1))
         # Minus infinity where nothing was held so far.
@@ -448,38 +409,6 @@ def decode_kernel(
         )
         output = tl.dot(probabilities.to(value.dtype), value, output * rescaling[:, None], input_precision="ieee")
         highest = new_highest
-
-    if slots_ptr is not None:
-        if (slot >= begin) & (slot < end):
-            new_key = tl.load(
-                new_key_ptr + batch * stride_nkb + kv_head * stride_nkh + dims.to(tl.int64) * stride_nkd,
-                mask=is_dim,
-                other=0.0,
-            )
-            new_value = tl.load(
-                new_value_ptr + batch * stride_nvb + kv_head * stride_nvh + value_dims.to(tl.int64) * stride_nvd,
-                mask=is_value_dim,
-                other=0.0,
-            )
-            logit = tl.sum(query.to(tl.float32) * new_key.to(tl.float32)[None, :], axis=1) * factor
-            if softcap is not None:
-                logit = _capped(logit, softcap) * LOG2E
-            tl.store(logits_ptr + slot, logit, mask=is_row)
-            new_highest = tl.maximum(highest, logit)
-            pivot = tl.where(new_highest == float("-inf"), 0.0, new_highest)
-            probability = tl.exp2(logit - pivot)
-            rescaling = tl.exp2(highest - pivot)
-            total = total * rescaling + probability
-            output = output * rescaling[:, None] + probability[:, None] * new_value.to(tl.float32)[None, :]
-            highest = new_highest
-            if chunk == 0:
-                slot64 = slot.to(tl.int64)  # type: ignore[attr-defined]
-                tl.store(key_ptr + slot64 * stride_kn + dims.to(tl.int64) * stride_kd, new_key, mask=is_dim)
-                tl.store(
-                    value_ptr + slot64 * stride_vn + value_dims.to(tl.int64) * stride_vd, new_value, mask=is_value_dim
-                )
-                next_position = tl.load(next_position_ptr + batch * stride_next)
-                tl.store(held_ptr + slot64 * stride_hn, next_position - 1)
 
     parts = (pair * num_splits + split) * group + rows
     outputs_ptr = scratch_ptr + num_programs.to(tl.int64) * group * padded_slots
@@ -513,56 +442,18 @@ def _merged_lse(lse_ptr, sinks_ptr, rows, head, group, num_splits, BLOCK_S: tl.c
     return pivot + tl.log2(total)
 
 
-@triton.jit
-def _evict_lowest(
-    lowest, lowest_slots, oldest, pair, batch, positions_ptr, stride_pn, evicts_ptr, stride_evicts, victims_ptr
-):
-    """
-    Evicts the best of many candidates of one head.
-
-    Args:
-        lowest: int64: score and position of a token, ordered as they count; smallest if the score is NaN, largest if
-            no token may go.
-        lowest_slots: int32: its slot.
-        oldest: int64: position and slot of the oldest token that may go.
-    """
-    best = tl.min(lowest, axis=0)
-    slot = tl.min(tl.where(lowest == best, lowest_slots, INT32_MAX), axis=0).to(tl.int64)
-    # Among scores that are NaN none is higher than the lowest: the oldest goes.
-    slot = tl.where(best == INT64_MIN, tl.min(oldest, axis=0) & 0xFFFFFFFF, slot)
-    is_evicted = best != INT64_MAX
-    slot = tl.where(is_evicted, slot, 0)
-    tl.store(victims_ptr + pair, slot)
-    if evicts_ptr is not None:
-        is_evicted = is_evicted & (tl.load(evicts_ptr + batch * stride_evicts) != 0)
-    tl.store(positions_ptr + slot * stride_pn, -1, mask=is_evicted)
-
-
 @triton.jit(
     do_not_specialize=[
         "sinks_ptr",
         "lse_ptr",
         "probabilities_ptr",
-        "positions_ptr",
-        "slots_ptr",
-        "next_position_ptr",
-        "num_recent_ptr",
-        "evicts_ptr",
         "stride_sb",
         "stride_sh",
-        "stride_pb",
-        "stride_ph",
-        "stride_slots_b",
-        "stride_slots_h",
-        "stride_next",
-        "stride_recent",
-        "stride_evicts",
         "kv_heads",
         "group",
         "num_slots",
         "num_splits",
         "num_tiles",
-        "tile_size",
         "num_programs",
     ]
 )
@@ -572,31 +463,15 @@ def merge_kernel(
     out_ptr,
     lse_ptr,
     probabilities_ptr,
-    positions_ptr,
-    slots_ptr,
-    next_position_ptr,
-    num_recent_ptr,
-    evicts_ptr,
-    victims_ptr,
-    candidates_ptr,
     stride_sb,
     stride_sh,
     stride_sn,
-    stride_pb,
-    stride_ph,
-    stride_pn,
-    stride_slots_b,
-    stride_slots_h,
-    stride_next,
-    stride_recent,
-    stride_evicts,
     kv_heads,
     group,
     num_slots,
     padded_slots,
     num_splits,
     num_tiles,
-    tile_size,
     num_programs,
     VALUE_DIM: tl.constexpr,
     BLOCK_DV: tl.constexpr,
@@ -608,10 +483,6 @@ def merge_kernel(
     """
     The first programs each turn the logits of a tile of slots into probabilities; the others merge one head's output
     each.
-
-    With `positions_ptr`, `probabilities_ptr` are the scores, which grow by them, and the victim is sought: at once if
-    one program has all slots of a head, else left to `victim_kernel` as a candidate. There is no race: a tile's scores
-    belong to one program, and a position is only written where one program has read all of a head's before.
     """
     program = tl.program_id(0).to(tl.int64)
     outputs_ptr = scratch_ptr + num_programs.to(tl.int64) * group * padded_slots
@@ -622,64 +493,22 @@ def merge_kernel(
         batch = pair // kv_heads
         kv_head = pair - batch * kv_heads
         probabilities_ptr += batch * stride_sb + kv_head * stride_sh
-        if positions_ptr is not None:
-            positions_ptr += batch * stride_pb + kv_head * stride_ph
-            slot = tl.load(slots_ptr + batch * stride_slots_b + kv_head * stride_slots_h)
-            first_recent = tl.load(next_position_ptr + batch * stride_next) - tl.load(
-                num_recent_ptr + batch * stride_recent
+        slots = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        mass = tl.zeros([BLOCK_N], dtype=tl.float32)
+        for first_head in range(0, group, ROWS):
+            rows = first_head + tl.arange(0, ROWS)
+            logits = tl.load(
+                scratch_ptr + (pair * group + rows)[:, None] * padded_slots + slots[None, :],
+                mask=(rows < group)[:, None] & (slots < padded_slots)[None, :],
+                other=float("-inf"),
             )
-            lowest = tl.full([BLOCK_N], INT64_MAX, dtype=tl.int64)
-            lowest_slots = tl.full([BLOCK_N], INT32_MAX, dtype=tl.int32)
-            oldest = tl.full([BLOCK_N], INT64_MAX, dtype=tl.int64)
-        begin = tile * tile_size
-        end = tl.minimum(begin + tile_size, num_slots)
-        for first in range(begin, end, BLOCK_N):
-            slots = first + tl.arange(0, BLOCK_N)
-            is_slot = slots < end
-            mass = tl.zeros([BLOCK_N], dtype=tl.float32)
-            for first_head in range(0, group, ROWS):
-                rows = first_head + tl.arange(0, ROWS)
-                logits = tl.load(
-                    scratch_ptr + (pair * group + rows)[:, None] * padded_slots + slots[None, :],
-                    mask=(rows < group)[:, None] & (slots < padded_slots)[None, :],
-                    other=float("-inf"),
-                )
-                lse = _merged_lse(
-                    parts_ptr + pair * num_splits * group, sinks_ptr, rows, kv_head * group, group, num_splits, BLOCK_S
-                )
-                probabilities = tl.exp2(logits - lse[:, None])
-                # An empty slot gets nothing, of a head that attends to nothing, too.
-                mass += tl.sum(tl.where(logits == float("-inf"), 0.0, probabilities), axis=0)
-            addresses = probabilities_ptr + slots.to(tl.int64) * stride_sn
-            if positions_ptr is not None:
-                score = tl.load(addresses, mask=is_slot, other=0.0)
-                position = tl.load(positions_ptr + slots.to(tl.int64) * stride_pn, mask=is_slot, other=-1)
-                mass += tl.where(slots == slot, 0.0, score)
-                may_go = (position >= 0) & (position < first_recent)
-                # float32 as an integer of the same order; -0.0 equals 0.0.
-                bits = tl.where(mass == 0.0, 0.0, mass).to(tl.int32, bitcast=True)
-                bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
-                rank = tl.where(mass != mass, INT64_MIN, (bits << 32) | position.to(tl.int64))
-                is_lower = may_go & (rank < lowest)
-                lowest = tl.where(is_lower, rank, lowest)
-                lowest_slots = tl.where(is_lower, slots, lowest_slots)
-                age = (position.to(tl.int64) << 32) | slots.to(tl.int64)
-                oldest = tl.minimum(oldest, tl.where(may_go, age, INT64_MAX))
-            tl.store(addresses, mass, mask=is_slot)
-        if positions_ptr is not None:
-            if candidates_ptr is not None:
-                best = tl.min(lowest, axis=0)
-                tl.store(candidates_ptr + program * 3, best)
-                tl.store(
-                    candidates_ptr + program * 3 + 1,
-                    tl.min(tl.where(lowest == best, lowest_slots, INT32_MAX), axis=0).to(tl.int64),
-                )
-                tl.store(candidates_ptr + program * 3 + 2, tl.min(oldest, axis=0))
-            else:
-                _evict_lowest(
-                    lowest, lowest_slots, oldest, pair, batch, positions_ptr, stride_pn, evicts_ptr, stride_evicts,
-                    victims_ptr,
-                )  # fmt: skip
+            lse = _merged_lse(
+                parts_ptr + pair * num_splits * group, sinks_ptr, rows, kv_head * group, group, num_splits, BLOCK_S
+            )
+            probabilities = tl.exp2(logits - lse[:, None])
+            # An empty slot gets nothing, of a head that attends to nothing, too.
+            mass += tl.sum(tl.where(logits == float("-inf"), 0.0, probabilities), axis=0)
+        tl.store(probabilities_ptr + slots.to(tl.int64) * stride_sn, mass, mask=slots < num_slots)
     else:
         head = program - num_programs.to(tl.int64) * num_tiles
         pair = head // group
@@ -714,52 +543,6 @@ def merge_kernel(
             mask=is_value_dim,
         )
         tl.store(lse_ptr + head + tl.arange(0, 1), lse * LN2)
-
-
-@triton.jit(
-    do_not_specialize=[
-        "positions_ptr",
-        "evicts_ptr",
-        "stride_pb",
-        "stride_ph",
-        "stride_evicts",
-        "kv_heads",
-        "num_tiles",
-    ]
-)
-def victim_kernel(
-    candidates_ptr,
-    positions_ptr,
-    evicts_ptr,
-    victims_ptr,
-    stride_pb,
-    stride_ph,
-    stride_pn,
-    stride_evicts,
-    kv_heads,
-    num_tiles,
-    BLOCK_T: tl.constexpr,
-):
-    """Evicts the best of the candidates (KV heads of all rows, tiles, 3) of one head: see `_evict_lowest`."""
-    pair = tl.program_id(0).to(tl.int64)
-    batch = pair // kv_heads
-    lowest = tl.full([BLOCK_T], INT64_MAX, dtype=tl.int64)
-    lowest_slots = tl.full([BLOCK_T], INT32_MAX, dtype=tl.int32)
-    oldest = tl.full([BLOCK_T], INT64_MAX, dtype=tl.int64)
-    for first in range(0, num_tiles, BLOCK_T):
-        tiles = first + tl.arange(0, BLOCK_T)
-        is_tile = tiles < num_tiles
-        addresses = candidates_ptr + (pair * num_tiles + tiles) * 3
-        rank = tl.load(addresses, mask=is_tile, other=INT64_MAX)
-        is_lower = rank < lowest
-        lowest = tl.where(is_lower, rank, lowest)
-        lowest_slots = tl.where(is_lower, tl.load(addresses + 1, mask=is_tile, other=0).to(tl.int32), lowest_slots)
-        oldest = tl.minimum(oldest, tl.load(addresses + 2, mask=is_tile, other=INT64_MAX))
-    _evict_lowest(
-        lowest, lowest_slots, oldest, pair, batch,
-        positions_ptr + batch * stride_pb + (pair - batch * kv_heads) * stride_ph,
-        stride_pn, evicts_ptr, stride_evicts, victims_ptr,
-    )  # fmt: skip
 
 
 @functools.cache
@@ -859,6 +642,22 @@ def attention_scores(
     return scores
 
 
+def num_splits_of(num_tiles: int, num_programs: int, multiprocessors: int) -> tuple[int, int]:
+    """
+    Into how many splits of how many tiles each the slots are cut.
+
+    Two programs per multiprocessor fit side by side. Rounded down: one program more than fits would run alone.
+
+    Args:
+        num_tiles (`int`): Blocks of slots.
+        num_programs (`int`): Programs of each split.
+        multiprocessors (`int`): Of the device.
+    """
+    num_splits = max(min(2 * multiprocessors // num_programs, num_tiles, MAX_SPLITS), 1)
+    tiles_per_split = ceil_div(num_tiles, num_splits)
+    return ceil_div(num_tiles, tiles_per_split), tiles_per_split
+
+
 def decode_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -878,91 +677,6 @@ def decode_attention(
     """
     if not is_supported(query, key, value):
         return reference.decode_attention(query, key, value, mask, sink_logits, scaling, softcap)
-    probabilities = torch.empty(key.shape[:3], dtype=torch.float32, device=key.device)
-    output, lse, _ = _decode(
-        query, key, value, mask, mask is not None, None, probabilities, sink_logits, scaling, softcap, blocks
-    )
-    return output, lse, probabilities
-
-
-def decode_attention_and_evict(
-    query: torch.Tensor,
-    new_key: torch.Tensor,
-    new_value: torch.Tensor,
-    slots: torch.Tensor,
-    next_position: torch.Tensor,
-    num_recent: torch.Tensor,
-    evicts: torch.Tensor | None,
-    sink_logits: torch.Tensor | None,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    positions: torch.Tensor,
-    scores: torch.Tensor,
-    scaling: float,
-    softcap: float | None,
-    has_empty_slots: bool,
-    *,
-    blocks: DecodeBlocks | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """
-    See `pyramid_cache.ops.scores.decode_attention_and_evict`.
-
-    Args:
-        blocks (`DecodeBlocks`, *optional*): Overrides `DECODE_BLOCKS`, for benchmarks.
-    """
-    if not is_supported(query, key, value, new_key, new_value):
-        return reference.decode_attention_and_evict(
-            query, new_key, new_value, slots, next_position, num_recent, evicts, sink_logits, key, value, positions,
-            scores, scaling, softcap, has_empty_slots,
-        )  # fmt: skip
-    step = NewToken(new_key, new_value, slots, next_position, num_recent, evicts)
-    return _decode(query, key, value, positions, has_empty_slots, step, scores, sink_logits, scaling, softcap, blocks)
-
-
-class NewToken(NamedTuple):
-    """The arguments of `decode_attention_and_evict` that `decode_attention` does not have."""
-
-    key: torch.Tensor
-    value: torch.Tensor
-    slots: torch.Tensor
-    next_position: torch.Tensor
-    num_recent: torch.Tensor
-    evicts: torch.Tensor | None
-
-
-def num_splits_of(num_tiles: int, num_programs: int, multiprocessors: int) -> tuple[int, int]:
-    """
-    Into how many splits of how many tiles each the slots are cut.
-
-    Two programs per multiprocessor fit side by side. Rounded down: one program more than fits would run alone.
-
-    Args:
-        num_tiles (`int`): Blocks of slots.
-        num_programs (`int`): Programs of each split.
-        multiprocessors (`int`): Of the device.
-    """
-    num_splits = max(min(2 * multiprocessors // num_programs, num_tiles, MAX_SPLITS), 1)
-    tiles_per_split = ceil_div(num_tiles, num_splits)
-    return ceil_div(num_tiles, tiles_per_split), tiles_per_split
-
-
-def _decode(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    held: torch.Tensor | None,
-    checks_held: bool,
-    step: NewToken | None,
-    probabilities: torch.Tensor,
-    sink_logits: torch.Tensor | None,
-    scaling: float,
-    softcap: float | None,
-    blocks: DecodeBlocks | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """
-    Both ways to decode. `held` is a mask or, with a `step`, positions, and `probabilities` are then the scores they
-    are added to. Returns output, log-sum-exps and, with a `step`, the slots of the victims.
-    """
     batch, heads, _, head_dim = query.shape
     kv_heads, num_slots, value_dim = key.shape[1], key.shape[2], value.shape[3]
     group, device = heads // kv_heads, key.device
@@ -985,49 +699,26 @@ def _decode(
     )
     output = torch.empty(batch, 1, heads, value_dim, dtype=value.dtype, device=device)
     lse = torch.empty(batch, heads, dtype=torch.float32, device=device)
-    held_strides = (0, 0, 0) if held is None else held.stride()
-    if step is None:
-        if held is not None and held.shape[1] == 1:
-            held_strides = (held_strides[0], 0, held_strides[2])
-        new_key = new_value = slots = next_position = num_recent = evicts = victims = None
-        new_strides: tuple[int, ...] = (0,) * 6
-        slot_strides: tuple[int, ...] = (0, 0, 0)
-        recent_stride = evicts_stride = 0
-    else:
-        new_key, new_value, slots, next_position, num_recent, evicts = step
-        victims = torch.empty(batch, kv_heads, 1, dtype=torch.int64, device=device)
-        new_strides = (*new_key.stride()[:2], new_key.stride(3), *new_value.stride()[:2], new_value.stride(3))
-        slot_strides = (*slots.stride()[:2], next_position.stride(0))
-        recent_stride = num_recent.stride(0)
-        evicts_stride = 0 if evicts is None else evicts.stride(0)
+    probabilities = torch.empty(key.shape[:3], dtype=torch.float32, device=device)
+    mask_strides = (0, 0, 0) if mask is None else mask.stride()
+    if mask is not None and mask.shape[1] == 1:
+        mask_strides = (mask_strides[0], 0, mask_strides[2])
 
     # Heads whose logits the second kernel takes in at once.
     merged_rows = min(padded(group, 1), 16)
-    finishes_at_once = step is not None and (
-        num_slots <= MAX_SLOTS_OF_ONE_PROGRAM or num_programs >= 2 * multiprocessors
-    )
-    merged_slots = min(8192 // merged_rows, 4096) if finishes_at_once else 4096 // merged_rows
-    num_tiles = 1 if finishes_at_once else ceil_div(num_slots, merged_slots)
-    candidates = None
-    if step is not None and not finishes_at_once:
-        candidates = torch.empty(num_programs, num_tiles, 3, dtype=torch.int64, device=device)
+    merged_slots = 4096 // merged_rows
+    num_tiles = ceil_div(num_slots, merged_slots)
     with on_device(device):
         decode_kernel[num_programs * num_splits * num_chunks,](
             query,
             key,
             value,
-            held,
+            mask,
             scratch,
-            new_key,
-            new_value,
-            slots,
-            next_position,
             *(query.stride(0), query.stride(1), query.stride(3)),
             *key.stride(),
             *value.stride(),
-            *held_strides,
-            *new_strides,
-            *slot_strides,
+            *mask_strides,
             kv_heads,
             group,
             num_chunks,
@@ -1038,7 +729,6 @@ def _decode(
             num_programs,
             scaling if softcap else scaling * LOG2E.value,
             softcap or None,
-            CHECKS_HELD=checks_held,
             HEAD_DIM=head_dim,
             VALUE_DIM=value_dim,
             BLOCK_D=block_dim,
@@ -1056,25 +746,13 @@ def _decode(
             output,
             lse,
             probabilities,
-            None if step is None else held,
-            slots,
-            next_position,
-            num_recent,
-            evicts,
-            victims,
-            candidates,
             *probabilities.stride(),
-            *((0, 0, 0) if step is None else held_strides),
-            *slot_strides,
-            recent_stride,
-            evicts_stride,
             kv_heads,
             group,
             num_slots,
             padded_slots,
             num_splits,
             num_tiles,
-            num_slots if finishes_at_once else merged_slots,
             num_programs,
             VALUE_DIM=value_dim,
             BLOCK_DV=block_value_dim,
@@ -1082,21 +760,7 @@ def _decode(
             BLOCK_N=merged_slots,
             BLOCK_S=MAX_SPLITS,
             SPLITS_PER_STEP=16,
-            num_warps=16 if finishes_at_once else 4,
+            num_warps=4,
             enable_fp_fusion=True,
         )
-        if candidates is not None:
-            victim_kernel[num_programs,](
-                candidates,
-                held,
-                evicts,
-                victims,
-                *held_strides,
-                evicts_stride,
-                kv_heads,
-                num_tiles,
-                BLOCK_T=CANDIDATES_PER_STEP,
-                num_warps=4,
-                enable_fp_fusion=True,
-            )
-    return output, lse, victims
+    return output, lse, probabilities

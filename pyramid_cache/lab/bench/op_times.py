@@ -21,13 +21,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.benchmark import Timer
 
 from pyramid_cache.lab.machine import free_memory
-from pyramid_cache.ops import attention_scores, decode_attention, decode_attention_and_evict, row_lse
+from pyramid_cache.ops import attention_scores, decode_attention, row_lse
 from pyramid_cache.ops.lse import attention_with_lse, can_give_lse
 from pyramid_cache.ops.registration import check_heads
 
 
 PREFILL_OPS = ("window_scores", "all_row_scores")
-OPS = (*PREFILL_OPS, "decode_scores", "decode_scores_and_evict")
+OPS = (*PREFILL_OPS, "decode_scores")
 # What the ops may need beyond their inputs and outputs: chunks of logits, and workspaces of torch's own kernels.
 WORKSPACE_BYTES = 1 << 28
 # The inputs of the calls in a CUDA graph have this many times the size of the second-level cache.
@@ -126,14 +126,14 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 def bytes_moved(op: str, shape: Shape) -> int:
-    """Bytes of queries, keys, values, log-sum-exps, scores and output. Eviction also reads scores and positions."""
+    """Bytes of queries, keys, values, log-sum-exps, scores and output."""
     rows = shape.length if op in PREFILL_OPS else 1
     per_head = shape.batch_size * shape.head_dim * shape.dtype.itemsize
     queries_and_output = 2 * shape.heads * rows * per_head
     keys_and_values = 2 * shape.kv_heads * shape.length * per_head
     log_sum_exps = shape.batch_size * shape.heads * rows * 4
     slots = shape.batch_size * shape.kv_heads * shape.length * 4
-    return queries_and_output + keys_and_values + log_sum_exps + slots * (3 if op == "decode_scores_and_evict" else 1)
+    return queries_and_output + keys_and_values + log_sum_exps + slots
 
 
 def build_shapes(
@@ -178,8 +178,6 @@ def build_case(op: str, shape: Shape) -> Case:
     query = shape.random(shape.length if op in PREFILL_OPS else 1, shape.heads).transpose(1, 2)
     key, value = (shape.random(shape.kv_heads, shape.length) for _ in range(2))
     attention = functools.partial(sdpa, query, key, value, is_causal=op in PREFILL_OPS)
-    if op == "decode_scores_and_evict":
-        return Case(attention, eviction_step(shape, query, key, value))
     scaling = shape.head_dim**-0.5
     if op == "decode_scores":
         return Case(attention, lambda: decode_attention(query, key, value, scaling=scaling)[::2])
@@ -191,31 +189,6 @@ def build_case(op: str, shape: Shape) -> Case:
         return output, attention_scores(scored, key, lse[:, :, -scored.shape[2] :], scaling=scaling)
 
     return Case(attention, read_with_scores, recomputes_lse=not can_give_lse("sdpa", query, key, value))
-
-
-def eviction_step(shape: Shape, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Callable:
-    """A decode step of `H2OCache`: one new token of each row takes the slot of the oldest."""
-    slots_shape = (shape.batch_size, shape.kv_heads, shape.length)
-    positions = torch.rand(slots_shape, device=shape.device).argsort(dim=-1).int()
-    scores = torch.rand(slots_shape, device=shape.device)
-    numbers = torch.tensor([shape.length + 1, shape.length // 2], dtype=torch.int32, device=shape.device)
-    next_position, num_recent = numbers[:, None, None, None].repeat(1, shape.batch_size, 1, 1)
-    step = functools.partial(
-        decode_attention_and_evict,
-        query,
-        shape.random(shape.kv_heads, 1),
-        shape.random(shape.kv_heads, 1),
-        positions.argmin(dim=-1, keepdim=True),
-        key=key,
-        value=value,
-        positions=positions,
-        scores=scores,
-        next_position=next_position,
-        num_recent=num_recent,
-        has_empty_slots=False,
-        scaling=shape.head_dim**-0.5,
-    )
-    return lambda: (step()[0], scores)
 
 
 def sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, is_causal: bool) -> torch.Tensor:
