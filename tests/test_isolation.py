@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from caches import CACHE_CASES, CacheCase, every_cache, parametrize_cases
+from caches import CACHE_CASES, QUICK_CASES, CacheCase, every_cache, parametrize_cases
 from models import build_model, drive, generate, left_pad, random_rows, random_tokens
 from test_memory import reachable_tensors
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -135,7 +135,7 @@ def test_copies_and_originals_go_on_their_own(case: CacheCase) -> None:
 
 
 @pytest.mark.slow
-@parametrize_cases(case for case in CACHE_CASES if case.tier == "quick" or case.short_name in ("adakv", "shadow"))
+@parametrize_cases(case for case in QUICK_CASES if case.short_name not in ("pyramid-config", "streaming-dense"))
 def test_compiled_code_holds_no_cache(case: CacheCase) -> None:
     """The graphs and guards of a compiled model live on; a second cache runs on them."""
     torch._dynamo.reset()
