@@ -160,7 +160,7 @@ def test_held_tokens_and_logits_are_those_of_the_reference() -> None:
     cache = MassiveActivationCache(model.config, budget=12, window_size=4, kernel_size=3, eviction_interval=3)
     trace = drive(model, cache, rows, later)
     scores = MassiveScore({6, 34}, 4, 3), MassiveScore({0, 1, 2, 3}, 4, 3)
-    policies = [ScoredPolicy(scores[row], len(rows[row]), [12] * 4, 3, trace, row) for row in range(2)]
+    policies = [ScoredPolicy(len(rows[row]), scores[row], [12] * 4, 3, trace, row) for row in range(2)]
     compare_with_policies(model, trace, rows, policies)
     reasons = [{token.position: token.reason for token in row} for row in cache.massive_tokens()[0]]
     assert reasons == [dict.fromkeys((6, 34), "keys and values"), dict.fromkeys(range(4), "first tokens")]
