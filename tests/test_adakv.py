@@ -11,7 +11,6 @@ from test_memory import held_bytes
 from transformers import DynamicCache, PreTrainedConfig
 
 from pyramid_cache import AdaKVCache, Policy, PolicyCache
-from pyramid_cache.engine.attention import AttentionCall
 from pyramid_cache.engine.policy import ScoringView
 from pyramid_cache.engine.ragged import RaggedLayer
 
@@ -126,13 +125,8 @@ def test_bytes_are_those_of_the_budget_although_heads_differ() -> None:
 # What cannot be.
 
 
+@torch.no_grad()
 def test_learned_sinks_are_refused() -> None:
-    model = build_model("llama")
-    cache = AdaKVCache(model.config, budget=9, **SETTINGS)
-    layer = cache.compressed_layers[0]
-    states = torch.zeros(1, 4, 1, 8)
-    call = AttentionCall(
-        lambda: None, model.model.layers[0].self_attn, states, states, states, None, {"s_aux": torch.zeros(4)}
-    )
+    model = build_model("gpt_oss", attention="eager")
     with pytest.raises(NotImplementedError, match="learned attention sinks .* SnapKVCache"):
-        layer._check_call(call)
+        model(random_tokens(1, 20), past_key_values=AdaKVCache(model.config, budget=9, **SETTINGS))
