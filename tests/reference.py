@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -23,41 +24,6 @@ from transformers import AttentionInterface, PreTrainedModel
 ATTENTION_NAME = "loop_written_reference"
 # Scores nearer than this may rank either way in float32.
 TIE = 1e-5
-
-
-class Policy:
-    """What `run_policy` calls for each layer."""
-
-    def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
-    ) -> torch.Tensor:
-        """
-        Attention of one layer over the whole sequence: queries and output are `(heads, length, head_dim)`, keys and
-        values `(kv_heads, length, head_dim)`, and logits are multiplied by `scaling`.
-        """
-        raise NotImplementedError
-
-
-# The policy of the forward that is running; attention functions get no other channel.
-_running: list[Policy] = []
-
-
-def _attention_function(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """Hands a layer's attention to the running policy; the model's own mask is not looked at."""
-    assert query.shape[0] == 1, "the references run one row"
-    output = _running[-1].attend(module.layer_idx, query[0], key[0], value[0], scaling)
-    return output.transpose(0, 1)[None].contiguous(), None
-
-
-AttentionInterface.register(ATTENTION_NAME, _attention_function)
 
 
 @contextlib.contextmanager
@@ -72,14 +38,25 @@ def attention_implementation(model: PreTrainedModel, name: str) -> Iterator[None
 
 
 @torch.no_grad()
-def run_policy(model: PreTrainedModel, tokens: torch.Tensor, policy: Policy) -> torch.Tensor:
-    """One uncached forward of `tokens` `(length,)` under a policy; returns logits `(length, vocabulary)`."""
-    _running.append(policy)
-    try:
-        with attention_implementation(model, ATTENTION_NAME):
-            return model(input_ids=tokens[None], use_cache=False).logits[0]
-    finally:
-        _running.pop()
+def run_policy(model: PreTrainedModel, tokens: torch.Tensor, policy: Any) -> torch.Tensor:
+    """
+    One uncached forward of `tokens` `(length,)` under a policy; returns logits `(length, vocabulary)`.
+
+    `policy.attend` is given the index of a layer, its queries `(heads, length, head_dim)`, its keys and values
+    `(kv_heads, length, head_dim)`, and what logits are multiplied by. It returns what attention does, as the queries.
+    """
+
+    def attend(
+        module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **named: Any
+    ) -> tuple[torch.Tensor, None]:
+        """The model's own mask is not looked at."""
+        assert query.shape[0] == 1, "the references run one row"
+        output = policy.attend(module.layer_idx, query[0], key[0], value[0], named["scaling"])
+        return output.transpose(0, 1)[None].contiguous(), None
+
+    functions = patch.dict(AttentionInterface._global_mapping, {ATTENTION_NAME: attend})
+    with functions, attention_implementation(model, ATTENTION_NAME):
+        return model(input_ids=tokens[None], use_cache=False).logits[0]
 
 
 class Rotation:
@@ -127,29 +104,21 @@ def attend_one(
     return (probabilities @ value.float()).to(query.dtype), probabilities
 
 
-class MaskPolicy(Policy):
-    """The sequence with some keys hidden from some queries, nothing more.
+@dataclass
+class MaskPolicy:
+    """The sequence with some keys hidden from some queries, nothing more."""
 
-    Args:
-        masks: For each layer `(kv_heads, length, length)`, true where a query sees a key; None hides nothing.
-    """
-
-    def __init__(self, masks: list[torch.Tensor] | None = None) -> None:
-        self.masks = masks
+    masks: list[torch.Tensor] | None = None  # by layer (kv_heads, length, length): who sees what; None hides nothing
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
     ) -> torch.Tensor:
         kv_heads, length, _ = key.shape
+        is_seen = torch.ones(kv_heads, length, length, dtype=torch.bool) if self.masks is None else self.masks[layer]
         group = query.shape[0] // kv_heads
-        causal = torch.ones(length, length, dtype=torch.bool).tril()
-        output = torch.empty_like(query)
-        for head in range(query.shape[0]):
-            mask = causal if self.masks is None else self.masks[layer][head // group] & causal
-            logits = query[head].float() @ key[head // group].float().T * scaling
-            probabilities = logits.masked_fill(~mask, -math.inf).softmax(dim=-1)
-            output[head] = probabilities @ value[head // group].float()
-        return output
+        key, value, is_seen = (each.repeat_interleave(group, dim=0) for each in (key, value, is_seen.tril()))
+        logits = (query.float() @ key.float().mT * scaling).masked_fill(~is_seen, -math.inf)
+        return (logits.softmax(dim=-1) @ value.float()).to(query.dtype)
 
 
 def masks_of(trace: Trace, row: int, kv_heads: int) -> list[torch.Tensor]:
@@ -175,14 +144,18 @@ def masks_of(trace: Trace, row: int, kv_heads: int) -> list[torch.Tensor]:
     return masks
 
 
+def ranked(scores: dict[int, float]) -> list[int]:
+    """Positions from the highest score to the lowest; at equal scores the newer is the better."""
+    return sorted(scores, key=lambda position: (scores[position], position), reverse=True)
+
+
 def best(scores: dict[int, float], number: int) -> list[int]:
-    """The `number` positions of highest score; at equal scores the newer is the better. In rising order."""
-    ranked = sorted(scores, key=lambda position: (scores[position], position), reverse=True)
-    return sorted(ranked[:number])
+    """The `number` positions of highest score, in rising order."""
+    return sorted(ranked(scores)[:number])
 
 
 @dataclass
-class HoldingPolicy(Policy):
+class HoldingPolicy:
     """Each token attends to what its head holds and to itself; from the end of the prompt on, heads evict after it.
 
     `held[layer][head][step]` are the positions held after the prompt (step 0) and after each later token. While one
@@ -253,7 +226,7 @@ def compare_with_policies(
 
 
 @dataclass
-class StreamingLLMPolicy(Policy):
+class StreamingLLMPolicy:
     """The first tokens and a rolling window, at the positions they have inside the cache.
 
     It must be run `without_rotation`, for it rotates queries and keys itself, anew for every query. `held` is as in
@@ -441,19 +414,20 @@ def choose(
 
     Of near ties, which float32 may rank otherwise, those that the cache was observed to hold come first.
     """
-    ranked = sorted(scores, key=lambda position: (scores[position], position), reverse=True)
-    if number <= 0 or number >= len(ranked):
-        return set(ranked if number > 0 else ())
-    lowest, next_lower = scores[ranked[number - 1]], scores[ranked[number]]
+    order = ranked(scores)
+    if number <= 0 or number >= len(order):
+        return set(order if number > 0 else ())
+    lowest, next_lower = scores[order[number - 1]], scores[order[number]]
     tolerance = 0.0 if math.isinf(lowest) else tie * max(1.0, abs(lowest))
     if math.isinf(lowest) or (has_exact_ties and lowest == next_lower) or lowest - next_lower > tolerance:
-        return set(ranked[:number])
-    certain = [position for position in ranked if scores[position] > lowest + tolerance]
-    near = [position for position in ranked if abs(scores[position] - lowest) <= tolerance]
+        return set(order[:number])
+    certain = [position for position in order if scores[position] > lowest + tolerance]
+    near = [position for position in order if abs(scores[position] - lowest) <= tolerance]
     near.sort(key=lambda position: position not in observed)
     return set((certain + near)[:number])
 
 
+@dataclass
 class ScoredPolicy(HoldingPolicy):
     """
     A prompt loses at once what a score ranks lowest. Generated tokens come in until `eviction_interval` of them exceed
@@ -462,21 +436,12 @@ class ScoredPolicy(HoldingPolicy):
     Where scores are the same within rounding, it goes along with what row `row` of `trace` held, if there is one.
     """
 
-    def __init__(
-        self,
-        score: ReferenceScore,
-        prompt_length: int,
-        kept_per_layer: list[int],
-        eviction_interval: int,
-        trace: Trace | None = None,
-        row: int = 0,
-    ) -> None:
-        super().__init__(prompt_length)
-        self.score = score
-        self.kept = kept_per_layer
-        self.eviction_interval = eviction_interval
-        self.trace, self.row = trace, row
-        self.attention = torch.zeros(0)  # (kv_heads, length)
+    score: ReferenceScore
+    kept: list[int]  # by layer
+    eviction_interval: int
+    trace: Trace | None = None
+    row: int = 0
+    attention: torch.Tensor | None = field(default=None, init=False)  # (kv_heads, length)
 
     def observe(self, position: int, given: torch.Tensor) -> None:
         """Takes down what the last queries give to each token; to be called after each, with arguments of `evict`."""

@@ -35,9 +35,8 @@ class ExpectedAttention(HoldingPolicy):
 
     def __post_init__(self) -> None:
         pieces = [self.prompt_length, *self.later]
-        self.pieces = dict(
-            zip(itertools.accumulate(pieces), pieces, strict=True)
-        )  # by the number of tokens after them
+        ends = itertools.accumulate(pieces)
+        self.pieces = dict(zip(ends, pieces, strict=True))  # by the number of tokens after them
 
     def turn(self, states: torch.Tensor) -> torch.Tensor:
         return self.rotation(states, list(range(states.shape[1])))
@@ -74,22 +73,18 @@ class ExpectedAttention(HoldingPolicy):
         expected = dict.fromkeys(judged, 0.0)
         for member in range(group):
             mean = sum(queries[member]) / observed
-            covariance = np.zeros((head_dim, head_dim))
-            for query in queries[member]:
-                covariance += np.outer(query - mean, query - mean) / observed
-            mean, covariance = turn @ mean, turn @ covariance @ turn.T
+            deviations = (queries[member] - mean) * self.use_covariance
+            mean, covariance = turn @ mean, turn @ deviations.T @ deviations @ turn.T / observed
             exponentials = {}
             for position in judged:
-                logit = float(mean @ keys[position])
-                if self.use_covariance:
-                    logit += float(keys[position] @ covariance @ keys[position]) / 2
-                exponentials[position] = math.exp(logit)
+                key = keys[position]
+                exponentials[position] = math.exp(float(mean @ key + key @ covariance @ key / 2))
             for position in judged:
                 expected[position] += exponentials[position] / sum(exponentials.values()) / group
-        scores = {position: math.inf for position in held if position < self.num_sink_tokens}
-        for position in judged:
-            scores[position] = (expected[position] + self.epsilon) * math.sqrt(values[position] @ values[position])
-        return scores
+        worth = {
+            position: (expected[position] + self.epsilon) * np.linalg.norm(values[position]) for position in judged
+        }
+        return {position: worth.get(position, math.inf) for position in held}
 
 
 def check(

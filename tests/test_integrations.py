@@ -3,6 +3,7 @@
 import io
 import pickle
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from caches import CACHE_CASES, CacheCase, every_cache
 from models import build_model, generate, left_pad, random_rows, random_tokens, tiny_model
 from modes import tiny_tokenizer, word
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -42,12 +42,11 @@ def test_pipeline(case: CacheCase) -> None:
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     tokenizer.padding_side = "left"
     writer = pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
-    texts = [" ".join(word(token) for token in row.tolist()) for row in ROWS]
     settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "return_tensors": True}
-    for rows, given, batch_size in ((ROWS[:1], texts[:1], 1), (ROWS, texts, 2)):
-        wanted = generate(model, case.build(model), rows, NEW_TOKENS).sequences
-        cache = case.build(model)
-        answers = writer(given, **{CACHE_ARGUMENT: cache}, batch_size=batch_size, **settings)
+    for rows in (ROWS[:1], ROWS):
+        wanted, cache = generate(model, case.build(model), rows, NEW_TOKENS).sequences, case.build(model)
+        texts = [" ".join(word(token) for token in row.tolist()) for row in rows]
+        answers = writer(texts, **{CACHE_ARGUMENT: cache}, batch_size=len(rows), **settings)
         assert [answer[0]["generated_token_ids"] for answer in answers] == wanted.tolist()
         assert cache.get_seq_length() == 40 + NEW_TOKENS - 1
 
@@ -64,18 +63,13 @@ def build_adapted() -> PeftModel:
         return get_peft_model(build_model("llama"), config).eval()
 
 
-def build_for(case: CacheCase, model: PeftModel) -> Cache:
-    """A cache from the adapted model itself, or from its config."""
-    return case.build_from(model if case.from_model else model.config)
-
-
 @every_cache
 def test_adapter(case: CacheCase) -> None:
     """As the model inside, which PEFT has put the adapter into, and with which the adapted model takes turns."""
     adapted = build_adapted()
     inner = adapted.get_base_model()
     wanted = generate(inner, case.build(inner), ROWS, NEW_TOKENS)
-    cache = build_for(case, adapted)
+    cache = case.build(adapted)
     assert_same(generate(adapted, cache, ROWS, NEW_TOKENS), wanted)
     if case.prunes_prefill:
         assert cache.pruned_prefill is not None  # hidden states are pruned, not only keys and values
@@ -83,10 +77,10 @@ def test_adapter(case: CacheCase) -> None:
     without = generate(plain, case.build(plain), ROWS, NEW_TOKENS)
     assert not torch.equal(wanted.sequences, without.sequences)
     with adapted.disable_adapter():
-        disabled = generate(adapted, build_for(case, adapted), ROWS, NEW_TOKENS)
+        disabled = generate(adapted, case.build(adapted), ROWS, NEW_TOKENS)
     assert_same(disabled, without, tolerance=1e-4)
     # A cache of the adapted model on the model inside, whose layers are the same: one cache, one sequence.
-    expected, cache = case.build(inner), build_for(case, adapted)
+    expected, cache = case.build(inner), case.build(adapted)
     with torch.no_grad():
         for step in range(6):
             tokens = random_tokens(1, 40 if step == 0 else 1, seed=step)
@@ -97,7 +91,7 @@ def test_adapter(case: CacheCase) -> None:
     wanted = generate(merged, case.build(merged), ROWS, NEW_TOKENS)
     for change in (lambda: None, adapted.merge_adapter, adapted.unmerge_adapter):
         change()
-        assert_same(generate(adapted, build_for(case, adapted), ROWS, NEW_TOKENS), wanted, tolerance=1e-3)
+        assert_same(generate(adapted, case.build(adapted), ROWS, NEW_TOKENS), wanted, tolerance=1e-3)
 
 
 # Weights that are elsewhere between forwards.
@@ -161,21 +155,14 @@ class PlacedTensor(torch.Tensor):
     fail as they would on an accelerator. All others give what they give on the CPU.
     """
 
+    device = None
+
     @staticmethod
     def __new__(cls, data: torch.Tensor, device: torch.device) -> "PlacedTensor":
         same = {"strides": data.stride(), "storage_offset": data.storage_offset(), "dtype": data.dtype}
-        return torch.Tensor._make_wrapper_subclass(cls, data.shape, **same, device="meta")
-
-    def __init__(self, data: torch.Tensor, device: torch.device) -> None:
-        self.data_on_cpu = data
-        self.place = device
-
-    @property
-    def device(self) -> torch.device:
-        return self.place
-
-    def tolist(self) -> list:
-        return self.data_on_cpu.tolist()
+        tensor = torch.Tensor._make_wrapper_subclass(cls, data.shape, **same, device="meta")
+        tensor.data_on_cpu, tensor.device, tensor.tolist = data, device, data.tolist
+        return tensor
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -244,24 +231,12 @@ class PlacedConstants(TorchFunctionMode):
 FIRST, SECOND = "xla:0", "xla:1"
 
 
-def move_weights(module: nn.Module, device: str) -> None:
-    """The parameters and buffers of a module to a device."""
-    for part in module.modules():
-        for name, parameter in part._parameters.items():
-            if parameter is not None:
-                placed = PlacedTensor(parameter.detach(), torch.device(device))
-                part._parameters[name] = nn.Parameter(placed, requires_grad=False)
-        for name, buffer in part._buffers.items():
-            part._buffers[name] = PlacedTensor(buffer, torch.device(device))
-
-
 @pytest.fixture
 def split_model() -> Iterator[PreTrainedModel]:
     """A Llama of two layers, one on each of two devices, with the hooks that accelerate's `device_map` gives it."""
-    model = build_model("llama", num_hidden_layers=2)
+    model = build_model("llama", num_hidden_layers=2).requires_grad_(False)
     for name, device in split_map(model, FIRST, SECOND).items():
-        block = model.get_submodule(name)
-        move_weights(block, device)
+        block = model.get_submodule(name)._apply(partial(PlacedTensor, device=torch.device(device)))
         add_hook_to_module(block, AlignDevicesHook(device, skip_keys=model._skip_keys_device_placement))
     with PlacedConstants(), PlacedDispatch():
         yield model

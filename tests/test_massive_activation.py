@@ -13,21 +13,13 @@ from models import drive, left_pad, tiny_model
 from reference import HeldTokens, ReferenceScore, ScoredPolicy, compare_with_policies
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from pyramid_cache.caches.massive_activation import (
-    MassiveActivationCache,
-    MassiveActivationLayer,
-    first_positions,
-)
+from pyramid_cache.caches.massive_activation import MassiveActivationCache, MassiveActivationLayer, first_positions
 from pyramid_cache.engine.budget import bounded_shares, fair_shares, support_schedule
 from pyramid_cache.engine.fingerprint import architecture_of
-from pyramid_cache.engine.massive import (
-    massive_in_hidden_states,
-    massive_in_keys_and_values,
-    median_magnitude,
-)
+from pyramid_cache.engine.massive import massive_in_hidden_states, massive_in_keys_and_values, median_magnitude
 from pyramid_cache.engine.rope import RotaryFrequencies
 from pyramid_cache.lab.demo.planted_number import read_text
-from pyramid_cache.lab.profile.activations import decoder_layers, measure_text
+from pyramid_cache.lab.profile.activations import measure_text
 from pyramid_cache.lab.weights import fetch_default_model
 
 
@@ -55,35 +47,27 @@ def test_massive_in_hidden_states() -> None:
 def slow_massive(
     key: torch.Tensor, value: torch.Tensor, is_token: torch.Tensor, inv_freq: list[float]
 ) -> list[list[tuple[int, float, float]]]:
-    """The detector on keys and values, one row and token at a time: (position, value ratio, cosine) of each row."""
-    rows = []
+    """The detector on keys and values, one row at a time: (position, value ratio, cosine) of each of its tokens."""
+    rows, half = [], len(inv_freq)
     for row in range(key.shape[0]):
-        keys, values = key[row, :, is_token[row]].clone(), value[row, :, is_token[row]]
-        norms = [[math.sqrt(sum(x * x for x in each)) for each in head] for head in values.tolist()]
-        medians = [sorted(of_head)[(len(of_head) - 1) // 2] for of_head in norms]
-        ratios = [
-            sum(norm / median for norm, median in zip(each, medians, strict=True)) / len(medians)
-            for each in zip(*norms, strict=True)
-        ]
-        for position in range(len(ratios)):
-            for pair, frequency in enumerate(inv_freq):
-                cosine, sine = math.cos(position * frequency), math.sin(position * frequency)
-                x, y = keys[:, position, pair].clone(), keys[:, position, pair + len(inv_freq)].clone()
-                keys[:, position, pair] = x * cosine + y * sine
-                keys[:, position, pair + len(inv_freq)] = y * cosine - x * sine
-        template = 0 if ratios[0] < 0.5 else ratios.index(min(ratios))
-        cosines = torch.cosine_similarity(keys, keys[:, template : template + 1], dim=-1).mean(dim=0).tolist()
-        found = [
-            (position, ratio, cosine)
-            for position, (ratio, cosine) in enumerate(zip(ratios, cosines, strict=True))
-            if ratio < 0.5 and cosine > 0.9
-        ]
+        keys, values = (states[row, :, is_token[row]].double().numpy() for states in (key, value))
+        norms = np.linalg.norm(values, axis=-1)  # (kv_heads, tokens)
+        medians = np.sort(norms, axis=1)[:, [(norms.shape[1] - 1) // 2]]
+        ratios = (norms / medians).mean(axis=0)
+        turns = np.exp(-1j * np.outer(range(len(ratios)), inv_freq))
+        turned = (keys[..., :half] + 1j * keys[..., half : 2 * half]) * turns
+        keys = np.concatenate([turned.real, turned.imag, keys[..., 2 * half :]], axis=-1)
+        keys /= np.linalg.norm(keys, axis=-1, keepdims=True)
+        template = 0 if ratios[0] < 0.5 else ratios.argmin()
+        cosines = (keys * keys[:, [template]]).sum(axis=-1).mean(axis=0)
+        found = zip(range(len(ratios)), ratios.tolist(), cosines.tolist(), strict=True)
+        found = [token for token in found if token[1] < 0.5 and token[2] > 0.9]
         rows.append(sorted(found, key=lambda token: token[1])[:8])
     return rows
 
 
-@pytest.mark.parametrize("num_sinks, has_rope", [(0, True), (3, False), (11, True)])
-def test_massive_in_keys_and_values(num_sinks: int, has_rope: bool) -> None:
+@pytest.mark.parametrize("num_sinks, frequencies", [(0, [1.0, 0.3, 0.01]), (3, []), (11, [1.0, 0.3, 0.01])])
+def test_massive_in_keys_and_values(num_sinks: int, frequencies: list[float]) -> None:
     """
     Planted: short values with equal keys (found) or other keys, and equal keys with long values. Where three are
     found, one is the first of the row: it leads, though the values of the others are shorter.
@@ -92,11 +76,9 @@ def test_massive_in_keys_and_values(num_sinks: int, has_rope: bool) -> None:
     batch_size, kv_heads, num_columns, head_dim = 3, 2, 47, 8
     key, value = torch.randn(2, batch_size, kv_heads, num_columns, head_dim).unbind()
     is_token = torch.ones(batch_size, num_columns, dtype=torch.bool)
-    is_token[1, :9] = False
-    is_token[2, :5] = is_token[2, 20:23] = False
+    is_token[1, :9] = is_token[2, :5] = is_token[2, 20:23] = False
     positions = (is_token.cumsum(dim=1) - 1).masked_fill(~is_token, -1).int()[:, None]
-    frequencies = [1.0, 0.3, 0.01] if has_rope else []
-    rotary = RotaryFrequencies(torch.tensor(frequencies)) if has_rope else None
+    rotary = RotaryFrequencies(torch.tensor(frequencies)) if frequencies else None
     sinks = (12, 17, 24, 25, 30, 31, 33, 36, 38, 40, 46)[:num_sinks]
     for row in range(batch_size):
         direction = torch.randn(kv_heads, head_dim) * 3
@@ -108,16 +90,15 @@ def test_massive_in_keys_and_values(num_sinks: int, has_rope: bool) -> None:
         value[row, :, 14] *= 0.2
     # Padding looks like the perfect sink.
     value[~is_token[:, None].expand(-1, kv_heads, -1)] = 1e-3
-    if has_rope:
+    if frequencies:
         key = rotary.rotate(key, rotary.model_angles(positions.clamp(min=0), num_columns))
     expected = slow_massive(key, value, is_token, frequencies)
-    if num_sinks:
-        assert [len(row) for row in expected] == [min(num_sinks, 8)] * 3
+    assert not num_sinks or [len(row) for row in expected] == [min(num_sinks, 8)] * 3
     found, _ = massive_in_keys_and_values(key, value, positions, rotary, num_columns)
-    for positions_of_row, *numbers, tokens in zip(*found, expected, strict=True):
-        assert [position for position in positions_of_row.tolist() if position >= 0] == [token[0] for token in tokens]
-        numbers = torch.stack(numbers, dim=1)[: len(tokens)]
-        assert numbers.flatten().tolist() == pytest.approx([x for token in tokens for x in token[1:]], abs=1e-5)
+    for numbers, tokens in zip(torch.stack([*found], dim=-1), expected, strict=True):
+        wanted = [number for token in tokens for number in token]
+        assert numbers[: len(tokens)].flatten().tolist() == pytest.approx(wanted, abs=1e-5)
+        assert (numbers[len(tokens) :, 0] == -1).all()
 
 
 # Budgets by a profile.
@@ -179,17 +160,15 @@ def test_held_tokens_and_logits_are_those_of_the_reference() -> None:
     cache = MassiveActivationCache(model.config, budget=12, window_size=4, kernel_size=3, eviction_interval=3)
     trace = drive(model, cache, rows, later)
     scores = MassiveScore({6, 34}, 4, 3), MassiveScore({0, 1, 2, 3}, 4, 3)
-    policies = [ScoredPolicy(scores[row], len(rows[row]), [12] * 4, 3, trace, row) for row in range(2)]
+    policies = [ScoredPolicy(len(rows[row]), scores[row], [12] * 4, 3, trace, row) for row in range(2)]
     compare_with_policies(model, trace, rows, policies)
-    for row, found in enumerate(
-        ({6: "keys and values", 34: "keys and values"}, dict.fromkeys(range(4), "first tokens"))
-    ):
-        assert {token.position: token.reason for token in cache.massive_tokens()[0][row]} == found
+    reasons = [{token.position: token.reason for token in row} for row in cache.massive_tokens()[0]]
+    assert reasons == [dict.fromkeys((6, 34), "keys and values"), dict.fromkeys(range(4), "first tokens")]
 
 
-def held(cache: MassiveActivationCache, layer_idx: int, row: int = 0) -> list[set[int]]:
+def held(cache: MassiveActivationCache, layer_idx: int, row: int) -> list[set[int]]:
     """The positions that each head of a layer holds of a row."""
-    return [{p for p in head.tolist() if p >= 0} for head in cache.positions(layer_idx)[row]]
+    return [{*head} - {-1} for head in cache.positions(layer_idx)[row].tolist()]
 
 
 @torch.no_grad()
@@ -224,45 +203,42 @@ def test_hidden_states_tell_where_keys_and_values_do_not() -> None:
     assert not any(token.reason == "hidden states" for rows in other.massive_tokens().values() for token in rows[0])
 
 
+@torch.no_grad()
 def test_generated_tokens_are_looked_at() -> None:
     """The massive token is generated at position 50, and outlives 40 more in a budget of 14."""
-    for from_model in (False, True):
-        model = massive_model(magnitude=1e4)
-        if from_model:
+    model, answer = massive_model(magnitude=1e4), torch.arange(9, 49).repeat(2, 1)
+    answer[0, 0] = MASSIVE_TOKEN
+    for first_layer in (0, 2):
+        if first_layer:
             lengthen_values(model)
-        source = model if from_model else model.config
+        source = model if first_layer else model.config
         cache = MassiveActivationCache(source, budget=14, window_size=4, eviction_interval=5)
         read(model, cache, (50, {3}), (50, {4}))
-        with torch.no_grad():
-            for step in range(40):
-                token = torch.full((2, 1), 9 + step % 80)
-                token[0] = MASSIVE_TOKEN if step == 0 else token[0]
-                model(token, past_key_values=cache)
+        for token in answer.split(1, dim=1):
+            model(token, past_key_values=cache)
         cache.compress()
         assert cache.num_kept_tokens() == [14] * 4
-        for layer_idx in range(2 if from_model else 0, 4):
+        for layer_idx in range(first_layer, 4):
             told = [{token.position for token in row} for row in cache.massive_tokens()[layer_idx]]
-            assert told[0] >= {3, 50}
-            assert 50 not in told[1]
-            assert all(head >= {3, 50} for head in held(cache, layer_idx, 0))
-            assert all(head >= {4} for head in held(cache, layer_idx, 1))
+            assert told[0] >= {3, 50} and 50 not in told[1]
+            for row, massive in enumerate(({3, 50}, {4})):
+                assert all(head >= massive for head in held(cache, layer_idx, row))
 
 
 def test_no_more_than_eight_and_they_win_over_recent_tokens() -> None:
-    model = massive_model(magnitude=1e4)
-    places = {3, 4, 10, 11, 12, 20, 21, 22, 30, 31, 32}
+    model, places = massive_model(magnitude=1e4), {3, 4, 10, 11, 12, 20, 21, 22, 30, 31, 32}
     cache = MassiveActivationCache(model.config, budget=8)
     read(model, cache, (60, places))
-    for layer_idx in range(4):
-        told = {token.position for token in cache.massive_tokens()[layer_idx][0]}
-        assert len(told) == 8
-        assert told <= places
-        assert held(cache, layer_idx) == [told, told]
+    for layer_idx, (tokens,) in cache.massive_tokens().items():
+        told = {token.position for token in tokens}
+        assert len(told) == 8 and told <= places
+        assert held(cache, layer_idx, 0) == [told, told]
 
 
+@torch.no_grad()
 def test_a_profile_sets_the_budgets(tmp_path: Path) -> None:
     """And a loaded cache goes on as the one that was saved."""
-    model, path = massive_model(magnitude=1e4), tmp_path / "profile.json"
+    model, path, file = massive_model(magnitude=1e4), tmp_path / "profile.json", tmp_path / "cache.safetensors"
     record = {
         "format": "pyramid_cache profile",
         "version": 1,
@@ -273,21 +249,16 @@ def test_a_profile_sets_the_budgets(tmp_path: Path) -> None:
     path.write_text(json.dumps(record))
     cache = MassiveActivationCache(model, budget=0.65, profile=path, window_size=2)
     read(model, cache, (300, {7}))
-    # 780 in all: three times their support for the second and the third layer, and half of what is left for the
-    # others.
+    # 780 in all: three times their support for layers 1 and 2, half of what is left for each of the others.
     assert cache.num_kept_tokens() == [255, 90, 180, 255]
-    assert cache.output_probes.index_of(decoder_layers(model)[1]) == 1
-    cache.save(tmp_path / "cache.safetensors")
-    loaded = MassiveActivationCache.load(tmp_path / "cache.safetensors", model)
-    with torch.no_grad():
-        for token in (MASSIVE_TOKEN, *range(8, 50)):
-            logits = [model(torch.tensor([[token]]), past_key_values=each).logits for each in (cache, loaded)]
-            assert torch.equal(*logits)
-    assert loaded.massive_tokens() == cache.massive_tokens()
-    assert all(torch.equal(cache.positions(layer), loaded.positions(layer)) for layer in range(4))
+    assert [layer.is_probed for layer in cache.layers] == [False, True, False, False]
+    cache.save(file)
+    loaded, turn = MassiveActivationCache.load(file, model), torch.arange(MASSIVE_TOKEN, 50)[None]
+    assert torch.equal(*(model(turn, past_key_values=each).logits for each in (cache, loaded)))
+    assert loaded.num_kept_tokens() == cache.num_kept_tokens() and loaded.massive_tokens() == cache.massive_tokens()
     path.unlink()
-    with pytest.raises(ValueError, match="cache.safetensors holds settings with which .*profile.json"):
-        MassiveActivationCache.load(tmp_path / "cache.safetensors", model)
+    with pytest.raises(ValueError, match="settings in .*cache.safetensors: .*profile.json"):
+        MassiveActivationCache.load(file, model)
 
 
 def test_bad_arguments() -> None:
@@ -315,34 +286,10 @@ def test_hidden_states_are_those_of_the_step_after_recorded_tokens() -> None:
     for layer in cache.layers:
         layer.record_past = False
     model(torch.tensor([[MASSIVE_TOKEN]]), past_key_values=cache)
-    for layer in cache.layers[2:]:  # above the layer in whose output it is massive
-        assert [token.position for token in layer.massive_tokens()[0] if token.reason == "hidden states"] in ([36], [])
     assert cache.layers[1].exact_positions.tolist() == [[36] + [-1] * 7]
 
 
 # The real model.
-
-
-@pytest.fixture(scope="module")
-def default_model() -> tuple[PreTrainedModel, list[torch.Tensor]]:
-    """The default model, and four stretches of 640 tokens of the novel."""
-    folder = fetch_default_model()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    ids = AutoTokenizer.from_pretrained(folder)(read_text(), verbose=False)["input_ids"]
-    return model, [torch.tensor([ids[start : start + 640]]) for start in range(2000, 82_000, 20_000)]
-
-
-@pytest.mark.slow
-def test_both_detectors_agree_on_a_real_model(default_model: tuple[PreTrainedModel, list[torch.Tensor]]) -> None:
-    """SmolLM2's first token is massive in the outputs of layers 11 to 27, and looks so to the layers above."""
-    model, texts = default_model
-    tokenizer = AutoTokenizer.from_pretrained(fetch_default_model())
-    for text in texts[:2]:
-        findings = measure_text(model, tokenizer, text, 64)
-        exact = [output.positions for output in findings.outputs]
-        assert exact == [set()] * 11 + [{0}] * 17 + [set()] * 2
-        assert {dimension for output in findings.outputs for _, dimension, _ in output.entries} <= {247, 507}
-        assert [findings.layers[index].found for index in range(12, 30)] == [{0}] * 18
 
 
 class ForcingLayer(MassiveActivationLayer):
@@ -350,29 +297,38 @@ class ForcingLayer(MassiveActivationLayer):
 
     forced_out = ""
 
-    def _priority(
-        self, key: torch.Tensor, value: torch.Tensor, attention: torch.Tensor, positions: torch.Tensor
-    ) -> torch.Tensor:
-        priority, lowest = super()._priority(key, value, attention, positions), torch.finfo(torch.float32).min
+    def _priority(self, *states: torch.Tensor) -> torch.Tensor:
+        priority, is_massive = super()._priority(*states), self._is_massive(states[-1])
+        lowest = torch.finfo(torch.float32).min
         if self.forced_out != "others":
-            return priority.masked_fill(self._is_massive(positions), lowest) if self.forced_out else priority
+            return priority.masked_fill(is_massive, lowest) if self.forced_out else priority
         threshold = priority.topk(self.row_kept[0], dim=-1).values[..., -1:]
-        is_other = (priority >= threshold) & (priority < torch.finfo(torch.float32).max)
-        num_massive = int(self._is_massive(positions)[0, 0].sum())
+        is_other = (priority >= threshold) & (priority < -lowest)
+        num_massive = int(is_massive[0, 0].sum())
         generator = torch.Generator().manual_seed(self.place.layer_idx)
         order = torch.rand(priority.shape, generator=generator).masked_fill(~is_other, -1).argsort(descending=True)
         return priority.scatter(-1, order[..., :num_massive], lowest)
 
 
 @pytest.mark.slow
-def test_without_massive_tokens_a_real_model_fails(
-    default_model: tuple[PreTrainedModel, list[torch.Tensor]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@torch.no_grad()
+def test_a_real_model_fails_without_massive_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """
-    Of 511 tokens each layer keeps 32 on average. Perplexity explodes where massive tokens are forced out, and where as
-    many others are, nothing happens. docs/massive-activations.md has the numbers (`-s` prints them).
+    SmolLM2's first token is massive in the outputs of layers 11 to 27, and looks so to the layers above. Of 511 tokens
+    each layer keeps 32 on average. Perplexity explodes where massive tokens are forced out, and where as many others
+    are, nothing happens. docs/massive-activations.md has the numbers (`-s` prints them).
     """
-    model, texts = default_model
+    model = AutoModelForCausalLM.from_pretrained(fetch_default_model(), dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(fetch_default_model())
+    ids = torch.tensor([tokenizer(read_text(), verbose=False)["input_ids"]])
+    texts = [ids[:, start : start + 640] for start in range(2000, 82_000, 20_000)]
+    for text in texts[:2]:
+        findings = measure_text(model, tokenizer, text, 64)
+        exact = [output.positions for output in findings.outputs]
+        assert exact == [set()] * 11 + [{0}] * 17 + [set()] * 2
+        assert {dimension for output in findings.outputs for _, dimension, _ in output.entries} <= {247, 507}
+        assert [findings.layers[index].found for index in range(12, 30)] == [{0}] * 18
+
     monkeypatch.setattr(MassiveActivationCache, "layer_class", ForcingLayer)
     perplexity = {}
     for forced_out in ("", "massive", "others"):
@@ -380,9 +336,8 @@ def test_without_massive_tokens_a_real_model_fails(
         losses = []
         for text in texts:
             cache = MassiveActivationCache(model.config, budget=32)
-            with torch.no_grad():
-                model(text[:, :-129], past_key_values=cache, logits_to_keep=1)
-                logits = model(text[:, -129:], past_key_values=cache).logits[0, :-1].log_softmax(dim=-1)
+            model(text[:, :-129], past_key_values=cache, logits_to_keep=1)
+            logits = model(text[:, -129:], past_key_values=cache).logits[0, :-1].log_softmax(dim=-1)
             losses.append(-logits.gather(1, text[0, -128:, None]).mean().item())
         perplexity[forced_out] = math.exp(sum(losses) / len(losses))
     print(perplexity)

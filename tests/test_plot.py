@@ -11,19 +11,9 @@ import torch
 from caches import CacheCase, every_cache
 from kept_caches import hand_made_cache
 from matplotlib.axes import Axes
-from matplotlib.container import BarContainer, ErrorbarContainer
 from matplotlib.figure import Figure
-from models import (
-    build_config,
-    build_model,
-    drive,
-    generate,
-    left_pad,
-    random_rows,
-    random_tokens,
-    tiny_model,
-)
-from transformers import DynamicCache, EncoderDecoderCache, Gemma3TextConfig, LlamaConfig
+from models import build_config, build_model, drive, generate, random_rows, random_tokens, tiny_model
+from transformers import DynamicCache, EncoderDecoderCache
 
 from pyramid_cache import (
     AdaKVCache,
@@ -54,17 +44,8 @@ WITHOUT_SCORES = ("StreamingLLM", "KeyDiff", "Knorm", "ExpectedAttention", "Shad
 
 def bars(axes: Axes) -> list[tuple[float, float]]:
     """The centre and the height of each bar."""
-    containers = [container for container in axes.containers if isinstance(container, BarContainer)]
-    found = [
-        (patch.get_x() + patch.get_width() / 2, patch.get_height()) for container in containers for patch in container
-    ]
-    return [(pytest.approx(x), pytest.approx(height)) for x, height in sorted(found)]
-
-
-def ranges_of_bars(axes: Axes) -> list[list[list[float]]]:
-    """The lowest and the highest point of each error bar."""
-    [container] = [container for container in axes.containers if isinstance(container, ErrorbarContainer)]
-    return [segment.tolist() for segment in container.lines[2][0].get_segments()]
+    found = sorted((bar.get_x() + bar.get_width() / 2, bar.get_height()) for bar in axes.patches)
+    return [(pytest.approx(x), pytest.approx(height)) for x, height in found]
 
 
 def legend_texts(axes: Axes) -> list[str]:
@@ -76,33 +57,18 @@ def map_of(axes: Axes) -> np.ndarray:
     return np.ma.filled(axes.images[0].get_array().astype(float), np.nan)
 
 
-def test_layers_of_transformers_hold_the_latest_tokens() -> None:
-    config = Gemma3TextConfig(
-        num_hidden_layers=2, sliding_window=4, layer_types=["sliding_attention", "full_attention"]
-    )
-    cache = DynamicCache(config=config)
-    for layer_idx in range(2):
-        cache.update(torch.zeros(1, 2, 6, 8), torch.zeros(1, 2, 6, 8), layer_idx)
-    assert kept_tokens(cache) == [3, 6]
-    assert kept_positions(cache, 6).tolist() == [[0, 0, 0, 1, 1, 1], [1, 1, 1, 1, 1, 1]]
-    # Of a row with padding, which is shorter than the window.
-    assert kept_positions(cache, 2).tolist() == [[1, 1], [1, 1]]
-    # Of a layer of this library, the head that holds most counts.
-    assert kept_tokens(hand_made_cache(HELD, 7)) == [3, 1]
-
-
 class TestKeptTokens:
     def test_bars_are_means_with_ranges_where_heads_or_rows_differ(self) -> None:
-        figure = plot_kept_tokens(hand_made_cache(HELD, 7))
-        [axes] = figure.axes
+        [axes] = plot_kept_tokens(hand_made_cache(HELD, 7)).axes
         # Layer 0 holds 3, 3, 2 and 2 tokens.
         assert bars(axes) == [(0, 2.5), (1, 1)]
-        assert ranges_of_bars(axes) == [[[0, 2], [0, 3]]]
+        assert [segment.tolist() for segment in axes.collections[0].get_segments()] == [[[0, 2], [0, 3]]]
         assert [line.get_ydata() for line in axes.lines if line.get_label() == "tokens seen"] == [[7, 7]]
         assert axes.get_xlabel() == "layer" and axes.get_ylabel() == "tokens"
         assert axes.get_title() == "H2OCache: 7 tokens seen"
         labels = {"kept, mean over KV heads and rows", "range over KV heads and rows", "tokens seen"}
         assert set(legend_texts(axes)) == labels
+        assert kept_tokens(hand_made_cache(HELD, 7)) == [3, 1]  # the head that holds most counts
 
         # No range where all hold as much.
         [axes] = plot_kept_tokens(hand_made_cache([[[[0, 1]]], [[[1, -1]]]], 2)).axes
@@ -110,7 +76,7 @@ class TestKeptTokens:
         assert "range over KV heads and rows" not in legend_texts(axes)
 
     def test_layers_of_hybrid_models(self) -> None:
-        """Grey bars; in a map what they hold, or nothing; no line of budgets."""
+        """Grey bars; in a map what they hold, the latest tokens or nothing; no line of budgets."""
         kept, nothing = [1.0, 1.0, *[0.0] * 24, *[1.0] * 4], [-1.0] * 30
         for name, expected_bars, expected_map in (
             # A window of 8 holds 7 tokens beside the next one.
@@ -121,11 +87,14 @@ class TestKeptTokens:
             cache = StreamingLLMCache(model.config, budget=6, num_sink_tokens=2)
             generate(model, cache, random_rows((30,)), 1)
             [axes] = plot_kept_tokens(cache).axes
-            assert bars(axes) == expected_bars
+            assert bars(axes) == list(enumerate(kept_tokens(cache))) == expected_bars
             colors = {container[0].get_facecolor() for container in axes.containers}
             assert len(colors) == 2 and "layers of transformers" in legend_texts(axes)
             values = map_of(plot_kept_positions(cache).axes[0])
             assert np.nan_to_num(values, nan=-1.0).tolist() == expected_map
+        cache = DynamicCache()
+        cache.update(torch.zeros(1, 2, 6, 8), torch.zeros(1, 2, 6, 8), 0)
+        assert kept_positions(cache, 2).tolist() == [[1, 1]]  # of a row with padding, which has seen two tokens
         [axes] = plot_budgets(H2OCache(build_config("gemma3"), budget=5), prompt_length=9).axes
         assert list(axes.lines[0].get_xdata()) == [0, 2]
 
@@ -158,17 +127,14 @@ class TestKeptPositions:
 
 
 class TestBudgets:
-    CONFIG = LlamaConfig(
-        hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=99
-    )
-
     def test_of_a_prompt_that_none_has_read(self) -> None:
+        config = build_config("llama", num_hidden_layers=2)
         caches = {
-            PyramidCache(self.CONFIG, budget=0.5): [24, 16],
-            H2OCache(self.CONFIG, budget=12): [12, 12],
-            SnapKVCache(self.CONFIG, budget=0.25): [10, 10],
-            StreamingLLMCache(self.CONFIG, budget=64): [40, 40],
-            TOVACache(self.CONFIG, budget=1.0): [40, 40],
+            PyramidCache(config, budget=0.5): [24, 16],
+            H2OCache(config, budget=12): [12, 12],
+            SnapKVCache(config, budget=0.25): [10, 10],
+            StreamingLLMCache(config, budget=64): [40, 40],
+            TOVACache(config, budget=1.0): [40, 40],
         }
         [axes] = plot_budgets(*caches, prompt_length=40).axes
         lines = [(list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines]
@@ -179,14 +145,11 @@ class TestBudgets:
         styles = {(line.get_color(), line.get_linestyle(), line.get_marker()) for line in axes.lines}
         assert len(styles) == len(caches)
         # Caches of one class are told apart by what differs; labels may be given.
-        caches = [PyramidCache(self.CONFIG, budget=0.4, decay_ratio=ratio) for ratio in (0.3, 0.6)]
-        caches.append(H2OCache(self.CONFIG, budget=0.4))
-        for labels, expected in (
-            (None, ["PyramidCache(decay_ratio=0.3)", "PyramidCache(decay_ratio=0.6)", "H2OCache"]),
-            (["a", "b", "c"], ["a", "b", "c"]),
-        ):
-            [axes] = plot_budgets(*caches, prompt_length=100, labels=labels).axes
-            assert legend_texts(axes) == expected
+        caches = [PyramidCache(config, budget=0.4, decay_ratio=ratio) for ratio in (0.3, 0.6)]
+        caches.append(H2OCache(config, budget=0.4))
+        expected = ["PyramidCache(decay_ratio=0.3)", "PyramidCache(decay_ratio=0.6)", "H2OCache"]
+        assert legend_texts(plot_budgets(*caches, prompt_length=100).axes[0]) == expected
+        assert legend_texts(plot_budgets(*caches, prompt_length=100, labels=[*"abc"]).axes[0]) == [*"abc"]
 
     def test_of_what_was_seen(self) -> None:
         model = tiny_model("llama")
@@ -209,34 +172,27 @@ class TestWholeCache:
         if not adds_up_scores:
             with pytest.raises(ValueError, match=f"{name} adds up no scores: .*`plot_kept_positions`"):
                 ScoreRecorder(cache)
-        recorder = ScoreRecorder(cache, row=1) if adds_up_scores else None
-        sequences = generate_with(model, cache, recorder, 26)
+        recorder, rows = ScoreRecorder(cache, row=1) if adds_up_scores else None, random_rows((40, 28))
+        sequences = generate(model, cache, rows, 26, logits_processor=[recorder] if recorder else []).sequences
         tokens, positions, color_axes = cache.plot(row=1).axes
         counts = [(cache.positions(i) >= 0).sum(-1).flatten().tolist() for i in range(3)]
         assert bars(tokens) == [(index, sum(held) / 4) for index, held in enumerate(counts)]
-        ranges = [[[i, min(held)], [i, max(held)]] for i, held in enumerate(counts) if min(held) < max(held)]
-        assert not ranges or np.array(ranges_of_bars(tokens)) == pytest.approx(np.array(ranges))
-        shares = torch.zeros(3, 53)  # of the second row, of 28 + 25 tokens
-        for layer_idx, head in itertools.product(range(3), range(2)):
-            for position in cache.positions(layer_idx)[1, head].tolist():
-                if position >= 0:
-                    shares[layer_idx, position] += 0.5
-        assert map_of(positions).tolist() == shares.tolist()
+        held = [cache.positions(i)[1].flatten().tolist() for i in range(3)]  # of 28 + 25 tokens
+        assert map_of(positions).tolist() == [[slots.count(token) / 2 for token in range(53)] for slots in held]
         lost = "" if case.evicts else ", none of them lost"
         assert tokens.figure.get_suptitle() == f"{name}: 65 tokens seen{lost}"
         held = "kept" if case.evicts else "in the buffer"
         assert f"{held}, mean over KV heads and rows" in legend_texts(tokens)
         assert color_axes.get_ylabel().endswith("that keep it" if case.evicts else "that have it in the buffer")
         assert tokens.figure._repr_png_().startswith(b"\x89PNG")
-        [axes] = plot_budgets(cache).axes
-        assert len(axes.lines[0].get_ydata()) == 3
+        assert len(plot_budgets(cache).axes[0].lines[0].get_ydata()) == 3
         if recorder is None:
             assert all(layer.held_scores() is None for layer in cache.layers)
             with pytest.raises(ValueError, match=f"{name} adds up no scores"):
                 plot_scores(cache, 0)
             return
         # Recording changes nothing, and its last line is what `plot_scores` draws.
-        assert torch.equal(sequences, generate_with(model, other, None, 26))
+        assert torch.equal(sequences, generate(model, other, rows, 26).sequences)
         assert recorder.num_seen == list(range(28, 54)) and list(recorder.scores) == [0, 1, 2]
         for layer_idx in range(3):
             [line] = plot_scores(cache, layer_idx, row=1).axes[0].lines
@@ -286,20 +242,15 @@ class TestScores:
             assert figure.axes[0].lines[0].get_xydata().tolist() == points and figure._repr_png_()
 
     def test_are_sums_or_means_of_attention(self) -> None:
-        rows, model = random_rows((25, 25)), build_model("llama", seed=sum(b"llama"))
-        model.set_attn_implementation("eager")
+        rows, model = random_rows((25, 25)), tiny_model("llama")
+        eager = build_model("llama", seed=sum(b"llama"), attention="eager")
         with torch.no_grad():
-            attentions = model(torch.stack(rows), output_attentions=True).attentions  # (batch, heads, queries, keys)
-        for cache_class, window_size, settings in (
-            (H2OCache, None, {}),
-            (SnapKVCache, 4, {"window_size": 4}),
-            (AdaKVCache, 4, {"window_size": 4}),
-            (MassiveActivationCache, 4, {"window_size": 4}),
-            (TOVACache, 1, {}),
-        ):
-            for budget, (layer_idx, attention) in itertools.product((12, 4096), enumerate(attentions)):
-                cache = cache_class(tiny_model("llama").config, budget=budget, **settings)
-                generate(tiny_model("llama"), cache, rows, 1)
+            attentions = eager(torch.stack(rows), output_attentions=True).attentions  # (batch, heads, queries, keys)
+        windows = {H2OCache: None, SnapKVCache: 4, AdaKVCache: 4, MassiveActivationCache: 4, TOVACache: 1}
+        for (cache_class, window_size), budget in itertools.product(windows.items(), (12, 4096)):
+            cache = cache_class(model.config, budget, **({"window_size": 4} if window_size == 4 else {}))
+            generate(model, cache, rows, 1)
+            for layer_idx, attention in enumerate(attentions):
                 by_group = attention.unflatten(1, (2, 2))
                 expected = by_group.sum(dim=(2, 3))
                 if window_size is not None:
@@ -316,22 +267,10 @@ class TestScores:
         cache.activate_past_recording()
         before = cache.layers[0].held_scores()
         with torch.no_grad():
-            tiny_model("llama")(random_tokens(2, 3), past_key_values=cache)
+            model(random_tokens(2, 3), past_key_values=cache)
         scores = cache.layers[0].held_scores()
         assert scores.shape == cache.positions(0).shape and scores[..., -3:].isnan().all()
         assert scores[..., :-3].nan_to_num(-1).equal(before.nan_to_num(-1))
-
-
-def generate_with(model: Any, cache: CompressedCache, recorder: ScoreRecorder | None, new_tokens: int) -> torch.Tensor:
-    input_ids, attention_mask = left_pad(random_rows((40, 28)))
-    return model.generate(
-        input_ids,
-        attention_mask=attention_mask,
-        past_key_values=cache,
-        max_new_tokens=new_tokens,
-        do_sample=False,
-        logits_processor=[] if recorder is None else [recorder],
-    )
 
 
 class TestRecorder:
@@ -428,7 +367,7 @@ class TestRefusals:
         model = tiny_model("llama")
         for cache in (H2OCache(model.config, budget=1.0), PyramidCache(model.config, budget=0.4)):
             recorder = ScoreRecorder(cache)
-            generate_with(model, cache, recorder, 1)
+            generate(model, cache, random_rows((40, 28)), 1, logits_processor=[recorder])
             with pytest.raises(ValueError, match="Layer 1 of the .* has scored no token of row 0 .* or lower"):
                 plot_scores(cache, 1)
             with pytest.raises(ValueError, match="has scored no token"):

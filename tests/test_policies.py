@@ -42,7 +42,7 @@ def check(cache_class: type[PolicyCache], family: str, lengths: tuple[int, ...],
         budget = settings.get("budget", 0.2)
         mean = Budget("tokens", budget if isinstance(budget, int) else math.floor(budget * length))
         kept = [cache.policy.num_tokens(length, mean, layer, num_layers) for layer in range(num_layers)]
-        policies.append(ScoredPolicy(score, length, kept, cache.compressed_layers[0].num_spare_slots, trace, row))
+        policies.append(ScoredPolicy(length, score, kept, cache.compressed_layers[0].num_spare_slots, trace, row))
     compare_with_policies(model, trace, rows, policies)
     return trace
 

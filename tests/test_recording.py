@@ -15,16 +15,14 @@ from pyramid_cache.engine.cache import CompressedCache
 from pyramid_cache.engine.ragged import RaggedLayer
 
 
-# How many tokens each forward pass brings, and how many of them `crop` takes back.
-CHUNKS = [(45, 5), (1, 0), (6, 0), (6, 5), (4, 2), (1, 0), (20, 3), (20, 19), (6, 2), (3, 0)]
+# How many tokens each forward pass brings, the first one behind the prompt, and how many of them `crop` takes back.
+CHUNKS = [(5, 5), (1, 0), (6, 0), (6, 5), (4, 2), (1, 0), (20, 3), (20, 19), (6, 2), (3, 0)]
 
 
 @torch.no_grad()
-def record(
-    model: PreTrainedModel, cache: CompressedCache, rows: list[torch.Tensor], chunks: list[tuple[int, int]]
-) -> Trace:
+def record(model: PreTrainedModel, cache: CompressedCache, rows: list[torch.Tensor]) -> Trace:
     """
-    Guesses and takes back: feeds left-padded prompts and then chunks, and crops after each forward pass.
+    Guesses and takes back: feeds left-padded prompts and then `CHUNKS`, and crops after each forward pass.
 
     Returns:
         What stayed: the logits of the last token of each chunk that stayed, and what was held after each `crop`.
@@ -32,11 +30,10 @@ def record(
     cache.activate_past_recording()
     input_ids, mask = left_pad(rows)
     logits, positions, kept = [], [], []
-    stream = iter(random_tokens(sum(number for number, _ in chunks), len(rows), seed=4))
-    for step, (num_tokens, num_rejected) in enumerate(chunks):
+    for step, (num_tokens, num_rejected) in enumerate(CHUNKS):
         earlier = mask.shape[1] if step else 0
         # The first chunk is the prompt and some guesses behind it.
-        new = torch.stack([next(stream) for _ in range(num_tokens if step else num_rejected)], dim=1)
+        new = random_tokens(len(rows), num_tokens, seed=step)
         fed = new if step else torch.cat([input_ids, new], dim=1)
         num_kept = fed.shape[1] - num_rejected
         mask = torch.cat([mask, torch.ones_like(new)], dim=1)
@@ -58,8 +55,7 @@ def state_of(cache: CompressedCache) -> list[torch.Tensor]:
         if isinstance(layer, RaggedLayer):
             layer = layer._unpacked()
         positions = layer.held_positions()
-        order = positions.argsort(dim=-1)
-        order = order[..., order.shape[-1] - int((positions >= 0).sum(dim=-1).max()) :]
+        order = positions.argsort(dim=-1)[..., -max(int((positions >= 0).sum(dim=-1).max()), 1) :]
         ranked = positions.gather(-1, order)
         state.append(ranked)
         tensors = [layer.keys, layer.values]
@@ -73,20 +69,14 @@ def state_of(cache: CompressedCache) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("lengths", [(40,), (23, 40)], ids=["one", "padded"])
 @pytest.mark.parametrize(
-    ("name", "family"),
-    [
-        ("PyramidCache(config)", "gemma"),
-        ("PyramidCache(model)", "llama"),
-        ("H2OCache(config)", "phi3"),
-        ("SnapKVCache(config)", "llama"),
-    ],
+    ("short_name", "family"),
+    [("pyramid-config", "gemma"), ("pyramid", "llama"), ("h2o", "phi3"), ("snapkv", "llama")],
 )
-def test_guesses_see_what_is_held_and_each_other(name: str, family: str, lengths: tuple[int, ...]) -> None:
+def test_guesses_see_what_is_held_and_each_other(short_name: str, family: str, lengths: tuple[int, ...]) -> None:
     """Every chunk sees what the last `crop` left, and itself causally. What was taken back leaves no trace."""
-    model, case = tiny_model(family), next(case for case in CACHE_CASES if case.name == name)
+    model, case = tiny_model(family), next(case for case in CACHE_CASES if case.short_name == short_name)
     rows = random_rows(lengths, seed=7)
-    trace = record(model, case.build(model), rows, CHUNKS)
-    assert_is_masked_run(model, trace, rows)
+    assert_is_masked_run(model, record(model, case.build(model), rows), rows)
 
 
 def assert_same_state(cache: CompressedCache, other: CompressedCache, tolerance: float = 0.0) -> None:
@@ -111,7 +101,7 @@ def test_what_stays_is_treated_as_if_it_had_come_alone(case: CacheCase, monkeypa
     for budget, lengths in (("tight", (40,)), ("tight", (23, 40)), ("large", (23, 40))):
         rows = random_rows(lengths, seed=7)
         guessed, plain = case.build(model, budget), case.build(model, budget)
-        trace = record(model, guessed, rows, CHUNKS)
+        trace = record(model, guessed, rows)
         stepped = drive(model, plain, rows, trace.tokens).logits
         assert_same_state(guessed, plain, 1e-4 if is_stream else 1e-5)
         if is_stream:
@@ -143,6 +133,7 @@ def test_all_that_was_recorded_can_be_taken_back(case: CacheCase) -> None:
 
 
 @every_cache
+@torch.no_grad()
 def test_nothing_waits_longer_than_it_must(case: CacheCase) -> None:
     """`generate` never ends a recording that it began: the next one does, and so does `record_past = False`."""
     model, tokens = tiny_model("llama"), random_tokens(1, 50)
@@ -161,12 +152,11 @@ def test_nothing_waits_longer_than_it_must(case: CacheCase) -> None:
 
     waiting, plain = case.build(model), case.build(model)
     waiting.activate_past_recording()
-    with torch.no_grad():
-        model(tokens, past_key_values=waiting)
-        full = waiting.nbytes
-        for layer in waiting.layers:
-            layer.record_past = False
-        model(tokens, past_key_values=plain)
+    for each in (waiting, plain):
+        model(tokens, past_key_values=each)
+    full = waiting.nbytes
+    for layer in waiting.layers:
+        layer.record_past = False
     assert waiting.num_kept_tokens() == plain.num_kept_tokens() and waiting.nbytes < full
 
 
@@ -181,23 +171,22 @@ def test_rows_and_copies_carry_what_is_recorded(case: CacheCase) -> None:
     cache.activate_past_recording()
     model(input_ids, attention_mask=mask, position_ids=position_ids, past_key_values=cache)
     first, last = copy.deepcopy(cache), copy.deepcopy(cache)
-    first.batch_select_indices(torch.tensor([2, 0, 0]))
-    first.batch_repeat_interleave(2)
-    first.crop(-3)
     last.crop(-3)
-    last.batch_select_indices(torch.tensor([2, 0, 0]))
-    last.batch_repeat_interleave(2)
+    for each in (first, last):
+        each.batch_select_indices(torch.tensor([2, 0, 0]))
+        each.batch_repeat_interleave(2)
+    first.crop(-3)
     assert first.batch_size == 6 and cache.get_seq_length() == 40 and first.get_seq_length() == 37
     assert_same_state(first, last)
 
 
+@torch.no_grad()
 def test_sliding_layers() -> None:
     """In a hybrid model transformers' own layers must be able to follow `crop`, or no layer moves."""
     model = build_model("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=1)
     assert "sliding_attention" in model.config.layer_types
     cache = H2OCache(model.config, budget=1.0)
-    with torch.no_grad():
-        model(random_tokens(1, 20), past_key_values=cache)
+    model(random_tokens(1, 20), past_key_values=cache)
     with pytest.raises(NotImplementedError, match="sliding window"):
         cache.crop(-2)
     assert cache.layers[0].get_seq_length() == 20
@@ -209,17 +198,16 @@ def test_sliding_layers() -> None:
 
 
 @pytest.mark.parametrize("name", ["qwen2_hybrid", "gemma3", "llama4", "jamba", "bamba"])
+@torch.no_grad()
 def test_generate_ends_a_recording_of_hybrid_models(name: str) -> None:
     """Their sliding and linear layers go back to their size too."""
-    model, tokens, outputs = build_model(name), random_tokens(1, 35), []
-    for records in (True, False):
-        cache = H2OCache(model.config, budget=1.0)
-        if records:
-            cache.activate_past_recording()
-        with torch.no_grad():
-            model(tokens[:, :30], past_key_values=cache)
-        outputs.append(model.generate(tokens, past_key_values=cache, max_new_tokens=5, do_sample=False))
-    assert torch.equal(*outputs)
+    model, tokens = build_model(name), random_tokens(1, 35)
+    caches = [H2OCache(model.config, budget=1.0) for _ in range(2)]
+    caches[0].activate_past_recording()
+    for cache in caches:
+        model(tokens[:, :30], past_key_values=cache)
+    settings = {"max_new_tokens": 5, "do_sample": False}
+    assert torch.equal(*(model.generate(tokens, past_key_values=cache, **settings) for cache in caches))
 
 
 @torch.no_grad()

@@ -3,17 +3,19 @@
 import contextlib
 import io
 import re
+from collections.abc import Iterable
+from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from caches import CacheCase, every_cache
 from kept_caches import hand_made_cache
-from models import build_model, generate, left_pad, random_rows, tiny_model
+from models import generate, left_pad, random_rows, tiny_model
 from text_tokenizers import byte_tokenizer, sentence_tokenizer
 
 from pyramid_cache import H2OCache
+from pyramid_cache.engine.cache import CompressedCache
 from pyramid_cache.plot.text import group_tokens, ranges, style_of
 
 
@@ -52,6 +54,9 @@ class TestText:
         assert legend == [(style_of(count / 3), str(count)) for count in range(4)]
         # The first newline in <pre> is none of the text.
         assert re.search(r"<pre[^>]*>\n<span", html)
+        # Control characters are written out.
+        html = cache_of([[0]], 4).show(byte_tokenizer(), encode("\0\r\t&"))._repr_html_()
+        assert re.findall(r">([^<]*)</span>", html)[-4:] == [r"\x00", r"\r", "\t", "&amp;"]
 
     def test_text_puts_what_no_layer_keeps_in_brackets(self) -> None:
         shown = cache_of([[0, 4, 6], [4]], 8).show(byte_tokenizer(), encode("a bc\nd<e"))
@@ -62,9 +67,9 @@ class TestText:
     def test_a_row_is_chosen_and_one_head_is_enough(self) -> None:
         cache = hand_made_cache([[[[0, 1], [1, 2]], [[1, 3], [1, -1]]], [[[3, 0], [0, -1]], [[0, -1], [1, -1]]]], 4)
         input_ids = torch.cat([encode("abcd"), encode("efgh")])
-        first, second = (cache.show(byte_tokenizer(), input_ids, row=row) for row in (0, -1))
-        assert (first.num_layers_per_token, second.num_layers_per_token) == ([2, 1, 1, 1], [1, 2, 0, 1])
-        assert str(first).endswith("abcd") and str(second).endswith("ef⟦g⟧h")
+        for row, counts, text in ((0, [2, 1, 1, 1], "abcd"), (-1, [1, 2, 0, 1], "ef⟦g⟧h")):
+            shown = cache.show(byte_tokenizer(), input_ids, row=row)
+            assert shown.num_layers_per_token == counts and str(shown).endswith(text)
 
     def test_a_prompt_is_the_beginning_and_a_sequence_has_one_token_more(self) -> None:
         cache = cache_of([[0, 3]], 4)
@@ -72,42 +77,35 @@ class TestText:
         assert prompt.num_layers_per_token == [1, 0] and "2 tokens behind these are not shown" in str(prompt)
         sequence = cache.show(byte_tokenizer(), encode("abcd<"))
         assert sequence.num_layers_per_token == [1, 0, 0, 1] and "behind" not in str(sequence)
-        unseen = (
-            '<span title="&#x27;&lt;&#x27;, position 4: not seen yet" style="border:1px dotted #767676">&lt;</span>'
-        )
+        unseen = 'position 4: not seen yet" style="border:1px dotted #767676">&lt;</span>'
         assert unseen in sequence._repr_html_() and str(sequence).endswith("a⟦bc⟧d<")
         [whole] = cache.show(byte_tokenizer(), encode("abcd")[0]).is_held.tolist()  # of one row, without a batch
         assert whole == [True, False, False, True]
 
-    def test_control_characters_are_written_out(self) -> None:
-        html = cache_of([[0]], 4).show(byte_tokenizer(), encode("\0\r\t&"))._repr_html_()
-        assert [text for text in re.findall(r">([^<]*)</span>", html)][-4:] == [r"\x00", r"\r", "\t", "&amp;"]
-
     def test_layers_of_hybrid_models_do_not_count(self) -> None:
-        model = build_model("gemma3")
+        model, rows = tiny_model("gemma3"), random_rows((30,))
         cache = H2OCache(model.config, budget=12)
-        rows = random_rows((30,))
         generate(model, cache, rows, 1)
         shown = cache.show(byte_tokenizer(), rows[0])
         assert "2 of the model's 3 layers count: the others are transformers' own." in shown.heading
-        counts = [sum(p in cache.positions(i)[0].flatten().tolist() for i in (0, 2)) for p in range(30)]
-        assert shown.num_layers_per_token == counts and {0, 2} < {*counts}
-        [last] = re.findall(r"position 29: kept by 2 of 2 layers: [^\"]*", shown._repr_html_())
-        assert last.endswith("0, 2")
+        assert shown.num_layers_per_token == counts_of(cache, 0, 30, (0, 2))
+        assert "position 29: kept by 2 of 2 layers: 0, 2" in shown._repr_html_()
+
+
+def counts_of(cache: CompressedCache, row: int, num_tokens: int, layers: Iterable[int]) -> list[int]:
+    """How many layers hold each token of a row, in some KV head."""
+    held = [cache.positions(layer)[row].flatten().tolist() for layer in layers]
+    return [sum(position in positions for positions in held) for position in range(num_tokens)]
 
 
 @every_cache
 def test_counts_of_every_cache_follow_a_loop(case: CacheCase) -> None:
-    model = tiny_model("llama")
+    model, rows = tiny_model("llama"), random_rows((40, 28))
     cache = case.build(model)
-    rows = random_rows((40, 28))
     output = generate(model, cache, rows, 5)
     input_ids, attention_mask = left_pad(rows)
     for row, length in enumerate((40, 28)):
-        counts = []
-        for position in range(length + 4):
-            held = [cache.positions(i)[row].flatten().tolist() for i in range(3)]
-            counts.append(sum(position in positions for positions in held))
+        counts = counts_of(cache, row, length + 4, range(3))
         for mask in (None, attention_mask):
             shown = cache.show(byte_tokenizer(), output.sequences, row, mask)
             assert shown.num_layers_per_token == counts
@@ -120,6 +118,10 @@ def test_counts_of_every_cache_follow_a_loop(case: CacheCase) -> None:
 
 
 class TestGroups:
+    def test_ranges(self) -> None:
+        for numbers, text in (([], ""), ([3], "3"), ([0, 1, 2, 7], "0-2, 7"), ([1, 3, 4], "1, 3-4"), ([5, 6], "5-6")):
+            assert ranges(numbers) == text
+
     def test_tokens_of_a_character_stay_together(self) -> None:
         for text, sizes in (
             ("aé€😀b", [1, 2, 3, 4, 1]),
@@ -130,33 +132,24 @@ class TestGroups:
         ):
             token_ids = encode(text)[0].tolist()
             groups = group_tokens(byte_tokenizer(), token_ids)
-            assert [group.stop - group.start for group in groups] == sizes
+            assert [(group.start, group.stop) for group in groups] == [*pairwise(accumulate(sizes, initial=0))]
             assert "".join(group.text for group in groups) == text
-            assert groups[0].start == 0 and groups[-1].stop == len(token_ids)
-            assert all(left.stop == right.start for left, right in zip(groups, groups[1:], strict=False))
-        # A text may end inside a character.
-        groups = group_tokens(byte_tokenizer(), encode("a😀")[0, :-1].tolist())
-        assert [(group.start, group.stop, group.text) for group in groups] == [(0, 1, "a"), (1, 4, "\ufffd")]
-
-    def test_what_is_no_text_is_cut_into_pieces(self) -> None:
-        lone = encode("é")[0, 1].item()
-        groups = group_tokens(byte_tokenizer(), [lone] * 50 + encode("b")[0].tolist())
-        assert max(group.stop - group.start for group in groups) == 16 and len(groups) == 4
-        assert "".join(group.text for group in groups) == "\ufffd" * 50 + "b"
+        # A text may end inside a character. What is no text is cut into pieces.
+        lone = encode("é")[0, 1:].tolist()
+        for token_ids, expected in (
+            (encode("a😀")[0, :-1].tolist(), [(0, 1, "a"), (1, 4, "\ufffd")]),
+            (lone * 20 + encode("b")[0].tolist(), [(0, 16, "\ufffd" * 16), (16, 21, "\ufffd" * 4 + "b")]),
+        ):
+            groups = group_tokens(byte_tokenizer(), token_ids)
+            assert [(group.start, group.stop, group.text) for group in groups] == expected
 
     def test_tokenizers_that_mark_words(self) -> None:
         tokenizer = sentence_tokenizer()
-        for text in ("It is a truth", "It is! a é😀 truth", "It", "😀"):
+        for text in ("It is! a é😀 truth", "It", "😀", "It is a truth"):
             token_ids = tokenizer(text, add_special_tokens=False).input_ids
-            assert tokenizer.decode(token_ids) == text
             groups = [group.text for group in group_tokens(tokenizer, token_ids)]
-            assert "".join(groups) == text
-            assert text != "It is a truth" or groups == ["It", " is", " a", " tr", "uth"]
-
-
-def test_ranges() -> None:
-    for numbers, text in (([], ""), ([3], "3"), ([0, 1, 2, 7], "0-2, 7"), ([1, 3, 4], "1, 3-4"), ([5, 6], "5-6")):
-        assert ranges(numbers) == text
+            assert "".join(groups) == tokenizer.decode(token_ids) == text
+        assert groups == ["It", " is", " a", " tr", "uth"]
 
 
 class TestRefusals:
@@ -170,7 +163,6 @@ class TestRefusals:
             (torch.ones(2, 7, 1, dtype=torch.long), r"`input_ids` are torch.int64 \(2, 7, 1\)"),
             (torch.ones(2, 0, dtype=torch.long), "`input_ids` have no tokens"),
             ("a text", r"`input_ids` must be a tensor \(batch, tokens\) of integers, but is a str"),
-            (None, "`input_ids` must be a tensor .*, but is a NoneType"),
             # No tokens: labels, or another tokenizer's.
             (torch.tensor([[5, -100], [1, 1]]), "hold -100, which is none of the"),
             (torch.tensor([[5, 10**7], [1, 1]]), "hold 10000000, which is none of the"),
@@ -188,10 +180,8 @@ class TestRefusals:
         cache = hand_made_cache([[[[0]], [[1]]]], 8)
         cache.layers[0].row_lengths = [8, 3]
         input_ids = torch.tensor([[9] * 8, [0, 0, 0, 5, 0, 0, 6, 7]])
-        with pytest.raises(
-            ValueError,
-            match="seen 8 columns, and 3 tokens of row 1 .* the first 5 .* are not padding. Give the `attention_mask`",
-        ):
+        message = "seen 8 columns, and 3 tokens of row 1 .* the first 5 .* are not padding. Give the `attention_mask`"
+        with pytest.raises(ValueError, match=message):
             cache.show(byte_tokenizer(), input_ids, row=1)
         mask = (input_ids != 0).long()
         shown = cache.show(byte_tokenizer(), input_ids, row=1, attention_mask=mask)
@@ -214,19 +204,14 @@ class TestRefusals:
 
 @pytest.mark.slow
 def test_the_page_runs_and_prints_what_it_shows() -> None:
-    blocks = re.findall(r"```(python|text)\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    names: dict[str, Any] = {}
+    page, names = PAGE.read_text(encoding="utf-8"), {}
     with contextlib.redirect_stdout(io.StringIO()) as output:
-        for kind, text in blocks:
-            if kind == "python":
-                exec(compile(text, str(PAGE), "exec"), names)
-    [shown] = [text for kind, text in blocks if kind == "text"]
-    printed = output.getvalue()
+        for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+            exec(compile(code, str(PAGE), "exec"), names)
+    texts = output.getvalue(), *re.findall(r"```text\n(.*?)```", page, re.DOTALL)
     # What is kept may differ where torch rounds otherwise.
-    counts, expected_counts = (
-        [int(n) for n in re.findall(r"\d+", text.partition(". 39")[0])] for text in (printed, shown)
-    )
-    assert counts == pytest.approx(expected_counts, abs=20)
-    texts = [re.sub("[⟦⟧]", "", text).partition("\n")[2] for text in (printed, shown)]
-    assert texts[0] == texts[1]
+    counts, expected = ([int(n) for n in re.findall(r"\d+", text.partition(". 39")[0])] for text in texts)
+    assert counts == pytest.approx(expected, abs=20)
+    text, expected = (re.sub("[⟦⟧]", "", text).partition("\n")[2] for text in texts)
+    assert text == expected
     assert len(names["recorder"].num_seen) == 40

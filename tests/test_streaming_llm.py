@@ -66,21 +66,19 @@ def test_a_prompt_in_blocks_of_queries(prefill: str, monkeypatch: pytest.MonkeyP
     check(tiny_model("llama"), (111, 64), [1, 1, 20], budget=31, prefill=prefill)
 
 
+@torch.no_grad()
 def test_streaming_prefill_is_a_stream_of_single_tokens() -> None:
     """The default: fed at once or in pieces, a prompt gives what single tokens give, at every position."""
     model, tokens = tiny_model("llama"), random_tokens(40)
     outputs = []
     for pieces in ([1] * 40, [40], [7, 6, 17, 10]):
         cache = StreamingLLMCache(model.config, budget=11)
-        with torch.no_grad():
-            logits = [model(piece[None], past_key_values=cache).logits[0] for piece in tokens.split(pieces)]
+        logits = [model(piece[None], past_key_values=cache).logits[0] for piece in tokens.split(pieces)]
         outputs.append(torch.cat(logits))
-    for output in outputs[1:]:
-        torch.testing.assert_close(output, outputs[0], atol=1e-4, rtol=0)
-    with torch.no_grad():
-        dense = StreamingLLMCache(model.config, budget=11, prefill="dense")
-        output = model(tokens[None], past_key_values=dense).logits
-        torch.testing.assert_close(output, model(tokens[None], use_cache=False).logits, atol=1e-4, rtol=0)
+        torch.testing.assert_close(outputs[-1], outputs[0], atol=1e-4, rtol=0)
+    dense = StreamingLLMCache(model.config, budget=11, prefill="dense")
+    output = model(tokens[None], past_key_values=dense).logits
+    torch.testing.assert_close(output, model(tokens[None], use_cache=False).logits, atol=1e-4, rtol=0)
     assert (output[0, -1] - outputs[0][-1]).abs().max() > 0.1
 
 
@@ -93,6 +91,13 @@ def test_moving_the_base_changes_nothing(family: str, monkeypatch: pytest.Monkey
         assert cache.layers[0].base == 70 and cache.layers[0].has_exact_angles
 
 
+def longrope_model(long_factor: float) -> PreTrainedModel:
+    """A Phi-3 that rotates otherwise beyond 32 tokens, if the factor is not 1.1."""
+    factors = {"short_factor": [1.1] * 8, "long_factor": [long_factor] * 8}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 32, **factors}
+    return build_model("phi3", rope_parameters=rope, max_position_embeddings=128, original_max_position_embeddings=32)
+
+
 @every_prefill
 def test_longrope_keeps_the_short_frequencies(prefill: str) -> None:
     """
@@ -100,24 +105,18 @@ def test_longrope_keeps_the_short_frequencies(prefill: str) -> None:
     it must be as if the model had only the short ones; a dense prefill still reads the prompt as the model does.
     """
 
-    def phi3(long_factor: float) -> PreTrainedModel:
-        factors = {"short_factor": [1.1] * 8, "long_factor": [long_factor] * 8}
-        rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 32, **factors}
-        return build_model(
-            "phi3", rope_parameters=rope, max_position_embeddings=128, original_max_position_embeddings=32
-        )
-
-    model, short_only = phi3(3.0), phi3(1.1)
-    prompt = 23 if prefill == "dense" else 41
-    rows, later = random_rows((prompt,), seed=21), random_tokens(1, 40, seed=22)
-    caches = [StreamingLLMCache(each.config, budget=12, prefill=prefill) for each in (model, short_only)]
-    output, wanted = (drive(each, cache, rows, later) for each, cache in zip((model, short_only), caches, strict=True))
-    torch.testing.assert_close(output.logits, wanted.logits, atol=1e-4, rtol=0)
+    rows, later = random_rows((23 if prefill == "dense" else 41,), seed=21), random_tokens(1, 40, seed=22)
+    logits = []
+    for model in (longrope_model(1.1), longrope_model(3.0)):
+        cache = StreamingLLMCache(model.config, budget=12, prefill=prefill)
+        logits.append(drive(model, cache, rows, later).logits)
+    torch.testing.assert_close(*logits, atol=1e-4, rtol=0)
     with pytest.raises(ValueError, match="budget=33"), torch.no_grad():
         model(rows[0][None], past_key_values=StreamingLLMCache(model.config, budget=33))
 
 
 @pytest.mark.slow
+@torch.no_grad()
 def test_positions_beyond_the_precision_of_the_model() -> None:
     """
     With one layer, logits depend on the sinks and the window alone. After 100,000 tokens they must be those of a
@@ -126,12 +125,11 @@ def test_positions_beyond_the_precision_of_the_model() -> None:
     model = build_model("llama", num_hidden_layers=1)
     tokens, later, length = random_tokens(100_000, seed=23), random_tokens(40, seed=24), 64
     cache = StreamingLLMCache(model.config, budget=length)
-    with torch.no_grad():
-        for piece in tokens.split(20_000):
-            model(piece[None], past_key_values=cache, logits_to_keep=1)
-        for step in range(len(later)):
-            logits = model(later[step].view(1, 1), past_key_values=cache).logits[0, -1]
-            stream = torch.cat([tokens, later[: step + 1]])
-            held = torch.cat([stream[:4], stream[4 - length :]])
-            wanted = model(held[None], use_cache=False).logits[0, -1]
-            torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=0)
+    for piece in tokens.split(20_000):
+        model(piece[None], past_key_values=cache, logits_to_keep=1)
+    for step in range(len(later)):
+        logits = model(later[step].view(1, 1), past_key_values=cache).logits[0, -1]
+        stream = torch.cat([tokens, later[: step + 1]])
+        held = torch.cat([stream[:4], stream[4 - length :]])
+        wanted = model(held[None], use_cache=False).logits[0, -1]
+        torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=0)
