@@ -35,9 +35,9 @@ every_cache = pytest.mark.parametrize("name", CACHES)
 
 
 def reachable_tensors(root: object) -> Iterator[torch.Tensor]:
-    """Every tensor that can be reached from an object through attributes, slots, containers and closures.
-
-    Models are not entered: a cache may know its model, whose weights are not the cache's.
+    """
+    Every tensor that can be reached from an object through attributes, slots, containers and closures. Models are not
+    entered: a cache may know its model, whose weights are not the cache's.
     """
     pending, seen = [root], set()
     while pending:
@@ -49,8 +49,7 @@ def reachable_tensors(root: object) -> Iterator[torch.Tensor]:
             yield item
             pending.extend(vars(item).values())
         elif isinstance(item, dict):
-            pending.extend(item.keys())
-            pending.extend(item.values())
+            pending.extend([*item.keys(), *item.values()])
         elif isinstance(item, (list, tuple, set, frozenset)):
             pending.extend(item)
         else:
@@ -65,12 +64,8 @@ def reachable_tensors(root: object) -> Iterator[torch.Tensor]:
 
 def storages(root: object) -> dict[int, int]:
     """Address and bytes of every distinct storage reachable from an object."""
-    found = {}
-    for tensor in reachable_tensors(root):
-        storage = tensor.untyped_storage()
-        if storage.nbytes():
-            found[storage.data_ptr()] = storage.nbytes()
-    return found
+    all_of_them = (tensor.untyped_storage() for tensor in reachable_tensors(root))
+    return {storage.data_ptr(): storage.nbytes() for storage in all_of_them if storage.nbytes()}
 
 
 def held_bytes(root: object) -> int:
@@ -142,8 +137,7 @@ def test_a_quarter_of_the_prompt_holds_a_quarter_of_the_bytes(name: str) -> None
 @every_cache
 def test_prefill_holds_one_whole_layer_at_a_time(name: str) -> None:
     """Looked at after every attention and after every layer, the cache holds the end's bytes and one full layer."""
-    num_layers, length = 4, 1024
-    model = wide_model(num_layers)
+    model, length = wide_model(4), 1024
     cache = CACHES[name](model, length)
     samples: list[int] = []
     for layer in model.model.layers:
@@ -151,38 +145,32 @@ def test_prefill_holds_one_whole_layer_at_a_time(name: str) -> None:
         layer.register_forward_hook(lambda *_: samples.append(held_bytes(cache)))
     prefill(model, cache, length)
     layer_bytes = LAYER_BYTES * length // PROMPT_LENGTH
-    assert len(samples) == 2 * num_layers
-    assert max(samples) <= held_bytes(cache) + layer_bytes
+    assert len(samples) == 8 and max(samples) <= held_bytes(cache) + layer_bytes
     # After a layer is done, what it holds is pruned already, not when the whole prompt is through.
     assert samples[1] <= 0.8 * layer_bytes
 
 
 class LargeResults(TorchDispatchMode):
-    """Collects every operation that returns a tensor of at least so many elements in memory of its own."""
+    """
+    Collects every operation that returns a tensor of at least so many elements in memory of its own, which is not that
+    of `known` objects: caches and lists of tensors, as they are before the watch.
+    """
 
     def __init__(self, num_elements: int, *known: object) -> None:
-        """Args:
-        num_elements: What counts as large.
-        known: Objects whose tensors are no news: caches and lists of tensors, as they are before the watch.
-        """
         super().__init__()
         self.num_elements = num_elements
         # Kept alive, so that none of their addresses is given to a new tensor.
-        self.known_storages = [tensor.untyped_storage() for tensor in reachable_tensors(known)]
-        self.known = {storage.data_ptr() for storage in self.known_storages}
+        self.known = [tensor.untyped_storage() for tensor in reachable_tensors(known)]
         self.found: list[str] = []
         self.operations = 0
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         self.operations += 1
+        known = {storage.data_ptr() for storage in self.known}
         for item in tree_leaves(result):
-            if not isinstance(item, torch.Tensor) or item.numel() < self.num_elements:
-                continue
-            if item.untyped_storage().data_ptr() not in self.known:
-                self.found.append(f"{func}: {tuple(item.shape)}")
+            if isinstance(item, torch.Tensor) and item.numel() >= self.num_elements:
+                self.found += [str(func)] if item.untyped_storage().data_ptr() not in known else []
         return result
 
 
@@ -209,21 +197,16 @@ def test_the_same_memory_serves_every_step(name: str, lengths: tuple[int, ...]) 
         model(random_tokens(1, 1), past_key_values=growing)
     assert len(watch.found) >= 6  # what the watch must see: keys and values of three layers
     cache = cache_class(model.config, budget=DECODE_SLOTS, **settings)
-    seen: list[dict[int, int]] = []
-    total: list[int] = []
-
-    def note(step: int) -> None:
-        # Bookkeeping (a few numbers a row, the mask's columns) may move; what each head has for each slot may not.
-        per_slot = 4 * 2 * 2 * DECODE_SLOTS
-        seen.append({address: size for address, size in storages(cache).items() if size >= per_slot})
-        total.append(held_bytes(cache))
-
-    drive(model, cache, random_rows(lengths), random_tokens(2, 24), after_step=note)
+    held: list[dict[int, int]] = []
+    drive(model, cache, random_rows(lengths), random_tokens(2, 24), lambda step: held.append(storages(cache)))
+    # Bookkeeping (a few numbers a row, the mask's columns) may move; what each head has for each slot may not.
+    per_slot = 4 * 2 * 2 * DECODE_SLOTS
+    seen = [{address: size for address, size in each.items() if size >= per_slot} for each in held]
     assert len(seen[3]) >= 6  # keys and values of three layers
-    for later in seen[4:]:
-        assert later == seen[3]
+    assert all(later == seen[3] for later in seen[4:])
     # All that grows is the reading of the mask, which itself grows by a column a step.
-    assert total[-1] - total[3] <= (0 if lengths[0] == lengths[1] else 2 * 4 * 21) + 64
+    growth = sum(held[-1].values()) - sum(held[3].values())
+    assert growth <= (0 if lengths[0] == lengths[1] else 2 * 4 * 21) + 64
     if "eviction_interval" in settings:
         return
     keys = cache.layers[0].keys
@@ -233,16 +216,13 @@ def test_the_same_memory_serves_every_step(name: str, lengths: tuple[int, ...]) 
     arguments = {"attention_mask": mask, "position_ids": mask.sum(-1, keepdim=True) - 1} if lengths[1] < 320 else {}
     with torch.no_grad(), LargeResults(keys.numel() // 2, cache, list(model.parameters())) as watch:
         model(random_tokens(2, 1), past_key_values=cache, **arguments)
-    assert watch.operations > 50
-    assert not watch.found
+    assert watch.operations > 50 and not watch.found
 
 
 def test_h2o_prefill_never_makes_a_square_matrix() -> None:
     """All queries' attention is summed by key without ever holding a probability for each pair of tokens."""
-    length = 2048
-    model = wide_model(num_layers=1)
+    length, model = 2048, wide_model(num_layers=1)
     cache = H2OCache(model.config, budget=0.25)
     with LargeResults(length * length) as watch:
         prefill(model, cache, length)
-    assert watch.operations > 20
-    assert not watch.found
+    assert watch.operations > 20 and not watch.found
