@@ -24,14 +24,11 @@ def heads_last(tensor: torch.Tensor) -> torch.Tensor:
     return storage[..., :width].transpose(1, 2).copy_(tensor)
 
 
-def dims_first(tensor: torch.Tensor) -> torch.Tensor:
-    """The same numbers, laid out so that the numbers of one head of one token are far apart."""
-    return tensor.transpose(2, 3).contiguous().transpose(2, 3)
-
-
 def laid_out(options: str, *tensors: torch.Tensor) -> list[torch.Tensor]:
-    changes = [change for change in (heads_last, dims_first) if change.__name__ in options]
-    return [changes[0](tensor) for tensor in tensors] if changes else list(tensors)
+    """Or so that the numbers of one head of one token are far apart."""
+    if "heads_last" in options:
+        return [heads_last(tensor) for tensor in tensors]
+    return [tensor.mT.contiguous().mT if "dims_first" in options else tensor for tensor in tensors]
 
 
 @pytest.mark.parametrize(
@@ -181,11 +178,9 @@ def test_strides_beyond_31_bits() -> None:
 class Cache:
     """A cache of heavy hitters for a batch of 2, whose tensors are views cut out of larger ones."""
 
-    def __init__(
-        self, kv_heads: int, slots: int, head_dim: int, value_dim: int, dtype: torch.dtype, num_empty: int
-    ) -> None:
+    def __init__(self, kv_heads: int, slots: int, head_dim: int, value_dim: int, dtype, num_empty: int) -> None:
         torch.manual_seed(slots)
-        order = torch.stack([torch.randperm(slots) for _ in range(2 * kv_heads)]).view(2, kv_heads, slots)
+        order = torch.rand(2, kv_heads, slots).argsort(dim=-1)
         self.storages = [
             random(2, slots + 3, kv_heads + 1, head_dim, dtype=dtype),
             random(2, kv_heads, slots + 3, value_dim + 5, dtype=dtype),
