@@ -1,21 +1,21 @@
 """What the caches really hold, at rest, during the prefill, and what a decode step allocates."""
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from caches import CACHE_CASES, QUICK_CASES, CacheCase, parametrize_cases
 from models import build_model, drive, random_rows, random_tokens
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from pyramid_cache import H2OCache, KnormCache, PyramidCache, SnapKVCache, StreamingLLMCache
+from pyramid_cache import H2OCache, StreamingLLMCache
 
 
 PROMPT_LENGTH = 2048
-BUDGET = 0.25
 HEAD_DIM = 64
 KV_HEADS = 2
 
@@ -23,15 +23,13 @@ KV_HEADS = 2
 LAYER_BYTES = 2 * PROMPT_LENGTH * KV_HEADS * HEAD_DIM * 4
 
 # One of each kind of layer, and of each way to read a prompt.
-CACHES: dict[str, Callable[[PreTrainedModel, int], Cache]] = {
-    "pyramid_config": lambda model, length: PyramidCache(model.config, budget=BUDGET),
-    "pyramid_model": lambda model, length: PyramidCache(model, budget=BUDGET),
-    "h2o": lambda model, length: H2OCache(model.config, budget=BUDGET),
-    "snapkv": lambda model, length: SnapKVCache(model.config, budget=BUDGET),
-    "streaming_llm": lambda model, length: StreamingLLMCache(model.config, budget=length // 4),
-    "streaming_llm_dense": lambda model, length: StreamingLLMCache(model.config, budget=length // 4, prefill="dense"),
-}
-every_cache = pytest.mark.parametrize("name", CACHES)
+every_cache = parametrize_cases(QUICK_CASES)
+
+
+def build(case: CacheCase, model: PreTrainedModel, length: int) -> Cache:
+    """A cache that keeps a quarter of a prompt of this length."""
+    budget = length // 4 if case.cache_class is StreamingLLMCache else 0.25
+    return case.cache_class(model if case.from_model else model.config, **{**case.large, "budget": budget})
 
 
 def reachable_tensors(root: object) -> Iterator[torch.Tensor]:
@@ -106,7 +104,7 @@ def large_tensors(model: PreTrainedModel) -> int:
 
 
 @every_cache
-def test_a_quarter_of_the_prompt_holds_a_quarter_of_the_bytes(name: str) -> None:
+def test_a_quarter_of_the_prompt_holds_a_quarter_of_the_bytes(case: CacheCase) -> None:
     """Nothing keeps the rest alive: no living tensor, wherever it is, is as large as the keys of a layer's prompt."""
     model = wide_model(num_layers=2)
     already = large_tensors(model)
@@ -114,7 +112,7 @@ def test_a_quarter_of_the_prompt_holds_a_quarter_of_the_bytes(name: str) -> None
     prefill(model, whole)
     assert held_bytes(whole) == 2 * LAYER_BYTES and large_tensors(model) == already + 4
     del whole
-    cache = CACHES[name](model, PROMPT_LENGTH)
+    cache = build(case, model, PROMPT_LENGTH)
     prefill(model, cache)
     assert large_tensors(model) == already
     held = held_bytes(cache)
@@ -129,16 +127,16 @@ def test_a_quarter_of_the_prompt_holds_a_quarter_of_the_bytes(name: str) -> None
         model(random_tokens(1, 1), past_key_values=cache)
     assert large_tensors(model) == already
     assert cache.get_seq_length() == PROMPT_LENGTH + 1
-    cache = CACHES[name](model, 257)
+    cache = build(case, model, 257)
     drive(model, cache, random_rows((257, 200)), random_tokens(2, 40))
     assert sum(sum(roles.values()) for roles in cache.memory().values()) == held_bytes(cache) == cache.nbytes
 
 
 @every_cache
-def test_prefill_holds_one_whole_layer_at_a_time(name: str) -> None:
+def test_prefill_holds_one_whole_layer_at_a_time(case: CacheCase) -> None:
     """Looked at after every attention and after every layer, the cache holds the end's bytes and one full layer."""
     model, length = wide_model(4), 1024
-    cache = CACHES[name](model, length)
+    cache = build(case, model, length)
     samples: list[int] = []
     for layer in model.model.layers:
         layer.self_attn.o_proj.register_forward_pre_hook(lambda *_: samples.append(held_bytes(cache)))
@@ -176,27 +174,20 @@ class LargeResults(TorchDispatchMode):
 
 # Every row's cache is far larger than any weight's product, so that nothing else in a step is of its size.
 DECODE_SLOTS = 300
-DECODING: dict[str, tuple[type[Cache], dict[str, Any]]] = {
-    "h2o": (H2OCache, {}),
-    "streaming_llm": (StreamingLLMCache, {}),
-    "streaming_llm_dense": (StreamingLLMCache, {"prefill": "dense"}),
-    "snapkv": (SnapKVCache, {"eviction_interval": 3}),
-    "knorm": (KnormCache, {"eviction_interval": 3}),
-}
+DECODING = [case for case in CACHE_CASES if case.is_bounded and (case in QUICK_CASES or case.short_name == "knorm")]
 
 
 @pytest.mark.parametrize("lengths", [(320, 320), (320, 310)], ids=["equal", "padded"])
-@pytest.mark.parametrize("name", DECODING)
-def test_the_same_memory_serves_every_step(name: str, lengths: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("case", DECODING, ids=lambda case: case.name)
+def test_the_same_memory_serves_every_step(case: CacheCase, lengths: tuple[int, ...]) -> None:
     """And a step makes nothing of the size of the cache, but where it gathers what stays into the same slots."""
     model = build_model("llama", head_dim=32)
-    cache_class, settings = DECODING[name]
     growing = DynamicCache(config=model.config)
     prefill(model, growing, 320)
     with torch.no_grad(), LargeResults(growing.layers[0].keys.numel(), growing, list(model.parameters())) as watch:
         model(random_tokens(1, 1), past_key_values=growing)
     assert len(watch.found) >= 6  # what the watch must see: keys and values of three layers
-    cache = cache_class(model.config, budget=DECODE_SLOTS, **settings)
+    cache = case.cache_class(model.config, **{**case.tight, "budget": DECODE_SLOTS})
     held: list[dict[int, int]] = []
     drive(model, cache, random_rows(lengths), random_tokens(2, 24), lambda step: held.append(storages(cache)))
     # Bookkeeping (a few numbers a row, the mask's columns) may move; what each head has for each slot may not.
@@ -207,7 +198,7 @@ def test_the_same_memory_serves_every_step(name: str, lengths: tuple[int, ...]) 
     # All that grows is the reading of the mask, which itself grows by a column a step.
     growth = sum(held[-1].values()) - sum(held[3].values())
     assert growth <= (0 if lengths[0] == lengths[1] else 2 * 4 * 21) + 64
-    if "eviction_interval" in settings:
+    if "eviction_interval" in case.tight:
         return
     keys = cache.layers[0].keys
     assert keys.shape[0] == 2 and keys.shape[2] >= DECODE_SLOTS
