@@ -67,23 +67,7 @@ def test_scores(case: tuple) -> None:
 
 
 def test_rows_that_do_not_count_add_nothing_whatever_they_hold() -> None:
-    query, key = random(2, 4, 50, 64), random(2, 2, 80, 64)
-    lse = exact.attention(query, key, 0.125, exact.causal(50, 80, device=DEVICE))[1].float()
-    row_weights = torch.rand(2, 50).to(DEVICE)
-    row_weights[:, 5:9] = 0.0
-    lse[:, 1, 30], lse[:, 2, 31] = INFINITY, -INFINITY
-    arguments = (key, lse, row_weights, None, 0.125, None, True)
-    expected = triton_scores.attention_scores(query, *arguments)
-    query[:, :, 5], query[:, :, 6], query[:, 1, 30], query[:, 2, 31] = NAN, INFINITY, NAN, -INFINITY
-    lse[:, :, 7], lse[:, :, 8] = NAN, -1e30
-    found = triton_scores.attention_scores(query, *arguments)
-    assert found.isfinite().all() and torch.equal(found, expected)
-    # What counts and is NaN stays in its row of the batch, and in its group. Row 20 of 50 sees the first 51 keys.
-    query[1, 0, 20] = NAN
-    spoiled = triton_scores.attention_scores(query, *arguments)
-    assert spoiled[1, 0, :51].isnan().all()
-    spoiled[1, 0, :51] = expected[1, 0, :51]
-    assert torch.equal(spoiled, expected)
+    exact.check_rows_that_do_not_count(triton_scores.attention_scores, DEVICE)
 
 
 @pytest.mark.parametrize(

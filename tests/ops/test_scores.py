@@ -3,9 +3,9 @@
 import contextlib
 import functools
 import itertools
-import math
 import os
 import sys
+from collections.abc import Callable
 
 import exact
 import pytest
@@ -75,23 +75,9 @@ def test_scores_are_sums_of_the_whole_matrix(shape, dtype) -> None:
         assert found[1].eq(0).all() and found[0, :, : keys // 3].eq(0).all()
 
 
-def test_rows_that_do_not_count_add_nothing_whatever_they_hold() -> None:
-    for op in (ops.attention_scores, reference_scores):
-        function = functools.partial(op, scaling=0.125, row_weights=torch.tensor([[0.0, 1, 1, 1, 0, 1]]))
-        query, key, _ = states(4, 2, 64, 6, 6, torch.float32, batch=1)
-        lse = exact.attention(query, key, 0.125, exact.causal(6, 6))[1].float()
-        expected = function(query, key, lse)
-        lse[:, :, 0] = -math.inf
-        for infinity in (math.inf, -1e30):  # the exponentials of the second are infinite
-            lse[:, :, 4] = infinity
-            torch.testing.assert_close(function(query, key, lse), expected)
-        query[:, :, 0], query[:, :, 4] = math.nan, math.inf
-        torch.testing.assert_close(function(query, key, lse), expected)
-        # A row of the batch that overflowed stays alone with it.
-        both = torch.cat([query, torch.full_like(query, math.nan)])
-        found = function(both, key.repeat(2, 1, 1, 1), lse.repeat(2, 1, 1))
-        torch.testing.assert_close(found[:1], expected)
-        assert found[1].isnan().any()
+@pytest.mark.parametrize("function", [scores._attention_scores, reference.attention_scores])
+def test_rows_that_do_not_count_add_nothing_whatever_they_hold(function: Callable) -> None:
+    exact.check_rows_that_do_not_count(function, "cpu")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
