@@ -43,14 +43,12 @@ class Footprint:
         return objects + ["storage" for storage in self.storages if not storage.expired()]
 
 
-@contextlib.contextmanager
+@pytest.fixture
 def without_collector() -> Iterator[None]:
-    """Nothing in reference cycles is freed inside."""
+    """Nothing in reference cycles is freed."""
     gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
+    yield
+    gc.enable()
 
 
 def by_steps(model: PreTrainedModel, cache: Cache) -> None:
@@ -92,39 +90,37 @@ def by_training(model: PreTrainedModel, cache: Cache) -> None:
 
 
 @every_cache
-def test_tensors_go_with_their_cache(case: CacheCase) -> None:
+def test_tensors_go_with_their_cache(case: CacheCase, without_collector: None) -> None:
     """At once, without a garbage collector: nothing refers to a cache, nor does a cache refer to itself."""
     model = build_model("llama", num_hidden_layers=2)
     uses = [("tight", use) for use in (by_steps, outcome, by_beams, by_interrupted_forward, by_training)]
-    with without_collector():
-        for budget, use in [("large", outcome), *uses]:
-            cache = case.build(model, budget)
-            use(model, cache)
-            footprint = Footprint(cache)
-            assert len(footprint.storages) >= 4  # keys and values of two layers
-            del cache
-            assert footprint.living() == [], use.__name__
+    for budget, use in [("large", outcome), *uses]:
+        cache = case.build(model, budget)
+        use(model, cache)
+        footprint = Footprint(cache)
+        assert len(footprint.storages) >= 4  # keys and values of two layers
+        del cache
+        assert footprint.living() == [], use.__name__
 
 
 @every_cache
-def test_copies_and_originals_go_on_their_own(case: CacheCase) -> None:
+def test_copies_and_originals_go_on_their_own(case: CacheCase, without_collector: None) -> None:
     """And `reset` lets tensors go."""
     model = build_model("llama", num_hidden_layers=2)
-    with without_collector():
-        caches = [case.build(model)]
-        by_steps(model, caches[0])
-        caches.append(copy.deepcopy(caches[0]))
-        footprints = [Footprint(cache) for cache in caches]
-        del caches[0]
-        assert footprints[0].living() == [] and footprints[1].living()
-        with torch.no_grad():
-            model(random_tokens(2, 1), attention_mask=mask_of(caches[0]), past_key_values=caches[0])
-        storages = [StorageWeakRef(layer.keys.untyped_storage()) for layer in caches[0].layers]
-        caches[0].reset()
-        assert all(storage.expired() for storage in storages)
-        footprints.append(Footprint(caches[0]))
-        caches.clear()
-        assert footprints[1].living() == footprints[2].living() == []
+    cache = case.build(model)
+    by_steps(model, cache)
+    twin = copy.deepcopy(cache)
+    footprints = [Footprint(cache), Footprint(twin)]
+    del cache
+    assert footprints[0].living() == [] and footprints[1].living()
+    with torch.no_grad():
+        model(random_tokens(2, 1), attention_mask=mask_of(twin), past_key_values=twin)
+    storages = [StorageWeakRef(layer.keys.untyped_storage()) for layer in twin.layers]
+    twin.reset()
+    assert all(storage.expired() for storage in storages)
+    footprints.append(Footprint(twin))
+    del twin
+    assert footprints[1].living() == footprints[2].living() == []
 
 
 @pytest.mark.slow
@@ -238,12 +234,7 @@ def test_two_threads_build_the_first_cache(busy_threads: ThreadPoolExecutor, unt
     """However they meet, transformers is wrapped once, so that uninstalling undoes it."""
     method = vars(AttentionInterface)["get_interface"]
     start = threading.Barrier(2)
-
-    def install(_: int) -> None:
-        start.wait()
-        attention.install()
-
     for _ in range(200):
-        list(busy_threads.map(install, range(2)))
+        list(busy_threads.map(lambda _: (start.wait(), attention.install()), range(2)))
         attention.uninstall()
         assert vars(AttentionInterface)["get_interface"] is method
