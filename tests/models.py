@@ -214,8 +214,6 @@ def drive(
     a mask no row may be padded.
     """
     input_ids, attention_mask = left_pad(rows)
-    if not with_mask and not bool(attention_mask.all()):
-        raise ValueError("padded rows need a mask")
     if pieces is None:
         pieces = [1] * (continuation if isinstance(continuation, int) else continuation.shape[1])
     logits, positions, tokens = [], [], []

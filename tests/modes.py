@@ -213,17 +213,15 @@ def cache_among(named: Mapping[str, Any]) -> Cache | None:
 
 def held_positions(cache: Cache, layer: int) -> list[list[list[int]]]:
     """The positions that each head of each row holds, in rising order."""
-    return [
-        [sorted(position for position in head if position >= 0) for head in row]
-        for row in cache.positions(layer).tolist()
-    ]
+    rows = cache.positions(layer).tolist()
+    return [[sorted(position for position in head if position >= 0) for head in row] for row in rows]
 
 
 FOLLOWED_METHODS: dict[str, Callable[[History, Any], None]] = {
     "reorder_cache": lambda history, rows: history.map_rows(lambda tensor: tensor[rows]),
     "batch_select_indices": lambda history, rows: history.map_rows(lambda tensor: tensor[rows]),
-    "batch_repeat_interleave": lambda history, number: history.map_rows(
-        lambda tensor: tensor.repeat_interleave(number, 0)
+    "batch_repeat_interleave": lambda history, count: history.map_rows(
+        lambda tensor: tensor.repeat_interleave(count, 0)
     ),
     "crop": lambda history, tokens_to_remove: history.take_back(-tokens_to_remove),
     "activate_past_recording": lambda history: setattr(history, "takes_back", True),
