@@ -149,39 +149,35 @@ def test_a_row_without_keys_has_no_log_sum_exp() -> None:
 # Flash-attention packages, played by modules with their signatures, layouts and tuples.
 
 
-class Kernels:
-    """Eager attention in float32 with the layouts and conditions of flash-attention; the softcap of each run."""
+def attend(q, k, v, scale: float, softcap: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """A batch `(batch, tokens, heads, dim)`; output likewise, and `(batch, heads, tokens)`."""
+    q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
+    probabilities, lse = exact.attention(q, k, scale, exact.causal(q.shape[2], k.shape[2]), softcap or None)
+    return exact.output_of(probabilities, v).to(q.dtype), lse.float()
 
-    def __init__(self) -> None:
-        self.softcaps: list[float] = []
 
-    def attend(self, q, k, v, scale: float, softcap: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """One sequence `(tokens, heads, dim)`; output likewise, and `(heads, tokens)`."""
-        q, k, v = (tensor.transpose(0, 1)[None] for tensor in (q, k, v))
-        allowed = exact.causal(q.shape[2], k.shape[2])
-        probabilities, lse = exact.attention(q, k, scale, allowed, softcap or None)
-        return exact.output_of(probabilities, v)[0].to(q.dtype), lse[0].float()
-
-    def run(self, q, k, v, ends: tuple | None, scale: float, causal: bool, softcap: float = 0.0) -> tuple:
-        """A batch `(batch, tokens, heads, dim)`; with the ends of its rows, packed tokens `(total, heads, dim)`."""
-        self.softcaps.append(softcap)
-        assert causal and q.shape[-1] == k.shape[-1] == v.shape[-1] and k.stride(-1) == v.stride(-1) == 1
-        if ends is None:
-            parts = [self.attend(*tensors, scale, softcap) for tensors in zip(q, k, v, strict=True)]
-            return torch.stack([output for output, _ in parts]), torch.stack([lse for _, lse in parts])
-        query_ends, key_ends, max_queries, max_keys = ends
-        assert query_ends.dtype == key_ends.dtype == torch.int32
-        assert isinstance(max_queries, int) and isinstance(max_keys, int)
-        assert query_ends.diff().max() <= max_queries and key_ends.diff().max() == max_keys
-        # With one query at most, the real kernels take for granted that every row has one.
-        assert max_queries > 1 or query_ends.diff().eq(1).all()
-        assert key_ends[-1] == k.shape[0] and query_ends[-1] <= q.shape[0]
-        # What is beyond the ends stays as the allocator left it.
-        output, lse = torch.full_like(q, math.nan), torch.full((q.shape[1], q.shape[0]), math.nan)
-        for row in range(len(query_ends) - 1):
-            queries, keys = slice(*query_ends[row : row + 2].tolist()), slice(*key_ends[row : row + 2].tolist())
-            output[queries], lse[:, queries] = self.attend(q[queries], k[keys], v[keys], scale, softcap)
-        return output, lse
+def attend_as_flash(q, k, v, ends: tuple | None, scale: float, causal: bool, softcap: float = 0.0) -> tuple:
+    """
+    Eager attention in float32 with the layouts and conditions of flash-attention: of a batch `(batch, tokens, heads,
+    dim)`, and with the ends of its rows, of packed tokens `(total, heads, dim)`.
+    """
+    assert causal and q.shape[-1] == k.shape[-1] == v.shape[-1] and k.stride(-1) == v.stride(-1) == 1
+    if ends is None:
+        return attend(q, k, v, scale, softcap)
+    query_ends, key_ends, max_queries, max_keys = ends
+    assert query_ends.dtype == key_ends.dtype == torch.int32
+    assert isinstance(max_queries, int) and isinstance(max_keys, int)
+    assert query_ends.diff().max() <= max_queries and key_ends.diff().max() == max_keys
+    # With one query at most, the real kernels take for granted that every row has one.
+    assert max_queries > 1 or query_ends.diff().eq(1).all()
+    assert key_ends[-1] == k.shape[0] and query_ends[-1] <= q.shape[0]
+    # What is beyond the ends stays as the allocator left it.
+    output, lse = torch.full_like(q, math.nan), torch.full((q.shape[1], q.shape[0]), math.nan)
+    for row in range(len(query_ends) - 1):
+        queries, keys = slice(*query_ends[row : row + 2].tolist()), slice(*key_ends[row : row + 2].tolist())
+        states = q[None, queries], k[None, keys], v[None, keys]
+        output[None, queries], lse[None, :, queries] = attend(*states, scale, softcap)
+    return output, lse
 
 
 FA3 = "softmax_scale causal qv q_descale k_descale v_descale window_size attention_chunk softcap num_splits pack_gqa"
@@ -209,7 +205,7 @@ PACKAGES: dict[str, tuple[str, str, str]] = {
 }  # fmt: skip
 
 
-def function_of(name: str, kernels: Kernels, is_packed: bool) -> Callable:
+def function_of(name: str, is_packed: bool) -> Callable:
     """A function of a package, with its signature. It returns a log-sum-exp if asked, or if it cannot be asked."""
     ends = ["cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"] if is_packed else []
     kind, required = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.empty
@@ -223,7 +219,7 @@ def function_of(name: str, kernels: Kernels, is_packed: bool) -> Callable:
         given = signature.bind(*arguments, **named).arguments
         packing = tuple(given[each] for each in ends) or None
         settings = given["softmax_scale"], given["causal"], given.get("softcap", 0.0)
-        output, lse = kernels.run(*(given[each] for each in "qkv"), packing, *settings)
+        output, lse = attend_as_flash(*(given[each] for each in "qkv"), packing, *settings)
         # The third of flash-attn 2 is empty without dropout; flash-attn 4 has always two, of which one may be None.
         third = [torch.empty(0, dtype=output.dtype) if is_packed else None] if name == "fa2" else []
         return output, lse if all(given.get(each) for each in asks) else None, *third
@@ -241,26 +237,25 @@ def without_packages(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyP
     yield monkeypatch
 
 
-def install_package(monkeypatch: pytest.MonkeyPatch, name: str) -> tuple[Kernels, lse_module.FlashKernel]:
+def install_package(monkeypatch: pytest.MonkeyPatch, name: str) -> lse_module.FlashKernel:
     """Makes a package importable, and gives the kernel that the adapter finds for its implementation."""
     implementation, path, _ = PACKAGES[name]
-    kernels, module = Kernels(), ModuleType(path)
-    module.flash_attn_func, module.flash_attn_varlen_func = (function_of(name, kernels, packed) for packed in (0, 1))
+    module = ModuleType(path)
+    module.flash_attn_func, module.flash_attn_varlen_func = (function_of(name, is_packed) for is_packed in (0, 1))
     monkeypatch.setitem(sys.modules, path, module)
     if "." in path:  # flash-attn 4 comes in a `flash_attn` that holds nothing else
         monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
     kernel = lse_module.flash_kernel(implementation)
     assert kernel is not None and kernel.name == path
-    return kernels, kernel
+    return kernel
 
 
 @pytest.mark.parametrize("name", PACKAGES)
 def test_packages(without_packages: pytest.MonkeyPatch, name: str) -> None:
-    kernels, kernel = install_package(without_packages, name)
+    kernel = install_package(without_packages, name)
     for padding, rows in product(PADDINGS, ROWS):
         call = make_call(F32, padding, rows)
         check(flash_attention(kernel, Attention(**call)), call)
-    assert len(kernels.softcaps) == len(PADDINGS) * len(ROWS)
     assert kernel.has_softcap == (name in ("fa2", "fa3", "fa4"))
     for padding, dtype, rows in (("none", BF16, KEYS), ("gaps", BF16, 9), ("none", F16, 9), ("gaps", F16, KEYS)):
         # Narrow values, counts that only the device knows, and keys in a layout that no kernel reads.
@@ -269,7 +264,6 @@ def test_packages(without_packages: pytest.MonkeyPatch, name: str) -> None:
         call["key"] = call["key"].transpose(2, 3).contiguous().transpose(2, 3)
         softcap = 1.5 if kernel.has_softcap else None
         check(flash_attention(kernel, Attention(**call, softcap=softcap)), call, softcap)
-        assert kernels.softcaps[-1] == (softcap or 0.0)
     # Full rows are not packed.
     call = make_call(F32, "none", 9) | {"key_mask": torch.ones(3, KEYS, dtype=torch.bool), "row_present": [KEYS] * 3}
     assert lse_module._pack(Attention(**call)) is None
@@ -304,7 +298,7 @@ class PlayedOps(AttentionOps):
         assert dropout_p == 0.0 and not debug
         ends = None if query_ends is None else (query_ends, key_ends, max_q, max_k)
         assert ends is not None or (key_ends, max_q, max_k) == (None, q.shape[1], k.shape[1])
-        output, lse = Kernels().run(q, k, v, ends, scale, is_causal)
+        output, lse = attend_as_flash(q, k, v, ends, scale, is_causal)
         return output, lse, torch.empty(2, dtype=torch.int64), torch.empty(()), torch.empty(0, dtype=q.dtype)
 
     def efficient(self, q, k, v, bias, gives_lse, dropout_p=0.0, is_causal=False, *, scale) -> tuple:
@@ -327,7 +321,7 @@ class PlayedOps(AttentionOps):
         """BHSD, laid out as the query; log-sum-exps with a last dimension of 1, as cuDNN leaves some of them."""
         assert bias is None and gives_lse and dropout_p == 0.0 and not debug
         assert q.shape[2] == k.shape[2], "cuDNN aligns causality top-left"
-        output, lse = Kernels().run(*(tensor.transpose(1, 2) for tensor in (q, k, v)), None, scale, is_causal)
+        output, lse = attend_as_flash(*(tensor.transpose(1, 2) for tensor in (q, k, v)), None, scale, is_causal)
         lse = lse.mT.contiguous().mT[..., None]
         return output.transpose(1, 2), lse, None, None, q.shape[2], k.shape[2], None, None, None
 
