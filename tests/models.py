@@ -7,9 +7,11 @@ greedy tokens vary. Every model is float32, in eval mode, built from its config 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache as remember
+from functools import partial
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForCausalLM, Cache, PreTrainedConfig, PreTrainedModel
 
 
@@ -50,19 +52,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 # What mixtures of experts need beside COMMON, by whatever names.
 EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 HYBRID = {"sliding_window": 8, "layer_types": ["full_attention", "sliding_attention", "full_attention"]}
-LATENT: dict[str, Any] = {
-    "q_lora_rank": 24,
-    "kv_lora_rank": 16,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 12,
-    "head_dim": 8,
-    "num_key_value_heads": 4,
-    "n_routed_experts": 4,
-    "n_group": 1,
-    "topk_group": 1,
-    "first_k_dense_replace": 1,
-}
+# Attention over latent keys, in a mixture of experts.
+LATENT = {"q_lora_rank": 24, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12}
+LATENT |= {"head_dim": 8, "num_key_value_heads": 4, "first_k_dense_replace": 1}
+LATENT |= {**EXPERTS, "n_routed_experts": 4, "n_group": 1, "topk_group": 1}
+MAMBA = {"mamba_d_state": 8, "mamba_dt_rank": 4, "use_mamba_kernels": False}
+MAMBA_2 = {"mamba_d_state": 8, "mamba_n_heads": 4, "mamba_d_head": 24, "mamba_n_groups": 1, "mamba_chunk_size": 16}
+CHUNKED = {"attention_chunk_size": 8, "layer_types": ["full_attention", "chunked_attention", "full_attention"]}
 
 # Further architectures.
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -80,38 +76,18 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "opt": ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 48}),
     "granite": ("granite", {"attention_multiplier": 0.25}),
     "smollm3": ("smollm3", {"no_rope_layer_interval": 2}),
-    "jamba": (
-        "jamba",
-        {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8, "mamba_dt_rank": 4}
-        | {**EXPERTS, "use_mamba_kernels": False},
-    ),
-    "bamba": (
-        "bamba",
-        {"attn_layer_indices": [1], "mamba_n_heads": 4, "mamba_d_head": 24, "mamba_n_groups": 1}
-        | {"mamba_d_state": 8, "mamba_chunk_size": 16},
-    ),
-    "llama4": (
-        "llama4_text",
-        {
-            **EXPERTS,
-            "intermediate_size_mlp": 64,
-            "attention_chunk_size": 8,
-            "layer_types": ["full_attention", "chunked_attention", "full_attention"],
-        },
-    ),
+    "jamba": ("jamba", {**EXPERTS, **MAMBA, "attn_layer_period": 2, "attn_layer_offset": 1}),
+    "bamba": ("bamba", {**MAMBA_2, "attn_layer_indices": [1]}),
+    "llama4": ("llama4_text", {**EXPERTS, **CHUNKED, "intermediate_size_mlp": 64}),
 }
 # Those that no cache of ours can serve.
 REFUSED_ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
-    "deepseek_v2": ("deepseek_v2", {**EXPERTS, **LATENT}),
-    "deepseek_v3": ("deepseek_v3", {**EXPERTS, **LATENT}),
-    "bloom": ("bloom", {}),
+    "deepseek_v2": ("deepseek_v2", LATENT),
+    "deepseek_v3": ("deepseek_v3", LATENT),
     "falcon": ("falcon", {"new_decoder_architecture": True}),
     "falcon_alibi": ("falcon", {"alibi": True}),
-    "mpt": ("mpt", {}),
-    "diffllama": ("diffllama", {}),
-    "doge": ("doge", {}),
     "jetmoe": ("jetmoe", {**EXPERTS, "kv_channels": 16}),
-    "rwkv": ("rwkv", {}),
+    **{name: (name, {}) for name in ("bloom", "mpt", "diffllama", "doge", "rwkv")},
     "mistral_sliding": ("mistral", {"sliding_window": 8}),
 }
 
@@ -120,26 +96,20 @@ LATER_ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {"gptj": ("gptj", {
 ALL_ARCHITECTURES = FAMILIES | ARCHITECTURES | REFUSED_ARCHITECTURES | LATER_ARCHITECTURES
 
 # Llama with every kind of rotary embedding that stretches positions and can be un-rotated.
-ROPE_VARIANTS: dict[str, dict[str, Any]] = {
-    "linear": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
-    "llama3": {
-        "rope_type": "llama3",
-        "rope_theta": 1e4,
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 64,
-    },
-    "yarn": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32},
+ROPE_VARIANTS: dict[str, dict[str, float]] = {
+    "linear": {"factor": 4.0},
+    "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 32},
 }
 
 
 def build_config(name: str, **overrides: Any) -> PreTrainedConfig:
     """The config of a family, an architecture, `llama_<variant>` of `ROPE_VARIANTS`, or any model type."""
-    rope = ROPE_VARIANTS.get(name.removeprefix("llama_"))
-    if rope is not None:
+    variant = name.removeprefix("llama_")
+    if variant in ROPE_VARIANTS:
+        rope = {"rope_type": variant, "rope_theta": 1e4, **ROPE_VARIANTS[variant]}
         length = int(rope.get("original_max_position_embeddings", 2048) * rope["factor"])
-        name, overrides = "llama", {"rope_parameters": dict(rope), "max_position_embeddings": length, **overrides}
+        name, overrides = "llama", {"rope_parameters": rope, "max_position_embeddings": length, **overrides}
     model_type, differences = ALL_ARCHITECTURES.get(name, (name, {}))
     plain = AutoConfig.for_model(model_type)
     known = {*vars(plain), *type(plain).attribute_map, "num_key_value_heads", "initializer_range"}
@@ -192,13 +162,8 @@ def random_rows(lengths: tuple[int, ...], seed: int = 0) -> list[torch.Tensor]:
 
 def left_pad(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Left-pad prompts to the longest: token ids and attention mask, each `(batch, longest)`."""
-    longest = max(len(row) for row in rows)
-    input_ids = torch.zeros(len(rows), longest, dtype=torch.long)
-    attention_mask = torch.zeros(len(rows), longest, dtype=torch.long)
-    for index, row in enumerate(rows):
-        input_ids[index, longest - len(row) :] = row
-        attention_mask[index, longest - len(row) :] = 1
-    return input_ids, attention_mask
+    pad = partial(pad_sequence, batch_first=True, padding_side="left")
+    return pad(rows), pad([torch.ones_like(row) for row in rows])
 
 
 def generate(
@@ -249,8 +214,6 @@ def drive(
     a mask no row may be padded.
     """
     input_ids, attention_mask = left_pad(rows)
-    if not with_mask and not bool(attention_mask.all()):
-        raise ValueError("padded rows need a mask")
     if pieces is None:
         pieces = [1] * (continuation if isinstance(continuation, int) else continuation.shape[1])
     logits, positions, tokens = [], [], []

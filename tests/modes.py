@@ -64,7 +64,7 @@ class History:
         logits = torch.nn.functional.pad(logits, (0, 0, tokens.shape[1] - logits.shape[1], 0), value=torch.nan)
         new = [tokens, is_token, logits]
         self.tensors = (
-            [torch.cat(pair, dim=1) for pair in zip(self.tensors, new, strict=True)] if self.num_fed else new
+            [torch.cat(pair, dim=1) for pair in zip(self.tensors, new, strict=True)] if self.tensors else new
         )
         self.num_fed.append(tokens.shape[1])
 
@@ -89,10 +89,6 @@ class History:
 
 class Run:
     """One run of a mode with one kind of cache.
-
-    Args:
-        model: The model that generates.
-        make_cache: Makes a cache for a model.
 
     Attributes:
         sequences: What each `generate` returned.
@@ -128,15 +124,9 @@ class Run:
         return next((history for kept, history in self.kept if kept is cache), None)
 
     def generate(self, cache: Cache, rows: list[torch.Tensor] | None = None, **settings: Any) -> torch.Tensor:
-        """`model.generate` from left-padded prompts, everything that it can return being collected.
-
-        Args:
-            cache: The cache.
-            rows: The prompts; without them `settings` say what is fed.
-            settings: Of `generate`.
-
-        Returns:
-            The sequences.
+        """
+        The sequences of `model.generate` from left-padded prompts, everything that it can return being collected.
+        Without prompts `settings` say what is fed.
         """
         if rows is not None:
             input_ids, attention_mask = left_pad(rows)
@@ -206,14 +196,10 @@ class Run:
             pieces, logits = history.of_row(row)
             if history.takes_back:
                 alone.activate_past_recording()
-            trace = drive(
-                self.model,
-                alone,
-                pieces[:1],
-                torch.cat([*pieces[1:], torch.tensor([PROBE_TOKEN])])[None],
-                pieces=[len(piece) for piece in pieces[1:]] + [1],
-                after_step=(lambda step, alone=alone: alone.crop(0)) if history.takes_back else None,
-            )
+            prompt, *later = [*pieces, torch.tensor([PROBE_TOKEN])]
+            after_step = (lambda step, alone=alone: alone.crop(0)) if history.takes_back else None
+            lengths = [len(piece) for piece in later]
+            trace = drive(self.model, alone, [prompt], torch.cat(later)[None], after_step, pieces=lengths)
             assert_close(torch.stack([*logits, answer[row]]), trace.logits[0], f"row {row}")
             for layer in range(len(cache.layers)):
                 expected = held_positions(alone, layer)[0]
@@ -227,17 +213,15 @@ def cache_among(named: Mapping[str, Any]) -> Cache | None:
 
 def held_positions(cache: Cache, layer: int) -> list[list[list[int]]]:
     """The positions that each head of each row holds, in rising order."""
-    return [
-        [sorted(position for position in head if position >= 0) for head in row]
-        for row in cache.positions(layer).tolist()
-    ]
+    rows = cache.positions(layer).tolist()
+    return [[sorted(position for position in head if position >= 0) for head in row] for row in rows]
 
 
 FOLLOWED_METHODS: dict[str, Callable[[History, Any], None]] = {
-    "reorder_cache": lambda history, indices: history.map_rows(lambda tensor: tensor[indices]),
-    "batch_select_indices": lambda history, indices: history.map_rows(lambda tensor: tensor[indices]),
-    "batch_repeat_interleave": lambda history, repeats: history.map_rows(
-        lambda tensor: tensor.repeat_interleave(repeats, dim=0)
+    "reorder_cache": lambda history, rows: history.map_rows(lambda tensor: tensor[rows]),
+    "batch_select_indices": lambda history, rows: history.map_rows(lambda tensor: tensor[rows]),
+    "batch_repeat_interleave": lambda history, count: history.map_rows(
+        lambda tensor: tensor.repeat_interleave(count, 0)
     ),
     "crop": lambda history, tokens_to_remove: history.take_back(-tokens_to_remove),
     "activate_past_recording": lambda history: setattr(history, "takes_back", True),
@@ -249,9 +233,9 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, message: str = ""
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0, msg=lambda text: f"{message}: {text}")
 
 
-def prompts(*lengths: int, seed: int = 40) -> list[torch.Tensor]:
+def prompts(*lengths: int) -> list[torch.Tensor]:
     """Random prompts of these lengths."""
-    return random_rows(lengths or PROMPT_LENGTHS, seed=seed)
+    return random_rows(lengths or PROMPT_LENGTHS, seed=40)
 
 
 # Plain decoding.
@@ -267,9 +251,7 @@ def generates(*lengths: int, new_tokens: int = 8, **settings: Any) -> Callable[[
     return function
 
 
-def as_plain(
-    *lengths: int, within: Callable[[], Any] = contextlib.nullcontext, **settings: Any
-) -> Callable[[Run], None]:
+def as_plain(*lengths: int, within: Callable = contextlib.nullcontext, **settings: Any) -> Callable[[Run], None]:
     """A mode whose tokens are those of plain decoding, within a context or not."""
 
     def function(run: Run) -> None:
@@ -366,8 +348,7 @@ def copied_prefix(run: Run) -> None:
     row = prompts(40)[0]
     prefix = read(run, row)
     for seed in range(2):
-        question = torch.cat([row, random_tokens(6, seed=seed)])
-        run.generate(run.copy_of(prefix), [question], max_new_tokens=6)
+        run.generate(run.copy_of(prefix), [torch.cat([row, random_tokens(6, seed=seed)])], max_new_tokens=6)
 
 
 def nothing_new(run: Run) -> None:
@@ -406,13 +387,9 @@ def assisted(settings_of: Callable[[Run], dict[str, Any]], new_tokens: int = 20)
 
 @dataclass(frozen=True)
 class Mode:
-    """A way to call `generate`.
-
-    Attributes:
-        name: What it is called in test ids and in docs/compatibility.md.
-        function: Generates, and asserts what only this mode promises.
-        attention: The attention implementation of the model.
-        never_fits: Whether no cache that is handed in fits, whatever its budget.
+    """
+    A way to call `generate`: its name in test ids and in docs/compatibility.md, what generates and asserts what only
+    this mode promises, the attention of the model, and whether no cache that is handed in fits, whatever its budget.
     """
 
     name: str
@@ -473,15 +450,13 @@ MODES = (
 
 @remember
 def model_with(attention: str) -> PreTrainedModel:
-    """The model of all modes."""
     return tiny_model("llama") if attention == "sdpa" else build_model("llama", attention=attention)
 
 
 def verdict(mode: Mode, case: CacheCase) -> str:
-    """What docs/compatibility.md says of a mode with a cache of a tight budget: it is run once in a session.
-
-    Returns:
-        "yes"; "refused: " and the first sentence of the error; "WRONG: " and what differs.
+    """
+    What docs/compatibility.md says of a mode with a cache of a tight budget, which is run once in a session: "yes",
+    "refused: " and the first sentence of the error, or "WRONG: " and what differs.
     """
     key = mode.name, case.name
     if key not in _verdicts:
@@ -528,10 +503,7 @@ def parametrize_modes(period: int) -> pytest.MarkDecorator:
         "mode, case",
         [
             pytest.param(
-                mode,
-                case,
-                id=f"{mode.name.replace('`', '')}-{case.name}",
-                marks=() if is_quick else pytest.mark.slow,
+                mode, case, id=f"{mode.name.replace('`', '')}-{case.name}", marks=() if is_quick else pytest.mark.slow
             )
             for turn, mode in enumerate(MODES)
             for column, case in enumerate(CACHE_CASES)

@@ -1,21 +1,21 @@
 """What the caches really hold, at rest, during the prefill, and what a decode step allocates."""
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from caches import CACHE_CASES, QUICK_CASES, CacheCase, parametrize_cases
 from models import build_model, drive, random_rows, random_tokens
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from pyramid_cache import H2OCache, KnormCache, PyramidCache, SnapKVCache, StreamingLLMCache
+from pyramid_cache import H2OCache, StreamingLLMCache
 
 
 PROMPT_LENGTH = 2048
-BUDGET = 0.25
 HEAD_DIM = 64
 KV_HEADS = 2
 
@@ -23,21 +23,19 @@ KV_HEADS = 2
 LAYER_BYTES = 2 * PROMPT_LENGTH * KV_HEADS * HEAD_DIM * 4
 
 # One of each kind of layer, and of each way to read a prompt.
-CACHES: dict[str, Callable[[PreTrainedModel, int], Cache]] = {
-    "pyramid_config": lambda model, length: PyramidCache(model.config, budget=BUDGET),
-    "pyramid_model": lambda model, length: PyramidCache(model, budget=BUDGET),
-    "h2o": lambda model, length: H2OCache(model.config, budget=BUDGET),
-    "snapkv": lambda model, length: SnapKVCache(model.config, budget=BUDGET),
-    "streaming_llm": lambda model, length: StreamingLLMCache(model.config, budget=length // 4),
-    "streaming_llm_dense": lambda model, length: StreamingLLMCache(model.config, budget=length // 4, prefill="dense"),
-}
-every_cache = pytest.mark.parametrize("name", CACHES)
+every_cache = parametrize_cases(QUICK_CASES)
+
+
+def build(case: CacheCase, model: PreTrainedModel, length: int) -> Cache:
+    """A cache that keeps a quarter of a prompt of this length."""
+    budget = length // 4 if case.cache_class is StreamingLLMCache else 0.25
+    return case.cache_class(model if case.from_model else model.config, **{**case.large, "budget": budget})
 
 
 def reachable_tensors(root: object) -> Iterator[torch.Tensor]:
-    """Every tensor that can be reached from an object through attributes, slots, containers and closures.
-
-    Models are not entered: a cache may know its model, whose weights are not the cache's.
+    """
+    Every tensor that can be reached from an object through attributes, slots, containers and closures. Models are not
+    entered: a cache may know its model, whose weights are not the cache's.
     """
     pending, seen = [root], set()
     while pending:
@@ -49,8 +47,7 @@ def reachable_tensors(root: object) -> Iterator[torch.Tensor]:
             yield item
             pending.extend(vars(item).values())
         elif isinstance(item, dict):
-            pending.extend(item.keys())
-            pending.extend(item.values())
+            pending.extend([*item.keys(), *item.values()])
         elif isinstance(item, (list, tuple, set, frozenset)):
             pending.extend(item)
         else:
@@ -65,12 +62,8 @@ def reachable_tensors(root: object) -> Iterator[torch.Tensor]:
 
 def storages(root: object) -> dict[int, int]:
     """Address and bytes of every distinct storage reachable from an object."""
-    found = {}
-    for tensor in reachable_tensors(root):
-        storage = tensor.untyped_storage()
-        if storage.nbytes():
-            found[storage.data_ptr()] = storage.nbytes()
-    return found
+    all_of_them = (tensor.untyped_storage() for tensor in reachable_tensors(root))
+    return {storage.data_ptr(): storage.nbytes() for storage in all_of_them if storage.nbytes()}
 
 
 def held_bytes(root: object) -> int:
@@ -111,7 +104,7 @@ def large_tensors(model: PreTrainedModel) -> int:
 
 
 @every_cache
-def test_a_quarter_of_the_prompt_holds_a_quarter_of_the_bytes(name: str) -> None:
+def test_a_quarter_of_the_prompt_holds_a_quarter_of_the_bytes(case: CacheCase) -> None:
     """Nothing keeps the rest alive: no living tensor, wherever it is, is as large as the keys of a layer's prompt."""
     model = wide_model(num_layers=2)
     already = large_tensors(model)
@@ -119,7 +112,7 @@ def test_a_quarter_of_the_prompt_holds_a_quarter_of_the_bytes(name: str) -> None
     prefill(model, whole)
     assert held_bytes(whole) == 2 * LAYER_BYTES and large_tensors(model) == already + 4
     del whole
-    cache = CACHES[name](model, PROMPT_LENGTH)
+    cache = build(case, model, PROMPT_LENGTH)
     prefill(model, cache)
     assert large_tensors(model) == already
     held = held_bytes(cache)
@@ -134,97 +127,78 @@ def test_a_quarter_of_the_prompt_holds_a_quarter_of_the_bytes(name: str) -> None
         model(random_tokens(1, 1), past_key_values=cache)
     assert large_tensors(model) == already
     assert cache.get_seq_length() == PROMPT_LENGTH + 1
-    cache = CACHES[name](model, 257)
+    cache = build(case, model, 257)
     drive(model, cache, random_rows((257, 200)), random_tokens(2, 40))
     assert sum(sum(roles.values()) for roles in cache.memory().values()) == held_bytes(cache) == cache.nbytes
 
 
 @every_cache
-def test_prefill_holds_one_whole_layer_at_a_time(name: str) -> None:
+def test_prefill_holds_one_whole_layer_at_a_time(case: CacheCase) -> None:
     """Looked at after every attention and after every layer, the cache holds the end's bytes and one full layer."""
-    num_layers, length = 4, 1024
-    model = wide_model(num_layers)
-    cache = CACHES[name](model, length)
+    model, length = wide_model(4), 1024
+    cache = build(case, model, length)
     samples: list[int] = []
     for layer in model.model.layers:
         layer.self_attn.o_proj.register_forward_pre_hook(lambda *_: samples.append(held_bytes(cache)))
         layer.register_forward_hook(lambda *_: samples.append(held_bytes(cache)))
     prefill(model, cache, length)
     layer_bytes = LAYER_BYTES * length // PROMPT_LENGTH
-    assert len(samples) == 2 * num_layers
-    assert max(samples) <= held_bytes(cache) + layer_bytes
+    assert len(samples) == 8 and max(samples) <= held_bytes(cache) + layer_bytes
     # After a layer is done, what it holds is pruned already, not when the whole prompt is through.
     assert samples[1] <= 0.8 * layer_bytes
 
 
 class LargeResults(TorchDispatchMode):
-    """Collects every operation that returns a tensor of at least so many elements in memory of its own."""
+    """
+    Collects every operation that returns a tensor of at least so many elements in memory of its own, which is not that
+    of `known` objects: caches and lists of tensors, as they are before the watch.
+    """
 
     def __init__(self, num_elements: int, *known: object) -> None:
-        """Args:
-        num_elements: What counts as large.
-        known: Objects whose tensors are no news: caches and lists of tensors, as they are before the watch.
-        """
         super().__init__()
         self.num_elements = num_elements
         # Kept alive, so that none of their addresses is given to a new tensor.
-        self.known_storages = [tensor.untyped_storage() for tensor in reachable_tensors(known)]
-        self.known = {storage.data_ptr() for storage in self.known_storages}
+        self.known = [tensor.untyped_storage() for tensor in reachable_tensors(known)]
         self.found: list[str] = []
         self.operations = 0
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         self.operations += 1
+        known = {storage.data_ptr() for storage in self.known}
         for item in tree_leaves(result):
-            if not isinstance(item, torch.Tensor) or item.numel() < self.num_elements:
-                continue
-            if item.untyped_storage().data_ptr() not in self.known:
-                self.found.append(f"{func}: {tuple(item.shape)}")
+            if isinstance(item, torch.Tensor) and item.numel() >= self.num_elements:
+                self.found += [str(func)] if item.untyped_storage().data_ptr() not in known else []
         return result
 
 
 # Every row's cache is far larger than any weight's product, so that nothing else in a step is of its size.
 DECODE_SLOTS = 300
-DECODING: dict[str, tuple[type[Cache], dict[str, Any]]] = {
-    "h2o": (H2OCache, {}),
-    "streaming_llm": (StreamingLLMCache, {}),
-    "streaming_llm_dense": (StreamingLLMCache, {"prefill": "dense"}),
-    "snapkv": (SnapKVCache, {"eviction_interval": 3}),
-    "knorm": (KnormCache, {"eviction_interval": 3}),
-}
+DECODING = [case for case in CACHE_CASES if case.is_bounded and (case in QUICK_CASES or case.short_name == "knorm")]
 
 
 @pytest.mark.parametrize("lengths", [(320, 320), (320, 310)], ids=["equal", "padded"])
-@pytest.mark.parametrize("name", DECODING)
-def test_the_same_memory_serves_every_step(name: str, lengths: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("case", DECODING, ids=lambda case: case.name)
+def test_the_same_memory_serves_every_step(case: CacheCase, lengths: tuple[int, ...]) -> None:
     """And a step makes nothing of the size of the cache, but where it gathers what stays into the same slots."""
     model = build_model("llama", head_dim=32)
-    cache_class, settings = DECODING[name]
     growing = DynamicCache(config=model.config)
     prefill(model, growing, 320)
     with torch.no_grad(), LargeResults(growing.layers[0].keys.numel(), growing, list(model.parameters())) as watch:
         model(random_tokens(1, 1), past_key_values=growing)
     assert len(watch.found) >= 6  # what the watch must see: keys and values of three layers
-    cache = cache_class(model.config, budget=DECODE_SLOTS, **settings)
-    seen: list[dict[int, int]] = []
-    total: list[int] = []
-
-    def note(step: int) -> None:
-        # Bookkeeping (a few numbers a row, the mask's columns) may move; what each head has for each slot may not.
-        per_slot = 4 * 2 * 2 * DECODE_SLOTS
-        seen.append({address: size for address, size in storages(cache).items() if size >= per_slot})
-        total.append(held_bytes(cache))
-
-    drive(model, cache, random_rows(lengths), random_tokens(2, 24), after_step=note)
+    cache = case.cache_class(model.config, **{**case.tight, "budget": DECODE_SLOTS})
+    held: list[dict[int, int]] = []
+    drive(model, cache, random_rows(lengths), random_tokens(2, 24), lambda step: held.append(storages(cache)))
+    # Bookkeeping (a few numbers a row, the mask's columns) may move; what each head has for each slot may not.
+    per_slot = 4 * 2 * 2 * DECODE_SLOTS
+    seen = [{address: size for address, size in each.items() if size >= per_slot} for each in held]
     assert len(seen[3]) >= 6  # keys and values of three layers
-    for later in seen[4:]:
-        assert later == seen[3]
+    assert all(later == seen[3] for later in seen[4:])
     # All that grows is the reading of the mask, which itself grows by a column a step.
-    assert total[-1] - total[3] <= (0 if lengths[0] == lengths[1] else 2 * 4 * 21) + 64
-    if "eviction_interval" in settings:
+    growth = sum(held[-1].values()) - sum(held[3].values())
+    assert growth <= (0 if lengths[0] == lengths[1] else 2 * 4 * 21) + 64
+    if "eviction_interval" in case.tight:
         return
     keys = cache.layers[0].keys
     assert keys.shape[0] == 2 and keys.shape[2] >= DECODE_SLOTS
@@ -233,16 +207,13 @@ def test_the_same_memory_serves_every_step(name: str, lengths: tuple[int, ...]) 
     arguments = {"attention_mask": mask, "position_ids": mask.sum(-1, keepdim=True) - 1} if lengths[1] < 320 else {}
     with torch.no_grad(), LargeResults(keys.numel() // 2, cache, list(model.parameters())) as watch:
         model(random_tokens(2, 1), past_key_values=cache, **arguments)
-    assert watch.operations > 50
-    assert not watch.found
+    assert watch.operations > 50 and not watch.found
 
 
 def test_h2o_prefill_never_makes_a_square_matrix() -> None:
     """All queries' attention is summed by key without ever holding a probability for each pair of tokens."""
-    length = 2048
-    model = wide_model(num_layers=1)
+    length, model = 2048, wide_model(num_layers=1)
     cache = H2OCache(model.config, budget=0.25)
     with LargeResults(length * length) as watch:
         prefill(model, cache, length)
-    assert watch.operations > 20
-    assert not watch.found
+    assert watch.operations > 20 and not watch.found

@@ -1,5 +1,8 @@
 """Attention in float64 by its definition, on any device, which the ops and their kernels are compared with."""
 
+import math
+from collections.abc import Callable
+
 import torch
 
 
@@ -90,3 +93,27 @@ def packed_decode(
         latest_sums.append(sums[0, 0, lengths[segment] :])
     output = torch.cat(outputs).view(query.shape[0], 1, query.shape[1], -1)
     return output, torch.cat(packed_sums), torch.stack(latest_sums).view(key.shape[:3])
+
+
+def check_rows_that_do_not_count(attention_scores: Callable, device: str) -> None:
+    """
+    Raises unless rows of weight 0 and of infinite log-sum-exps add nothing to scores, whatever they hold. The function
+    takes the arguments of `pyramid_cache.ops.reference.attention_scores`.
+    """
+    query, key = torch.randn(2, 4, 50, 64).to(device), torch.randn(2, 2, 80, 64).to(device)
+    lse = attention(query, key, 0.125, causal(50, 80, device=device))[1].float()
+    row_weights = torch.rand(2, 50).to(device)
+    row_weights[:, 5:9] = 0.0
+    lse[:, 1, 30], lse[:, 2, 31] = math.inf, -math.inf
+    arguments = (key, lse, row_weights, None, 0.125, None, True)
+    expected = attention_scores(query, *arguments)
+    query[:, :, 5], query[:, :, 6], query[:, 1, 30], query[:, 2, 31] = math.nan, math.inf, math.nan, -math.inf
+    lse[:, :, 7], lse[:, :, 8] = math.nan, -1e30
+    found = attention_scores(query, *arguments)
+    assert found.isfinite().all() and torch.equal(found, expected)
+    # What counts and is NaN stays in its row of the batch, and in its group. Row 20 of 50 sees the first 51 keys.
+    query[1, 0, 20] = math.nan
+    spoiled = attention_scores(query, *arguments)
+    assert spoiled[1, 0, :51].isnan().all()
+    spoiled[1, 0, :51] = expected[1, 0, :51]
+    assert torch.equal(spoiled, expected)

@@ -11,7 +11,6 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -33,30 +32,13 @@ from pyramid_cache.ops import triton_packed, triton_scores, triton_shadow  # noq
 # Bytes of shared memory that one block may have, by compute capability. An A100 (8.0) has 166,912; GPUs of capability
 # 8.6 and 8.9 run the same code and have less.
 SHARED_MEMORY = {80: 101_376, 90: 232_448}
-POINTER_TYPES = {
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.float32: "*fp32",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-    torch.bool: "*i1",
-    torch.uint8: "*u8",
-    torch.int8: "*i8",
-}
+POINTER_TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.bool: "*i1"}
+POINTER_TYPES |= {torch.int8: "*i8", torch.int32: "*i32", torch.int64: "*i64"}
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion")
-# What every kernel is compiled for: each dtype and each width of heads, the largest blocks among them.
-SIZES = ((torch.bfloat16, 128), (torch.bfloat16, 256), (torch.float16, 64), (torch.float32, 256))
 
 
 class Launch:
-    """
-    A launch of a kernel, as the compiler sees it.
-
-    Args:
-        kernel (`JITFunction`): What was launched.
-        arguments (`tuple`): Its positional arguments.
-        named (`dict`): Its named arguments, and options of the compiler.
-    """
+    """A launch of a kernel with its arguments, and options of the compiler among them, as the compiler sees it."""
 
     def __init__(self, kernel: JITFunction, arguments: tuple, named: dict) -> None:
         self.kernel = kernel
@@ -69,8 +51,7 @@ class Launch:
             value = bound.arguments[parameter.name]
             is_specialized = not parameter.do_not_specialize
             if parameter.is_constexpr or value is None or (is_specialized and type(value) is int and value == 1):
-                self.signature[parameter.name] = "constexpr"
-                self.constants[parameter.name] = value
+                self.signature[parameter.name], self.constants[parameter.name] = "constexpr", value
                 continue
             if isinstance(value, torch.Tensor):
                 self.signature[parameter.name], number = POINTER_TYPES[value.dtype], value.data_ptr()
@@ -90,11 +71,11 @@ class Launch:
             tuple(sorted(self.attributes)),
         )
 
-    def compile(self, capability: int) -> tuple[str, dict[str, int]]:
-        """The assembler text and the registers, bytes of stack and of shared memory on a GPU of this capability."""
+    def compile(self, capability: int) -> dict[str, int]:
+        """The registers, bytes of stack and of shared memory on a GPU of this capability."""
         source = ASTSource(self.kernel, self.signature, self.constants, self.attributes)
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=self.options)
-        return compiled.asm["ptx"], {**resource_usage(compiled.asm["cubin"]), "shared": compiled.metadata.shared}
+        return {**resource_usage(compiled.asm["cubin"]), "shared": compiled.metadata.shared}
 
 
 def resource_usage(cubin: bytes) -> dict[str, int]:
@@ -103,25 +84,10 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
-        ).stdout
+        text = subprocess.check_output([tool, "--dump-resource-usage", file.name], text=True)
     used = {name.lower(): int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
     assert set(used) == {"reg", "stack", "local"}, text
     return used
-
-
-def caught_launches(call: Callable[[], object]) -> list[Launch]:
-    """The launches of a function, none of which runs."""
-    launches = []
-
-    def run(self, *arguments, grid, warmup, **named):
-        launches.append(Launch(self, arguments, named))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(JITFunction, "run", run)
-        call()
-    return launches
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -203,25 +169,17 @@ RARE_CALLS: dict[str, tuple[Callable, int, dict[str, Any]]] = {
 
 
 def launches_of(name: str, dtype: torch.dtype, head_dim: int, length: int | None = None) -> list[Launch]:
-    run, own_length, options = (CALLS | RARE_CALLS)[name]
-    return caught_launches(lambda: run(dtype, head_dim, length or own_length, **options))
+    """What a call launches. None of it runs."""
+    call, own_length, options = (CALLS | RARE_CALLS)[name]
+    launches = []
 
+    def run(self, *arguments, grid, warmup, **named):
+        launches.append(Launch(self, arguments, named))
 
-def check(name: str, dtype: torch.dtype, head_dim: int, capability: int) -> list[str]:
-    """Compiles what a call launches, prints what it needs, and gives the lines where that is too much."""
-    failures = []
-    table = triton_scores.HOPPER_SCORE_BLOCKS if capability == 90 else triton_scores.SCORE_BLOCKS
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton_scores, "score_blocks", lambda device: table)
-        launches = {launch.key: launch for launch in launches_of(name, dtype, head_dim)}
-    assert launches, "nothing was launched"
-    for launch in launches.values():
-        _, used = launch.compile(capability)
-        line = f"{launch.kernel.fn.__name__} {dtype} {head_dim} sm_{capability} {launch.options}: {used}"
-        print(line)
-        if used["stack"] or used["local"] or used["shared"] > SHARED_MEMORY[capability]:
-            failures.append(line)
-    return failures
+        patch.setattr(JITFunction, "run", run)
+        call(dtype, head_dim, length or own_length, **options)
+    return launches
 
 
 @pytest.fixture(autouse=True)
@@ -232,7 +190,9 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "num_multiprocessors", lambda device: 132)
 
 
-# Registers that are spilled, or too much shared memory, are listed.
+# What every kernel is compiled for: each dtype and each width of heads, the largest blocks among them.
+SIZES = ((torch.bfloat16, 128), (torch.bfloat16, 256), (torch.float16, 64), (torch.float32, 256))
+RARE_SIZES = ((torch.bfloat16, 96), (torch.bfloat16, 256))
 
 
 @pytest.mark.parametrize(
@@ -242,35 +202,41 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("decode and evict", torch.bfloat16, 128, 90),
         ("window", torch.float32, 64, 80),
         ("packed decode", torch.bfloat16, 128, 90),
+        *(
+            pytest.param(name, *size, capability, marks=pytest.mark.slow)
+            for name in CALLS | RARE_CALLS
+            for size in (RARE_SIZES if name in RARE_CALLS else SIZES)
+            for capability in SHARED_MEMORY
+        ),
     ],
 )
-def test_some_kernels_do_not_spill(name: str, dtype: torch.dtype, head_dim: int, capability: int) -> None:
-    assert check(name, dtype, head_dim, capability) == []
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CALLS | RARE_CALLS)
-def test_kernels_do_not_spill(name: str) -> None:
-    sizes = ((torch.bfloat16, 96), (torch.bfloat16, 256)) if name in RARE_CALLS else SIZES
-    cases = product(sizes, SHARED_MEMORY)
-    assert [line for size, capability in cases for line in check(name, *size, capability)] == []
+def test_kernels_do_not_spill(
+    name: str, dtype: torch.dtype, head_dim: int, capability: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever a call launches. What it needs is printed."""
+    table = triton_scores.HOPPER_SCORE_BLOCKS if capability == 90 else triton_scores.SCORE_BLOCKS
+    monkeypatch.setattr(triton_scores, "score_blocks", lambda device: table)
+    launches = {launch.key: launch for launch in launches_of(name, dtype, head_dim)}
+    assert launches, "nothing was launched"
+    for launch in launches.values():
+        used = launch.compile(capability)
+        print(launch.kernel.fn.__name__, launch.options, used)
+        assert used["stack"] == used["local"] == 0 and used["shared"] <= SHARED_MEMORY[capability]
 
 
 @pytest.mark.slow
 def test_spills_are_seen() -> None:
     [launch] = launches_of("all rows", torch.bfloat16, 128)
     launch.options["maxnreg"] = 64
-    _, used = launch.compile(90)
-    assert used["stack"] > 0
+    assert launch.compile(90)["stack"] > 0
 
 
 def test_no_length_is_compiled_anew() -> None:
     # Multiples of 16 and not, and splits of other numbers: the compiler could take each of them for a case of its own.
     for name in (*CALLS, "long eviction"):
-        long = 10 if name == "long eviction" else 1
-        variants = [
-            [launch.key for launch in launches_of(name, torch.float16, 64, long * length)]
-            for length in (5000, 5001, 5008, 6016, 7777)
-        ]
+        lengths = [5000, 5001, 5008, 6016, 7777]
+        if name == "long eviction":
+            lengths = [10 * length for length in lengths]
+        variants = [[launch.key for launch in launches_of(name, torch.float16, 64, length)] for length in lengths]
         assert variants[0]
         assert all(variant == variants[0] for variant in variants), name

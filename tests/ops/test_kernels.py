@@ -24,14 +24,11 @@ def heads_last(tensor: torch.Tensor) -> torch.Tensor:
     return storage[..., :width].transpose(1, 2).copy_(tensor)
 
 
-def dims_first(tensor: torch.Tensor) -> torch.Tensor:
-    """The same numbers, laid out so that the numbers of one head of one token are far apart."""
-    return tensor.transpose(2, 3).contiguous().transpose(2, 3)
-
-
 def laid_out(options: str, *tensors: torch.Tensor) -> list[torch.Tensor]:
-    changes = [change for change in (heads_last, dims_first) if change.__name__ in options]
-    return [changes[0](tensor) for tensor in tensors] if changes else list(tensors)
+    """Or so that the numbers of one head of one token are far apart."""
+    if "heads_last" in options:
+        return [heads_last(tensor) for tensor in tensors]
+    return [tensor.mT.contiguous().mT if "dims_first" in options else tensor for tensor in tensors]
 
 
 @pytest.mark.parametrize(
@@ -70,23 +67,7 @@ def test_scores(case: tuple) -> None:
 
 
 def test_rows_that_do_not_count_add_nothing_whatever_they_hold() -> None:
-    query, key = random(2, 4, 50, 64), random(2, 2, 80, 64)
-    lse = exact.attention(query, key, 0.125, exact.causal(50, 80, device=DEVICE))[1].float()
-    row_weights = torch.rand(2, 50).to(DEVICE)
-    row_weights[:, 5:9] = 0.0
-    lse[:, 1, 30], lse[:, 2, 31] = INFINITY, -INFINITY
-    arguments = (key, lse, row_weights, None, 0.125, None, True)
-    expected = triton_scores.attention_scores(query, *arguments)
-    query[:, :, 5], query[:, :, 6], query[:, 1, 30], query[:, 2, 31] = NAN, INFINITY, NAN, -INFINITY
-    lse[:, :, 7], lse[:, :, 8] = NAN, -1e30
-    found = triton_scores.attention_scores(query, *arguments)
-    assert found.isfinite().all() and torch.equal(found, expected)
-    # What counts and is NaN stays in its row of the batch, and in its group. Row 20 of 50 sees the first 51 keys.
-    query[1, 0, 20] = NAN
-    spoiled = triton_scores.attention_scores(query, *arguments)
-    assert spoiled[1, 0, :51].isnan().all()
-    spoiled[1, 0, :51] = expected[1, 0, :51]
-    assert torch.equal(spoiled, expected)
+    exact.check_rows_that_do_not_count(triton_scores.attention_scores, DEVICE)
 
 
 @pytest.mark.parametrize(
@@ -178,42 +159,19 @@ def test_strides_beyond_31_bits() -> None:
     assert torch.equal(far[:, :, untouched], near[:, :, untouched])
 
 
-class Cache:
-    """A cache of heavy hitters for a batch of 2, whose tensors are views cut out of larger ones."""
-
-    def __init__(
-        self, kv_heads: int, slots: int, head_dim: int, value_dim: int, dtype: torch.dtype, num_empty: int
-    ) -> None:
-        torch.manual_seed(slots)
-        order = torch.stack([torch.randperm(slots) for _ in range(2 * kv_heads)]).view(2, kv_heads, slots)
-        self.storages = [
-            random(2, slots + 3, kv_heads + 1, head_dim, dtype=dtype),
-            random(2, kv_heads, slots + 3, value_dim + 5, dtype=dtype),
-            torch.full((2, kv_heads + 1, slots, 2), -7, dtype=torch.int32, device=DEVICE),
-            random(slots + 3, 2, kv_heads),
-        ]
-        self.key = self.storages[0][:, 2:-1, 1:].transpose(1, 2)
-        self.value = self.storages[1][:, :, 1:-2, 3:-2]
-        self.positions = self.storages[2][:, 1:, :, 1]
-        self.scores = self.storages[3][3:].permute(1, 2, 0)
-        self.positions.copy_((order - num_empty).clamp_min(-1))
-        self.next_position = slots - num_empty
-
-    def surroundings(self) -> list[torch.Tensor]:
-        """What lies beside the views. The cache is empty afterwards."""
-        for view in (self.key, self.value, self.positions, self.scores):
-            view.zero_()
-        return self.storages
-
-    def step(self, function, query, new_key, new_value, num_recent, evicts, sinks, softcap, has_empty) -> tuple:
-        """Lets one function decode a token into the first empty slots, and evict."""
-        self.next_position += 1
-        next_position = torch.full((2, 1, 1), self.next_position, dtype=torch.int32, device=DEVICE)
-        slots = (self.positions < 0).int().argmax(dim=-1, keepdim=True)
-        return function(
-            query, new_key, new_value, slots, next_position, num_recent, evicts, sinks,
-            self.key, self.value, self.positions, self.scores, 0.2, softcap, has_empty,
-        )  # fmt: skip
+def new_cache(kv_heads: int, slots: int, head_dim: int, value_dim: int, dtype, num_empty: int) -> tuple[list, list]:
+    """Keys, values, positions and scores of a batch of 2, as views, and the larger tensors that they are cut from."""
+    torch.manual_seed(slots)
+    order = torch.rand(2, kv_heads, slots).argsort(dim=-1)
+    storages = [
+        random(2, slots + 3, kv_heads + 1, head_dim, dtype=dtype),
+        random(2, kv_heads, slots + 3, value_dim + 5, dtype=dtype),
+        torch.full((2, kv_heads + 1, slots, 2), -7, dtype=torch.int32, device=DEVICE),
+        random(slots + 3, 2, kv_heads),
+    ]
+    positions = storages[2][:, 1:, :, 1].copy_((order - num_empty).clamp_min(-1))
+    key, value = storages[0][:, 2:-1, 1:].transpose(1, 2), storages[1][:, :, 1:-2, 3:-2]
+    return [key, value, positions, storages[3][3:].permute(1, 2, 0)], storages
 
 
 def search_tile_by_tile(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,9 +196,10 @@ def test_steps_of_eviction(case: tuple, monkeypatch: pytest.MonkeyPatch) -> None
     dtype, group, kv_heads, slots, head_dim, value_dim, num_empty, options = case
     if "tiles" in options:
         search_tile_by_tile(monkeypatch)
-    found, expected = (Cache(kv_heads, slots, head_dim, value_dim, one, num_empty) for one in (dtype, F32))
-    is_empty = (found.positions < 0)[..., None]
-    for ours, theirs in ((found.key, expected.key), (found.value, expected.value)):
+    sizes = kv_heads, slots, head_dim, value_dim
+    (found, storages), (expected, _) = (new_cache(*sizes, one, num_empty) for one in (dtype, F32))
+    is_empty = (found[2] < 0)[..., None]
+    for ours, theirs in zip(found[:2], expected[:2], strict=True):
         # The specification multiplies what empty slots hold by zero.
         theirs.copy_(ours.masked_fill(is_empty, 0.0))
         ours.masked_fill_(is_empty, NAN)
@@ -256,27 +215,30 @@ def test_steps_of_eviction(case: tuple, monkeypatch: pytest.MonkeyPatch) -> None
             heads_last(random(2, kv_heads, 1, head_dim, dtype=dtype)),
             random(2, kv_heads, 1, value_dim, dtype=dtype),
         )
-        rest = (
+        given = (
+            (found[2] < 0).int().argmax(dim=-1, keepdim=True),
+            torch.full((2, 1, 1), slots - num_empty + step + 1, dtype=torch.int32, device=DEVICE),
             num_recent.view(2, 1, 1).to(DEVICE),
             torch.tensor([True, step % period != 4], device=DEVICE) if "evicts" in options else None,
             sinks,
-            4.0 if "softcap" in options else None,
-            num_empty > 1 or step % 2 == 0,
         )
-        output, lse, victims = found.step(triton_scores.decode_attention_and_evict, *tensors, *rest)
-        wanted = expected.step(reference.decode_attention_and_evict, *(tensor.float() for tensor in tensors), *rest)
-        is_evicted = expected.positions.gather(2, wanted[2]) < 0
+        rest = 0.2, 4.0 if "softcap" in options else None, num_empty > 1 or step % 2 == 0
+        output, lse, victims = triton_scores.decode_attention_and_evict(*tensors, *given, *found, *rest)
+        exact_tensors = (tensor.float() for tensor in tensors)
+        wanted = reference.decode_attention_and_evict(*exact_tensors, *given, *expected, *rest)
+        is_evicted, is_held = expected[2].gather(2, wanted[2]) < 0, expected[2] >= 0
         assert torch.equal(victims[is_evicted], wanted[2][is_evicted])
-        assert torch.equal(found.positions, expected.positions)
+        assert torch.equal(found[2], expected[2])
         torch.testing.assert_close(output.float(), wanted[0], **tolerance)
         torch.testing.assert_close(lse, wanted[1], rtol=1e-5, atol=1e-5)
-        is_held = found.positions >= 0
-        torch.testing.assert_close(found.scores[is_held], expected.scores[is_held], rtol=1e-5, atol=2e-5)
-        for ours, theirs in ((found.key, expected.key), (found.value, expected.value)):
+        torch.testing.assert_close(found[3][is_held], expected[3][is_held], rtol=1e-5, atol=2e-5)
+        for ours, theirs in zip(found[:2], expected[:2], strict=True):
             assert torch.equal(ours[is_held].float(), theirs[is_held])
-    fresh = Cache(kv_heads, slots, head_dim, value_dim, dtype, num_empty)
-    for one, other in zip(found.surroundings(), fresh.surroundings(), strict=True):
-        assert torch.equal(one, other)
+    # What lies beside the views is as it was.
+    views, fresh = new_cache(*sizes, dtype, num_empty)
+    for view in (*found, *views):
+        view.zero_()
+    assert all(map(torch.equal, storages, fresh))
 
 
 VICTIMS = [

@@ -1,7 +1,9 @@
 """The ops of a ShadowKV cache: their specification against loops, and how they meet `torch.library` and compilers."""
 
 import math
+from itertools import product
 
+import exact
 import pytest
 import torch
 from shadow_step import inverse_frequencies, loaded_tokens, random_incoming, step, step_tensors
@@ -13,29 +15,7 @@ from pyramid_cache.ops import shadow, shadow_reference
 BF16, F32 = torch.bfloat16, torch.float32
 
 
-def slow_selection(
-    query: torch.Tensor, landmarks: torch.Tensor, mask: torch.Tensor, num_chunks: int, scaling: float
-) -> list[set[int]]:
-    """The chunks of one row of a batch, head by head: `(heads, rows, head_dim)`, `(kv_heads, chunks, head_dim)`."""
-    group = query.shape[0] // landmarks.shape[0]
-    selected = []
-    for kv_head in range(landmarks.shape[0]):
-        chunks = [chunk for chunk in range(landmarks.shape[1]) if mask[kv_head, chunk]]
-        best = dict.fromkeys(chunks, 0.0)
-        for head in range(kv_head * group, (kv_head + 1) * group):
-            sums = dict.fromkeys(chunks, 0.0)
-            for vector in query[head]:
-                weights = {c: math.exp(scaling * float(vector @ landmarks[kv_head, c])) for c in chunks}
-                for chunk in chunks:
-                    sums[chunk] += weights[chunk] / sum(weights.values())
-            best = {chunk: max(best[chunk], sums[chunk]) for chunk in chunks}
-        selected.append(set(sorted(chunks, key=lambda chunk: -best[chunk])[:num_chunks]))
-    return selected
-
-
-def slow_key(
-    unrotated: torch.Tensor, position: int, inverse_frequencies: torch.Tensor, scaling: float, interleaved: bool
-) -> list[float]:
+def slow_key(unrotated, position: int, inverse_frequencies, scaling: float, interleaved: bool) -> list[float]:
     """One key `(head_dim,)`, turned pair by pair."""
     key, pairs = unrotated.tolist(), len(inverse_frequencies)
     for pair in range(pairs):
@@ -48,7 +28,7 @@ def slow_key(
 
 
 @pytest.mark.parametrize("batch, heads, kv_heads, rows", [(1, 3, 3, 1), (3, 6, 2, 1), (3, 4, 1, 5)])
-def test_selected_chunks_are_those_of_the_loop(batch: int, heads: int, kv_heads: int, rows: int) -> None:
+def test_selected_chunks_draw_most_attention(batch: int, heads: int, kv_heads: int, rows: int) -> None:
     for num_chunks, mask_heads in ((3, kv_heads), (11, 1), (11, kv_heads), (16, None), (3, None)):
         query, landmarks = torch.randn(batch, heads, rows, 20), torch.randn(batch, kv_heads, 11, 20)
         mask = None
@@ -57,14 +37,17 @@ def test_selected_chunks_are_those_of_the_loop(batch: int, heads: int, kv_heads:
             mask[-1, -1] = False
         selected = shadow.select_chunks(query, landmarks, num_chunks=num_chunks, scaling=0.4, mask=mask)
         assert selected.shape == (batch, kv_heads, num_chunks) and selected.dtype == torch.int64
-        everything = torch.ones(batch, kv_heads, 11, dtype=torch.bool)
-        allowed = everything if mask is None else everything & mask
-        for row in range(batch):
-            wanted = slow_selection(query[row].double(), landmarks[row].double(), allowed[row], num_chunks, 0.4)
-            for head in range(kv_heads):
-                found = selected[row, head].tolist()
-                assert set(found) - {-1} == wanted[head]
-                assert found[len(wanted[head]) :] == [-1] * (num_chunks - len(wanted[head]))
+        allowed = torch.ones(batch, kv_heads, 11, dtype=torch.bool) if mask is None else mask.expand(-1, kv_heads, -1)
+        for_heads = allowed.repeat_interleave(heads // kv_heads, dim=1)[:, :, None]
+        probabilities, _ = exact.attention(query, landmarks, 0.4, for_heads)
+        sums = exact.scores_of(probabilities, kv_heads, group_sum=False)
+        best = sums.unflatten(1, (kv_heads, -1)).amax(dim=2)
+        for row, head in product(range(batch), range(kv_heads)):
+            chunks = allowed[row, head].nonzero().flatten().tolist()
+            wanted = sorted(chunks, key=best[row, head].tolist().__getitem__, reverse=True)[:num_chunks]
+            found = selected[row, head].tolist()
+            assert set(found[: len(wanted)]) == set(wanted)
+            assert found[len(wanted) :] == [-1] * (num_chunks - len(wanted))
 
 
 def test_selection_takes_query_rows_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,18 +68,12 @@ def test_plan_keeps_hits_and_loads_misses_only(places: int, chunks: int) -> None
         wanted[torch.rand(wanted.shape) < 0.1] = -1
         incoming = shadow.plan_chunks(held, wanted.view(2, 3, places)).view(6, places)
         for head in range(6):
-            before = list(buffer[head])
-            asked = {chunk for chunk in wanted[head].tolist() if chunk >= 0}
+            before, asked = list(buffer[head]), {chunk for chunk in wanted[head].tolist() if chunk >= 0}
             loads = {place: chunk for place, chunk in enumerate(incoming[head].tolist()) if chunk >= 0}
-            for place, chunk in loads.items():
-                assert before[place] not in asked
-                buffer[head][place] = chunk
-            assert len(loads) == len(asked - set(before))
+            assert len(loads) == len(asked - set(before)) and not asked.intersection(before[place] for place in loads)
             for place, chunk in enumerate(held.view(6, places)[head].tolist()):
-                if before[place] in asked:
-                    assert chunk == before[place] and place not in loads
                 # What is held is what was loaded last; a place that is left over is marked, whatever lies there.
-                assert chunk in (-1, buffer[head][place])
+                assert chunk in (-1, loads.get(place, before[place])) and (chunk >= 0 or before[place] not in asked)
                 buffer[head][place] = chunk
             assert sorted(chunk for chunk in buffer[head] if chunk >= 0) == sorted(asked)
 

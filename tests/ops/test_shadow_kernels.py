@@ -1,5 +1,7 @@
 """The Triton kernels of a ShadowKV cache against their specification."""
 
+from itertools import product
+
 import pytest
 import torch
 from kernel_device import BF16, DEVICE, F16, F32, IS_INTERPRETED, MARKS, needs_gpu, on_gpu
@@ -25,49 +27,40 @@ def test_plans_are_those_of_the_specification(places: int, chunks: int) -> None:
     # A buffer's books may be a slice with its places apart.
     held_here = torch.full((batch, kv_heads, 2 * places), -1, device=DEVICE)[..., ::2]
     for turn in range(3 if places == 100 else 8):
-        wanted = torch.stack([torch.randperm(chunks)[:places] for _ in range(batch * kv_heads)])
-        wanted = wanted.view(batch, kv_heads, places)
+        wanted = torch.rand(batch, kv_heads, chunks).argsort(dim=-1)[..., :places]
         if turn % 2:
             wanted[torch.rand(wanted.shape) < 0.1] = -1
         incoming = shadow_reference.plan_chunks(held, wanted)
         found = triton_shadow.plan_chunks(held_here, wanted.to(DEVICE))
-        assert torch.equal(found.cpu(), incoming)
-        assert torch.equal(held_here.cpu(), held)
+        assert torch.equal(found.cpu(), incoming) and torch.equal(held_here.cpu(), held)
+
+
+# Batch, KV heads, rank, head_dim, dimensions that turn, whether pairs are interleaved, and the size of chunks.
+SHAPES = [
+    (1, 2, 5, 64, 64, False, 8),
+    (2, 1, 160, 128, 128, True, 8),
+    (1, 3, 40, 80, 32, False, 5),
+    (2, 2, 33, 80, 20, True, 5),
+    (1, 2, 40, 256, 256, False, 8),
+    (1, 2, 5, 64, 0, False, 3),
+]
+# Of the buffer, and of the factors: one case for each shape in the interpreter, and all pairs on a GPU.
+DTYPES = [(F32, F32, F32), (F16, F16, F16), (F32, F16, F32), (F16, I8, F16), (F32, I8, F32), (F32, F32, F32)]
+GPU_DTYPES = [(BF16, BF16, BF16), (BF16, BF16, F32), (F16, F16, F16), (F32, I8, F32)]
 
 
 @pytest.mark.parametrize(
-    "case",
-    [
-        ((F32, F32, F32), 1, 2, 5, 64, 64, False, 8),
-        ((F16, F16, F16), 2, 1, 160, 128, 128, True, 8),
-        ((F32, F16, F32), 1, 3, 40, 80, 32, False, 5),
-        ((F16, I8, F16), 2, 2, 33, 80, 20, True, 5),
-        ((F32, I8, F32), 1, 2, 40, 256, 256, False, 8),
-        ((F32, F32, F32), 1, 2, 5, 64, 0, False, 3),
-        *(
-            on_gpu((dtypes, *shape))
-            for dtypes in ((BF16, BF16, BF16), (BF16, BF16, F32), (F16, F16, F16), (F32, I8, F32))
-            for shape in (
-                (1, 2, 5, 64, 64, False, 8),
-                (2, 1, 160, 128, 128, True, 8),
-                (1, 3, 40, 80, 32, False, 5),
-                (2, 2, 33, 80, 20, True, 5),
-                (1, 2, 40, 256, 256, False, 8),
-                (1, 2, 5, 64, 0, False, 3),
-            )
-        ),
-    ],
+    "dtypes, shape", [*zip(DTYPES, SHAPES, strict=True), *(on_gpu(*pair) for pair in product(GPU_DTYPES, SHAPES))]
 )
-def test_reconstructed_keys_are_those_of_the_specification(case: tuple) -> None:
-    dtypes, batch, kv_heads, rank, head_dim, rotary_dim, interleaved, chunk_size = case
+def test_reconstructed_keys_are_those_of_the_specification(dtypes: tuple, shape: tuple) -> None:
+    batch, kv_heads, rank, head_dim, rotary_dim, interleaved, chunk_size = shape
     buffer_dtype, low_rank_dtype, basis_dtype = dtypes
     places, tokens = 11, 13 * chunk_size - 2
     # Products are of numbers about one; what is stored in a byte is larger, and the basis smaller.
     size = 40 * rank**0.5 if low_rank_dtype == I8 else 1
     low_rank = (size * torch.randn(batch, tokens, rank) / rank**0.5).to(low_rank_dtype)
     # As in the paper's code: the rank is the last dimension in memory.
-    basis = torch.randn(batch, kv_heads, head_dim, rank) / size
-    basis = basis.to(basis_dtype).transpose(-1, -2)
+    basis = (torch.randn(batch, kv_heads, head_dim, rank) / size).to(basis_dtype).mT
     incoming = random_incoming(batch, kv_heads, places, 13)
     # Long prompts: float32 has no digits left for the fraction of a turn at 1,000,000 radians.
     positions = torch.randint(0, 1_200_000, (batch, tokens), dtype=torch.int32)
@@ -75,8 +68,7 @@ def test_reconstructed_keys_are_those_of_the_specification(case: tuple) -> None:
     # A slice of a larger buffer, whose heads and slots are the other way round in memory.
     wanted = torch.randn(batch, places * chunk_size + 7, kv_heads, head_dim).to(buffer_dtype).transpose(1, 2)
     found = wanted.to(DEVICE, copy=True)
-    part = slice(3, 3 + places * chunk_size)
-    inputs = (low_rank, basis, incoming, positions, frequencies)
+    part, inputs = slice(3, 3 + places * chunk_size), (low_rank, basis, incoming, positions, frequencies)
     shadow_reference.reconstruct_keys(wanted[:, :, part], *inputs, 1.25, interleaved, chunk_size)
     triton_shadow.reconstruct_keys(
         found[:, :, part], *(tensor.to(DEVICE) for tensor in inputs), 1.25, interleaved, chunk_size
@@ -90,17 +82,15 @@ def test_reconstructed_keys_are_those_of_the_specification(case: tuple) -> None:
 def test_gathered_values_are_those_of_the_specification(
     batch: int, kv_heads: int, value_dim: int, chunk_size: int, dtype: torch.dtype
 ) -> None:
-    places, tokens = 4, 5 * chunk_size - 2
+    places, tokens, part = 4, 5 * chunk_size - 2, slice(3, 3 + 4 * chunk_size)
     values = torch.randn(batch, kv_heads, tokens, value_dim, dtype=dtype)
     incoming = random_incoming(batch, kv_heads, places, 5)
     wanted = torch.randn(batch, places * chunk_size + 7, kv_heads, value_dim, dtype=dtype).transpose(1, 2)
     start = wanted.clone()
-    part = slice(3, 3 + places * chunk_size)
     shadow_reference.gather_values(wanted[:, :, part], values, incoming, chunk_size)
     # Heads that follow each other, and tokens that do.
     for source in (values, values.transpose(1, 2).contiguous().transpose(1, 2)):
-        places_of_source = [source] if IS_INTERPRETED else [source.to(DEVICE), source.pin_memory()]
-        for here in places_of_source:
+        for here in [source] if IS_INTERPRETED else [source.to(DEVICE), source.pin_memory()]:
             found = start.to(DEVICE, copy=True)
             triton_shadow.gather_values(found[:, :, part], here, incoming.to(DEVICE), chunk_size)
             assert torch.equal(found.cpu(), wanted)
