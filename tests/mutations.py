@@ -200,7 +200,7 @@ scores = scores.«amax→mean»(dim=2)
 with torch.autocast(device_type, enabled=«False→True»):
 = ops/triton_scores.py: ops/test_kernels
 «tl.where(keys >= start, sums, 0.0)→sums»
-mass += «tl.where(slots == slot, 0.0, score)→score»
+mass += tl.sum(«tl.where(logits == float("-inf"), 0.0, probabilities)→probabilities», axis=0)
 = ops/triton_packed.py: ops/test_packed_kernels
 latest_parts + «(length + part_size - 1)→length» // part_size
 = ops/triton_shadow.py: ops/test_shadow_kernels

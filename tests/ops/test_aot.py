@@ -118,17 +118,6 @@ def run_decode(dtype: torch.dtype, head_dim: int, slots: int, group: int = 4, ma
     triton_scores.decode_attention(*states, is_held, sinks, 0.1, None)
 
 
-def run_evict(dtype: torch.dtype, head_dim: int, slots: int, has_empty_slots: bool = True) -> None:
-    query, key, value = decode_states(dtype, head_dim, slots)
-    new = empty(2, 1, 2, head_dim, dtype=dtype).transpose(1, 2)
-    slot, number = empty(2, 2, 1, dtype=torch.int64), empty(2, 1, 1, dtype=torch.int32)
-    positions, scores = empty(2, 2, slots, dtype=torch.int32), empty(2, 2, slots)
-    # Full caches of padded batches, of models with attention sinks and a softcap.
-    evicts, sinks, softcap = (None, None, None) if has_empty_slots else (empty(2, dtype=torch.bool), empty(8), 30.0)
-    given, state = (query, new, new, slot, number, number, evicts, sinks), (key, value, positions, scores)
-    triton_scores.decode_attention_and_evict(*given, *state, 0.1, softcap, has_empty_slots)
-
-
 def run_packed(dtype: torch.dtype, head_dim: int, longest: int, group: int = 4, softcap: float | None = None) -> None:
     """The latest tokens are in some of 64 slots."""
     lengths = [longest, longest // 7, 0, 17]
@@ -154,7 +143,6 @@ CALLS: dict[str, tuple[Callable, int, dict[str, Any]]] = {
     "all rows": (run_scores, 9000, {}),
     "window": (run_scores, 2000, {"rows": 24, "weights": True, "start": True}),
     "decode": (run_decode, 3000, {"mask": True}),
-    "decode and evict": (run_evict, 3000, {}),
     "packed decode": (run_packed, 9000, {}),
     "shadow": (run_shadow, 9000, {}),
 }
@@ -164,7 +152,6 @@ RARE_CALLS: dict[str, tuple[Callable, int, dict[str, Any]]] = {
     "scores with softcap": (run_scores, 2000, {"softcap": 50.0, "weights": True, "group_sum": False}),
     "large group": (run_decode, 3000, {"group": 48}),
     "packed decode of a large group": (run_packed, 3000, {"group": 48, "softcap": 30.0}),
-    "long eviction": (run_evict, 9000, {"has_empty_slots": False}),
 }
 
 
@@ -199,7 +186,7 @@ RARE_SIZES = ((torch.bfloat16, 96), (torch.bfloat16, 256))
     "name, dtype, head_dim, capability",
     [
         ("all rows", torch.bfloat16, 128, 90),
-        ("decode and evict", torch.bfloat16, 128, 90),
+        ("decode", torch.bfloat16, 128, 90),
         ("window", torch.float32, 64, 80),
         ("packed decode", torch.bfloat16, 128, 90),
         *(
@@ -233,10 +220,8 @@ def test_spills_are_seen() -> None:
 
 def test_no_length_is_compiled_anew() -> None:
     # Multiples of 16 and not, and splits of other numbers: the compiler could take each of them for a case of its own.
-    for name in (*CALLS, "long eviction"):
-        lengths = [5000, 5001, 5008, 6016, 7777]
-        if name == "long eviction":
-            lengths = [10 * length for length in lengths]
+    for name in CALLS:
+        lengths = (5000, 5001, 5008, 6016, 7777)
         variants = [[launch.key for launch in launches_of(name, torch.float16, 64, length)] for length in lengths]
         assert variants[0]
         assert all(variant == variants[0] for variant in variants), name

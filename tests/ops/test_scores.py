@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import itertools
 import os
 import sys
 from collections.abc import Callable
@@ -105,62 +104,6 @@ def test_decode_attention_is_attention_of_the_whole_matrix(dtype) -> None:
             assert (probabilities - expected[2]).abs().max() <= limit * heads // kv_heads + limit
 
 
-def slow_decode(query, key, value, positions, scores, new_key, new_value, slots, next_position, num_recent, evicts):
-    """A decode step in float64 whose victims a loop finds, in place; returns outputs and victims."""
-    for held, new in ((key, new_key), (value, new_value)):
-        held.scatter_(2, slots[..., None].expand_as(new), new)
-    positions.scatter_(2, slots, (next_position - 1).expand_as(slots))
-    output, _, probabilities = exact.decode(query, key, value, positions >= 0, None, 1 / 8, None)
-    scores.scatter_(2, slots, 0.0).add_(probabilities)
-    victims = torch.full(slots.shape, -1)
-    for row, head in itertools.product(*map(range, slots.shape[:2])):
-        limit = (next_position - num_recent)[row].item()
-        loser = min(
-            (slot for slot in range(key.shape[2]) if 0 <= positions[row, head, slot] < limit),
-            key=lambda slot: (scores[row, head, slot].item(), positions[row, head, slot].item()),
-            default=None,
-        )
-        if evicts[row] and loser is not None:
-            positions[row, head, loser] = -1
-            victims[row, head] = loser
-    return output, victims
-
-
-@pytest.mark.parametrize("kv_heads", [2, 6])
-def test_forty_decode_steps_evict_what_a_loop_evicts(kv_heads: int) -> None:
-    """Rows that are full and rows that are not, empty slots in odd places, and equal keys whose scores tie exactly."""
-    torch.manual_seed(kv_heads)
-    batch, heads, num_slots = 3, 6, 11
-    key, value = torch.randn(2, batch, kv_heads, num_slots, 64)
-    order = torch.stack([torch.randperm(num_slots) for _ in range(batch * kv_heads)]).view(batch, kv_heads, -1)
-    positions = order.masked_fill(order == 10, -1).int()
-    positions[2, :, 3:] = -1  # a row with room
-    scores = torch.rand(batch, kv_heads, num_slots)
-    scores[0] = 1.0  # ties
-    key[0] = key[0, :, :1]
-    theirs = [key.clone(), value.clone(), positions.clone(), scores.double()]
-    num_recent = torch.tensor([2, 4, 3], dtype=torch.int32).view(-1, 1, 1)
-    held = {"key": key, "value": value, "positions": positions, "scores": scores, "num_recent": num_recent}
-    for step in range(40):
-        next_position = torch.full((batch, 1, 1), 12 + step, dtype=torch.int32)
-        query = torch.randn(batch, heads, 1, 64)
-        new_key, new_value = torch.randn(2, batch, kv_heads, 1, 64)
-        if step < 5:
-            new_key[0] = key[0, :, :1]
-        slots = positions.argmin(dim=-1, keepdim=True)
-        evicts = (positions >= 0).sum(dim=-1).amin(dim=-1) >= num_slots - 1
-        rest = {"evicts": None if evicts.all() else evicts, "has_empty_slots": not evicts.all()}
-        output, _, victims = ops.decode_attention_and_evict(
-            query, new_key, new_value, slots, **held, next_position=next_position, scaling=1 / 8, **rest
-        )
-        expected, losers = slow_decode(query, *theirs, new_key, new_value, slots, next_position, num_recent, evicts)
-        torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=1e-5)
-        assert torch.equal(positions, theirs[2]), step
-        assert torch.equal(victims[evicts], losers[evicts])
-        torch.testing.assert_close(scores.double(), theirs[3], rtol=1e-5, atol=1e-6)
-    assert evicts.all()
-
-
 def op_samples(device: str = "cpu"):
     """Arguments for every op, as `opcheck` takes them; fresh ones, because ops write into them."""
     some = functools.partial(torch.rand, device=device)
@@ -171,13 +114,6 @@ def op_samples(device: str = "cpu"):
     mask, sinks = torch.ones(2, 1, 9, dtype=torch.bool, device=device), some(6)
     yield scores._decode_attention, (some(2, 6, 1, 16), key, value, mask, sinks, 0.25, None)
     yield scores._decode_attention, (some(2, 6, 1, 16), key, value, None, None, 0.25, 2.0)
-    positions = torch.zeros(2, 2, 9, dtype=torch.int32, device=device)
-    number = torch.full((2, 1, 1), 4, dtype=torch.int32, device=device)
-    slots = torch.full((2, 2, 1), 8, dtype=torch.int64, device=device)
-    new = (some(2, 2, 1, 16), some(2, 2, 1, 8), slots, number, number)
-    evicts = torch.ones(2, dtype=torch.bool, device=device)
-    state = (key, value, positions, some(2, 2, 9))
-    yield scores._decode_attention_and_evict, (some(2, 6, 1, 16), *new, evicts, sinks, *state, 0.25, None, True)
     known = torch.ops.pyramid_cache
     packed = (some(2, 6, 1, 16), some(5, 16), some(5, 8), [3, 0, 1, 1], some(2, 2, 4, 16), some(2, 2, 4, 8), 0.3, 2.0)
     for starts in (None, torch.tensor([0, 3, 3, 4, 5], device=device)):
@@ -284,17 +220,3 @@ def test_shapes_and_dtypes_that_do_not_fit_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             op(**(given[op] | change), scaling=1.0)
-
-
-def test_a_step_that_is_refused_has_written_nothing() -> None:
-    """Each argument in another dtype."""
-    key, value, number = torch.zeros(2, 2, 9, 16), torch.zeros(2, 2, 9, 8), torch.ones(2, 1, 1, dtype=torch.int32)
-    arguments = {"new_key": torch.ones(2, 2, 1, 16), "new_value": torch.ones(2, 2, 1, 8), "num_recent": number}
-    arguments |= {"slots": torch.zeros(2, 2, 1, dtype=torch.int64), "next_position": number}
-    arguments |= {"positions": torch.zeros(2, 2, 9, dtype=torch.int32), "scores": torch.zeros(2, 2, 9)}
-    arguments |= {"evicts": torch.ones(2, dtype=torch.bool)}
-    for name, argument in arguments.items():
-        wrong = arguments | {name: argument.double()}
-        with pytest.raises(ValueError, match=f"`{name}` must be .*, but is torch.float64"):
-            ops.decode_attention_and_evict(torch.ones(2, 6, 1, 16), **wrong, key=key, value=value, scaling=1.0)
-        assert key.eq(0).all() and value.eq(0).all()
