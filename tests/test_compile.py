@@ -83,12 +83,9 @@ RUNS = [
 
 
 @pytest.mark.slow
-@parametrize_cases(CACHE_CASES)
-def test_every_cache(case: CacheCase) -> None:
+@parametrize_cases(case for case in CACHE_CASES if case.tier == "quick" or case.short_name in ("adakv", "shadow"))
+def test_every_kind_of_layer(case: CacheCase) -> None:
     """Where sizes change with every zone of the answer, or with every token, there are graph breaks."""
-    for budget, lengths, backend, steps, settled in RUNS:
-        if case.has_one_graph:
-            graphs = compare(case, budget, lengths, backend, steps)
-            assert graphs[0] == 1 and graphs[settled] == graphs[-1] <= 4
-        elif backend == "eager":
-            compare(case, budget, lengths, backend, steps)
+    for budget, lengths, backend, steps, settled in RUNS if case.has_one_graph else RUNS[:1]:
+        graphs = compare(case, budget, lengths, backend, steps)
+        assert not case.has_one_graph or (graphs[0] == 1 and graphs[settled] == graphs[-1] <= 4)

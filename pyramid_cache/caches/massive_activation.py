@@ -265,7 +265,7 @@ class MassiveActivationCache(PolicyCache):
 
     Keys and values tell massive tokens, in the prompt and among generated tokens. With a model instead of its config,
     hidden states tell them too: at the outputs of layer 2 and of the layers at a quarter and half of the depth. With a
-    profile, it is the first layer whose output has massive activations. The layers above then keep them.
+    profile, only the first layer with massive activations in its output is read. The layers above keep these tokens.
 
     Args:
         config (`PreTrainedConfig` or `PreTrainedModel`): The config of the model, or the model itself. With the model,

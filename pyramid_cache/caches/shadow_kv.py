@@ -729,7 +729,7 @@ class ShadowKVCache(CompressedCache):
         host (`str`, defaults to `"memory"`): Where values go. `"disk:PATH"` maps unnamed files in that folder, which
             must exist, for contexts that exceed the host's memory. The files vanish with the cache.
         host_budget (`int` or `str`, *optional*): Bytes that values of all layers may take there, such as "16GiB". What
-            exceeds it is refused before it is allocated.
+            exceeds it is refused before anything is allocated.
 
     Raises:
         ValueError: For an argument outside these ranges, or a model that cannot be compressed; at run time, for values

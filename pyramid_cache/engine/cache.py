@@ -123,7 +123,14 @@ class CompressedCache(Cache):
             )
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Takes back the last `-tokens_to_remove` tokens, in all layers or in none; see `CompressedLayer.crop`."""
+        """
+        Takes back the last `-tokens_to_remove` tokens, in all layers or in none. Recorded tokens that stay are then
+        stored and scored, and the evictions that waited happen.
+
+        Raises:
+            ValueError: A positive number, or more tokens than the cache has seen.
+            NotImplementedError: Tokens that were not recorded have been evicted or scored since.
+        """
         tokens_to_remove = as_tokens_to_remove(tokens_to_remove)
         self.require_whole()
         for index, layer in enumerate(self.layers):
@@ -189,7 +196,10 @@ class CompressedCache(Cache):
         return not self._is_beside_encoder and super().is_croppable
 
     def activate_past_recording(self) -> None:
-        """From now on nothing is evicted before the next `crop`; see `CompressedLayer.activate_past_recording`."""
+        """
+        Puts the tokens of the next forward passes aside, so that `crop` can take them back. Nothing is evicted until
+        the next `crop`.
+        """
         if self._is_beside_encoder:
             raise NotImplementedError(
                 "Assisted generation and prompt lookup take tokens back, which transformers' EncoderDecoderCache "
@@ -202,7 +212,7 @@ class CompressedCache(Cache):
         Fills a new cache from a recorded prompt, as if it had read that prompt itself with full attention.
 
         Args:
-            prompt (`Sequence`): `CompressedLayer.last_recorded` of each layer that evicts, from another cache that the
+            prompt (`Sequence`): The last recorded chunk of each layer that evicts, from another cache that the
                 same model filled. Its tensors are read, and never written to.
 
         Raises:

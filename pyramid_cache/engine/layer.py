@@ -717,9 +717,9 @@ class CompressedLayer(CacheLayerMixin):
         num_seen = self.get_seq_length()
         if query_length == 0:
             raise ValueError(
-                f"There are no new tokens: the cache has seen {num_seen}, and `generate` takes what it is given for "
-                "the whole history, of which it reads what comes then. Give it the history with new tokens behind "
-                "it, or new tokens and an attention mask over everything seen; for another prompt a new cache."
+                f"There are no new tokens: the cache has seen {num_seen}, and `generate` takes its prompt for the "
+                "whole history. Give `generate` the history with new tokens at its end, or new tokens and an "
+                "attention mask over everything seen. For another prompt, use a new cache."
             )
         return num_seen + query_length, 0
 

@@ -48,6 +48,10 @@ def read_profile(path: str | os.PathLike[str], config: PreTrainedConfig, layer_i
     """
     try:
         record = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"There is no profile {str(path)!r}. Make one with `pyramid-cache profile MODEL --out {path}`."
+        ) from error
     except IsADirectoryError as error:
         raise ValueError(
             f"{str(path)!r} is a folder, not a profile. Give the file that `pyramid-cache profile` wrote."
