@@ -358,6 +358,7 @@ def test_files_whose_parts_do_not_fit(saved: Path) -> None:
         ({}, {"layers.1.positions": positions[..., 1:].contiguous()}, "`positions` has the shape"),
         ({}, {"layers.1.next_position": torch.zeros(2, 1, 1, dtype=torch.int32)}, "`next_position` has the shape"),
         ({}, {"layers.1.other": keys.clone()}, "`other` has the shape"),
+        ({}, {"layers.1.scores": tensors["layers.1.scores"].half()}, "`scores` is torch.float16 instead of"),
         ({}, {"layers.1.keys": keys.half()}, "keys are torch.float16 .* and values torch.float32"),
         ({}, {"layers.1.keys": None}, "layer 1 .*'keys'.* Make the cache again from its prompt"),
         ({"layers": [first, second | {"numbers": numbers}, third]}, {}, "layer 1 .*'num_seen'"),

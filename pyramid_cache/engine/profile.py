@@ -68,7 +68,7 @@ def read_profile(path: str | os.PathLike[str], config: PreTrainedConfig, layer_i
     check_architecture(path, record.get("architecture"), architecture_of(config))
     try:
         return as_profile(record, layer_indices)
-    except (KeyError, TypeError, ValueError) as error:
+    except (LookupError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error}). Make it again with `pyramid-cache profile`.") from error
 
 
@@ -86,9 +86,7 @@ def check_architecture(path: str | os.PathLike[str], found: object, expected: di
 
 
 def as_profile(record: dict[str, Any], layer_indices: list[int]) -> Profile:
-    """
-    Raises KeyError, TypeError or ValueError for a record that cannot be.
-    """
+    """The profile of a record. Raises LookupError, TypeError or ValueError for a record that is none."""
     found = [layer["layer"] for layer in record["layers"]]
     if found != layer_indices:
         raise ValueError(f"its layers are {found}, but those that evict are {layer_indices}")

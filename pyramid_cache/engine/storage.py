@@ -32,6 +32,7 @@ CacheType = TypeVar("CacheType", bound="CompressedCache")
 
 FORMAT = "pyramid_cache"
 FORMAT_VERSION = "3"
+HEADER_NAMES = ("cache", "settings", "architecture", "weights", "layers")
 ANEW = "Make the cache again from its prompt, and save it."
 
 
@@ -220,7 +221,11 @@ def read_header(path: str, file: Any) -> dict[str, Any]:
             f"{path} is of version {metadata.get('version')!r}, but this pyramid_cache reads version "
             f"{FORMAT_VERSION!r}. Use the version of pyramid_cache that wrote it."
         )
-    return json.loads(metadata["header"])
+    try:
+        header = json.loads(metadata["header"])
+        return {name: header[name] for name in HEADER_NAMES}
+    except (KeyError, TypeError, ValueError) as error:
+        damaged(path, f"its header is incomplete ({error!r})", error)
 
 
 def require_architecture(path: str, saved: dict[str, Any], given: dict[str, Any]) -> None:
@@ -272,5 +277,8 @@ def import_layer(index: int, layer: Any, numbers: dict[str, Any], tensors: dict[
             is_right = name in layer.extra_tensors or tensor.shape[:1] == (batch_size,)
         if not is_right or name not in (*layer.slot_tensors, *layer.row_tensors, *layer.extra_tensors):
             raise ValueError(f"`{name}` has the shape {tuple(tensor.shape)} in {length} slots of {batch_size} rows")
+        expected = torch.int32 if name == "positions" else torch.float32
+        if name in layer.slot_tensors and name not in ("keys", "values") and tensor.dtype != expected:
+            raise ValueError(f"`{name}` is {tensor.dtype} instead of {expected}")
     layer.import_state(numbers, tensors)
     layer.release_empty_slots()

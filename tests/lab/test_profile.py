@@ -32,7 +32,7 @@ DAMAGED = (
     (["layers"], [], "damaged"),
     (["layers", 1, "layer"], 0, "damaged"),
     *((["layers", 1, "support"], value, "damaged") for value in (0.0, 7.0, "much")),
-    *((["massive", *name], value, "damaged") for name, value in (([], {}), (["layers"], [3, 1]))),
+    *((["massive", *name], value, "damaged") for name, value in (([], {}), (["layers"], [3, 1]), (["layers"], [2]))),
 )
 
 
