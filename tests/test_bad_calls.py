@@ -335,7 +335,7 @@ HARMLESS: Calls = {
         (r"\(2, 2, 3, 16\).*\(2, 2, 1, 16\)", step(positions=torch.tensor([[40, 41, 42]]))),
         ("no new tokens: the cache has seen 40", forward(MORE[:, :0])),
         # A question alone, behind a context that the cache has read: `generate` takes it for the whole history.
-        ("seen 40, .*Give it the history with new tokens behind it", generated(random_tokens(2, 20))),
+        ("seen 40, .*Give `generate` the history with new tokens at its end", generated(random_tokens(2, 20))),
         ("2 rows.*given 6", generated(FULL, num_beams=3)),
         ("2 rows.*given 1", generated(FULL[:1])),
         ("max_new_tokens", generated(FULL, max_new_tokens=0)),
