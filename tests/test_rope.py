@@ -4,7 +4,6 @@ import copy
 import importlib
 import itertools
 import math
-import sys
 from typing import Any
 
 import pytest
@@ -143,40 +142,6 @@ def compare_angles(name: str, frequencies: RotaryFrequencies, rotary: nn.Module,
         assert torch.equal(sign * emb.sin() * scaling, output[1])
 
 
-@pytest.mark.parametrize("name", ["llama", "llama_yarn"])
-def test_exact_frame_undoes_float_error_of_large_positions(name: str) -> None:
-    """Scores from scratch in float64, yarn's factor included."""
-    model = model_of(name, head_dim=64)
-    module = attention_modules(model)[0]
-    frequencies = rotary_frequencies(module, model.config)
-    apply_rotary_pos_emb = sys.modules[type(module).__module__].apply_rotary_pos_emb
-    query, key = torch.randn(2, 1, 2, 12, 64, generator=torch.Generator().manual_seed(2))
-    base = 1_000_000
-    query_positions, key_positions = (torch.arange(base + start, base + start + 12)[None] for start in (200, 3))
-    rotary, longest = rotary_module(model), base + 212
-    scaling = float(rotary(torch.zeros(1), torch.tensor([[0]]))[0][0, 0, 0])
-    model_query, _ = apply_rotary_pos_emb(query, key, *rotary(query, query_positions))
-    _, model_key = apply_rotary_pos_emb(query, key, *rotary(key, key_positions))
-
-    def exact(states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        angles = frequencies.angles(positions - base) - frequencies.model_angles(positions, longest)
-        return frequencies.rotate(states, angles[:, None])
-
-    expected = torch.empty(1, 2, 12, 12, dtype=torch.float64)
-    for row in range(12):
-        for column in range(12):
-            distance = int(query_positions[0, row] - key_positions[0, column])
-            from_scratch = written_out_rotation(query[:, :, row], distance, frequencies.inv_freq.double(), "half")
-            expected[..., row, column] = (from_scratch * key[:, :, column].double()).sum(-1) * scaling**2
-
-    def error(queries: torch.Tensor, keys: torch.Tensor) -> float:
-        difference = queries.double() @ keys.double().transpose(-1, -2) - expected
-        return float(difference.abs().max() / expected.std())
-
-    assert error(exact(model_query, query_positions), exact(model_key, key_positions)) < 1e-5
-    assert error(model_query, model_key) > 1e-3
-
-
 @pytest.mark.parametrize("name", ["longrope", "phi3_longrope"])
 def test_longrope_switches_with_the_longest_position_of_the_forward(name: str) -> None:
     model = model_of(name)
@@ -241,37 +206,6 @@ def test_models_without_rope_give_none() -> None:
         assert modules
         for module, given in itertools.product(modules, (None, model)):
             assert rotary_frequencies(module, model.config, model=given) is None, name
-
-
-def test_frequencies_per_layer_type() -> None:
-    model = build_model("gemma3")
-    modules, parameters = attention_modules(model), model.config.rope_parameters
-    for module, layer_type in zip(modules, ("full_attention", "sliding_attention"), strict=False):
-        plain = parameters[layer_type]["rope_theta"] ** (-torch.arange(8, dtype=torch.float64) / 8)
-        for given, named in ((module, None), (modules[1], layer_type)):  # a name wins over the module's index
-            found = rotary_frequencies(given, model.config, layer_type=named)
-            torch.testing.assert_close(found.inv_freq.double(), plain, rtol=1e-6, atol=0)
-    assert parameters["sliding_attention"]["rope_theta"] != parameters["full_attention"]["rope_theta"]
-
-
-def test_layer_type_without_rope_parameters_gives_none() -> None:
-    model = build_model("gemma3")
-    module = attention_modules(model)[0]
-    plain_forward = type(module).forward
-
-    class AttentionThatMayNotRotate(type(module)):
-        """As transformers does it for such layers: no embeddings arrive, and none are applied."""
-
-        def forward(self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None):
-            if position_embeddings is None:
-                shape = (*hidden_states.shape[:2], self.head_dim)
-                position_embeddings = (hidden_states.new_ones(shape), hidden_states.new_zeros(shape))
-            return plain_forward(self, hidden_states, position_embeddings, attention_mask, past_key_values)
-
-    module.__class__ = AttentionThatMayNotRotate
-    assert rotary_frequencies(module, model.config) is not None
-    model.config.rope_parameters["full_attention"] = None
-    assert rotary_frequencies(module, model.config) is None
 
 
 # What is refused.
@@ -396,17 +330,3 @@ def test_rotate_against_written_out_rotation(layout: str) -> None:
         for place in itertools.product(range(3), range(2), range(5)):
             expected[place] = written_out_rotation(states[place], int(positions[place]), inv_freq.double(), layout)
         torch.testing.assert_close(rotated.double(), expected, rtol=tolerance, atol=tolerance)
-
-
-def test_angles_and_rotation_trace_without_a_break() -> None:
-    model = model_of("longrope")
-    frequencies = rotary_frequencies(attention_modules(model)[0], model.config)
-
-    def reframe(states: torch.Tensor, positions: torch.Tensor, longest: torch.Tensor) -> torch.Tensor:
-        angles = frequencies.angles(positions) - frequencies.model_angles(positions, longest)
-        return frequencies.rotate(states, angles[:, None])
-
-    states, positions = torch.randn(1, 2, 3, 16), torch.tensor([[30, 31, 32]])
-    compiled = torch.compile(reframe, backend="aot_eager", fullgraph=True)
-    for longest in (torch.tensor(32), torch.tensor(33)):
-        torch.testing.assert_close(compiled(states, positions, longest), reframe(states, positions, longest))

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,6 @@ import torch
 from pyramid_cache.lab.bench import bench_command, gpu_parts, gpu_suite, op_times
 from pyramid_cache.lab.bench.op_times import OPS, Shape, build_case, bytes_moved
 from pyramid_cache.lab.cli import main
-from pyramid_cache.lab.terminal import write_json
 
 
 CPU = torch.device("cpu")
@@ -25,27 +23,6 @@ def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def small_shape(dtype: torch.dtype = torch.float32) -> Shape:
     return Shape(40, dtype, CPU, batch_size=2, heads=4, kv_heads=2, head_dim=16, window=5)
-
-
-@pytest.mark.parametrize(
-    "seconds, budget, most, rounds",
-    # Five rounds, however long they take; of two seconds per round, the seventh begins after 12.
-    [(1.0, 0.0, 200, 5), (1.0, 13.0, 200, 7), (0.25, 3.0, 200, 6), (0.001, 100.0, 9, 9)],
-)
-def test_turns_go_on_for_the_budget(
-    seconds: float, budget: float, most: int, rounds: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls: list[str] = []
-
-    def measure(run: Callable[[], object]) -> float:
-        run()
-        return 1.0 if calls[-1] == "a" else 2.0
-
-    monkeypatch.setattr(op_times.time, "perf_counter", lambda: seconds * (len(calls) - 2))
-    times = op_times.time_in_turns(lambda: calls.append("a"), lambda: calls.append("b"), measure, budget, most)
-    assert times == ([1.0] * rounds, [2.0] * rounds)
-    # The first call of each is not measured. Then the order changes from round to round.
-    assert "".join(calls) == "ab" + ("abba" * rounds)[: 2 * rounds]
 
 
 def test_torch_takes_times_on_the_cpu_and_triton_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,15 +65,6 @@ def test_bytes_moved() -> None:
     assert [bytes_moved(op, shape) for op in OPS] == [prefill, prefill, decode]
 
 
-def test_memory_that_is_needed_is_refused_to_the_byte() -> None:
-    """One set of inputs with its output, another output, and room for the ops."""
-    for op in OPS:
-        needed = (1 << 28) + 2 * bytes_moved(op, small_shape())
-        op_times.check_memory(op, small_shape(), needed)
-        with pytest.raises(ValueError, match="Lower --lengths or --batch-size"):
-            op_times.check_memory(op, small_shape(), needed - 1)
-
-
 def test_figures_by_hand() -> None:
     shape = Shape(131072, torch.bfloat16, torch.device("cuda"), 1, heads=32, kv_heads=8, head_dim=128, window=64)
     times, graph_times = ([2e-3, 4e-3, 3e-3], [5e-3, 6e-3, 9e-3]), ([1e-3, 1e-3], [1.05e-3, 1.05e-3])
@@ -110,17 +78,6 @@ def test_figures_by_hand() -> None:
     assert {name: row[name] for name in wanted} == pytest.approx(wanted) and num_bytes == 541_081_728
     without = op_times.as_row("decode_scores", shape, times, None, bandwidth=1e12)
     assert without == row | {name: None for name in row if "graph" in name}
-
-
-def test_graphs_run_every_set_of_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With three sets of inputs, a call of the graph is a third of what is timed. Long prompts are left out."""
-    sizes = {"batch_size": 1, "heads": 4, "kv_heads": 2, "head_dim": 16, "window": 5}
-    shapes = op_times.build_shapes([40, 80], ["float32"], CPU, 40, **sizes)
-    assert [(op, shape.length) for op, shape in shapes] == [(op, 40) for op in OPS] + [(op, 80) for op in OPS[2:]]
-    monkeypatch.setattr(op_times, "num_copies", lambda op, shape: 3)
-    monkeypatch.setattr(op_times, "seconds_of", lambda run, device, in_graph=False: 6.0 if in_graph else 4.0)
-    row = op_times.measure_op("decode_scores", small_shape(), 1e9, 5)
-    assert (row["attention_seconds"], row["attention_graph_seconds"], row["graph_seconds"]) == (4.0, 2.0, 2.0)
 
 
 def test_ops_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -187,22 +144,6 @@ def test_tests_that_ran_before_an_interrupt_are_told_by_name(tmp_path: Path, mon
     failed = [f"{name}: {outcome}" for name, outcome in outcomes.items() if outcome in ("failed", "error")]
     assert part["failures"][0].startswith("exit status 2: ") and part["failures"][1:] == failed
     assert any("assert 1 == 2" in line for line in part["output_tail"])
-
-
-def test_parts_are_stopped_at_their_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    code = "import pathlib, signal, sys, time; result = pathlib.Path(sys.argv[1]); print('started', flush=True)\n"
-    heeds = "try: time.sleep(600)\nexcept KeyboardInterrupt: result.write_text('{}')"
-    ignores = "signal.signal(signal.SIGINT, signal.SIG_IGN); result.write_text('<testsuites><testsu'); time.sleep(600)"
-    run = {"oracle": code + heeds, "tests": code + ignores}
-    part = gpu_suite.run_part("tests", tmp_path, tmp_path / "none.xml", 60)
-    assert "holds no tests marked cuda" in part["failures"][0]
-    monkeypatch.setattr(gpu_suite, "command_of", lambda name, _, path: [sys.executable, "-c", run[name], str(path)])
-    monkeypatch.setattr(gpu_suite, "END_SECONDS", 2)
-    interrupted, killed = (gpu_suite.run_part(name, tmp_path, tmp_path / name, 3) for name in ("oracle", "tests"))
-    assert interrupted["failures"] == ["stopped after 3 s"]
-    # Half a file is no result.
-    assert killed["failures"] == ["stopped after 3 s", "no results were written"]
-    assert (killed["result"], killed["output_tail"]) == ({"outcomes": {}}, ["started"])
 
 
 @pytest.mark.parametrize("chosen", ["tests,ops,caches,oracle,gather", "oracle, tests"])
@@ -283,12 +224,3 @@ def test_parts_that_are_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(op_times.BUDGET_SECONDS, "cpu", 0.0)
     assert gpu_parts.main("ops", tmp_path / "ops.json") == 0
     assert len(json.loads((tmp_path / "ops.json").read_text())["rows"]) == 2 * len(OPS)
-
-
-def test_writing_follows_links_and_leaves_nothing_behind(tmp_path: Path) -> None:
-    target, link = tmp_path / "target.json", tmp_path / "link.json"
-    target.write_text("old")
-    link.symlink_to(target)
-    write_json({"a": 1}, link)
-    assert link.is_symlink() and json.loads(target.read_text()) == {"a": 1}
-    assert sorted(tmp_path.iterdir()) == [link, target]

@@ -2,19 +2,16 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.autograd import DeviceType
 from transformers import DynamicCache, PretrainedConfig
 
 from pyramid_cache import ShadowKVCache
 from pyramid_cache.caches import shadow_kv
 from pyramid_cache.lab import registry
-from pyramid_cache.lab.bench import bench_report, cache_times
 from pyramid_cache.lab.bench.bench_command import add_caches_options, build_model, parse
-from pyramid_cache.lab.bench.cache_times import Bench, FetchCounter, Measured, as_row, split_bytes, stage_shares
+from pyramid_cache.lab.bench.cache_times import Bench, FetchCounter, Measured, as_row, split_bytes
 from pyramid_cache.lab.cli import main
 from pyramid_cache.lab.demo.timed_answers import generate
 from pyramid_cache.lab.registry import BASELINE
@@ -48,58 +45,6 @@ def test_figures_by_hand() -> None:
     ):
         row = as_row(measured(*own), other)
         assert tuple(row[name] for name in names) == figures
-
-
-def test_table_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
-    shadow = measured("shadow:64", 2, 2, [1.0, 2.0], [0.05, 0.05], 2 << 20)
-    shadow.host_bytes, shadow.fetched_bytes, shadow.stages = 4 << 20, 3 << 20, {"other": 0.75, "select_chunks": 0.25}
-    failed = Measured("static", "StaticCache", 1000, 2, failure="out of memory")
-    rows = [as_row(found, measured(BASELINE, 2, 2, [1.0, 1.0], [0.1, 0.1], 8 << 20)) for found in (shadow, failed)]
-    bench_report.print_caches(bench_report.report_console(), rows)
-    printed = capsys.readouterr().out
-    assert "StaticCache, 1,000 tokens, 2 rows failed: out of memory" in printed
-    lines = [line.split("│")[1:-1] for line in printed.splitlines() if line.startswith("│")]
-    figures = "shadow:64|1,000|2|1.50|1.50× (1.00-2.00)|50.000|0.50×|40.0|2.00×|1.0|0.25×|2.0"
-    stages = "shadow:64|1,000|2|3.00|select_chunks 25%, other 75%"
-    assert ["|".join(cell.strip() for cell in line) for line in lines] == [figures, stages]
-
-
-def test_stages_by_hand() -> None:
-    def event(key: str, own: float, total: float, kind: DeviceType = DeviceType.CPU, note: bool = False) -> object:
-        times = {"self_cpu_time_total": own, "cpu_time_total": total}
-        times |= {"self_device_time_total": own, "device_time_total": total}
-        return SimpleNamespace(key=key, device_type=kind, is_user_annotation=note, **times)
-
-    events = [
-        event("pyramid_cache::select_chunks", 1.0, 4.0),
-        event("aten::matmul", 3.0, 3.0),  # within it
-        event("aten::linear", 0.0, 10.0),
-        event("aten::addmm", 10.0, 10.0),  # within it
-        event("aten::scaled_dot_product_attention", 2.0, 2.0),
-        event("aten::add", 4.0, 4.0),
-    ]
-    shares = {"attention": 0.1, "linear layers": 0.5, "select_chunks": 0.2, "other": 0.2}
-    assert stage_shares(events, "cpu") == pytest.approx(shares)
-    # On CUDA time is that of kernels.
-    events = [
-        event("pyramid_cache::gather_values", 0.0, 3.0),
-        event("gather_kernel", 3.0, 3.0, DeviceType.CUDA),
-        event("add_kernel", 1.0, 1.0, DeviceType.CUDA),
-        event("ProfilerStep", 9.0, 9.0, DeviceType.CUDA, note=True),
-    ]
-    assert stage_shares(events, "cuda") == {"gather_values": 0.75, "other": 0.25}
-    assert stage_shares([], "cpu") == {}
-
-
-def test_largest_batch_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A row takes 1 MB of the device and 2 of the host, in two layers. One is there twice while rows are copied."""
-    monkeypatch.setattr(cache_times, "HEADROOM_BYTES", 500_000)
-    device_free, host_free = 11_000_000, 100_000_000
-    # (11 + 2 - 0.5) / 1.5 rows
-    assert cache_times.largest_batch((2_000_000, 0), 2, 2, device_free, host_free) == (8, "device")
-    assert cache_times.largest_batch((2_000_000, 4_000_000), 2, 2, device_free, host_free) == (8, "device")
-    # 0.6 of 10 MB, and the 4 that it holds; 3 for a row
-    assert cache_times.largest_batch((2_000_000, 4_000_000), 2, 2, device_free, 10_000_000) == (3, "host")
 
 
 def test_fetched_bytes_are_those_of_the_chunks_that_the_op_is_told_to_bring(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,9 +144,3 @@ def test_what_does_not_fit_is_a_row_with_its_reason(monkeypatch: pytest.MonkeyPa
     failures = {(row["cache"], row["batch_size"]): row["failure"] for row in rows}
     expected = dict.fromkeys([(BASELINE, 1), (BASELINE, 2), ("full:0.25", 1)])
     assert failures == expected | {("full:0.25", 2): "CUDA out of memory."}
-
-
-def test_tokens_are_written_for_other_programs(tmp_path: Path) -> None:
-    path = tmp_path / "tokens.json"
-    assert main(["bench", "caches", "--model", "tiny", "--lengths", "30,50", "--save-tokens", str(path)]) == 0
-    assert json.loads(path.read_text()) == tiny_model()[1][:50].tolist()

@@ -245,28 +245,6 @@ def test_memory_of_shadow_kv() -> None:
         assert 0 <= rest <= min(MAX_SHARED_BYTES, numbers["device_nbytes"] / 50)
 
 
-def test_what_shadow_kv_says_of_models() -> None:
-    """The shares of the full cache that its page gives follow from the formula."""
-    parameters = inspect.signature(pyramid_cache.ShadowKVCache.__init__).parameters.values()
-    defaults = {each.name: each.default for each in parameters if each.default is not inspect.Parameter.empty}
-    text = one_line(PAGES["ShadowKVCache"])
-
-    def shares(tokens: int, layers: int, kv_heads: int, head_dim: int, itemsize: int) -> tuple[str, str]:
-        sizes = {"layers": layers, "kv_heads": kv_heads, "head_dim": head_dim, "itemsize": itemsize, "batch": 1}
-        numbers = memory_formula("ShadowKVCache", **sizes, **defaults, tokens=tokens, stored=itemsize)
-        full = layers * kv_heads * 2 * head_dim * itemsize * tokens
-        return f"{numbers['device_nbytes'] / full:.2f}", f"{numbers['host_nbytes'] / full:.2f}"
-
-    device, host = shares(131_072, 32, 8, 128, 2)
-    assert f"take {device} of the full cache on the device, and {host} on the host" in text
-    device, _ = shares(4_096, 30, 3, 64, 4)
-    assert f"holds {device} times what the full cache takes" in text
-    # From where on it saves memory, to a hundred tokens.
-    for about, shape in ((3000, (32, 8, 128, 2)), (5000, (30, 3, 64, 4))):
-        assert f"about {about:,}" in text
-        assert float(shares(about - 150, *shape)[0]) > 1 > float(shares(about + 150, *shape)[0])
-
-
 def answers() -> dict[tuple[str, str], list[float]]:
     """
     Exact answers in docs/quality.md by task ("needles-8-1024, question first") and label: at 0.5, 0.25 and 0.1.

@@ -23,8 +23,6 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from pyramid_cache import SnapKVCache, StreamingLLMCache
 from pyramid_cache.lab.cli import main
 from pyramid_cache.lab.demo.timed_answers import generate
-from pyramid_cache.lab.evaluation import score_tables
-from pyramid_cache.lab.evaluation.asking import groups_of_equal_length
 from pyramid_cache.lab.evaluation.cells import Cell, CellStore
 from pyramid_cache.lab.evaluation.evaluator import Evaluation
 from pyramid_cache.lab.evaluation.reading import Reader
@@ -87,12 +85,6 @@ def test_models_whose_reading_cannot_be_shared_are_refused() -> None:
     with pytest.raises(NotImplementedError, match="'dynamic' scaling"):
         rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
         Reader(build_model("llama", rope_parameters=rope), random_tokens(1, 10))
-
-
-def test_questions_of_equal_length_are_asked_side_by_side() -> None:
-    threads = [(0, [Question([0] * length, [0] * 2)]) for length in (3, 4, 3, 3, 4, 3)]
-    assert list(groups_of_equal_length(threads, 3)) == [[0, 2, 3], [5], [1, 4]]
-    assert list(groups_of_equal_length([*threads[:1], (0, threads[0][1] * 2), *threads[2:3]], 3)) == [[0, 2], [1]]
 
 
 def said(model: PreTrainedModel, cache: Cache, prompt: list[int], num_tokens: int) -> list[int]:
@@ -313,25 +305,6 @@ def test_processes_share_an_evaluation(tmp_path: Path) -> None:
         assert (folder / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
 
 
-def test_tables_can_be_read(capsys: pytest.CaptureFixture[str]) -> None:
-    """What a task is measured by, and many tasks with long names."""
-    common = {"task": "needles-multikey-4-1024", "protocol": "context", "cache": "dynamic", "label": "DynamicCache"}
-    common |= {"budget": 1.0, "num_cases": 4, "exact_match": 0.5, "token_accuracy": 0.75, "log_likelihood": -1.25}
-    for more, wanted in (
-        ({}, "0.50 / 0.75 / -1.25"),
-        ({"perplexity": 20.125}, "20.12"),
-        ({"token_accuracy_by_turn": [1.0, 0.5]}, "0.50 / 0.75 / -1.25 (1.00 0.50)"),
-    ):
-        assert score_tables.measures(common | more, " / ") == wanted
-    names = [f"needles-multikey-4-{length}" for length in range(1024, 1031)]
-    settings = {"model": "some", "dtype": "float32", "device": "cpu"}
-    score_tables.show({"rows": [common | {"task": name} for name in names], "settings": settings})
-    printed = capsys.readouterr().out
-    unbroken = "".join(printed.split())
-    assert [unbroken.count(name) for name in names] == [2] * 7  # in a table and in the line of counts
-    assert printed.count("DynamicCache") == 3
-
-
 def test_measurements_do_not_warn_of_what_their_users_never_wrote() -> None:
     """What an evaluation reads, asks and answers itself, what a profile reads, and what the demo generates."""
     model, prompt, later = tiny_model("llama"), random_tokens(2, 40, seed=70), random_tokens(2, 3, seed=71)
@@ -393,33 +366,3 @@ def test_batches_give_what_contexts_give_alone(name: str, kind: str) -> None:
         assert together[setting].held_shares == pytest.approx(result.held_shares, abs=0.15)
     full = [score.is_exact for score in together["context", BASELINE, 1.0].scores]
     assert any(full) and not all(full)
-
-
-@pytest.mark.parametrize("name", ["knorm", "streaming"])
-def test_contexts_are_read_together(name: str) -> None:
-    """Four are one batch of three and one of one; a cache that takes no batches reads each for itself."""
-    contexts = contexts_of("questions")
-    model, read = tiny_model("llama"), []
-    handle = model.register_forward_pre_hook(lambda module, arguments: read.append(tuple(arguments[0].shape)))
-    try:
-        Evaluation(model, {name: CACHES[name]}, [0.4], ["context"], batch_size=3).run(contexts, no_progress)
-    finally:
-        handle.remove()
-    prompts = [shape for shape in read if shape[1] >= min(LENGTHS)]
-    wanted = [(3, 57), (1, 57)]
-    if name == "streaming":  # its own readings, and three of the full cache, which its size is compared with
-        wanted += [(1, length) for length in (*LENGTHS, *LENGTHS[:3])]
-    assert sorted(prompts) == sorted(wanted)
-
-
-def test_what_is_known_of_a_batch_is_not_measured_again() -> None:
-    contexts = contexts_of("questions")
-    store = CellStore()
-    evaluation = Evaluation(tiny_model("llama"), {"knorm": CACHES["knorm"]}, [0.5], store=store, batch_size=4)
-    evaluation.run(contexts[:1], no_progress)
-    first = dict(store.cells)
-    evaluation.run(contexts, no_progress)
-    assert all(store.cells[key] is cell for key, cell in first.items())
-    whole = Evaluation(tiny_model("llama"), {"knorm": CACHES["knorm"]}, [0.5])
-    whole.run(contexts, no_progress)
-    assert set(store.cells) == set(whole.store.cells) > set(first)

@@ -233,34 +233,11 @@ def answer(cache: str, budget: float, length: int, depth: float, token_accuracy:
     )
 
 
-def test_depths_are_averaged_by_fifths() -> None:
-    cases = [(64, 0.19, 1.0), (64, 0.0, 0.5), (64, 0.2, 0.25), (128, 0.99, 0.0), (128, 1.0, 1.0)]
-    answers = [answer(BASELINE, 1.0, 64, 0.0, 1.0), *(answer("h2o", 0.5, *case) for case in cases)]
-    lengths, means = score_plots.depth_means(answers)
-    nan = math.nan
-    assert lengths == [64, 128] and set(means) == {(BASELINE, 1.0), ("h2o", 0.5)}
-    wanted = torch.tensor([[0.75, nan], [0.25, nan], [nan, nan], [nan, nan], [nan, 0.5]])
-    torch.testing.assert_close(torch.tensor(means["h2o", 0.5]), wanted, equal_nan=True, rtol=0, atol=0)
-
-
 def score_row(cache: str, budget: float, exact_match: float) -> dict[str, Any]:
     label = find_entry(cache).label
     scores = {"exact_match": exact_match, "token_accuracy": exact_match, "log_likelihood": exact_match - 2}
     row = {"task": "made-up-64", "protocol": "context", "cache": cache, "label": label, "budget": budget}
     return row | scores | {"held_share": budget + 0.01, "num_cases": 4}
-
-
-def test_pictures_are_the_same_for_everybody(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Settings of the user's matplotlib change nothing, and no picture says when it was drawn."""
-    rows = [score_row(BASELINE, 1.0, 0.9), *(score_row(cache, 0.5, 0.5) for cache in CACHES)]
-    answers = [answer("h2o", 0.5, length, length / 200, 1.0) for length in (64, 128)]
-    first = score_plots.draw_all(rows, answers, [])
-    assert [plot.name for plot in first] == ["score-made-up-64-context", "depth-made-up-context"]
-    monkeypatch.setitem(score_plots.matplotlib.rcParams, "font.size", 20)
-    assert score_plots.draw_all(rows, answers, []) == first
-    assert not [plot.name for plot in first for kind in (b"tIME", b"tEXt", b"iTXt", b"zTXt") if kind in plot.png]
-    styles = [tuple(score_plots.style_of(cache).values()) for cache in CACHES]
-    assert len({(color, line) for color, line, _ in styles}) == len(CACHES)  # also without markers
 
 
 def check_page(text: str) -> list[list[str]]:
@@ -313,23 +290,6 @@ def test_the_page_escapes_names_and_shows_what_a_task_is_measured_by() -> None:
     assert "0.38" in second and "<td>0.00 0.25</td>" in second
     assert "the token accuracy of each turn is in a column of its own" in text
     assert "perplexity is shown instead" in text
-
-
-def test_leftovers_are_removed(tmp_path: Path) -> None:
-    """Pictures that a report has no results for, and what was half written; not what others have put there."""
-    CellStore(tmp_path, {"model": "a"})
-    (tmp_path / "plots").mkdir()
-    own = ["score-old-context.png", "depth-old.png", "positions-old.png", "score-old.png.0123456789abcdef.tmp"]
-    other = ["mine.png", "notes.tmp", "score-notes.txt"]
-    for name in own + other:
-        (tmp_path / "plots" / name).write_bytes(b"")
-    (tmp_path / "report.md.0123456789abcdef.tmp").write_bytes(b"")
-    ResultFolder(tmp_path, ignore).write(record_of([]))
-    assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == sorted(other)
-    files = {"answers.csv", "report.html", "report.md", "results.json", "settings.json"}
-    assert {path.name for path in tmp_path.iterdir() if path.is_file()} == files
-    settings = json.loads((tmp_path / "settings.json").read_text())
-    assert settings["settings"] == {"model": "a"} and settings["run"]["command"] == "none"
 
 
 @pytest.mark.slow

@@ -16,10 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pyramid_cache.lab.cli import main
 from pyramid_cache.lab.demo.planted_number import PromptError, read_text
-from pyramid_cache.lab.evaluation.answers import as_row
 from pyramid_cache.lab.evaluation.asking import score_answers
-from pyramid_cache.lab.evaluation.cells import Cell, CellKey
-from pyramid_cache.lab.evaluation.evaluator import Result
 from pyramid_cache.lab.evaluation.tasks import (
     TASK_KINDS,
     Context,
@@ -170,20 +167,6 @@ def test_common_words_are_those_that_come_most_often(novel: str) -> None:
             assert re.match(rf"\d+\. {word}\n", text[place:]) and f" {word}\n" not in text[:place]
 
 
-def test_frequent_words_follow_zipf(novel: str) -> None:
-    for context in build("frequent-words-6000", 2):
-        text = decode(context.ids)
-        counts = Counter(text.split("\n\n", 1)[1].split())
-        (question,) = context.questions
-        (first, dots), *ranked = counts.most_common(4)
-        assert first == "...." and [word for word, _ in ranked] == values_of(question)
-        for rank, (_, count) in enumerate(ranked, start=2):
-            assert count == pytest.approx(dots / rank**2, abs=1)
-        for word, depth in zip(values_of(question), question.depths, strict=True):
-            place = round(depth * len(context.ids))
-            assert text[place:].startswith(f" {word}") and word not in text[:place]
-
-
 def test_a_key_of_a_json_object_has_the_value(novel: str) -> None:
     for context in build("key-value-3000", 3):
         text = decode(context.ids)
@@ -195,13 +178,6 @@ def test_a_key_of_a_json_object_has_the_value(novel: str) -> None:
         ]
         assert [pairs[key]] == values_of(question)
         assert f'"{key}": "{pairs[key]}"' in text[round(question.depths[0] * len(context.ids)) :][:80]
-
-
-def test_a_continuation_is_that_of_the_novel(novel: str) -> None:
-    for context in build("perplexity-500", 4):
-        (question,) = context.questions
-        assert len(question.ids) == 1 and len(question.answer) == 128
-        assert novel.count(decode(context.ids + question.ids + question.answer)) == 1
 
 
 def test_names_have_lengths_or_get_them() -> None:
@@ -259,22 +235,6 @@ def test_values_are_found_or_not() -> None:
     (plain,) = score_answers(logits, answers)
     assert plain.token_accuracy == pytest.approx(4 / 6)
     assert score_answers(logits, answers, [[]]) == [plain]
-
-
-def test_figures_of_tasks_by_hand() -> None:
-    """Two conversations of two turns, and one text of four continuations."""
-
-    def row_of(task: str, num_turns: int = 1) -> dict[str, object]:
-        cell = Cell(CellKey(task, 0, -1, "context", "h2o", 0.5), [1, 0.5, 1, 1], [-1.0, -2.0, -3.0, -6.0], 0.5)
-        return as_row(Result(task, "context", "h2o", 0.5, num_turns, [cell]))
-
-    needles = row_of("needles-1-1024")
-    assert (needles["exact_match"], needles["token_accuracy"], needles["log_likelihood"]) == (0.75, 0.875, -3)
-    turns = row_of("turns-2-1024", 2)
-    assert turns.pop("exact_match_by_turn") == [1, 0.5] and turns.pop("token_accuracy_by_turn") == [1, 0.75]
-    text = row_of("perplexity-1024")
-    assert text.pop("perplexity") == pytest.approx(2.718281828**3)
-    assert set(turns) == set(text) == set(needles)
 
 
 NAMES = ("needles-multivalue-3-2000", "turns-2-2000", "perplexity-500", "variables-2000")

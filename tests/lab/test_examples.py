@@ -190,28 +190,6 @@ def test_answers_are_those_of_each_request_alone(tmp_path: Path) -> None:
     assert sum(sizes) == 4 and max(sizes) > 1 and len(sizes) > 1
 
 
-def request(num_prompt: int, num_new: int, name: Any = None) -> Any:
-    return serving.Request(name, list(range(num_prompt)), num_new)
-
-
-def test_requests_are_grouped_by_what_they_take() -> None:
-    # Tokens as bytes: ten of them, four for each request at most.
-    room = serving.Room(limit=10, budget=4, num_layers=1, bytes_per_token=1, num_spare_slots=0)
-    requests = [request(11, 1), request(1, 1), request(8, 1), request(2, 1)]
-    assert serving.batches_of(requests, room, 64) == [[1, 3], [2, 0]]
-    assert serving.batches_of(requests, room, 1) == [[1], [3], [2], [0]]
-    # Two rows of one prompt token each, of which one goes on for three tokens: both take four.
-    small = serving.Room(limit=7, budget=4, num_layers=1, bytes_per_token=1, num_spare_slots=0)
-    assert serving.batches_of([request(1, 1), request(1, 3)], small, 64) == [[0], [1]]
-    # Two layers of three bytes a token, and a spare slot: (2 + 1) * 6 for each.
-    layers = serving.Room(limit=36, budget=9, num_layers=2, bytes_per_token=3, num_spare_slots=1)
-    assert serving.batches_of([request(1, 1)] * 3, layers, 64) == [[0, 1], [2]]
-    assert serving.batches_of([], room, 64) == []
-    room = serving.Room(limit=5, budget=8, num_layers=1, bytes_per_token=1, num_spare_slots=1)
-    with pytest.raises(ValueError, match="5 bytes cannot hold request 'long' alone, which takes 6. Raise --memory"):
-        serving.batches_of([request(1, 1), request(4, 1, "long")], room, 64)
-
-
 @pytest.mark.parametrize("use_all, name", zip(itertools.cycle((False, True)), serving.BOUNDED_CACHES, strict=False))
 def test_batches_keep_within_the_limit(name: str, use_all: bool, capsys: pytest.CaptureFixture[str]) -> None:
     model = tiny_model("llama")

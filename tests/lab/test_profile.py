@@ -18,7 +18,6 @@ from pyramid_cache.engine.profile import read_profile
 from pyramid_cache.engine.scoring import sum_of_probabilities
 from pyramid_cache.lab.cli import main
 from pyramid_cache.lab.profile import activations
-from pyramid_cache.lab.profile.spread import layer_class
 
 
 # With one token per byte in alphabetical order, this is the massive one.
@@ -112,12 +111,6 @@ def test_shares_and_support_against_probabilities(model_folder: Path) -> None:
         assert found.sink_share == pytest.approx(sums[:, sorted(massive)].sum(dim=-1).mean().item(), abs=1e-5)
         assert found.local_share == pytest.approx(sums[:, sorted(local)].sum(dim=-1).mean().item(), abs=1e-5)
         assert found.support == pytest.approx(sum(supports) / 2, abs=1e-5)
-
-
-def test_classes_of_layers() -> None:
-    assert layer_class(0.51, 0.9) == "uniform"
-    assert layer_class(0.5, 0.7) == "local"
-    assert layer_class(0.5, 0.69) == layer_class(0.1, 0.0) == "concentrated"
 
 
 def test_a_model_without_a_list_of_layers_is_refused() -> None:

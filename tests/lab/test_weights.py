@@ -138,14 +138,6 @@ def test_hub_comes_first_but_is_given_up_where_it_fails(home: Path, monkeypatch:
     release.set()
 
 
-def test_cache_home_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv("PYRAMID_CACHE_HOME", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert weights.cache_home() == tmp_path / "pyramid_cache"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert weights.cache_home() == Path.home() / ".cache" / "pyramid_cache"
-
-
 def test_repaired_tokenizer_reads_digits_one_by_one() -> None:
     vocabulary = {token: index for index, token in enumerate(["1", "2", "Ġ", "12", "a", "<|im_start|>", "<|im_end|>"])}
     backend = Tokenizer(models.BPE(vocabulary, [("1", "2")]))
