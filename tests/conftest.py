@@ -18,7 +18,7 @@ import torch
 from hypothesis import settings
 
 
-QUICK_EXAMPLES, SLOW_EXAMPLES = 50, 300
+QUICK_EXAMPLES, SLOW_EXAMPLES = 50, 150
 
 
 @cache

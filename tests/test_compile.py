@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from caches import CACHE_CASES, QUICK_CASES, CacheCase, parametrize_cases
+from caches import QUICK_CASES, CacheCase, parametrize_cases
 from models import build_model, left_pad, random_rows, random_tokens
 from torch._dynamo.utils import counters
 from transformers import Cache, PreTrainedModel
@@ -83,7 +83,7 @@ RUNS = [
 
 
 @pytest.mark.slow
-@parametrize_cases(case for case in CACHE_CASES if case.tier == "quick" or case.short_name in ("adakv", "shadow"))
+@parametrize_cases(QUICK_CASES)
 def test_every_kind_of_layer(case: CacheCase) -> None:
     """Where sizes change with every zone of the answer, or with every token, there are graph breaks."""
     for budget, lengths, backend, steps, settled in RUNS if case.has_one_graph else RUNS[:1]:

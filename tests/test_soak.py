@@ -66,7 +66,7 @@ def check_flat(measured: list[tuple[int, int, int]]) -> None:
 
 
 @parametrize_cases(case for case in CACHE_CASES if case.is_bounded and not case.has_own_reference)
-@pytest.mark.parametrize("num_steps", [150, pytest.param(1500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_steps", [150, pytest.param(1000, marks=pytest.mark.slow)])
 def test_long_streams(case: CacheCase, num_steps: int) -> None:
     """A padded batch, in which one row is longer than the budget and one fills it while generating."""
     check_flat(soak(case, (23, 9), [num_steps // 5, num_steps // 2, num_steps]))
