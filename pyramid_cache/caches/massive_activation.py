@@ -348,7 +348,7 @@ class MassiveActivationCache(PolicyCache):
 
     def massive_tokens(self) -> dict[int, list[list[MassiveToken]]]:
         """
-        The tokens that never go, and why.
+        The tokens that never go, and why. A layer that keeps fewer tokens than these loses the oldest of them.
 
         Returns:
             `dict[int, list[list[MassiveToken]]]`: By the index of each layer that evicts, for each row.
