@@ -74,7 +74,7 @@ class CacheCase:
     @property
     def has_one_graph(self) -> bool:
         """Whether `torch.compile` makes one graph of a decode step, because no size changes with it."""
-        return self.is_bounded and not issubclass(self.cache_class, PolicyCache)
+        return self.is_bounded and self.tight.get("eviction_interval", 1) == 1
 
     def most_waits(self, num_layers: int, num_steps: int) -> int:
         """
@@ -98,11 +98,10 @@ TWELVE = {"budget": 12}
 BY_ATTENTION = {**TWELVE, "window_size": 4, "kernel_size": 3, "eviction_interval": 3}
 BY_CHUNKS = {"rank": 6, "chunk_size": 2, "num_outlier_chunks": 1, "num_local_tokens": 2, "offload_interval": 2}
 CACHE_CASES = (
-    CacheCase("pyramid-config", {"budget": 0.4}, is_bounded=False, tier="quick"),
-    CacheCase("pyramid", {"budget": 0.4}, from_model=True, is_bounded=False, tier="quick"),
+    CacheCase("pyramid-config", {"budget": 0.4, "eviction_interval": 3}, tier="quick"),
+    CacheCase("pyramid", {"budget": 0.4, "eviction_interval": 3}, from_model=True, tier="quick"),
     CacheCase("h2o", TWELVE, tier="quick"),
     CacheCase("streaming", TWELVE, tier="quick"),
-    CacheCase("streaming-dense", {**TWELVE, "prefill": "dense"}, tier="quick"),
     CacheCase("snapkv", BY_ATTENTION, tier="quick"),
     CacheCase("adakv", BY_ATTENTION, has_own_reference=True),
     CacheCase("pyramidkv", {**TWELVE, "window_size": 4, "beta": 3.0, "eviction_interval": 2}),

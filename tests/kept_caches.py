@@ -23,11 +23,12 @@ def hand_made_cache(
         positions = torch.tensor(held[index], dtype=torch.int32)
         states = torch.zeros(*positions.shape, 16)
         layer.lazy_initialization(states, states)
-        layer.keys, layer.values, layer.positions = states, states.clone(), positions
-        layer.length, layer.num_seen = positions.shape[-1], num_seen
-        layer.row_lengths = [num_seen] * layer.batch_size
-        layer.row_held = [int(row.ge(0).sum(-1).max()) for row in positions]
-        layer.row_kept = [4] * layer.batch_size
+        state = layer.state
+        state.keys, state.values, state.positions = states, states.clone(), positions
+        state.length, state.num_seen = positions.shape[-1], num_seen
+        state.row_lengths = [num_seen] * layer.batch_size
+        state.row_held = [int(row.ge(0).sum(-1).max()) for row in positions]
+        state.row_kept = [4] * layer.batch_size
         if scores is not None:
-            layer.scores = torch.tensor(scores[index])
+            state.attention = torch.tensor(scores[index])
     return cache

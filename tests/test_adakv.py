@@ -12,7 +12,7 @@ from transformers import DynamicCache, PreTrainedConfig
 
 from pyramid_cache import AdaKVCache, Policy, PolicyCache
 from pyramid_cache.engine.policy import ScoringView
-from pyramid_cache.engine.ragged import RaggedLayer
+from pyramid_cache.caches.adakv.ragged_store import RaggedStore
 
 
 SETTINGS = {"window_size": 8, "kernel_size": 3, "eviction_interval": 5}
@@ -29,11 +29,12 @@ class LopsidedPolicy(Policy):
         worth[::2] = 0.1
         return (view.attention * worth[:, None]).masked_fill(view.is_recent(2), float("inf"))
 
+    def build_store(self) -> RaggedStore:
+        return RaggedStore(self.state_class, floor_ratio=0.2)
+
 
 class LopsidedCache(PolicyCache):
     """A cache whose heads differ much, whatever the model."""
-
-    layer_class = RaggedLayer
 
     def __init__(self, config: PreTrainedConfig, budget: float | int) -> None:
         super().__init__(config, budget, LopsidedPolicy(), eviction_interval=5)
@@ -119,7 +120,7 @@ def test_bytes_are_those_of_the_budget_although_heads_differ() -> None:
         assert cache.nbytes == held_bytes(cache)
         # With each head padded to the longest, keys and values alone would take more.
         padded = 2 * 2 * int(counts.max()) * 2 * 64 * 4
-        assert sum(tensor.nbytes for tensor in cache.compressed_layers[0].packed.tensors.values()) < 0.8 * padded
+        assert sum(tensor.nbytes for tensor in cache.compressed_layers[0].store.packed.tensors.values()) < 0.8 * padded
 
 
 # What cannot be.

@@ -44,8 +44,7 @@ from pyramid_cache import (
 )
 from pyramid_cache.engine.architectures import CACHE_ARGUMENT, reason_against
 from pyramid_cache.engine.cache import CompressedCache
-from pyramid_cache.engine.policy_cache import PolicyLayer
-from pyramid_cache.engine.ragged import RaggedLayer
+from pyramid_cache.engine.evicting import EvictingLayer
 
 
 ORACLE = "eager_with_a_policy"
@@ -92,7 +91,7 @@ def attentions_of(name: str) -> list[str]:
 
 def reason_to_refuse(case: CacheCase, model: PreTrainedModel) -> str | None:
     """The message, at the latest of the first prompt, where a served architecture cannot serve a cache."""
-    kept_apart = issubclass(case.cache_class, PolicyCache) and case.cache_class.layer_class is RaggedLayer
+    kept_apart = case.cache_class is AdaKVCache
     moving = (StreamingLLMCache, ExpectedAttentionCache, MassiveActivationCache, ShadowKVCache)
     if kept_apart and model.config.model_type == "gpt_oss":
         return "learned attention sinks"
@@ -183,19 +182,17 @@ def check_masked(model: PreTrainedModel, cache: CompressedCache, trace: Trace, r
                 assert held == pyramid_select(scores, len(held), 4, list(range(len(prompt)))[-window:])
 
 
-def check_attention(layer: PolicyLayer, row: int, weights: torch.Tensor, prompt_length: int) -> None:
+def check_attention(layer: EvictingLayer, row: int, weights: torch.Tensor, prompt_length: int) -> None:
     """The policy is shown the mean of the window's last queries, of which each newer one takes over a share."""
-    if isinstance(layer, RaggedLayer):
-        layer = layer._unpacked()
     window, positions = layer.policy.window_size, layer.held_positions()[row]
     given = weights.unflatten(0, (len(positions), -1)).mean(dim=1)  # (kv_heads, queries, keys)
     shown = given[:, prompt_length - window : prompt_length].sum(dim=1) / window
     for query in range(prompt_length, given.shape[1]):
         shown = shown * (1 - 1 / window) + given[:, query] / window
-    if layer.heads_share_positions:
+    if layer.policy.heads_share_tokens:
         shown, positions = shown.mean(dim=0, keepdim=True), positions[:1]
     is_held = positions >= 0
-    actual, wanted = layer.attention[row, :, : layer.length], shown.gather(-1, positions.clamp(min=0))
+    actual, wanted = layer.store.held_attention()[row], shown.gather(-1, positions.clamp(min=0))
     torch.testing.assert_close(actual[is_held], wanted[is_held], atol=TOLERANCE, rtol=0)
 
 

@@ -70,14 +70,14 @@ def test_a_spoiled_row_stays_alone(spoilt: tuple[tuple[float, int], str, str], c
             output_logits=True,
             return_dict_in_generate=True,
         )
-        assert all(layer.row_held == count_held(layer) for layer in cache.compressed_layers)
+        assert all(layer.state.row_held == count_held(layer) for layer in cache.compressed_layers)
         heads = [layer.held_positions()[OTHERS].flatten(0, 1) for layer in cache.compressed_layers]
         positions = [sorted(held[held >= 0].tolist()) for layer_heads in heads for held in layer_heads]
         seen.append((torch.stack(output.logits), output.sequences[OTHERS], positions))
     (clean, clean_tokens, clean_positions), (spoiled, spoiled_tokens, spoiled_positions) = seen
     assert not spoiled[:, SPOILED].isfinite().all()
     # Sums over heads of different lengths are made in another order if the longest is another one.
-    is_ragged = not cache.compressed_layers[0].heads_keep_equal_numbers
+    is_ragged = not cache.compressed_layers[0].store.heads_keep_equal_numbers
     torch.testing.assert_close(spoiled[:, OTHERS], clean[:, OTHERS], atol=2e-5 if is_ragged else 0, rtol=0)
     assert torch.equal(spoiled_tokens, clean_tokens)
     assert spoiled_positions == clean_positions
@@ -86,7 +86,7 @@ def test_a_spoiled_row_stays_alone(spoilt: tuple[tuple[float, int], str, str], c
 def count_held(layer: CompressedLayer) -> list[int]:
     """How many tokens each row really holds: what the layer counts on the host, in a spoiled row too."""
     counts = (layer.held_positions() >= 0).sum(dim=-1)
-    if layer.heads_keep_equal_numbers:
+    if layer.store.heads_keep_equal_numbers:
         assert (counts == counts[:, :1]).all()
     return (counts.sum(dim=-1) / counts.shape[1]).tolist()
 

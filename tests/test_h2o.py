@@ -12,7 +12,8 @@ from synthetic import SyntheticModel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyramid_cache import H2OCache
-from pyramid_cache.caches.h2o import H2OLayer, lowest_slots
+from pyramid_cache.engine.evicting import EvictingLayer
+from pyramid_cache.engine.selection import lowest_token
 
 
 def test_equal_scores_by_hand() -> None:
@@ -54,14 +55,14 @@ def test_a_decode_step_asks_for_attention_once(monkeypatch: pytest.MonkeyPatch) 
             for tokens in (random_tokens(2, 30), *random_tokens(3, 2, 1)):
                 model(tokens, past_key_values=cache)
             for name in ("update", "attend"):
-                run = getattr(H2OLayer, name)
+                run = getattr(EvictingLayer, name)
 
                 def watched(layer, *args, run=run, dispatched=dispatched, **kwargs):
                     # The first layer also looks at the position ids, for all of them.
                     with dispatched if layer.place.layer_idx == 1 else contextlib.nullcontext():
                         return run(layer, *args, **kwargs)
 
-                patch.setattr(H2OLayer, name, watched)
+                patch.setattr(EvictingLayer, name, watched)
             model(random_tokens(2, 1), past_key_values=cache)
         assert dispatched.names.count("pyramid_cache::decode_attention") == 1
         counts.append(len(dispatched.names))
@@ -76,7 +77,7 @@ VICTIMS = [
     ("zeros of both signs are equal", [0.0, -0.0, 1, 1, 1], [8, 9, 1, 2, 3], 0),
     ("minus infinity", [INFINITY, 4, -INFINITY, 2, 1], [1, 2, 3, 4, 5], 2),
     ("plus infinity", [INFINITY] * 5, [5, 4, 3, 2, 1], 4),
-    ("one is not a number: the oldest of all", [3, 2, NAN, 5, 1], [4, 9, 7, 1, 2], 3),
+    ("one is not a number", [3, 2, NAN, 5, 1], [4, 9, 7, 1, 2], 2),
     ("a recent one is not a number", [3, 2, NAN, 5, 1], [4, 9, 98, 1, 2], 4),
     ("an empty one is not a number", [3, 2, NAN, 5, 1], [4, 9, -1, 1, 2], 4),
     ("neither empty nor recent", [-3, 2, -9, 5, 1], [-1, 9, 99, 1, 2], 4),
@@ -86,5 +87,7 @@ VICTIMS = [
 @pytest.mark.parametrize("name, scores, held, victim", VICTIMS, ids=[name for name, *_ in VICTIMS])
 def test_victims_by_hand(name: str, scores: list[float], held: list[int], victim: int) -> None:
     positions = torch.tensor([[held]])
-    slots = lowest_slots(torch.tensor([[scores]], dtype=torch.float32), positions, (positions < 0) | (positions >= 97))
+    is_protected = (positions < 0) | (positions >= 97)
+    priority = torch.tensor([[scores]], dtype=torch.float32).masked_fill(is_protected, INFINITY)
+    slots = lowest_token(priority, positions)
     assert slots.item() == victim

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from pyramid_cache.caches.massive_activation import MassiveActivationCache, MassiveActivationLayer, first_positions
 from pyramid_cache.engine.budget import bounded_shares, fair_shares, support_schedule
 from pyramid_cache.engine.fingerprint import architecture_of
-from pyramid_cache.engine.massive import massive_in_hidden_states, massive_in_keys_and_values, median_magnitude
+from pyramid_cache.caches.massive_activation.detection import massive_in_hidden_states, massive_in_keys_and_values, median_magnitude
 from pyramid_cache.engine.rope import RotaryFrequencies
 from pyramid_cache.lab.demo.planted_number import read_text
 from pyramid_cache.lab.profile.activations import measure_text

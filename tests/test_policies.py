@@ -42,7 +42,7 @@ def check(cache_class: type[PolicyCache], family: str, lengths: tuple[int, ...],
         budget = settings.get("budget", 0.2)
         mean = Budget("tokens", budget if isinstance(budget, int) else math.floor(budget * length))
         kept = [cache.policy.num_tokens(length, mean, layer, num_layers) for layer in range(num_layers)]
-        policies.append(ScoredPolicy(length, score, kept, cache.compressed_layers[0].num_spare_slots, trace, row))
+        policies.append(ScoredPolicy(length, score, kept, cache.compressed_layers[0].eviction_interval, trace, row))
     compare_with_policies(model, trace, rows, policies)
     return trace
 
@@ -123,7 +123,7 @@ def test_neighbours_are_those_in_the_sequence() -> None:
     """Slots are in any order and some are empty: pooling goes by positions, and beyond the ends there is nothing."""
     positions = torch.tensor([[[4, -1, 0, 9, 2, -1, 7]]], dtype=torch.int32)
     number = torch.tensor([[[4]]], dtype=torch.int32)
-    view = ScoringView(None, None, positions, number, number, None, {}, 0)
+    view = ScoringView(None, None, positions, number, None, 0, lambda: None, 9, number, None)
     scores = torch.tensor([[[3.0, 99.0, 1.0, 5.0, -2.0, 99.0, 4.0]]])
     # In order: 1, -2, 3, 4, 5 at positions 0, 2, 4, 7, 9.
     averages = {0: -1 / 3, 2: 2 / 3, 4: 5 / 3, 7: 4.0, 9: 3.0}

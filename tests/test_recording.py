@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 from pyramid_cache import H2OCache, PyramidCache, StreamingLLMCache
 from pyramid_cache.caches import streaming_llm
 from pyramid_cache.engine.cache import CompressedCache
-from pyramid_cache.engine.ragged import RaggedLayer
 
 
 # How many tokens each forward pass brings, the first one behind the prompt, and how many of them `crop` takes back.
@@ -52,15 +51,13 @@ def state_of(cache: CompressedCache) -> list[torch.Tensor]:
     """Positions, keys, values and scores in order of position, whatever slots the tokens are in."""
     state = []
     for layer in cache.compressed_layers:
-        if isinstance(layer, RaggedLayer):
-            layer = layer._unpacked()
-        positions = layer.held_positions()
+        positions, (_, tensors_of) = layer.held_positions(), layer.store.state_dict()
         order = positions.argsort(dim=-1)[..., -max(int((positions >= 0).sum(dim=-1).max()), 1) :]
         ranked = positions.gather(-1, order)
         state.append(ranked)
-        tensors = [layer.keys, layer.values]
-        if getattr(layer, "scores", None) is not None and layer.scores.shape[1] == positions.shape[1]:
-            tensors.append(layer.scores[..., None])
+        tensors = [tensors_of["keys"], tensors_of["values"]]
+        if "attention" in tensors_of:
+            tensors.append(tensors_of["attention"].expand_as(positions)[..., None])
         for tensor in tensors:
             expanded = order[..., None].expand(-1, -1, -1, tensor.shape[-1])
             state.append(torch.where((ranked >= 0)[..., None], tensor.gather(2, expanded), 0))

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 import pyramid_cache
-from pyramid_cache.engine.layer import CompressedLayer
+from pyramid_cache.engine import checks
 from pyramid_cache.ops import transfer
 from pyramid_cache.ops.transfer import numbers_on
 
@@ -90,7 +90,7 @@ def asked_by_dynamic_cache() -> int:
 @every_cache
 def test_steps_ask_for_no_more_than_with_a_dynamic_cache(case: CacheCase, monkeypatch: pytest.MonkeyPatch) -> None:
     # Position ids are looked at on the CPU alone, where it costs nothing.
-    monkeypatch.setattr(CompressedLayer, "_check_position_ids", lambda *arguments: None)
+    monkeypatch.setattr(checks, "check_position_ids", lambda *arguments: None)
     model = tiny_model("llama")
     assert count_asked(model, case.build(model)) <= asked_by_dynamic_cache() + case.most_waits(3, NUM_STEPS)
 

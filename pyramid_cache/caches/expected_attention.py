@@ -21,10 +21,26 @@ from pyramid_cache.engine.budget import is_number, read_count
 from pyramid_cache.engine.policy import Policy, PromptView, ScoringView
 from pyramid_cache.engine.policy_cache import DEFAULT_EVICTION_INTERVAL, PolicyCache
 from pyramid_cache.engine.rope import RotaryFrequencies
+from pyramid_cache.engine.store import LayerState, row
 
 
 # Queries whose statistics are taken at once: copies in float32 of a long prompt's would be larger than its cache.
 QUERIES_PER_CHUNK = 1024
+
+
+@dataclass(eq=False)
+class QueryStatistics(LayerState):
+    """
+    Describes the queries before RoPE, scaled as attention scales them: their number `query_count` `(batch, 1)`, their
+    mean `query_mean` `(batch, heads, head_dim)`, and the upper triangle of their covariance `query_covariance`
+    `(batch, heads, head_dim * (head_dim + 1) / 2)`. `rotation` `(batch, 2, head_dim)` says how the model rotates them;
+    see `rotation_by_dimension`. All are float32.
+    """
+
+    query_count: torch.Tensor | None = row()
+    query_mean: torch.Tensor | None = row()
+    query_covariance: torch.Tensor | None = row()
+    rotation: torch.Tensor | None = row()
 
 
 @dataclass(frozen=True)
@@ -33,16 +49,14 @@ class ExpectedAttentionPolicy(Policy):
     A token's score is the attention that future queries are expected to give it, times the norm of its value. See
     `ExpectedAttentionCache` for the fields.
 
-    The state describes the queries before RoPE, scaled as attention scales them: their number `query_count` `(batch,
-    1)`, their mean `query_mean` `(batch, heads, head_dim)`, and the upper triangle of their covariance
-    `query_covariance` `(batch, heads, head_dim * (head_dim + 1) / 2)`. `rotation` `(batch, 2, head_dim)` says how the
-    model rotates them; see `rotation_by_dimension`.
     """
 
     num_future_positions: int = 512
     num_sink_tokens: int = 4
     use_covariance: bool = True
     epsilon: float = 0.0
+
+    state_class = QueryStatistics
 
     def __post_init__(self) -> None:
         for name, least in (("num_future_positions", 1), ("num_sink_tokens", 0)):
@@ -56,21 +70,20 @@ class ExpectedAttentionPolicy(Policy):
             )
         object.__setattr__(self, "epsilon", float(self.epsilon))
 
-    @property
-    def state_names(self) -> tuple[str, ...]:  # type: ignore[override]
-        names = ("query_count", "query_mean", "rotation")
-        return (*names, "query_covariance") if self.use_covariance else names
-
-    def observe(self, prompt: PromptView) -> dict[str, torch.Tensor]:
-        head_dim = prompt.query.shape[-1]
-        known = prompt.state or self._nothing(prompt)
-        count, mean = known["query_count"], known["query_mean"]
-        covariance = unpacked(known["query_covariance"], head_dim) if self.use_covariance else None
-        for start in range(0, prompt.query.shape[2], QUERIES_PER_CHUNK):
+    def observe(self, prompt: PromptView) -> None:
+        state, (batch_size, heads, num_queries, head_dim) = prompt.state, prompt.query.shape
+        count, mean, covariance = state.query_count, state.query_mean, None
+        if count is None:
+            count, mean = (prompt.query.new_zeros(batch_size, *rest).float() for rest in ((1,), (heads, head_dim)))
+        if self.use_covariance:
+            covariance = prompt.query.new_zeros(batch_size, heads, head_dim, head_dim).float()
+            if state.query_covariance is not None:
+                covariance = unpacked(state.query_covariance, head_dim)
+        for start in range(0, num_queries, QUERIES_PER_CHUNK):
             chunk = slice(start, start + QUERIES_PER_CHUNK)
-            query, positions = prompt.query[:, :, chunk].float(), prompt.positions[..., chunk]
+            query, positions = prompt.query[:, :, chunk].float(), prompt.query_positions[..., chunk]
             is_counted = positions >= self.num_sink_tokens
-            query = replace(prompt, query=query, positions=positions).unrotated_query() * prompt.scaling
+            query = replace(prompt, query=query, query_positions=positions).unrotated_query() * prompt.scaling
             query = query.masked_fill(~is_counted[..., None], 0)
 
             num_new = is_counted.sum(dim=-1).float()  # (batch, 1)
@@ -85,32 +98,18 @@ class ExpectedAttentionPolicy(Policy):
                 covariance = covariance + (share * (1 - share))[..., None] * between
             mean = mean + share * difference
             count = count + num_new
-        state = {"query_count": count, "query_mean": mean}
-        state["rotation"] = rotation_by_dimension(prompt.rotary, prompt.query, prompt.longest)
-        if covariance is not None:
-            state["query_covariance"] = packed(covariance)
-        return state
-
-    def _nothing(self, prompt: PromptView) -> dict[str, torch.Tensor]:
-        """The statistics of no query."""
-        batch_size, heads, _, head_dim = prompt.query.shape
-        shapes = {
-            "query_count": (batch_size, 1),
-            "query_mean": (batch_size, heads, head_dim),
-            "query_covariance": (batch_size, heads, head_dim * (head_dim + 1) // 2),
-        }
-        return {
-            name: torch.zeros(shape, dtype=torch.float32, device=prompt.query.device) for name, shape in shapes.items()
-        }
+        state.query_count, state.query_mean = count, mean
+        state.query_covariance = None if covariance is None else packed(covariance)
+        state.rotation = rotation_by_dimension(prompt.rotary, prompt.query, prompt.longest)
 
     def score(self, view: ScoringView) -> torch.Tensor:
         key = view.key.float()
         kv_heads, head_dim = key.shape[1], key.shape[3]
         is_first = view.is_first(self.num_sink_tokens)
-        mean = self._turned_to_future(view.state["query_mean"], view).unflatten(1, (kv_heads, -1))
+        mean = self._turned_to_future(view.state.query_mean, view).unflatten(1, (kv_heads, -1))
         logits = mean @ key.mT  # (batch, kv_heads, group, tokens)
         if self.use_covariance:
-            covariance = unpacked(view.state["query_covariance"], head_dim)
+            covariance = unpacked(view.state.query_covariance, head_dim)
             # The turn of both sides of a symmetric matrix.
             covariance = self._turned_to_future(self._turned_to_future(covariance, view).mT, view)
             for member, of_heads in enumerate(covariance.unflatten(1, (kv_heads, -1)).unbind(dim=2)):
@@ -125,7 +124,7 @@ class ExpectedAttentionPolicy(Policy):
         The average of vectors `(batch, heads, head_dim)` or `(batch, heads, any, head_dim)` over turns to each of the
         positions that come next.
         """
-        frequencies, partners = view.state["rotation"].unbind(dim=1)  # (batch, head_dim)
+        frequencies, partners = view.state.rotation.unbind(dim=1)  # (batch, head_dim)
         steps = torch.arange(self.num_future_positions, device=vectors.device)
         angles = (view.length + steps[:, None]).double() * frequencies[:, None].double()
         shape = (vectors.shape[0], *[1] * (vectors.dim() - 2), vectors.shape[-1])

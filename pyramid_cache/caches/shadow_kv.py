@@ -30,7 +30,8 @@ from pyramid_cache.engine.budget import floor_of_product, is_number, read_count
 from pyramid_cache.engine.cache import CompressedCache, check_decoder_config, config_and_model
 from pyramid_cache.engine.host import beside, fetch_values, join, read_host, wait_for_host
 from pyramid_cache.engine.landmarks import landmarks_of, probe_of
-from pyramid_cache.engine.layer import CompressedLayer, LayerPlace, grown
+from pyramid_cache.engine.layer import CompressedLayer, LayerPlace
+from pyramid_cache.engine.store import grown
 from pyramid_cache.engine.low_rank import TOKENS_PER_BLOCK, add_keys
 from pyramid_cache.engine.quantization import QUANTIZE, add_scaled, stored
 from pyramid_cache.engine.rope import (
@@ -71,8 +72,8 @@ class ShadowKVLayer(CompressedLayer):
         *("next_position", "column_positions", "factors", "basis", "landmarks", "is_selectable"),
         *("held_chunks", "outlier_chunks", "outlier_cosines", "landmark_scales"),
     )
-    row_counts = (*CompressedLayer.row_counts, "row_shadow", "row_sparse")
-    state_numbers = (*CompressedLayer.state_numbers, "num_croppable")
+    row_counts = ("row_shadow", "row_sparse")
+    state_numbers = ("num_croppable",)
     extra_tensors = ("host_values", *FREQUENCY_TENSORS)
     heads_share_positions = False
     evicts = False

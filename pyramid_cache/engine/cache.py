@@ -15,9 +15,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from pyramid_cache.engine import attention
 from pyramid_cache.engine.architectures import CACHE_ARGUMENT, reason_against
 from pyramid_cache.engine.arguments import as_repeats, as_row_indices, as_tokens_to_remove
+from pyramid_cache.engine.checks import check_attended
 from pyramid_cache.engine.fingerprint import architecture_of
 from pyramid_cache.engine.layer import CompressedLayer, LayerPlace
-from pyramid_cache.engine.recording import RecordedChunk
+from pyramid_cache.engine.pending import RecordedChunk
 from pyramid_cache.engine.storage import CacheType, load_cache, save_cache
 from pyramid_cache.engine.tokens import MaskReader
 
@@ -50,12 +51,13 @@ class CompressedCache(Cache):
         config: PreTrainedConfig,
         build_layer: Callable[[LayerPlace, MaskReader], CompressedLayer],
         settings: dict[str, Any] | None = None,
+        masks: MaskReader | None = None,
     ) -> None:
         check_decoder_config(config)
         self.settings = settings
         self.architecture = architecture_of(config)
         attention.install()
-        self.masks = MaskReader()
+        self.masks = MaskReader() if masks is None else masks
         layers = list(DynamicCache(config=config).layers)
         # An exact type: layers of other kinds that derive from DynamicLayer have their own way to store.
         compressed = [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
@@ -101,7 +103,7 @@ class CompressedCache(Cache):
         # A layer that never got its queries is noticed by the next layer of the same forward pass.
         for layer in self.layers[max(layer_idx - 1, 0) : layer_idx]:
             if isinstance(layer, CompressedLayer):
-                layer.require_attended()
+                check_attended(layer)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def require_whole(self) -> None:
@@ -112,9 +114,9 @@ class CompressedCache(Cache):
             RuntimeError: A forward pass broke off. Only `reset` helps.
         """
         lengths = [layer.get_seq_length() for layer in self.layers if isinstance(layer, CacheLayerMixin)]
-        pending = [layer.place.layer_idx for layer in self.compressed_layers if layer.num_pending]
+        pending = [layer.place.layer_idx for layer in self.compressed_layers if layer.arrival is not None]
         if len(self.layers) == 1:  # which no later layer of the same forward pass has asked
-            self.compressed_layers[0].require_attended()
+            check_attended(self.compressed_layers[0])
         if pending or any(length != lengths[0] for length in lengths):
             where = f" in the attention of layer {pending[0]}" if pending else ""
             raise RuntimeError(
@@ -163,7 +165,7 @@ class CompressedCache(Cache):
         if any(getattr(layer, "record_past", False) for layer in self.layers):
             self.crop(0)
         for layer in self.compressed_layers:
-            layer.leave_inference_mode()
+            layer.store.leave_inference_mode()
             layer.compress()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:

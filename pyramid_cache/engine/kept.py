@@ -72,6 +72,6 @@ def budgets(layers: list[CompressedLayer], prompt_length: int | None) -> list[fl
         seen = layer.num_seen_per_row
         is_unlimited = layer.budget is not None and layer.budget.is_unlimited
         # The method has not looked at recorded tokens yet.
-        kept = seen if is_unlimited or not layer.row_kept else map(min, layer.row_kept, seen)
+        kept = seen if is_unlimited or not layer.state.row_kept else map(min, layer.state.row_kept, seen)
         means.append(sum(kept) / len(seen))
     return means

@@ -2,55 +2,78 @@
 The extension point: a method gives each token a score.
 
 A layer asks its `Policy` for scores after each prompt, and every few tokens while an answer is generated. It keeps the
-tokens with the highest scores. A policy sees a `ScoringView` and nothing else. The layer takes care of padding, beams,
-later turns, files and the bound on memory. docs/write-a-policy.md builds a policy.
+tokens with the highest scores. A policy sees views of a layer and nothing else. The layer takes care of padding,
+beams, later turns, files and the bound on memory. docs/write-a-policy.md builds a policy.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn import functional
 
 from pyramid_cache.engine.budget import Budget
 from pyramid_cache.engine.rope import RotaryFrequencies
+from pyramid_cache.engine.store import LayerState, SlotStore
+from pyramid_cache.engine.tokens import Tokens
 
 
 @dataclass(frozen=True)
-class ScoringView:
+class LayerView:
     """
-    The view of one layer that a policy scores when the layer has to evict.
+    What a policy sees of a layer.
 
     Attributes:
         key, value (`torch.Tensor`): `(batch, kv_heads, tokens, head_dim)`, as attention sees them: keys carry RoPE.
         positions (`torch.Tensor`): `(batch, kv_heads or 1, tokens)` int32, the rank of each token in its row, -1 for
             padding and empty slots. The tokens of a prompt are in order of position, those of later calls in any.
         length (`torch.Tensor`): `(batch, 1, 1)` int32, how many tokens each row has seen.
-        num_kept (`torch.Tensor`): `(batch, 1, 1)` int32, how many of them stay.
-        attention (`torch.Tensor`, *optional*): `(batch, kv_heads, tokens)` float32, the mean probability with which
-            the last `window_size` queries attended to each token, over the query heads of a KV head. Each token
-            generated since has taken over `1 / window_size` of it. If heads share tokens, it is the mean over all
-            heads, `(batch, 1, tokens)`. None if `window_size` is 0.
-        state (`dict[str, torch.Tensor]`): The tensors that `Policy.observe` returned last.
+        state (`Any`): What the layer remembers: an instance of the policy's `state_class`, whose fields it may set.
         layer_idx (`int`): Which layer of the model this is.
+        find_rotary (`Callable`): Gives the rotary frequencies of the layer; see `rotary`.
+        longest (`int`): The length of the longest row in the forward pass that the latest tokens are of.
     """
 
     key: torch.Tensor
     value: torch.Tensor
     positions: torch.Tensor
     length: torch.Tensor
-    num_kept: torch.Tensor
-    attention: torch.Tensor | None
-    state: dict[str, torch.Tensor]
+    state: Any
     layer_idx: int
+    find_rotary: Callable[[], RotaryFrequencies | None]
+    longest: int
+
+    @property
+    def rotary(self) -> RotaryFrequencies | None:
+        """How the layer rotates queries and keys; None for a layer without RoPE."""
+        return self.find_rotary()
 
     @property
     def is_token(self) -> torch.Tensor:
         """`(batch, kv_heads or 1, tokens)` bool, False for padding and empty slots."""
         return self.positions >= 0
 
-    def is_recent(self, num_recent: int) -> torch.Tensor:
+
+@dataclass(frozen=True)
+class ScoringView(LayerView):
+    """
+    The view of one layer that a policy scores when the layer has to evict. See `LayerView` for the other attributes.
+
+    Attributes:
+        num_kept (`torch.Tensor`): `(batch, 1, 1)` int32, how many of the tokens stay.
+        attention (`torch.Tensor`, *optional*): `(batch, kv_heads, tokens)` float32, the mean probability with which
+            the last `window_size` queries attended to each token, over the query heads of a KV head. Each token
+            generated since has taken over `1 / window_size` of it. If heads share tokens, it is the mean over all
+            heads, `(batch, 1, tokens)`. If `window_size` is None, it is the sum over all queries and over the query
+            heads of a KV head. None if `window_size` is 0.
+    """
+
+    num_kept: torch.Tensor
+    attention: torch.Tensor | None
+
+    def is_recent(self, num_recent: int | torch.Tensor) -> torch.Tensor:
         """
         `(batch, kv_heads or 1, tokens)` bool: the latest tokens of each row, at most half of the tokens that stay and
         at least one. A window as large as the budget would leave no choice.
@@ -81,39 +104,27 @@ class ScoringView:
 
 
 @dataclass(frozen=True)
-class PromptView:
+class PromptView(LayerView):
     """
-    The view of one layer that a policy observes in a forward pass of several tokens.
+    The view of one layer that a policy observes in a forward pass of several tokens. See `LayerView` for the other
+    attributes: its keys are the tokens held so far, and the new ones behind them.
 
     Attributes:
         query (`torch.Tensor`): `(batch, heads, queries, head_dim)`, the queries of the new tokens, with RoPE.
-        positions (`torch.Tensor`): `(batch, 1, queries)` int32 of the new tokens, -1 for padding.
-        length (`torch.Tensor`): `(batch, 1, 1)` int32, how many tokens each row has seen, the new ones included.
+        query_positions (`torch.Tensor`): `(batch, 1, queries)` int32, -1 for padding.
         scaling (`float`): The factor of attention on its logits.
-        state (`dict[str, torch.Tensor]`): The tensors that `Policy.observe` returned last; empty before.
-        find_rotary (`Callable`): Gives the rotary frequencies of the layer; see `rotary`.
-        longest (`int`): The length of the longest row.
     """
 
     query: torch.Tensor
-    positions: torch.Tensor
-    length: torch.Tensor
+    query_positions: torch.Tensor
     scaling: float
-    state: dict[str, torch.Tensor]
-    find_rotary: Callable[[], RotaryFrequencies | None]
-    longest: int
-
-    @property
-    def rotary(self) -> RotaryFrequencies | None:
-        """How the layer rotates queries and keys; None for a model without RoPE."""
-        return self.find_rotary()
 
     def unrotated_query(self) -> torch.Tensor:
         """The queries `(batch, heads, queries, head_dim)` without RoPE."""
         rotary = self.rotary
         if rotary is None:
             return self.query
-        return rotary.rotate(self.query, -rotary.model_angles(self.positions.clamp(min=0), self.longest))
+        return rotary.rotate(self.query, -rotary.model_angles(self.query_positions.clamp(min=0), self.longest))
 
 
 class Policy(ABC):
@@ -121,18 +132,17 @@ class Policy(ABC):
     The decisions of a method. A subclass is a frozen dataclass whose fields are the method's hyper-parameters.
 
     Attributes:
-        window_size (`int`): How many of the last queries `ScoringView.attention` is the mean of; 0 for a method that
-            does not look at attention.
+        window_size (`int` or None): How many of the last queries `ScoringView.attention` is the mean of; 0 for a
+            method that does not look at attention, None for the sum over all queries.
+        newest_weight (`float`): How much more the newest query of the window counts than the oldest.
         heads_share_tokens (`bool`): Whether all heads of a layer keep the same tokens.
-        state_names (`tuple[str, ...]`): The names of the tensors that `observe` returns.
-        floor_ratio (`float`): Where heads share the budget of their layer (`RaggedLayer`), each head keeps at least
-            this part of an equal share.
+        state_class (`type`): What a layer remembers: `LayerState`, or a dataclass derived from it with more fields.
     """
 
-    window_size: int = 0
+    window_size: int | None = 0
+    newest_weight: float = 1.0
     heads_share_tokens: bool = False
-    state_names: tuple[str, ...] = ()
-    floor_ratio: float = 0.2
+    state_class: type[LayerState] = LayerState
 
     @abstractmethod
     def score(self, view: ScoringView) -> torch.Tensor:
@@ -145,12 +155,8 @@ class Policy(ABC):
             goes first.
         """
 
-    def observe(self, prompt: PromptView) -> dict[str, torch.Tensor]:
-        """
-        Returns float32 tensors to remember, batch first, by the names in `state_names`. Each forward pass of several
-        tokens calls it before `score`. The tensors count as memory of the cache.
-        """
-        return {}
+    def observe(self, prompt: PromptView) -> None:
+        """Sets fields of `prompt.state`. Each forward pass of several tokens calls it before `score`."""
 
     def num_tokens(self, prompt_length: int, budget: Budget, depth: int, num_layers: int) -> int:
         """
@@ -162,3 +168,54 @@ class Policy(ABC):
             depth (`int`): The rank of the layer among the `num_layers` that evict.
         """
         return budget.num_tokens(prompt_length)
+
+    def num_queries(self, prompt_length: int, budget: Budget, num_layers: int) -> int:
+        """How many of the last queries of a prompt count. The default is `window_size`."""
+        return self.window_size or 0
+
+    def prepare(self, state: Any) -> None:
+        """Sets fields of `state` that follow from its `row_lengths` and `row_kept`, whenever these are counted anew."""
+
+    def build_store(self) -> SlotStore:
+        """The store of a layer."""
+        return SlotStore(self.state_class)
+
+    # Methods that attend at other positions than the model's.
+
+    repositions: bool = False
+
+    def check_prompt(
+        self,
+        tokens: Tokens,
+        position_ids: torch.Tensor | None,
+        rotary: RotaryFrequencies | None,
+        state: Any,
+        num_kept: int,
+    ) -> None:
+        """
+        Raises if the layer cannot move these new tokens. Nothing has been stored or counted so far.
+
+        Args:
+            tokens (`Tokens`): The new ones.
+            position_ids (`torch.Tensor`, *optional*): As the model passes them to its attention function.
+            num_kept (`int`): How many tokens the layer may keep.
+        """
+
+    def reposition_new(
+        self, view: LayerView, states: torch.Tensor, positions: torch.Tensor, longest: int
+    ) -> torch.Tensor:
+        """
+        Queries or keys `(batch, any, tokens, head_dim)` of new tokens at `positions` `(batch, 1, tokens)`, as
+        attention shall see them. `longest` is the length of the longest row in the forward pass that they are of.
+        """
+        return states
+
+    def reposition_held(self, view: LayerView) -> None:
+        """Moves keys of the slots in place, after each eviction."""
+
+    @property
+    def score_label(self) -> str | None:
+        """The name and the unit of `ScoringView.attention`."""
+        if self.window_size is None:
+            return "attention so far (sum of probabilities over queries)"
+        return f"mean attention of the last {self.window_size} queries (probability)" if self.window_size else None

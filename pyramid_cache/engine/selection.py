@@ -30,6 +30,24 @@ def best_tokens(priority: torch.Tensor, num_kept: torch.Tensor, max_kept: int) -
     return torch.where(indices < num_tokens, indices, -1)
 
 
+def lowest_token(priority: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """
+    The token of lowest priority, the one that `best_tokens` would drop first.
+
+    Args:
+        priority (`torch.Tensor`): `(batch, heads, slots)` float, `inf` for what must stay. NaN counts as for
+            `best_tokens`.
+        positions (`torch.Tensor`): `(batch, heads, slots)`, distinct among the tokens of a head.
+
+    Returns:
+        `torch.Tensor`: `(batch, heads, 1)` int64: its slot.
+    """
+    infinity = float("inf")
+    priority = priority.nan_to_num(torch.finfo(priority.dtype).min, posinf=infinity, neginf=-infinity)
+    is_higher = priority > priority.amin(dim=-1, keepdim=True)
+    return positions.masked_fill(is_higher, torch.iinfo(positions.dtype).max).argmin(dim=-1, keepdim=True)
+
+
 def gather_tokens(tensor: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     """
     Copies tokens out of `(batch, heads, tokens, ...)` by `(batch, heads or 1, kept)` indices; -1 gives the first

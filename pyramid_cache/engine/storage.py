@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 CacheType = TypeVar("CacheType", bound="CompressedCache")
 
 FORMAT = "pyramid_cache"
-FORMAT_VERSION = "3"
+FORMAT_VERSION = "4"
 HEADER_NAMES = ("cache", "settings", "architecture", "weights", "layers")
 ANEW = "Make the cache again from its prompt, and save it."
 
@@ -93,12 +93,12 @@ def require_complete(cache: "CompressedCache") -> None:
         if not isinstance(layer, CompressedLayer):
             lengths.add(foreign_kind(index, layer).num_seen(layer))
             continue
-        if layer.is_recording_tokens:
+        if layer.pending.chunks:
             raise ValueError(
                 "The cache cannot be saved while it holds tokens that may still be taken back. Settle them with "
                 "`cache.crop(0)`, or take them back with `cache.crop(-n)`."
             )
-        lengths.add(-1 if layer.num_pending else layer.get_seq_length())
+        lengths.add(-1 if layer.arrival is not None else layer.get_seq_length())
     lengths.discard(None)
     if lengths == {0}:
         raise ValueError("The cache holds nothing that could be saved: run the model with it first.")
@@ -113,8 +113,7 @@ def weights_of(cache: "CompressedCache") -> dict[int, WeightFingerprint]:
     """Of the attention modules of the first and the last layer that evicts, as far as they are known, by layer."""
     found = {}
     for layer in (cache.compressed_layers[0], cache.compressed_layers[-1]):
-        module = None if layer._module is None else layer._module()
-        weights = layer.expected_weights if module is None else WeightFingerprint.of(module)
+        weights = layer.expected_weights if layer.module is None else WeightFingerprint.of(layer.module)
         if weights is not None:
             found[layer.place.layer_idx] = weights
     return found
@@ -269,16 +268,4 @@ def import_layer(index: int, layer: Any, numbers: dict[str, Any], tensors: dict[
     keys, values = tensors["keys"], tensors["values"]
     if keys.dim() != 4 or keys.dtype != values.dtype or not keys.is_floating_point():
         raise ValueError(f"keys are {keys.dtype} {tuple(keys.shape)} and values {values.dtype}")
-    batch_size, kv_heads, length = keys.shape[:3]
-    for name, tensor in tensors.items():
-        if name in layer.slot_tensors:
-            is_right = tensor.shape[:3] in ((batch_size, 1, length), (batch_size, kv_heads, length))
-        else:
-            is_right = name in layer.extra_tensors or tensor.shape[:1] == (batch_size,)
-        if not is_right or name not in (*layer.slot_tensors, *layer.row_tensors, *layer.extra_tensors):
-            raise ValueError(f"`{name}` has the shape {tuple(tensor.shape)} in {length} slots of {batch_size} rows")
-        expected = torch.int32 if name == "positions" else torch.float32
-        if name in layer.slot_tensors and name not in ("keys", "values") and tensor.dtype != expected:
-            raise ValueError(f"`{name}` is {tensor.dtype} instead of {expected}")
     layer.import_state(numbers, tensors)
-    layer.release_empty_slots()

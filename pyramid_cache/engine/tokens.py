@@ -25,6 +25,8 @@ class Tokens:
         num_seen (`int`): Columns that the model has been given, padding included.
         ends_in_padding (`bool`): Whether some row's last column is padding.
         is_ascending (`bool`): Whether the columns of each row are in order of their positions, gaps first.
+        longest (`int`): The length of the longest row in the forward pass that the last columns are of, if that was an
+            earlier one; else 0.
     """
 
     positions: torch.Tensor
@@ -33,6 +35,7 @@ class Tokens:
     num_seen: int
     ends_in_padding: bool = False
     is_ascending: bool = True
+    longest: int = 0
 
     @property
     def has_gaps(self) -> bool:
@@ -123,6 +126,10 @@ class MaskReader:
             self.forget()
             self._mask = weakref.ref(attention_mask)
             self._tokens = Tokens.from_validity(is_token, device)
+        return self._tokens
+
+    def latest(self) -> Tokens | None:
+        """The tokens of the mask that was read last; None if there was none, or it was that of a step."""
         return self._tokens
 
     def count(self, attention_mask: torch.Tensor, batch_size: int, num_keys: int) -> list[int]:

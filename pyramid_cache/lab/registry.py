@@ -115,7 +115,6 @@ TRANSFORMERS = {
         CacheEntry("offloaded", "DynamicCache, offloaded", DynamicCache, copies_rows=False),
     )
 }
-STREAM = library.StreamingLLMCache
 # The order is that of tables. Where a class has several rows, its own name stands for the one labelled with it alone.
 CACHES = {
     entry.name: entry
@@ -133,8 +132,7 @@ CACHES = {
         CacheEntry("pyramid-config", "PyramidCache(config)", library.PyramidCache),
         CacheEntry("pyramid", "PyramidCache(model)", library.PyramidCache, from_model=True, reading="own"),
         CacheEntry("shadow", "ShadowKVCache", library.ShadowKVCache, reads_answers_by_step=True, takes_batches=False),
-        CacheEntry("streaming-dense", "StreamingLLMCache, dense", STREAM, {"prefill": "dense"}, takes_batches=False),
-        CacheEntry("streaming", "StreamingLLMCache", STREAM, reading="stream", takes_batches=False),
+        CacheEntry("streaming", "StreamingLLMCache", library.StreamingLLMCache),
     )
 }
 # The row that a class's name stands for. `PyramidCache` is built from the model, which prunes the prefill as in its

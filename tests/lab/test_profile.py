@@ -14,7 +14,7 @@ from text_tokenizers import byte_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pyramid_cache import MassiveActivationCache
-from pyramid_cache.engine.profile import read_profile
+from pyramid_cache.caches.massive_activation.profile import read_profile
 from pyramid_cache.engine.scoring import sum_of_probabilities
 from pyramid_cache.lab.cli import main
 from pyramid_cache.lab.profile import activations

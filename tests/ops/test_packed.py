@@ -4,7 +4,7 @@ import exact
 import pytest
 import torch
 
-from pyramid_cache.engine.ragged import PackedTokens
+from pyramid_cache.caches.adakv.ragged_store import PackedTokens
 from pyramid_cache.ops import decode_packed_attention
 from pyramid_cache.ops.packed import decode_as_one, segment_starts
 

@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from pyramid_cache.caches.h2o import H2OCache
 from pyramid_cache.engine.architectures import CACHE_ARGUMENT
-from pyramid_cache.engine.recording import RecordedChunk
+from pyramid_cache.engine.pending import RecordedChunk
 from pyramid_cache.ops import attention_with_lse, row_lse
 
 

@@ -10,14 +10,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pyramid_cache.engine import massive
+from pyramid_cache.caches.massive_activation import detection as massive
 from pyramid_cache.engine.architectures import CACHE_ARGUMENT
 from pyramid_cache.engine.attention import AttentionCall
 from pyramid_cache.engine.cache import CompressedCache
 from pyramid_cache.engine.layer import CompressedLayer, LayerPlace
-from pyramid_cache.engine.outputs import decoder_layers
+from pyramid_cache.caches.massive_activation.outputs import decoder_layers
 from pyramid_cache.engine.rope import SharedFrequencies
 from pyramid_cache.engine.scoring import attend_and_score
+from pyramid_cache.engine.store import SlotStore
 from pyramid_cache.engine.tokens import MaskReader, Tokens
 from pyramid_cache.lab.profile.spread import AttentionSpread, attention_spread, layer_class
 
@@ -34,7 +35,7 @@ class ProfilingLayer(CompressedLayer):
         self.frequencies = frequencies
         self.found: massive.MassiveTokens | None = None
         self.attention: torch.Tensor | None = None
-        super().__init__(place, None, masks)
+        super().__init__(place, masks, SlotStore())
 
     def num_tokens_to_keep(self, row_length: int) -> int:
         return max(row_length, 1)
@@ -46,7 +47,7 @@ class ProfilingLayer(CompressedLayer):
         output, self.attention = attend_and_score(call, tokens, min(self.num_queries, call.num_queries))
         return output
 
-    def attend_step(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def attend_step(self, call: AttentionCall, longest: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         return call.run()
 
 

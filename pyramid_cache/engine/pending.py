@@ -1,5 +1,5 @@
 """
-Past recording: chunks of tokens that `generate` may still take back.
+Tokens that `generate` may still take back.
 
 Assisted generation and prompt lookup feed a model several guessed tokens at once, and then crop the wrong ones. An
 eviction could not be undone. So layers put such tokens aside with their queries until `crop` has told which of them
@@ -14,6 +14,74 @@ import torch
 
 from pyramid_cache.engine.attention import AttentionCall
 from pyramid_cache.engine.tokens import Tokens
+
+
+class PendingTokens:
+    """
+    The tokens of one layer that `crop` may still take back.
+
+    Attributes:
+        is_on (`bool`): Whether new tokens are put aside.
+        begins_turn (`bool`): Whether the next ones begin a turn, or go on with it.
+        chunks (`list[RecordedChunk]`): One for each forward pass.
+    """
+
+    def __init__(self) -> None:
+        self.is_on = False
+        self.begins_turn = False
+        self.chunks: list[RecordedChunk] = []
+
+    @property
+    def num_columns(self) -> int:
+        """Columns that are put aside, padding included."""
+        return sum(chunk.num_columns for chunk in self.chunks)
+
+    def take_back(self, num_columns: int) -> int:
+        """Drops the last columns, and returns how many of them were not here."""
+        while num_columns and self.chunks:
+            chunk = self.chunks.pop()
+            num_taken = min(num_columns, chunk.num_columns)
+            if num_taken < chunk.num_columns:
+                self.chunks.append(chunk.without_last(num_taken))
+            num_columns -= num_taken
+        return num_columns
+
+    def ends_in_padding_without(self, num_columns: int) -> bool:
+        """Whether the tokens would end in padding without their last columns."""
+        for chunk in reversed(self.chunks):
+            if num_columns < chunk.num_columns:
+                return num_columns > 0 and chunk.seen.without_last(num_columns).ends_in_padding
+            num_columns -= chunk.num_columns
+        return False
+
+    def settle(self, are_begun: Callable[[], bool]) -> Iterator[tuple["RecordedChunk", bool]]:
+        """
+        Gives up the chunks in order, each with whether it is a prompt; what is none comes as single tokens.
+
+        Args:
+            are_begun (`Callable`): Whether all rows have tokens that were settled before.
+        """
+        while self.chunks:
+            chunk = self.chunks.pop(0)
+            if not chunk.num_columns:
+                continue
+            is_turn = self.begins_turn and chunk.num_columns > 1
+            is_prompt = is_turn or not are_begun() or chunk.has_padding
+            self.begins_turn = False
+            for piece in [chunk] if is_prompt else chunk.steps():
+                yield piece, is_prompt
+
+    def map(self, function: Callable[["RecordedChunk"], "RecordedChunk"]) -> None:
+        """Replaces each chunk."""
+        self.chunks = [function(chunk) for chunk in self.chunks]
+
+    def held_tensors(self) -> dict[str, torch.Tensor]:
+        """Every tensor that the chunks refer to, by a name whose first word is its role."""
+        return {
+            f"{role} of chunk {index}": tensor
+            for index, chunk in enumerate(self.chunks)
+            for role, tensor in chunk.held_tensors().items()
+        }
 
 
 @dataclass(frozen=True)

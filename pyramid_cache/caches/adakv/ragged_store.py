@@ -1,5 +1,5 @@
 """
-Layers whose heads keep different numbers of tokens, stored without padding.
+A store of heads that keep different numbers of tokens, without padding.
 
 The tokens that heads keep are packed: one head behind the other. The latest tokens, which all heads hold, are in slots
 as in any layer. A step attends to both at once (`pyramid_cache.ops.decode_packed_attention`). A forward pass of
@@ -7,18 +7,19 @@ several tokens, and an eviction, unpack the tokens into slots, some of which are
 """
 
 import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map
 
 from pyramid_cache.engine.attention import AttentionCall
 from pyramid_cache.engine.budget import floor_of_product
-from pyramid_cache.engine.policy_cache import PolicyLayer
-from pyramid_cache.engine.scoring import attend_and_score
 from pyramid_cache.engine.selection import best_tokens
-from pyramid_cache.engine.tokens import Tokens, causal_mask
+from pyramid_cache.engine.store import LayerState, SlotStore
+from pyramid_cache.engine.tokens import Tokens
 from pyramid_cache.ops import decode_packed_attention
 from pyramid_cache.ops.packed import segment_starts
 from pyramid_cache.ops.transfer import numbers_on
@@ -89,28 +90,49 @@ class PackedTokens:
         return PackedTokens(tensors, head_lengths, segment_starts(flat(head_lengths), device))
 
 
-class RaggedLayer(PolicyLayer):
+class HeldTokens(torch.Tensor):
     """
-    A `PolicyLayer` whose heads share its budget (Ada-KV, https://arxiv.org/abs/2407.11550, Algorithm 1). With a budget
-    of `n` tokens, a layer keeps of each row the best `kv_heads * n` tokens of all heads together. Each head keeps at
-    least its own best `Policy.floor_ratio * n`.
+    Keys or values `(batch, kv_heads, tokens, head_dim)` that are unpacked when something reads them. Attention does
+    not.
+    """
 
-    `packed` holds the kept tokens, or is None before the first eviction. The slot tensors hold the later tokens. The
-    numbers of tokens in `row_held` are means over heads.
+    make: Callable[[], torch.Tensor]
+
+    @staticmethod
+    def __new__(cls, shape: tuple[int, ...], like: torch.Tensor, make: Callable[[], torch.Tensor]) -> "HeldTokens":
+        tensor = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
+        tensor.make = make
+        return tensor
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        def unpacked(value: Any) -> Any:
+            return value.make() if isinstance(value, HeldTokens) else value
+
+        return function(*tree_map(unpacked, args), **tree_map(unpacked, kwargs or {}))
+
+
+class RaggedStore(SlotStore):
+    """
+    Tokens of heads that share the budget of their layer (Ada-KV, https://arxiv.org/abs/2407.11550, Algorithm 1). With
+    a budget of `n` tokens, a layer keeps of each row the best `kv_heads * n` tokens of all heads together. Each head
+    keeps at least its own best `floor_ratio * n`.
+
+    `packed` holds the kept tokens, or is None before the first eviction. The slots hold the later tokens. The numbers
+    of tokens in `state.row_held` are means over heads.
     """
 
     heads_keep_equal_numbers = False
 
-    def _clear(self) -> None:
-        super()._clear()
+    def __init__(self, state_class: type[LayerState], floor_ratio: float) -> None:
+        self.floor_ratio = floor_ratio
+        super().__init__(state_class)
+
+    def reset(self) -> None:
+        super().reset()
         self.packed: PackedTokens | None = None
 
-    @property
-    def max_slots(self) -> int:
-        return super().max_slots if self.packed is None else self.num_spare_slots
-
-    def _check_call(self, call: AttentionCall) -> None:
-        super()._check_call(call)
+    def check_call(self, call: AttentionCall) -> None:
         if call.logit_arguments["sink_logits"] is not None:
             raise NotImplementedError(
                 "Heads with learned attention sinks cannot hold different numbers of tokens. Use a cache whose heads "
@@ -119,54 +141,99 @@ class RaggedLayer(PolicyLayer):
 
     # Packing.
 
-    def _slots_in_use(self) -> dict[str, torch.Tensor]:
-        return {name: getattr(self, name)[:, :, : self.length] for name in self.slot_tensors}
-
     def _pack(self, slots: dict[str, torch.Tensor], is_kept: torch.Tensor) -> None:
         """Packs the kept slots. Afterwards no slot is in use."""
         slots["positions"] = slots["positions"].expand_as(is_kept)
         self.packed = PackedTokens.of(slots, is_kept)
         for name, tensor in slots.items():
-            setattr(self, name, tensor.new_empty(*is_kept.shape[:2], 0, *tensor.shape[3:]))
-        self.length = 0
+            setattr(self.state, name, tensor.new_empty(*is_kept.shape[:2], 0, *tensor.shape[3:]))
+        self.state.length = 0
 
-    def _unpack(self) -> None:
+    def slots(self) -> dict[str, torch.Tensor]:
         """Unpacks the packed tokens into slots in front of the used ones."""
+        slots = super().slots()
+        if self.packed is not None:
+            packed = self.packed.in_slots()
+            for name, tensor in slots.items():
+                slots[name] = torch.cat([packed[name], tensor], dim=2)
+                setattr(self.state, name, slots[name])
+            self.state.length, self.packed = slots["positions"].shape[-1], None
+        return slots
+
+    def append(self, key: torch.Tensor, value: torch.Tensor, limit: int = 0) -> None:
+        if not self.state.is_dense:
+            if self.packed is None:  # as files have them
+                self._pack(super().slots(), self.state.positions[:, :, : self.state.length] >= 0)
+            limit -= max(self.state.row_kept)
+        super().append(key, value, limit)
+
+    def is_full(self, max_slots: int) -> bool:
+        return super().is_full(max_slots if self.packed is None else max_slots - max(self.state.row_kept))
+
+    def keep(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention: torch.Tensor | None,
+        priority: torch.Tensor,
+        tokens: Tokens,
+        row_kept: list[int],
+    ) -> None:
+        state = self.state
+        state.row_held = [min(held, kept) for held, kept in zip(state.row_held, row_kept, strict=True)]
+        is_kept = best_of_all_heads(priority, state.row_held, self.floor_ratio)
+        slots = {"keys": key, "values": value, "positions": tokens.positions}
+        self._pack(slots if attention is None else slots | {"attention": attention}, is_kept)
+        state.column_positions = None
+
+    def evict(self, priority: torch.Tensor, row_left: list[int]) -> None:
+        self.state.row_held = row_left
+        self._pack(super().slots(), best_of_all_heads(priority, row_left, self.floor_ratio))
+
+    # Attention.
+
+    def attended(self) -> tuple[torch.Tensor, torch.Tensor]:
         if self.packed is None:
-            return
-        packed, latest = self.packed.in_slots(), self._slots_in_use()
-        for name in self.slot_tensors:
-            setattr(self, name, torch.cat([packed[name], latest[name]], dim=2))
-        self.length, self.packed = self.positions.shape[-1], None
+            return super().attended()
+        num_tokens = max(self.packed.lengths) + self.state.length
+        made = functools.cache(lambda: self._unpacked().slots())
+        return tuple(  # type: ignore[return-value]
+            HeldTokens((*tensor.shape[:2], num_tokens, tensor.shape[3]), tensor, lambda name=name: made()[name])
+            for name, tensor in (("keys", self.state.keys), ("values", self.state.values))
+        )
 
-    def release_empty_slots(self) -> None:
-        if self.positions is not None and self.packed is None:
-            slots = self._slots_in_use()
-            self._pack(slots, slots["positions"] >= 0)
+    def attend_step(
+        self, call: AttentionCall, scores: bool
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor | None], Any]:
+        arguments, packed = call.logit_arguments, self.packed
+        arguments.pop("sink_logits")
+        output, *sums = decode_packed_attention(
+            call.query,
+            packed.tensors["keys"],
+            packed.tensors["values"],
+            packed.lengths,
+            self.in_use("keys"),
+            self.in_use("values"),
+            **arguments,
+            starts=packed.starts,
+        )
+        return (output, None), [each.detach() for each in sums] if scores else None
 
-    def _store(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if self._is_step(key_states.shape[2]):
-            self.release_empty_slots()
-        else:
-            self._unpack()
-        return super()._store(key_states, value_states)
+    def add_attention(
+        self, sums: Any, share_left: float | torch.Tensor | None, mean: Callable[[torch.Tensor], torch.Tensor]
+    ) -> None:
+        if not self.state.is_dense:
+            packed_sums, sums = sums
+            self.packed.tensors["attention"].mul_(share_left).add_(mean(packed_sums))
+        super().add_attention(sums, share_left, mean)
 
-    def _with_recorded(
-        self, key_states: torch.Tensor, value_states: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        self._unpack()
-        return super()._with_recorded(key_states, value_states)
-
-    # Several tokens.
-
-    def _attend_and_sum(
-        self, call: AttentionCall, tokens: Tokens, num_rows: int, row_weights: torch.Tensor | None
+    def attend_several(
+        self, call: AttentionCall, tokens: Tokens, num_rows: int = 0, row_weights: torch.Tensor | None = None
     ) -> tuple[tuple[torch.Tensor, torch.Tensor | None], torch.Tensor | None]:
         """Attends with each KV head as a row of its own, since heads differ in their empty slots."""
-        if self.positions is None:
-            return super()._attend_and_sum(call, tokens, num_rows, row_weights)
+        if self.state.is_dense:
+            return super().attend_several(call, tokens, num_rows, row_weights)
         batch_size, kv_heads, num_keys = call.key.shape[:3]
-        group = call.query.shape[1] // kv_heads
         positions = tokens.positions.flatten(0, 1)[:, None]
         is_token = positions >= 0
         tokens = replace(
@@ -175,85 +242,24 @@ class RaggedLayer(PolicyLayer):
             row_lengths=[length for length in tokens.row_lengths for _ in range(kv_heads)],
             row_present=is_token.sum(dim=-1).flatten().tolist(),
         )
-        mask = causal_mask(
-            call.module.config._attn_implementation,
-            is_token if tokens.has_gaps else None,
-            call.num_queries,
-            num_keys,
-            call.query.dtype,
-            call.query.device,
-        )
         per_head = replace(
             call,
-            query=call.query.unflatten(1, (kv_heads, group)).flatten(0, 1),
+            query=call.query.unflatten(1, (kv_heads, -1)).flatten(0, 1),
             key=call.key.flatten(0, 1)[:, None],
             value=call.value.flatten(0, 1)[:, None],
-            mask=mask,
             kwargs={name: value for name, value in call.kwargs.items() if name != "position_ids"},
         )
-        if num_rows:
-            if row_weights is not None:
-                row_weights = row_weights.repeat_interleave(kv_heads, dim=0)
-            (output, _), sums = attend_and_score(per_head, tokens, num_rows, row_weights)
-            sums = sums.view(batch_size, kv_heads, num_keys)
-        else:
-            (output, _), sums = per_head.run(), None
+        if row_weights is not None:
+            row_weights = row_weights.repeat_interleave(kv_heads, dim=0)
+        (output, _), sums = super().attend_several(per_head, tokens, num_rows, row_weights)
         if output is not None:  # nobody needs that of tokens that were attended to before
             output = output.unflatten(0, (batch_size, kv_heads)).transpose(1, 2).flatten(2, 3)
-        return (output, None), sums
+        return (output, None), None if sums is None else sums.view(batch_size, kv_heads, num_keys)
 
-    def with_slot_mask(self, call: AttentionCall, key_mask: torch.Tensor | None) -> AttentionCall:
-        return call  # `_attend_and_sum` makes a mask for each head
+    # Rows, files, and what users ask.
 
-    def attend_recorded(self, call: AttentionCall, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return self._attend_and_sum(call, tokens, 0, None)[0]
-
-    def _keep_best(
-        self, key: torch.Tensor, value: torch.Tensor, attention: torch.Tensor | None, tokens: Tokens
-    ) -> None:
-        self.require_left_padding(tokens)
-        self.row_held = [min(held, kept) for held, kept in zip(self.row_held, self.row_kept, strict=True)]
-        priority = self._priority(key, value, attention, tokens.positions)
-        is_kept = best_of_all_heads(priority, self.row_held, self.policy.floor_ratio)
-        slots = {"keys": key, "values": value, "positions": tokens.positions}
-        self._pack(slots if attention is None else slots | {"attention": attention}, is_kept)
-        self.column_positions = None
-
-    # One token.
-
-    def attend_step(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if self.positions is None:
-            return self._attend_dense_step(call)
-        arguments = call.logit_arguments
-        arguments.pop("sink_logits")
-        packed = self.packed
-        output, packed_sums, sums = decode_packed_attention(
-            call.query,
-            packed.tensors["keys"],
-            packed.tensors["values"],
-            packed.lengths,
-            call.key,
-            call.value,
-            **arguments,
-            starts=packed.starts,
-        )
-        if self.policy.window_size:
-            self._add_query(self.attention[..., : self.length], sums.detach(), call)
-            self._add_query(packed.tensors["attention"], packed_sums.detach(), call)
-        self._evict_if_due()
-        return output, None
-
-    def _evict(self, is_due: list[bool]) -> None:
-        self._unpack()
-        tokens = Tokens(self.positions, self.row_lengths, self.row_held, self.num_seen)
-        row_kept, self.row_kept = self.row_kept, self._row_left(is_due)
-        self._keep_best(self.keys, self.values, self.attention, tokens)
-        self.row_kept = row_kept
-
-    # What `generate` and users ask.
-
-    def _map_rows(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        super()._map_rows(function)
+    def map_rows(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().map_rows(function)
         if self.packed is not None:
             self.packed = self.packed.map_rows(function)
 
@@ -264,24 +270,25 @@ class RaggedLayer(PolicyLayer):
         tensors = {name: tensor.clone() for name, tensor in self.packed.tensors.items()}
         self.packed = PackedTokens(tensors, self.packed.head_lengths, self.packed.starts.clone())
 
-    def _unpacked(self) -> "RaggedLayer":
-        """A copy of the layer with all tokens in slots. It shares the other tensors."""
-        layer = copy.copy(self)
-        layer._unpack()
-        return layer
+    def _unpacked(self) -> SlotStore:
+        """A store with all tokens in slots. It shares the other tensors with this one."""
+        twin = copy.copy(self)
+        twin.state = copy.copy(self.state)
+        twin.slots()
+        return twin
 
     def held_positions(self) -> torch.Tensor:
         return super().held_positions() if self.packed is None else self._unpacked().held_positions()
 
-    def held_scores(self) -> torch.Tensor | None:
-        return super().held_scores() if self.packed is None else self._unpacked().held_scores()
+    def held_attention(self) -> torch.Tensor | None:
+        return super().held_attention() if self.packed is None else self._unpacked().held_attention()
+
+    def state_dict(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        return super().state_dict() if self.packed is None else self._unpacked().state_dict()
 
     def held_tensors(self) -> dict[str, torch.Tensor]:
         packed = {} if self.packed is None else self.packed.tensors | {"starts": self.packed.starts}
         return super().held_tensors() | {f"{name} packed": tensor for name, tensor in packed.items()}
-
-    def export_state(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        return super().export_state() if self.packed is None else self._unpacked().export_state()
 
 
 def flat(head_lengths: list[list[int]]) -> list[int]:

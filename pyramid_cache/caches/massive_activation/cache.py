@@ -2,7 +2,7 @@
 Tokens with massive activations always stay. A profile of the model can decide how many tokens each layer keeps.
 
 A few tokens with massive activations (Sun et al., 2024, https://arxiv.org/abs/2402.17762) carry no content, and yet a
-model without them fails: they take the attention that has nowhere else to go. `pyramid_cache.engine.massive` finds
+model without them fails: they take the attention that has nowhere else to go. `detection` finds
 them wherever they are, instead of taking the first tokens. Layers differ as well: some attend to half of the text,
 some to a few tokens (layered sparsity, after Zhang et al., 2024,
 https://blogs.novita.ai/how-kv-sparsity-achieves-1-5x-acceleration-for-vllm and
@@ -19,15 +19,11 @@ and 0.13 (docs/quality.md).
 import os
 import weakref
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from pyramid_cache.engine.attention import AttentionCall
-from pyramid_cache.engine.budget import MAX_TOKENS, read_count, read_kernel_size, support_schedule
-from pyramid_cache.engine.cache import check_decoder_config, config_and_model
-from pyramid_cache.engine.massive import (
+from pyramid_cache.caches.massive_activation.detection import (
     MAX_MASSIVE_TOKENS,
     NUM_FIRST_TOKENS,
     MassiveTemplate,
@@ -36,13 +32,16 @@ from pyramid_cache.engine.massive import (
     massive_in_keys_and_values,
     median_magnitude,
 )
-from pyramid_cache.engine.outputs import OutputProbes
-from pyramid_cache.engine.policy import Policy, ScoringView
-from pyramid_cache.engine.policy_cache import DEFAULT_EVICTION_INTERVAL, PolicyCache, PolicyLayer
-from pyramid_cache.engine.profile import Profile, read_profile
+from pyramid_cache.caches.massive_activation.outputs import OutputProbes
+from pyramid_cache.caches.massive_activation.profile import Profile, read_profile
+from pyramid_cache.engine.budget import MAX_TOKENS, Budget, read_count, read_kernel_size, support_schedule
+from pyramid_cache.engine.cache import check_decoder_config, config_and_model
+from pyramid_cache.engine.policy import LayerView, Policy, PromptView, ScoringView
+from pyramid_cache.engine.policy_cache import DEFAULT_EVICTION_INTERVAL, PolicyCache
 from pyramid_cache.engine.rope import SharedFrequencies, refuse_unsupported_rope
 from pyramid_cache.engine.selection import gather_tokens
-from pyramid_cache.engine.tokens import Tokens
+from pyramid_cache.engine.store import LayerState, counts, row
+from pyramid_cache.ops.transfer import numbers_on
 
 
 # What a layer gets beside its window and its massive tokens, if the budget has as much.
@@ -68,22 +67,61 @@ class MassiveToken:
     cosine: float | None = None
 
 
+@dataclass(eq=False)
+class MassiveState(LayerState):
+    """
+    Attributes:
+        found_positions, found_ratios, found_cosines (`torch.Tensor`): `(batch, 8)`, what looks massive to this layer;
+            see `MassiveTokens`.
+        template_key, template_norm (`torch.Tensor`): `(batch, kv_heads, head_dim)` and `(batch, kv_heads)`, what later
+            tokens are compared with; see `MassiveTemplate`.
+        known_positions (`torch.Tensor`): `(batch, 8)` int32, what is massive in hidden states of layers below, -1 for
+            none.
+        exact_median (`torch.Tensor`): `(batch,)` float32, of the hidden states of a prompt, where they are looked at.
+        row_looked (`list[int]`): How many tokens of each row have been looked at.
+    """
+
+    found_positions: torch.Tensor | None = row()
+    found_ratios: torch.Tensor | None = row()
+    found_cosines: torch.Tensor | None = row()
+    template_key: torch.Tensor | None = row()
+    template_norm: torch.Tensor | None = row()
+    known_positions: torch.Tensor | None = row()
+    exact_median: torch.Tensor | None = row()
+    row_looked: list[int] = counts()
+
+
 @dataclass(frozen=True)
 class MassiveActivationPolicy(Policy):
     """
     A token is worth the attention of the last queries to it and to the passage around it, times the norm of its value.
-    See `MassiveActivationCache` for the fields.
+    Massive tokens never go. See `MassiveActivationCache` for the fields.
     """
 
     profile: str | None = None
     window_size: int = 64
     kernel_size: int = 13
 
+    state_class = MassiveState
+    # Set by the cache that reads a profile: see `Profile.supports`.
+    supports = None
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "window_size", read_count("window_size", self.window_size, least=1))
         object.__setattr__(self, "kernel_size", read_kernel_size(self.kernel_size))
 
+    def num_tokens(self, prompt_length: int, budget: Budget, depth: int, num_layers: int) -> int:
+        mean = budget.num_tokens(prompt_length)
+        if mean >= prompt_length or self.supports is None:  # a short prompt may grow up to the budget
+            return mean
+        minimum = self.window_size + MAX_MASSIVE_TOKENS + LEAST_OTHERS
+        return support_schedule(prompt_length, mean * num_layers, self.supports, minimum)[depth]
+
+    def observe(self, prompt: PromptView) -> None:
+        self._look(prompt)
+
     def score(self, view: ScoringView) -> torch.Tensor:
+        self._look(view)
         is_recent = view.is_recent(self.window_size)
         # The window looks at itself most: its neighbours would be kept for that alone.
         attention = view.attention.masked_fill(is_recent, 0)
@@ -91,164 +129,40 @@ class MassiveActivationPolicy(Policy):
         # Not infinity: where the budget does not hold both, massive tokens come before recent ones.
         highest = torch.finfo(torch.float32).max
         norms = torch.linalg.vector_norm(view.value, ord=1, dim=-1, dtype=torch.float32)
-        return (attention * norms).masked_fill(is_recent, highest)
+        scores = (attention * norms).masked_fill(is_recent, highest)
+        return scores.masked_fill(self.is_massive(view), float("inf"))
 
+    def is_massive(self, view: ScoringView) -> torch.Tensor:
+        """`(batch, kv_heads or 1, tokens)` bool: the tokens that never go."""
+        found, known = view.state.found_positions, view.state.known_positions
+        is_massive = (found[:, :1, None] < 0) & view.is_first(NUM_FIRST_TOKENS)
+        for position in torch.cat([found] if known is None else [found, known], dim=1).unbind(dim=1):
+            is_massive |= view.positions == position[:, None, None]
+        return is_massive & view.is_token
 
-class MassiveActivationLayer(PolicyLayer):
-    """One layer of `MassiveActivationCache`."""
-
-    row_tensors = (
-        *PolicyLayer.row_tensors,
-        "found_positions",
-        "found_ratios",
-        "found_cosines",
-        "template_key",
-        "template_norm",
-        "exact_positions",
-        "exact_median",
-    )
-    row_counts = (*PolicyLayer.row_counts, "row_looked")
-    # What looks massive to this layer: `(batch, 8)`, see `MassiveTokens`. What later tokens are compared with:
-    # `(batch, kv_heads, head_dim)` and `(batch, kv_heads)`, see `MassiveTemplate`.
-    found_positions: torch.Tensor | None
-    found_ratios: torch.Tensor | None
-    found_cosines: torch.Tensor | None
-    template_key: torch.Tensor | None
-    template_norm: torch.Tensor | None
-    # What is massive in the output of this layer, `(batch, 8)` int32, -1 for none; the median of a prompt, `(batch,)`.
-    exact_positions: torch.Tensor | None
-    exact_median: torch.Tensor | None
-
-    # Set by the cache: the layers below this one, from the first on, the profile by which all of them share the
-    # budget, and whether the output of this layer is looked at.
-    below: tuple["MassiveActivationLayer", ...] = ()
-    profile: Profile | None = None
-    is_probed = False
-
-    def _clear(self) -> None:
-        super()._clear()
-        self.row_looked: list[int] = []  # tokens that have been looked at
-        self._new_positions: torch.Tensor | None = None
-
-    def num_tokens_to_keep(self, row_length: int) -> int:
-        mean = self.token_budget.num_tokens(row_length)
-        if mean >= row_length or self.profile is None:  # a short prompt may grow up to the budget
-            return mean
-        supports = self.profile.supports
-        minimum = self.policy.window_size + MAX_MASSIVE_TOKENS + LEAST_OTHERS
-        return support_schedule(row_length, mean * len(supports), supports, minimum)[self.place.depth]
-
-    # Which tokens never go.
-
-    def _attend_and_observe(
-        self, call: AttentionCall, tokens: Tokens
-    ) -> tuple[tuple[torch.Tensor, torch.Tensor | None], torch.Tensor | None]:
-        output, attention = super()._attend_and_observe(call, tokens)
-        self._look(call.key, call.value, tokens.positions)
-        return output, attention
-
-    def _priority(
-        self, key: torch.Tensor, value: torch.Tensor, attention: torch.Tensor | None, positions: torch.Tensor
-    ) -> torch.Tensor:
-        self._look(key, value, positions)
-        priority = super()._priority(key, value, attention, positions)
-        return priority.masked_fill(self._is_massive(positions), float("inf"))
-
-    def _is_massive(self, positions: torch.Tensor) -> torch.Tensor:
-        """`(batch, kv_heads or 1, tokens)` bool: the tokens that never go, given their positions."""
-        finds_nothing = self.found_positions[:, :1, None] < 0
-        is_massive = finds_nothing & (positions < NUM_FIRST_TOKENS)
-        for position in torch.cat([self.found_positions, self._known_positions()], dim=1).unbind(dim=1):
-            is_massive |= positions == position[:, None, None]
-        return is_massive & (positions >= 0)
-
-    def _known_positions(self) -> torch.Tensor:
-        """`(batch, any)` int32: what is massive in the outputs of layers below, -1 for none."""
-        exact = [layer.exact_positions.to(self.device) for layer in self.below if layer.exact_positions is not None]
-        return torch.cat([self.found_positions[:, :0], *exact], dim=1)
-
-    @torch.no_grad()
-    def _look(self, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor) -> None:
+    def _look(self, view: LayerView) -> None:
         """Looks for massive tokens among those that have come since the last look, which all heads still hold."""
-        looked = self.row_looked or [0] * self.batch_size
-        num_new = max(length - before for length, before in zip(self.row_lengths, looked, strict=True))
-        module = None if self._module is None else self._module()
-        if not num_new or module is None:
+        state, key, value, positions = view.state, view.key, view.value, view.positions
+        if state.known_positions is not None:
+            state.known_positions = state.known_positions.to(key.device)
+        looked = state.row_looked or [0] * len(state.row_lengths)
+        num_new = max(length - before for length, before in zip(state.row_lengths, looked, strict=True))
+        if num_new <= 0:
             return
-        if any(looked) or not self.columns_ascend:
+        if any(looked) or not state.columns_ascend:
             latest = positions.argsort(dim=-1)[..., -num_new:]
             key, value, positions = (gather_tokens(tensor, latest) for tensor in (key, value, positions))
-        positions = positions[:, :1].masked_fill(positions[:, :1] < self.per_row(looked), -1)
-        template = None if self.template_key is None else MassiveTemplate(self.template_key, self.template_norm)
-        longest = max(self.row_lengths) if self.replayed is None else self.replayed.longest
-        with torch.autocast(self.device.type, enabled=False):
-            rotary = self.rotary_of(module)
-            found, template = massive_in_keys_and_values(key, value, positions, rotary, longest, template)
-        earlier = MassiveTokens.none(self.batch_size, self.device)
-        if self.found_positions is not None:
-            earlier = MassiveTokens(self.found_positions, self.found_ratios, self.found_cosines)
-        self.found_positions, self.found_ratios, self.found_cosines = earlier.and_later(found)
-        self.template_key, self.template_norm = template
-        self.row_looked = list(self.row_lengths)
-
-    # Hidden states.
-
-    def _take_in(self, seen: Tokens, num_new: int) -> Tokens:
-        if self.is_probed and self.replayed is None:  # what was recorded has no hidden states to come
-            self._new_positions = seen.positions[:, 0, -num_new:]
-        return super()._take_in(seen, num_new)
-
-    @torch.no_grad()
-    def observe_output(self, hidden_states: torch.Tensor) -> None:
-        """
-        Notes what is massive in `(batch, tokens, hidden_size)` hidden states, those of the tokens that came last.
-        """
-        positions, self._new_positions = self._new_positions, None
-        # Tokens that may be taken back are left to keys and values, which are looked at when it is known that they
-        # stay.
-        if self.budget.is_unlimited or self.record_past or not self.is_initialized:
-            return
-        if positions is None:
-            positions = self.next_position[:, 0] - 1
-        hidden_states = hidden_states.to(self.device)
-        is_token = positions >= 0
-        if self.exact_median is None:
-            self.exact_median = torch.full_like(is_token[:, 0], float("nan"), dtype=torch.float32)
-        if hidden_states.shape[1] > 1:
-            median = median_magnitude(hidden_states, is_token)
-            self.exact_median = torch.where(self.exact_median.isnan(), median, self.exact_median)
-        is_massive = massive_in_hidden_states(hidden_states, self.exact_median, is_token)
-        positions = positions.masked_fill(~is_massive, -1)
-        if self.exact_positions is not None:
-            positions = torch.cat([self.exact_positions, positions], dim=1)
-        self.exact_positions = first_positions(positions)
-
-    # What users ask, and files.
-
-    def massive_tokens(self) -> list[list[MassiveToken]]:
-        """The tokens of each row that never go."""
-        if self.found_positions is None:
-            return [[] for _ in self.row_lengths]
-        tensors = (self.found_positions, self.found_ratios, self.found_cosines, self._known_positions())
-        rows = []
-        for length, *row in zip(self.row_lengths, *(tensor.tolist() for tensor in tensors), strict=True):
-            found, ratios, cosines, known = row
-            tokens = [
-                MassiveToken(position, "keys and values", ratio, cosine)
-                for position, ratio, cosine in zip(found, ratios, cosines, strict=True)
-            ]
-            tokens += [MassiveToken(position, "hidden states") for position in sorted(set(known) - set(found))]
-            first = range(NUM_FIRST_TOKENS if found[0] < 0 else 0)
-            tokens += [MassiveToken(position, "first tokens") for position in first if position not in known]
-            rows.append([token for token in tokens if 0 <= token.position < length])
-        return rows
-
-    def export_state(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        """Looks first: the module that tells how keys were rotated is not there when the file is read."""
-        if not self.budget.is_unlimited:
-            positions = self.column_tokens.positions if self.positions is None else self.positions[..., : self.length]
-            self._look(self.keys[:, :, : self.length], self.values[:, :, : self.length], positions)
-        return super().export_state()
+        before = numbers_on(key.device, looked, torch.int32).view(-1, 1, 1)
+        positions = positions[:, :1].masked_fill(positions[:, :1] < before, -1)
+        template = None if state.template_key is None else MassiveTemplate(state.template_key, state.template_norm)
+        found, template = massive_in_keys_and_values(key, value, positions, view.rotary, view.longest, template)
+        if state.found_positions is None:
+            earlier = MassiveTokens.none(key.shape[0], key.device)
+        else:
+            earlier = MassiveTokens(state.found_positions, state.found_ratios, state.found_cosines)
+        state.found_positions, state.found_ratios, state.found_cosines = earlier.and_later(found)
+        state.template_key, state.template_norm = template
+        state.row_looked = list(state.row_lengths)
 
 
 class MassiveActivationCache(PolicyCache):
@@ -308,8 +222,6 @@ class MassiveActivationCache(PolicyCache):
     ```
     """
 
-    layer_class = MassiveActivationLayer
-
     def __init__(
         self,
         config: PreTrainedConfig | PreTrainedModel,
@@ -328,23 +240,51 @@ class MassiveActivationCache(PolicyCache):
         path = None if profile is None else os.fspath(profile)
         policy = MassiveActivationPolicy(path, window_size, kernel_size)
         super().__init__(config, budget, policy, eviction_interval=eviction_interval)
-        layers, self.output_probes = self.compressed_layers, None
-        indices = [layer.place.layer_idx for layer in layers]
+        self.output_probes = None
+        indices = [layer.place.layer_idx for layer in self.compressed_layers]
         read = None if path is None else read_profile(path, config, indices)
+        if read is not None:
+            object.__setattr__(policy, "supports", read.supports)
         if model is not None:
             self.frequencies = SharedFrequencies(config, weakref.ref(model))
+            for layer in self.compressed_layers:
+                layer.frequencies = self.frequencies
             wanted = probed_layers(len(self.layers), read)
             # The next layers that evict; nothing is above the last one.
             probed = sorted({above[0] for least in wanted if (above := [i for i in indices[:-1] if i >= least])})
             self.output_probes = OutputProbes(model, probed)
-            for index in probed:
-                self.layers[index].is_probed = True
-        for depth, layer in enumerate(layers):
-            layer.below, layer.profile, layer.frequencies = tuple(layers[:depth]), read, self.frequencies
 
+    @torch.no_grad()
     def observe_output(self, layer_idx: int, hidden_states: torch.Tensor) -> None:
-        """Shows a layer its decoder layer's output; called by the hook of `OutputProbes`."""
-        self.layers[layer_idx].observe_output(hidden_states)
+        """
+        Tells the layers above which tokens are massive in the output of a decoder layer; called by `OutputProbes`.
+
+        Args:
+            hidden_states (`torch.Tensor`): `(batch, tokens, hidden_size)`, of the tokens that came last.
+        """
+        layer = self.layers[layer_idx]
+        # Tokens that may be taken back are left to keys and values, which are looked at when it is known that they
+        # stay.
+        if layer.budget.is_unlimited or layer.record_past or not layer.is_initialized:
+            return
+        state, num_new = layer.state, hidden_states.shape[1]
+        hidden_states = hidden_states.to(layer.device)
+        steps = torch.arange(num_new, dtype=torch.int32, device=layer.device)
+        positions = state.next_position[:, 0] - num_new + steps  # (batch, tokens)
+        if num_new > 1 and (seen := self.masks.latest()) is not None:
+            positions = seen.positions[:, 0, -num_new:].to(layer.device)
+        is_token = positions >= 0
+        if state.exact_median is None:
+            state.exact_median = torch.full_like(is_token[:, 0], float("nan"), dtype=torch.float32)
+        if num_new > 1:
+            median = median_magnitude(hidden_states, is_token)
+            state.exact_median = torch.where(state.exact_median.isnan(), median, state.exact_median)
+        positions = positions.masked_fill(~massive_in_hidden_states(hidden_states, state.exact_median, is_token), -1)
+        for above in self.compressed_layers[layer.place.depth + 1 :]:
+            known = above.state.known_positions
+            device = layer.device if known is None else known.device
+            found = [positions.to(device)] if known is None else [known, positions.to(device)]
+            above.state.known_positions = first_positions(torch.cat(found, dim=1))
 
     def massive_tokens(self) -> dict[int, list[list[MassiveToken]]]:
         """
@@ -353,7 +293,27 @@ class MassiveActivationCache(PolicyCache):
         Returns:
             `dict[int, list[list[MassiveToken]]]`: By the index of each layer that evicts, for each row.
         """
-        return {layer.place.layer_idx: layer.massive_tokens() for layer in self.compressed_layers}
+        return {layer.place.layer_idx: massive_tokens_of(layer.state) for layer in self.compressed_layers}
+
+
+def massive_tokens_of(state: MassiveState) -> list[list[MassiveToken]]:
+    """The tokens of each row that a layer in this state never evicts."""
+    if state.found_positions is None:
+        return [[] for _ in state.row_lengths]
+    known = state.found_positions[:, :0] if state.known_positions is None else state.known_positions
+    tensors = (state.found_positions, state.found_ratios, state.found_cosines, known)
+    rows = []
+    for length, *row_numbers in zip(state.row_lengths, *(tensor.tolist() for tensor in tensors), strict=True):
+        found, ratios, cosines, known_here = row_numbers
+        tokens = [
+            MassiveToken(position, "keys and values", ratio, cosine)
+            for position, ratio, cosine in zip(found, ratios, cosines, strict=True)
+        ]
+        tokens += [MassiveToken(position, "hidden states") for position in sorted({*known_here} - {*found})]
+        first = range(NUM_FIRST_TOKENS if found[0] < 0 else 0)
+        tokens += [MassiveToken(position, "first tokens") for position in first if position not in known_here]
+        rows.append([token for token in tokens if 0 <= token.position < length])
+    return rows
 
 
 def probed_layers(num_layers: int, profile: Profile | None) -> list[int]:

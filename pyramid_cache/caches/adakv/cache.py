@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from pyramid_cache.caches.adakv.ragged_store import RaggedStore
 from pyramid_cache.caches.snapkv import SnapKVPolicy
 from pyramid_cache.engine.budget import is_number
 from pyramid_cache.engine.policy_cache import DEFAULT_EVICTION_INTERVAL, PolicyCache
-from pyramid_cache.engine.ragged import RaggedLayer
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,9 @@ class AdaKVPolicy(SnapKVPolicy):
                 "where each keeps as many tokens as any other."
             )
         object.__setattr__(self, "floor_ratio", float(self.floor_ratio))
+
+    def build_store(self) -> RaggedStore:
+        return RaggedStore(self.state_class, self.floor_ratio)
 
 
 class AdaKVCache(PolicyCache):
@@ -82,8 +85,6 @@ class AdaKVCache(PolicyCache):
 
     ```
     """
-
-    layer_class = RaggedLayer
 
     def __init__(
         self,

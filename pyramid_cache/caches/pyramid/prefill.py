@@ -3,7 +3,7 @@ Pruning of hidden states between layers while a prompt is read (PyramidInfer): t
 
 The decoder layers of a model get a pre-hook and a post-hook once. Both do nothing unless the layer is called with a
 cache that prunes hidden states and was built from this very model. After a layer has run, the post-hook gathers the
-hidden states of the tokens that the cache layer passes on. Before the next layer, the pre-hook gathers their position
+hidden states of the tokens that the cache layer has kept. Before the next layer, the pre-hook gathers their position
 embeddings, position ids and mask. Tokens keep their positions. Rows are aligned on the right, so that the last token
 stays last. After the last layer, hidden states return to their columns, with NaN in those of dropped tokens.
 """
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from pyramid_cache.engine.attention import is_asked_for
 from pyramid_cache.engine.selection import gather_tokens
-from pyramid_cache.engine.tokens import Tokens, causal_mask
+from pyramid_cache.engine.tokens import MaskReader, Tokens, causal_mask
 
 
 # The arguments of decoder layers that can be pruned, or have no token dimension.
@@ -26,9 +26,9 @@ CACHE_ARGUMENTS = ("cache", "past_key_values", "layer_past")
 KNOWN_ARGUMENTS = {"hidden_states", "attention_mask", "position_ids", "position_embeddings", *CACHE_ARGUMENTS}
 
 
-class PrunedPrefill:
+class PrunedPrefill(MaskReader):
     """
-    The state of one cache: which columns of the prompt the running layer computes.
+    The reader of masks of one cache, which knows what columns of the prompt the running layer computes.
 
     Args:
         model (`PreTrainedModel`): The model whose hidden states are pruned. Only a weak reference is kept.
@@ -38,28 +38,43 @@ class PrunedPrefill:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
         self.decoder: weakref.ref[Any] = weakref.ref(hook_decoder(model))
         self.finish()
 
     def finish(self) -> None:
         """The prompt has been read."""
-        self.is_running = False
         self.columns: torch.Tensor | None = None
         self.tokens: Tokens | None = None
+        # Whether the first layer has been entered, which only the hooks tell.
+        self.is_entered = False
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a prompt is being read whose hidden states are pruned."""
+        return self.tokens is not None
 
     def start(self, tokens: Tokens) -> None:
         """The first layer is about to read a prompt."""
-        self.finish()
-        self.is_running = True
         self.tokens = tokens
 
-    def require_running(self) -> None:
-        """Raises if a prompt is read without the hooks."""
-        if not self.is_running:
+    def read(
+        self,
+        attention_mask: torch.Tensor | None,
+        batch_size: int,
+        num_queries: int,
+        num_keys: int,
+        device: torch.device,
+    ) -> Tokens:
+        """The tokens that the running layer computes; otherwise as `MaskReader.read`."""
+        if num_queries == num_keys and not self.is_entered:
             raise ValueError(
                 "The cache was built from another model than it is used with, so hidden states cannot be pruned. "
                 "Build it from this model, or from its config."
             )
+        if self.columns is not None:
+            return self.tokens
+        return super().read(attention_mask, batch_size, num_queries, num_keys, device)
 
     def index_of(self, layer: nn.Module) -> int | None:
         """
@@ -74,17 +89,17 @@ class PrunedPrefill:
         self.tokens = self.tokens.to(device)
         self.columns = None if self.columns is None else self.columns.to(device)
 
-    def prune(self, hidden_states: torch.Tensor, passed_on: torch.Tensor) -> torch.Tensor:
+    def prune(self, hidden_states: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
         """
-        The hidden states of the tokens that the next layer computes.
+        The hidden states of the tokens that a layer has kept, and that the next one computes.
 
         Args:
             hidden_states (`torch.Tensor`): `(batch, columns, hidden_size)`.
-            passed_on (`torch.Tensor`): `(batch, 1, kept)` indices of their columns; -1 behind the last of a shorter
-                row.
+            kept (`torch.Tensor`): `(batch, 1, kept)` int32, their positions; -1 behind the last of a shorter row.
         """
         self._move_to(hidden_states.device)
-        indices = passed_on.sort(dim=-1).values  # -1 first: rows end in their last token
+        kept = kept.sort(dim=-1).values.to(hidden_states.device)  # -1 first: rows end in their last token
+        indices = torch.searchsorted(self.tokens.positions.contiguous(), kept).masked_fill(kept < 0, -1)
         positions = gather_tokens(self.tokens.positions, indices).masked_fill(indices < 0, -1)
         row_present = (indices >= 0).sum(dim=-1).flatten().tolist()
         self.columns = gather_columns(self.columns, indices) if self.columns is not None else indices
@@ -138,7 +153,7 @@ def _cache_of(arguments: dict[str, Any]) -> Any:
 
 def _state_of(arguments: dict[str, Any]) -> PrunedPrefill | None:
     """The state of the cache that a decoder layer is called with, if that cache prunes hidden states."""
-    state = getattr(_cache_of(arguments), "pruned_prefill", None)
+    state = getattr(_cache_of(arguments), "masks", None)
     return state if isinstance(state, PrunedPrefill) else None
 
 
@@ -171,6 +186,7 @@ def _enter_layer(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple
     cache, hidden_states = _cache_of(arguments), arguments["hidden_states"]
     if index == 0:
         state.finish()
+        state.is_entered = True
         # Tokens that may be taken back are read in full: nothing is known to be dropped before `crop`.
         if cache.get_seq_length() == 0 and not cache.layers[0].record_past:
             if is_asked_for("hidden_states"):
@@ -181,13 +197,12 @@ def _enter_layer(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple
             batch_size, num_columns, _ = hidden_states.shape
             check_arguments(layer, arguments, num_columns)
             mask = arguments.get("attention_mask")
-            state.start(cache.masks.read(mask, batch_size, num_columns, num_columns, hidden_states.device))
+            state.start(state.read(mask, batch_size, num_columns, num_columns, hidden_states.device))
         return None
     if state.columns is None:
         return None
     # On several devices some hooks have moved the hidden states to the layer by now, and some do it later.
     state._move_to(hidden_states.device)
-    cache.layers[index].incoming = state.tokens
     num_columns = hidden_states.shape[1]
     key_mask = state.tokens.positions >= 0 if state.tokens.has_gaps else None
     arguments["attention_mask"] = causal_mask(
@@ -221,12 +236,11 @@ def _leave_layer(
         return None
     hidden_states = output[0] if isinstance(output, tuple) else output
     cache = _cache_of(arguments)
-    cache_layer = cache.layers[index]
-    passed_on, cache_layer.passed_on = cache_layer.passed_on, None
+    held = cache.layers[index].state
     if index + 1 < len(cache.layers):
-        if passed_on is None:
+        if held.is_dense or held.row_held == state.tokens.row_present:
             return None
-        hidden_states = state.prune(hidden_states, passed_on)
+        hidden_states = state.prune(hidden_states, held.positions)
     else:
         if state.columns is not None:
             hidden_states = state.restore(hidden_states)

@@ -1,0 +1,281 @@
+"""Every error that a call of the model can cause, with its text. The layers ask before they store or evict anything."""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from pyramid_cache.engine.attention import AttentionCall, is_asked_for
+from pyramid_cache.engine.tokens import Tokens
+
+
+if TYPE_CHECKING:
+    from pyramid_cache.engine.evicting import EvictingLayer
+    from pyramid_cache.engine.layer import CompressedLayer
+
+
+# `update`.
+
+
+def check_attended(layer: "CompressedLayer") -> None:
+    """Raises if the attention function never got the keys that `update` returned."""
+    if layer.arrival is not None:
+        raise RuntimeError(
+            f"The attention of layer {layer.place.layer_idx} did not go through the attention interface of "
+            "transformers, so the cache never saw its queries. Load the model with attn_implementation='sdpa', "
+            "'eager' or 'flash_attention_2'; a model that supports none of them through the interface needs "
+            "DynamicCache. After an interrupted forward pass, call `cache.reset()`."
+        )
+
+
+def check_fit(layer: "CompressedLayer", key: torch.Tensor, value: torch.Tensor) -> None:
+    """Raises if new keys and values do not fit those that the layer holds."""
+    held, given = layer.layout, layer.layout_of(key, value)
+    if given == held:
+        return
+    if given.batch_size != held.batch_size:
+        raise ValueError(
+            f"The cache holds {held.batch_size} rows, but the model was given {given.batch_size}. Use a new cache for "
+            "another batch, or call `cache.reset()`."
+        )
+    if (given.kv_heads, given.key_dim, given.value_dim) != (held.kv_heads, held.key_dim, held.value_dim):
+        raise ValueError(
+            f"The cache holds {held.kv_heads} KV heads of width {held.key_dim} (keys) and {held.value_dim} (values), "
+            f"but layer {layer.place.layer_idx} of this model has {given.kv_heads} of width {given.key_dim} and "
+            f"{given.value_dim}. Use a new cache for another model."
+        )
+    raise ValueError(
+        f"The cache holds {held.dtype} (keys) and {held.value_dtype} (values) on {held.device}, but was given "
+        f"{given.dtype} and {given.value_dtype} on {given.device}. Use a new cache, or call `cache.reset()`."
+    )
+
+
+# `attend`.
+
+
+def check_module(layer: "CompressedLayer", module: torch.nn.Module) -> None:
+    """Raises if a layer that no attention module has filled so far cannot serve this one."""
+    if not getattr(module, "is_causal", True):
+        raise NotImplementedError(
+            f"{type(module).__name__} attends in both directions: it has no past that a KV cache could hold."
+        )
+    config = getattr(module, "config", None)
+    depth = None if config is None else config.get_text_config(decoder=True).num_hidden_layers
+    if depth is not None and depth != layer.place.model_depth:
+        raise ValueError(
+            f"The cache was built for {layer.place.model_depth} layers, but the model has {depth}. Build the cache "
+            "from the config of the model that it is used with."
+        )
+    if layer.expected_weights is not None:
+        layer.expected_weights.require_same(module)
+
+
+def check_call(layer: "CompressedLayer", call: AttentionCall, num_new: int) -> None:
+    """Raises if the layer cannot attend in the place of the model's attention function."""
+    if call.num_queries != num_new:
+        raise RuntimeError(
+            f"Layer {layer.place.layer_idx} was given {num_new} tokens and asked for {call.num_queries} queries: the "
+            "model's attention calls `update` in a way that pyramid_cache does not know. Use DynamicCache for this "
+            "model."
+        )
+    owner = layer.module
+    if owner is not None and owner is not call.module:
+        raise ValueError(
+            "The cache was filled by another model. Use a new cache for each model, or call `cache.reset()` before it "
+            "changes hands."
+        )
+    implementation = getattr(getattr(call.module, "config", None), "_attn_implementation", None) or "eager"
+    if implementation not in ("eager", "sdpa") and "flash" not in implementation:
+        raise NotImplementedError(
+            f"attn_implementation={implementation!r} is not known to pyramid_cache, which must attend and make masks "
+            "in its place. Load the model with 'sdpa', 'eager' or 'flash_attention_2'."
+        )
+    if call.kwargs.get("position_bias") is not None:
+        raise NotImplementedError("Attention with a learned position bias is not supported. Use DynamicCache.")
+    if call.kwargs.get("dropout") and not layer.state.is_dense:
+        raise NotImplementedError(
+            "Attention dropout is not supported once tokens are evicted. Call `model.eval()`."
+        )
+
+
+def check_step(layer: "CompressedLayer", call: AttentionCall) -> None:
+    """Raises if a decode step's mask or position ids do not go on with the tokens that were seen."""
+    if torch.compiler.is_compiling():  # which cannot read tensors
+        return
+    lengths, num_seen = layer.state.row_lengths, layer.state.num_seen + 1
+    if call.mask is None and min(lengths) + 1 < num_seen:
+        raise ValueError(
+            f"There is no attention mask, or one that hides nothing, but of the {num_seen - 1} columns seen so far "
+            f"only {lengths} are tokens. Pass a mask that covers the tokens in the cache and the new one, and hides "
+            "padding."
+        )
+    if call.query.device.type != "cpu":  # reading tensors on an accelerator would wait for it at every token
+        return
+    check_position_ids(layer, call, lengths)
+    if call.mask is None:
+        return
+    shown = layer.masks.count(call.mask, len(lengths), num_seen)
+    if shown != [length + 1 for length in lengths]:
+        raise ValueError(
+            f"The attention mask shows {shown} tokens per row, but {lengths} have been seen before this one. Pass a "
+            "mask that covers the tokens in the cache and the new one, and hides padding only."
+        )
+
+
+def check_position_ids(
+    layer: "CompressedLayer", call: AttentionCall, row_lengths: list[int], seen: Tokens | None = None
+) -> None:
+    """
+    Raises if the position ids of new tokens are lower than those of tokens seen before: the model was given a sequence
+    from its start again. Higher ids are allowed, since the ids of some models count padding.
+
+    Args:
+        row_lengths (`list[int]`): How many tokens each row has seen before these.
+        seen (`Tokens`, *optional*): All tokens seen, the new ones included. Without it, a mask was too short to be
+            read: the new columns of a row then count as tokens if their position ids rise by one.
+    """
+    position_ids, num_new = call.kwargs.get("position_ids"), call.num_queries
+    if layer.place.depth or position_ids is None:  # one layer speaks for all
+        return
+    if position_ids.dim() != 2 or position_ids.shape[1] != num_new:
+        return
+    ends = torch.cat([position_ids[:, :1], position_ids[:, -1:]], dim=1).expand(len(row_lengths), -1).tolist()
+    lengths = (
+        [
+            length + num_new if last - first == num_new - 1 else 0
+            for (first, last), length in zip(ends, row_lengths, strict=True)
+        ]
+        if seen is None
+        else seen.row_lengths
+    )
+    if any(last < length - 1 for (_, last), length in zip(ends, lengths, strict=True)):
+        raise ValueError(
+            f"`position_ids` end at {[last for _, last in ends]}, but the cache has seen {row_lengths} tokens: it is "
+            "fed a sequence from its start again. Give `generate` the whole history with new tokens at its end, and "
+            "neither `use_cache=False` nor an assistant with a cache in use; or call `cache.reset()` for another "
+            "sequence."
+        )
+
+
+def read_tokens(layer: "CompressedLayer", call: AttentionCall) -> Tokens:
+    """
+    The columns that all rows have seen, the new ones included, as the mask shows them.
+
+    Raises:
+        ValueError: They do not go on with those that the layer has seen.
+    """
+    num_new = call.num_queries
+    num_earlier, expected = layer.get_seq_length(), layer.num_seen_per_row
+    num_rows, device = call.query.shape[0], call.query.device
+    if call.mask is None and any(expected):
+        check_position_ids(layer, call, expected)
+    try:
+        tokens = layer.masks.read(call.mask, num_rows, num_new, num_earlier + num_new, device)
+    except ValueError:
+        if any(expected):  # The mask is short because the sequence was restarted: report that instead.
+            check_position_ids(layer, call, expected)
+        raise
+    earlier = [num_earlier] * num_rows
+    if tokens.has_gaps:
+        earlier = (tokens.positions[:, 0, :num_earlier] >= 0).sum(dim=-1).tolist()
+    if any(expected) and not tokens.ends_in_padding:
+        check_position_ids(layer, call, expected, tokens)
+    if earlier != expected:
+        raise ValueError(
+            f"The attention mask shows {earlier} earlier tokens per row, but {expected} have been seen. Pass a mask "
+            "that covers the tokens in the cache as it did when they were new."
+        )
+    return tokens
+
+
+def check_left_padding(tokens: Tokens) -> None:
+    """Raises if a row ends in padding: an eviction would take that padding for a gap."""
+    if tokens.ends_in_padding:
+        raise NotImplementedError(
+            "Some rows of the batch are padded on the right, and the cache has to evict. Pad on the left "
+            "(tokenizer.padding_side = 'left'), as `generate` asks for anyway."
+        )
+
+
+def check_recordable(tokens: Tokens) -> None:
+    """Raises if tokens that may be taken back end in padding."""
+    if tokens.ends_in_padding:
+        raise NotImplementedError(
+            "Some rows of the batch are padded on the right, and the cache records tokens that may be taken back. Pad "
+            "on the left (tokenizer.padding_side = 'left')."
+        )
+
+
+def check_scores(layer: "EvictingLayer", scores: torch.Tensor, key: torch.Tensor) -> None:
+    """Raises unless a policy's scores have one number for each token."""
+    is_shared = layer.policy.heads_share_tokens
+    expected = (key.shape[0], 1 if is_shared else key.shape[1], key.shape[2])
+    if scores.shape != expected:
+        raise ValueError(
+            f"`{type(layer.policy).__name__}.score` returned {tuple(scores.shape)} instead of {expected}: (batch, "
+            f"{'1, since heads share tokens' if is_shared else 'kv_heads'}, tokens)."
+        )
+
+
+def check_attentions() -> None:
+    """Raises if the running forward pass collects attention weights, of which those of evicted tokens are missing."""
+    if is_asked_for("attentions"):
+        raise NotImplementedError(
+            "`output_attentions=True`: attention weights over a cache that evicts have no columns for what was "
+            "evicted. Use DynamicCache, or a budget that holds the whole sequence."
+        )
+
+
+# `get_mask_sizes`, `crop`, files.
+
+
+def check_new_tokens(num_new: int, num_seen: int) -> None:
+    """Raises if a forward pass would have no tokens."""
+    if num_new == 0:
+        raise ValueError(
+            f"There are no new tokens: the cache has seen {num_seen}, and `generate` takes its prompt for the whole "
+            "history. Give `generate` the history with new tokens at its end, or new tokens and an attention mask "
+            "over everything seen. For another prompt, use a new cache."
+        )
+
+
+def check_crop(layer: "CompressedLayer", tokens_to_remove: int) -> None:
+    """Raises unless `crop(tokens_to_remove)` is possible."""
+    check_attended(layer)
+    num_columns, num_seen = -tokens_to_remove, layer.get_seq_length()
+    if num_columns > num_seen:
+        raise ValueError(f"`crop({tokens_to_remove})`: only {num_seen} tokens have been seen.")
+    if num_columns > layer.pending.num_columns and not layer.is_croppable:
+        raise NotImplementedError(
+            f"`crop({tokens_to_remove})`: layer {layer.place.layer_idx} has evicted or scored tokens since, and that "
+            "cannot be undone. Call `cache.activate_past_recording()` before the tokens that may be taken back are "
+            "seen."
+        )
+    if num_columns and layer.pending.ends_in_padding_without(num_columns):
+        raise NotImplementedError(
+            f"`crop({tokens_to_remove})` would take all tokens of a row and leave padding in front of them. Take back "
+            "more or less."
+        )
+    if layer.pending.chunks and not any(layer.state.row_lengths):
+        chunk, *later = layer.pending.chunks
+        num_taken = min(max(num_columns - sum(each.num_columns for each in later), 0), chunk.num_columns)
+        for length in chunk.seen.without_last(num_taken).row_lengths:
+            layer.num_tokens_to_keep(length)  # a budget without room for so long a prompt says so
+    check_settleable(layer)
+
+
+def check_settleable(layer: "CompressedLayer") -> None:
+    """Raises if recorded tokens need the attention module for their eviction, and the model is gone."""
+    if layer.pending.chunks and layer.module is None:
+        raise RuntimeError(
+            "The model that filled the cache is gone, so what it recorded cannot be evicted any more. Call "
+            "`cache.reset()`."
+        )
+
+
+def check_savable(layer: "CompressedLayer") -> None:
+    """Raises if a file cannot hold the layer's keys and values."""
+    if layer.is_initialized and layer.layout.dtype != layer.layout.value_dtype:
+        raise NotImplementedError(
+            f"The cache was filled under autocast: keys are {layer.layout.dtype}, values {layer.layout.value_dtype}, "
+            "and a file holds one dtype. Cast the model instead (`model.to(torch.bfloat16)`) to save its caches."
+        )

@@ -1,0 +1,347 @@
+"""The layer that keeps what a `Policy` scores highest: update, attend, observe, evict."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from pyramid_cache.engine import checks
+from pyramid_cache.engine.attention import AttentionCall
+from pyramid_cache.engine.budget import Budget, bytes_to_tokens
+from pyramid_cache.engine.layer import Arrival, CompressedLayer, LayerPlace
+from pyramid_cache.engine.policy import LayerView, Policy, PromptView, ScoringView
+from pyramid_cache.engine.rope import RotaryFrequencies, SharedFrequencies
+from pyramid_cache.engine.store import grown
+from pyramid_cache.engine.tokens import MaskReader, Tokens
+from pyramid_cache.ops.reference import decode_probabilities
+
+
+class EvictingLayer(CompressedLayer):
+    """
+    A layer of a `PolicyCache`. After a prompt it keeps the tokens of the highest scores. New tokens are stored behind
+    them. After `eviction_interval` new tokens all are scored, and those that stay move into the first slots.
+
+    Args:
+        place (`LayerPlace`): Which layer of the model this is.
+        masks (`MaskReader`): Shared by the layers of a cache.
+        budget (`Budget`): How many tokens the layer may keep.
+        policy (`Policy`): Scores the tokens.
+        eviction_interval (`int`): How many tokens beyond the budget wait for an eviction.
+        frequencies (`SharedFrequencies`): How the model rotates keys. Shared by the layers of a cache.
+    """
+
+    def __init__(
+        self,
+        place: LayerPlace,
+        masks: MaskReader,
+        budget: Budget,
+        policy: Policy,
+        eviction_interval: int,
+        frequencies: SharedFrequencies,
+    ) -> None:
+        self.budget, self.policy = budget, policy
+        self.eviction_interval, self.frequencies = eviction_interval, frequencies
+        self.score_label = policy.score_label
+        super().__init__(place, masks, policy.build_store())
+
+    def _clear(self) -> None:
+        super()._clear()
+        # The first tokens tell how many tokens a budget in bytes pays for.
+        self.token_budget = None if self.budget.kind == "bytes" else self.budget
+        self._rotary: tuple[RotaryFrequencies | None] | None = None
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        if self.token_budget is None:
+            num_tokens = bytes_to_tokens(
+                int(self.budget.amount),
+                self.place.num_layers,
+                self.batch_size,
+                self.bytes_per_token,
+                self.eviction_interval,
+            )
+            self.token_budget = Budget("tokens", num_tokens)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Keys, values and bookkeeping of one token of one row."""
+        layout = self.layout
+        bookkeeping = 4 if self.policy.window_size == 0 else 8
+        return layout.kv_heads * (layout.key_dim + layout.value_dim) * layout.dtype.itemsize + bookkeeping * (
+            1 if self.policy.heads_share_tokens else layout.kv_heads
+        )
+
+    def num_tokens_to_keep(self, row_length: int) -> int:
+        place = self.place
+        return max(self.policy.num_tokens(row_length, self.token_budget, place.depth, place.num_layers), 1)
+
+    @property
+    def max_slots(self) -> int:
+        return max(self.state.row_kept, default=0) + self.eviction_interval
+
+    def _read(self, call: AttentionCall, arrival: Arrival) -> Tokens:
+        seen = super()._read(call, arrival)
+        if self.policy.repositions:
+            new = replace(seen, positions=seen.positions[..., -call.num_queries :])
+            num_kept = max(map(self.num_tokens_to_keep, seen.row_lengths))
+            self.policy.check_prompt(new, call.kwargs.get("position_ids"), self.rotary_of(call.module), self.state, num_kept)
+        return seen
+
+    def loses_tokens(self, seen: Tokens) -> bool:
+        return not self.budget.is_unlimited and super().loses_tokens(seen)
+
+    # The sizes of most layers change with every token: compilers would make a graph for each.
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        # Where a token came and a token went, the next one takes its slot.
+        if self.state.free_slots is not None and key_states.shape[2] == 1 and not self.pending.is_on:
+            return super().update(key_states, value_states)
+        return self._update(key_states, value_states)
+
+    @torch.compiler.disable
+    def _update(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return super().update(key_states, value_states)
+
+    def _attend_next(self, call: AttentionCall, longest: int = 0) -> tuple[torch.Tensor, torch.Tensor | None]:
+        state = self.state
+        is_steady = self.eviction_interval == 1 and not state.is_dense and state.length == self.max_slots
+        return super()._attend_next(call, longest) if is_steady else self._attend_unsteadily(call, longest)
+
+    @torch.compiler.disable
+    def _attend_unsteadily(self, call: AttentionCall, longest: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return super()._attend_next(call, longest)
+
+    # Views.
+
+    def rotary_of(self, module: torch.nn.Module) -> RotaryFrequencies | None:
+        """How the attention module rotates keys. The first call finds out, in a few milliseconds."""
+        if self._rotary is None:
+            self._rotary = (self.frequencies.frequencies_of(module, self.device),)
+        return self._rotary[0]
+
+    def _view(self, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor, longest: int) -> dict[str, Any]:
+        """The attributes of a `LayerView`."""
+        return {
+            "key": key,
+            "value": value,
+            "positions": positions,
+            "length": self.state.next_position,
+            "state": self.state,
+            "layer_idx": self.place.layer_idx,
+            "find_rotary": lambda: self.rotary_of(self.module),
+            "longest": longest,
+        }
+
+    def _priority(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention: torch.Tensor | None,
+        positions: torch.Tensor,
+        longest: int,
+    ) -> torch.Tensor:
+        """`(batch, kv_heads or 1, tokens)` float32: the policy's scores, -inf for what is no token."""
+        view = ScoringView(
+            **self._view(key, value, positions, longest), num_kept=self.state.num_kept, attention=attention
+        )
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            scores = self.policy.score(view)
+        checks.check_scores(self, scores, key)
+        has_gaps = self.state.is_dense or self.state.has_empty_slots or key.shape[2] != self.state.length
+        return scores.float().masked_fill(positions < 0, float("-inf")) if has_gaps else scores.float()
+
+    # Several tokens.
+
+    def _count_kept(self) -> None:
+        super()._count_kept()
+        if self.policy.window_size:
+            self.state.row_windows = [
+                max(self.policy.num_queries(length, self.token_budget, self.place.num_layers), 1)
+                for length in self.state.row_lengths
+            ]
+        self.policy.prepare(self.state)
+
+    def attend_prompt(self, call: AttentionCall, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if self.budget.is_unlimited:
+            return call.run()
+        state, longest = self.state, tokens.longest or max(tokens.row_lengths)
+        new = [(call.num_queries, longest)]
+        was_dense = state.is_dense
+        call = call if was_dense else self._repositioned(call, tokens, new)
+        output, attention = self._attend_and_score(call, tokens)
+        self._observe(call, tokens, longest)
+        if not was_dense or state.must_evict or tokens.row_present != tokens.row_lengths:
+            call = self._repositioned(call, tokens, new) if was_dense else call
+            held = call.key, call.value, attention
+            self.store.keep(*held, self._priority(*held, tokens.positions, longest), tokens, state.row_kept)
+            self._evicted(longest)
+        elif attention is not None:
+            state.attention = grown(attention, state.length, state.keys.shape[2], fill=0)
+        return output
+
+    def attend_recorded(self, call: AttentionCall, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor | None]:
+        chunks = [(chunk.num_columns, chunk.longest) for chunk in self.pending.chunks]
+        return super().attend_recorded(
+            self._repositioned(call, tokens, [*chunks, (call.num_queries, max(tokens.row_lengths))]), tokens
+        )
+
+    def _attend_and_score(
+        self, call: AttentionCall, tokens: Tokens
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor | None], torch.Tensor | None]:
+        """The output of attention, and `ScoringView.attention` of all keys."""
+        policy, state = self.policy, self.state
+        if policy.window_size == 0:
+            return self.store.attend_several(call, tokens)
+        num_rows, row_weights, share_left = call.num_queries, None, 1
+        if policy.window_size is not None:
+            if tokens.is_ascending:  # padding between the tokens of a row puts its last queries further back
+                num_rows = min(max(state.row_windows), call.num_queries)
+            positions, window = tokens.positions[:, 0, -num_rows:], self.store.per_row(state.row_windows)[:, 0]
+            ages = state.next_position[:, 0] - 1 - positions
+            is_in_window = (positions >= 0) & (ages < window)
+            share_left = 1 - (is_in_window.sum(dim=-1, keepdim=True) / window)[..., None]
+            if policy.newest_weight != 1 or not tokens.is_ascending or len(set(state.row_windows)) > 1:
+                row_weights = is_in_window * query_weights(ages, window, policy.newest_weight)
+        output, sums = self.store.attend_several(call, tokens, num_rows, row_weights)
+        attention = self._mean(sums, call)
+        earlier = self.store.held_attention()
+        if earlier is not None:
+            attention[..., : earlier.shape[-1]] += share_left * earlier
+        return output, attention
+
+    def _mean(self, sums: torch.Tensor, call: AttentionCall) -> torch.Tensor:
+        """Sums of probabilities over query groups `(batch, kv_heads, keys)`, as `ScoringView.attention` has them."""
+        if self.policy.window_size is not None:
+            windows = self.state.row_windows
+            window = windows[0] if len(set(windows)) == 1 else self.store.per_row(windows)
+            sums = sums * (call.key.shape[1] / call.query.shape[1]) / window
+        return sums.mean(dim=1, keepdim=True) if self.policy.heads_share_tokens else sums
+
+    @torch.no_grad()
+    def _observe(self, call: AttentionCall, tokens: Tokens, longest: int) -> None:
+        view = PromptView(
+            **self._view(call.key, call.value, tokens.positions, longest),
+            query=call.query,
+            query_positions=tokens.positions[:, :1, -call.num_queries :],
+            scaling=call.logit_arguments["scaling"],
+        )
+        with torch.autocast(self.device.type, enabled=False):
+            self.policy.observe(view)
+
+    # One token.
+
+    def attend_step(self, call: AttentionCall, longest: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if self.budget.is_unlimited:
+            return call.run()
+        state, scores = self.state, self.policy.window_size != 0
+        if state.is_dense:  # the model's own attention, and beside it what each token gets of it
+            output, sums = call.run(), None
+            if scores:
+                mask = None if state.column_positions is None else self.store.column_tokens().positions >= 0
+                with torch.no_grad():
+                    probabilities, _ = decode_probabilities(call.query, call.key, mask, **call.logit_arguments)
+                sums = probabilities.sum(dim=2)
+        else:
+            call = self._repositioned_step(call, longest)
+            output, sums = self.store.attend_step(call, scores)
+        if sums is not None:
+            self.store.add_attention(sums, self._share_left(), lambda each: self._mean(each, call))
+        self._evict_if_due(longest)
+        return output
+
+    def _share_left(self) -> float | torch.Tensor | None:
+        """What a new query leaves of `ScoringView.attention`; None for all of it."""
+        windows = self.state.row_windows
+        if self.policy.window_size is None:
+            return None
+        return 1 - 1 / (windows[0] if len(set(windows)) == 1 else self.store.per_row(windows))
+
+    def _evict_if_due(self, longest: int, at_once: bool = False) -> None:
+        """Evicts from the rows that have `eviction_interval` tokens beyond their budget, or `at_once` from all."""
+        state, interval = self.state, 0 if at_once else self.eviction_interval
+        is_due = [held >= kept + interval for held, kept in zip(state.row_held, state.row_kept, strict=True)]
+        if not any(is_due) and (state.is_dense or not self.store.is_full(self.max_slots)):
+            return
+        rows = zip(state.row_held, state.row_kept, is_due, strict=True)
+        row_left = [min(held, kept) if due else held for held, kept, due in rows]
+        slots = self.store.slots()
+        held = slots["keys"], slots["values"], slots.get("attention")
+        if state.is_dense:
+            tokens = self.store.column_tokens()
+            self.store.keep(*held, self._priority(*held, tokens.positions, longest), tokens, row_left)
+        else:
+            self.store.evict(self._priority(*held, slots["positions"], longest), row_left)
+        self._evicted(longest)
+
+    def compress(self) -> None:
+        state = self.state
+        if not self.is_initialized or self.budget.is_unlimited:
+            return
+        self._count_kept()
+        if state.must_evict:
+            self._evict_if_due(max(state.row_lengths), at_once=True)
+        if not state.is_dense and state.keys.shape[2] > state.length:
+            self.store.resize(state.length)  # frees the slots for tokens that would have come in before as many go
+
+    # Other positions than the model's.
+
+    def _evicted(self, longest: int) -> None:
+        if self.policy.repositions:
+            key, value, positions = (self.store.in_use(name) for name in ("keys", "values", "positions"))
+            with torch.no_grad():
+                self.policy.reposition_held(LayerView(**self._view(key, value, positions, longest)))
+
+    def _repositioned(self, call: AttentionCall, tokens: Tokens, chunks: list[tuple[int, int]]) -> AttentionCall:
+        """
+        The call with keys and queries where the policy wants them.
+
+        Args:
+            chunks (`list[tuple[int, int]]`): For the last columns of the keys, which are as the model rotated them:
+                how many one forward pass brought, and the longest row by then. The queries belong to the last chunk.
+        """
+        if not self.policy.repositions:
+            return call
+        view = LayerView(**self._view(call.key, call.value, tokens.positions, chunks[-1][1]))
+        stop = call.num_keys - sum(num_columns for num_columns, _ in chunks)
+        keys = [call.key[:, :, :stop]]
+        for num_columns, longest in chunks:
+            columns = slice(stop, stop + num_columns)
+            positions = tokens.positions[..., columns]
+            keys.append(self.policy.reposition_new(view, call.key[:, :, columns], positions, longest))
+            stop += num_columns
+        positions = tokens.positions[..., -call.num_queries :]
+        query = self.policy.reposition_new(view, call.query, positions, chunks[-1][1])
+        return replace(call, query=query, key=torch.cat(keys, dim=2))
+
+    def _repositioned_step(self, call: AttentionCall, longest: int) -> AttentionCall:
+        """The call of a step where the policy wants it; the new key moves as well, in its slot."""
+        if not self.policy.repositions:
+            return call
+        held, newest = self.store.in_use("positions"), self.state.next_position - 1
+        view = LayerView(**self._view(call.key, call.value, held, longest))
+        query = self.policy.reposition_new(view, call.query, newest, longest)
+        if query is call.query:
+            return call
+        slot = (held == newest).int().argmax(dim=-1, keepdim=True)[..., None].expand(-1, *call.key.shape[1:2], 1, call.key.shape[3])
+        call.key.scatter_(2, slot, self.policy.reposition_new(view, call.key.gather(2, slot), newest, longest))
+        return replace(call, query=query)
+
+    # What users ask.
+
+    def held_tensors(self) -> dict[str, torch.Tensor]:
+        shared = {f"frequencies_{index}": tensor for index, tensor in enumerate(self.frequencies.held_tensors())}
+        return super().held_tensors() | shared
+
+
+def query_weights(ages: torch.Tensor, window: torch.Tensor, newest_weight: float) -> torch.Tensor:
+    """
+    How much each query of a window counts: from 1 for the oldest to `newest_weight`, over the mean of both.
+
+    Args:
+        ages (`torch.Tensor`): `(batch, queries)` int, 0 for the newest token of a row.
+        window (`torch.Tensor`): `(batch, 1)` int, the size of the window.
+    """
+    slope = (newest_weight - 1) / (window - 1).clamp(min=1)
+    return (1 + slope * (window - 1 - ages)) / ((1 + newest_weight) / 2)

@@ -1,0 +1,473 @@
+"""
+What a layer holds. The fields of a `LayerState` say what they are, and everything that moves, copies, saves or counts
+them is a loop over these fields. A `SlotStore` puts tokens into the slots of a state, and takes them out.
+
+A store is *dense* until tokens are evicted: it holds all of them in order of arrival, padding included. Afterwards it
+holds *slots*: keys and values of the tokens that stayed, and the position of each (-1: empty). Keys carry RoPE at
+their original positions, so that slots need no order.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from pyramid_cache.engine.attention import AttentionCall
+from pyramid_cache.engine.scoring import attend_and_score
+from pyramid_cache.engine.selection import best_tokens, gather_tokens, lowest_token
+from pyramid_cache.engine.tokens import Tokens, causal_mask
+from pyramid_cache.ops import decode_attention
+from pyramid_cache.ops.cpu import is_plain_on_cpu
+from pyramid_cache.ops.transfer import numbers_on
+
+
+# A store without room for one more token grows by this many slots, or by a 64th of its length if that is more.
+MIN_GROWTH = 16
+
+
+def slot(fill: float = 0) -> Any:
+    """A field whose tensors have their slots in dimension 2. New slots hold `fill`."""
+    return field(default=None, metadata={"kind": "slot", "fill": fill})
+
+
+def row() -> Any:
+    """A field whose tensors only share the batch dimension, which comes first."""
+    return field(default=None, metadata={"kind": "row"})
+
+
+def counts() -> Any:
+    """A field with one number for each row, known without asking the device."""
+    return field(default_factory=list, metadata={"kind": "counts"})
+
+
+def number(default: int) -> Any:
+    """A field with one number."""
+    return field(default=default, metadata={"kind": "number"})
+
+
+@dataclass(eq=False)
+class LayerState:
+    """
+    The state of a layer. A method that needs more derives a dataclass and declares its fields with `slot()`, `row()`,
+    `counts()` or `number()`. Beams, files, offloading and byte counts follow from the declaration.
+
+    Attributes:
+        keys, values (`torch.Tensor`): `(batch, kv_heads, slots, head_dim)`.
+        positions (`torch.Tensor`): `(batch, kv_heads or 1, slots)` int32, -1 for empty slots. None while dense.
+        attention (`torch.Tensor`): `(batch, kv_heads or 1, slots)` float32, see `ScoringView.attention`.
+        next_position (`torch.Tensor`): `(batch, 1, 1)` int32, how many tokens each row has seen.
+        num_kept (`torch.Tensor`): `(batch, 1, 1)` int32, how many tokens of each row may be held.
+        column_positions (`torch.Tensor`): `(batch, 1, columns)` int32, of a dense prompt with padding; else None.
+        free_slots (`torch.Tensor`): `(batch, kv_heads or 1, 1)` int64, where the next token of each head goes. None
+            if it goes behind the used slots.
+        row_lengths, row_held, row_kept (`list[int]`): Tokens seen, tokens held, tokens that may be held.
+        row_windows (`list[int]`): How many of the last queries `attention` is the mean of.
+        length (`int`): How many slots are in use.
+        num_seen (`int`): Columns seen, padding included.
+        columns_ascend (`int`): Whether the columns of each dense row are in order of their positions.
+    """
+
+    keys: torch.Tensor | None = slot()
+    values: torch.Tensor | None = slot()
+    positions: torch.Tensor | None = slot(fill=-1)
+    attention: torch.Tensor | None = slot()
+    next_position: torch.Tensor | None = row()
+    num_kept: torch.Tensor | None = row()
+    column_positions: torch.Tensor | None = row()
+    free_slots: torch.Tensor | None = row()
+    row_lengths: list[int] = counts()
+    row_held: list[int] = counts()
+    row_kept: list[int] = counts()
+    row_windows: list[int] = counts()
+    length: int = number(0)
+    num_seen: int = number(0)
+    columns_ascend: int = number(1)
+
+    def names(self, *kinds: str) -> list[str]:
+        """The names of the fields of these kinds."""
+        return [each.name for each in dataclasses.fields(self) if each.metadata["kind"] in kinds]
+
+    def tensors(self, *kinds: str) -> dict[str, torch.Tensor]:
+        """The tensors of these kinds, "slot" and "row", by name; all by default."""
+        found = {name: getattr(self, name) for name in self.names(*(kinds or ("slot", "row")))}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    def numbers(self) -> dict[str, Any]:
+        """What the host knows, by name."""
+        return {name: getattr(self, name) for name in self.names("counts", "number")}
+
+    def map_tensors(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Applies a function to all tensors. Their first dimension is the batch."""
+        for name, tensor in self.tensors().items():
+            setattr(self, name, function(tensor))
+
+    def map_counts(self, rows: Sequence[int]) -> None:
+        """Selects the counts of the rows at these indices."""
+        for name in self.names("counts"):
+            numbers = getattr(self, name)
+            setattr(self, name, [numbers[index] for index in rows] if numbers else [])
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether nothing has been evicted so far."""
+        return self.positions is None
+
+    @property
+    def must_evict(self) -> bool:
+        """Whether some row holds more tokens than it may keep."""
+        return any(held > kept for held, kept in zip(self.row_held, self.row_kept, strict=True))
+
+    @property
+    def has_empty_slots(self) -> bool:
+        """Whether some row holds fewer tokens than there are slots in use."""
+        return min(self.row_held) < self.length
+
+
+class SlotStore:
+    """
+    Tokens in slots: `(batch, kv_heads, slots, head_dim)`, the same number of slots for all heads.
+
+    Args:
+        state_class (`type`): `LayerState`, or a dataclass derived from it.
+    """
+
+    # Whether all KV heads of a row hold the same number of tokens.
+    heads_keep_equal_numbers = True
+
+    def __init__(self, state_class: type[LayerState] = LayerState) -> None:
+        self.state_class = state_class
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets everything and frees the tensors."""
+        self.state = self.state_class()
+        # Whether autograd may have saved the keys and values.
+        self.is_saved = False
+
+    # Sizes and copies.
+
+    def per_row(self, numbers: Sequence[int]) -> torch.Tensor:
+        """Numbers known on the host as a `(batch, 1, 1)` int32 tensor on the device of the keys."""
+        return numbers_on(self.state.next_position.device, numbers, torch.int32).view(-1, 1, 1)
+
+    def in_use(self, name: str) -> torch.Tensor | None:
+        """The used slots of the tensor of that name."""
+        tensor = getattr(self.state, name)
+        return None if tensor is None else tensor[:, :, : self.state.length]
+
+    def slots(self) -> dict[str, torch.Tensor]:
+        """The used slots of all tensors, by name."""
+        return {name: tensor[:, :, : self.state.length] for name, tensor in self.state.tensors("slot").items()}
+
+    def is_full(self, max_slots: int) -> bool:
+        """Whether there is no slot for the next token."""
+        return self.state.length >= max_slots
+
+    def resize(self, num_slots: int) -> None:
+        """Moves the used slots into tensors of `num_slots` slots."""
+        for each in dataclasses.fields(self.state):
+            tensor = getattr(self.state, each.name)
+            if each.metadata["kind"] == "slot" and tensor is not None:
+                setattr(self.state, each.name, grown(tensor, self.state.length, num_slots, each.metadata["fill"]))
+
+    def _reserve(self, num_slots: int, limit: int) -> None:
+        """Makes room. A store that grows by a token at a time gets some more slots, up to `limit`."""
+        length = self.state.length
+        if num_slots <= self.state.keys.shape[2]:
+            return
+        if num_slots == length + 1:
+            growth = max(MIN_GROWTH, length // 64)
+            num_slots = length + growth if limit < num_slots else min(length + growth, limit)
+        self.resize(num_slots)
+
+    def leave_inference_mode(self) -> None:
+        """Copies tensors that were made in inference mode: torch does not allow writes to them outside of it."""
+        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+            return
+        if self.state.keys is not None and self.state.keys.is_inference():
+            self.state.map_tensors(torch.clone)
+
+    def spare_autograd(self) -> None:
+        """Copies keys and values that autograd may have saved, before they are written to."""
+        for name in ("keys", "values"):
+            tensor = getattr(self.state, name)
+            if tensor is not None and (tensor.requires_grad or self.is_saved) and torch.is_grad_enabled():
+                setattr(self.state, name, tensor.clone())
+
+    # Tokens come.
+
+    def append(self, key: torch.Tensor, value: torch.Tensor, limit: int = 0) -> None:
+        """
+        Puts new tokens behind the others; of a store with slots, one token of each row.
+
+        Args:
+            key, value (`torch.Tensor`): `(batch, kv_heads, tokens, head_dim)`.
+            limit (`int`): The largest number of slots that are ever needed.
+        """
+        state, num_new = self.state, key.shape[2]
+        self.spare_autograd()
+        if state.free_slots is not None:
+            self._overwrite(state.free_slots, key, value)
+            state.free_slots = None
+            return
+        if state.keys is None:
+            state.keys, state.values = own_storage(key), own_storage(value)
+        else:
+            self._reserve(state.length + num_new, limit)
+            new = slice(state.length, state.length + num_new)
+            state.keys[:, :, new], state.values[:, :, new] = key, value
+            if state.positions is not None:
+                state.positions[:, :, new] = state.next_position
+            if state.attention is not None:
+                state.attention[:, :, new] = 0
+        state.length += num_new
+
+    def _overwrite(self, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Puts one token of each row into the slots `(batch, kv_heads or 1, 1)`."""
+        state, index = self.state, slots[..., None].expand(-1, key.shape[1], -1, -1)
+        state.keys.scatter_(2, index.expand_as(key), key)
+        state.values.scatter_(2, index.expand_as(value), value)
+        state.positions.scatter_(2, slots, state.next_position.expand_as(slots))
+        if state.attention is not None:
+            state.attention.scatter_(2, slots, 0.0)
+
+    def add_attention(
+        self,
+        sums: torch.Tensor,
+        share_left: float | torch.Tensor | None,
+        mean: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:
+        """
+        Adds what a new query gave to a share of `state.attention`, or to all of it.
+
+        Args:
+            sums (`torch.Tensor`): As `attend_step` returned them; `mean` brings them into the form of the attention.
+        """
+        held = self.in_use("attention")
+        if share_left is not None:
+            held.mul_(share_left)
+        held.add_(mean(sums))
+
+    # Tokens go.
+
+    def keep(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention: torch.Tensor | None,
+        priority: torch.Tensor,
+        tokens: Tokens,
+        row_kept: list[int],
+    ) -> None:
+        """
+        Copies the tokens of highest priority into new slots, in order of their positions. The old ones are freed.
+
+        Args:
+            key, value (`torch.Tensor`): `(batch, kv_heads, columns, head_dim)`.
+            attention (`torch.Tensor`, *optional*): `(batch, kv_heads or 1, columns)`, which becomes `state.attention`.
+            priority (`torch.Tensor`): `(batch, kv_heads or 1, columns)`, -inf for what is no token.
+            tokens (`Tokens`): In these columns.
+            row_kept (`list[int]`): How many tokens of each row stay.
+        """
+        state = self.state
+        row_left = [min(held, kept) for held, kept in zip(state.row_held, row_kept, strict=True)]
+        indices = best_tokens(priority, self.per_row(row_left).flatten(), max(row_left))
+        positions = gather_tokens(tokens.positions.expand(-1, indices.shape[1], -1), indices)
+        state.keys, state.values = gather_tokens(key, indices), gather_tokens(value, indices)
+        state.positions = positions.masked_fill(indices < 0, -1)
+        if attention is not None:
+            state.attention = gather_tokens(attention, indices).masked_fill(indices < 0, 0)
+        state.column_positions = state.free_slots = None
+        state.length, state.row_held = indices.shape[-1], row_left
+
+    def evict(self, priority: torch.Tensor, row_left: list[int]) -> None:
+        """
+        Evicts in place, and closes the gaps: tokens in slots behind the last one that is needed move into free ones.
+
+        Args:
+            priority (`torch.Tensor`): `(batch, kv_heads or 1, slots)`, -inf for empty slots.
+            row_left (`list[int]`): How many tokens of each row stay.
+        """
+        state, num_left = self.state, max(row_left)
+        row_lost = [held - left for held, left in zip(state.row_held, row_left, strict=True)]
+        self.spare_autograd()
+        if num_left == state.length - 1 and max(row_lost) <= 1:
+            self._evict_one(priority, row_lost)
+        else:
+            state.free_slots = None
+            positions = self.in_use("positions")
+            order = positions.argsort(dim=-1)
+            indices = best_tokens(priority.gather(-1, order), self.per_row(row_left).flatten(), num_left)
+            # One more slot takes the indices that are -1.
+            slots = torch.where(indices < 0, state.length, order.gather(-1, indices.clamp(min=0)))
+            is_kept = torch.zeros(*positions.shape[:2], state.length + 1, dtype=torch.bool, device=positions.device)
+            self._move(is_kept.scatter_(-1, slots, True)[..., : state.length], num_left)
+            state.length = num_left
+        state.row_held = row_left
+
+    def _evict_one(self, priority: torch.Tensor, row_lost: list[int]) -> None:
+        """Frees the slot of the worst token in rows that lose one, and an empty slot in the others."""
+        positions = self.in_use("positions")
+        if self.state.has_empty_slots:
+            loses_token = self.per_row(row_lost) > 0
+            priority = priority.masked_fill((positions < 0) & loses_token, float("inf"))
+        self.state.free_slots = lowest_token(priority, positions)
+        positions.scatter_(-1, self.state.free_slots, -1)
+
+    def _move(self, is_kept: torch.Tensor, num_left: int) -> None:
+        """Moves the kept tokens, marked in `is_kept` `(batch, kv_heads or 1, slots)`, into the first slots."""
+        is_kept_before, is_kept_behind = is_kept[..., :num_left], is_kept[..., num_left:]
+        num_moves = min(num_left, is_kept_behind.shape[-1])
+        free = is_kept_before.int().argsort(dim=-1, stable=True)[..., :num_moves]
+        movers = (~is_kept_behind).int().argsort(dim=-1, stable=True)[..., :num_moves] + num_left
+        moves = torch.arange(num_moves, device=is_kept.device) < is_kept_behind.sum(dim=-1, keepdim=True)
+        source = torch.where(moves, movers, free)
+        self.state.positions[..., :num_left].masked_fill_(~is_kept_before, -1)
+        for name, tensor in self.state.tensors("slot").items():
+            target = free[..., None].expand(-1, tensor.shape[1], -1, tensor.shape[3]) if tensor.dim() == 4 else free
+            self._scatter(name, tensor, target, gather_tokens(tensor, source))
+
+    def _scatter(self, name: str, tensor: torch.Tensor, index: torch.Tensor, source: torch.Tensor) -> None:
+        if tensor.requires_grad:  # autograd has saved it for what was read
+            setattr(self.state, name, tensor.scatter(2, index, source))
+        else:
+            tensor.scatter_(2, index, source)
+
+    # Tokens are read.
+
+    def column_tokens(self) -> Tokens:
+        """The tokens in the columns of a dense store."""
+        state, device = self.state, self.state.next_position.device
+        batch_size = len(state.row_lengths)
+        if state.column_positions is None:
+            return Tokens.without_padding(batch_size, state.length, device)
+        # Columns that arrived one at a time are tokens.
+        num_steps = state.length - state.column_positions.shape[-1]
+        steps = state.next_position + torch.arange(-num_steps, 0, dtype=torch.int32, device=device)
+        positions = torch.cat([state.column_positions, steps], dim=-1)
+        return Tokens(
+            positions, state.row_lengths, state.row_held, state.num_seen, is_ascending=bool(state.columns_ascend)
+        )
+
+    def held_positions(self) -> torch.Tensor:
+        """`(batch, kv_heads or 1, slots)` int32, -1 for empty slots and padding."""
+        return self.column_tokens().positions if self.state.is_dense else self.in_use("positions")
+
+    def held_attention(self) -> torch.Tensor | None:
+        """`(batch, kv_heads or 1, slots)` float32: `state.attention` in the order of `held_positions`."""
+        return self.in_use("attention")
+
+    def attended(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The keys and values of all tokens `(batch, kv_heads, slots, head_dim)`, in tensors of their own."""
+        return self.in_use("keys"), self.in_use("values")
+
+    def in_order(self) -> dict[str, torch.Tensor]:
+        """Copies of the slots in order of their positions, empty ones first, by name."""
+        slots = self.slots()
+        order = slots["positions"].argsort(dim=-1)
+        return {name: gather_tokens(tensor, order) for name, tensor in slots.items()}
+
+    def take_in_order(self) -> dict[str, torch.Tensor]:
+        """Brings the slots into order, and returns them."""
+        held = self.in_order()
+        for name, tensor in held.items():
+            setattr(self.state, name, tensor)
+        self.state.free_slots = None
+        return held
+
+    # Attention over slots.
+
+    def check_call(self, call: AttentionCall) -> None:
+        """Raises if the store cannot attend in the place of the model's attention function."""
+
+    def attend_step(
+        self, call: AttentionCall, scores: bool
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor | None], torch.Tensor | None]:
+        """
+        Attention of one query over the used slots. With `scores`, the probabilities `(batch, kv_heads, slots)`, summed
+        over the query heads of a KV head, come second; else None does.
+        """
+        mask = self.in_use("positions") >= 0 if self.state.has_empty_slots else None
+        if scores or is_plain_on_cpu(call.query, call.key, call.value, **call.logit_arguments):
+            output, _, sums = decode_attention(call.query, call.key, call.value, mask=mask, **call.logit_arguments)
+            return (output, None), sums.detach() if scores else None
+        return self.with_mask(call, mask).run(), None
+
+    def attend_several(
+        self, call: AttentionCall, tokens: Tokens, num_rows: int = 0, row_weights: torch.Tensor | None = None
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor | None], torch.Tensor | None]:
+        """
+        Attention of several queries over the held tokens in order and new ones behind them. Second, if `num_rows` is
+        not 0, come the sums `(batch, kv_heads, keys)` of the probabilities that the last `num_rows` queries give.
+        """
+        if not self.state.is_dense:
+            call = self.with_mask(call, tokens.positions >= 0 if tokens.has_gaps else None)
+        return attend_and_score(call, tokens, num_rows, row_weights) if num_rows else (call.run(), None)
+
+    @staticmethod
+    def with_mask(call: AttentionCall, is_token: torch.Tensor | None) -> AttentionCall:
+        """The call with a causal mask over keys; `is_token` is `(batch, any, keys)` bool, the same for all heads."""
+        mask = causal_mask(
+            call.module.config._attn_implementation,
+            None if is_token is None else is_token[:, :1],
+            call.num_queries,
+            call.num_keys,
+            call.query.dtype,
+            call.query.device,
+        )
+        return dataclasses.replace(call, mask=mask, lse=None)
+
+    # Rows and files.
+
+    def map_rows(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Applies a function that selects, repeats or moves rows to all tensors."""
+        self.state.map_tensors(function)
+
+    def state_dict(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """The state for a file: numbers as JSON has them, and tensors without unused slots."""
+        return self.state.numbers(), self.slots() | self.state.tensors("row")
+
+    def load_state_dict(self, numbers: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        """
+        Takes over what `state_dict` gave.
+
+        Raises:
+            KeyError: Something is missing.
+            ValueError: A tensor has a shape or a dtype that the state cannot have.
+        """
+        batch_size, kv_heads, length = tensors["keys"].shape[:3]
+        slots, known = self.state.names("slot"), self.state.names("slot", "row")
+        for name, tensor in tensors.items():
+            shapes = [(batch_size, heads, length)[: 3 if name in slots else 1] for heads in (1, kv_heads)]
+            dtype = {"keys": tensor.dtype, "values": tensor.dtype, "positions": torch.int32}.get(name, torch.float32)
+            if name not in known or tuple(tensor.shape[: len(shapes[0])]) not in shapes:
+                raise ValueError(f"`{name}` has the shape {tuple(tensor.shape)} in {length} slots of {batch_size} rows")
+            if name in slots and tensor.dtype != dtype:
+                raise ValueError(f"`{name}` is {tensor.dtype} instead of {dtype}")
+        for name in self.state.numbers():
+            setattr(self.state, name, numbers[name])
+        for name in known:
+            setattr(self.state, name, tensors.get(name))
+
+    def held_tensors(self) -> dict[str, torch.Tensor]:
+        """Every tensor that the store refers to, by a name whose first word is its role."""
+        return self.state.tensors()
+
+
+def own_storage(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself if it fills its storage, else a copy: a view would keep all of a fused projection alive."""
+    if tensor.untyped_storage().nbytes() == tensor.numel() * tensor.itemsize:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def grown(tensor: torch.Tensor, length: int, num_slots: int, fill: float) -> torch.Tensor:
+    """A tensor with `num_slots` slots in dimension 2, the first `length` of them copied, the others holding `fill`."""
+    if num_slots == length == tensor.shape[2]:
+        return tensor
+    result = tensor.new_empty(*tensor.shape[:2], num_slots, *tensor.shape[3:])
+    result[:, :, :length] = tensor[:, :, :length]
+    result[:, :, length:] = fill
+    return result
