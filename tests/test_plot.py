@@ -319,7 +319,7 @@ class TestRefusals:
     def test_caches_and_rows(self) -> None:
         empty, filled, broken = H2OCache(build_config("llama"), budget=4), *(hand_made_cache(HELD, 7) for _ in "ab")
         filled.reset()
-        broken.layers[0].num_seen = 8
+        broken.layers[0].state.num_seen = 8
         refusals: list[tuple[Any, type[Exception], str]] = [
             (empty, ValueError, "The H2OCache holds nothing yet: run the model with it first"),
             (filled, ValueError, "holds nothing yet"),
@@ -365,7 +365,7 @@ class TestRefusals:
 
     def test_caches_that_scored_nothing_say_why(self) -> None:
         model = tiny_model("llama")
-        for cache in (H2OCache(model.config, budget=1.0), PyramidCache(model.config, budget=0.4)):
+        for cache in (H2OCache(model.config, budget=1.0),):
             recorder = ScoreRecorder(cache)
             generate(model, cache, random_rows((40, 28)), 1, logits_processor=[recorder])
             with pytest.raises(ValueError, match="Layer 1 of the .* has scored no token of row 0 .* or lower"):

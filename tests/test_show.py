@@ -178,7 +178,7 @@ class TestRefusals:
     def test_padding_that_is_not_in_front(self) -> None:
         """The second row has a turn of one token and one of two, each behind some padding."""
         cache = hand_made_cache([[[[0]], [[1]]]], 8)
-        cache.layers[0].row_lengths = [8, 3]
+        cache.layers[0].state.row_lengths = [8, 3]
         input_ids = torch.tensor([[9] * 8, [0, 0, 0, 5, 0, 0, 6, 7]])
         message = "seen 8 columns, and 3 tokens of row 1 .* the first 5 .* are not padding. Give the `attention_mask`"
         with pytest.raises(ValueError, match=message):

@@ -24,6 +24,7 @@ from pyramid_cache.engine.rope import RotaryFrequencies, refuse_unsupported_rope
 from pyramid_cache.engine.selection import gather_tokens
 from pyramid_cache.engine.store import LayerState, number, row
 from pyramid_cache.engine.tokens import Tokens
+from pyramid_cache.ops.transfer import numbers_on
 
 
 # Angles are counted from a base that moves on by this many tokens. The float32 angles of a model are off by up to
@@ -35,8 +36,8 @@ REBASE_INTERVAL = 1 << 14
 class SinkState(LayerState):
     """
     `sink_keys` `(batch, kv_heads, num_sink_tokens, head_dim)` are the sinks as they arrived. The slots `sink_slots`
-    `(batch, 1, num_sink_tokens)` int64 hold them moved by `shift` `(batch, 1, 1)` int32. Keys are rotated by their
-    position minus `base`, if that is not 0.
+    `(batch, 1, num_sink_tokens)` int64 hold them moved by `shift` `(batch, 1, 1, 1)` int32 or more. Keys are rotated
+    by their position minus `base`, if that is not 0.
     """
 
     sink_keys: torch.Tensor | None = row()
@@ -55,8 +56,11 @@ class StreamingLLMPolicy(Policy):
     repositions = True
     state_class = SinkState
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "latest_turn", [None, None])
+
     def score(self, view: ScoringView) -> torch.Tensor:
-        return view.positions.float().masked_fill(view.is_first(self.num_sink_tokens), float("inf"))
+        return view.positions.float().masked_fill(view.positions < self.num_sink_tokens, float("inf"))
 
     # Positions within the cache.
 
@@ -106,12 +110,24 @@ class StreamingLLMPolicy(Policy):
             state.sink_slots = (view.positions == ranks[:, None]).int().argmax(dim=-1)[:, None]
             # Those of a row that has evicted nothing so far are as they came.
             came = gather_tokens(view.key, state.sink_slots)
-            is_moved = torch.zeros_like(view.length) if state.shift is None else state.shift
-            state.sink_keys = came if state.shift is None else torch.where(is_moved[..., None] > 0, state.sink_keys, came)
-        state.shift = view.length - view.is_token.sum(dim=-1, keepdim=True, dtype=torch.int32)
-        moved = rotary.rotate(state.sink_keys, rotary.angles(state.shift - state.base))
-        index = state.sink_slots[..., None].expand_as(moved)
-        view.key.scatter_(2, index, torch.where(state.shift[..., None] > 0, moved, state.sink_keys))
+            if state.base:
+                came = rotary.rotate(came, rotary.angles(torch.full_like(view.length, state.base)))
+            state.sink_keys = came if state.shift is None else torch.where(state.shift > 0, state.sink_keys, came)
+            state.shift = numbers_on(came.device, num_evicted, torch.int32).view(-1, 1, 1, 1)
+        cosine, sine = self._turn_by(num_evicted, view, rotary)
+        index = state.sink_slots[..., None].expand_as(state.sink_keys)
+        view.key.scatter_(2, index, rotary.turn(state.sink_keys, cosine, sine))
+
+    def _turn_by(
+        self, num_evicted: list[int], view: LayerView, rotary: RotaryFrequencies
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine and sine that move sinks forward. The layers of a forward pass share them."""
+        shift = [evicted - view.state.base for evicted in num_evicted]
+        key = (id(rotary), shift, view.key.dtype, view.key.device)
+        if torch.compiler.is_compiling() or self.latest_turn[0] != key:
+            angles = rotary.angles(numbers_on(view.key.device, shift, torch.int64).view(-1, 1, 1))
+            self.latest_turn[:] = key, rotary.cosine_and_sine(angles, view.key.dtype)
+        return self.latest_turn[1]
 
     def reposition_new(
         self, view: LayerView, states: torch.Tensor, positions: torch.Tensor, longest: int
@@ -139,21 +155,23 @@ class StreamingLLMCache(PolicyCache):
     """
     Keeps the first tokens and the most recent ones (StreamingLLM, https://arxiv.org/abs/2309.17453).
 
-    A layer holds `budget` tokens however much is generated: `batch * kv_heads * (budget + num_sink_tokens / 2) * 2 *
-    head_dim * itemsize` bytes. The cache forgets what lies between the sinks and the window, and cannot recall it.
+    A layer holds `budget` tokens and up to `eviction_interval` more, however much is generated: `batch * kv_heads *
+    (budget + eviction_interval + num_sink_tokens / 2) * 2 * head_dim * itemsize` bytes. The cache forgets what lies
+    between the sinks and the window, and cannot recall it. The prompt is read with full attention; `generate` reads it
+    in parts with `prefill_chunk_size`, which bounds the memory that it takes.
 
     Args:
         config (`PreTrainedConfig` or `PreTrainedModel`): The config of the model, or the model itself. Give the model
             if it was cast with `model.to(torch.bfloat16)` after loading, which rounds its rotary frequencies too.
-        budget (`int`): Tokens that attention sees at a decode step, the sinks and the new token included.
+        budget (`float`, `int` or `str`): What each layer keeps, the sinks included: a fraction of the prompt, a number
+            of tokens, or bytes for all layers that evict ("256MiB"). 1.0 never evicts.
         num_sink_tokens (`int`, defaults to 4): Tokens kept from the start.
-        prefill (`str`, defaults to `"streaming"`): `"streaming"`: each prompt token sees the sinks and the window
-            before it, as in a stream (the paper's method). `"dense"`: the prompt is read with full attention, then
-            cut. Late tokens then carry what they saw of early ones. Later turns stream either way.
+        eviction_interval (`int`, defaults to 1): How many generated tokens arrive before as many are evicted. Larger
+            values take more memory and less time.
 
     Raises:
-        ValueError: For a budget without room beside the sinks, an unknown `prefill`, or a model that cannot be
-            compressed.
+        ValueError: For an argument outside these ranges, a budget without room beside the sinks, or a model that
+            cannot be compressed.
         NotImplementedError: For a model whose rotary embedding depends on the length (dynamic NTK) or has several
             axes. It is raised at the first forward pass where the config does not tell.
 

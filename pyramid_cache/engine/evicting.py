@@ -1,5 +1,6 @@
 """The layer that keeps what a `Policy` scores highest: update, attend, observe, evict."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -61,6 +62,11 @@ class EvictingLayer(CompressedLayer):
             )
 
     @property
+    def is_unknown_budget(self) -> bool:
+        """Whether nobody knows yet how many tokens a budget in bytes pays for."""
+        return self.budget.kind == "bytes" and not self.state.budget_tokens
+
+    @property
     def token_budget(self) -> Budget:
         """The budget; one in bytes as the tokens that it pays for."""
         return Budget("tokens", self.state.budget_tokens) if self.budget.kind == "bytes" else self.budget
@@ -99,7 +105,8 @@ class EvictingLayer(CompressedLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
         # Where a token came and a token went, the next one takes its slot.
-        if self.state.free_slots is not None and key_states.shape[2] == 1 and not self.pending.is_on:
+        is_steady = self.state.free_slots is not None and key_states.shape[2] == 1 and not self.pending.is_on
+        if is_steady or not torch.compiler.is_compiling():
             return super().update(key_states, value_states)
         return self._update(key_states, value_states)
 
@@ -110,7 +117,9 @@ class EvictingLayer(CompressedLayer):
     def _attend_next(self, call: AttentionCall, longest: int = 0) -> tuple[torch.Tensor, torch.Tensor | None]:
         state = self.state
         is_steady = self.eviction_interval == 1 and not state.is_dense and state.length == self.max_slots
-        return super()._attend_next(call, longest) if is_steady else self._attend_unsteadily(call, longest)
+        if is_steady or not torch.compiler.is_compiling():
+            return super()._attend_next(call, longest)
+        return self._attend_unsteadily(call, longest)
 
     @torch.compiler.disable
     def _attend_unsteadily(self, call: AttentionCall, longest: int) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -137,6 +146,13 @@ class EvictingLayer(CompressedLayer):
             "longest": longest,
         }
 
+    def _plainly(self, function: Callable, view: LayerView) -> Any:
+        """What a function of the policy returns, without autograd and autocast."""
+        if not torch.is_grad_enabled() and not torch.is_autocast_enabled(self.device.type):
+            return function(view)
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            return function(view)
+
     def _priority(
         self,
         key: torch.Tensor,
@@ -149,8 +165,7 @@ class EvictingLayer(CompressedLayer):
         view = ScoringView(
             **self._view(key, value, positions, longest), num_kept=self.state.num_kept, attention=attention
         )
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            scores = self.policy.score(view)
+        scores = self._plainly(self.policy.score, view)
         checks.check_scores(self, scores, key)
         has_gaps = self.state.is_dense or self.state.has_empty_slots or key.shape[2] != self.state.length
         return scores.float().masked_fill(positions < 0, float("-inf")) if has_gaps else scores.float()
@@ -217,12 +232,9 @@ class EvictingLayer(CompressedLayer):
     def _mean(self, sums: torch.Tensor, call: AttentionCall) -> torch.Tensor:
         """Sums of probabilities over query groups `(batch, kv_heads, keys)`, as `ScoringView.attention` has them."""
         if self.policy.window_size is not None:
-            windows = self.state.row_windows
-            window = windows[0] if len(set(windows)) == 1 else self.store.per_row(windows)
-            sums = sums * (call.key.shape[1] / call.query.shape[1]) / window
+            sums = sums * (call.key.shape[1] / call.query.shape[1] / self._window())
         return sums.mean(dim=1, keepdim=True) if self.policy.heads_share_tokens else sums
 
-    @torch.no_grad()
     def _observe(self, call: AttentionCall, tokens: Tokens, longest: int) -> None:
         view = PromptView(
             **self._view(call.key, call.value, tokens.positions, longest),
@@ -230,8 +242,7 @@ class EvictingLayer(CompressedLayer):
             query_positions=tokens.positions[:, :1, -call.num_queries :],
             scaling=call.logit_arguments["scaling"],
         )
-        with torch.autocast(self.device.type, enabled=False):
-            self.policy.observe(view)
+        self._plainly(self.policy.observe, view)
 
     # One token.
 
@@ -250,16 +261,15 @@ class EvictingLayer(CompressedLayer):
             call = self._repositioned_step(call, longest)
             output, sums = self.store.attend_step(call, scores)
         if sums is not None:
-            self.store.add_attention(sums, self._share_left(), lambda each: self._mean(each, call))
+            share_left = None if self.policy.window_size is None else 1 - 1 / self._window()
+            self.store.add_attention(sums, share_left, lambda each: self._mean(each, call))
         self._evict_if_due(longest)
         return output
 
-    def _share_left(self) -> float | torch.Tensor | None:
-        """What a new query leaves of `ScoringView.attention`; None for all of it."""
+    def _window(self) -> int | torch.Tensor:
+        """How many queries count: one number, or one for each row, `(batch, 1, 1)`."""
         windows = self.state.row_windows
-        if self.policy.window_size is None:
-            return None
-        return 1 - 1 / (windows[0] if len(set(windows)) == 1 else self.store.per_row(windows))
+        return windows[0] if windows.count(windows[0]) == len(windows) else self.store.per_row(windows)
 
     def _evict_if_due(self, longest: int, at_once: bool = False) -> None:
         """Evicts from the rows that have `eviction_interval` tokens beyond their budget, or `at_once` from all."""
@@ -269,13 +279,13 @@ class EvictingLayer(CompressedLayer):
             return
         rows = zip(state.row_held, state.row_kept, is_due, strict=True)
         row_left = [min(held, kept) if due else held for held, kept, due in rows]
-        slots = self.store.slots()
-        held = slots["keys"], slots["values"], slots.get("attention")
+        self.store.unpack()
+        held = self.store.in_use("keys"), self.store.in_use("values"), self.store.in_use("attention")
         if state.is_dense:
             tokens = self.store.column_tokens()
             self.store.keep(*held, self._priority(*held, tokens.positions, longest), tokens, row_left)
         else:
-            self.store.evict(self._priority(*held, slots["positions"], longest), row_left)
+            self.store.evict(self._priority(*held, self.store.in_use("positions"), longest), row_left)
         self._evicted(longest)
 
     def compress(self) -> None:
@@ -293,8 +303,7 @@ class EvictingLayer(CompressedLayer):
     def _evicted(self, longest: int) -> None:
         if self.policy.repositions:
             key, value, positions = (self.store.in_use(name) for name in ("keys", "values", "positions"))
-            with torch.no_grad():
-                self.policy.reposition_held(LayerView(**self._view(key, value, positions, longest)))
+            self._plainly(self.policy.reposition_held, LayerView(**self._view(key, value, positions, longest)))
 
     def _repositioned(self, call: AttentionCall, tokens: Tokens, chunks: list[tuple[int, int]]) -> AttentionCall:
         """

@@ -9,7 +9,7 @@ import weakref
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
@@ -42,8 +42,7 @@ class LayerPlace:
     model_depth: int
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(NamedTuple):
     """The shapes, dtypes and device that all keys and values of a layer have."""
 
     batch_size: int
@@ -55,8 +54,7 @@ class Layout:
     device: torch.device
 
 
-@dataclass(frozen=True)
-class Arrival:
+class Arrival(NamedTuple):
     """
     New tokens between `update` and `attend`. The tensor of keys that `update` returns carries it to the attention
     function, in its attribute `cache_layer`.
@@ -103,6 +101,7 @@ class CompressedLayer(CacheLayerMixin):
 
     def _clear(self) -> None:
         self.store.reset()
+        self.state: Any = self.store.state
         self.is_initialized = False
         self.pending = PendingTokens()
         self.arrival: Arrival | None = None
@@ -133,11 +132,6 @@ class CompressedLayer(CacheLayerMixin):
     # The meeting with the model.
 
     @property
-    def state(self) -> Any:
-        """The `LayerState` of the store."""
-        return self.store.state
-
-    @property
     def keys(self) -> torch.Tensor | None:  # type: ignore[override]
         """`(batch, kv_heads, slots, head_dim)`, with slots that are not in use."""
         return self.state.keys
@@ -154,7 +148,8 @@ class CompressedLayer(CacheLayerMixin):
     @staticmethod
     def layout_of(key: torch.Tensor, value: torch.Tensor) -> Layout:
         """The layout of keys and values `(batch, kv_heads, tokens, head_dim)`."""
-        return Layout(*key.shape[:2], key.shape[3], value.shape[3], key.dtype, value.dtype, key.device)
+        batch_size, kv_heads, _, head_dim = key.shape
+        return Layout(batch_size, kv_heads, head_dim, value.shape[3], key.dtype, value.dtype, key.device)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.layout = self.layout_of(key_states, value_states)
@@ -499,7 +494,7 @@ class CompressedLayer(CacheLayerMixin):
         if rows is not None:
             self.state.map_counts(rows)
             self.pending.map(lambda chunk: chunk.map_rows(rows))
-            self.layout = replace(self.layout, batch_size=len(rows))
+            self.layout = self.layout._replace(batch_size=len(rows))
 
     def offload(self) -> None:
         """Moves the layer's tensors to the CPU."""

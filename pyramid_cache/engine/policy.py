@@ -20,7 +20,7 @@ from pyramid_cache.engine.store import LayerState, SlotStore
 from pyramid_cache.engine.tokens import Tokens
 
 
-@dataclass(frozen=True)
+@dataclass
 class LayerView:
     """
     What a policy sees of a layer.
@@ -56,7 +56,7 @@ class LayerView:
         return self.positions >= 0
 
 
-@dataclass(frozen=True)
+@dataclass
 class ScoringView(LayerView):
     """
     The view of one layer that a policy scores when the layer has to evict. See `LayerView` for the other attributes.
@@ -103,7 +103,7 @@ class ScoringView(LayerView):
         return torch.empty_like(scores).scatter_(-1, order, pooled)
 
 
-@dataclass(frozen=True)
+@dataclass
 class PromptView(LayerView):
     """
     The view of one layer that a policy observes in a forward pass of several tokens. See `LayerView` for the other

@@ -168,6 +168,9 @@ class SlotStore:
         """The used slots of all tensors, by name."""
         return {name: tensor[:, :, : self.state.length] for name, tensor in self.state.tensors("slot").items()}
 
+    def unpack(self) -> None:
+        """Brings all tokens into slots. Other stores have tokens elsewhere."""
+
     def is_full(self, max_slots: int) -> bool:
         """Whether there is no slot for the next token."""
         return self.state.length >= max_slots
@@ -376,6 +379,7 @@ class SlotStore:
 
     def in_order(self) -> dict[str, torch.Tensor]:
         """Copies of the slots in order of their positions, those that are empty in some rows first, by name."""
+        self.unpack()
         slots = self.slots()
         num_filled = max(self.state.row_held) if self.heads_keep_equal_numbers else self.state.length
         order = slots["positions"].argsort(dim=-1)[..., self.state.length - num_filled :]

@@ -78,8 +78,7 @@ def why_no_scores(cache: Cache, layer_idx: int, row: int) -> str:
     """The error message if nothing has been scored."""
     return (
         f"Layer {layer_idx} of the {type(cache).__name__} has scored no token of row {row} that it holds: with a "
-        "budget of 1.0 nothing is scored, and by PyramidCache generated tokens alone, as long as they are not judged. "
-        "Generate more, or lower the budget."
+        "budget of 1.0 nothing is scored. Lower the budget."
     )
 
 

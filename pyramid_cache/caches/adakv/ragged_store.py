@@ -149,21 +149,18 @@ class RaggedStore(SlotStore):
             setattr(self.state, name, tensor.new_empty(*is_kept.shape[:2], 0, *tensor.shape[3:]))
         self.state.length = 0
 
-    def slots(self) -> dict[str, torch.Tensor]:
+    def unpack(self) -> None:
         """Unpacks the packed tokens into slots in front of the used ones."""
-        slots = super().slots()
         if self.packed is not None:
             packed = self.packed.in_slots()
-            for name, tensor in slots.items():
-                slots[name] = torch.cat([packed[name], tensor], dim=2)
-                setattr(self.state, name, slots[name])
-            self.state.length, self.packed = slots["positions"].shape[-1], None
-        return slots
+            for name, tensor in self.slots().items():
+                setattr(self.state, name, torch.cat([packed[name], tensor], dim=2))
+            self.state.length, self.packed = self.state.positions.shape[-1], None
 
     def append(self, key: torch.Tensor, value: torch.Tensor, limit: int = 0) -> None:
         if not self.state.is_dense:
             if self.packed is None:  # as files have them
-                self._pack(super().slots(), self.state.positions[:, :, : self.state.length] >= 0)
+                self._pack(self.slots(), self.in_use("positions") >= 0)
             limit -= max(self.state.row_kept)
         super().append(key, value, limit)
 
@@ -188,7 +185,7 @@ class RaggedStore(SlotStore):
 
     def evict(self, priority: torch.Tensor, row_left: list[int]) -> None:
         self.state.row_held = row_left
-        self._pack(super().slots(), best_of_all_heads(priority, row_left, self.floor_ratio))
+        self._pack(self.slots(), best_of_all_heads(priority, row_left, self.floor_ratio))
 
     # Attention.
 
@@ -274,7 +271,7 @@ class RaggedStore(SlotStore):
         """A store with all tokens in slots. It shares the other tensors with this one."""
         twin = copy.copy(self)
         twin.state = copy.copy(self.state)
-        twin.slots()
+        twin.unpack()
         return twin
 
     def held_positions(self) -> torch.Tensor:
