@@ -97,8 +97,8 @@ class StreamingLLMPolicy(Policy):
         state, rotary = view.state, view.rotary
         if rotary is None:
             return
-        self._move_base(view, rotary)
         if not self.num_sink_tokens:
+            self._move_base(view, rotary)
             return
         num_evicted = [seen - held for seen, held in zip(state.row_lengths, state.row_held, strict=True)]
         if state.sink_slots is None or state.free_slots is None or not all(num_evicted):
@@ -106,12 +106,15 @@ class StreamingLLMPolicy(Policy):
             state.sink_slots = (view.positions == ranks[:, None]).int().argmax(dim=-1)[:, None]
             # Those of a row that has evicted nothing so far are as they came.
             came = gather_tokens(view.key, state.sink_slots)
+            if state.base:
+                came = rotary.rotate(came, rotary.angles(torch.full_like(view.length, state.base)))
             is_moved = torch.zeros_like(view.length) if state.shift is None else state.shift
             state.sink_keys = came if state.shift is None else torch.where(is_moved[..., None] > 0, state.sink_keys, came)
         state.shift = view.length - view.is_token.sum(dim=-1, keepdim=True, dtype=torch.int32)
+        self._move_base(view, rotary)
         moved = rotary.rotate(state.sink_keys, rotary.angles(state.shift - state.base))
         index = state.sink_slots[..., None].expand_as(moved)
-        view.key.scatter_(2, index, torch.where(state.shift[..., None] > 0, moved, state.sink_keys))
+        view.key.scatter_(2, index, torch.where(state.shift[..., None] + state.base > 0, moved, state.sink_keys))
 
     def reposition_new(
         self, view: LayerView, states: torch.Tensor, positions: torch.Tensor, longest: int
