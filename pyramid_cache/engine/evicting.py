@@ -50,8 +50,8 @@ class EvictingLayer(CompressedLayer):
         self._rotary: tuple[RotaryFrequencies | None] | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        super().lazy_initialization(key_states, value_states)
-        if self.budget.kind == "bytes":
+        self.layout = self.layout_of(key_states, value_states)
+        if self.budget.kind == "bytes":  # which may not pay for a token: the layer is as it was then
             self.state.budget_tokens = bytes_to_tokens(
                 int(self.budget.amount),
                 self.place.num_layers,
@@ -59,6 +59,7 @@ class EvictingLayer(CompressedLayer):
                 self.bytes_per_token,
                 self.eviction_interval,
             )
+        super().lazy_initialization(key_states, value_states)
 
     @property
     def token_budget(self) -> Budget:
