@@ -13,7 +13,7 @@ from unittest.mock import patch
 import pytest
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from pyramid_cache import AdaKVCache, PolicyCache, PyramidCache, ShadowKVCache
+from pyramid_cache import AdaKVCache, PyramidCache, ShadowKVCache
 from pyramid_cache.caches.shadow_kv import ShadowKVLayer
 from pyramid_cache.engine.cache import CompressedCache
 from pyramid_cache.lab.registry import CACHES

@@ -12,6 +12,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 from unittest.mock import patch
 
@@ -227,33 +228,34 @@ def compare_with_policies(
 
 @dataclass
 class StreamingLLMPolicy:
-    """The first tokens and a rolling window, at the positions they have inside the cache.
+    """
+    The first tokens and the latest ones, at the positions they have inside the cache. The tokens of a forward pass
+    attend to each other and to what was held before it.
 
     It must be run `without_rotation`, for it rotates queries and keys itself, anew for every query. `held` is as in
-    `HoldingPolicy`.
+    `HoldingPolicy`, right after the last token of each forward pass.
     """
 
     rotation: Callable[[torch.Tensor, list[int]], torch.Tensor]
-    prompt_length: int
-    window_length: int
+    pieces: list[int]  # tokens of each forward pass, the prompt first
+    budget: int
     num_sink_tokens: int
-    dense_prefill: bool
     held: dict[int, list[list[list[int]]]] = field(default_factory=dict, init=False)
 
-    def visible(self, position: int) -> list[int]:
-        """The sinks and the window that ends with `position`."""
-        first = position + 1 - (self.window_length - self.num_sink_tokens)
-        return [seen for seen in range(position + 1) if seen < self.num_sink_tokens or seen >= first]
+    def kept(self, length: int) -> list[int]:
+        """What the cache holds after so many tokens."""
+        first = length - (self.budget - self.num_sink_tokens)
+        return [position for position in range(length) if position < self.num_sink_tokens or position >= first]
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
     ) -> torch.Tensor:
         kv_heads, length, head_dim = key.shape
         output = torch.empty(kv_heads, query.shape[0] // kv_heads, length, head_dim)
-        self.held[layer] = [[self.visible(position) for position in range(self.prompt_length - 1, length)]] * kv_heads
-        for position in range(length):
-            dense = self.dense_prefill and position < self.prompt_length
-            seen = list(range(position + 1)) if dense else self.visible(position)
+        self.held[layer] = [[self.kept(end) for end in range(self.pieces[0], length + 1)]] * kv_heads
+        starts = [sum(self.pieces[:index]) for index, piece in enumerate(self.pieces) for _ in range(piece)]
+        for position, start in enumerate(starts):
+            seen = self.kept(start) + list(range(start, position + 1))
             in_cache = list(range(len(seen)))
             keys = self.rotation(key[:, seen], in_cache)
             queries = self.rotation(query[:, position : position + 1], in_cache[-1:])
@@ -278,30 +280,97 @@ class HeldTokens:
     attention: list[float]  # that the last queries gave to each token, the mean over them and the heads that count
     length: int  # tokens that the row has seen
     num_kept: int  # tokens that stay
+    window: int = 0  # how many of the last queries `attention` is the mean of
 
     def is_recent(self, window_size: int) -> list[bool]:
         """Which tokens are among the last `window_size` of the row: half of what stays at most, but one at least."""
         window_size = min(window_size, max(self.num_kept // 2, 1))
         return [position >= self.length - window_size for position in self.positions]
 
-    def passages(self, window_size: int, kernel_size: int) -> tuple[list[bool], list[list[float]]]:
-        """Which tokens are recent; and for each token the attention of its passage, that of recent tokens as 0."""
-        is_recent, reach = self.is_recent(window_size), kernel_size // 2
+    def passages(self, is_recent: list[bool], kernel_size: int) -> list[list[float]]:
+        """For each token the attention of its passage, that of recent tokens as 0."""
+        reach = kernel_size // 2
         given = [0.0 if recent else amount for recent, amount in zip(is_recent, self.attention, strict=True)]
-        return is_recent, [given[max(index - reach, 0) : index + reach + 1] for index in range(len(given))]
+        return [given[max(index - reach, 0) : index + reach + 1] for index in range(len(given))]
 
 
 class ReferenceScore:
     """A method: what tokens are worth. Its arguments are those of the cache that it needs."""
 
-    window_size = 0  # how many of the last queries attention is the mean of; 0: it is not looked at
+    # How many of the last queries attention is the mean of; 0: it is not looked at; None: it is the sum over all.
+    window_size: int | None = 0
     heads_share_tokens = False  # then attention is the mean over all heads
     has_exact_ties = True  # whether equal scores are so in float32 too, where the newer token is the better
     tie = TIE  # scores nearer than this, in proportion, may rank either way
 
+    def window(self, length: int, mean: int) -> int | None:
+        """The `window_size` for a prompt of so many tokens, of which layers keep `mean` on average."""
+        return self.window_size
+
+    def weight(self, age: int, window: int) -> float:
+        """How much a query of the prompt counts that so many came after."""
+        return 1.0
+
     def scores(self, held: HeldTokens) -> list[float]:
         """What each token is worth, infinity for what must stay."""
         raise NotImplementedError
+
+
+@dataclass
+class H2OScore(ReferenceScore):
+    """The attention of all queries so far; the last tokens stay."""
+
+    heavy_ratio: float = 0.5
+    window_size = None
+
+    def scores(self, held: HeldTokens) -> list[float]:
+        first_recent = held.length - (held.num_kept - math.floor(Fraction(str(self.heavy_ratio)) * held.num_kept))
+        pairs = zip(held.positions, held.attention, strict=True)
+        return [math.inf if position >= first_recent else amount for position, amount in pairs]
+
+
+@dataclass
+class StreamingLLMScore(ReferenceScore):
+    """The first tokens stay, and of the others the latest."""
+
+    num_sink_tokens: int = 4
+    heads_share_tokens = True
+
+    def scores(self, held: HeldTokens) -> list[float]:
+        return [math.inf if position < self.num_sink_tokens else position for position in held.positions]
+
+
+@dataclass
+class PyramidScore(ReferenceScore):
+    """
+    The attention of a window that is a share of the prompt, averaged over neighbours. Its newest query weighs
+    `distance_weight`, the oldest 1, over the mean of all weights. The window and the first tokens stay.
+    """
+
+    recent_ratio: float = 0.2
+    window_size: int = 64
+    kernel_size: int = 5
+    num_sink_tokens: int = 4
+    distance_weight: float = 1.2
+    preset: str | None = None
+    heads_share_tokens = True
+
+    def window(self, length: int, mean: int) -> int:
+        number = math.floor(Fraction(str(self.recent_ratio)) * length) + 1
+        if self.preset is None:
+            number = min(number, self.window_size, (min(mean, length) + 1) // 2)
+        return max(min(number, length), 1)
+
+    def weight(self, age: int, window: int) -> float:
+        newness = (window - 1 - age) / max(window - 1, 1)
+        return (1 + (self.distance_weight - 1) * newness) / ((1 + self.distance_weight) / 2)
+
+    def scores(self, held: HeldTokens) -> list[float]:
+        kernel_size = self.kernel_size if self.preset is None else 1
+        is_recent = [position >= held.length - held.window for position in held.positions]
+        averages = [sum(passage) / kernel_size for passage in held.passages(is_recent, kernel_size)]
+        rows = zip(held.positions, is_recent, averages, strict=True)
+        return [math.inf if position < self.num_sink_tokens or recent else mean for position, recent, mean in rows]
 
 
 @dataclass
@@ -312,8 +381,8 @@ class SnapKVScore(ReferenceScore):
     kernel_size: int = 5
 
     def scores(self, held: HeldTokens) -> list[float]:
-        is_recent, passages = held.passages(self.window_size, self.kernel_size)
-        averages = [sum(passage) / self.kernel_size for passage in passages]
+        is_recent = held.is_recent(self.window_size)
+        averages = [sum(passage) / self.kernel_size for passage in held.passages(is_recent, self.kernel_size)]
         return [math.inf if recent else average for recent, average in zip(is_recent, averages, strict=True)]
 
 
@@ -362,7 +431,8 @@ class RKVScore(ReferenceScore):
     has_exact_ties = False  # of two keys each points as much where the other does
 
     def scores(self, held: HeldTokens) -> list[float]:
-        is_recent, passages = held.passages(self.window_size, self.kernel_size)
+        is_recent = held.is_recent(self.window_size)
+        passages = held.passages(is_recent, self.kernel_size)
         given = [amount for recent, amount in zip(is_recent, held.attention, strict=True) if not recent]
         redundancy, scores = self.redundancy(held.keys), []
         for index, recent in enumerate(is_recent):
@@ -391,6 +461,9 @@ class RKVScore(ReferenceScore):
 
 # For each cache of the package, by name, its score as it is written here.
 SCORES: dict[str, type[ReferenceScore]] = {
+    "H2OCache": H2OScore,
+    "StreamingLLMCache": StreamingLLMScore,
+    "PyramidCache": PyramidScore,
     "SnapKVCache": SnapKVScore,
     "PyramidKVCache": SnapKVScore,
     "TOVACache": TOVAScore,
@@ -445,18 +518,29 @@ class ScoredPolicy(HoldingPolicy):
 
     def observe(self, position: int, given: torch.Tensor) -> None:
         """Takes down what the last queries give to each token; to be called after each, with arguments of `evict`."""
-        is_prompt, window = position < self.prompt_length, self.score.window_size
-        if window:
-            given = given.mean(dim=0).expand_as(given) if self.score.heads_share_tokens else given
-            first = max(position + 1 - window, 0) if is_prompt else position
-            faded = 0 if is_prompt else self.attention * (1 - 1 / window)
-            self.attention = faded + given[:, first : position + 1].sum(dim=1) / window
+        if not self.score.window_size:
+            return
+        if self.score.heads_share_tokens:
+            given = given.mean(dim=0).expand_as(given)
+        window = self.window
+        if position < self.prompt_length:
+            first = max(position + 1 - window, 0)
+            weights = [self.score.weight(position - row, window) for row in range(first, position + 1)]
+            rows = given[:, first : position + 1] * torch.tensor(weights)[:, None]
+            self.attention = rows.sum(dim=1) / window
+        else:
+            self.attention = self.attention * (1 - 1 / window) + given[:, position] / window
+
+    @property
+    def window(self) -> int:
+        """How many queries count."""
+        return self.score.window(self.prompt_length, sum(self.kept) // len(self.kept))
 
     def worth(self, position: int, head: int, tokens: list[int]) -> dict[int, float]:
         """What each token that a head holds is worth."""
         attention = self.attention[head, tokens].tolist() if self.score.window_size else []
         keys, values = (states[head, tokens].double().numpy() for states in (self.key, self.value))
-        held = HeldTokens(tokens, keys, values, attention, position + 1, self.kept[self.layer])
+        held = HeldTokens(tokens, keys, values, attention, position + 1, self.kept[self.layer], self.window)
         return dict(zip(tokens, self.score.scores(held), strict=True))
 
     def evict(self, position: int, held: list[list[int]], given: torch.Tensor) -> list[list[int]]:
@@ -471,64 +555,18 @@ class ScoredPolicy(HoldingPolicy):
         return kept
 
 
-def pyramid_window_scores(rows: torch.Tensor, columns: list[int], distance_weight: float) -> dict[int, float]:
-    """
-    PyramidInfer's score of the position of each column: what the window's queries give to it, averaged over heads,
-    `(window, columns)`. The newest query weighs `distance_weight`, the oldest 1.
-    """
-    weights = torch.linspace(1.0, distance_weight, len(rows)).tolist()
-    return {
-        position: sum(given * weight for given, weight in zip(column, weights, strict=True)) / len(rows)
-        for position, column in zip(columns, rows.T.tolist(), strict=True)
-    }
-
-
-def pyramid_select(scores: dict[int, float], number: int, num_sink_tokens: int, recent: list[int]) -> list[int]:
-    """The `number` positions that PyramidInfer keeps: sinks, the recent window, and the best of the others."""
-    kept = set(sorted(scores)[:num_sink_tokens]) | set(recent)
-    others = {position: score for position, score in scores.items() if position not in kept}
-    return sorted(kept | set(best(others, number - len(kept))))
-
-
 @dataclass
-class PyramidPolicy(HoldingPolicy):
-    """PyramidInfer: a layer's keys are chosen once for all its heads.
-
-    Of the prompt each layer keeps a given number. Of the generated tokens the newest `window` are left alone. Whenever
-    a zone of 16 has gathered before them, each layer thins it out, the deeper the more, and never looks at it again.
-
-    `pruning` is empty if all of the prompt reaches each layer. It is "own" if a layer passes on what it holds, as in
-    the paper; "next" if it holds all that it was given and passes on what the next one holds, as in the authors' code.
-    """
-
-    kept_per_layer: list[int]  # prompt tokens
-    window: int  # R + 1
-    num_sink_tokens: int = 4  # always kept
-    distance_weight: float = 1.2
-    pruning: str = ""
+class PrunedPolicy(ScoredPolicy):
+    """PyramidInfer given a model: only what a layer keeps of the prompt reaches the next one."""
 
     def __post_init__(self) -> None:
-        self.passed_on = list(range(self.prompt_length))  # by the layer before
-        self.num_settled = 0
+        self.passed_on = list(range(self.prompt_length))
 
     def reaches(self, position: int) -> bool:
         return position >= self.prompt_length or position in self.passed_on
 
     def evict(self, position: int, held: list[list[int]], given: torch.Tensor) -> list[list[int]]:
-        tokens, num_layers = held[0], len(self.kept_per_layer)
-        rows = given.mean(dim=0)[position + 1 - self.window : position + 1]
+        held = super().evict(position, held, given)
         if position == self.prompt_length - 1:
-            scores = pyramid_window_scores(rows[:, tokens], tokens, self.distance_weight)
-            number = self.kept_per_layer[min(self.layer + (self.pruning == "next"), num_layers - 1)]
-            chosen = pyramid_select(scores, number, self.num_sink_tokens, tokens[-self.window :])
-            self.passed_on = chosen if self.pruning else self.passed_on
-            tokens = tokens if self.pruning == "next" else chosen
-            self.num_settled = len(tokens)
-        elif len(tokens) - self.num_settled >= 16 + self.window:
-            zone = tokens[self.num_settled : self.num_settled + 16]
-            share = 0.9 * (math.cos(math.pi * self.layer / num_layers) + 1) / 2 + 0.1
-            scores = pyramid_window_scores(rows[:, zone], zone, self.distance_weight)
-            kept = best(scores, max(int(16 * 0.9 * share), 1))
-            tokens = tokens[: self.num_settled] + kept + tokens[self.num_settled + 16 :]
-            self.num_settled += len(kept)
-        return [tokens] * len(held)
+            self.passed_on = held[0]
+        return held

@@ -11,8 +11,8 @@ from test_memory import held_bytes
 from transformers import DynamicCache, PreTrainedConfig
 
 from pyramid_cache import AdaKVCache, Policy, PolicyCache
-from pyramid_cache.engine.policy import ScoringView
 from pyramid_cache.caches.adakv.ragged_store import RaggedStore
+from pyramid_cache.engine.policy import ScoringView
 
 
 SETTINGS = {"window_size": 8, "kernel_size": 3, "eviction_interval": 5}

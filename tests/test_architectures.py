@@ -27,7 +27,7 @@ from models import (
     random_rows,
     random_tokens,
 )
-from reference import attention_implementation, masks_of, pyramid_select, pyramid_window_scores
+from reference import PyramidScore, ReferenceScore, attention_implementation, masks_of
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import CONFIG_MAPPING, AttentionInterface, AutoConfig, DynamicCache, LlamaConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
@@ -35,13 +35,15 @@ from transformers.models.gptj import modeling_gptj
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from pyramid_cache import (
+    AdaKVCache,
     ExpectedAttentionCache,
     H2OCache,
     MassiveActivationCache,
-    PolicyCache,
+    PyramidCache,
     ShadowKVCache,
     StreamingLLMCache,
 )
+from pyramid_cache.caches.pyramid.prefill import PrunedPrefill
 from pyramid_cache.engine.architectures import CACHE_ARGUMENT, reason_against
 from pyramid_cache.engine.cache import CompressedCache
 from pyramid_cache.engine.evicting import EvictingLayer
@@ -148,13 +150,14 @@ def run_masked(
 
 
 def check_masked(model: PreTrainedModel, cache: CompressedCache, trace: Trace, rows: list[torch.Tensor]) -> None:
-    """Logits are those of a run without what was evicted. What stayed is what the policy picks by its attention."""
+    """Logits are those of a run without what was evicted, and what the policy sees is the attention of that run."""
     layers = [] if isinstance(cache, ShadowKVCache) else cache.compressed_layers  # a shadow within reach hides nothing
     kv_heads = trace.positions[0][0].shape[1]
+    score = PyramidScore() if isinstance(cache, PyramidCache) else ReferenceScore()
     for row, prompt in enumerate(rows):
         masks = masks_of(trace, row, kv_heads)[: len(layers)]
         alive = [list(range(len(prompt)))] * len(masks)
-        if getattr(cache, "pruned_prefill", None) is not None:
+        if isinstance(cache.masks, PrunedPrefill):
             alive = [alive[0], *(trace.held(0, depth, row, 0) for depth in range(len(layers) - 1))]
         for mask, columns in zip(masks, alive, strict=True):
             dropped = [column for column in range(len(prompt)) if column not in columns]
@@ -162,33 +165,29 @@ def check_masked(model: PreTrainedModel, cache: CompressedCache, trace: Trace, r
         by_index = {layer.place.layer_idx: mask[None] for layer, mask in zip(layers, masks, strict=True)}
         logits, probabilities = run_masked(model, by_index, input_ids=torch.cat([prompt, trace.tokens[row]])[None])
         torch.testing.assert_close(trace.logits[row], logits[0, len(prompt) - 1 :], atol=TOLERANCE, rtol=0)
-        for depth, layer in enumerate(layers):
+        for layer in layers:
             weights = probabilities[layer.place.layer_idx][0]
-            if isinstance(cache, H2OCache):
-                # What a key got from all queries that saw it, of all heads of a group.
-                gathered = weights.unflatten(0, (kv_heads, -1)).sum(dim=(1, 2))  # (kv_heads, length)
-                positions = layer.held_positions()[row]
-                scores = gathered.gather(-1, positions.clamp(min=0))
-                is_held = positions >= 0
-                torch.testing.assert_close(layer.scores[row][is_held], scores[is_held], atol=TOLERANCE, rtol=0)
-            elif isinstance(cache, PolicyCache):
-                if layer.attention is not None:
-                    check_attention(layer, row, weights, len(prompt))
-            else:
-                window = layer.row_recent[row]
-                recent = weights.mean(dim=0)[len(prompt) - window : len(prompt)][:, alive[depth]]
-                held = trace.held(0, depth, row, 0)
-                scores = pyramid_window_scores(recent, alive[depth], 1.2)
-                assert held == pyramid_select(scores, len(held), 4, list(range(len(prompt)))[-window:])
+            if layer.policy.window_size != 0:
+                check_attention(layer, score, row, weights, len(prompt))
 
 
-def check_attention(layer: EvictingLayer, row: int, weights: torch.Tensor, prompt_length: int) -> None:
-    """The policy is shown the mean of the window's last queries, of which each newer one takes over a share."""
-    window, positions = layer.policy.window_size, layer.held_positions()[row]
-    given = weights.unflatten(0, (len(positions), -1)).mean(dim=1)  # (kv_heads, queries, keys)
-    shown = given[:, prompt_length - window : prompt_length].sum(dim=1) / window
-    for query in range(prompt_length, given.shape[1]):
-        shown = shown * (1 - 1 / window) + given[:, query] / window
+def check_attention(
+    layer: EvictingLayer, score: ReferenceScore, row: int, weights: torch.Tensor, prompt_length: int
+) -> None:
+    """
+    The policy is shown the mean of the window's last queries, of which each newer one takes over a share. Without a
+    window it is the sum over all queries and the heads of a group.
+    """
+    positions = layer.held_positions()[row]
+    given = weights.unflatten(0, (len(positions), -1))  # (kv_heads, group, queries, keys)
+    if layer.policy.window_size is None:
+        shown = given.sum(dim=(1, 2))
+    else:
+        window, given = layer.state.row_windows[row], given.mean(dim=1)
+        counts = torch.tensor([score.weight(age, window) for age in reversed(range(window))])
+        shown = (given[:, prompt_length - window : prompt_length] * counts[:, None]).sum(dim=1) / window
+        for query in range(prompt_length, given.shape[1]):
+            shown = shown * (1 - 1 / window) + given[:, query] / window
     if layer.policy.heads_share_tokens:
         shown, positions = shown.mean(dim=0, keepdim=True), positions[:1]
     is_held = positions >= 0
@@ -209,8 +208,8 @@ def run_streaming(
     with the position embeddings that the model makes for each number.
     """
     layers = {layer.place.layer_idx: layer for layer in cache.compressed_layers}
-    prefill, window, sinks = (getattr(layers[min(layers)], name) for name in ("prefill", "window", "num_sink_tokens"))
-    length = len(tokens)
+    length, sinks = len(tokens), cache.policy.num_sink_tokens
+    window = layers[min(layers)].budget.amount - sinks + 1  # the query's token included
     modules = [
         module for module in model.modules() if getattr(module, "layer_idx", None) in layers and has_keys(module)
     ]
@@ -221,7 +220,7 @@ def run_streaming(
         calls[id(module)] = (args, kwargs)
 
     def visible(query: int) -> list[int]:
-        if query < prompt_length and prefill == "dense":
+        if query < prompt_length:
             return list(range(query + 1))
         return [key for key in range(query + 1) if key < sinks or key > query - window]
 

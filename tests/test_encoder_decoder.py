@@ -155,12 +155,7 @@ def check_masked(name: str, cache: CompressedCache) -> None:
     trace = drive(decode, cache, list(prompts), continuation, with_mask=False)
     tokens, masks = torch.cat([prompts, continuation], dim=1), {}
     kv_heads = trace.positions[0][0].shape[1]
-    if isinstance(cache, StreamingLLMCache):
-        layer, key = cache.compressed_layers[0], torch.arange(tokens.shape[1])
-        is_seen = (key > key[:, None] - layer.window) | (key < layer.num_sink_tokens)
-        is_seen |= (key[:, None] < PROMPT_LENGTH) & (layer.prefill == "dense")
-        masks = dict.fromkeys(range(3), is_seen.tril().expand(2, kv_heads, -1, -1))
-    elif not isinstance(cache, ShadowKVCache):
+    if not isinstance(cache, ShadowKVCache):
         of_rows = [masks_of(trace, row, kv_heads) for row in range(2)]
         masks = {layer: torch.stack(pair) for layer, pair in enumerate(zip(*of_rows, strict=True))}
     assert not masks or not masks[2][:, :, -1].all()

@@ -14,8 +14,8 @@ from models import build_model, drive, random_rows, random_tokens, tiny_model
 from reference import HoldingPolicy, Rotation, best, compare_with_policies, without_rotation
 
 from pyramid_cache import ExpectedAttentionCache
-from pyramid_cache.engine.store import LayerState
 from pyramid_cache.caches import expected_attention
+from pyramid_cache.engine.store import LayerState
 
 
 @dataclass
@@ -132,8 +132,14 @@ def test_memory_is_what_the_formula_says() -> None:
         cache = ExpectedAttentionCache(model.config, budget=12, eviction_interval=4, use_covariance=use_covariance)
         drive(model, cache, random_rows((33, 21)), random_tokens(2, 3))
         for layer in cache.compressed_layers:
-            slots = sum(getattr(layer.state, name).untyped_storage().nbytes() for name in ("keys", "values", "positions"))
+            slots = sum(
+                getattr(layer.state, name).untyped_storage().nbytes() for name in ("keys", "values", "positions")
+            )
             assert slots == batch * kv_heads * (12 + 4) * (2 * head_dim * 4 + 4)
             beside = layer.state.names("row")[len(LayerState().names("row")) :]
-            held = [getattr(layer.state, name).untyped_storage().nbytes() for name in beside if getattr(layer.state, name) is not None]
+            held = [
+                getattr(layer.state, name).untyped_storage().nbytes()
+                for name in beside
+                if getattr(layer.state, name) is not None
+            ]
             assert sum(held) == batch * 4 * (statistics + 2 * head_dim + 1)

@@ -13,10 +13,16 @@ from models import drive, left_pad, tiny_model
 from reference import HeldTokens, ReferenceScore, ScoredPolicy, compare_with_policies
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from pyramid_cache.caches.massive_activation import MassiveActivationCache, MassiveActivationLayer, first_positions
+from pyramid_cache import MassiveActivationCache, PolicyCache
+from pyramid_cache.caches.massive_activation.cache import MassiveActivationPolicy, first_positions
+from pyramid_cache.caches.massive_activation.detection import (
+    massive_in_hidden_states,
+    massive_in_keys_and_values,
+    median_magnitude,
+)
 from pyramid_cache.engine.budget import bounded_shares, fair_shares, support_schedule
 from pyramid_cache.engine.fingerprint import architecture_of
-from pyramid_cache.caches.massive_activation.detection import massive_in_hidden_states, massive_in_keys_and_values, median_magnitude
+from pyramid_cache.engine.policy import ScoringView
 from pyramid_cache.engine.rope import RotaryFrequencies
 from pyramid_cache.lab.demo.planted_number import read_text
 from pyramid_cache.lab.profile.activations import measure_text
@@ -143,7 +149,8 @@ class MassiveScore(ReferenceScore):
     kernel_size: int = 5
 
     def scores(self, held: HeldTokens) -> list[float]:
-        is_recent, passages = held.passages(self.window_size, self.kernel_size)
+        is_recent = held.is_recent(self.window_size)
+        passages = held.passages(is_recent, self.kernel_size)
         scores = []
         for index, position in enumerate(held.positions):
             own = 0.0 if is_recent[index] else held.attention[index]
@@ -194,7 +201,7 @@ def test_hidden_states_tell_where_keys_and_values_do_not() -> None:
     cache, other = (MassiveActivationCache(source, budget=14, window_size=4) for source in (model, model.config))
     for each in (cache, other):
         read(model, each, (70, {33, 40}), (55, {21}))
-    assert [layer.is_probed for layer in cache.layers] == [False, True, True, False]
+    assert [cache.output_probes.index_of(layer) for layer in model.model.layers] == [None, 1, 2, None]
     for layer_idx, rows in cache.massive_tokens().items():
         for row, wanted in enumerate(({33, 40}, {21})):
             exact = {token.position for token in rows[row] if token.reason == "hidden states"}
@@ -251,7 +258,7 @@ def test_a_profile_sets_the_budgets(tmp_path: Path) -> None:
     read(model, cache, (300, {7}))
     # 780 in all: three times their support for layers 1 and 2, half of what is left for each of the others.
     assert cache.num_kept_tokens() == [255, 90, 180, 255]
-    assert [layer.is_probed for layer in cache.layers] == [False, True, False, False]
+    assert [cache.output_probes.index_of(layer) for layer in model.model.layers] == [None, 1, None, None]
     cache.save(file)
     loaded, turn = MassiveActivationCache.load(file, model), torch.arange(MASSIVE_TOKEN, 50)[None]
     assert torch.equal(*(model(turn, past_key_values=each).logits for each in (cache, loaded)))
@@ -286,33 +293,34 @@ def test_hidden_states_are_those_of_the_step_after_recorded_tokens() -> None:
     for layer in cache.layers:
         layer.record_past = False
     model(torch.tensor([[MASSIVE_TOKEN]]), past_key_values=cache)
-    assert cache.layers[1].exact_positions.tolist() == [[36] + [-1] * 7]
+    assert cache.layers[2].state.known_positions.tolist() == [[36] + [-1] * 7]
 
 
 # The real model.
 
 
-class ForcingLayer(MassiveActivationLayer):
-    """Evicts tokens that it would keep: the massive ones, or as many of those neither massive nor recent at random."""
+@dataclass(frozen=True)
+class ForcingPolicy(MassiveActivationPolicy):
+    """Evicts tokens that would stay: the massive ones, or as many of those neither massive nor recent at random."""
 
-    forced_out = ""
+    forced_out: str = ""
 
-    def _priority(self, *states: torch.Tensor) -> torch.Tensor:
-        priority, is_massive = super()._priority(*states), self._is_massive(states[-1])
+    def score(self, view: ScoringView) -> torch.Tensor:
+        priority, is_massive = super().score(view), self.is_massive(view)
         lowest = torch.finfo(torch.float32).min
         if self.forced_out != "others":
             return priority.masked_fill(is_massive, lowest) if self.forced_out else priority
-        threshold = priority.topk(self.row_kept[0], dim=-1).values[..., -1:]
+        threshold = priority.topk(int(view.num_kept), dim=-1).values[..., -1:]
         is_other = (priority >= threshold) & (priority < -lowest)
         num_massive = int(is_massive[0, 0].sum())
-        generator = torch.Generator().manual_seed(self.place.layer_idx)
+        generator = torch.Generator().manual_seed(view.layer_idx)
         order = torch.rand(priority.shape, generator=generator).masked_fill(~is_other, -1).argsort(descending=True)
         return priority.scatter(-1, order[..., :num_massive], lowest)
 
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_a_real_model_fails_without_massive_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_real_model_fails_without_massive_tokens() -> None:
     """
     SmolLM2's first token is massive in the outputs of layers 11 to 27, and looks so to the layers above. Of 511 tokens
     each layer keeps 32 on average. Perplexity explodes where massive tokens are forced out, and where as many others
@@ -329,13 +337,11 @@ def test_a_real_model_fails_without_massive_tokens(monkeypatch: pytest.MonkeyPat
         assert {dimension for output in findings.outputs for _, dimension, _ in output.entries} <= {247, 507}
         assert [findings.layers[index].found for index in range(12, 30)] == [{0}] * 18
 
-    monkeypatch.setattr(MassiveActivationCache, "layer_class", ForcingLayer)
     perplexity = {}
     for forced_out in ("", "massive", "others"):
-        monkeypatch.setattr(ForcingLayer, "forced_out", forced_out)
         losses = []
         for text in texts:
-            cache = MassiveActivationCache(model.config, budget=32)
+            cache = PolicyCache(model.config, 32, ForcingPolicy(forced_out=forced_out))
             model(text[:, :-129], past_key_values=cache, logits_to_keep=1)
             logits = model(text[:, -129:], past_key_values=cache).logits[0, :-1].log_softmax(dim=-1)
             losses.append(-logits.gather(1, text[0, -128:, None]).mean().item())

@@ -90,7 +90,11 @@ def test_chunks_of_text_come_close_to_the_whole() -> None:
     assert {row[0] for row in figures} == set(cases)
     for name, least_cosine, least_share in figures:
         case = cases[name]
-        if case.tier == "slow" and issubclass(case.cache_class, PolicyCache) and case.name != "StreamingLLMCache(config)":
+        if (
+            case.tier == "slow"
+            and issubclass(case.cache_class, PolicyCache)
+            and case.name != "StreamingLLMCache(config)"
+        ):
             continue  # it differs from a cache of the quick tier in its scores alone
         cosine, share = closeness(loaded.model, tokens, case, num_tokens=1024, chunk=128)
         assert cosine >= float(least_cosine) and share >= float(least_share.strip("%")) / 100, (case, cosine, share)

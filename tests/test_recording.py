@@ -9,7 +9,7 @@ from models import Trace, build_model, drive, left_pad, random_rows, random_toke
 from test_masked_dense import assert_is_masked_run
 from transformers import PreTrainedModel
 
-from pyramid_cache import H2OCache, PyramidCache, StreamingLLMCache
+from pyramid_cache import H2OCache, PyramidCache
 from pyramid_cache.caches import streaming_llm
 from pyramid_cache.engine.cache import CompressedCache
 

@@ -12,7 +12,6 @@ from pyramid_cache.caches import streaming_llm
 
 # One family of every kind of rotary embedding, besides the rest of the table.
 ROTATIONS = [*FAMILIES, "llama_linear", "llama_llama3", "llama_yarn"]
-every_prefill = pytest.mark.parametrize("prefill", ["streaming", "dense"])
 
 
 def check(
@@ -21,65 +20,40 @@ def check(
     pieces: list[int],
     budget: int = 12,
     num_sink_tokens: int = 4,
-    prefill: str = "streaming",
     tolerance: float = 1e-4,
 ) -> StreamingLLMCache:
     """Each row of a run with a new cache against the reference alone; returns the cache."""
     rows = random_rows(lengths, seed=5)
-    cache = StreamingLLMCache(model.config, budget=budget, num_sink_tokens=num_sink_tokens, prefill=prefill)
+    cache = StreamingLLMCache(model.config, budget=budget, num_sink_tokens=num_sink_tokens)
     trace = drive(model, cache, rows, random_tokens(len(rows), sum(pieces), seed=6), pieces=pieces)
-    rotation, is_dense = Rotation(model), prefill == "dense"
-    policies = [StreamingLLMPolicy(rotation, length, budget, num_sink_tokens, is_dense) for length in lengths]
+    rotation = Rotation(model)
+    policies = [StreamingLLMPolicy(rotation, [length, *pieces], budget, num_sink_tokens) for length in lengths]
     with without_rotation(model):
         compare_with_policies(model, trace, rows, policies, tolerance)
     return cache
 
 
-@pytest.mark.parametrize(
-    "family, prefill",
-    [(family, "streaming") for family in ROTATIONS]
-    + [(family, "dense") for family in ("llama", "glm4", "llama_yarn")],
-)
-def test_rows_are_those_of_the_reference(family: str, prefill: str) -> None:
+@pytest.mark.parametrize("family", ROTATIONS)
+def test_rows_are_those_of_the_reference(family: str) -> None:
     """One row is longer than the window, one fills it later, one starts inside it; all go three windows on."""
-    check(tiny_model(family), (17, 29, 6), [1] * 36, prefill=prefill)
+    check(tiny_model(family), (17, 29, 6), [1] * 36)
 
 
-@every_prefill
-def test_settings_lengths_and_turns(prefill: str) -> None:
-    """Numbers of sinks, prompts around them and around the window; later turns, which are streams; many windows."""
+def test_settings_lengths_and_turns() -> None:
+    """Numbers of sinks, prompts around them and around the window; later turns and chunks; many windows."""
     model = tiny_model("llama")
-    check(model, (17, 29, 6), [1, 1, 9, 1, 13, 2, 1, 30, 1], prefill=prefill)
-    check(model, (5,), [1] * 200, budget=8, num_sink_tokens=2, prefill=prefill, tolerance=5e-4)
+    check(model, (17, 29, 6), [1, 1, 9, 1, 13, 2, 1, 30, 1])
+    check(model, (5,), [1] * 200, budget=8, num_sink_tokens=2, tolerance=5e-4)
     for num_sink_tokens in (0, 1, 3, 8):
-        check(model, (21, 5), [1] * 15, budget=9, num_sink_tokens=num_sink_tokens, prefill=prefill)
+        check(model, (21, 5), [1] * 15, budget=9, num_sink_tokens=num_sink_tokens)
     for lengths in ((1,), (3, 4), (5, 11), (12, 13)):
-        cache = check(model, lengths, [1] * 15, prefill=prefill)
+        cache = check(model, lengths, [1] * 15)
         assert cache.num_kept_tokens() == [12] * 3
         assert cache.get_seq_length() == max(lengths) + 15
-
-
-@every_prefill
-def test_a_prompt_in_blocks_of_queries(prefill: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Seven queries each, which is no divisor of the prompt's length."""
-    monkeypatch.setattr(streaming_llm, "BLOCK_ELEMENTS", 7 * 2 * 4 * (31 + 256))
-    check(tiny_model("llama"), (111, 64), [1, 1, 20], budget=31, prefill=prefill)
-
-
-@torch.no_grad()
-def test_streaming_prefill_is_a_stream_of_single_tokens() -> None:
-    """The default: fed at once or in pieces, a prompt gives what single tokens give, at every position."""
-    model, tokens = tiny_model("llama"), random_tokens(40)
-    outputs = []
-    for pieces in ([1] * 40, [40], [7, 6, 17, 10]):
-        cache = StreamingLLMCache(model.config, budget=11)
-        logits = [model(piece[None], past_key_values=cache).logits[0] for piece in tokens.split(pieces)]
-        outputs.append(torch.cat(logits))
-        torch.testing.assert_close(outputs[-1], outputs[0], atol=1e-4, rtol=0)
-    dense = StreamingLLMCache(model.config, budget=11, prefill="dense")
-    output = model(tokens[None], past_key_values=dense).logits
-    torch.testing.assert_close(output, model(tokens[None], use_cache=False).logits, atol=1e-4, rtol=0)
-    assert (output[0, -1] - outputs[0][-1]).abs().max() > 0.1
+    for budget, num_kept in ((0.5, 20), ("16KiB", 20)):
+        cache = StreamingLLMCache(model.config, budget=budget)
+        drive(model, cache, random_rows((40,)), 0)
+        assert cache.num_kept_tokens() == [num_kept] * 3
 
 
 @pytest.mark.parametrize("family", ["llama", "glm4", "llama_yarn"])
@@ -88,7 +62,7 @@ def test_moving_the_base_changes_nothing(family: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr(streaming_llm, "REBASE_INTERVAL", 7)
     for lengths in ((29,), (17, 29, 6)):
         cache = check(tiny_model(family), lengths, [1] * 20 + [9] + [1] * 15)
-        assert cache.layers[0].base == 70 and cache.layers[0].has_exact_angles
+        assert cache.layers[0].state.base == 70
 
 
 def longrope_model(long_factor: float) -> PreTrainedModel:
@@ -98,21 +72,19 @@ def longrope_model(long_factor: float) -> PreTrainedModel:
     return build_model("phi3", rope_parameters=rope, max_position_embeddings=128, original_max_position_embeddings=32)
 
 
-@every_prefill
-def test_longrope_keeps_the_short_frequencies(prefill: str) -> None:
+def test_longrope_keeps_the_short_frequencies() -> None:
     """
     Beyond the original length the model rotates by its long factors. What the cache holds never reaches that far, so
-    it must be as if the model had only the short ones; a dense prefill still reads the prompt as the model does.
+    it must be as if the model had only the short ones, also in a later turn.
     """
-
-    rows, later = random_rows((23 if prefill == "dense" else 41,), seed=21), random_tokens(1, 40, seed=22)
+    rows, later = random_rows((23,), seed=21), random_tokens(1, 60, seed=22)
     logits = []
     for model in (longrope_model(1.1), longrope_model(3.0)):
-        cache = StreamingLLMCache(model.config, budget=12, prefill=prefill)
-        logits.append(drive(model, cache, rows, later).logits)
+        cache = StreamingLLMCache(model.config, budget=12)
+        logits.append(drive(model, cache, rows, later, pieces=[1] * 20 + [20] + [1] * 20).logits)
     torch.testing.assert_close(*logits, atol=1e-4, rtol=0)
-    with pytest.raises(ValueError, match="budget=33"), torch.no_grad():
-        model(rows[0][None], past_key_values=StreamingLLMCache(model.config, budget=33))
+    with pytest.raises(ValueError, match="budget=32"), torch.no_grad():
+        model(rows[0][None], past_key_values=StreamingLLMCache(model.config, budget=32))
 
 
 @pytest.mark.slow
@@ -125,11 +97,11 @@ def test_positions_beyond_the_precision_of_the_model() -> None:
     model = build_model("llama", num_hidden_layers=1)
     tokens, later, length = random_tokens(100_000, seed=23), random_tokens(40, seed=24), 64
     cache = StreamingLLMCache(model.config, budget=length)
-    for piece in tokens.split(20_000):
+    for piece in tokens.split(5_000):
         model(piece[None], past_key_values=cache, logits_to_keep=1)
     for step in range(len(later)):
         logits = model(later[step].view(1, 1), past_key_values=cache).logits[0, -1]
         stream = torch.cat([tokens, later[: step + 1]])
-        held = torch.cat([stream[:4], stream[4 - length :]])
+        held = torch.cat([stream[:4], stream[4 - length - 1 :]])
         wanted = model(held[None], use_cache=False).logits[0, -1]
         torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=0)

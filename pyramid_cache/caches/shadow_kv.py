@@ -28,10 +28,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from pyramid_cache.engine.attention import AttentionCall
 from pyramid_cache.engine.budget import floor_of_product, is_number, read_count
 from pyramid_cache.engine.cache import CompressedCache, check_decoder_config, config_and_model
+from pyramid_cache.engine.held import LayerPlace
 from pyramid_cache.engine.host import beside, fetch_values, join, read_host, wait_for_host
 from pyramid_cache.engine.landmarks import landmarks_of, probe_of
-from pyramid_cache.engine.layer import CompressedLayer, LayerPlace
-from pyramid_cache.engine.store import grown
+from pyramid_cache.engine.layer import CompressedLayer
 from pyramid_cache.engine.low_rank import TOKENS_PER_BLOCK, add_keys
 from pyramid_cache.engine.quantization import QUANTIZE, add_scaled, stored
 from pyramid_cache.engine.rope import (
@@ -44,6 +44,7 @@ from pyramid_cache.engine.rope import (
 )
 from pyramid_cache.engine.selection import gather_tokens
 from pyramid_cache.engine.sizes import with_room, with_size, write_rows
+from pyramid_cache.engine.store import grown
 from pyramid_cache.engine.tokens import MaskReader, Tokens
 from pyramid_cache.ops import decode_attention
 from pyramid_cache.ops.registration import needs_gradients

@@ -101,28 +101,36 @@ class StreamingLLMPolicy(Policy):
         state, rotary = view.state, view.rotary
         if rotary is None:
             return
+        if self.num_sink_tokens:
+            self._remember_sinks(view, rotary)
         self._move_base(view, rotary)
-        if not self.num_sink_tokens:
-            return
-        num_evicted = [seen - held for seen, held in zip(state.row_lengths, state.row_held, strict=True)]
-        if state.sink_slots is None or state.free_slots is None or not all(num_evicted):
-            ranks = torch.arange(self.num_sink_tokens, device=view.positions.device)
-            state.sink_slots = (view.positions == ranks[:, None]).int().argmax(dim=-1)[:, None]
-            # Those of a row that has evicted nothing so far are as they came.
-            came = gather_tokens(view.key, state.sink_slots)
-            if state.base:
-                came = rotary.rotate(came, rotary.angles(torch.full_like(view.length, state.base)))
-            state.sink_keys = came if state.shift is None else torch.where(state.shift > 0, state.sink_keys, came)
-            state.shift = numbers_on(came.device, num_evicted, torch.int32).view(-1, 1, 1, 1)
-        cosine, sine = self._turn_by(num_evicted, view, rotary)
-        index = state.sink_slots[..., None].expand_as(state.sink_keys)
-        view.key.scatter_(2, index, rotary.turn(state.sink_keys, cosine, sine))
+        if self.num_sink_tokens:
+            cosine, sine = self._turn_by(view, rotary)
+            index = state.sink_slots[..., None].expand_as(state.sink_keys)
+            view.key.scatter_(2, index, rotary.turn(state.sink_keys, cosine, sine))
 
-    def _turn_by(
-        self, num_evicted: list[int], view: LayerView, rotary: RotaryFrequencies
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _remember_sinks(self, view: LayerView, rotary: RotaryFrequencies) -> None:
+        """Notes where the sinks are, and how they came. Once all rows have evicted, they stay where they are."""
+        state, num_evicted = view.state, self.num_evicted(view)
+        if state.sink_slots is not None and state.free_slots is not None and all(num_evicted):
+            return
+        ranks = torch.arange(self.num_sink_tokens, device=view.positions.device)
+        state.sink_slots = (view.positions == ranks[:, None]).int().argmax(dim=-1)[:, None]
+        # Those of a row that has evicted nothing so far are as they came.
+        came = gather_tokens(view.key, state.sink_slots)
+        if state.base:
+            came = rotary.rotate(came, rotary.angles(torch.full_like(view.length, state.base)))
+        state.sink_keys = came if state.shift is None else torch.where(state.shift > 0, state.sink_keys, came)
+        state.shift = numbers_on(came.device, num_evicted, torch.int32).view(-1, 1, 1, 1)
+
+    @staticmethod
+    def num_evicted(view: LayerView) -> list[int]:
+        """How many tokens of each row are gone."""
+        return [seen - held for seen, held in zip(view.state.row_lengths, view.state.row_held, strict=True)]
+
+    def _turn_by(self, view: LayerView, rotary: RotaryFrequencies) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosine and sine that move sinks forward. The layers of a forward pass share them."""
-        shift = [evicted - view.state.base for evicted in num_evicted]
+        shift = [evicted - view.state.base for evicted in self.num_evicted(view)]
         key = (id(rotary), shift, view.key.dtype, view.key.device)
         if torch.compiler.is_compiling() or self.latest_turn[0] != key:
             angles = rotary.angles(numbers_on(view.key.device, shift, torch.int64).view(-1, 1, 1))
@@ -136,7 +144,9 @@ class StreamingLLMPolicy(Policy):
         rotary = view.rotary
         if rotary is None or not self.has_exact_angles(view.state, rotary):
             return states
-        return rotary.rotate(states, rotary.angles(positions - view.state.base) - rotary.model_angles(positions, longest))
+        return rotary.rotate(
+            states, rotary.angles(positions - view.state.base) - rotary.model_angles(positions, longest)
+        )
 
     def _move_base(self, view: LayerView, rotary: RotaryFrequencies) -> None:
         """Rebases the angles before float32 rounding grows."""
@@ -203,7 +213,10 @@ class StreamingLLMCache(PolicyCache):
         eviction_interval: int = 1,
     ) -> None:
         config, model = config_and_model(config)
-        policy, parsed = StreamingLLMPolicy(read_count("num_sink_tokens", num_sink_tokens, least=0)), parse_budget(budget)
+        policy, parsed = (
+            StreamingLLMPolicy(read_count("num_sink_tokens", num_sink_tokens, least=0)),
+            parse_budget(budget),
+        )
         if parsed.kind == "tokens" and parsed.amount <= policy.num_sink_tokens:
             raise ValueError(
                 f"`budget={budget}` includes the {num_sink_tokens} sink tokens and must exceed them: give at least "

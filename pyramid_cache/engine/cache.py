@@ -17,7 +17,8 @@ from pyramid_cache.engine.architectures import CACHE_ARGUMENT, reason_against
 from pyramid_cache.engine.arguments import as_repeats, as_row_indices, as_tokens_to_remove
 from pyramid_cache.engine.checks import check_attended
 from pyramid_cache.engine.fingerprint import architecture_of
-from pyramid_cache.engine.layer import CompressedLayer, LayerPlace
+from pyramid_cache.engine.held import LayerPlace
+from pyramid_cache.engine.layer import CompressedLayer
 from pyramid_cache.engine.pending import RecordedChunk
 from pyramid_cache.engine.storage import CacheType, load_cache, save_cache
 from pyramid_cache.engine.tokens import MaskReader

@@ -92,9 +92,7 @@ def check_call(layer: "CompressedLayer", call: AttentionCall, num_new: int) -> N
     if call.kwargs.get("position_bias") is not None:
         raise NotImplementedError("Attention with a learned position bias is not supported. Use DynamicCache.")
     if call.kwargs.get("dropout") and not layer.state.is_dense:
-        raise NotImplementedError(
-            "Attention dropout is not supported once tokens are evicted. Call `model.eval()`."
-        )
+        raise NotImplementedError("Attention dropout is not supported once tokens are evicted. Call `model.eval()`.")
 
 
 def check_step(layer: "CompressedLayer", call: AttentionCall) -> None:

@@ -9,7 +9,8 @@ import torch
 from pyramid_cache.engine import checks
 from pyramid_cache.engine.attention import AttentionCall
 from pyramid_cache.engine.budget import Budget, bytes_to_tokens
-from pyramid_cache.engine.layer import Arrival, CompressedLayer, LayerPlace
+from pyramid_cache.engine.held import LayerPlace
+from pyramid_cache.engine.layer import Arrival, CompressedLayer
 from pyramid_cache.engine.policy import LayerView, Policy, PromptView, ScoringView
 from pyramid_cache.engine.rope import RotaryFrequencies, SharedFrequencies
 from pyramid_cache.engine.store import grown
@@ -51,8 +52,8 @@ class EvictingLayer(CompressedLayer):
         self._rotary: tuple[RotaryFrequencies | None] | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        super().lazy_initialization(key_states, value_states)
-        if self.budget.kind == "bytes":
+        self.layout = self.layout_of(key_states, value_states)
+        if self.budget.kind == "bytes":  # which may not pay for a token: the layer is as it was then
             self.state.budget_tokens = bytes_to_tokens(
                 int(self.budget.amount),
                 self.place.num_layers,
@@ -60,6 +61,7 @@ class EvictingLayer(CompressedLayer):
                 self.bytes_per_token,
                 self.eviction_interval,
             )
+        super().lazy_initialization(key_states, value_states)
 
     @property
     def is_unknown_budget(self) -> bool:
@@ -93,7 +95,9 @@ class EvictingLayer(CompressedLayer):
         if self.policy.repositions:
             new = replace(seen, positions=seen.positions[..., -call.num_queries :])
             num_kept = max(map(self.num_tokens_to_keep, seen.row_lengths))
-            self.policy.check_prompt(new, call.kwargs.get("position_ids"), self.rotary_of(call.module), self.state, num_kept)
+            self.policy.check_prompt(
+                new, call.kwargs.get("position_ids"), self.rotary_of(call.module), self.state, num_kept
+            )
         return seen
 
     def loses_tokens(self, seen: Tokens) -> bool:
@@ -336,7 +340,12 @@ class EvictingLayer(CompressedLayer):
         query = self.policy.reposition_new(view, call.query, newest, longest)
         if query is call.query:
             return call
-        slot = (held == newest).int().argmax(dim=-1, keepdim=True)[..., None].expand(-1, *call.key.shape[1:2], 1, call.key.shape[3])
+        slot = (
+            (held == newest)
+            .int()
+            .argmax(dim=-1, keepdim=True)[..., None]
+            .expand(-1, *call.key.shape[1:2], 1, call.key.shape[3])
+        )
         call.key.scatter_(2, slot, self.policy.reposition_new(view, call.key.gather(2, slot), newest, longest))
         return replace(call, query=query)
 

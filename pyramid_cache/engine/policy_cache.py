@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from pyramid_cache.engine.budget import parse_budget, read_count
 from pyramid_cache.engine.cache import CompressedCache, check_decoder_config, config_and_model
 from pyramid_cache.engine.evicting import EvictingLayer
-from pyramid_cache.engine.layer import LayerPlace
+from pyramid_cache.engine.held import LayerPlace
 from pyramid_cache.engine.policy import Policy
 from pyramid_cache.engine.rope import SharedFrequencies
 from pyramid_cache.engine.tokens import MaskReader

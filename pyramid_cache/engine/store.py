@@ -459,7 +459,9 @@ class SlotStore:
             shapes = [(batch_size, heads, length)[: 3 if name in slots else 1] for heads in (1, kv_heads)]
             dtype = {"keys": tensor.dtype, "values": tensor.dtype, "positions": torch.int32}.get(name, torch.float32)
             if name not in known or tuple(tensor.shape[: len(shapes[0])]) not in shapes:
-                raise ValueError(f"`{name}` has the shape {tuple(tensor.shape)} in {length} slots of {batch_size} rows")
+                raise ValueError(
+                    f"`{name}` has the shape {tuple(tensor.shape)} in {length} slots of {batch_size} rows"
+                )
             if name in slots and tensor.dtype != dtype:
                 raise ValueError(f"`{name}` is {tensor.dtype} instead of {dtype}")
         for name in self.state.numbers():

@@ -199,9 +199,7 @@ class RaggedStore(SlotStore):
             for name, tensor in (("keys", self.state.keys), ("values", self.state.values))
         )
 
-    def attend_step(
-        self, call: AttentionCall, scores: bool
-    ) -> tuple[tuple[torch.Tensor, torch.Tensor | None], Any]:
+    def attend_step(self, call: AttentionCall, scores: bool) -> tuple[tuple[torch.Tensor, torch.Tensor | None], Any]:
         arguments, packed = call.logit_arguments, self.packed
         arguments.pop("sink_logits")
         output, *sums = decode_packed_attention(

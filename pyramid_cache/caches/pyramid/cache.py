@@ -34,7 +34,7 @@ from pyramid_cache.engine.budget import (
     read_count,
     read_kernel_size,
 )
-from pyramid_cache.engine.cache import config_and_model
+from pyramid_cache.engine.cache import check_decoder_config, config_and_model
 from pyramid_cache.engine.policy import Policy, ScoringView
 from pyramid_cache.engine.policy_cache import DEFAULT_EVICTION_INTERVAL, PolicyCache
 from pyramid_cache.engine.store import LayerState, row
@@ -274,6 +274,7 @@ class PyramidCache(PolicyCache):
         eviction_interval: int = DEFAULT_EVICTION_INTERVAL,
     ) -> None:
         config, model = config_and_model(config)
+        check_decoder_config(config)
         parsed_budget = parse_budget(budget)
         if preset is not None and budget != DEFAULT_BUDGET:
             raise ValueError(f"`preset={preset!r}` and `budget={budget!r}` exclude each other: give one of them.")
