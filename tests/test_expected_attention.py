@@ -15,7 +15,7 @@ from reference import HoldingPolicy, Rotation, best, compare_with_policies, with
 
 from pyramid_cache import ExpectedAttentionCache
 from pyramid_cache.caches import expected_attention
-from pyramid_cache.engine.store import LayerState
+from pyramid_cache.engine.state import LayerState
 
 
 @dataclass

@@ -21,7 +21,7 @@ from pyramid_cache.engine.budget import is_number, read_count
 from pyramid_cache.engine.policy import Policy, PromptView, ScoringView
 from pyramid_cache.engine.policy_cache import DEFAULT_EVICTION_INTERVAL, PolicyCache
 from pyramid_cache.engine.rope import RotaryFrequencies
-from pyramid_cache.engine.store import LayerState, row
+from pyramid_cache.engine.state import LayerState, row
 
 
 # Queries whose statistics are taken at once: copies in float32 of a long prompt's would be larger than its cache.

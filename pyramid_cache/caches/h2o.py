@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from pyramid_cache.engine.budget import floor_of_product, is_number
 from pyramid_cache.engine.policy import Policy, ScoringView
 from pyramid_cache.engine.policy_cache import PolicyCache
-from pyramid_cache.engine.store import LayerState, row
+from pyramid_cache.engine.state import LayerState, row
 from pyramid_cache.ops.transfer import numbers_on
 
 
@@ -59,7 +59,8 @@ class H2OCache(PolicyCache):
     https://arxiv.org/abs/2306.14048).
 
     A layer holds `budget` tokens and up to `eviction_interval` more, however much is generated: `batch * kv_heads *
-    (budget + eviction_interval) * (2 * head_dim * itemsize + 8)` bytes. The prompt is read with full attention, so the first new token is exact.
+    (budget + eviction_interval) * (2 * head_dim * itemsize + 8)` bytes. The prompt is read with full attention, so the
+    first new token is exact.
 
     Args:
         config (`PreTrainedConfig` or `PreTrainedModel`): The config of the model, or the model itself.

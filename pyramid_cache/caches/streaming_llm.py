@@ -7,8 +7,8 @@ sinks directly precede the window, however many tokens between them were evicted
 
 Departure from the authors' code: they store keys without RoPE and rotate all of them at every step. RoPE depends on
 differences of positions only. So queries and window stay as the model rotated them, and only the sinks move, forward
-by the number of evicted tokens (the *sink shift*). The scores are the same. As in their code, the tokens of one forward
-pass attend to each other and to what the cache held before, and then the window is cut.
+by the number of evicted tokens (the *sink shift*). The scores are the same. As in their code, the tokens of one
+forward pass attend to each other and to what the cache held before, and then the window is cut.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from pyramid_cache.engine.policy import LayerView, Policy, ScoringView
 from pyramid_cache.engine.policy_cache import PolicyCache
 from pyramid_cache.engine.rope import RotaryFrequencies, refuse_unsupported_rope
 from pyramid_cache.engine.selection import gather_tokens
-from pyramid_cache.engine.store import LayerState, number, row
+from pyramid_cache.engine.state import LayerState, number, row
 from pyramid_cache.engine.tokens import Tokens
 from pyramid_cache.ops.transfer import numbers_on
 
@@ -75,8 +75,8 @@ class StreamingLLMPolicy(Policy):
         longest = None if rotary is None else rotary.original_max_position_embeddings
         if longest is not None and num_kept >= longest:
             raise ValueError(
-                f"`budget={num_kept}` and a new token exceed the {longest} positions up to which this model's longrope "
-                f"scaling is fixed. Choose `budget` of at most {longest - 1}."
+                f"`budget={num_kept}` and a new token exceed the {longest} positions up to which this model's "
+                f"longrope scaling is fixed. Choose `budget` of at most {longest - 1}."
             )
         if rotary is None or position_ids is None or position_ids.dim() != 2:
             return
@@ -212,7 +212,7 @@ class StreamingLLMCache(PolicyCache):
         *,
         eviction_interval: int = 1,
     ) -> None:
-        config, model = config_and_model(config)
+        config, _ = config_and_model(config)
         policy, parsed = (
             StreamingLLMPolicy(read_count("num_sink_tokens", num_sink_tokens, least=0)),
             parse_budget(budget),

@@ -1,4 +1,4 @@
-"""Every error that a call of the model can cause, with its text. The layers ask before they store or evict anything."""
+"""Every error that a call of the model can cause. The layers ask before they store or evict anything."""
 
 from typing import TYPE_CHECKING
 

@@ -16,7 +16,8 @@ from torch.nn import functional
 
 from pyramid_cache.engine.budget import Budget
 from pyramid_cache.engine.rope import RotaryFrequencies
-from pyramid_cache.engine.store import LayerState, SlotStore
+from pyramid_cache.engine.state import LayerState
+from pyramid_cache.engine.store import SlotStore
 from pyramid_cache.engine.tokens import Tokens
 
 
@@ -155,7 +156,7 @@ class Policy(ABC):
             goes first.
         """
 
-    def observe(self, prompt: PromptView) -> None:
+    def observe(self, prompt: PromptView) -> None:  # noqa: B027
         """Sets fields of `prompt.state`. Each forward pass of several tokens calls it before `score`."""
 
     def num_tokens(self, prompt_length: int, budget: Budget, depth: int, num_layers: int) -> int:
@@ -173,8 +174,8 @@ class Policy(ABC):
         """How many of the last queries of a prompt count. The default is `window_size`."""
         return self.window_size or 0
 
-    def prepare(self, state: Any) -> None:
-        """Sets fields of `state` that follow from its `row_lengths` and `row_kept`, whenever these are counted anew."""
+    def prepare(self, state: Any) -> None:  # noqa: B027
+        """Sets fields of `state` that follow from its `row_lengths` and `row_kept`, when these are counted anew."""
 
     def build_store(self) -> SlotStore:
         """The store of a layer."""
@@ -184,7 +185,7 @@ class Policy(ABC):
 
     repositions: bool = False
 
-    def check_prompt(
+    def check_prompt(  # noqa: B027
         self,
         tokens: Tokens,
         position_ids: torch.Tensor | None,
@@ -210,7 +211,7 @@ class Policy(ABC):
         """
         return states
 
-    def reposition_held(self, view: LayerView) -> None:
+    def reposition_held(self, view: LayerView) -> None:  # noqa: B027
         """Moves keys of the slots in place, after each eviction."""
 
     @property

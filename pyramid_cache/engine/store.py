@@ -1,6 +1,5 @@
 """
-What a layer holds. The fields of a `LayerState` say what they are, and everything that moves, copies, saves or counts
-them is a loop over these fields. A `SlotStore` puts tokens into the slots of a state, and takes them out.
+The slots of a layer: a `SlotStore` puts tokens into the slots of a `LayerState`, and takes them out.
 
 A store is *dense* until tokens are evicted: it holds all of them in order of arrival, padding included. Afterwards it
 holds *slots*: keys and values of the tokens that stayed, and the position of each (-1: empty). Keys carry RoPE at
@@ -9,7 +8,6 @@ their original positions, so that slots need no order.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +15,7 @@ import torch
 from pyramid_cache.engine.attention import AttentionCall
 from pyramid_cache.engine.scoring import attend_and_score
 from pyramid_cache.engine.selection import best_tokens, gather_tokens, lowest_token
+from pyramid_cache.engine.state import LayerState
 from pyramid_cache.engine.tokens import Tokens, causal_mask
 from pyramid_cache.ops import decode_attention
 from pyramid_cache.ops.cpu import is_plain_on_cpu
@@ -25,109 +24,6 @@ from pyramid_cache.ops.transfer import numbers_on
 
 # A store without room for one more token grows by this many slots, or by a 64th of its length if that is more.
 MIN_GROWTH = 16
-
-
-def slot(fill: float = 0) -> Any:
-    """A field whose tensors have their slots in dimension 2. New slots hold `fill`."""
-    return field(default=None, metadata={"kind": "slot", "fill": fill})
-
-
-def row() -> Any:
-    """A field whose tensors only share the batch dimension, which comes first."""
-    return field(default=None, metadata={"kind": "row"})
-
-
-def counts() -> Any:
-    """A field with one number for each row, known without asking the device."""
-    return field(default_factory=list, metadata={"kind": "counts"})
-
-
-def number(default: int) -> Any:
-    """A field with one number."""
-    return field(default=default, metadata={"kind": "number"})
-
-
-@dataclass(eq=False)
-class LayerState:
-    """
-    The state of a layer. A method that needs more derives a dataclass and declares its fields with `slot()`, `row()`,
-    `counts()` or `number()`. Beams, files, offloading and byte counts follow from the declaration.
-
-    Attributes:
-        keys, values (`torch.Tensor`): `(batch, kv_heads, slots, head_dim)`.
-        positions (`torch.Tensor`): `(batch, kv_heads or 1, slots)` int32, -1 for empty slots. None while dense.
-        attention (`torch.Tensor`): `(batch, kv_heads or 1, slots)` float32, see `ScoringView.attention`.
-        next_position (`torch.Tensor`): `(batch, 1, 1)` int32, how many tokens each row has seen.
-        num_kept (`torch.Tensor`): `(batch, 1, 1)` int32, how many tokens of each row may be held.
-        column_positions (`torch.Tensor`): `(batch, 1, columns)` int32, of a dense prompt with padding; else None.
-        free_slots (`torch.Tensor`): `(batch, kv_heads or 1, 1)` int64, where the next token of each head goes. None
-            if it goes behind the used slots.
-        row_lengths, row_held, row_kept (`list[int]`): Tokens seen, tokens held, tokens that may be held.
-        row_windows (`list[int]`): How many of the last queries `attention` is the mean of.
-        length (`int`): How many slots are in use.
-        num_seen (`int`): Columns seen, padding included.
-        budget_tokens (`int`): The tokens that a budget in bytes pays for, known from the first tokens on.
-        columns_ascend (`int`): Whether the columns of each dense row are in order of their positions.
-    """
-
-    keys: torch.Tensor | None = slot()
-    values: torch.Tensor | None = slot()
-    positions: torch.Tensor | None = slot(fill=-1)
-    attention: torch.Tensor | None = slot()
-    next_position: torch.Tensor | None = row()
-    num_kept: torch.Tensor | None = row()
-    column_positions: torch.Tensor | None = row()
-    free_slots: torch.Tensor | None = row()
-    row_lengths: list[int] = counts()
-    row_held: list[int] = counts()
-    row_kept: list[int] = counts()
-    row_windows: list[int] = counts()
-    length: int = number(0)
-    num_seen: int = number(0)
-    budget_tokens: int = number(0)
-    columns_ascend: int = number(1)
-
-    def __post_init__(self) -> None:
-        self._kinds = {each.name: each.metadata["kind"] for each in dataclasses.fields(self)}
-
-    def names(self, *kinds: str) -> list[str]:
-        """The names of the fields of these kinds."""
-        return [name for name, kind in self._kinds.items() if kind in kinds]
-
-    def tensors(self, *kinds: str) -> dict[str, torch.Tensor]:
-        """The tensors of these kinds, "slot" and "row", by name; all by default."""
-        found = {name: getattr(self, name) for name in self.names(*(kinds or ("slot", "row")))}
-        return {name: tensor for name, tensor in found.items() if tensor is not None}
-
-    def numbers(self) -> dict[str, Any]:
-        """What the host knows, by name."""
-        return {name: getattr(self, name) for name in self.names("counts", "number")}
-
-    def map_tensors(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Applies a function to all tensors. Their first dimension is the batch."""
-        for name, tensor in self.tensors().items():
-            setattr(self, name, function(tensor))
-
-    def map_counts(self, rows: Sequence[int]) -> None:
-        """Selects the counts of the rows at these indices."""
-        for name in self.names("counts"):
-            numbers = getattr(self, name)
-            setattr(self, name, [numbers[index] for index in rows] if numbers else [])
-
-    @property
-    def is_dense(self) -> bool:
-        """Whether nothing has been evicted so far."""
-        return self.positions is None
-
-    @property
-    def must_evict(self) -> bool:
-        """Whether some row holds more tokens than it may keep."""
-        return any(held > kept for held, kept in zip(self.row_held, self.row_kept, strict=True))
-
-    @property
-    def has_empty_slots(self) -> bool:
-        """Whether some row holds fewer tokens than there are slots in use."""
-        return min(self.row_held) < self.length
 
 
 class SlotStore:

@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_map
 from pyramid_cache.engine.attention import AttentionCall
 from pyramid_cache.engine.budget import floor_of_product
 from pyramid_cache.engine.selection import best_tokens
-from pyramid_cache.engine.store import LayerState, SlotStore
+from pyramid_cache.engine.state import LayerState
+from pyramid_cache.engine.store import SlotStore
 from pyramid_cache.engine.tokens import Tokens
 from pyramid_cache.ops import decode_packed_attention
 from pyramid_cache.ops.packed import segment_starts

@@ -40,7 +40,7 @@ from pyramid_cache.engine.policy import LayerView, Policy, PromptView, ScoringVi
 from pyramid_cache.engine.policy_cache import DEFAULT_EVICTION_INTERVAL, PolicyCache
 from pyramid_cache.engine.rope import SharedFrequencies, refuse_unsupported_rope
 from pyramid_cache.engine.selection import gather_tokens
-from pyramid_cache.engine.store import LayerState, counts, row
+from pyramid_cache.engine.state import LayerState, counts, row
 from pyramid_cache.ops.transfer import numbers_on
 
 

@@ -37,7 +37,7 @@ from pyramid_cache.engine.budget import (
 from pyramid_cache.engine.cache import check_decoder_config, config_and_model
 from pyramid_cache.engine.policy import Policy, ScoringView
 from pyramid_cache.engine.policy_cache import DEFAULT_EVICTION_INTERVAL, PolicyCache
-from pyramid_cache.engine.store import LayerState, row
+from pyramid_cache.engine.state import LayerState, row
 from pyramid_cache.ops.transfer import numbers_on
 
 
@@ -171,8 +171,8 @@ class PyramidPolicy(Policy):
         least, share = self.num_sink_tokens + 1, self.first_pruned_layer / num_layers
         if budget.kind == "tokens" and budget.amount < least:
             raise ValueError(
-                f"`budget={budget.amount}` tokens cannot hold the {self.num_sink_tokens} sink tokens and a recent one. "
-                f"Give at least {least}, or lower `num_sink_tokens`."
+                f"`budget={budget.amount}` tokens cannot hold the {self.num_sink_tokens} sink tokens and a recent "
+                f"one. Give at least {least}, or lower `num_sink_tokens`."
             )
         if budget.kind == "fraction" and share >= budget.amount:
             raise ValueError(
