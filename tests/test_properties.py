@@ -21,13 +21,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from caches import CACHE_CASES
+from caches import CACHE_CASES, CacheCase, parametrize_cases
 from hypothesis import given
 from hypothesis import strategies as st
+from models import random_tokens, tiny_model
 from reference import HeldTokens, choose, score_of
 from synthetic import SyntheticModel
 
-from pyramid_cache import H2OCache, PyramidCache, SnapKVCache
+from pyramid_cache import AdaKVCache, H2OCache, PyramidCache, SnapKVCache
 from pyramid_cache.engine.budget import Budget
 from pyramid_cache.engine.cache import CompressedCache
 
@@ -622,3 +623,55 @@ def test_random_sequences(cache_class: type[CompressedCache], longest: int) -> N
         run_sequence(*sequence)
 
     check()
+
+
+EVICTING = [case for case in CACHE_CASES if case.evicts]
+
+
+@parametrize_cases(EVICTING)
+@torch.no_grad()
+def test_update_returns_all_that_a_query_sees(case: CacheCase) -> None:
+    """Of each head `(batch, kv_heads, keys, head_dim)` the held tokens and the new one, whose keys tell positions."""
+    for num_new in (1, 3):
+        model, num_seen = build_model(1, 2, 2, 4), 0
+        cache = case.cache_class(model.config, **case.tight)
+        for number in (40, 1, 1, 1, 1, num_new):
+            shape, query = (2, 2, number, 4), torch.randn(2, 4, number, 4)
+            key = torch.arange(num_seen, num_seen + number)[:, None].expand(shape).float()
+            num_seen += number
+            if num_seen < 44 + num_new:
+                model.run_layer(cache, 0, query, key, key + 100 * torch.randn(shape), None)
+        held = cache.positions(0)
+        keys, values = cache.update(key, key + 0.5, 0)
+        assert keys.shape == values.shape and keys.shape[:2] == (2, 2) and keys.shape[3] == 4
+        layer = cache.layers[0]
+        positions = layer.held_positions()
+        if num_new > 1:  # behind the others, which have been brought into order
+            positions = torch.nn.functional.pad(layer.arrival.slot_positions, (0, num_new))
+        is_token = (positions >= 0).expand(keys.shape[:3])
+        for row, head in np.ndindex(2, 2):
+            wanted = sorted([*held[row, head][held[row, head] >= 0].tolist(), *range(44, num_seen)])
+            assert sorted(keys[row, head, :, 0][is_token[row, head]].int().tolist()) == wanted
+            assert (values[row, head] == keys[row, head] + 0.5).all(dim=-1).sum() == num_new
+
+
+@parametrize_cases(EVICTING)
+@pytest.mark.parametrize("preset", [None, "llama-2-7b"])
+@torch.no_grad()
+def test_no_cache_grows_with_the_answer(case: CacheCase, preset: str | None) -> None:
+    """No layer holds more than its budget and the tokens that wait, and its slots are no more than these."""
+    if preset is not None and case.cache_class is not PyramidCache:
+        return
+    model = tiny_model("llama")
+    settings = case.tight if preset is None else {"preset": preset, "min_context_length": 4, "eviction_interval": 3}
+    cache = case.cache_class(model if case.from_model else model.config, **settings)
+    interval = settings.get("eviction_interval", 1)
+    model(random_tokens(1, 50), past_key_values=cache, logits_to_keep=1)
+    kept, counts = cache.num_kept_tokens(), []
+    for token in random_tokens(70, 1, 1):
+        model(token, past_key_values=cache)
+        counts.append(cache.num_kept_tokens())
+    for layer, budget, held in zip(cache.layers, kept, zip(*counts, strict=True), strict=True):
+        # Heads of AdaKVCache share what they hold.
+        most = budget if case.cache_class is not AdaKVCache else 2 * budget
+        assert kept[-1] < 50 and max(held) < most + interval and layer.keys.shape[2] <= most + interval

@@ -212,11 +212,9 @@ class StreamingLLMCache(PolicyCache):
         *,
         eviction_interval: int = 1,
     ) -> None:
-        config, _ = config_and_model(config)
-        policy, parsed = (
-            StreamingLLMPolicy(read_count("num_sink_tokens", num_sink_tokens, least=0)),
-            parse_budget(budget),
-        )
+        source, (config, _) = config, config_and_model(config)
+        policy = StreamingLLMPolicy(read_count("num_sink_tokens", num_sink_tokens, least=0))
+        parsed = parse_budget(budget)
         if parsed.kind == "tokens" and parsed.amount <= policy.num_sink_tokens:
             raise ValueError(
                 f"`budget={budget}` includes the {num_sink_tokens} sink tokens and must exceed them: give at least "
@@ -224,4 +222,4 @@ class StreamingLLMCache(PolicyCache):
             )
         check_decoder_config(config)
         refuse_unsupported_rope(config)
-        super().__init__(config, budget, policy, eviction_interval=eviction_interval)
+        super().__init__(source, budget, policy, eviction_interval=eviction_interval)

@@ -109,8 +109,9 @@ class EvictingLayer(CompressedLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
         # Where a token came and a token went, the next one takes its slot.
-        is_steady = self.state.free_slots is not None and key_states.shape[2] == 1 and not self.pending.is_on
-        if is_steady or not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling():
+            return super().update(key_states, value_states)
+        if self.state.free_slots is not None and key_states.shape[2] == 1 and not self.pending.is_on:
             return super().update(key_states, value_states)
         return self._update(key_states, value_states)
 

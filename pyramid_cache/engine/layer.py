@@ -147,10 +147,11 @@ class CompressedLayer(StoredLayer):
             raise
         # Autograd saves keys that need no gradient, if queries need one, as with adapters on some projections.
         self.store.is_saved = needs_gradients(call.query, call.key, call.value)
-        if is_step:
-            output = self._attend_next(call)
-        else:
-            output = self._attend_several(call, arrival, seen)
+        try:
+            output = self._attend_next(call) if is_step else self._attend_several(call, arrival, seen)
+        except BaseException:  # the layer is half changed, as the next call of the model shall notice
+            self.arrival = arrival
+            raise
         if not self.state.is_dense:
             checks.check_attentions()
         return output
