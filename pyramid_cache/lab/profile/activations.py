@@ -11,11 +11,11 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pyramid_cache.caches.massive_activation import detection as massive
+from pyramid_cache.caches.massive_activation.outputs import decoder_layers
 from pyramid_cache.engine.architectures import CACHE_ARGUMENT
 from pyramid_cache.engine.attention import AttentionCall
 from pyramid_cache.engine.cache import CompressedCache
 from pyramid_cache.engine.layer import CompressedLayer, LayerPlace
-from pyramid_cache.caches.massive_activation.outputs import decoder_layers
 from pyramid_cache.engine.rope import SharedFrequencies
 from pyramid_cache.engine.scoring import attend_and_score
 from pyramid_cache.engine.store import SlotStore

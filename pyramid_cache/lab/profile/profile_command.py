@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from pyramid_cache.engine.fingerprint import architecture_of
 from pyramid_cache.caches.massive_activation.profile import FORMAT, VERSION
+from pyramid_cache.engine.fingerprint import architecture_of
 from pyramid_cache.lab import terminal
 from pyramid_cache.lab.demo.planted_number import read_text
 from pyramid_cache.lab.loaded_model import MODEL_HELP, LoadedModel, load_chosen_model, where
