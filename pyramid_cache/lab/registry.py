@@ -36,8 +36,8 @@ class CacheEntry:
     label: str  # what tables call it
     cache_class: type[Cache]
     settings: Mapping[str, Any] = field(default_factory=dict)  # further arguments of the constructor
-    # The constructor is given the model instead of its config. The cache then reads prompts in its own way; others read
-    # them with full attention and evict afterwards, so that one reading serves them all.
+    # The constructor is given the model instead of its config, and the cache reads prompts in a way of its own. Others
+    # read them with full attention and evict afterwards: one reading serves them all.
     from_model: bool = False
     # A decode step sees something else than several tokens at once do: answers are read token by token.
     reads_answers_by_step: bool = False

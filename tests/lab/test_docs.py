@@ -221,9 +221,9 @@ def test_memory_of_other_caches_and_settings() -> None:
     slot = 8 * half.config.num_hidden_layers * BATCH * half.config.num_key_value_heads
     check_memory("H2OCache", half, budget=BUDGET, formula=formula, more=-slot)
     check_memory("H2OCache", half, budget=BUDGET, formula=formula, steps=40)
-    for sinks, prefill, steps in ((4, "streaming", 0), (0, "dense", 0), (4, "dense", 40), (0, "streaming", 40)):
+    for sinks, steps in ((4, 0), (0, 0), (4, 40), (0, 40)):
         sizes = {"budget": BUDGET, "num_sink_tokens": sinks}
-        check_memory("StreamingLLMCache", model, **sizes, prefill=prefill, steps=steps, formula=sizes, shared=True)
+        check_memory("StreamingLLMCache", model, **sizes, steps=steps, formula=sizes, shared=True)
     for source, budget, share in ((model, 0.4, 0.4 * PROMPT_LENGTH), (model.config, BUDGET, BUDGET)):
         formula = {"kept_tokens": int(share * model.config.num_hidden_layers)}
         cache = check_memory("PyramidCache", model, source, budget=budget, formula=formula)

@@ -126,8 +126,8 @@ def test_caches_are_built_as_options_say() -> None:
     ):
         with pytest.raises((ValueError, argparse.ArgumentError), match=problem):
             new_cache(text)
-    texts = ("window_size=32", "rank=0.9", "prefill=dense", "use_covariance=True", "a=b=c")
-    assert [script_options.setting(text)[1] for text in texts] == [32, 0.9, "dense", True, "b=c"]
+    texts = ("window_size=32", "rank=0.9", "quantize=int8", "use_covariance=True", "a=b=c")
+    assert [script_options.setting(text)[1] for text in texts] == [32, 0.9, "int8", True, "b=c"]
 
 
 @pytest.mark.slow
