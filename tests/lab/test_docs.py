@@ -1,10 +1,12 @@
 """The site in docs/: every cache has its page, and what the pages say is what the code does."""
 
+import ast
 import importlib.util
 import inspect
 import itertools
 import json
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -324,6 +326,48 @@ def test_the_design_names_folders_files_and_caches_that_are_there() -> None:
     # Those that are no policy are listed.
     own = [name for name in CACHE_NAMES if not issubclass(getattr(pyramid_cache, name), pyramid_cache.PolicyCache)]
     assert sorted(re.findall(r"^- `(\w+)`", section_of(text, "Policies"), re.MULTILINE)) == sorted(own)
+
+
+def calls_of_first_layer(model: PreTrainedModel, cache: CompressedCache, ids: torch.Tensor) -> list[str]:
+    """The calls of functions of the library in a forward pass, as `file:function`, up to the second layer."""
+    calls: list[str] = []
+    folder = f"{Path(pyramid_cache.__file__).parent}/"
+
+    def note(frame: Any, event: str, argument: Any) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(folder):
+            calls.append(f"{frame.f_code.co_filename.removeprefix(folder)}:{frame.f_code.co_name}")
+
+    sys.setprofile(note)
+    try:
+        model(ids, past_key_values=cache)
+    finally:
+        sys.setprofile(None)
+    layers = [place for place, call in enumerate(calls) if call == "engine/cache.py:update"]
+    return calls[: layers[1]]
+
+
+@torch.no_grad()
+def test_a_token_travels_as_the_page_says() -> None:
+    text = (DOCS / "token.md").read_text()
+    functions = {
+        f"{path.relative_to(ROOT / 'pyramid_cache')}:{node.name}"
+        for path in (ROOT / "pyramid_cache").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef)
+    }
+    named = r"`([\w/]+\.py:\w+)`"
+    assert [name for name in re.findall(named, text) if name not in functions] == []
+    model = build_model("llama", num_hidden_layers=2)
+    cache = pyramid_cache.SnapKVCache(model.config, budget=16, window_size=8, eviction_interval=3)
+    calls = {"A prompt": calls_of_first_layer(model, cache, random_tokens(1, 40))}
+    for _ in range(3):
+        calls["A decode step"] = calls_of_first_layer(model, cache, random_tokens(1, 1))
+    assert cache.num_kept_tokens() == [16, 16]
+    for title, made in calls.items():
+        names, rest = re.findall(named, section_of(text, title)), iter(made)
+        missed = [name for name in names if name not in made]
+        assert missed == []
+        assert [name for name in names if name not in rest] == [], title  # in this order
 
 
 def description_of(picture: Path) -> dict[str, Any]:

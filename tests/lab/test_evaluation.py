@@ -20,7 +20,7 @@ from models import build_model, random_tokens, tiny_model
 from modes import tiny_tokenizer
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from pyramid_cache import SnapKVCache, StreamingLLMCache
+from pyramid_cache import SnapKVCache
 from pyramid_cache.lab.cli import main
 from pyramid_cache.lab.demo.timed_answers import generate
 from pyramid_cache.lab.evaluation.cells import Cell, CellStore
@@ -34,11 +34,7 @@ from pyramid_cache.lab.weights import no_progress
 
 
 # Those that read a prompt with full attention.
-DENSE_CASES = [
-    case
-    for case in CACHE_CASES
-    if not case.from_model and (case.cache_class is not StreamingLLMCache or case.tight.get("prefill") == "dense")
-]
+DENSE_CASES = [case for case in CACHE_CASES if not case.from_model]
 
 
 @parametrize_cases(DENSE_CASES)
