@@ -418,7 +418,7 @@ MARKED = re.compile(r"<!-- times: (\S+) -->\n.*?<!-- end of times -->", re.DOTAL
 def rows_of(record: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows of `bench caches`, or of examples/bench_kvpress.py under the same names."""
     if "kvpress" not in record["versions"]:
-        return record["rows"]
+        return [row | {"label": row["label"].replace(", dense", "")} for row in record["rows"]]
     names = {"label": "press", "prefill_ratio": "prefill_seconds_ratio"}
     return [
         row | {name: row[key] for name, key in names.items()} | {"tokens_ratio": 1 / row["step_seconds_ratio"]}
