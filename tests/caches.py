@@ -63,6 +63,8 @@ class CacheCase:
         """
         Whether layers hold what a tight budget lets them hold on average, 12 tokens, but for those that wait to go.
         """
+        if not isinstance(self.tight["budget"], int):
+            return True
         num_waiting = self.tight.get("eviction_interval", 1) - 1
         return 12 * len(num_kept) <= sum(num_kept) <= (12 + num_waiting) * len(num_kept)
 

@@ -30,8 +30,7 @@ def test_a_budget_in_bytes_is_filled_and_kept(case: CacheCase) -> None:
     drive(model, cache, random_rows((60, 60, 55)), 6 if case.is_bounded else 0)
     held, of_a_token = 0, 0.0
     for layer in cache.compressed_layers:
-        tensors = [getattr(layer, name, None) for name in layer.slot_tensors]
-        num_bytes = sum(tensor.untyped_storage().nbytes() for tensor in tensors if tensor is not None)
+        num_bytes = sum(tensor.untyped_storage().nbytes() for tensor in layer.state.tensors("slot").values())
         held, of_a_token = held + num_bytes, of_a_token + num_bytes / layer.keys.shape[2]
     assert held <= budget < held + of_a_token
 

@@ -245,9 +245,8 @@ def split_model() -> Iterator[PreTrainedModel]:
 def check_devices(cache: Cache, devices: list[str]) -> None:
     """Every tensor that a layer of the cache calls its own is on the device of the layer."""
     for layer, device in zip(cache.layers, devices, strict=True):
-        for name in (*layer.slot_tensors, *layer.row_tensors):
-            tensor = getattr(layer, name)
-            assert tensor is None or str(tensor.device) == device, f"{name} of layer {layer.place.layer_idx}"
+        for name, tensor in layer.state.tensors().items():
+            assert str(tensor.device) == device, f"{name} of layer {layer.place.layer_idx}"
 
 
 @every_cache

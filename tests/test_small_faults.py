@@ -198,7 +198,7 @@ def test_reset_forgets_everything() -> None:
         for layer, expected in zip(cache.compressed_layers, new.compressed_layers, strict=True):
             assert torch.equal(layer.held_positions(), expected.held_positions())
             if cache_class is MassiveActivationCache:
-                assert torch.equal(layer.template_norm, expected.template_norm)
+                assert torch.equal(layer.state.template_norm, expected.state.template_norm)
 
 
 def test_a_sliding_window_that_is_just_full_has_dropped_a_token() -> None:

@@ -58,8 +58,8 @@ class H2OCache(PolicyCache):
     Keeps, per KV head, the most recent tokens and those that got most attention so far (H2O,
     https://arxiv.org/abs/2306.14048).
 
-    A layer holds `budget` tokens and one spare slot, however much is generated: `batch * kv_heads * (budget + 1) * (2
-    * head_dim * itemsize + 8)` bytes. The prompt is read with full attention, so the first new token is exact.
+    A layer holds `budget` tokens and up to `eviction_interval` more, however much is generated: `batch * kv_heads *
+    (budget + eviction_interval) * (2 * head_dim * itemsize + 8)` bytes. The prompt is read with full attention, so the first new token is exact.
 
     Args:
         config (`PreTrainedConfig` or `PreTrainedModel`): The config of the model, or the model itself.
@@ -68,6 +68,8 @@ class H2OCache(PolicyCache):
             1.0 never evicts.
         heavy_ratio (`float`, defaults to 0.5): The share of the budget for heavy hitters. The recent window has the
             rest, at least one token. Larger values remember more of the distant past.
+        eviction_interval (`int`, defaults to 1): How many generated tokens arrive before as many are evicted; 1 as in
+            the paper. Larger values take more memory and less time.
 
     Raises:
         ValueError: For a budget or ratio outside these ranges, or a model that cannot be compressed.
@@ -92,6 +94,11 @@ class H2OCache(PolicyCache):
     """
 
     def __init__(
-        self, config: PreTrainedConfig | PreTrainedModel, budget: float | int | str = 0.2, heavy_ratio: float = 0.5
+        self,
+        config: PreTrainedConfig | PreTrainedModel,
+        budget: float | int | str = 0.2,
+        heavy_ratio: float = 0.5,
+        *,
+        eviction_interval: int = 1,
     ) -> None:
-        super().__init__(config, budget, H2OPolicy(heavy_ratio), eviction_interval=1)
+        super().__init__(config, budget, H2OPolicy(heavy_ratio), eviction_interval=eviction_interval)

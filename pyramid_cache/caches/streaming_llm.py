@@ -177,7 +177,12 @@ class StreamingLLMCache(PolicyCache):
     """
 
     def __init__(
-        self, config: PreTrainedConfig | PreTrainedModel, budget: float | int | str, num_sink_tokens: int = 4
+        self,
+        config: PreTrainedConfig | PreTrainedModel,
+        budget: float | int | str,
+        num_sink_tokens: int = 4,
+        *,
+        eviction_interval: int = 1,
     ) -> None:
         config, model = config_and_model(config)
         policy, parsed = StreamingLLMPolicy(read_count("num_sink_tokens", num_sink_tokens, least=0)), parse_budget(budget)
@@ -188,4 +193,4 @@ class StreamingLLMCache(PolicyCache):
             )
         check_decoder_config(config)
         refuse_unsupported_rope(config)
-        super().__init__(config, budget, policy, eviction_interval=1)
+        super().__init__(config, budget, policy, eviction_interval=eviction_interval)

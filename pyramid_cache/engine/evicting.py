@@ -43,24 +43,27 @@ class EvictingLayer(CompressedLayer):
         self.eviction_interval, self.frequencies = eviction_interval, frequencies
         self.score_label = policy.score_label
         super().__init__(place, masks, policy.build_store())
+        self.store.reuses_slots = eviction_interval == 1
 
     def _clear(self) -> None:
         super()._clear()
-        # The first tokens tell how many tokens a budget in bytes pays for.
-        self.token_budget = None if self.budget.kind == "bytes" else self.budget
         self._rotary: tuple[RotaryFrequencies | None] | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
-        if self.token_budget is None:
-            num_tokens = bytes_to_tokens(
+        if self.budget.kind == "bytes":
+            self.state.budget_tokens = bytes_to_tokens(
                 int(self.budget.amount),
                 self.place.num_layers,
                 self.batch_size,
                 self.bytes_per_token,
                 self.eviction_interval,
             )
-            self.token_budget = Budget("tokens", num_tokens)
+
+    @property
+    def token_budget(self) -> Budget:
+        """The budget; one in bytes as the tokens that it pays for."""
+        return Budget("tokens", self.state.budget_tokens) if self.budget.kind == "bytes" else self.budget
 
     @property
     def bytes_per_token(self) -> int:
@@ -203,7 +206,7 @@ class EvictingLayer(CompressedLayer):
             is_in_window = (positions >= 0) & (ages < window)
             share_left = 1 - (is_in_window.sum(dim=-1, keepdim=True) / window)[..., None]
             if policy.newest_weight != 1 or not tokens.is_ascending or len(set(state.row_windows)) > 1:
-                row_weights = is_in_window * query_weights(ages, window, policy.newest_weight)
+                row_weights = (is_in_window * query_weights(ages, window, policy.newest_weight)).float()
         output, sums = self.store.attend_several(call, tokens, num_rows, row_weights)
         attention = self._mean(sums, call)
         earlier = self.store.held_attention()

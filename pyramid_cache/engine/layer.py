@@ -520,7 +520,10 @@ class CompressedLayer(CacheLayerMixin):
     def import_state(self, numbers: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         """Takes over what `export_state` gave."""
         self._clear()
-        self.lazy_initialization(tensors["keys"], tensors["values"])
+        keys, values = tensors["keys"], tensors["values"]
+        # One row is enough to tell shapes, and a budget in bytes may not pay for rows that were repeated later.
+        self.lazy_initialization(keys[:1], values[:1])
+        self.layout = self.layout_of(keys, values)
         self.store.load_state_dict(numbers, tensors)
 
     # What users ask.

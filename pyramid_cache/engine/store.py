@@ -66,6 +66,7 @@ class LayerState:
         row_windows (`list[int]`): How many of the last queries `attention` is the mean of.
         length (`int`): How many slots are in use.
         num_seen (`int`): Columns seen, padding included.
+        budget_tokens (`int`): The tokens that a budget in bytes pays for, known from the first tokens on.
         columns_ascend (`int`): Whether the columns of each dense row are in order of their positions.
     """
 
@@ -83,11 +84,15 @@ class LayerState:
     row_windows: list[int] = counts()
     length: int = number(0)
     num_seen: int = number(0)
+    budget_tokens: int = number(0)
     columns_ascend: int = number(1)
+
+    def __post_init__(self) -> None:
+        self._kinds = {each.name: each.metadata["kind"] for each in dataclasses.fields(self)}
 
     def names(self, *kinds: str) -> list[str]:
         """The names of the fields of these kinds."""
-        return [each.name for each in dataclasses.fields(self) if each.metadata["kind"] in kinds]
+        return [name for name, kind in self._kinds.items() if kind in kinds]
 
     def tensors(self, *kinds: str) -> dict[str, torch.Tensor]:
         """The tensors of these kinds, "slot" and "row", by name; all by default."""
@@ -138,6 +143,8 @@ class SlotStore:
 
     def __init__(self, state_class: type[LayerState] = LayerState) -> None:
         self.state_class = state_class
+        # Whether one token goes for each that comes, so that the next one takes its slot.
+        self.reuses_slots = False
         self.reset()
 
     def reset(self) -> None:
@@ -281,6 +288,10 @@ class SlotStore:
             state.attention = gather_tokens(attention, indices).masked_fill(indices < 0, 0)
         state.column_positions = state.free_slots = None
         state.length, state.row_held = indices.shape[-1], row_left
+        if self.reuses_slots:
+            self.resize(max(row_kept) + 1)
+            state.length = max(row_kept) + 1
+            state.free_slots = torch.full_like(indices[..., :1], state.length - 1)
 
     def evict(self, priority: torch.Tensor, row_left: list[int]) -> None:
         """
@@ -293,7 +304,7 @@ class SlotStore:
         state, num_left = self.state, max(row_left)
         row_lost = [held - left for held, left in zip(state.row_held, row_left, strict=True)]
         self.spare_autograd()
-        if num_left == state.length - 1 and max(row_lost) <= 1:
+        if self.reuses_slots and max(row_lost) <= 1:
             self._evict_one(priority, row_lost)
         else:
             state.free_slots = None
@@ -364,9 +375,10 @@ class SlotStore:
         return self.in_use("keys"), self.in_use("values")
 
     def in_order(self) -> dict[str, torch.Tensor]:
-        """Copies of the slots in order of their positions, empty ones first, by name."""
+        """Copies of the slots in order of their positions, those that are empty in some rows first, by name."""
         slots = self.slots()
-        order = slots["positions"].argsort(dim=-1)
+        num_filled = max(self.state.row_held) if self.heads_keep_equal_numbers else self.state.length
+        order = slots["positions"].argsort(dim=-1)[..., self.state.length - num_filled :]
         return {name: gather_tokens(tensor, order) for name, tensor in slots.items()}
 
     def take_in_order(self) -> dict[str, torch.Tensor]:
@@ -374,7 +386,7 @@ class SlotStore:
         held = self.in_order()
         for name, tensor in held.items():
             setattr(self.state, name, tensor)
-        self.state.free_slots = None
+        self.state.length, self.state.free_slots = held["positions"].shape[-1], None
         return held
 
     # Attention over slots.
