@@ -218,11 +218,9 @@ def test_memory_of_other_caches_and_settings() -> None:
     probed = 36 * BATCH * sum(getattr(layer, "is_probed", False) for layer in cache.layers)
     assert "36 bytes more per row" in one_line(PAGES["MassiveActivationCache"])
     check_memory("MassiveActivationCache", model, model, budget=BUDGET, formula=slots, more=probed, shared=True)
-    # H2O has the slot of the next token from the first step on.
     half, formula = build_model("llama").to(torch.bfloat16), {"budget": BUDGET}
-    slot = 8 * half.config.num_hidden_layers * BATCH * half.config.num_key_value_heads
-    check_memory("H2OCache", half, budget=BUDGET, formula=formula, more=-slot)
-    check_memory("H2OCache", half, budget=BUDGET, formula=formula, steps=40)
+    for steps in (0, 40):
+        check_memory("H2OCache", half, budget=BUDGET, formula=formula, steps=steps)
     for sinks, steps in ((4, 0), (0, 0), (4, 40), (0, 40)):
         sizes = {"budget": BUDGET, "num_sink_tokens": sinks}
         check_memory("StreamingLLMCache", model, **sizes, steps=steps, formula=sizes, shared=True)
@@ -230,6 +228,10 @@ def test_memory_of_other_caches_and_settings() -> None:
         formula = {"kept_tokens": int(share * model.config.num_hidden_layers)}
         cache = check_memory("PyramidCache", model, source, budget=budget, formula=formula)
         assert sum(cache.num_kept_tokens()) == formula["kept_tokens"]
+        read(model, cache, 2 * INTERVAL, prompt_length=0)
+        longest = formula["kept_tokens"] + cache.layers[0].eviction_interval * model.config.num_hidden_layers
+        assert sum(cache.num_kept_tokens()) <= longest
+        assert cache.nbytes <= memory_formula("PyramidCache", **numbers_of(model), kept_tokens=longest)["nbytes"]
 
 
 def test_memory_of_shadow_kv() -> None:
