@@ -139,21 +139,23 @@ class StreamingLLMCache(PolicyCache):
     """
     Keeps the first tokens and the most recent ones (StreamingLLM, https://arxiv.org/abs/2309.17453).
 
-    A layer holds `budget` tokens however much is generated: `batch * kv_heads * (budget + num_sink_tokens / 2) * 2 *
-    head_dim * itemsize` bytes. The cache forgets what lies between the sinks and the window, and cannot recall it.
+    A layer holds `budget` tokens and up to `eviction_interval` more, however much is generated: `batch * kv_heads *
+    (budget + eviction_interval + num_sink_tokens / 2) * 2 * head_dim * itemsize` bytes. The cache forgets what lies
+    between the sinks and the window, and cannot recall it. The prompt is read with full attention, so the first new
+    token is exact. With `prefill_chunk_size` of `generate`, a prompt never takes more than the budget and one chunk.
 
     Args:
         config (`PreTrainedConfig` or `PreTrainedModel`): The config of the model, or the model itself. Give the model
             if it was cast with `model.to(torch.bfloat16)` after loading, which rounds its rotary frequencies too.
-        budget (`int`): Tokens that attention sees at a decode step, the sinks and the new token included.
+        budget (`float`, `int` or `str`): What each layer keeps, the sinks included: a fraction of the prompt, a number
+            of tokens, or bytes for all layers that evict ("256MiB"). In later turns, a fraction is of all tokens seen.
+            1.0 never evicts.
         num_sink_tokens (`int`, defaults to 4): Tokens kept from the start.
-        prefill (`str`, defaults to `"streaming"`): `"streaming"`: each prompt token sees the sinks and the window
-            before it, as in a stream (the paper's method). `"dense"`: the prompt is read with full attention, then
-            cut. Late tokens then carry what they saw of early ones. Later turns stream either way.
+        eviction_interval (`int`, defaults to 1): How many generated tokens arrive before as many are evicted; 1 as in
+            the paper. Larger values take more memory and less time.
 
     Raises:
-        ValueError: For a budget without room beside the sinks, an unknown `prefill`, or a model that cannot be
-            compressed.
+        ValueError: For a budget without room beside the sinks, or a model that cannot be compressed.
         NotImplementedError: For a model whose rotary embedding depends on the length (dynamic NTK) or has several
             axes. It is raised at the first forward pass where the config does not tell.
 
