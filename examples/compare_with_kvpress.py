@@ -23,7 +23,7 @@ SAME_NAMED = {
     "KeyDiff": "keydiff",
     "Knorm": "knorm",
     "ExpectedAttention": "expected-attention",
-    "StreamingLLM": "streaming-dense",
+    "StreamingLLM": "streaming",
     "ObservedAttention": "h2o",
 }
 MEASURES = ("exact_match", "token_accuracy", "log_likelihood")

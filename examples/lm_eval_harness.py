@@ -9,16 +9,14 @@ Tasks and their data come from the hub, or from a folder with YAML files (`--inc
 What is compressed, and when:
 
 - `generate_until`: each batch is generated with a new cache, which reads its prompts and evicts as it does for
-  anybody. The first new token follows from a full reading of the prompt (not with StreamingLLMCache), those behind it
-  from what is kept.
+  anybody. The first new token follows from a full reading of the prompt, those behind it from what is kept.
 - `loglikelihood`, and with it multiple choice: the context but for its last tokens, one by default (`--held-back`), is
   read, and the cache evicts down to its budget. Those last tokens and the continuation are then read in one forward
   pass in view of what is kept: no score follows from a full reading, not even that of a continuation of one token.
   Each continuation is given to a copy of the cache, and a context that several share is read once. A budget that is a
   fraction is one of the context without the tokens that are held back, which a larger number makes a question that
   comes after compression.
-- `loglikelihood_rolling`: refused but for StreamingLLMCache and DynamicCache, as its windows have no context to
-  compress.
+- `loglikelihood_rolling`: refused but for DynamicCache, as its windows have no context to compress.
 """
 
 import argparse
@@ -33,7 +31,6 @@ import torch
 from script_options import add_cache_options, add_model_options, load_model, new_cache, run
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from pyramid_cache import StreamingLLMCache
 from pyramid_cache.engine.architectures import CACHE_ARGUMENT
 from pyramid_cache.engine.cache import CompressedCache
 from pyramid_cache.lab.terminal import check_output, positive_int, positive_ints
@@ -96,12 +93,10 @@ class CacheLM(HFLM):
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         cache = self.build_cache(self.model)
-        streams = isinstance(cache, StreamingLLMCache) and cache.settings["prefill"] == "streaming"
-        if not streams and not isinstance(cache, DynamicCache):
+        if not isinstance(cache, DynamicCache):
             raise NotImplementedError(
                 f"`loglikelihood_rolling` with {type(cache).__name__}: windows of text have no context that could be "
-                "compressed, and the figures would be those of the full cache. Use StreamingLLMCache, or a task with "
-                "contexts."
+                "compressed, and the figures would be those of the full cache. Use a task with contexts."
             )
         return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
 

@@ -84,8 +84,8 @@ def add_cache_options(parser: argparse.ArgumentParser, cache: str, budget: str) 
     parser.add_argument(
         "--budget",
         type=one_budget,
-        help="tokens per layer (512), a fraction of the prompt (0.4) or bytes (256MiB). For StreamingLLMCache it "
-        "is the length of the window, for ShadowKVCache the tokens that a step attends to. "
+        help="tokens per layer (512), a fraction of the prompt (0.4) or bytes (256MiB). For ShadowKVCache it "
+        "is the tokens that a step attends to. "
         f"Default: {budget} for {cache}, the default of the class for others",
     )
     parser.add_argument(

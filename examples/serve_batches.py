@@ -30,14 +30,19 @@ from script_options import CACHE_CLASSES, add_model_options, build_cache, load_m
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pyramid_cache import H2OCache, PolicyCache
+from pyramid_cache import PolicyCache, PyramidCache, StreamingLLMCache
 from pyramid_cache.engine.architectures import CACHE_ARGUMENT
 from pyramid_cache.engine.budget import parse_budget
 from pyramid_cache.lab.terminal import check_output, positive_int
 
 
-# Caches that hold a budget however long the answer gets, and take it in bytes.
-BOUNDED_CACHES = sorted(name for name, found in CACHE_CLASSES.items() if issubclass(found, (PolicyCache, H2OCache)))
+# Caches that hold a budget however long the answer gets, and take it in bytes. PyramidCache holds more of a padded
+# batch, whose rows are longest in different layers. StreamingLLMCache holds its sinks twice.
+BOUNDED_CACHES = sorted(
+    name
+    for name, found in CACHE_CLASSES.items()
+    if issubclass(found, PolicyCache) and not issubclass(found, (PyramidCache, StreamingLLMCache))
+)
 # Tokens of the probe that measures the bytes of a token. Caches learn only from prompts of several tokens.
 NUM_PROBED = 8
 FIELDS = {"id", "prompt", "max_new_tokens"}
@@ -111,7 +116,7 @@ class Room:
     budget: int  # tokens that each layer keeps of each request
     num_layers: int  # layers that evict
     bytes_per_token: int  # of one token in one layer of one row
-    num_spare_slots: int  # tokens that a layer lets in before as many go
+    eviction_interval: int  # tokens that a layer lets in before as many go
     bytes_per_row: int = 0  # bookkeeping of a row beside its tokens, which no budget in bytes counts
 
     @staticmethod
@@ -125,7 +130,7 @@ class Room:
         bytes_per_token = layers[0].bytes_per_token
         # This counts the few tokens of the probe too, which errs on the safe side.
         bytes_per_row = sum(roles["bookkeeping"] for roles in cache.memory().values())
-        return Room(limit, budget, len(layers), bytes_per_token, layers[0].num_spare_slots, bytes_per_row)
+        return Room(limit, budget, len(layers), bytes_per_token, layers[0].eviction_interval, bytes_per_row)
 
     def bytes_for_tokens(self, num_requests: int) -> int:
         """What a batch of so many requests leaves for tokens."""
@@ -134,7 +139,7 @@ class Room:
     def bytes_needed(self, requests: list[Request]) -> int:
         """What the tokens of a batch take."""
         longest = max(len(request.ids) for request in requests) + max(request.max_new_tokens for request in requests)
-        num_slots = min(longest, self.budget) + self.num_spare_slots
+        num_slots = min(longest, self.budget) + self.eviction_interval
         return len(requests) * num_slots * self.num_layers * self.bytes_per_token
 
     def fits(self, requests: list[Request]) -> bool:

@@ -167,21 +167,21 @@ class StreamingLLMCache(PolicyCache):
 
     A layer holds `budget` tokens and up to `eviction_interval` more, however much is generated: `batch * kv_heads *
     (budget + eviction_interval + num_sink_tokens / 2) * 2 * head_dim * itemsize` bytes. The cache forgets what lies
-    between the sinks and the window, and cannot recall it. The prompt is read with full attention; `generate` reads it
-    in parts with `prefill_chunk_size`, which bounds the memory that it takes.
+    between the sinks and the window, and cannot recall it. The prompt is read with full attention, so the first new
+    token is exact. With `prefill_chunk_size` of `generate`, a prompt never takes more than the budget and one chunk.
 
     Args:
         config (`PreTrainedConfig` or `PreTrainedModel`): The config of the model, or the model itself. Give the model
             if it was cast with `model.to(torch.bfloat16)` after loading, which rounds its rotary frequencies too.
         budget (`float`, `int` or `str`): What each layer keeps, the sinks included: a fraction of the prompt, a number
-            of tokens, or bytes for all layers that evict ("256MiB"). 1.0 never evicts.
+            of tokens, or bytes for all layers that evict ("256MiB"). In later turns, a fraction is of all tokens seen.
+            1.0 never evicts.
         num_sink_tokens (`int`, defaults to 4): Tokens kept from the start.
-        eviction_interval (`int`, defaults to 1): How many generated tokens arrive before as many are evicted. Larger
-            values take more memory and less time.
+        eviction_interval (`int`, defaults to 1): How many generated tokens arrive before as many are evicted; 1 as in
+            the paper. Larger values take more memory and less time.
 
     Raises:
-        ValueError: For an argument outside these ranges, a budget without room beside the sinks, or a model that
-            cannot be compressed.
+        ValueError: For a budget without room beside the sinks, or a model that cannot be compressed.
         NotImplementedError: For a model whose rotary embedding depends on the length (dynamic NTK) or has several
             axes. It is raised at the first forward pass where the config does not tell.
 

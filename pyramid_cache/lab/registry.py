@@ -6,7 +6,7 @@ A budget is a fraction of the prompt (`0.25`), tokens per layer (`512`) or bytes
 import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from transformers import Cache, DynamicCache, PreTrainedModel, QuantizedCache, StaticCache
 
@@ -25,7 +25,7 @@ class Workload:
 
     num_tokens: int  # tokens of the prompt, of which a fraction is taken
     batch_size: int = 1
-    num_later: int = 0  # tokens that come behind the prompt at most
+    num_later: int = 0  # tokens that come behind the prompt at most: StaticCache has room for them from the start
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,9 @@ class CacheEntry:
     label: str  # what tables call it
     cache_class: type[Cache]
     settings: Mapping[str, Any] = field(default_factory=dict)  # further arguments of the constructor
-    from_model: bool = False  # the constructor is given the model instead of its config
-    # How it reads a prompt. "dense": with full attention, after which it evicts; one reading serves all such caches.
-    # "stream": each token sees what it would see had the tokens come one by one. "own": in another way.
-    reading: Literal["dense", "stream", "own"] = "dense"
+    # The constructor is given the model instead of its config, and the cache reads prompts in a way of its own. Others
+    # read them with full attention and evict afterwards: one reading serves them all.
+    from_model: bool = False
     # A decode step sees something else than several tokens at once do: answers are read token by token.
     reads_answers_by_step: bool = False
     takes_batches: bool = True  # one cache reads prompts of several lengths; others are built for one length
@@ -53,18 +52,12 @@ class CacheEntry:
     def build(self, model: PreTrainedModel, budget: BudgetLike, workload: Workload) -> Cache:
         """
         A new cache for a model; a ValueError if it refuses the budget, or cannot be built here. The caches of
-        transformers ignore the budget. The window of StreamingLLMCache has room for `num_later` tokens more: other
-        caches evict none meanwhile. For ShadowKVCache fractions and bytes pay for all that a step attends to.
+        transformers ignore the budget. For ShadowKVCache fractions and bytes pay for all that a step attends to.
         """
         if not self.has_budget:
             return build_of_transformers(self.name, model, workload)
         settings, build = dict(self.settings), cast(Any, self.cache_class)
-        if self.cache_class is library.StreamingLLMCache:
-            num_tokens = tokens_of_budget(budget, model, workload)
-            if parse_budget(budget).kind == "tokens":
-                build(model.config, num_tokens, **settings)  # refuses too few, whatever is added below
-            budget = max(num_tokens, settings.get("num_sink_tokens", 4) + 1) + workload.num_later
-        elif self.cache_class is library.ShadowKVCache and parse_budget(budget).kind != "tokens":
+        if self.cache_class is library.ShadowKVCache and parse_budget(budget).kind != "tokens":
             budget, tail = shadow_settings(tokens_of_budget(budget, model, workload))
             settings = tail | settings
         return build(model if self.from_model else model.config, budget, **settings)
@@ -130,7 +123,7 @@ CACHES = {
         CacheEntry("rkv", "RKVCache", library.RKVCache),
         CacheEntry("massive", "MassiveActivationCache", library.MassiveActivationCache),
         CacheEntry("pyramid-config", "PyramidCache(config)", library.PyramidCache),
-        CacheEntry("pyramid", "PyramidCache(model)", library.PyramidCache, from_model=True, reading="own"),
+        CacheEntry("pyramid", "PyramidCache(model)", library.PyramidCache, from_model=True),
         CacheEntry("shadow", "ShadowKVCache", library.ShadowKVCache, reads_answers_by_step=True, takes_batches=False),
         CacheEntry("streaming", "StreamingLLMCache", library.StreamingLLMCache),
     )

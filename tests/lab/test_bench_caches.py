@@ -79,19 +79,15 @@ def test_caches_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     pytest.importorskip("optimum.quanto")
     path, picture = tmp_path / "record.json", tmp_path / "picture.png"
     arguments = "bench caches --model tiny --device cpu --lengths 600,600 --batch-sizes 3,1,3 --new-tokens 4 --stages "
-    arguments += (
-        "--caches static,H2OCache,quantized,shadow,streaming-dense,static --budgets 0.25,100 --prefill-rows one"
-    )
+    arguments += "--caches static,H2OCache,quantized,shadow,streaming,static --budgets 0.25,100 --prefill-rows one"
     assert main([*arguments.split(), "--json", str(path), "--plot", str(picture)]) == 0
     record = json.loads(path.read_text())
     assert picture.read_bytes().startswith(b"\x89PNG")
-    command = "--caches static,h2o,quantized,shadow,streaming-dense --budgets 0.25,100 --lengths 600"
+    command = "--caches static,h2o,quantized,shadow,streaming --budgets 0.25,100 --lengths 600"
     assert record["command"].startswith(f"pyramid-cache bench caches --model tiny {command} ")
     names = ["dynamic", "static", "h2o:0.25", "h2o:100", "quantized", "shadow:0.25", "shadow:100"]
     rows = {(row["cache"], row["batch_size"]): row for row in record["rows"]}
-    assert list(rows) == [
-        (name, size) for name in (*names, "streaming-dense:0.25", "streaming-dense:100") for size in (1, 3)
-    ]
+    assert list(rows) == [(name, size) for name in (*names, "streaming:0.25", "streaming:100") for size in (1, 3)]
     for (name, batch_size), row in rows.items():
         assert row["failure"] is None
         assert len(row["step_seconds"]) == len(row["prefill_seconds"]) == 2
@@ -109,7 +105,7 @@ def test_caches_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert rows["quantized", 1]["device_bytes"] == 600 * token // 8 + 600 * token // 4 // 64 * 8 + 7 * token
     assert 0.2 < rows["h2o:0.25", 3]["bytes_ratio"] < 0.3
     # The window of 150 or 100 tokens does not grow with what is generated.
-    sizes = [rows[f"streaming-dense:{budget}", 1]["bytes_ratio"] for budget in (0.25, 100)]
+    sizes = [rows[f"streaming:{budget}", 1]["bytes_ratio"] for budget in (0.25, 100)]
     assert sizes == pytest.approx([150 / 607, 100 / 607], rel=0.05)
     printed = capsys.readouterr().out
     for text in ("tiny", "ShadowKVCache, 100", "select_chunks", "Ratios are to DynamicCache"):

@@ -1,10 +1,12 @@
 """The site in docs/: every cache has its page, and what the pages say is what the code does."""
 
+import ast
 import importlib.util
 import inspect
 import itertools
 import json
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -216,18 +218,20 @@ def test_memory_of_other_caches_and_settings() -> None:
     probed = 36 * BATCH * sum(getattr(layer, "is_probed", False) for layer in cache.layers)
     assert "36 bytes more per row" in one_line(PAGES["MassiveActivationCache"])
     check_memory("MassiveActivationCache", model, model, budget=BUDGET, formula=slots, more=probed, shared=True)
-    # H2O has the slot of the next token from the first step on.
     half, formula = build_model("llama").to(torch.bfloat16), {"budget": BUDGET}
-    slot = 8 * half.config.num_hidden_layers * BATCH * half.config.num_key_value_heads
-    check_memory("H2OCache", half, budget=BUDGET, formula=formula, more=-slot)
-    check_memory("H2OCache", half, budget=BUDGET, formula=formula, steps=40)
-    for sinks, prefill, steps in ((4, "streaming", 0), (0, "dense", 0), (4, "dense", 40), (0, "streaming", 40)):
+    for steps in (0, 40):
+        check_memory("H2OCache", half, budget=BUDGET, formula=formula, steps=steps)
+    for sinks, steps in ((4, 0), (0, 0), (4, 40), (0, 40)):
         sizes = {"budget": BUDGET, "num_sink_tokens": sinks}
-        check_memory("StreamingLLMCache", model, **sizes, prefill=prefill, steps=steps, formula=sizes, shared=True)
+        check_memory("StreamingLLMCache", model, **sizes, steps=steps, formula=sizes, shared=True)
     for source, budget, share in ((model, 0.4, 0.4 * PROMPT_LENGTH), (model.config, BUDGET, BUDGET)):
         formula = {"kept_tokens": int(share * model.config.num_hidden_layers)}
         cache = check_memory("PyramidCache", model, source, budget=budget, formula=formula)
         assert sum(cache.num_kept_tokens()) == formula["kept_tokens"]
+        read(model, cache, 2 * INTERVAL, prompt_length=0)
+        longest = formula["kept_tokens"] + cache.layers[0].eviction_interval * model.config.num_hidden_layers
+        assert sum(cache.num_kept_tokens()) <= longest
+        assert cache.nbytes <= memory_formula("PyramidCache", **numbers_of(model), kept_tokens=longest)["nbytes"]
 
 
 def test_memory_of_shadow_kv() -> None:
@@ -319,11 +323,52 @@ def test_the_design_names_folders_files_and_caches_that_are_there() -> None:
     text = (DOCS / "design.md").read_text()
     folders = re.findall(r"(\w+)/ ", re.findall(r"```text\n(.*?)```", text, re.DOTALL)[0])
     assert set(folders) == {path.parent.name for path in (ROOT / "pyramid_cache").glob("*/__init__.py")}
-    for name in re.findall(r"`((?:engine|ops|tests)/[\w/]+\.py)`", text):
+    for name in re.findall(r"`((?:caches|engine|ops|tests)/[\w/]+\.py)`", text):
         assert (ROOT / name).exists() or (ROOT / "pyramid_cache" / name).exists(), name
-    # Those that are no policy are listed.
     own = [name for name in CACHE_NAMES if not issubclass(getattr(pyramid_cache, name), pyramid_cache.PolicyCache)]
-    assert sorted(re.findall(r"^- `(\w+)`", section_of(text, "Policies"), re.MULTILINE)) == sorted(own)
+    assert re.findall(r"^- `(\w+)` is no policy", section_of(text, "Policies"), re.MULTILINE) == own
+
+
+def calls_of_first_layer(model: PreTrainedModel, cache: CompressedCache, ids: torch.Tensor) -> list[str]:
+    """The calls of functions of the library in a forward pass, as `file:function`, up to the second layer."""
+    calls: list[str] = []
+    folder = f"{Path(pyramid_cache.__file__).parent}/"
+
+    def note(frame: Any, event: str, argument: Any) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(folder):
+            calls.append(f"{frame.f_code.co_filename.removeprefix(folder)}:{frame.f_code.co_name}")
+
+    sys.setprofile(note)
+    try:
+        model(ids, past_key_values=cache)
+    finally:
+        sys.setprofile(None)
+    layers = [place for place, call in enumerate(calls) if call == "engine/cache.py:update"]
+    return calls[: layers[1]]
+
+
+@torch.no_grad()
+def test_a_token_travels_as_the_page_says() -> None:
+    text = (DOCS / "token.md").read_text()
+    functions = {
+        f"{path.relative_to(ROOT / 'pyramid_cache')}:{node.name}"
+        for path in (ROOT / "pyramid_cache").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef)
+    }
+    named = r"`([\w/]+\.py:\w+)`"
+    assert [name for name in re.findall(named, text) if name not in functions] == []
+    model = build_model("llama", num_hidden_layers=2)
+    cache = pyramid_cache.SnapKVCache(model.config, budget=16, window_size=8, eviction_interval=3)
+    calls = {"A prompt": calls_of_first_layer(model, cache, random_tokens(1, 40))}
+    for _ in range(3):
+        calls["A decode step"] = calls_of_first_layer(model, cache, random_tokens(1, 1))
+    assert cache.num_kept_tokens() == [16, 16]
+    for title, made in calls.items():
+        names, rest = re.findall(named, section_of(text, title)), iter(made)
+        missed = [name for name in names if name not in made]
+        assert missed == []
+        assert [name for name in names if name not in rest] == [], title  # in this order
 
 
 def description_of(picture: Path) -> dict[str, Any]:
@@ -374,7 +419,7 @@ MARKED = re.compile(r"<!-- times: (\S+) -->\n.*?<!-- end of times -->", re.DOTAL
 def rows_of(record: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows of `bench caches`, or of examples/bench_kvpress.py under the same names."""
     if "kvpress" not in record["versions"]:
-        return record["rows"]
+        return [row | {"label": row["label"].replace(", dense", "")} for row in record["rows"]]
     names = {"label": "press", "prefill_ratio": "prefill_seconds_ratio"}
     return [
         row | {name: row[key] for name, key in names.items()} | {"tokens_ratio": 1 / row["step_seconds_ratio"]}

@@ -20,7 +20,7 @@ from models import build_model, random_tokens, tiny_model
 from modes import tiny_tokenizer
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from pyramid_cache import SnapKVCache, StreamingLLMCache
+from pyramid_cache import SnapKVCache
 from pyramid_cache.lab.cli import main
 from pyramid_cache.lab.demo.timed_answers import generate
 from pyramid_cache.lab.evaluation.cells import Cell, CellStore
@@ -34,11 +34,7 @@ from pyramid_cache.lab.weights import no_progress
 
 
 # Those that read a prompt with full attention.
-DENSE_CASES = [
-    case
-    for case in CACHE_CASES
-    if not case.from_model and (case.cache_class is not StreamingLLMCache or case.tight.get("prefill") == "dense")
-]
+DENSE_CASES = [case for case in CACHE_CASES if not case.from_model]
 
 
 @parametrize_cases(DENSE_CASES)
@@ -129,13 +125,11 @@ def test_scores_are_those_of_generate_and_of_a_slow_loop(name: str) -> None:
     model, context = tiny_model("llama"), random_tokens(1, 48, seed=5)[0].tolist()
     caches = {} if name == BASELINE else {name: CACHES[name]}
     for is_conversation in (False, True):
-        num_later = 6 + 9 + 5 + 3 * 4 - 1 if is_conversation else 9 + 4 - 1  # behind the longest question
 
-        def build(num_tokens: int, num_later: int = num_later) -> Cache:
+        def build(num_tokens: int) -> Cache:
             if name == BASELINE:
                 return DynamicCache(config=model.config)
-            # The window of a stream is the same share of the context in both protocols.
-            return CACHES[name].build(model, 0.5, Workload(48 if name == "streaming" else num_tokens, 1, num_later))
+            return CACHES[name].build(model, 0.5, Workload(num_tokens))
 
         history, questions = list(context), []
         for index, length in enumerate((6, 9, 5)):
@@ -154,13 +148,13 @@ def test_scores_are_those_of_generate_and_of_a_slow_loop(name: str) -> None:
             for thread in made.threads:
                 pieces = [piece for question in thread for piece in (question.ids, question.answer)]
                 prompt = context
-                if protocol == "question" and name != "streaming":
+                if protocol == "question":
                     prompt, pieces = context + pieces[0], [[], *pieces[1:]]
                 wanted += slow_scores(model, build(len(prompt)), prompt, pieces, by_step=name == "shadow")
             assert [score.is_exact for score in result.scores] == [is_said for is_said, _ in wanted]
             likely = [score.log_likelihood for score in result.scores]
             assert likely == pytest.approx([figure for _, figure in wanted], abs=1e-4)
-            is_alone = protocol == "question" and name != "streaming" and not is_conversation
+            is_alone = protocol == "question" and not is_conversation
             assert len(result.held_shares) == (3 if is_alone else 1)
 
 
@@ -168,7 +162,7 @@ def test_a_window_forgets_what_is_out_of_it_and_all_of_a_budget_nothing() -> Non
     """All that a window of 44 tokens can answer are questions about the last 22 pairs."""
     model, contexts = load_recall_model(), build_contexts(parse_task("recall-448"), samples=2)
     results = {}
-    for names, budgets in ((("streaming", "streaming-dense"), [0.5, 0.1]), (("h2o", "snapkv"), [1.0])):
+    for names, budgets in (["streaming"], [0.5, 0.1]), (["h2o", "snapkv"], [1.0]):
         found = Evaluation(model, {name: CACHES[name] for name in names}, budgets).run(contexts, no_progress)
         results |= {(result.cache, result.budget): result for result in found}
         assert {result.protocol for result in found} == {"context"}  # answers of one token follow from a full reading
@@ -180,12 +174,11 @@ def test_a_window_forgets_what_is_out_of_it_and_all_of_a_budget_nothing() -> Non
         values = dict(zip(context.ids[::2], context.ids[1::2], strict=True))
         assert all([values[question.ids[0]]] == question.answer for question in context.questions)
         asked += [context.ids.index(question.ids[0]) for question in context.questions]
-    for name in ("streaming", "streaming-dense"):
-        assert right[name, 0.1] < right[name, 0.5] < right[BASELINE, 1.0]
-        scores = zip(asked, results[name, 0.1].scores, strict=True)
-        forgotten = [score.is_exact for place, score in scores if 4 <= place < 404]
-        assert len(forgotten) > 80 and sum(forgotten) / len(forgotten) < 0.1
-        assert sum(results[name, 0.1].held_shares) / 2 < 0.12
+    assert right["streaming", 0.1] < right["streaming", 0.5] < right[BASELINE, 1.0]
+    scores = zip(asked, results["streaming", 0.1].scores, strict=True)
+    forgotten = [score.is_exact for place, score in scores if 4 <= place < 404]
+    assert len(forgotten) > 80 and sum(forgotten) / len(forgotten) < 0.1
+    assert sum(results["streaming", 0.1].held_shares) / 2 < 0.12
     wanted = [score.log_likelihood for score in full.scores]
     for name in ("h2o", "snapkv"):
         assert [score.log_likelihood for score in results[name, 1.0].scores] == pytest.approx(wanted, abs=1e-4)

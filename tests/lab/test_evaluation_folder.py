@@ -200,22 +200,20 @@ def test_other_settings_are_named(tmp_path: Path) -> None:
 
 
 def test_positions_are_measured_once(tmp_path: Path) -> None:
-    caches = {name: CACHES[name] for name in ("streaming", "streaming-dense", "pyramid", "snapkv")}
+    caches = {name: CACHES[name] for name in ("streaming", "pyramid", "snapkv")}
     evaluation = Evaluation(successor_model(), caches, [0.5])
     ids = random_tokens(1, 2 * MAX_COLUMNS, seed=1)[0].remainder(16).tolist()
     long = Context("long", ids, [Question([1], [2])])
     kept = measure_kept_positions(evaluation, long, tmp_path, ignore)
-    # 513 - 256 tokens: 4 sinks, and 253 of the latest; the first of these shares a column with one that is gone.
-    assert kept[0].shares == kept[1].shares == [[1.0] * 2 + [0.0] * 127 + [0.5] + [1.0] * 126]
+    # 256 of 512 tokens, two in a column: 4 sinks, and 252 of the latest.
+    assert kept[0].shares == [[1.0] * 2 + [0.0] * 128 + [1.0] * 126]
     context = Context("some", ids[:40], [Question([1], [2, 3])])
     kept = measure_kept_positions(evaluation, context, tmp_path, ignore)
     assert [(one.task, one.cache, one.budget, one.num_tokens) for one in kept] == [
         ("some", name, 0.5, 40) for name in caches
     ]
-    # Streams have room for half of the context and two more tokens: 4 sinks, and the latest of the context.
-    for one in kept[:2]:
-        assert one.shares == [[1.0] * 4 + [0.0] * 18 + [1.0] * 18]
-    for one in kept[2:]:
+    assert kept[0].shares == [[1.0] * 4 + [0.0] * 20 + [1.0] * 16]  # sinks, and the latest
+    for one in kept[1:]:
         assert 0 < sum(one.shares[0]) <= 20
     lines = (tmp_path / "positions.jsonl").read_text()
     (tmp_path / "positions.jsonl").write_text(lines[:-30])

@@ -16,7 +16,7 @@ from reference import MaskPolicy, masks_of, run_policy
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 
-from pyramid_cache import H2OCache, SnapKVCache, StreamingLLMCache
+from pyramid_cache import H2OCache, SnapKVCache
 
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -188,7 +188,7 @@ def test_contexts_of_one_token_and_too_long_ones_and_what_is_refused() -> None:
     assert short[0] == pytest.approx(float(logits.gather(-1, torch.tensor(target)[:, None]).sum()), abs=1e-4)
     with pytest.raises(NotImplementedError, match="no context that could be compressed"):
         language_model.loglikelihood_rolling([])
-    assert cache_model(lambda model: StreamingLLMCache(model.config, 8)).loglikelihood_rolling([]) == []
+    assert cache_model(lambda model: DynamicCache(config=model.config)).loglikelihood_rolling([]) == []
     with pytest.raises(ValueError, match="`num_held_back=0` must be an integer of at least 1"):
         cache_model(None, held_back=0)
 

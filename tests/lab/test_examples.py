@@ -126,8 +126,8 @@ def test_caches_are_built_as_options_say() -> None:
     ):
         with pytest.raises((ValueError, argparse.ArgumentError), match=problem):
             new_cache(text)
-    texts = ("window_size=32", "rank=0.9", "prefill=dense", "use_covariance=True", "a=b=c")
-    assert [script_options.setting(text)[1] for text in texts] == [32, 0.9, "dense", True, "b=c"]
+    texts = ("window_size=32", "rank=0.9", "quantize=int8", "use_covariance=True", "a=b=c")
+    assert [script_options.setting(text)[1] for text in texts] == [32, 0.9, "int8", True, "b=c"]
 
 
 @pytest.mark.slow
@@ -195,9 +195,9 @@ def test_batches_keep_within_the_limit(name: str, use_all: bool, capsys: pytest.
     model = tiny_model("llama")
     model.generation_config.eos_token_id = None
     tokenizer = Mock(pad_token_id=0, decode=lambda ids, **_: str(len(ids)))
-    settings = {} if name == "H2OCache" else {"eviction_interval": 8}
+    settings = {"eviction_interval": 8}
     one = serving.Room.of(model, name, 1, 32, settings)
-    limit = 3 * ((32 + one.num_spare_slots) * one.num_layers * one.bytes_per_token + one.bytes_per_row)
+    limit = 3 * ((32 + one.eviction_interval) * one.num_layers * one.bytes_per_token + one.bytes_per_row)
     requests = [
         serving.Request(index, random_tokens(length, seed=index).tolist(), 7 + index)
         for index, length in enumerate((40, 9, 61, 33, 57, 12, 80))

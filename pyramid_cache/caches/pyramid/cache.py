@@ -9,10 +9,10 @@ dropped. Projections, attention and MLP all shrink.
 Departures from the authors' code, whose legacy file is the reference for decoding:
 - the budget is met exactly: the falling schedule is solved for its mean, and `min_context_length` never stops it
   early. Their settings, which fix the schedule and not the budget, are `PRESETS`;
-- a layer prunes its own keys and values, as in the paper. Their code prunes for the next layer only
-  (`prune_own_layer=False`);
-- the recent window is fixed when the prompt is read. It does not grow with the answer, so that each generated token is
-  judged once, by the same number of queries;
+- a layer prunes its own keys and values, as in the paper. Their code prunes for the next layer only;
+- the recent window has at most `window_size` tokens, and scores are averaged over neighbours (`kernel_size`). Presets
+  do neither;
+- decoding is bounded: generated tokens are scored as the others are, and as many are evicted;
 - padding is never kept. Attention sinks are the first tokens instead of the first columns.
 """
 
@@ -206,22 +206,26 @@ class PyramidCache(PolicyCache):
     Keeps each layer's pivotal context, less of it the deeper the layer (PyramidInfer,
     https://arxiv.org/abs/2405.12532).
 
-    Of a prompt, the cache holds `budget * num_layers * batch * prompt * kv_heads * 2 * head_dim * itemsize` bytes. Of
-    the generated tokens, the first layer keeps nine tenths and the last one a sixteenth, once they leave the recent
-    window. Slots for them are added 16 at a time.
+    Of a prompt, the cache holds `budget * num_layers * batch * prompt * (2 * kv_heads * head_dim * itemsize + 8)`
+    bytes. While an answer is generated, each layer holds what it kept of the prompt, and up to `eviction_interval`
+    tokens more.
 
     Args:
         config (`PreTrainedConfig` or `PreTrainedModel`): With the config of a model, each layer reads the whole
             prompt, then prunes its own keys and values. With the model itself, the layers above do not compute the
             tokens that a layer drops, so that prompts are read faster. The logits of dropped prompt tokens are then
             NaN. The last token, whose logits `generate` needs, is never dropped.
-        budget (`float`, `int` or `str`, defaults to 0.4): The mean over layers of what is kept of the prompt: a
-            fraction, a number of tokens, or bytes ("256MiB"). In later turns, a fraction is of all tokens seen. What
-            is kept of the answer comes on top. 1.0 never evicts.
+        budget (`float`, `int` or `str`, defaults to 0.4): The mean over layers of what is kept: a fraction of the
+            prompt, a number of tokens, or bytes ("256MiB"). In later turns, a fraction is of all tokens seen. 1.0
+            never evicts.
         preset (`str`, *optional*): The authors' settings for a model, instead of a budget: "llama-2-7b",
             "llama-2-13b", "llama-2-70b", "llama-3-8b" or "llama-3-70b".
-        recent_ratio (`float`, *optional*): The recent window's share of the prompt. The window always stays, and its
-            queries choose the rest. 0.2 by default, and never more than half of the budget.
+        recent_ratio (`float`, defaults to 0.2): The recent window's share of the prompt. The window always stays, and
+            its queries choose the rest. Without a preset, it is never more than half of the budget.
+        window_size (`int`, defaults to 64): The most tokens that the recent window has, unless there is a preset.
+            Larger values cover a longer question, and leave less room.
+        kernel_size (`int`, defaults to 5): Over how many neighbouring tokens scores are averaged. Odd. Larger values
+            keep fewer and longer passages; 1, which a preset has, scores each token alone.
         num_sink_tokens (`int`, defaults to 4): Tokens at the start that always stay, if the budget has room for them.
         min_context_length (`int`, defaults to 64): Tokens beside window and sinks that every layer keeps, if the
             budget allows it.
@@ -231,8 +235,8 @@ class PyramidCache(PolicyCache):
             apply. Smaller values take more from deep layers.
         first_pruned_layer (`int`, defaults to 0): Layers before this one keep everything, and the others less.
             Attention settles after the first layers, so that later pruning recalls more of a long prompt.
-        prune_own_layer (`bool`, *optional*): With `False`, a layer's selection applies to the layers above it only,
-            and the first pruned layer keeps everything. The authors' code does this. It is the default with a preset.
+        eviction_interval (`int`, defaults to 32): How many generated tokens arrive before as many are evicted. Larger
+            values take more memory and less time.
 
     Raises:
         ValueError: For values outside these ranges, or a number of tokens without room for sinks and a recent token.

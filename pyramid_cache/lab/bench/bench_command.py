@@ -32,7 +32,7 @@ SUITES = {
     # Every cache of the library, and of transformers those that a CPU runs fast.
     "cpu": [
         "--caches dynamic,static,h2o,snapkv,pyramidkv,adakv,tova,keydiff,knorm,expected-attention,rkv,massive,"
-        "pyramid-config,pyramid,streaming-dense,shadow --lengths 1024,4096 --batch-sizes 1,4 --prefill-rows one"
+        "pyramid-config,pyramid,streaming,shadow --lengths 1024,4096 --batch-sizes 1,4 --prefill-rows one"
     ],
     # Table 4 of PyramidInfer comes first.
     "paper": [

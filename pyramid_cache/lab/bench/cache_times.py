@@ -120,9 +120,7 @@ class Bench:
             self._new_cache(contender, length, self.batch_sizes[0])
 
     def _new_cache(self, contender: Contender, length: int, batch_size: int) -> Cache:
-        # StaticCache needs room for all tokens. The window of StreamingLLMCache stays at its budget instead.
-        num_later = 0 if contender.entry.has_budget else self.num_later
-        return contender.entry.build(self.model, contender.budget, Workload(length, batch_size, num_later))
+        return contender.entry.build(self.model, contender.budget, Workload(length, batch_size, self.num_later))
 
     @torch.no_grad()
     def run(self) -> list[dict[str, Any]]:

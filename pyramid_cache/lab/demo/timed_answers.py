@@ -80,9 +80,7 @@ def measure_caches(
     results = [Result(find_entry(name)) for name in (names if BASELINE in names else [BASELINE, *names])]
 
     def new_cache(entry: CacheEntry) -> Cache:
-        # The tokens of the answer count against a budget.
-        num_later = 0 if entry.has_budget else max_new_tokens
-        return entry.build(model, budget, Workload(prompts.num_tokens, len(prompts.numbers), num_later))
+        return entry.build(model, budget, Workload(prompts.num_tokens, len(prompts.numbers), max_new_tokens))
 
     for result in results:  # a budget that a cache refuses is refused before anything runs
         new_cache(result.entry)

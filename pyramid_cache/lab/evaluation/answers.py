@@ -16,7 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 from pyramid_cache.engine.architectures import CACHE_ARGUMENT
 from pyramid_cache.engine.kept import kept_positions
 from pyramid_cache.lab.evaluation.cells import ALL_QUESTIONS, CellKey, append_line, read_lines
-from pyramid_cache.lab.evaluation.evaluator import Evaluation, Result, enumerate_by_task, len_behind
+from pyramid_cache.lab.evaluation.evaluator import Evaluation, Result, enumerate_by_task
 from pyramid_cache.lab.evaluation.reading import Reader
 from pyramid_cache.lab.evaluation.tasks import Context
 from pyramid_cache.lab.registry import find_entry
@@ -78,8 +78,8 @@ def collect_answers(
 
 
 def num_read(key: CellKey, context: Context) -> int:
-    """How many tokens the cache had read when its bytes were counted: a stream reads questions behind the context."""
-    if key.protocol == "context" or find_entry(key.cache).reading == "stream":
+    """How many tokens the cache had read when its bytes were counted."""
+    if key.protocol == "context":
         return len(context.ids)
     return len(context.ids) + len(context.questions[0 if key.question == ALL_QUESTIONS else key.question].ids)
 
@@ -156,7 +156,7 @@ def measure_kept_positions(
         num_tokens = len(context.ids)
         reading = Reader(evaluation.model, torch.tensor([context.ids], device=evaluation.model.device)).context
         for place in missing:
-            cache, _ = evaluation.read(place[1:], [context.ids], reading, len_behind(context.threads))
+            cache, _ = evaluation.read(place[1:], [context.ids], reading)
             shares = kept_positions(cache, num_tokens)
             if num_tokens > MAX_COLUMNS:
                 shares = torch.nn.functional.adaptive_avg_pool1d(shares, MAX_COLUMNS)

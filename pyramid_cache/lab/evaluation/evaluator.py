@@ -8,7 +8,7 @@ In a conversation the right answers are read, and each later turn makes a cache 
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -110,14 +110,11 @@ class Evaluation:
         num_questions = sum(len(context.questions) for context in contexts)
         prompts = [context.ids for context in contexts]
         threads = [(row, thread) for row, context in enumerate(contexts) for thread in context.threads]
-        streams = [name for name in names if self.caches[name].reading == "stream"]
-        others = [name for name in names if name not in streams]
-        settings = [FULL, *itertools.product(others, self.budgets)]
+        settings = [FULL, *itertools.product(names, self.budgets)]
         # Where all is known already, there is nothing to read.
         find_reader = functools.cache(lambda: Reader(self.model, *pad_left(prompts, self.model.device)))
-        all_behind = functools.partial(self._answer, batch, prompts, threads, lambda: find_reader().context)
         if "context" in self.protocols:
-            all_behind(["context"], ALL_QUESTIONS, settings)
+            self._answer(batch, prompts, threads, lambda: find_reader().context, "context", ALL_QUESTIONS, settings)
             yield num_questions
         if "question" in self.protocols:
             for number in range(max(len(context.threads) for context in contexts)):
@@ -128,8 +125,6 @@ class Evaluation:
                     yield len(chosen)
             # Those of one token, and later turns.
             yield num_questions
-        # To streams both protocols are the same, but for a budget that counts the question as well.
-        all_behind(self.protocols, ALL_QUESTIONS, itertools.product(streams, self.budgets))
 
     def _ask_in_view(
         self, batch: Batch, number: int, settings: Sequence[Setting], find_reader: Callable[[], Reader] | None
@@ -146,7 +141,7 @@ class Evaluation:
             return Reader(self.model, *pad_left(prompts, self.model.device)).context
 
         question = ALL_QUESTIONS if batch[0][1].is_conversation else number
-        self._answer(batch, prompts, threads, find_reading, ["question"], question, settings, is_in_view=True)
+        self._answer(batch, prompts, threads, find_reading, "question", question, settings)
 
     def _answer(
         self,
@@ -154,17 +149,16 @@ class Evaluation:
         prompts: Sequence[list[int]],
         threads: Sequence[Thread],
         find_reading: Callable[[], Reading],
-        protocols: Sequence[str],
+        protocol: str,
         question: int,
-        settings: Iterable[Setting],
-        is_in_view: bool = False,
+        settings: Sequence[Setting],
     ) -> None:
         """
         Measures what is not in the store: each cache at its budget reads the prompts and is asked the threads behind
-        them. In view, the first question of each thread is part of its prompt.
+        them. In the protocol "question", the first question of each thread is part of its prompt.
         """
         missing: dict[Setting, list[tuple[int, CellKey]]] = {}
-        for setting, protocol, (row, (index, context)) in itertools.product(settings, protocols, enumerate(batch)):
+        for setting, (row, (index, context)) in itertools.product(settings, enumerate(batch)):
             key = CellKey(context.task, index, question, protocol, *setting)
             if key not in self.store.cells and key.question_numbers(context):
                 missing.setdefault(setting, []).append((row, key))
@@ -172,10 +166,11 @@ class Evaluation:
             return
         reading = find_reading()
         for setting, places in missing.items():
-            cache, logits = self.read(setting, prompts, reading, len_behind([questions for _, questions in threads]))
+            cache, logits = self.read(setting, prompts, reading)
             held_share = (reading.nbytes if setting == FULL else cache.nbytes) / reading.nbytes
             by_step = setting != FULL and self.caches[setting[0]].reads_answers_by_step
-            found = ask(self.model, cache, threads, by_step, logits if is_in_view else None, reading.padding)
+            first_logits = logits if protocol == "question" else None
+            found = ask(self.model, cache, threads, by_step, first_logits, reading.padding)
             by_row: dict[int, list[Score]] = {}
             for (row, _), scores in zip(threads, found, strict=True):
                 by_row.setdefault(row, []).extend(scores)
@@ -187,19 +182,17 @@ class Evaluation:
                 self.store.add(Cell(key, accuracies, [score.log_likelihood for score in scores], held_share))
 
     @torch.no_grad()
-    def read(
-        self, setting: Setting, prompts: Sequence[list[int]], reading: Reading, num_later: int
-    ) -> tuple[Any, torch.Tensor]:
+    def read(self, setting: Setting, prompts: Sequence[list[int]], reading: Reading) -> tuple[Any, torch.Tensor]:
         """
         A new cache that has read prompts in its own way, and the logits `(rows, vocabulary)` of the last token of
-        each. The reading is of the same prompts with full attention; `num_later` tokens come behind them at most.
+        each. The reading is of the same prompts with full attention.
         """
         if setting == FULL:
             return full_cache(self.model, reading), reading.logits
         name, budget = setting
         entry = self.caches[name]
-        cache: Any = entry.build(self.model, budget, Workload(reading.num_tokens, len(prompts), num_later))
-        if entry.reading == "dense":
+        cache: Any = entry.build(self.model, budget, Workload(reading.num_tokens, len(prompts)))
+        if not entry.from_model:
             cache.replay(reading.layers)
             return cache, reading.logits
         ids, padding = pad_left(prompts, self.model.device)

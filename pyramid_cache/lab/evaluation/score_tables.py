@@ -120,8 +120,6 @@ def footnote(record: dict[str, Any], place_of_turns: str | None = None) -> str:
         "so that answers of one token are not measured. Of an answer of several values, token accuracy is the share "
         "of them that is found. The budget is a fraction of what is read."
     )
-    if any(row["cache"].startswith("streaming") for row in rows):
-        note += " The window of StreamingLLMCache has room for question and answer beside it."
     if any("perplexity" in row for row in rows):
         note += " Of continuations the perplexity is shown instead."
     if place_of_turns is not None and any("token_accuracy_by_turn" in row for row in rows):
