@@ -13,11 +13,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from pyramid_cache import ShadowKVCache
-from pyramid_cache.caches.shadow_kv import ShadowKVLayer
-from pyramid_cache.engine.host import gather_through_host
-from pyramid_cache.engine.landmarks import landmarks_of, probe_of
-from pyramid_cache.engine.low_rank import gram_matrix
-from pyramid_cache.engine.rope import RotaryFrequencies
+from pyramid_cache.caches.shadow_kv.host import gather_through_host
+from pyramid_cache.caches.shadow_kv.landmarks import landmarks_of, probe_of
+from pyramid_cache.caches.shadow_kv.layer import ShadowKVLayer
+from pyramid_cache.caches.shadow_kv.low_rank import gram_matrix
 from pyramid_cache.ops.shadow import gather_values
 
 
@@ -244,7 +243,7 @@ def test_rows_do_what_they_do_alone(settings: dict[str, Any]) -> None:
         own = slice(row, row + 1), slice(first, None)
         found = read(model, alone, tokens[own], [70 - first, *pieces[1:]], mask[own])
         if "quantize" in settings:  # numbers near the middle of two steps may be rounded to either
-            scales = [cache.compressed_layers[0].landmark_scales for cache in (together, alone)]
+            scales = [cache.compressed_layers[0].shadow.landmark_scales for cache in (together, alone)]
             torch.testing.assert_close(scales[0][row], scales[1][0], atol=0, rtol=1e-4)
             continue
         torch.testing.assert_close(logits[row, first:], found[0], atol=1e-3, rtol=0)
@@ -267,8 +266,8 @@ def test_rebuilt_keys_are_the_truncated_svd(name: str) -> None:
         cache = shadow_cache(model, rank=given)
         read(model, cache, tokens, [100])
         for layer, full_layer in zip(cache.compressed_layers, full.layers, strict=True):
-            (num_shadow,), rank = layer.row_shadow, layer.factors.shape[-1]
-            rotary = layer.rotary or RotaryFrequencies(torch.zeros(0))
+            (num_shadow,), rank = layer.row_shadow, layer.shadow.factors.shape[-1]
+            rotary = layer.shadow.rotary
             turns = rotary.model_angles(torch.arange(num_shadow)[None, None], 100)
             plain = rotary.rotate(full_layer.keys[:, :, :num_shadow].double(), -turns)
             left, singular, right = torch.linalg.svd(plain.transpose(1, 2).flatten(2)[0], full_matrices=False)
@@ -276,7 +275,7 @@ def test_rebuilt_keys_are_the_truncated_svd(name: str) -> None:
             assert rank == 9 if given == 9 else energy[rank - 1] >= 0.9 > energy[rank - 2]
             truncated = (left[:, :rank] * singular[:rank]) @ right[:rank]
             expected = rotary.rotate(truncated[None].unflatten(2, (plain.shape[1], -1)).transpose(1, 2), turns)
-            layer.outlier_chunks.fill_(-1)  # which are exact
+            layer.shadow.outlier_chunks.fill_(-1)  # which are exact
             found = layer._sorted_slots()["keys"][:, :, :num_shadow].double()
             assert ((found - expected).norm() / expected.norm()).item() < 1e-5
 
@@ -289,12 +288,12 @@ def test_a_prompt_in_chunks_has_the_basis_of_all_of_it() -> None:
     read(model, caches[0], tokens, [100])
     read(model, caches[1], tokens, [40, 25, 35])
     for layers in zip(*(cache.compressed_layers for cache in caches), strict=True):
-        assert torch.equal(*(layer.outlier_chunks for layer in layers))
-        torch.testing.assert_close(*(layer.landmarks for layer in layers), atol=1e-4, rtol=0)
+        assert torch.equal(*(layer.shadow.outlier_chunks for layer in layers))
+        torch.testing.assert_close(*(layer.shadow.landmarks for layer in layers), atol=1e-4, rtol=0)
         for layer in layers:
-            layer.outlier_chunks.fill_(-1)
+            layer.shadow.outlier_chunks.fill_(-1)
         torch.testing.assert_close(*(layer._sorted_slots()["keys"] for layer in layers), atol=1e-3, rtol=0)
-        grams = (gram_matrix(layer.basis.transpose(1, 2).flatten(2)) for layer in layers)
+        grams = (gram_matrix(layer.shadow.basis.transpose(1, 2).flatten(2)) for layer in layers)
         torch.testing.assert_close(*grams, rtol=1e-3, atol=1e-2)
 
 
@@ -314,12 +313,12 @@ def test_quantised_keys_are_near() -> None:
                 positions = torch.tensor(each.row_lengths)[:, None, None] + torch.arange(24)
                 each.row_lengths = [length + 24 for length in each.row_lengths]
                 pairs = zip(each._outside(), (key, value, positions.int()), strict=True)
-                each._arrange(*(torch.cat(pair, dim=2) for pair in pairs), [each.num_movable(24)] * 2, [False] * 2)
+                each._arrange(*(torch.cat(pair, dim=2) for pair in pairs), [20] * 2)
             layer, other = layers
-            assert layer.factors.dtype.itemsize == layer.landmarks.dtype.itemsize == 1
+            assert layer.shadow.factors.dtype.itemsize == layer.shadow.landmarks.dtype.itemsize == 1
             for found, expected in (
                 (layer._sorted_slots()["keys"], other._sorted_slots()["keys"]),
-                (layer.landmarks.float() * layer.landmark_scales, other.landmarks),
+                (layer.shadow.landmarks.float() * layer.shadow.landmark_scales, other.shadow.landmarks),
             ):
                 assert ((found - expected).norm() / expected.norm()).item() < tolerance
 
@@ -337,9 +336,9 @@ def test_values_in_a_file_are_the_same(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())  # files without a name
     twin = copy.deepcopy(in_file)
     for layer, other in zip(in_file.compressed_layers, twin.compressed_layers, strict=True):
-        assert other.host_values.untyped_storage().filename is not None
-        assert torch.equal(layer.host_values, other.host_values)
-        assert layer.host_values.data_ptr() != other.host_values.data_ptr()
+        assert other.shadow.values.tensor.untyped_storage().filename is not None
+        assert torch.equal(layer.shadow.values.tensor, other.shadow.values.tensor)
+        assert layer.shadow.values.tensor.data_ptr() != other.shadow.values.tensor.data_ptr()
     tokens, mask = random_tokens(2, 115, seed=9), torch.arange(115) >= torch.tensor([[0], [5]])
     found = read(model, twin, tokens, [1], mask)
     assert in_file.get_seq_length() == 114 and twin.get_seq_length() == 115

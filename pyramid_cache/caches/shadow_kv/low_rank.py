@@ -13,13 +13,11 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from pyramid_cache.engine.quantization import scale_of, stored, widened
-from pyramid_cache.engine.sizes import with_size
+from pyramid_cache.caches.shadow_kv.landmarks import padded
+from pyramid_cache.caches.shadow_kv.quantization import scale_of, stored, widened
 from pyramid_cache.ops.transfer import numbers_on
 
 
-# How many tokens' keys are copied to float32 at once.
-TOKENS_PER_BLOCK = 8192
 # Shorter axes than this share of the longest one count as zero: so small an eigenvalue is a rounding error of float32,
 # and the factors would be divided by it.
 SHORTEST_SHARE = 1e-4
@@ -35,11 +33,8 @@ def gram_matrix(keys: torch.Tensor) -> torch.Tensor:
     Returns:
         `torch.Tensor`: `(batch, kv_heads * head_dim, kv_heads * head_dim)` float32.
     """
-    gram = keys.new_zeros(keys.shape[0], keys.shape[2], keys.shape[2], dtype=torch.float32)
-    for start in range(0, keys.shape[1], TOKENS_PER_BLOCK):
-        block = keys[:, start : start + TOKENS_PER_BLOCK].float()
-        gram.baddbmm_(block.mT, block)
-    return gram
+    keys = keys.float()
+    return keys.mT @ keys
 
 
 def fit_basis(gram: torch.Tensor, rank: int | float) -> torch.Tensor:
@@ -86,18 +81,7 @@ def project(keys: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
     basis = basis.float()
     squares = basis.square().sum(dim=-1, keepdim=True)
     directions = torch.where(squares > 0, basis / squares, 0).mT
-    factors = keys.new_empty(*keys.shape[:2], basis.shape[1], dtype=torch.float32)
-    for start in range(0, keys.shape[1], TOKENS_PER_BLOCK):
-        block = slice(start, start + TOKENS_PER_BLOCK)
-        factors[:, block] = keys[:, block].float() @ directions
-    return factors
-
-
-def extended_gram(gram: torch.Tensor, factors: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
-    """The Gram matrix of new keys, and of held ones given as factors `(batch, tokens, rank)` and a basis."""
-    inner = gram_matrix(factors)
-    basis = basis.float()
-    return gram + basis.mT @ inner @ basis
+    return keys.float() @ directions
 
 
 def add_keys(
@@ -125,8 +109,8 @@ def add_keys(
     is_quantized = factors.dtype.itemsize == 1
     if any(refits):
         gram = functools.reduce(torch.add, map(gram_matrix, blocks()))
-        if factors.shape[1]:
-            gram = extended_gram(gram, factors, basis)
+        if factors.shape[1]:  # the held keys are `factors @ basis`
+            gram = gram + basis.float().mT @ gram_matrix(factors) @ basis.float()
         fitted = fit_basis(gram, rank)
         if is_quantized:
             # Each axis is scaled so that the largest factor along it becomes the largest number of the dtype.
@@ -139,8 +123,8 @@ def add_keys(
         if not all(refits):
             is_refitted = numbers_on(basis.device, refits, torch.bool).view(-1, 1, 1)
             size = max(fitted.shape[1], basis.shape[1])
-            fitted = torch.where(is_refitted, with_size(fitted, 1, size), with_size(basis, 1, size))
-            moved = torch.where(is_refitted, with_size(moved, 2, size), with_size(factors, 2, size))
+            fitted = torch.where(is_refitted, *(padded(each.mT, size).mT for each in (fitted, basis)))
+            moved = torch.where(is_refitted, padded(moved, size), padded(factors, size))
         basis, factors = fitted, moved
     new = torch.cat([project(block, basis) for block in blocks()], dim=1)
     if is_quantized:

@@ -6,6 +6,7 @@ order, and nothing has to wait.
 """
 
 import contextlib
+import copy
 import functools
 import math
 import os
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 
+from pyramid_cache.caches.shadow_kv.growth import extended
 from pyramid_cache.engine.budget import parse_budget
 from pyramid_cache.ops.shadow import gather_values
 
@@ -141,15 +143,64 @@ def wait_for_host(device: torch.device) -> None:
         second_stream(device).synchronize()
 
 
-def fetch_values(buffer: torch.Tensor, values: torch.Tensor, incoming: torch.Tensor, *, chunk_size: int) -> None:
+class HostValues:
     """
-    `gather_values` that also takes values in pageable memory. The host reads mapped files itself, once the device has
-    said which chunks it wants.
+    The values of a layer, `tensor` `(batch, kv_heads, tokens, value_dim)`.
+
+    Args:
+        place (`HostPlace`): Where they are.
+        value (`torch.Tensor`): `(batch, kv_heads, tokens, value_dim)`, some of the first ones. It gives sizes, dtype
+            and device.
     """
-    if buffer.device.type == "cpu" or values.is_pinned():
-        gather_values(buffer, values, incoming, chunk_size=chunk_size)
-    else:
-        gather_through_host(buffer, values, incoming, chunk_size)
+
+    def __init__(self, place: HostPlace, value: torch.Tensor) -> None:
+        self.place, self.device, self.dtype = place, value.device, value.dtype
+        self.tensor = self._zeros((*value.shape[:2], 0, value.shape[3]))
+
+    def _zeros(self, shape: tuple[int, ...]) -> torch.Tensor:
+        return self.place.zeros(shape, self.dtype, self.device)
+
+    def add(self, value: torch.Tensor, starts: list[int], counts: list[int]) -> None:
+        """Copies the first `counts` new values of each row behind its first `starts`, while the device goes on."""
+        if max(map(sum, zip(starts, counts, strict=True))) > self.tensor.shape[2]:
+            wait_for_host(self.device)
+        with beside(self.device, value):
+            self.tensor = extended(self.tensor, value, starts, counts, self._zeros)
+
+    def load(self, buffer: torch.Tensor, incoming: torch.Tensor, chunk_size: int) -> None:
+        """
+        `gather_values` into a buffer, which is ready after `join`. The host reads mapped files itself, once the device
+        has said which chunks it wants.
+        """
+        with beside(self.device):
+            if self.device.type == "cpu" or self.tensor.is_pinned():
+                gather_values(buffer, self.tensor, incoming, chunk_size=chunk_size)
+            else:
+                gather_through_host(buffer, self.tensor, incoming, chunk_size)
+
+    def read(self, num_tokens: int) -> torch.Tensor:
+        """Copies of the first values, on the device."""
+        join(self.device)
+        return self.tensor[:, :, :num_tokens].to(self.device)
+
+    def on_host(self, num_tokens: int) -> torch.Tensor:
+        """The first values themselves, all written."""
+        wait_for_host(self.device)
+        return self.tensor[:, :, :num_tokens]
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Keeps the rows at these indices `(rows,)`, in that order."""
+        if self.tensor.is_inference() or rows.tolist() != list(range(self.tensor.shape[0])):
+            wait_for_host(self.device)
+            selected = self._zeros((rows.shape[0], *self.tensor.shape[1:]))
+            self.tensor = torch.index_select(self.tensor, 0, rows.cpu(), out=selected)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "HostValues":
+        memo[id(self)] = twin = copy.copy(self)
+        wait_for_host(self.device)
+        # A plain copy of the tensor would be neither pinned nor in a file.
+        twin.tensor = self._zeros(tuple(self.tensor.shape)).copy_(self.tensor)
+        return twin
 
 
 def gather_through_host(buffer: torch.Tensor, values: torch.Tensor, incoming: torch.Tensor, chunk_size: int) -> None:

@@ -1,0 +1,285 @@
+"""The shadow of a layer: the tokens of each row but for its latest ones, in a form that takes less of the device."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+
+from pyramid_cache.caches.shadow_kv.growth import extended
+from pyramid_cache.caches.shadow_kv.host import HostPlace, HostValues, join
+from pyramid_cache.caches.shadow_kv.landmarks import landmarks_of, lowest_cosines, probe_of
+from pyramid_cache.caches.shadow_kv.low_rank import add_keys
+from pyramid_cache.caches.shadow_kv.quantization import QUANTIZE, add_scaled, stored
+from pyramid_cache.caches.shadow_kv.settings import ShadowSettings
+from pyramid_cache.engine.rope import RotaryFrequencies
+from pyramid_cache.ops.shadow import plan_chunks, reconstruct_keys, select_chunks
+from pyramid_cache.ops.transfer import numbers_on
+
+
+# How many tokens' keys are copied to float32 at once.
+TOKENS_PER_BLOCK = 8192
+
+
+def row() -> Any:
+    """A field for a tensor with the batch first."""
+    return field(default=None, metadata={"is_row_tensor": True})
+
+
+@dataclass
+class Shadow:
+    """
+    The first `row_tokens` tokens of each row. Chunk `c` is its tokens `c * chunk_size` to `(c + 1) * chunk_size - 1`.
+
+    Attributes:
+        settings (`ShadowSettings`): What the user chose.
+        place (`HostPlace`): Where values go.
+        rotary (`RotaryFrequencies`): What keys are turned by. Any frequencies would do as long as keys are turned back
+            and forth by the same: those of the model are the ones that make them of low rank.
+        values (`HostValues`): Of all tokens.
+        factors (`torch.Tensor`): `(batch, tokens, rank)`. Their product with `basis` is the keys before RoPE.
+        basis (`torch.Tensor`): `(batch, kv_heads, rank, head_dim)`.
+        landmarks (`torch.Tensor`): `(batch, kv_heads, chunks, head_dim + num_bands)`, of `landmarks_of`.
+        landmark_scales (`torch.Tensor`): `(batch, kv_heads, 1, head_dim + num_bands)` float32, of quantised landmarks.
+        is_selectable (`torch.Tensor`): `(batch, kv_heads, chunks)` bool, False for outliers and for what is no chunk.
+        outlier_chunks (`torch.Tensor`): `(batch, kv_heads, num_outlier_chunks)` int64, -1 for none.
+        outlier_cosines (`torch.Tensor`): Like it, float32: the lowest cosine of a key of the chunk and their mean.
+    """
+
+    settings: ShadowSettings
+    place: HostPlace
+    row_tokens: list[int] = field(default_factory=list)
+    rotary: RotaryFrequencies = None  # type: ignore[assignment]
+    values: HostValues = None  # type: ignore[assignment]
+    factors: torch.Tensor = row()
+    basis: torch.Tensor = row()
+    landmarks: torch.Tensor = row()
+    landmark_scales: torch.Tensor = row()
+    is_selectable: torch.Tensor = row()
+    outlier_chunks: torch.Tensor = row()
+    outlier_cosines: torch.Tensor = row()
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the longest row."""
+        return max(self.row_tokens, default=0)
+
+    @property
+    def num_chunks(self) -> int:
+        """Of the longest row."""
+        return self.num_tokens // self.settings.chunk_size
+
+    @property
+    def num_bands(self) -> int:
+        """At most one for each two dimensions of a head."""
+        return min(self.settings.num_spread_bands, -(-self.basis.shape[3] // 2))
+
+    def _row_tokens_on(self, device: torch.device) -> torch.Tensor:
+        return numbers_on(device, self.row_tokens, torch.int32).view(-1, 1, 1)
+
+    # Growing.
+
+    def begin(self, key: torch.Tensor, value: torch.Tensor, rotary: RotaryFrequencies) -> None:
+        """Makes room for nothing yet, of rows, heads, dtypes and device as keys and values `(batch, kv_heads, ...)`."""
+        places, head_dim, quantize = key.shape[:2], key.shape[3], self.settings.quantize
+        dtype = key.dtype if quantize is None else QUANTIZE[quantize]
+        self.row_tokens = [0] * key.shape[0]
+        self.rotary, self.values = rotary, HostValues(self.place, value)
+        self.basis = key.new_zeros(*places, 0, head_dim)
+        width = head_dim + self.num_bands
+        self.factors = key.new_zeros(places[0], 0, 0, dtype=dtype)
+        self.landmarks = key.new_zeros(*places, 0, width, dtype=dtype)
+        if quantize is not None:
+            self.landmark_scales = key.new_ones(*places, 1, width, dtype=torch.float32)
+        self.is_selectable = key.new_zeros(*places, 0, dtype=torch.bool)
+        num_outliers = self.settings.num_outlier_chunks
+        self.outlier_chunks = key.new_full((*places, num_outliers), -1, dtype=torch.int64)
+        self.outlier_cosines = key.new_full((*places, num_outliers), float("inf"), dtype=torch.float32)
+
+    def add(self, key: torch.Tensor, value: torch.Tensor, counts: list[int], *, refit: bool) -> torch.Tensor:
+        """
+        Takes full chunks behind those of each row, and chooses the outliers anew.
+
+        Args:
+            key, value (`torch.Tensor`): `(batch, kv_heads, tokens, head_dim)`.
+            counts (`list[int]`): How many of the tokens each row has, its first ones.
+            refit (`bool`): Whether the basis is fitted anew in rows that have one.
+
+        Returns:
+            `torch.Tensor`: `(batch, kv_heads, num_outlier_chunks)` int64, where each outlier comes from: an index into
+            the outliers so far with the new chunks behind them.
+        """
+        size, starts = self.settings.chunk_size, self.row_tokens
+        refits = [count > 0 and (refit or not start) for start, count in zip(starts, counts, strict=True)]
+        offsets = torch.arange(key.shape[2], device=key.device)
+        is_token = offsets < numbers_on(key.device, counts, torch.int32).view(-1, 1, 1)  # (batch, 1, tokens)
+        is_chunk = is_token[..., ::size]
+        self._add_factors(key, is_token, counts, refits)
+        self.values.add(value, starts, counts)
+        chunks = key.unflatten(2, (-1, size)).float()  # (batch, kv_heads, chunks, chunk_size, head_dim)
+        landmarks = landmarks_of(chunks, self.num_bands)
+        cosines = lowest_cosines(chunks, landmarks[..., : key.shape[3]]).masked_fill(~is_chunk, float("inf"))
+        landmarks = landmarks.masked_fill(~is_chunk[..., None], 0)
+        if self.landmark_scales is not None:
+            self.landmarks, self.landmark_scales, landmarks = add_scaled(
+                self.landmarks, self.landmark_scales, landmarks, refits
+            )
+        first, num_new = ([number // size for number in numbers] for numbers in (starts, counts))
+        self.landmarks = extended(self.landmarks, stored(landmarks, self.landmarks.dtype), first, num_new)
+        chosen = self._choose_outliers(cosines)
+        self.row_tokens = [start + count for start, count in zip(starts, counts, strict=True)]
+        index = torch.arange(self.landmarks.shape[2], device=key.device)
+        exists = index < self._row_tokens_on(key.device) // size
+        self.is_selectable = exists & ~(self.outlier_chunks[..., None] == index).any(dim=2)
+        return chosen
+
+    def _add_factors(self, key: torch.Tensor, is_token: torch.Tensor, counts: list[int], refits: list[bool]) -> None:
+        """Projects keys onto the basis, which is first fitted to them and to those held so far where `refits` asks."""
+        positions = self._row_tokens_on(key.device) + torch.arange(key.shape[2], device=key.device)
+
+        def unrotated() -> Iterator[torch.Tensor]:  # (batch, tokens, kv_heads * head_dim)
+            for start in range(0, key.shape[2], TOKENS_PER_BLOCK):
+                block = slice(start, start + TOKENS_PER_BLOCK)
+                angles = self.rotary.model_angles(positions[..., block], longest=0)
+                keys = self.rotary.rotate(key[:, :, block].float(), -angles)
+                yield keys.masked_fill(~is_token[..., block, None], 0).transpose(1, 2).flatten(2)
+
+        joint = self.basis.transpose(1, 2).flatten(2)
+        self.factors, joint, factors = add_keys(unrotated, self.factors, joint, self.settings.rank, refits)
+        self.basis = joint.unflatten(2, (key.shape[1], key.shape[3])).transpose(1, 2).contiguous()
+        self.factors = extended(self.factors, factors, self.row_tokens, counts)
+
+    def _choose_outliers(self, cosines: torch.Tensor) -> torch.Tensor:
+        """
+        Of the outliers so far and of new chunks those that their means stand for worst: indices as `add` returns them.
+        """
+        first = self._row_tokens_on(cosines.device) // self.settings.chunk_size
+        new = (first + torch.arange(cosines.shape[-1], device=cosines.device)).expand_as(cosines)
+        chunks = torch.cat([self.outlier_chunks, new], dim=-1)
+        cosines = torch.cat([self.outlier_cosines, cosines], dim=-1)
+        # Of equal cosines the older chunk.
+        chosen = cosines.sort(dim=-1, stable=True).indices[..., : self.settings.num_outlier_chunks]
+        self.outlier_cosines = cosines.gather(-1, chosen)
+        self.outlier_chunks = chunks.gather(-1, chosen).masked_fill(self.outlier_cosines.isinf(), -1)
+        return chosen
+
+    def forget(self, rows: list[int]) -> None:
+        """Empties these rows."""
+        self.row_tokens = [0 if row in rows else count for row, count in enumerate(self.row_tokens)]
+        for row in rows:
+            self.factors[row] = self.landmarks[row] = 0  # they would count for the next basis and scales
+            self.is_selectable[row] = False
+            self.outlier_chunks[row], self.outlier_cosines[row] = -1, float("inf")
+
+    # Reading.
+
+    def select(self, query: torch.Tensor, scaling: float, num_chunks: int) -> torch.Tensor:
+        """The `num_chunks` chunks `(batch, kv_heads, num_chunks)` that a query `(batch, heads, 1, head_dim)` attends
+        to most, -1 for none."""
+        probe = probe_of(query, self.num_bands)
+        if self.landmark_scales is not None:
+            group = query.shape[1] // self.landmarks.shape[1]
+            probe = (probe * self.landmark_scales.repeat_interleave(group, dim=1)).to(query.dtype)
+        landmarks, mask = self.landmarks[:, :, : self.num_chunks], self.is_selectable[..., : self.num_chunks]
+        return select_chunks(probe, landmarks, num_chunks=num_chunks, scaling=scaling, mask=mask)
+
+    def latest(self, num_chunks: int) -> torch.Tensor:
+        """The latest chunks `(batch, kv_heads, num_chunks)` that are no outliers, -1 for none."""
+        is_selectable = self.is_selectable[..., : self.num_chunks]
+        index = torch.arange(self.num_chunks, device=is_selectable.device)
+        chunks = torch.where(is_selectable, index, -1).sort(dim=-1, descending=True).values[..., :num_chunks]
+        return torch.nn.functional.pad(chunks, (0, num_chunks - chunks.shape[-1]), value=-1)
+
+    def load(self, keys: torch.Tensor, values: torch.Tensor, held: torch.Tensor, wanted: torch.Tensor) -> None:
+        """
+        Brings chunks into places.
+
+        Args:
+            keys, values (`torch.Tensor`): `(batch, kv_heads, places * chunk_size, head_dim)`, written in place.
+            held (`torch.Tensor`): `(batch, kv_heads, places)` int64, the chunk that each place holds, -1 for none.
+                Written in place.
+            wanted (`torch.Tensor`): `(batch, kv_heads, places)` int64, the chunks that places should hold.
+        """
+        size, device = self.settings.chunk_size, keys.device
+        incoming = plan_chunks(held, wanted)
+        self.values.load(values, incoming, size)
+        positions = torch.arange(self.factors.shape[1], dtype=torch.int32, device=device)
+        reconstruct_keys(
+            keys,
+            self.factors,
+            self.basis,
+            incoming,
+            positions.expand(keys.shape[0], -1),
+            self.rotary.inv_freq.to(device),
+            chunk_size=size,
+            interleaved=self.rotary.layout == "interleaved",
+        )
+        join(device)
+
+    def everything(self, outlier_keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        Keys, rebuilt but for the outliers, values, and positions `(batch, 1, tokens)` int32 of all tokens, -1 behind
+        the last of a shorter row. `outlier_keys` are `(batch, kv_heads, num_outlier_chunks * chunk_size, head_dim)`.
+        """
+        num_tokens, device = self.num_tokens, outlier_keys.device
+        with torch.autocast(device.type, enabled=False):
+            keys = self.factors[:, None, :num_tokens].float() @ self.basis.float()
+        positions = torch.arange(num_tokens, dtype=torch.int32, device=device).expand(len(self.row_tokens), 1, -1)
+        keys = self.rotary.rotate(keys, self.rotary.model_angles(positions, longest=0)).to(outlier_keys.dtype)
+        keys = torch.nn.functional.pad(keys, (0, 0, 0, 1))  # one place more, for slots of no outlier
+        places = tokens_of(self.outlier_chunks, self.settings.chunk_size).long()
+        index = torch.where(places < 0, num_tokens, places)[..., None].expand_as(outlier_keys)
+        keys = keys.scatter_(2, index, outlier_keys)[:, :, :num_tokens]
+        positions = positions.masked_fill(positions >= self._row_tokens_on(device), -1)
+        return keys, self.values.read(num_tokens), positions
+
+    # Rows and files.
+
+    def row_tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors with the batch first."""
+        tensors = {name: getattr(self, name) for name in ROW_TENSORS}
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+    def map_rows(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Maps all tensors. Values stay on the host: the function tells which rows it takes, and from where."""
+        for name, tensor in self.row_tensors().items():
+            setattr(self, name, function(tensor))
+        if self.values is not None:
+            rows = torch.arange(self.values.tensor.shape[0], device=self.values.device)
+            self.values.select(function(rows).cpu())
+
+    def export_tensors(self) -> dict[str, torch.Tensor]:
+        """What a file holds, without unused places."""
+        tensors = self.row_tensors()
+        if tensors:
+            tensors["factors"] = self.factors[:, : self.num_tokens]
+            tensors["landmarks"] = self.landmarks[:, :, : self.num_chunks]
+            tensors["is_selectable"] = self.is_selectable[..., : self.num_chunks]
+            tensors["host_values"] = self.values.on_host(self.num_tokens)
+        return tensors
+
+    def import_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Takes over what `export_tensors` gave, if it gave anything."""
+        for name in ROW_TENSORS:
+            setattr(self, name, tensors.get(name))
+        if "host_values" in tensors:
+            values = tensors["host_values"]
+            self.values = HostValues(self.place, values)
+            self.values.add(values, [0] * values.shape[0], [values.shape[2]] * values.shape[0])
+
+    def held_tensors(self) -> dict[str, torch.Tensor]:
+        """Every tensor, by a name whose first word is its role."""
+        tensors = self.row_tensors()
+        if tensors:
+            tensors |= {f"keys in {name}": tensors.pop(name) for name in ("factors", "basis", "landmarks")}
+            tensors["host values"] = self.values.tensor
+        return tensors
+
+
+ROW_TENSORS = tuple(each.name for each in fields(Shadow) if "is_row_tensor" in each.metadata)
+
+
+def tokens_of(chunks: torch.Tensor, chunk_size: int) -> torch.Tensor:
+    """The tokens `(batch, kv_heads, chunks * chunk_size)` int32 of chunks, -1 for those of none."""
+    tokens = chunks[..., None] * chunk_size + torch.arange(chunk_size, device=chunks.device)
+    return tokens.masked_fill(chunks[..., None] < 0, -1).flatten(2).int()
