@@ -16,15 +16,14 @@ shows it, as the bounds of Quest do (https://arxiv.org/abs/2406.10774), and take
 
 import os
 import weakref
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from pyramid_cache.caches.shadow_kv.host import read_host
 from pyramid_cache.caches.shadow_kv.layer import ShadowKVLayer
-from pyramid_cache.caches.shadow_kv.quantization import QUANTIZE
-from pyramid_cache.caches.shadow_kv.settings import ShadowSettings, read_share_or_count
-from pyramid_cache.engine.budget import read_count
+from pyramid_cache.caches.shadow_kv.settings import ShadowSettings
 from pyramid_cache.engine.cache import CompressedCache, check_decoder_config, config_and_model
 from pyramid_cache.engine.layer import LayerPlace
 from pyramid_cache.engine.rope import SharedFrequencies, refuse_unsupported_rope
@@ -57,7 +56,7 @@ class ShadowKVCache(CompressedCache):
         rank (`int` or `float`, defaults to 160): Dimensions of keys before RoPE, over all heads of a layer, or the
             share of their sum of squares that is kept. With a share, each layer has its own rank. A few directions
             hold most of the sum: 0.99 is coarse and 0.999 fine. Larger values rebuild keys more exactly and take more
-            memory.
+            memory. All dimensions of a layer's keys, `kv_heads * head_dim`, are the most: more is as exact as that.
         chunk_size (`int`, defaults to 8): Tokens that one landmark stands for. Larger values save memory and choose
             more coarsely.
         num_outlier_chunks (`int`, defaults to 48): Chunks of each KV head that stay exact: those that their mean
@@ -120,24 +119,14 @@ class ShadowKVCache(CompressedCache):
         config, model = config_and_model(config)
         check_decoder_config(config)
         refuse_unsupported_rope(config)
-        settings = ShadowSettings(
-            budget=read_share_or_count("budget", budget),
-            rank=read_share_or_count("rank", rank),
-            chunk_size=read_count("chunk_size", chunk_size, least=1),
-            num_outlier_chunks=read_count("num_outlier_chunks", num_outlier_chunks, least=0),
-            num_spread_bands=read_count("num_spread_bands", num_spread_bands, least=0),
-            num_local_tokens=read_count("num_local_tokens", num_local_tokens, least=0),
-            offload_interval=read_count("offload_interval", offload_interval, least=1),
-            quantize=quantize,
-            host=host,
-            host_budget=host_budget,
-        )
-        if quantize is not None and (not isinstance(quantize, str) or quantize not in QUANTIZE):
-            raise ValueError(f"`quantize={quantize!r}` is unknown. Choose one of {sorted(QUANTIZE)}, or None.")
+        sizes = (budget, rank, chunk_size, num_outlier_chunks, num_spread_bands, num_local_tokens, offload_interval)
+        settings = ShadowSettings(*sizes, quantize, host, host_budget)
+        host_place = read_host(host, host_budget)
         self.frequencies = SharedFrequencies(config, None if model is None else weakref.ref(model))
 
         def build_layer(place: LayerPlace, masks: MaskReader) -> ShadowKVLayer:
-            return ShadowKVLayer(place, masks, settings, self.frequencies)
+            layer_host = replace(host_place, num_layers=place.num_layers)
+            return ShadowKVLayer(place, masks, settings, layer_host, self.frequencies)
 
         super().__init__(config, build_layer, asdict(settings))
 

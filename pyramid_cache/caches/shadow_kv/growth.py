@@ -10,27 +10,22 @@ GROWTH = 16
 
 
 def extended(
-    target: torch.Tensor,
+    held: torch.Tensor,
     new: torch.Tensor,
     starts: list[int],
     counts: list[int],
     zeros: Callable[[tuple[int, ...]], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """
-    Writes the first `counts` new tokens of each row behind its first `starts` tokens, into a larger tensor if there is
-    no room for them. Copies to pinned memory of the host may still run when this returns.
-
-    Args:
-        target, new (`torch.Tensor`): `(batch, ..., tokens, width)`.
-        starts, counts (`list[int]`): Of each row.
-        zeros (`Callable`, *optional*): Makes the larger tensor from its shape.
+    Writes the first `counts` of new tokens `(batch, ..., tokens, width)` of each row behind its first `starts` held
+    ones, in place or, without room, in a larger tensor, which `zeros` makes. Copies to the host may still run then.
     """
-    held, needed = target.shape[-2], max(map(sum, zip(starts, counts, strict=True)))
-    if needed > held:
-        shape = (*target.shape[:-2], max(needed, held + held // GROWTH), target.shape[-1])
-        larger = target.new_zeros(shape) if zeros is None else zeros(shape)
-        larger[..., :held, :] = target
-        target = larger
+    size, needed = held.shape[-2], max(map(sum, zip(starts, counts, strict=True)))
+    if needed > size:
+        shape = (*held.shape[:-2], max(needed, size + size // GROWTH), held.shape[-1])
+        larger = held.new_zeros(shape) if zeros is None else zeros(shape)
+        larger[..., :size, :] = held
+        held = larger
     for row, (start, count) in enumerate(zip(starts, counts, strict=True)):
-        target[row, ..., start : start + count, :].copy_(new[row, ..., :count, :], non_blocking=True)
-    return target
+        held[row, ..., start : start + count, :].copy_(new[row, ..., :count, :], non_blocking=True)
+    return held

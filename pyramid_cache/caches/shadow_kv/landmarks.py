@@ -26,10 +26,7 @@ def landmarks_of(chunks: torch.Tensor, num_bands: int) -> torch.Tensor:
 
 
 def lowest_cosines(chunks: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
-    """
-    How well means stand for their chunks: `(batch, kv_heads, chunks)`, the lowest cosine of the mean and a key, -1 for
-    a chunk with NaN.
-    """
+    """`(batch, kv_heads, chunks)`: the lowest cosine of a key of each chunk and their mean, -1 where there is NaN."""
     if chunks.shape[3] == 1:  # each stands for itself, but for rounding
         return torch.ones_like(means[..., 0])
     return torch.cosine_similarity(chunks, means[..., None, :], dim=-1).amin(dim=-1).nan_to_num(nan=-1.0)

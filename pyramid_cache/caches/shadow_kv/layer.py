@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
-from pyramid_cache.caches.shadow_kv.host import read_host
+from pyramid_cache.caches.shadow_kv.host import HostPlace
 from pyramid_cache.caches.shadow_kv.settings import ShadowSettings
 from pyramid_cache.caches.shadow_kv.store import ROW_TENSORS, Shadow, tokens_of
 from pyramid_cache.engine.attention import AttentionCall
@@ -42,11 +42,14 @@ class ShadowKVLayer(CompressedLayer):
     evicts = False
 
     def __init__(
-        self, place: LayerPlace, masks: MaskReader, settings: ShadowSettings, frequencies: SharedFrequencies
+        self,
+        place: LayerPlace,
+        masks: MaskReader,
+        settings: ShadowSettings,
+        host: HostPlace,
+        frequencies: SharedFrequencies,
     ) -> None:
-        self.settings = settings
-        self.host = read_host(settings.host, settings.host_budget, place.num_layers)
-        self.frequencies = frequencies
+        self.settings, self.host, self.frequencies = settings, host, frequencies
         super().__init__(place, None, masks)
 
     def _clear(self) -> None:
@@ -70,42 +73,34 @@ class ShadowKVLayer(CompressedLayer):
         return self.settings.max_exact_tokens(row_length)
 
     @property
-    def num_sparse_chunks(self) -> int:
-        """The largest chunk count of any row. It does not shrink before the next turn."""
-        return self.held_chunks.shape[-1]
-
-    @property
     def max_slots(self) -> int:
         return max(self.row_kept) + 1 if self.positions is None else self.tail + self.settings.tail_capacity
 
     @property
-    def sparse_slots(self) -> slice:
-        """The slots that steps exchange: behind the outliers, before the tail."""
-        first, size = self.settings.num_outlier_chunks * self.settings.chunk_size, self.settings.chunk_size
-        return slice(first, first + self.num_sparse_chunks * size)
-
-    @property
     def outlier_slots(self) -> slice:
         """The slots of what no landmark stands for well."""
-        return slice(0, self.sparse_slots.start)
+        return slice(0, self.settings.num_outlier_chunks * self.settings.chunk_size)
+
+    @property
+    def sparse_slots(self) -> slice:
+        """The slots that steps exchange, for the most chunks of any row. They do not get fewer before the next turn."""
+        return slice(self.outlier_slots.stop, self.tail)
 
     @property
     def tail(self) -> int:
         """The first slot of the latest tokens."""
-        return self.sparse_slots.stop
+        return (self.settings.num_outlier_chunks + self.held_chunks.shape[-1]) * self.settings.chunk_size
 
     def _movable(self, least: int) -> list[int]:
         """
         How many tokens of each row move to the shadow: of exact rows that are too long, and of others once so many are
         outside of it.
         """
-        rows = zip(self.row_lengths, self.row_shadow, self.row_kept, strict=True)
-        return [
-            self.settings.num_movable(length - shadow)
-            if (length - shadow >= least if shadow else length > kept)
-            else 0
-            for length, shadow, kept in rows
-        ]
+        moved = []
+        for length, shadow, kept in zip(self.row_lengths, self.row_shadow, self.row_kept, strict=True):
+            moves = length - shadow >= least if shadow else length > kept
+            moved.append(self.settings.num_movable(length - shadow) if moves else 0)
+        return moved
 
     # Attention.
 
@@ -128,9 +123,7 @@ class ShadowKVLayer(CompressedLayer):
             )
 
     def attend_prompt(self, call: AttentionCall, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if self.positions is not None:
-            call = self.with_slot_mask(call, tokens.positions >= 0 if tokens.has_gaps else None)
-        output = call.run()
+        output = self.attend_recorded(call, tokens)
         if self.positions is not None or self.must_evict:
             self.require_left_padding(tokens)
             self._absorb_turn(call, tokens)
@@ -158,7 +151,7 @@ class ShadowKVLayer(CompressedLayer):
         """
         if not self.shadow.num_tokens:
             return
-        places, sparse = self.num_sparse_chunks, self.sparse_slots
+        places, sparse = self.held_chunks.shape[-1], self.sparse_slots
         wanted = self.shadow.latest(places) if query is None else self.shadow.select(query, scaling, places)
         if min(self.row_sparse) < places:
             is_beyond = torch.arange(places, device=self.device) >= self.per_row(self.row_sparse)
@@ -183,7 +176,7 @@ class ShadowKVLayer(CompressedLayer):
             self.shadow.begin(call.key, call.value, rotary or RotaryFrequencies(torch.zeros(0)))
             self.column_positions = None
             self._make_slots(call.key, call.value, 0)
-        elif self.num_sparse_chunks != max(self.row_sparse):
+        elif self.held_chunks.shape[-1] != max(self.row_sparse):
             self._make_slots(self.keys, self.values, self.outlier_slots.stop)
         first = self.shadow.num_tokens
         outside = call.key[:, :, first:], call.value[:, :, first:], tokens.positions[..., first:]
@@ -218,27 +211,21 @@ class ShadowKVLayer(CompressedLayer):
         return self.keys[:, :, slots].clone(), self.values[:, :, slots].clone(), positions
 
     def _arrange(
-        self,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        positions: torch.Tensor,
-        moved: list[int],
-        *,
-        refit: bool = False,
+        self, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor, moved: list[int], refit: bool = False
     ) -> None:
         """
         Moves tokens to the shadow and puts the others into the slots.
 
         Args:
-            key, value (`torch.Tensor`): `(batch, kv_heads, columns, head_dim)`, of all tokens that are not in the
-                shadow.
+            key, value (`torch.Tensor`): `(batch, kv_heads, columns, head_dim)`, of all that is not in the shadow.
             positions (`torch.Tensor`): `(batch, 1, columns)` int32, theirs, -1 for none.
             moved (`list[int]`): How many of each row move, its first ones.
             refit (`bool`): Whether the basis is fitted anew in rows that have one.
         """
         order = positions.masked_fill(positions < 0, torch.iinfo(positions.dtype).max).argsort(dim=-1)
         if any(moved):
-            self._move(*(gather_tokens(tensor, order[..., : max(moved)]) for tensor in (key, value)), moved, refit)
+            first = order[..., : max(moved)]
+            self._move(gather_tokens(key, first), gather_tokens(value, first), moved, refit)
         # The others of a row stand side by side: from its tail on, or from the first slot on if it is exact.
         counts = [length - shadow for length, shadow in zip(self.row_lengths, self.row_shadow, strict=True)]
         firsts = [self.tail if shadow else 0 for shadow in self.row_shadow]
@@ -252,10 +239,10 @@ class ShadowKVLayer(CompressedLayer):
         for tensor, source in ((self.keys, key), (self.values, value), (self.positions, positions)):
             mask = is_token[..., None] if tensor.dim() == 4 else is_token
             tensor[:, :, slots] = torch.where(mask, gather_tokens(source, index), tensor[:, :, slots])
-        num_places = [self.settings.num_outlier_chunks + sparse for sparse in self.row_sparse]
+        rows = zip(self.row_shadow, self.row_sparse, counts, strict=True)
+        size = self.settings.chunk_size
         self.row_held = [
-            min(shadow, num * self.settings.chunk_size) + count
-            for shadow, num, count in zip(self.row_shadow, num_places, counts, strict=True)
+            min(shadow, self.outlier_slots.stop + sparse * size) + count for shadow, sparse, count in rows
         ]
 
     def _move(self, key: torch.Tensor, value: torch.Tensor, counts: list[int], refit: bool) -> None:

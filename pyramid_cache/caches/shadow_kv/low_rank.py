@@ -5,16 +5,16 @@ Keys of low rank: one factor per token that all heads share, and a basis per hea
 Before RoPE the keys of a layer lie near a subspace of few dimensions. Its basis comes from an eigendecomposition of
 the Gram matrix of the keys of all heads together. The projection is that of the singular value decomposition, for one
 matrix product over the tokens. More tokens can join later: the Gram matrix of the held tokens follows from their
-factors.
+factors. `width` is `kv_heads * head_dim`.
 """
 
 import functools
 from collections.abc import Callable, Iterable
 
 import torch
+from torch.nn.functional import pad
 
-from pyramid_cache.caches.shadow_kv.landmarks import padded
-from pyramid_cache.caches.shadow_kv.quantization import scale_of, stored, widened
+from pyramid_cache.caches.shadow_kv.quantization import stored, unit_of, widened
 from pyramid_cache.ops.transfer import numbers_on
 
 
@@ -24,64 +24,35 @@ SHORTEST_SHARE = 1e-4
 
 
 def gram_matrix(keys: torch.Tensor) -> torch.Tensor:
-    """
-    Sums of products of keys with themselves.
-
-    Args:
-        keys (`torch.Tensor`): `(batch, tokens, kv_heads * head_dim)`, zero where there is no token.
-
-    Returns:
-        `torch.Tensor`: `(batch, kv_heads * head_dim, kv_heads * head_dim)` float32.
-    """
-    keys = keys.float()
-    return keys.mT @ keys
+    """The product `(batch, width, width)` float32 of keys `(batch, tokens, width)` with themselves."""
+    return keys.float().mT @ keys.float()
 
 
 def fit_basis(gram: torch.Tensor, rank: int | float) -> torch.Tensor:
     """
-    The subspace that holds most of the keys.
-
-    Args:
-        gram (`torch.Tensor`): From `gram_matrix`.
-        rank (`int` or `float`): Dimensions, or the share of the sum of squares that they hold at least.
-
-    Returns:
-        `torch.Tensor`: `(batch, rank, kv_heads * head_dim)` float32, the main axes. The length of each is the root of
-        the sum of squares along it, so that factors are of one size. A row whose keys are zero has zeros, and so has
-        a row that needs fewer axes than others, behind its last one.
+    The main axes `(batch, rank, width)` float32 of keys with this Gram matrix: so many, or so many that they hold this
+    share of the sum of squares. The length of each is the root of the sum of squares along it, so that factors are of
+    one size. A row that needs fewer axes than others has zeros behind its last one.
     """
     gram = gram.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)  # one spoiled row must not make it fail for all
-    eigenvalues, vectors = torch.linalg.eigh(gram)  # ascending
-    eigenvalues, vectors = eigenvalues.flip(-1).clamp(min=0), vectors.flip(-1)
+    squares, axes = torch.linalg.eigh(gram)  # ascending
+    squares, axes = squares.flip(-1).clamp(min=0), axes.flip(-1)
     if isinstance(rank, float):
-        held = eigenvalues.cumsum(dim=-1) / eigenvalues.sum(dim=-1, keepdim=True).clamp(
-            min=torch.finfo(gram.dtype).tiny
-        )
-        needed = (held < rank).sum(dim=-1, keepdim=True) + 1
+        total = squares.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(gram.dtype).tiny)
+        needed = (squares.cumsum(dim=-1) / total < rank).sum(dim=-1, keepdim=True) + 1
         rank = int(needed.max())
         is_needed = torch.arange(gram.shape[-1], device=gram.device) < needed
-        vectors = vectors * is_needed[:, None]
-    eigenvalues, vectors = eigenvalues[:, :rank], vectors[..., :rank]
-    lengths = eigenvalues.sqrt()
+        axes = axes * is_needed[:, None]
+    lengths = squares[:, :rank].sqrt()
     lengths = lengths.maximum(SHORTEST_SHARE * lengths[:, :1])
-    return (vectors * lengths[:, None]).mT.contiguous()
+    return (axes[..., :rank] * lengths[:, None]).mT.contiguous()
 
 
 def project(keys: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
-    """
-    The factors of keys: `factors @ basis` is the projection of the keys onto the basis.
-
-    Args:
-        keys (`torch.Tensor`): `(batch, tokens, kv_heads * head_dim)`.
-        basis (`torch.Tensor`): `(batch, rank, kv_heads * head_dim)`, orthogonal.
-
-    Returns:
-        `torch.Tensor`: `(batch, tokens, rank)` float32.
-    """
+    """The factors `(batch, tokens, rank)` float32 whose product with an orthogonal basis is nearest to the keys."""
     basis = basis.float()
     squares = basis.square().sum(dim=-1, keepdim=True)
-    directions = torch.where(squares > 0, basis / squares, 0).mT
-    return keys.float() @ directions
+    return keys.float() @ torch.where(squares > 0, basis / squares, 0).mT
 
 
 def add_keys(
@@ -95,11 +66,10 @@ def add_keys(
     The factors of new keys. In some rows the basis is first fitted anew, to these keys and to the held ones.
 
     Args:
-        blocks (`Callable`): Each call iterates over the new keys in blocks: `(batch, tokens, kv_heads * head_dim)`
-            float32, zero where there is no token.
-        factors (`torch.Tensor`): `(batch, tokens, rank)`, the factors of the held tokens, in a float dtype or in one
-            byte.
-        basis (`torch.Tensor`): `(batch, rank, kv_heads * head_dim)`, the basis of these factors.
+        blocks (`Callable`): Each call iterates over the new keys in blocks `(batch, tokens, width)` float32, zero
+            where there is no token.
+        factors (`torch.Tensor`): `(batch, tokens, rank)`, of the held tokens, in a float dtype or in one byte.
+        basis (`torch.Tensor`): `(batch, rank, width)`, the basis of these factors.
         rank (`int` or `float`): See `fit_basis`.
         refits (`list[bool]`): Whether the basis of each row is fitted anew.
 
@@ -117,14 +87,15 @@ def add_keys(
             held = factors.float() @ project(basis, fitted)
             largest = [held.abs().amax(dim=1)] if held.shape[1] else []
             largest += [project(block, fitted).abs().amax(dim=1) for block in blocks()]
-            fitted = fitted * scale_of(torch.stack(largest).amax(dim=0), factors.dtype)[..., None]
+            fitted = fitted * unit_of(torch.stack(largest).amax(dim=0), factors.dtype)[..., None]
         fitted = fitted.to(basis.dtype)
         moved = stored(factors.float() @ project(basis, fitted), factors.dtype)
         if not all(refits):
             is_refitted = numbers_on(basis.device, refits, torch.bool).view(-1, 1, 1)
-            size = max(fitted.shape[1], basis.shape[1])
-            fitted = torch.where(is_refitted, *(padded(each.mT, size).mT for each in (fitted, basis)))
-            moved = torch.where(is_refitted, padded(moved, size), padded(factors, size))
+            missing = basis.shape[1] - fitted.shape[1]
+            fitted, moved = pad(fitted, (0, 0, 0, max(missing, 0))), pad(moved, (0, max(missing, 0)))
+            basis, factors = pad(basis, (0, 0, 0, max(-missing, 0))), pad(factors, (0, max(-missing, 0)))
+            fitted, moved = torch.where(is_refitted, fitted, basis), torch.where(is_refitted, moved, factors)
         basis, factors = fitted, moved
     new = torch.cat([project(block, basis) for block in blocks()], dim=1)
     if is_quantized:

@@ -1,5 +1,5 @@
 """
-Numbers in one byte each, with a scale for each column. The scale goes into the other factor of a product.
+Numbers in one byte each, with a unit for each column. The unit goes into the other factor of a product.
 """
 
 import torch
@@ -15,7 +15,7 @@ def largest_number(dtype: torch.dtype) -> float:
     return torch.iinfo(dtype).max if dtype == torch.int8 else torch.finfo(dtype).max
 
 
-def scale_of(largest: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def unit_of(largest: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The unit for numbers whose largest are given: divided by it, they fill the range of a dtype of one byte."""
     return torch.where(largest > 0, largest / largest_number(dtype), 1)
 
@@ -32,16 +32,9 @@ def stored(numbers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def widened(held: torch.Tensor, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Makes room for larger numbers.
-
-    Args:
-        held (`torch.Tensor`): `(..., tokens, width)` in a dtype of one byte.
-        new (`torch.Tensor`): `(..., more tokens, width)`, in the same unit.
-
-    Returns:
-        `tuple`: The held numbers in new units, and the factors of these units, `(..., 1, width)` float32. The factors
-        are powers of two, so that other tensors can be multiplied by them without rounding. 1 where the new numbers
-        fit.
+    Makes room for numbers that are larger than those `(..., tokens, width)` that are held in a dtype of one byte. The
+    new ones `(..., more tokens, width)` have the same unit. Returns the held ones in a new unit, and how many of the
+    old it is, `(..., 1, width)` float32: a power of two, by which other tensors can be multiplied without rounding.
     """
     # A number that exceeds the range by less than a hundredth is cut off: a unit twice as coarse would cost more.
     excess = new.abs().amax(dim=-2, keepdim=True) / (1.01 * largest_number(held.dtype))
@@ -50,26 +43,18 @@ def widened(held: torch.Tensor, new: torch.Tensor) -> tuple[torch.Tensor, torch.
 
 
 def add_scaled(
-    held: torch.Tensor, scales: torch.Tensor, new: torch.Tensor, rescales: list[bool]
+    held: torch.Tensor, units: torch.Tensor, new: torch.Tensor, remeasures: list[bool]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    New numbers over the scale of each column, which grows if they exceed it.
-
-    Args:
-        held (`torch.Tensor`): `(batch, kv_heads, tokens, width)` in a dtype of one byte.
-        scales (`torch.Tensor`): `(batch, kv_heads, 1, width)` float32, the factors of the held numbers.
-        new (`torch.Tensor`): `(batch, kv_heads, more tokens, width)` float32, zero where there is no token.
-        rescales (`list[bool]`): Whether each row gets new scales.
-
-    Returns:
-        `tuple`: The held numbers, their scales, and the new numbers divided by these scales.
+    The held numbers `(batch, kv_heads, tokens, width)` in one byte, their units `(batch, kv_heads, 1, width)` float32,
+    and new numbers divided by these. Units grow where new numbers exceed them, and are chosen anew in rows that ask.
     """
-    if any(rescales):
-        is_rescaled = numbers_on(held.device, rescales, torch.bool).view(-1, 1, 1, 1)
-        numbers = held.float() * scales
+    if any(remeasures):
+        is_measured = numbers_on(held.device, remeasures, torch.bool).view(-1, 1, 1, 1)
+        numbers = held.float() * units
         largest = torch.cat([numbers, new], dim=2).abs().amax(dim=2, keepdim=True)
-        scales = torch.where(is_rescaled, scale_of(largest, held.dtype), scales)
-        held = torch.where(is_rescaled, stored(numbers / scales, held.dtype), held)
-    held, ratio = widened(held, new / scales)
-    scales = scales * ratio
-    return held, scales, new / scales
+        units = torch.where(is_measured, unit_of(largest, held.dtype), units)
+        held = torch.where(is_measured, stored(numbers / units, held.dtype), held)
+    held, ratio = widened(held, new / units)
+    units = units * ratio
+    return held, units, new / units

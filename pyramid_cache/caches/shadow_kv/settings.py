@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 from numbers import Integral
 
+from pyramid_cache.caches.shadow_kv.quantization import QUANTIZE
 from pyramid_cache.engine.budget import floor_of_product, is_number, read_count
 
 
-@dataclass(frozen=True)
+@dataclass
 class ShadowSettings:
-    """The arguments of `ShadowKVCache`, by their names there."""
+    """The arguments of `ShadowKVCache`, as documented there."""
 
     budget: int | float
     rank: int | float
@@ -20,6 +21,15 @@ class ShadowSettings:
     quantize: str | None
     host: str
     host_budget: int | str | None
+
+    def __post_init__(self) -> None:
+        for name in ("budget", "rank"):
+            setattr(self, name, read_share_or_count(name, getattr(self, name)))
+        for name in ("chunk_size", "num_outlier_chunks", "num_spread_bands", "num_local_tokens", "offload_interval"):
+            least = 1 if name in ("chunk_size", "offload_interval") else 0
+            setattr(self, name, read_count(name, getattr(self, name), least=least))
+        if self.quantize is not None and (not isinstance(self.quantize, str) or self.quantize not in QUANTIZE):
+            raise ValueError(f"`quantize={self.quantize!r}` is unknown. Choose one of {sorted(QUANTIZE)}, or None.")
 
     @property
     def tail_capacity(self) -> int:

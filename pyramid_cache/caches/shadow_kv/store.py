@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 
 from pyramid_cache.caches.shadow_kv.growth import extended
 from pyramid_cache.caches.shadow_kv.host import HostPlace, HostValues, join
@@ -32,11 +33,9 @@ class Shadow:
     The first `row_tokens` tokens of each row. Chunk `c` is its tokens `c * chunk_size` to `(c + 1) * chunk_size - 1`.
 
     Attributes:
-        settings (`ShadowSettings`): What the user chose.
         place (`HostPlace`): Where values go.
         rotary (`RotaryFrequencies`): What keys are turned by. Any frequencies would do as long as keys are turned back
             and forth by the same: those of the model are the ones that make them of low rank.
-        values (`HostValues`): Of all tokens.
         factors (`torch.Tensor`): `(batch, tokens, rank)`. Their product with `basis` is the keys before RoPE.
         basis (`torch.Tensor`): `(batch, kv_heads, rank, head_dim)`.
         landmarks (`torch.Tensor`): `(batch, kv_heads, chunks, head_dim + num_bands)`, of `landmarks_of`.
@@ -74,27 +73,24 @@ class Shadow:
         """At most one for each two dimensions of a head."""
         return min(self.settings.num_spread_bands, -(-self.basis.shape[3] // 2))
 
-    def _row_tokens_on(self, device: torch.device) -> torch.Tensor:
-        return numbers_on(device, self.row_tokens, torch.int32).view(-1, 1, 1)
+    def _per_row(self, numbers: list[int]) -> torch.Tensor:
+        return numbers_on(self.basis.device, numbers, torch.int32).view(-1, 1, 1)
 
     # Growing.
 
     def begin(self, key: torch.Tensor, value: torch.Tensor, rotary: RotaryFrequencies) -> None:
-        """Makes room for nothing yet, of rows, heads, dtypes and device as keys and values `(batch, kv_heads, ...)`."""
+        """Empty tensors for rows, heads, dtypes and device as those of keys and values `(batch, kv_heads, ...)`."""
         places, head_dim, quantize = key.shape[:2], key.shape[3], self.settings.quantize
         dtype = key.dtype if quantize is None else QUANTIZE[quantize]
-        self.row_tokens = [0] * key.shape[0]
-        self.rotary, self.values = rotary, HostValues(self.place, value)
-        self.basis = key.new_zeros(*places, 0, head_dim)
-        width = head_dim + self.num_bands
-        self.factors = key.new_zeros(places[0], 0, 0, dtype=dtype)
+        self.row_tokens, self.rotary, self.values = [0] * len(key), rotary, HostValues(self.place, value)
+        self.factors, self.basis = key.new_zeros(len(key), 0, 0, dtype=dtype), key.new_zeros(*places, 0, head_dim)
+        width, outliers = head_dim + self.num_bands, (*places, self.settings.num_outlier_chunks)
         self.landmarks = key.new_zeros(*places, 0, width, dtype=dtype)
         if quantize is not None:
             self.landmark_scales = key.new_ones(*places, 1, width, dtype=torch.float32)
         self.is_selectable = key.new_zeros(*places, 0, dtype=torch.bool)
-        num_outliers = self.settings.num_outlier_chunks
-        self.outlier_chunks = key.new_full((*places, num_outliers), -1, dtype=torch.int64)
-        self.outlier_cosines = key.new_full((*places, num_outliers), float("inf"), dtype=torch.float32)
+        self.outlier_chunks = key.new_full(outliers, -1, dtype=torch.int64)
+        self.outlier_cosines = key.new_full(outliers, float("inf"), dtype=torch.float32)
 
     def add(self, key: torch.Tensor, value: torch.Tensor, counts: list[int], *, refit: bool) -> torch.Tensor:
         """
@@ -109,15 +105,13 @@ class Shadow:
             `torch.Tensor`: `(batch, kv_heads, num_outlier_chunks)` int64, where each outlier comes from: an index into
             the outliers so far with the new chunks behind them.
         """
-        size, starts = self.settings.chunk_size, self.row_tokens
+        size, starts, device = self.settings.chunk_size, self.row_tokens, key.device
         refits = [count > 0 and (refit or not start) for start, count in zip(starts, counts, strict=True)]
-        offsets = torch.arange(key.shape[2], device=key.device)
-        is_token = offsets < numbers_on(key.device, counts, torch.int32).view(-1, 1, 1)  # (batch, 1, tokens)
-        is_chunk = is_token[..., ::size]
+        is_token = torch.arange(key.shape[2], device=device) < self._per_row(counts)  # (batch, 1, tokens)
         self._add_factors(key, is_token, counts, refits)
         self.values.add(value, starts, counts)
         chunks = key.unflatten(2, (-1, size)).float()  # (batch, kv_heads, chunks, chunk_size, head_dim)
-        landmarks = landmarks_of(chunks, self.num_bands)
+        is_chunk, landmarks = is_token[..., ::size], landmarks_of(chunks, self.num_bands)
         cosines = lowest_cosines(chunks, landmarks[..., : key.shape[3]]).masked_fill(~is_chunk, float("inf"))
         landmarks = landmarks.masked_fill(~is_chunk[..., None], 0)
         if self.landmark_scales is not None:
@@ -126,16 +120,22 @@ class Shadow:
             )
         first, num_new = ([number // size for number in numbers] for numbers in (starts, counts))
         self.landmarks = extended(self.landmarks, stored(landmarks, self.landmarks.dtype), first, num_new)
-        chosen = self._choose_outliers(cosines)
+        new = (self._per_row(first) + torch.arange(cosines.shape[2], device=device)).expand_as(cosines)
+        cosines = torch.cat([self.outlier_cosines, cosines], dim=-1)
+        # Of equal cosines the older chunk.
+        chosen = cosines.sort(dim=-1, stable=True).indices[..., : self.settings.num_outlier_chunks]
+        self.outlier_cosines = cosines.gather(-1, chosen)
+        chunks = torch.cat([self.outlier_chunks, new], dim=-1).gather(-1, chosen)
+        self.outlier_chunks = chunks.masked_fill(self.outlier_cosines.isinf(), -1)
         self.row_tokens = [start + count for start, count in zip(starts, counts, strict=True)]
-        index = torch.arange(self.landmarks.shape[2], device=key.device)
-        exists = index < self._row_tokens_on(key.device) // size
-        self.is_selectable = exists & ~(self.outlier_chunks[..., None] == index).any(dim=2)
+        index = torch.arange(self.landmarks.shape[2], device=device)
+        is_outlier = (self.outlier_chunks[..., None] == index).any(dim=2)
+        self.is_selectable = (index < self._per_row(self.row_tokens) // size) & ~is_outlier
         return chosen
 
     def _add_factors(self, key: torch.Tensor, is_token: torch.Tensor, counts: list[int], refits: list[bool]) -> None:
         """Projects keys onto the basis, which is first fitted to them and to those held so far where `refits` asks."""
-        positions = self._row_tokens_on(key.device) + torch.arange(key.shape[2], device=key.device)
+        positions = self._per_row(self.row_tokens) + torch.arange(key.shape[2], device=key.device)
 
         def unrotated() -> Iterator[torch.Tensor]:  # (batch, tokens, kv_heads * head_dim)
             for start in range(0, key.shape[2], TOKENS_PER_BLOCK):
@@ -149,20 +149,6 @@ class Shadow:
         self.basis = joint.unflatten(2, (key.shape[1], key.shape[3])).transpose(1, 2).contiguous()
         self.factors = extended(self.factors, factors, self.row_tokens, counts)
 
-    def _choose_outliers(self, cosines: torch.Tensor) -> torch.Tensor:
-        """
-        Of the outliers so far and of new chunks those that their means stand for worst: indices as `add` returns them.
-        """
-        first = self._row_tokens_on(cosines.device) // self.settings.chunk_size
-        new = (first + torch.arange(cosines.shape[-1], device=cosines.device)).expand_as(cosines)
-        chunks = torch.cat([self.outlier_chunks, new], dim=-1)
-        cosines = torch.cat([self.outlier_cosines, cosines], dim=-1)
-        # Of equal cosines the older chunk.
-        chosen = cosines.sort(dim=-1, stable=True).indices[..., : self.settings.num_outlier_chunks]
-        self.outlier_cosines = cosines.gather(-1, chosen)
-        self.outlier_chunks = chunks.gather(-1, chosen).masked_fill(self.outlier_cosines.isinf(), -1)
-        return chosen
-
     def forget(self, rows: list[int]) -> None:
         """Empties these rows."""
         self.row_tokens = [0 if row in rows else count for row, count in enumerate(self.row_tokens)]
@@ -174,8 +160,10 @@ class Shadow:
     # Reading.
 
     def select(self, query: torch.Tensor, scaling: float, num_chunks: int) -> torch.Tensor:
-        """The `num_chunks` chunks `(batch, kv_heads, num_chunks)` that a query `(batch, heads, 1, head_dim)` attends
-        to most, -1 for none."""
+        """
+        The chunks `(batch, kv_heads, num_chunks)` int64 that a query `(batch, heads, 1, head_dim)` attends to most, -1
+        for none.
+        """
         probe = probe_of(query, self.num_bands)
         if self.landmark_scales is not None:
             group = query.shape[1] // self.landmarks.shape[1]
@@ -184,36 +172,26 @@ class Shadow:
         return select_chunks(probe, landmarks, num_chunks=num_chunks, scaling=scaling, mask=mask)
 
     def latest(self, num_chunks: int) -> torch.Tensor:
-        """The latest chunks `(batch, kv_heads, num_chunks)` that are no outliers, -1 for none."""
-        is_selectable = self.is_selectable[..., : self.num_chunks]
-        index = torch.arange(self.num_chunks, device=is_selectable.device)
-        chunks = torch.where(is_selectable, index, -1).sort(dim=-1, descending=True).values[..., :num_chunks]
-        return torch.nn.functional.pad(chunks, (0, num_chunks - chunks.shape[-1]), value=-1)
+        """The latest chunks `(batch, kv_heads, num_chunks)` int64 that are no outliers, -1 for none."""
+        index = torch.arange(self.num_chunks, device=self.basis.device)
+        chunks = (
+            torch.where(self.is_selectable[..., : self.num_chunks], index, -1).sort(dim=-1, descending=True).values
+        )
+        return pad(chunks[..., :num_chunks], (0, max(num_chunks - self.num_chunks, 0)), value=-1)
 
     def load(self, keys: torch.Tensor, values: torch.Tensor, held: torch.Tensor, wanted: torch.Tensor) -> None:
         """
-        Brings chunks into places.
-
-        Args:
-            keys, values (`torch.Tensor`): `(batch, kv_heads, places * chunk_size, head_dim)`, written in place.
-            held (`torch.Tensor`): `(batch, kv_heads, places)` int64, the chunk that each place holds, -1 for none.
-                Written in place.
-            wanted (`torch.Tensor`): `(batch, kv_heads, places)` int64, the chunks that places should hold.
+        Brings wanted chunks `(batch, kv_heads, places)` int64, -1 for none, into places, which hold the chunks `held`
+        `(batch, kv_heads, places)`. Writes to `held`, and to the places' keys and values `(batch, kv_heads, places *
+        chunk_size, head_dim)`.
         """
         size, device = self.settings.chunk_size, keys.device
         incoming = plan_chunks(held, wanted)
         self.values.load(values, incoming, size)
-        positions = torch.arange(self.factors.shape[1], dtype=torch.int32, device=device)
-        reconstruct_keys(
-            keys,
-            self.factors,
-            self.basis,
-            incoming,
-            positions.expand(keys.shape[0], -1),
-            self.rotary.inv_freq.to(device),
-            chunk_size=size,
-            interleaved=self.rotary.layout == "interleaved",
-        )
+        positions = torch.arange(self.factors.shape[1], dtype=torch.int32, device=device).expand(len(keys), -1)
+        frequencies, is_interleaved = self.rotary.inv_freq.to(device), self.rotary.layout == "interleaved"
+        low_rank = keys, self.factors, self.basis, incoming, positions, frequencies
+        reconstruct_keys(*low_rank, chunk_size=size, interleaved=is_interleaved)
         join(device)
 
     def everything(self, outlier_keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -226,12 +204,12 @@ class Shadow:
             keys = self.factors[:, None, :num_tokens].float() @ self.basis.float()
         positions = torch.arange(num_tokens, dtype=torch.int32, device=device).expand(len(self.row_tokens), 1, -1)
         keys = self.rotary.rotate(keys, self.rotary.model_angles(positions, longest=0)).to(outlier_keys.dtype)
-        keys = torch.nn.functional.pad(keys, (0, 0, 0, 1))  # one place more, for slots of no outlier
+        keys = pad(keys, (0, 0, 0, 1))  # one place more, for slots of no outlier
         places = tokens_of(self.outlier_chunks, self.settings.chunk_size).long()
         index = torch.where(places < 0, num_tokens, places)[..., None].expand_as(outlier_keys)
         keys = keys.scatter_(2, index, outlier_keys)[:, :, :num_tokens]
-        positions = positions.masked_fill(positions >= self._row_tokens_on(device), -1)
-        return keys, self.values.read(num_tokens), positions
+        positions = positions.masked_fill(positions >= self._per_row(self.row_tokens), -1)
+        return keys, self.values.on_device(num_tokens), positions
 
     # Rows and files.
 
@@ -245,8 +223,7 @@ class Shadow:
         for name, tensor in self.row_tensors().items():
             setattr(self, name, function(tensor))
         if self.values is not None:
-            rows = torch.arange(self.values.tensor.shape[0], device=self.values.device)
-            self.values.select(function(rows).cpu())
+            self.values.select(function(torch.arange(len(self.values.tensor), device=self.values.device)))
 
     def export_tensors(self) -> dict[str, torch.Tensor]:
         """What a file holds, without unused places."""
@@ -265,7 +242,7 @@ class Shadow:
         if "host_values" in tensors:
             values = tensors["host_values"]
             self.values = HostValues(self.place, values)
-            self.values.add(values, [0] * values.shape[0], [values.shape[2]] * values.shape[0])
+            self.values.add(values, [0] * len(values), [values.shape[2]] * len(values))
 
     def held_tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor, by a name whose first word is its role."""
