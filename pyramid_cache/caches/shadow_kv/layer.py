@@ -83,7 +83,7 @@ class ShadowKVLayer(CompressedLayer):
 
     @property
     def sparse_slots(self) -> slice:
-        """The slots that steps exchange, for the most chunks of any row. They do not get fewer before the next turn."""
+        """The slots that steps exchange, for the row with the most chunks. They stay as many until the next turn."""
         return slice(self.outlier_slots.stop, self.tail)
 
     @property
@@ -239,11 +239,9 @@ class ShadowKVLayer(CompressedLayer):
         for tensor, source in ((self.keys, key), (self.values, value), (self.positions, positions)):
             mask = is_token[..., None] if tensor.dim() == 4 else is_token
             tensor[:, :, slots] = torch.where(mask, gather_tokens(source, index), tensor[:, :, slots])
+        first, size = self.outlier_slots.stop, self.settings.chunk_size
         rows = zip(self.row_shadow, self.row_sparse, counts, strict=True)
-        size = self.settings.chunk_size
-        self.row_held = [
-            min(shadow, self.outlier_slots.stop + sparse * size) + count for shadow, sparse, count in rows
-        ]
+        self.row_held = [min(shadow, first + sparse * size) + count for shadow, sparse, count in rows]
 
     def _move(self, key: torch.Tensor, value: torch.Tensor, counts: list[int], refit: bool) -> None:
         """Moves the first `counts` tokens of each row to the shadow; the outliers among them stay in slots as well."""
