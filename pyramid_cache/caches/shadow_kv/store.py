@@ -173,11 +173,10 @@ class Shadow:
 
     def latest(self, num_chunks: int) -> torch.Tensor:
         """The latest chunks `(batch, kv_heads, num_chunks)` int64 that are no outliers, -1 for none."""
-        index = torch.arange(self.num_chunks, device=self.basis.device)
-        chunks = (
-            torch.where(self.is_selectable[..., : self.num_chunks], index, -1).sort(dim=-1, descending=True).values
-        )
-        return pad(chunks[..., :num_chunks], (0, max(num_chunks - self.num_chunks, 0)), value=-1)
+        is_selectable = self.is_selectable[..., : self.num_chunks]
+        chunks = torch.where(is_selectable, torch.arange(self.num_chunks, device=is_selectable.device), -1)
+        chunks = chunks.sort(dim=-1, descending=True).values[..., :num_chunks]
+        return pad(chunks, (0, num_chunks - chunks.shape[-1]), value=-1)
 
     def load(self, keys: torch.Tensor, values: torch.Tensor, held: torch.Tensor, wanted: torch.Tensor) -> None:
         """
