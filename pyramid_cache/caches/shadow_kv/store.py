@@ -60,12 +60,11 @@ class Shadow:
 
     @property
     def num_tokens(self) -> int:
-        """Of the longest row."""
+        """Of the longest row, as is `num_chunks`."""
         return max(self.row_tokens, default=0)
 
     @property
     def num_chunks(self) -> int:
-        """Of the longest row."""
         return self.num_tokens // self.settings.chunk_size
 
     @property
@@ -238,6 +237,8 @@ class Shadow:
         """Takes over what `export_tensors` gave, if it gave anything."""
         for name in ROW_TENSORS:
             setattr(self, name, tensors.get(name))
+            if name in tensors and len(tensors[name]) != len(self.row_tokens):
+                raise ValueError(f"`{name}` has {len(tensors[name])} rows, not {len(self.row_tokens)}")
         if "host_values" in tensors:
             values = tensors["host_values"]
             self.values = HostValues(self.place, values)
