@@ -14,7 +14,7 @@ import pytest
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from pyramid_cache import AdaKVCache, PyramidCache, ShadowKVCache
-from pyramid_cache.caches.shadow_kv import ShadowKVLayer
+from pyramid_cache.caches.shadow_kv.layer import ShadowKVLayer
 from pyramid_cache.engine.cache import CompressedCache
 from pyramid_cache.lab.registry import CACHES
 

@@ -122,14 +122,6 @@ value.observe_output(index, «output[0] if isinstance(output, tuple) else output
 is_local[«-num_local→1 - num_local»:] = True
 = engine/profile.py: test_small_faults
 if different«→ is None»:
-= engine/low_rank.py: test_shadow_kv | chunks svd
-return gram« + basis.mT @ inner @ basis→»
-= engine/landmarks.py: test_shadow_kv | by_hand
-in_bands(query.«abs().→»float(), num_bands)
-= engine/host.py: test_shadow_kv | host_reads
-arrives = (incoming >«=→» 0)
-= engine/quantization.py: test_shadow_kv | quantised
-ratio = excess.clamp(min=1).log2().«ceil→floor»().exp2()
 = engine/attention.py: test_architectures | gpt_oss gemma2
 None« if self.function is sdpa_attention_forward else self.kwargs.get("softcap")→»
 "sink_logits": «self.kwargs.get("s_aux")→None»
@@ -167,12 +159,22 @@ self.row_looked: list[int] = «[]→getattr(self, "row_looked", [])»
 least = «max(min(self.window_size, mean - window_size), 1)→1»
 = caches/rkv.py: test_policies | redundancy
 cosines.diagonal(«offset=start, →»dim1=-2, dim2=-1).zero_()
-= caches/shadow_kv.py: test_shadow_kv | reference taken_back
-cosines = torch.cosine_similarity(chunks, means[..., None, :], dim=-1).«amin→mean»(dim=-1)
-goes = (positions >= self.next_position)« | (positions < self.per_row(self.row_shadow))→»
-= caches/shadow_kv.py: test_small_faults
+= caches/shadow_kv/low_rank.py: test_shadow_kv | chunks svd
+gram = gram« + basis.float().mT @ gram_matrix(factors) @ basis.float()→»
+= caches/shadow_kv/landmarks.py: test_shadow_kv | reference
+in_bands(query.«abs().→»float(), num_bands)
+torch.cosine_similarity(chunks, means[..., None, :], dim=-1).«amin→mean»(dim=-1)
+= caches/shadow_kv/host.py: test_shadow_kv | host_reads
+arrives = (incoming >«=→» 0)
+= caches/shadow_kv/host.py: test_small_faults
+twin.tensor = «self._zeros(tuple(self.tensor.shape)).copy_(self.tensor)→self.tensor»
+= caches/shadow_kv/quantization.py: test_shadow_kv | quantised
+ratio = excess.clamp(min=1).log2().«ceil→floor»().exp2()
+= caches/shadow_kv/layer.py: test_shadow_kv | taken_back taken alone
+goes = (positions >= self.next_position)« | (positions < shadow)→»
+(places >= 0) & (places < self.per_row(counts)«→ + 1»)
+= caches/shadow_kv/settings.py: test_small_faults
 return num_chunks * self.chunk_size + self.tail_capacity - «1→2»
-memo[id(self.host_values)] = self.«_host_copy()→host_values»
 = caches/snapkv.py: test_policies
 scores = view.attention«.masked_fill(is_recent, 0)→»
 = caches/streaming_llm.py: test_streaming_llm test_recording | windows batches later base guesses

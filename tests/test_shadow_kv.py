@@ -13,11 +13,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from pyramid_cache import ShadowKVCache
-from pyramid_cache.caches.shadow_kv import ShadowKVLayer
-from pyramid_cache.engine.host import gather_through_host
-from pyramid_cache.engine.landmarks import landmarks_of, probe_of
-from pyramid_cache.engine.low_rank import gram_matrix
-from pyramid_cache.engine.rope import RotaryFrequencies
+from pyramid_cache.caches.shadow_kv.host import gather_through_host
+from pyramid_cache.caches.shadow_kv.landmarks import landmarks_of, probe_of
+from pyramid_cache.caches.shadow_kv.layer import ShadowKVLayer
+from pyramid_cache.caches.shadow_kv.low_rank import gram_matrix
 from pyramid_cache.ops.shadow import gather_values
 
 
@@ -204,7 +203,7 @@ def test_steps_are_those_of_the_reference(kv_heads: int, group: int, rank: int, 
         key, value = (torch.randn(2, kv_heads, width, head_dim, generator=generator) for _ in range(2))
         key[:, :, 1:] += key[:, :, :-1].clone()
         last_query = query[:, :, -1:]
-        held = None if layer.held_chunks is None else layer.held_chunks.clone()
+        held = None if layer.state.held_chunks is None else layer.state.held_chunks.clone()
         mask = model.mask(is_token[:, : num_prompt + step], width, False)
         output = model.run_layer(cache, 0, query, key, value, mask)
         for row, reference in enumerate(references):
@@ -221,7 +220,7 @@ def test_steps_are_those_of_the_reference(kv_heads: int, group: int, rank: int, 
                 reference.move()
         if step:
             assert cache.num_kept_tokens() == [max(len(head) for row in range(2) for head in held_by(cache, 0, row))]
-            stayed |= {*(held == layer.held_chunks).flatten().tolist()}
+            stayed |= {*(held == layer.state.held_chunks).flatten().tolist()}
             assert layer.row_shadow == [reference.num_shadow for reference in references]
     assert stayed == {False, True}
 
@@ -244,7 +243,7 @@ def test_rows_do_what_they_do_alone(settings: dict[str, Any]) -> None:
         own = slice(row, row + 1), slice(first, None)
         found = read(model, alone, tokens[own], [70 - first, *pieces[1:]], mask[own])
         if "quantize" in settings:  # numbers near the middle of two steps may be rounded to either
-            scales = [cache.compressed_layers[0].landmark_scales for cache in (together, alone)]
+            scales = [cache.compressed_layers[0].shadow.landmark_scales for cache in (together, alone)]
             torch.testing.assert_close(scales[0][row], scales[1][0], atol=0, rtol=1e-4)
             continue
         torch.testing.assert_close(logits[row, first:], found[0], atol=1e-3, rtol=0)
@@ -267,8 +266,8 @@ def test_rebuilt_keys_are_the_truncated_svd(name: str) -> None:
         cache = shadow_cache(model, rank=given)
         read(model, cache, tokens, [100])
         for layer, full_layer in zip(cache.compressed_layers, full.layers, strict=True):
-            (num_shadow,), rank = layer.row_shadow, layer.factors.shape[-1]
-            rotary = layer.rotary or RotaryFrequencies(torch.zeros(0))
+            (num_shadow,), rank = layer.row_shadow, layer.shadow.factors.shape[-1]
+            rotary = layer.shadow.rotary
             turns = rotary.model_angles(torch.arange(num_shadow)[None, None], 100)
             plain = rotary.rotate(full_layer.keys[:, :, :num_shadow].double(), -turns)
             left, singular, right = torch.linalg.svd(plain.transpose(1, 2).flatten(2)[0], full_matrices=False)
@@ -276,8 +275,8 @@ def test_rebuilt_keys_are_the_truncated_svd(name: str) -> None:
             assert rank == 9 if given == 9 else energy[rank - 1] >= 0.9 > energy[rank - 2]
             truncated = (left[:, :rank] * singular[:rank]) @ right[:rank]
             expected = rotary.rotate(truncated[None].unflatten(2, (plain.shape[1], -1)).transpose(1, 2), turns)
-            layer.outlier_chunks.fill_(-1)  # which are exact
-            found = layer._sorted_slots()["keys"][:, :, :num_shadow].double()
+            layer.shadow.outlier_chunks.fill_(-1)  # which are exact
+            found = layer.store.in_order()["keys"][:, :, :num_shadow].double()
             assert ((found - expected).norm() / expected.norm()).item() < 1e-5
 
 
@@ -289,12 +288,12 @@ def test_a_prompt_in_chunks_has_the_basis_of_all_of_it() -> None:
     read(model, caches[0], tokens, [100])
     read(model, caches[1], tokens, [40, 25, 35])
     for layers in zip(*(cache.compressed_layers for cache in caches), strict=True):
-        assert torch.equal(*(layer.outlier_chunks for layer in layers))
-        torch.testing.assert_close(*(layer.landmarks for layer in layers), atol=1e-4, rtol=0)
+        assert torch.equal(*(layer.shadow.outlier_chunks for layer in layers))
+        torch.testing.assert_close(*(layer.shadow.landmarks for layer in layers), atol=1e-4, rtol=0)
         for layer in layers:
-            layer.outlier_chunks.fill_(-1)
-        torch.testing.assert_close(*(layer._sorted_slots()["keys"] for layer in layers), atol=1e-3, rtol=0)
-        grams = (gram_matrix(layer.basis.transpose(1, 2).flatten(2)) for layer in layers)
+            layer.shadow.outlier_chunks.fill_(-1)
+        torch.testing.assert_close(*(layer.store.in_order()["keys"] for layer in layers), atol=1e-3, rtol=0)
+        grams = (gram_matrix(layer.shadow.basis.transpose(1, 2).flatten(2)) for layer in layers)
         torch.testing.assert_close(*grams, rtol=1e-3, atol=1e-2)
 
 
@@ -308,18 +307,18 @@ def test_quantised_keys_are_near() -> None:
         for cache in caches:
             conversation(model, cache, [0, 5], [60])
         for layers in zip(*(cache.compressed_layers for cache in caches), strict=True):
-            kv_heads, head_dim = layers[0]._key_shape
+            kv_heads, head_dim = layers[0].layout.kv_heads, layers[0].layout.key_dim
             key, value = (3 * torch.randn(2, kv_heads, 24, head_dim, generator=generator) for _ in range(2))
             for each in layers:
-                positions = torch.tensor(each.row_lengths)[:, None, None] + torch.arange(24)
-                each.row_lengths = [length + 24 for length in each.row_lengths]
-                pairs = zip(each._outside(), (key, value, positions.int()), strict=True)
-                each._arrange(*(torch.cat(pair, dim=2) for pair in pairs), [each.num_movable(24)] * 2, [False] * 2)
+                positions = torch.tensor(each.state.row_lengths)[:, None, None] + torch.arange(24)
+                each.state.row_lengths = [length + 24 for length in each.state.row_lengths]
+                pairs = zip(each.store.outside(), (key, value, positions.int()), strict=True)
+                each._arrange(*(torch.cat(pair, dim=2) for pair in pairs), [20] * 2)
             layer, other = layers
-            assert layer.factors.dtype.itemsize == layer.landmarks.dtype.itemsize == 1
+            assert layer.shadow.factors.dtype.itemsize == layer.shadow.landmarks.dtype.itemsize == 1
             for found, expected in (
-                (layer._sorted_slots()["keys"], other._sorted_slots()["keys"]),
-                (layer.landmarks.float() * layer.landmark_scales, other.landmarks),
+                (layer.store.in_order()["keys"], other.store.in_order()["keys"]),
+                (layer.shadow.landmarks.float() * layer.shadow.landmark_scales, other.shadow.landmarks),
             ):
                 assert ((found - expected).norm() / expected.norm()).item() < tolerance
 
@@ -337,9 +336,9 @@ def test_values_in_a_file_are_the_same(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())  # files without a name
     twin = copy.deepcopy(in_file)
     for layer, other in zip(in_file.compressed_layers, twin.compressed_layers, strict=True):
-        assert other.host_values.untyped_storage().filename is not None
-        assert torch.equal(layer.host_values, other.host_values)
-        assert layer.host_values.data_ptr() != other.host_values.data_ptr()
+        assert other.shadow.values.tensor.untyped_storage().filename is not None
+        assert torch.equal(layer.shadow.values.tensor, other.shadow.values.tensor)
+        assert layer.shadow.values.tensor.data_ptr() != other.shadow.values.tensor.data_ptr()
     tokens, mask = random_tokens(2, 115, seed=9), torch.arange(115) >= torch.tensor([[0], [5]])
     found = read(model, twin, tokens, [1], mask)
     assert in_file.get_seq_length() == 114 and twin.get_seq_length() == 115
@@ -425,13 +424,13 @@ def test_no_step_sees_what_was_taken_back() -> None:
         cache.crop(-num_back)
         assert (cache.compressed_layers[0].row_shadow == [0]) == is_exact
         for layer in cache.compressed_layers:
-            is_free = layer.positions[..., None] < 0
+            is_free = layer.state.positions[..., None] < 0
             layer.keys.masked_fill_(is_free, 1e4)
             layer.values.masked_fill_(is_free, 1e4)
             assert layer.held_positions().max() == 149 - num_back
         logits = model(tokens[:, 150:151], past_key_values=cache).logits
         assert logits.abs().max() < 100
-        assert all((layer.held_positions() >= 0).sum() == 2 * layer.row_held[0] for layer in cache.compressed_layers)
+        assert all((layer.held_positions() >= 0).sum() == 2 * layer.state.row_held[0] for layer in cache.compressed_layers)
 
 
 def test_padding_of_a_later_turn_is_not_taken_back_as_tokens() -> None:
@@ -442,12 +441,12 @@ def test_padding_of_a_later_turn_is_not_taken_back_as_tokens() -> None:
     with pytest.raises(NotImplementedError, match="padding in a later turn.*Take back at most 3"):
         cache.crop(-4)
     cache.crop(-3)
-    assert cache.compressed_layers[0].row_lengths == [80, 87]
+    assert cache.compressed_layers[0].state.row_lengths == [80, 87]
     cache = shadow_cache(model)
     read(model, cache, random_tokens(1, 70), [20])
     cache.crop(-10)  # before there is a shadow
     read(model, cache, random_tokens(1, 70), [60])
-    assert [layer.num_croppable for layer in cache.compressed_layers] == [70] * 3
+    assert [layer.state.num_croppable for layer in cache.compressed_layers] == [70] * 3
 
 
 def test_what_is_refused() -> None:

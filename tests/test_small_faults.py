@@ -161,8 +161,8 @@ def test_slots_are_full_before_there_is_a_shadow_and_copies_share_no_values() ->
         read_turns(model, cache, list(tokens[:, :length]))
         twin = copy.deepcopy(cache)
         for layer, copied in zip(cache.compressed_layers, twin.compressed_layers, strict=True):
-            assert (layer.host_values is None) == (length == 11)
-            assert length == 11 or layer.host_values.data_ptr() != copied.host_values.data_ptr()
+            assert (layer.shadow.values is None) == (length == 11)
+            assert length == 11 or layer.shadow.values.tensor.data_ptr() != copied.shadow.values.tensor.data_ptr()
 
 
 # Memory, reset and crop.

@@ -12,6 +12,7 @@ forward pass attend to each other and to what the cache held before, and then th
 """
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -56,7 +57,10 @@ class StreamingLLMPolicy(Policy):
     repositions = True
     state_class = SinkState
 
+    latest_turn: ClassVar[list[Any]]
+
     def __post_init__(self) -> None:
+        # Not a field: no setting of the method, and shared by the layers of a cache.
         object.__setattr__(self, "latest_turn", [None, None])
 
     def score(self, view: ScoringView) -> torch.Tensor:
@@ -131,7 +135,7 @@ class StreamingLLMPolicy(Policy):
     def _turn_by(self, view: LayerView, rotary: RotaryFrequencies) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosine and sine that move sinks forward. The layers of a forward pass share them."""
         shift = [evicted - view.state.base for evicted in self.num_evicted(view)]
-        key = (id(rotary), shift, view.key.dtype, view.key.device)
+        key = (rotary, shift, view.key.dtype, view.key.device)
         if torch.compiler.is_compiling() or self.latest_turn[0] != key:
             angles = rotary.angles(numbers_on(view.key.device, shift, torch.int64).view(-1, 1, 1))
             self.latest_turn[:] = key, rotary.cosine_and_sine(angles, view.key.dtype)

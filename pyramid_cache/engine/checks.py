@@ -10,6 +10,7 @@ from pyramid_cache.engine.tokens import Tokens
 
 if TYPE_CHECKING:
     from pyramid_cache.engine.evicting import EvictingLayer
+    from pyramid_cache.engine.held import StoredLayer
     from pyramid_cache.engine.layer import CompressedLayer
 
 
@@ -270,7 +271,7 @@ def check_settleable(layer: "CompressedLayer") -> None:
         )
 
 
-def check_savable(layer: "CompressedLayer") -> None:
+def check_savable(layer: "StoredLayer") -> None:
     """Raises if a file cannot hold the layer's keys and values."""
     if layer.is_initialized and layer.layout.dtype != layer.layout.value_dtype:
         raise NotImplementedError(

@@ -32,6 +32,8 @@ class EvictingLayer(CompressedLayer):
         frequencies (`SharedFrequencies`): How the model rotates keys. Shared by the layers of a cache.
     """
 
+    budget: Budget
+
     def __init__(
         self,
         place: LayerPlace,
@@ -62,11 +64,6 @@ class EvictingLayer(CompressedLayer):
                 self.eviction_interval,
             )
         super().lazy_initialization(key_states, value_states)
-
-    @property
-    def is_unknown_budget(self) -> bool:
-        """Whether nobody knows yet how many tokens a budget in bytes pays for."""
-        return self.budget.kind == "bytes" and not self.state.budget_tokens
 
     @property
     def token_budget(self) -> Budget:

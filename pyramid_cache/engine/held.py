@@ -12,6 +12,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from pyramid_cache.engine import checks
+from pyramid_cache.engine.budget import Budget
 from pyramid_cache.engine.fingerprint import WeightFingerprint
 from pyramid_cache.engine.pending import PendingTokens
 from pyramid_cache.engine.store import SlotStore
@@ -64,6 +65,8 @@ class StoredLayer(CacheLayerMixin):
 
     # Whether tokens that are not held are lost. ShadowKV brings them back when they are attended to.
     evicts = True
+    # How many tokens the layer may keep. A method with a limit of its own has none.
+    budget: Budget | None = None
     # The name and the unit of `held_scores`, None for a method without scores.
     score_label: str | None = None
 
@@ -112,6 +115,11 @@ class StoredLayer(CacheLayerMixin):
     def batch_size(self) -> int:
         """How many rows the layer holds."""
         return self.layout.batch_size
+
+    @property
+    def is_unknown_budget(self) -> bool:
+        """Whether nobody knows yet how many tokens a budget in bytes pays for."""
+        return self.budget is not None and self.budget.kind == "bytes" and not self.state.budget_tokens
 
     # What `generate` asks of any layer.
 

@@ -8,7 +8,7 @@ import torch
 from transformers import DynamicCache, PretrainedConfig
 
 from pyramid_cache import ShadowKVCache
-from pyramid_cache.caches import shadow_kv
+from pyramid_cache.caches.shadow_kv import store
 from pyramid_cache.lab import registry
 from pyramid_cache.lab.bench.bench_command import add_caches_options, build_model, parse
 from pyramid_cache.lab.bench.cache_times import Bench, FetchCounter, Measured, as_row, split_bytes
@@ -55,17 +55,17 @@ def test_fetched_bytes_are_those_of_the_chunks_that_the_op_is_told_to_bring(monk
         model(ids, past_key_values=cache)
     # Values lie on the host.
     device, host = split_bytes(cache)
-    assert host == sum(layer.host_values.untyped_storage().nbytes() for layer in cache.compressed_layers) > 0
+    assert host == sum(layer.shadow.values.tensor.untyped_storage().nbytes() for layer in cache.compressed_layers) > 0
     assert device == cache.nbytes - host
     brought = []
-    plan = shadow_kv.plan_chunks
+    plan = store.plan_chunks
 
     def noting(held: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
         incoming = plan(held, wanted)
         brought.append(int((incoming >= 0).sum()))
         return incoming
 
-    monkeypatch.setattr(shadow_kv, "plan_chunks", noting)
+    monkeypatch.setattr(store, "plan_chunks", noting)
     counter = FetchCounter(cache)
     generate(model, torch.cat([ids, ids[:, :1]], dim=1), cache, 6, counter)
     assert len(brought) == 6 * 2  # steps and layers; no tail is full yet

@@ -195,10 +195,12 @@ class RaggedStore(SlotStore):
             return super().attended()
         num_tokens = max(self.packed.lengths) + self.state.length
         made = functools.cache(lambda: self._unpacked().slots())
-        return tuple(  # type: ignore[return-value]
-            HeldTokens((*tensor.shape[:2], num_tokens, tensor.shape[3]), tensor, lambda name=name: made()[name])
-            for name, tensor in (("keys", self.state.keys), ("values", self.state.values))
-        )
+
+        def held(name: str) -> HeldTokens:
+            tensor = getattr(self.state, name)
+            return HeldTokens((*tensor.shape[:2], num_tokens, tensor.shape[3]), tensor, lambda: made()[name])
+
+        return held("keys"), held("values")
 
     def attend_step(self, call: AttentionCall, scores: bool) -> tuple[tuple[torch.Tensor, torch.Tensor | None], Any]:
         arguments, packed = call.logit_arguments, self.packed

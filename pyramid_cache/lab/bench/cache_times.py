@@ -248,8 +248,8 @@ class FetchCounter:
         if self.held:
             self.num_bytes.append(0)
         for layer, earlier, later in zip(self.layers, self.held, held, strict=False):
-            num_tokens = int(((earlier != later) & (later >= 0)).sum()) * layer.chunk_size
-            self.num_bytes[-1] += num_tokens * layer.host_values.shape[3] * layer.host_values.itemsize
+            num_tokens = int(((earlier != later) & (later >= 0)).sum()) * layer.settings.chunk_size
+            self.num_bytes[-1] += num_tokens * layer.shadow.values.tensor[0, 0, 0].nbytes
         self.held = held
 
     @property

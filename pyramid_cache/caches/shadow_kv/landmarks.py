@@ -8,8 +8,6 @@ import math
 
 import torch
 
-from pyramid_cache.engine.sizes import with_size
-
 
 def landmarks_of(chunks: torch.Tensor, num_bands: int) -> torch.Tensor:
     """
@@ -27,6 +25,13 @@ def landmarks_of(chunks: torch.Tensor, num_bands: int) -> torch.Tensor:
     return torch.cat([means, in_bands(variances.sqrt(), num_bands)], dim=-1)
 
 
+def lowest_cosines(chunks: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
+    """`(batch, kv_heads, chunks)`: the lowest cosine of a key of each chunk and their mean, -1 where there is NaN."""
+    if chunks.shape[3] == 1:  # each stands for itself, but for rounding
+        return torch.ones_like(means[..., 0])
+    return torch.cosine_similarity(chunks, means[..., None, :], dim=-1).amin(dim=-1).nan_to_num(nan=-1.0)
+
+
 def probe_of(query: torch.Tensor, num_bands: int) -> torch.Tensor:
     """The vectors `(..., head_dim + num_bands)` by which queries `(..., head_dim)` multiply landmarks."""
     return torch.cat([query, in_bands(query.abs().float(), num_bands).to(query.dtype)], dim=-1)
@@ -42,6 +47,12 @@ def in_bands(numbers: torch.Tensor, num_bands: int) -> torch.Tensor:
         return numbers[..., :0]
     half = -(-numbers.shape[-1] // 2)
     width = -(-half // num_bands)
-    pairs = with_size(numbers, numbers.dim() - 1, 2 * half).unflatten(-1, (2, half)).sum(dim=-2)
-    bands = with_size(pairs, numbers.dim() - 1, num_bands * width).unflatten(-1, (num_bands, width)).sum(dim=-1)
+    pairs = padded(numbers, 2 * half).unflatten(-1, (2, half)).sum(dim=-2)
+    bands = padded(pairs, num_bands * width).unflatten(-1, (num_bands, width)).sum(dim=-1)
     return bands / math.sqrt(2 * width)
+
+
+def padded(numbers: torch.Tensor, size: int) -> torch.Tensor:
+    """The numbers with `size` dimensions, new ones zero."""
+    missing = size - numbers.shape[-1]
+    return torch.nn.functional.pad(numbers, (0, missing)) if missing else numbers

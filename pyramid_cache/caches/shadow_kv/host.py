@@ -6,6 +6,7 @@ order, and nothing has to wait.
 """
 
 import contextlib
+import copy
 import functools
 import math
 import os
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 
+from pyramid_cache.caches.shadow_kv.growth import extended
 from pyramid_cache.engine.budget import parse_budget
 from pyramid_cache.ops.shadow import gather_values
 
@@ -61,43 +63,33 @@ class HostPlace:
             return torch.from_file(file.name, shared=True, size=numel, dtype=dtype).view(shape)
 
 
-def read_host(host: str, host_budget: int | str | None, num_layers: int) -> HostPlace:
+def read_host(host: str, host_budget: int | str | None) -> HostPlace:
     """
-    The place for values that a user's argument names.
+    The place for values that a user's arguments name.
 
     Raises:
-        ValueError: The argument is neither "memory" nor "disk:" with an existing folder that takes files, or the
-            budget is no number of bytes.
+        ValueError: The place is neither "memory" nor "disk:" with an existing folder that takes files, or the budget
+            is no number of bytes.
     """
     folder = None
     if host != "memory":
-        folder = (
-            os.path.expanduser(host.removeprefix(DISK)) if isinstance(host, str) and host.startswith(DISK) else None
-        )
+        is_folder = isinstance(host, str) and host.startswith(DISK)
+        folder = os.path.expanduser(host.removeprefix(DISK)) if is_folder else None
         if folder is None or not os.path.isdir(folder):
             raise ValueError(f"`host={host!r}` must be 'memory', or '{DISK}' and a folder that exists.")
-        require_writable(folder)
+        try:
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise ValueError(
+                f"`host={host!r}`: no file can be made there ({error.strerror}). Give another folder."
+            ) from error
     amount: Any = host_budget
     if isinstance(host_budget, str):
-        try:
+        with contextlib.suppress(ValueError):  # refused below, by its own name
             amount = parse_budget(host_budget).amount
-        except ValueError:
-            amount = None  # refused below, by its own name
     if host_budget is not None and (isinstance(amount, bool) or not isinstance(amount, int) or amount < 1):
         raise ValueError(f"`host_budget={host_budget!r}` must be a number of bytes, such as 2**34 or '16GiB'.")
-    return HostPlace(folder, amount, num_layers)
-
-
-@functools.lru_cache(maxsize=1)  # each layer asks for the same folder
-def require_writable(folder: str) -> None:
-    """Raises ValueError for a folder that takes no files."""
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ValueError(
-            f"`host='{DISK}{folder}'`: no file can be made there ({error.strerror}). Give another folder."
-        ) from error
+    return HostPlace(folder, amount)
 
 
 # The second stream.
@@ -133,27 +125,75 @@ def join(device: torch.device) -> None:
 
 
 def wait_for_host(device: torch.device) -> None:
-    """
-    Waits until all copies to and from the host are done, so that the host can read and move the values.
-    """
+    """Waits until all copies to and from the host are done, so that the host can read and move the values."""
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
         second_stream(device).synchronize()
 
 
-def fetch_values(buffer: torch.Tensor, values: torch.Tensor, incoming: torch.Tensor, *, chunk_size: int) -> None:
+# Values.
+
+
+class HostValues:
     """
-    `gather_values` that also takes values in pageable memory. The host reads mapped files itself, once the device has
-    said which chunks it wants.
+    The values of a layer, `tensor` `(batch, kv_heads, tokens, value_dim)`, none at first.
+
+    Args:
+        place (`HostPlace`): Where they are.
+        value (`torch.Tensor`): `(batch, kv_heads, any, value_dim)`. It gives sizes, dtype and device.
     """
-    if buffer.device.type == "cpu" or values.is_pinned():
-        gather_values(buffer, values, incoming, chunk_size=chunk_size)
-    else:
-        gather_through_host(buffer, values, incoming, chunk_size)
+
+    def __init__(self, place: HostPlace, value: torch.Tensor) -> None:
+        self.place, self.device, self.dtype = place, value.device, value.dtype
+        self.tensor = self._zeros((*value.shape[:2], 0, value.shape[3]))
+
+    def _zeros(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """Room for values that the host copies: what the device has still to write or to read is done."""
+        wait_for_host(self.device)
+        return self.place.zeros(shape, self.dtype, self.device)
+
+    def add(self, value: torch.Tensor, starts: list[int], counts: list[int]) -> None:
+        """Copies the first `counts` new values of each row behind its first `starts`, while the device goes on."""
+        with beside(self.device, value):
+            self.tensor = extended(self.tensor, value, starts, counts, self._zeros)
+
+    def load(self, buffer: torch.Tensor, incoming: torch.Tensor, chunk_size: int) -> None:
+        """`gather_values` into a buffer, which is ready after `join`."""
+        with beside(self.device):
+            if self.device.type == "cpu" or self.tensor.is_pinned():
+                gather_values(buffer, self.tensor, incoming, chunk_size=chunk_size)
+            else:
+                gather_through_host(buffer, self.tensor, incoming, chunk_size)
+
+    def on_host(self, num_tokens: int) -> torch.Tensor:
+        """The first values themselves, all written."""
+        wait_for_host(self.device)
+        return self.tensor[:, :, :num_tokens]
+
+    def on_device(self, num_tokens: int) -> torch.Tensor:
+        """Copies of the first values."""
+        join(self.device)
+        return self.tensor[:, :, :num_tokens].to(self.device)
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Keeps the rows at these indices `(rows,)`, in that order."""
+        wait_for_host(self.device)  # of the indices, too
+        if self.tensor.is_inference() or rows.tolist() != list(range(self.tensor.shape[0])):
+            selected = self._zeros((rows.shape[0], *self.tensor.shape[1:]))
+            self.tensor = torch.index_select(self.tensor, 0, rows.cpu(), out=selected)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "HostValues":
+        memo[id(self)] = twin = copy.copy(self)
+        # A plain copy of the tensor would be neither pinned nor in a file.
+        twin.tensor = self._zeros(tuple(self.tensor.shape)).copy_(self.tensor)
+        return twin
 
 
 def gather_through_host(buffer: torch.Tensor, values: torch.Tensor, incoming: torch.Tensor, chunk_size: int) -> None:
-    """`gather_values` of memory that the device cannot read: the host reads it."""
+    """
+    `gather_values` of memory that the device cannot read, as that of files: the host reads it, once the device has
+    said which chunks it wants.
+    """
     staging = torch.zeros(buffer.shape, dtype=buffer.dtype)
     gather_values(staging, values, incoming.cpu(), chunk_size=chunk_size)
     # The last chunk is a full one here.

@@ -1,0 +1,294 @@
+"""What a step of ShadowKV attends to: chunks of the shadow that are brought into slots, and the latest tokens."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.nn.functional import pad
+
+from pyramid_cache.caches.shadow_kv.host import HostPlace
+from pyramid_cache.caches.shadow_kv.settings import ShadowSettings
+from pyramid_cache.caches.shadow_kv.slots import ShadowState, ShadowStore
+from pyramid_cache.caches.shadow_kv.store import tokens_of
+from pyramid_cache.engine.attention import AttentionCall
+from pyramid_cache.engine.held import LayerPlace
+from pyramid_cache.engine.layer import Arrival, CompressedLayer
+from pyramid_cache.engine.rope import RotaryFrequencies, SharedFrequencies, import_frequencies
+from pyramid_cache.engine.selection import gather_tokens
+from pyramid_cache.engine.tokens import MaskReader, Tokens
+from pyramid_cache.ops import decode_attention
+from pyramid_cache.ops.registration import needs_gradients
+
+
+class ShadowKVLayer(CompressedLayer):
+    """
+    One layer of `ShadowKVCache`. The slots are `num_outlier_chunks` chunks, then `num_sparse_chunks` chunks that steps
+    exchange, then the tail. A row whose tokens all fit is exact: they are in the slots as they came, whatever other
+    rows do. Of a longer one the first `row_shadow` tokens are in the shadow, the others in the tail, and the slots
+    before it hold some of the shadow's chunks: the outliers as they were, and those of `held_chunks`
+    `(batch, kv_heads, num_sparse_chunks)` int64, -1 for none.
+    """
+
+    evicts = False
+
+    store: ShadowStore
+    state: ShadowState
+
+    def __init__(
+        self,
+        place: LayerPlace,
+        masks: MaskReader,
+        settings: ShadowSettings,
+        host: HostPlace,
+        frequencies: SharedFrequencies,
+    ) -> None:
+        self.settings, self.frequencies = settings, frequencies
+        super().__init__(place, masks, ShadowStore(settings, host))
+
+    def _clear(self) -> None:
+        super()._clear()
+        self.shadow = self.store.shadow
+
+    @property
+    def row_shadow(self) -> list[int]:
+        """How many tokens of each row are in the shadow."""
+        return self.shadow.row_tokens
+
+    # Sizes.
+
+    def num_tokens_to_keep(self, row_length: int) -> int:
+        return self.settings.max_exact_tokens(row_length)
+
+    @property
+    def max_slots(self) -> int:
+        state = self.state
+        return max(state.row_kept, default=0) + 1 if state.is_dense else self.store.tail + self.settings.tail_capacity
+
+    def _movable(self, least: int) -> list[int]:
+        """
+        How many tokens of each row move to the shadow: of exact rows that are too long, and of others once so many are
+        outside of it.
+        """
+        moved = []
+        for length, shadow, kept in zip(self.state.row_lengths, self.row_shadow, self.state.row_kept, strict=True):
+            moves = length - shadow >= least if shadow else length > kept
+            moved.append(self.settings.num_movable(length - shadow) if moves else 0)
+        return moved
+
+    # Attention.
+
+    def _take_in(self, seen: Tokens, arrival: Arrival) -> Tokens:
+        before, num_new = self.state.row_lengths, arrival.num_new
+        tokens = super()._take_in(seen, arrival)
+        # Padding in front of all else is where a row begins.
+        begun = [length - earlier for length, earlier in zip(self.state.row_lengths, before, strict=True) if earlier]
+        num_full = min(begun, default=num_new)
+        self.state.num_croppable = self.state.num_croppable + num_new if num_full == num_new else num_full
+        self.state.row_sparse = [self.settings.num_sparse_chunks(length) for length in self.state.row_lengths]
+        return tokens
+
+    def check(self, call: AttentionCall, arrival: Arrival, is_step: bool) -> None:
+        super().check(call, arrival, is_step)
+        if not self.state.is_dense and needs_gradients(call.query, call.key, call.value):
+            raise NotImplementedError(
+                "Gradients do not pass through keys that are rebuilt and values that come from the host. Call the "
+                "model under `torch.no_grad()`."
+            )
+
+    def attend_prompt(self, call: AttentionCall, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor | None]:
+        output = self.attend_recorded(call, tokens)
+        if not self.state.is_dense or self.state.must_evict:
+            self._absorb_turn(call, tokens)
+        return output
+
+    def attend_step(self, call: AttentionCall, longest: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self.state.num_croppable += 1
+        if self.state.is_dense:
+            output = call.run()
+            if self.state.must_evict:
+                self._absorb_turn(call, self.store.column_tokens())
+            return output
+        arguments = call.logit_arguments
+        self._fetch(call.query, arguments["scaling"])
+        mask = self.store.in_use("positions") >= 0 if self.state.has_empty_slots else None
+        output = decode_attention(call.query, call.key, call.value, mask=mask, **arguments)[0], None
+        if self._move_tail(self.settings.tail_capacity):
+            self._fetch(call.query, arguments["scaling"])  # which may be attended to again
+        return output
+
+    @torch.no_grad()
+    def _fetch(self, query: torch.Tensor | None = None, scaling: float = 1.0) -> None:
+        """
+        Brings the chunks that a query `(batch, heads, 1, head_dim)` attends to most into the slots. Without a query
+        the latest ones, which the next one is free to exchange.
+        """
+        if not self.shadow.num_tokens:
+            return
+        places, sparse = self.state.held_chunks.shape[-1], self.store.sparse_slots
+        wanted = self.shadow.latest(places) if query is None else self.shadow.select(query, scaling, places)
+        if min(self.state.row_sparse) < places:
+            is_beyond = torch.arange(places, device=self.device) >= self.store.per_row(self.state.row_sparse)
+            wanted = wanted.masked_fill(is_beyond, -1)
+        self.shadow.load(
+            self.state.keys[:, :, sparse], self.state.values[:, :, sparse], self.state.held_chunks, wanted
+        )
+        self._mark(sparse, self.state.held_chunks)
+
+    def _mark(self, slots: slice, chunks: torch.Tensor) -> None:
+        """Slots of rows that have a shadow hold these chunks of it."""
+        positions = tokens_of(chunks, self.settings.chunk_size)
+        if not all(self.row_shadow):
+            positions = torch.where(
+                self.store.per_row(self.row_shadow) > 0, positions, self.state.positions[..., slots]
+            )
+        self.state.positions[..., slots] = positions
+
+    # From the slots to the shadow.
+
+    @torch.no_grad()
+    def _absorb_turn(self, call: AttentionCall, tokens: Tokens) -> None:
+        """What follows several tokens: rows that have a shadow, or are too long now to be exact, take them into it."""
+        if self.state.is_dense:
+            rotary = self.frequencies.frequencies_of(call.module, self.device)
+            self.shadow.begin(call.key, call.value, rotary or RotaryFrequencies(torch.zeros(0)))
+            self.state.column_positions = None
+            self._make_slots(call.key, call.value, 0)
+        elif self.state.held_chunks.shape[-1] != max(self.state.row_sparse):
+            self._make_slots(self.state.keys, self.state.values, self.store.outlier_slots.stop)
+        first = self.shadow.num_tokens
+        outside = call.key[:, :, first:], call.value[:, :, first:], tokens.positions[..., first:]
+        self._arrange(*outside, self._movable(0), refit=True)
+        self._fetch(call.query[:, :, -1:], call.logit_arguments["scaling"])
+
+    def _make_slots(self, key: torch.Tensor, value: torch.Tensor, num_kept: int) -> None:
+        """Slots for the chunks that rows ask for, which hold none yet, and for the tail; the first ones are kept."""
+        positions = (
+            key.new_empty(*key.shape[:2], 0, dtype=torch.int32) if self.state.is_dense else self.state.positions
+        )
+        self.state.held_chunks = positions.new_full(
+            (*key.shape[:2], max(self.state.row_sparse)), -1, dtype=torch.int64
+        )
+        missing = self.store.tail + self.settings.tail_capacity - num_kept
+        self.state.keys, self.state.values = (
+            pad(tensor[:, :, :num_kept], (0, 0, 0, missing)) for tensor in (key, value)
+        )
+        self.state.positions = pad(positions[..., :num_kept], (0, missing), value=-1)
+
+    @torch.no_grad()
+    def _move_tail(self, least: int) -> bool:
+        """
+        Moves tokens to the shadow, of rows with `least` outside of it and of exact rows whose slots are full.
+        Returns whether there are such rows; they do not hold yet what has moved.
+        """
+        moved = self._movable(least)
+        if any(moved) or self.state.length == self.max_slots:
+            self._arrange(*self.store.outside(), moved)
+        return any(moved)
+
+    def _arrange(
+        self, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor, moved: list[int], refit: bool = False
+    ) -> None:
+        """
+        Moves tokens to the shadow and puts the others into the slots.
+
+        Args:
+            key, value (`torch.Tensor`): `(batch, kv_heads, columns, head_dim)`, of all that is not in the shadow.
+            positions (`torch.Tensor`): `(batch, 1, columns)` int32, theirs, -1 for none.
+            moved (`list[int]`): How many of each row move, its first ones.
+            refit (`bool`): Whether the basis is fitted anew in rows that have one.
+        """
+        order = positions.masked_fill(positions < 0, torch.iinfo(positions.dtype).max).argsort(dim=-1)
+        if any(moved):
+            first = order[..., : max(moved)]
+            self._move(gather_tokens(key, first), gather_tokens(value, first), moved, refit)
+        # The others of a row stand side by side: from its tail on, or from the first slot on if it is exact.
+        counts = [length - shadow for length, shadow in zip(self.state.row_lengths, self.row_shadow, strict=True)]
+        firsts = [self.store.tail if shadow else 0 for shadow in self.row_shadow]
+        self.state.length = max(self.store.tail, *map(sum, zip(firsts, counts, strict=True)))
+        slots = slice(min(firsts), self.state.length)
+        places = torch.arange(slots.start, slots.stop, device=self.device) - self.store.per_row(firsts)
+        is_token = (places >= 0) & (places < self.store.per_row(counts))  # (batch, 1, slots)
+        index = order.gather(-1, (places + self.store.per_row(moved)).clamp(0, max(order.shape[-1] - 1, 0)))
+        self.state.positions[..., : self.store.tail].masked_fill_(self.store.per_row(self.row_shadow) == 0, -1)
+        self.state.positions[..., self.store.tail :] = -1
+        for tensor, source in ((self.state.keys, key), (self.state.values, value), (self.state.positions, positions)):
+            mask = is_token[..., None] if tensor.dim() == 4 else is_token
+            tensor[:, :, slots] = torch.where(mask, gather_tokens(source, index), tensor[:, :, slots])
+        first, size = self.store.outlier_slots.stop, self.settings.chunk_size
+        rows = zip(self.row_shadow, self.state.row_sparse, counts, strict=True)
+        self.state.row_held = [min(shadow, first + sparse * size) + count for shadow, sparse, count in rows]
+
+    def _move(self, key: torch.Tensor, value: torch.Tensor, counts: list[int], refit: bool) -> None:
+        """Moves the first `counts` tokens of each row to the shadow; the outliers among them stay in slots as well."""
+        slots, size = self.store.outlier_slots, self.settings.chunk_size
+        with torch.autocast(self.device.type, enabled=False):
+            chosen = self.shadow.add(key, value, counts, refit=refit)
+        for tensor, new in ((self.state.keys, key), (self.state.values, value)):
+            candidates = torch.cat([tensor[:, :, slots], new], dim=2)
+            tensor[:, :, slots] = gather_tokens(candidates, tokens_of(chosen, size).long())
+        self._mark(slots, self.shadow.outlier_chunks)
+        # A chunk is not attended to twice.
+        is_outlier = (self.state.held_chunks[..., None] == self.shadow.outlier_chunks[..., None, :]).any(dim=-1)
+        self._mark(self.store.sparse_slots, self.state.held_chunks.masked_fill_(is_outlier, -1))
+
+    # All that was seen: several tokens attend to it, and `crop` begins with it.
+
+    def _behind_slots(self, seen: Tokens, slot_positions: torch.Tensor, num_new: int) -> Tokens:
+        tokens = super()._behind_slots(seen, slot_positions, num_new)
+        return replace(tokens, row_present=list(seen.row_lengths))
+
+    @property
+    def is_croppable(self) -> bool:  # type: ignore[override]
+        return True
+
+    def require_croppable(self, tokens_to_remove: int) -> None:
+        super().require_croppable(tokens_to_remove)
+        num_columns = -tokens_to_remove - (self.get_seq_length() - self.state.num_seen)
+        if not self.state.is_dense and num_columns > self.state.num_croppable:
+            raise NotImplementedError(
+                f"`crop({tokens_to_remove})`: {num_columns} columns back some rows have padding in a later turn, and "
+                "which it is is no longer known. Take back at most "
+                f"{-tokens_to_remove - num_columns + self.state.num_croppable}."
+            )
+
+    def _crop_held(self, num_columns: int) -> None:
+        self.state.num_croppable = max(self.state.num_croppable - num_columns, 0)
+        if self.state.is_dense:
+            super()._crop_held(num_columns)
+            return
+        key, value, positions = (self.store.in_order()[name] for name in ("keys", "values", "positions"))
+        self.state.num_seen -= num_columns
+        self.state.row_lengths = [max(length - num_columns, 0) for length in self.state.row_lengths]
+        self.state.next_position = self.store.per_row(self.state.row_lengths)
+        # Rows of which tokens in the shadow go begin it anew with those that stay, or are exact if these fit.
+        rows = zip(self.state.row_lengths, self.row_shadow, strict=True)
+        self.shadow.forget([row for row, (length, shadow) in enumerate(rows) if length < shadow])
+        shadow = self.store.per_row(self.row_shadow)
+        self.state.held_chunks.masked_fill_(shadow == 0, -1)
+        goes = (positions >= self.state.next_position) | (positions < shadow)
+        moved = self._movable(self.settings.tail_capacity)
+        self._arrange(key, value, positions.masked_fill(goes, -1), moved)
+        self._fetch()
+
+    def compress(self) -> None:
+        if not self.state.is_dense and self._move_tail(least=0):
+            self._fetch()
+
+    # Rows and files.
+
+    def _map_rows(self, function: Callable[[torch.Tensor], torch.Tensor], rows: list[int] | None = None) -> None:
+        super()._map_rows(function, rows)
+        if rows is not None and self.row_shadow:
+            self.shadow.row_tokens = [self.row_shadow[row] for row in rows]
+
+    def held_tensors(self) -> dict[str, torch.Tensor]:
+        frequencies = enumerate(self.frequencies.held_tensors())
+        return super().held_tensors() | {f"frequencies_{index}": tensor for index, tensor in frequencies}
+
+    def import_state(self, numbers: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        super().import_state(numbers, tensors)
+        if not self.state.is_dense:
+            found = import_frequencies(numbers["rotary"], tensors)
+            self.shadow.rotary = self.frequencies.shared(found) if found else RotaryFrequencies(torch.zeros(0))
+            self.store.resize(self.max_slots)

@@ -1,0 +1,103 @@
+"""The slots of ShadowKV beside its shadow: outliers, chunks that steps exchange, and the latest tokens."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pyramid_cache.caches.shadow_kv.host import HostPlace
+from pyramid_cache.caches.shadow_kv.settings import ShadowSettings
+from pyramid_cache.caches.shadow_kv.store import Shadow
+from pyramid_cache.engine.rope import export_frequencies
+from pyramid_cache.engine.state import LayerState, counts, number, row
+from pyramid_cache.engine.store import SlotStore
+
+
+@dataclass(eq=False)
+class ShadowState(LayerState):
+    """
+    Attributes:
+        held_chunks (`torch.Tensor`): `(batch, kv_heads, num_sparse_chunks)` int64, the chunk in each place that steps
+            exchange, -1 for none.
+        row_sparse (`list[int]`): Chunks of the shadow that a step of each row attends to.
+        num_croppable (`int`): Columns of which it is known which rows have a token there.
+    """
+
+    held_chunks: torch.Tensor | None = row()
+    row_sparse: list[int] = counts()
+    num_croppable: int = number(0)
+
+
+class ShadowStore(SlotStore):
+    """The tokens of a layer: those of the shadow, and those in slots. See `ShadowKVLayer`."""
+
+    state: ShadowState
+
+    def __init__(self, settings: ShadowSettings, host: HostPlace) -> None:
+        self.settings, self.host = settings, host
+        super().__init__(ShadowState)
+
+    def reset(self) -> None:
+        super().reset()
+        self.shadow = Shadow(self.settings, self.host)
+
+    @property
+    def outlier_slots(self) -> slice:
+        """The slots of what no landmark stands for well."""
+        return slice(0, self.settings.num_outlier_chunks * self.settings.chunk_size)
+
+    @property
+    def sparse_slots(self) -> slice:
+        """The slots that steps exchange, for the row with the most chunks. They stay as many until the next turn."""
+        return slice(self.outlier_slots.stop, self.tail)
+
+    @property
+    def tail(self) -> int:
+        """The first slot of the latest tokens."""
+        return (self.settings.num_outlier_chunks + self.state.held_chunks.shape[-1]) * self.settings.chunk_size
+
+    def outside(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Copies of keys, values and positions `(batch, 1, columns)` of what is not in the shadow."""
+        state, row_shadow = self.state, self.shadow.row_tokens
+        slots = slice(self.tail if all(row_shadow) else 0, state.length)
+        positions = state.positions[:, :1, slots].clone()
+        if slots.start == 0:
+            positions[..., : self.tail].masked_fill_(self.per_row(row_shadow) > 0, -1)
+        return state.keys[:, :, slots].clone(), state.values[:, :, slots].clone(), positions
+
+    def in_order(self) -> dict[str, torch.Tensor]:
+        """The tokens of the shadow, then the others."""
+        shadow = self.shadow.everything(self.state.keys[:, :, self.outlier_slots])
+        parts = zip(("keys", "values", "positions"), shadow, self.outside(), strict=True)
+        return {name: torch.cat(both, dim=2) for name, *both in parts}
+
+    def take_in_order(self) -> dict[str, torch.Tensor]:
+        return self.in_order()
+
+    # Rows and files.
+
+    def map_rows(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().map_rows(function)
+        self.shadow.map_rows(function)
+
+    def leave_inference_mode(self) -> None:
+        keys = self.state.keys
+        super().leave_inference_mode()
+        if self.state.keys is not keys:
+            self.shadow.map_rows(torch.clone)
+
+    def held_tensors(self) -> dict[str, torch.Tensor]:
+        return super().held_tensors() | self.shadow.held_tensors()
+
+    def state_dict(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        numbers, tensors = super().state_dict()
+        rotary, frequencies = export_frequencies(self.shadow.rotary)
+        numbers |= {"row_shadow": self.shadow.row_tokens, "rotary": rotary}
+        return numbers, tensors | self.shadow.export_tensors() | frequencies
+
+    def load_state_dict(self, numbers: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        known = self.state.names("slot", "row")
+        super().load_state_dict(numbers, {name: tensor for name, tensor in tensors.items() if name in known})
+        self.shadow.row_tokens = numbers["row_shadow"]
+        self.shadow.import_tensors(tensors)
