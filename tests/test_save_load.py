@@ -341,10 +341,11 @@ def test_weights_and_frequencies_that_the_file_does_not_tell(tmp_path: Path) -> 
     with pytest.raises(ValueError, match="other weights"):
         H2OCache.load(path, build_model("llama", seed=1))
     model.to(torch.bfloat16)
-    cache = StreamingLLMCache(model, budget=12)
+    cache = StreamingLLMCache(model.config, budget=12)
     feed(model, cache, prompt)
-    feed(model, reloaded(cache, tmp_path, model), prompt[:, :1])
-    with pytest.raises(ValueError, match="load the cache with the model instead of its config"):
+    feed(model, reloaded(cache, tmp_path, model.config), prompt[:, :1])
+    model.model.rotary_emb.inv_freq.mul_(0.5)
+    with pytest.raises(ValueError, match="other rotary frequencies"):
         feed(model, StreamingLLMCache.load(path, model.config), prompt[:, :1])
 
 

@@ -18,9 +18,10 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from pyramid_cache.engine.budget import is_number, read_count
+from pyramid_cache.engine.cache import config_and_model
 from pyramid_cache.engine.policy import Policy, PromptView, ScoringView
 from pyramid_cache.engine.policy_cache import DEFAULT_EVICTION_INTERVAL, PolicyCache
-from pyramid_cache.engine.rope import RotaryFrequencies
+from pyramid_cache.engine.rope import RotaryFrequencies, refuse_unsupported_rope
 
 
 # Queries whose statistics are taken at once: copies in float32 of a long prompt's would be larger than its cache.
@@ -201,7 +202,8 @@ class ExpectedAttentionCache(PolicyCache):
 
     Raises:
         ValueError: For an argument outside these ranges, or a model that cannot be compressed.
-        NotImplementedError: In the first forward pass of a model whose RoPE does not rotate by the position alone.
+        NotImplementedError: For a model whose RoPE does not rotate by the position alone. It is raised at the first
+            forward pass where the config does not tell.
 
     Example:
 
@@ -243,3 +245,4 @@ class ExpectedAttentionCache(PolicyCache):
             epsilon=epsilon,
         )
         super().__init__(config, budget, policy, eviction_interval=eviction_interval)
+        refuse_unsupported_rope(config_and_model(config)[0])

@@ -17,7 +17,6 @@ and 0.13 (docs/quality.md).
 """
 
 import os
-import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +39,7 @@ from pyramid_cache.engine.outputs import OutputProbes
 from pyramid_cache.engine.policy import Policy, ScoringView
 from pyramid_cache.engine.policy_cache import DEFAULT_EVICTION_INTERVAL, PolicyCache, PolicyLayer
 from pyramid_cache.engine.profile import Profile, read_profile
-from pyramid_cache.engine.rope import SharedFrequencies, refuse_unsupported_rope
+from pyramid_cache.engine.rope import refuse_unsupported_rope
 from pyramid_cache.engine.selection import gather_tokens
 from pyramid_cache.engine.tokens import Tokens
 
@@ -124,6 +123,7 @@ class MassiveActivationLayer(PolicyLayer):
     below: tuple["MassiveActivationLayer", ...] = ()
     profile: Profile | None = None
     is_probed = False
+    needs_rotary = True
 
     def _clear(self) -> None:
         super()._clear()
@@ -332,7 +332,6 @@ class MassiveActivationCache(PolicyCache):
         indices = [layer.place.layer_idx for layer in layers]
         read = None if path is None else read_profile(path, config, indices)
         if model is not None:
-            self.frequencies = SharedFrequencies(config, weakref.ref(model))
             wanted = probed_layers(len(self.layers), read)
             # The next layers that evict; nothing is above the last one.
             probed = sorted({above[0] for least in wanted if (above := [i for i in indices[:-1] if i >= least])})

@@ -16,7 +16,6 @@ shows it, as the bounds of Quest do (https://arxiv.org/abs/2406.10774), and take
 
 import copy
 import os
-import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from numbers import Integral
@@ -286,13 +285,17 @@ class ShadowKVLayer(CompressedLayer):
         tokens = chunks[..., None] * self.chunk_size + offsets
         return tokens.masked_fill(chunks[..., None] < 0, -1).flatten(2).int()
 
+    def _check_module(self, module: torch.nn.Module) -> None:
+        is_new = self._module is None
+        super()._check_module(module)
+        if is_new and self.rotary is None:
+            self.rotary = self.frequencies.frequencies_of(module, self.device)
+
     # From the slots to the shadow.
 
     @torch.no_grad()
     def _absorb_turn(self, call: AttentionCall, tokens: Tokens) -> None:
         """What follows several tokens: rows that have a shadow, or are too long now to be exact, take them into it."""
-        if self.rotary is None:
-            self.rotary = self.frequencies.frequencies_of(call.module, self.device)
         if self.positions is None:
             self._make_shadow(call.key, call.value)
         num_shadow = max(self.row_shadow)
@@ -706,8 +709,7 @@ class ShadowKVCache(CompressedCache):
     full memory. `num_kept_tokens` and `positions` describe what a step attends to.
 
     Args:
-        config (`PreTrainedConfig` or `PreTrainedModel`): The config of the model, or the model itself. Give the model
-            if it was cast with `model.to(torch.bfloat16)` after loading, which rounds its rotary frequencies too.
+        config (`PreTrainedConfig` or `PreTrainedModel`): Of the model, or the model, whose config is taken.
         budget (`int` or `float`, defaults to 2048): Tokens that a step attends to beside outliers and the latest
             tokens, or their share of the prompt. Larger values miss less and take more time. A prompt that fits into
             the slots is kept as it is, and the cache is `DynamicCache` bit for bit.
@@ -774,7 +776,7 @@ class ShadowKVCache(CompressedCache):
         host: str = "memory",
         host_budget: int | str | None = None,
     ) -> None:
-        config, model = config_and_model(config)
+        config, _ = config_and_model(config)
         check_decoder_config(config)
         refuse_unsupported_rope(config)
         settings = {
@@ -791,7 +793,7 @@ class ShadowKVCache(CompressedCache):
         }
         if quantize is not None and (not isinstance(quantize, str) or quantize not in QUANTIZE):
             raise ValueError(f"`quantize={quantize!r}` is unknown. Choose one of {sorted(QUANTIZE)}, or None.")
-        self.frequencies = SharedFrequencies(config, None if model is None else weakref.ref(model))
+        self.frequencies = SharedFrequencies()
 
         def build_layer(place: LayerPlace, masks: MaskReader) -> ShadowKVLayer:
             return ShadowKVLayer(place, masks, settings, self.frequencies)

@@ -10,7 +10,6 @@ differences of positions only. So queries and window stay as the model rotated t
 by the number of evicted tokens (the *sink shift*). The scores are the same.
 """
 
-import weakref
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -128,8 +127,8 @@ class StreamingLLMLayer(CompressedLayer):
             rotary = self.rotations.frequencies_of(module, self.device)
             if any(self.row_lengths) and rotary is not self.rotary:
                 raise ValueError(
-                    "The cache was loaded from a file that a model with other rotary frequencies has filled. If this "
-                    "model was cast with `model.to`, load the cache with the model instead of its config."
+                    "The cache was loaded from a file that a model with other rotary frequencies has filled: another "
+                    "model, or the same one before or after `model.to` cast its frequencies."
                 )
             self.rotary = rotary
             longest = None if self.rotary is None else self.rotary.original_max_position_embeddings
@@ -403,8 +402,7 @@ class StreamingLLMCache(CompressedCache):
     head_dim * itemsize` bytes. The cache forgets what lies between the sinks and the window, and cannot recall it.
 
     Args:
-        config (`PreTrainedConfig` or `PreTrainedModel`): The config of the model, or the model itself. Give the model
-            if it was cast with `model.to(torch.bfloat16)` after loading, which rounds its rotary frequencies too.
+        config (`PreTrainedConfig` or `PreTrainedModel`): Of the model, or the model, whose config is taken.
         budget (`int`): Tokens that attention sees at a decode step, the sinks and the new token included.
         num_sink_tokens (`int`, defaults to 4): Tokens kept from the start.
         prefill (`str`, defaults to `"streaming"`): `"streaming"`: each prompt token sees the sinks and the window
@@ -444,13 +442,11 @@ class StreamingLLMCache(CompressedCache):
         *,
         prefill: Literal["streaming", "dense"] = "streaming",
     ) -> None:
-        config, model = config_and_model(config)
+        config, _ = config_and_model(config)
         window_length, num_sink_tokens = check_window(budget, num_sink_tokens, prefill)
         check_decoder_config(config)
         refuse_unsupported_rope(config)
-        get_model = None if model is None else weakref.ref(model)
-
-        rotations = SharedRotations(config, get_model)
+        rotations = SharedRotations()
 
         def build_layer(place: LayerPlace, masks: MaskReader) -> StreamingLLMLayer:
             return StreamingLLMLayer(place, masks, window_length, num_sink_tokens, prefill, rotations)

@@ -1,5 +1,6 @@
 """The layer and the cache that keep what a `Policy` scores highest."""
 
+import contextlib
 import dataclasses
 from typing import Any
 
@@ -144,8 +145,20 @@ class PolicyLayer(CompressedLayer):
         for name in self.policy.state_names:
             setattr(self, name, state[name])
 
+    @property
+    def needs_rotary(self) -> bool:
+        """Whether the policy may ask how keys are rotated."""
+        return bool(self.policy.state_names)
+
+    def _check_module(self, module: torch.nn.Module) -> None:
+        is_new = self._module is None
+        super()._check_module(module)
+        if is_new and self.needs_rotary:
+            with contextlib.suppress(NotImplementedError):  # raised again if the policy asks
+                self.rotary_of(module)
+
     def rotary_of(self, module: torch.nn.Module) -> RotaryFrequencies | None:
-        """How the attention module rotates keys. The first call finds out, in a few milliseconds."""
+        """How the attention module rotates keys. The first call, while it runs, finds out in a few milliseconds."""
         if self._rotary is None:
             self._rotary = (self.frequencies.frequencies_of(module, self.device),)
         return self._rotary[0]
@@ -359,7 +372,7 @@ class PolicyCache(CompressedCache):
             raise ValueError(f"`policy={policy!r}` must be an instance of a class that derives from Policy.")
         eviction_interval = read_count("eviction_interval", eviction_interval, least=1)
         self.policy = policy
-        self.frequencies = SharedFrequencies(config)
+        self.frequencies = SharedFrequencies()
 
         def build_layer(place: LayerPlace, masks: MaskReader) -> PolicyLayer:
             return self.layer_class(place, parsed_budget, masks, policy, eviction_interval, self.frequencies)
