@@ -99,9 +99,13 @@ return output, scores« if is_token is None else scores.masked_fill_(~is_token[:
 = engine/scoring.py: test_small_faults
 .sum(dim=(2, 3)«, dtype=torch.float32→»)
 = engine/rope.py: test_rope
+inv_freq=«sign * →»found.inv_freq
+name: «copy.deepcopy(buffer)→buffer» for name
+if len(makers) «!= 1→== 0»:
+= engine/rotation.py: test_rope
 first * cosine «- second * sine, second * cosine +→+ second * sine, second * cosine -» first * sine
-elif longest >«→=» self.original_max_position_embeddings:
-= engine/rope.py: test_small_faults
+longest >«→=» self.original_max_position_embeddings
+= engine/rotation.py: test_small_faults
 compute_dtype = «torch.float64 if dtype == torch.float64 else torch.float32→dtype»
 = engine/storage.py: test_save_load | another_architecture
 if «differences→not saved»:

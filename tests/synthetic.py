@@ -1,11 +1,8 @@
-"""Attention layers without weights, which drive a cache as a model does, with queries, keys and values from outside.
-
-Nothing in this file turns keys by their positions, and no name in it may say so: caches look through the file of an
-attention layer for that.
-"""
+"""Attention layers without weights, which drive a cache with queries, keys and values from outside."""
 
 from collections.abc import Callable
 from typing import Any
+from weakref import ref
 
 import torch
 from transformers import Cache, LlamaConfig
@@ -13,6 +10,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from pyramid_cache.engine.attention import AttentionCall
+from pyramid_cache.engine.rope import NO_ROTATION, last_found
 
 
 def attend_like_flash(
@@ -54,6 +52,7 @@ class BareAttention(torch.nn.Module):
         self.config = config
         self.layer_idx = layer_idx
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        last_found[self] = ref(NO_ROTATION)  # no forward runs that could be probed, and keys are not rotated
 
 
 class SyntheticModel:

@@ -13,7 +13,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from caches import CACHE_CASES, CacheCase, every_cache, shadow_within_reach
+from caches import CACHE_CASES, CacheCase, every_cache, parametrize_cases, shadow_within_reach
 from models import (
     ARCHITECTURES,
     FAMILIES,
@@ -49,6 +49,8 @@ from pyramid_cache.engine.cache import CompressedCache
 from pyramid_cache.engine.evicting import EvictingLayer
 
 
+# Those that must know how keys are rotated.
+MOVING = (StreamingLLMCache, ExpectedAttentionCache, MassiveActivationCache, ShadowKVCache)
 ORACLE = "eager_with_a_policy"
 TOLERANCE = 2e-4
 LENGTHS = (25, 37)
@@ -94,10 +96,9 @@ def attentions_of(name: str) -> list[str]:
 def reason_to_refuse(case: CacheCase, model: PreTrainedModel) -> str | None:
     """The message, at the latest of the first prompt, where a served architecture cannot serve a cache."""
     kept_apart = case.cache_class is AdaKVCache
-    moving = (StreamingLLMCache, ExpectedAttentionCache, MassiveActivationCache, ShadowKVCache)
     if kept_apart and model.config.model_type == "gpt_oss":
         return "learned attention sinks"
-    if issubclass(case.cache_class, moving) and model.config.model_type == "gptj":
+    if issubclass(case.cache_class, MOVING) and model.config.model_type == "gptj":
         return "reproduced.*leaves keys at"  # a table of sines has turned them
     return None
 
@@ -312,6 +313,27 @@ def test_served(name: str, tier: str) -> None:
             except BaseException as error:
                 error.add_note(f"with {case.name} and {attention}")
                 raise
+
+
+UNLIKE_LAYERS = {
+    "granite_swa": {"layer_types": ["full_attention"] * 3, "layer_rope_theta": [1e4, 1e6, 0]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention", "attention"], "position_embedding_type": None}
+    | {"mamba_n_heads": 4, "mamba_d_head": 24, "mamba_n_groups": 1, "mamba_d_state": 8, "mamba_chunk_size": 16}
+    | {"num_local_experts": 0, "shared_intermediate_size": 64, "head_dim": 12},
+}
+
+
+@pytest.mark.parametrize("name", UNLIKE_LAYERS)
+@parametrize_cases(case for case in CACHE_CASES if case.cache_class in MOVING and not case.from_model)
+def test_layers_that_rotate_apart(case: CacheCase, name: str) -> None:
+    """Another base for each layer, or none, although the model has a rotary module: keys turn as the layer's do."""
+    if name not in CONFIG_MAPPING:
+        pytest.skip("younger than this transformers")
+    model = build_model(name, attention="eager", **UNLIKE_LAYERS[name])
+    for parameter_name, parameter in model.named_parameters():
+        if parameter_name.endswith("sinks"):
+            parameter.data.fill_(-100)  # the model's own eager attention leaves them out of its weights
+    check_tight_budget(model, case.build(model))
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "gpt2"])

@@ -1,7 +1,6 @@
-"""Rotary angles measured from tiny random models, compared with what those models really do."""
+"""Rotary angles that are found while tiny random models run, compared with what those models do to keys."""
 
 import copy
-import importlib
 import itertools
 import math
 from typing import Any
@@ -10,11 +9,13 @@ import pytest
 import torch
 from models import ROPE_VARIANTS, build_config, build_model
 from torch import nn
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, PreTrainedModel, Qwen2VLConfig
 
-from pyramid_cache.engine.rope import RotaryFrequencies, rotary_frequencies
+from pyramid_cache import ExpectedAttentionCache, MassiveActivationCache, ShadowKVCache, StreamingLLMCache
+from pyramid_cache.engine.rope import RotaryFrequencies, SharedFrequencies
 
 
+CPU = torch.device("cpu")
 LONGROPE = {
     "rope_type": "longrope",
     "rope_theta": 10000.0,
@@ -22,51 +23,93 @@ LONGROPE = {
     "long_factor": [2.0 + 1.5 * index for index in range(8)],
     "original_max_position_embeddings": 32,
 }
-
-
 TWO_KINDS = {"layer_types": ["sliding_attention", "full_attention", "full_attention"], "sliding_window": 64}
+LINEAR = {"layer_types": ["full_attention", "linear_attention", "full_attention"], "mlp_only_layers": [0, 1, 2]}
+HYBRID = {"layer_types": ["attention"] * 3, "num_local_experts": 0, "shared_intermediate_size": 96}
+HYBRID |= {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_n_groups": 1, "mamba_d_state": 8}
+MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}
 # What is special in the configs of models that models.py does not have.
 SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "longrope": ("llama", {"rope_parameters": LONGROPE}),
     "phi3_longrope": ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 32}),
     "llama4": ("llama4", {"no_rope_layers": [1, 0, 1]}),
-    "cohere2": ("cohere2", TWO_KINDS),
-    "olmo3": ("olmo3", TWO_KINDS),
     "falcon_rope": ("falcon", {"alibi": False}),
+    **{name: (name, TWO_KINDS) for name in ("cohere2", "exaone4", "olmo3")},
+    "bamba": ("bamba", {"mamba_d_head": 32}),
+    "qwen3_next": ("qwen3_next", LINEAR),
+    "hybrid_rope": ("granitemoehybrid", {**HYBRID, "position_embedding_type": "rope"}),
+    "hybrid_none": ("granitemoehybrid", {**HYBRID, "position_embedding_type": None}),
+    "hybrid_nope": ("granitemoehybrid", {**HYBRID, "position_embedding_type": "nope"}),
+    # Positions of three axes, which are equal for text.
+    "qwen3_5_text": ("qwen3_5_text", {"layer_types": ["full_attention"] * 3, "rope_parameters": MROPE}),
+    "granite_swa": ("granite_swa", {"layer_types": ["full_attention"] * 3, "layer_rope_theta": [1e4, 1e6, 0]}),
 }
+ALL = (0, 1, 2)
 # How the model's file says that it rotates heads: layout, dimensions, and the layers in which it does not.
 FAMILIES: dict[str, tuple[str, int, tuple[int, ...]]] = {
     **dict.fromkeys(("llama", *(f"llama_{name}" for name in ROPE_VARIANTS), "longrope"), ("half", 16, ())),
     **dict.fromkeys(("phi3", "phi3_longrope", "qwen3", "gemma", "gemma3", "falcon_rope"), ("half", 16, ())),
-    **dict.fromkeys(("olmo2", "olmo3", "granite", "nanochat"), ("half", 16, ())),
-    **dict.fromkeys(("phi", "stablelm", "gpt_neox"), ("half", 8, ())),
-    "smollm3": ("half", 16, (1,)),
+    **dict.fromkeys(
+        ("olmo2", "olmo3", "granite", "nanochat", "moshi", "gpt_oss", "phimoe", "hybrid_rope"), ("half", 16, ())
+    ),
+    **dict.fromkeys(("phi", "stablelm", "gpt_neox", "bamba"), ("half", 8, ())),
+    "qwen3_next": ("half", 4, ()),
+    "qwen3_5_text": ("half", 8, ()),
     "glm4": ("interleaved", 8, ()),
-    "cohere": ("interleaved", 16, ()),
+    **dict.fromkeys(("cohere", "helium"), ("interleaved", 16, ())),
     "cohere2": ("interleaved", 16, (1, 2)),
-    "helium": ("interleaved", 16, ()),
     "llama4": ("interleaved", 16, (1,)),
+    "exaone4": ("half", 16, (1, 2)),
+    "smollm3": ("half", 16, (1,)),
+    "granite_swa": ("half", 16, (2,)),
+    **dict.fromkeys(("hybrid_none", "hybrid_nope", "jamba"), ("half", 16, ALL)),
 }
 
 
 def model_of(name: str, **overrides: Any) -> PreTrainedModel:
-    name, settings = SETTINGS.get(name, (name, {}))
-    return build_model(name, **{"hidden_size": 64} | settings | overrides)
+    model_type, settings = SETTINGS.get(name, (name, {}))
+    if name == "granite_swa" and name not in CONFIG_MAPPING:
+        pytest.skip("younger than this transformers")
+    return build_model(model_type, attention="eager", **{"hidden_size": 64} | settings | overrides)
 
 
 def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
-    """The attention module of every decoder layer, in order."""
-    found = [
+    """The attention module of every decoder layer that has one, in order."""
+    return [
         module
         for module in model.modules()
         if "Attention" in type(module).__name__ and getattr(module, "layer_idx", None) is not None
     ]
-    return sorted(found, key=lambda module: module.layer_idx)
 
 
 def rotary_module(model: PreTrainedModel) -> nn.Module:
     """The only rotary module of a model."""
     (found,) = [module for module in model.modules() if "Rotary" in type(module).__name__]
+    return found
+
+
+def equal(one: RotaryFrequencies, other: RotaryFrequencies) -> bool:
+    shared = SharedFrequencies()
+    return shared.shared(one) is shared.shared(other)
+
+
+Found = dict[int, RotaryFrequencies | None]
+
+
+@torch.no_grad()
+def found_in(model: PreTrainedModel, num_tokens: int = 9) -> Found:
+    """What is found in each layer that attends, by index, in a forward pass."""
+    found: Found = {}
+
+    def note(module: nn.Module, args: tuple) -> None:
+        found[module.layer_idx] = SharedFrequencies().frequencies_of(module, CPU)
+
+    hooks = [module.register_forward_pre_hook(note) for module in attention_modules(model)]
+    try:
+        model(torch.arange(3, 3 + num_tokens)[None], past_key_values=DynamicCache(config=model.config))
+    finally:
+        for hook in hooks:
+            hook.remove()
     return found
 
 
@@ -78,7 +121,7 @@ def keys_of_one_token(model: PreTrainedModel, position: int) -> list[torch.Tenso
     """
     cache = DynamicCache(config=model.config)
     model(torch.tensor([[5]]), position_ids=torch.tensor([[position]]), past_key_values=cache)
-    return [layer.keys for layer in cache.layers]
+    return [getattr(layer, "keys", None) for layer in cache.layers]
 
 
 def written_out_rotation(states: torch.Tensor, position: float, inv_freq: torch.Tensor, layout: str) -> torch.Tensor:
@@ -97,30 +140,29 @@ def written_out_rotation(states: torch.Tensor, position: float, inv_freq: torch.
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_stored_keys_move_to_where_the_model_would_have_put_them(name: str) -> None:
-    """With the model and with its config alone; and the angles are those of the rotary module bit by bit."""
+    """Whatever the first forward pass reads, a single token included; and the angles are the model's bit by bit."""
     layout, rotary_dim, unrotated_layers = FAMILIES[name]
     model = model_of(name)
-    modules = attention_modules(model)
-    assert [module.layer_idx for module in modules] == [0, 1, 2]
+    found = found_in(model)
+    assert len(found) == len(attention_modules(model)) > 0
     # Within the shorter of longrope's two ranges.
     start, shift = 3, 26
     before, after = keys_of_one_token(model, start), keys_of_one_token(model, start + shift)
-    for layer_idx, module in enumerate(modules):
-        for given in (None, model):
-            frequencies = rotary_frequencies(module, model.config, model=given)
-            if layer_idx in unrotated_layers:
-                assert frequencies is None
-                torch.testing.assert_close(before[layer_idx], after[layer_idx], rtol=0, atol=1e-6)
-                continue
-            assert frequencies is not None
-            assert (frequencies.layout, frequencies.rotary_dim) == (layout, rotary_dim)
-            assert frequencies.inv_freq.dtype == torch.float32
-            angles = frequencies.angles(torch.tensor(start + shift)) - frequencies.angles(torch.tensor(start))
-            moved = frequencies.rotate(before[layer_idx], angles)
-            scale = after[layer_idx].abs().max().item()
-            assert (before[layer_idx] - after[layer_idx]).abs().max().item() > 0.1 * scale
-            torch.testing.assert_close(moved, after[layer_idx], rtol=0, atol=2e-6 * scale)
-        if frequencies is not None:
+    alone = found_in(model, num_tokens=1) if name != "granite_swa" else found
+    for layer_idx, frequencies in found.items():
+        if layer_idx in unrotated_layers:
+            assert frequencies is None and alone[layer_idx] is None
+            torch.testing.assert_close(before[layer_idx], after[layer_idx], rtol=0, atol=1e-6)
+            continue
+        assert (frequencies.layout, frequencies.rotary_dim) == (layout, rotary_dim)
+        assert frequencies.inv_freq.dtype == torch.float32
+        assert equal(frequencies, alone[layer_idx])
+        angles = frequencies.angles(torch.tensor(start + shift)) - frequencies.angles(torch.tensor(start))
+        moved = frequencies.rotate(before[layer_idx], angles)
+        scale = after[layer_idx].abs().max().item()
+        assert (before[layer_idx] - after[layer_idx]).abs().max().item() > 0.1 * scale
+        torch.testing.assert_close(moved, after[layer_idx], rtol=0, atol=2e-6 * scale)
+        if name not in ("granite_swa", "gpt_oss", "moshi", "qwen3_5_text"):  # several modules, half of the width
             kinds = [model.config.layer_types[layer_idx]] if name in ("gemma3", "olmo3") else []
             compare_angles(name, frequencies, rotary_module(model), kinds)
 
@@ -145,7 +187,7 @@ def compare_angles(name: str, frequencies: RotaryFrequencies, rotary: nn.Module,
 @pytest.mark.parametrize("name", ["longrope", "phi3_longrope"])
 def test_longrope_switches_with_the_longest_position_of_the_forward(name: str) -> None:
     model = model_of(name)
-    frequencies = rotary_frequencies(attention_modules(model)[0], model.config)
+    frequencies = found_in(model)[0]
     assert frequencies.original_max_position_embeddings == 32
     position = torch.tensor([[7]])
     plain = 10000.0 ** (-torch.arange(8, dtype=torch.float64) / 8)
@@ -165,63 +207,45 @@ def test_longrope_switches_with_the_longest_position_of_the_forward(name: str) -
     torch.testing.assert_close(from_prefill, from_switch, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["llama", "longrope"])
-def test_buffers_that_were_cast_with_the_model(name: str) -> None:
-    model = model_of(name)
-    original = rotary_frequencies(attention_modules(model)[0], model.config).inv_freq
-    model.to(torch.bfloat16)
-    module = attention_modules(model)[0]
-    frequencies = rotary_frequencies(module, model.config, model=model)
-    assert torch.equal(frequencies.inv_freq, original.bfloat16().float())
-    assert not torch.equal(frequencies.inv_freq, original)
-    # The cast is invisible without the model.
-    assert torch.equal(rotary_frequencies(module, model.config).inv_freq, original)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["llama", "longrope", "smollm3"])
+def test_frequencies_are_those_the_model_multiplies_with(name: str, dtype: torch.dtype) -> None:
+    """In float32 where a model is loaded at half precision, and rounded where it was cast later."""
+    exact = model_of(name)
+    cast = copy.deepcopy(exact).to(dtype)
+    original, rounded = found_in(exact)[0], found_in(cast)[0]
+    loaded = found_in(AutoModelForCausalLM.from_config(exact.config, dtype=dtype, attn_implementation="eager").eval())
+    assert equal(loaded[0], original)
+    assert [found is None for found in loaded.values()] == [found is None for found in found_in(exact).values()]
+    assert torch.equal(rounded.inv_freq, original.inv_freq.to(dtype).float())
+    assert not torch.equal(rounded.inv_freq, original.inv_freq)
     for longest in (32, 33, 1000):
         positions = torch.tensor([[0, 3, longest - 1]])
-        cosine, _ = rotary_module(model)(torch.zeros(1), positions)
-        angles = frequencies.model_angles(positions, longest).float()
-        assert torch.equal(torch.cat([angles, angles], dim=-1).cos() * cosine[0, 0, 0], cosine)
-
-
-def test_half_precision_weights_leave_frequencies_in_float32() -> None:
-    for name, dtype in (("llama", torch.bfloat16), ("glm4", torch.float16), ("smollm3", torch.bfloat16)):
-        exact = model_of(name)
-        model = AutoModelForCausalLM.from_config(exact.config, dtype=dtype).eval()
-        for module, other in zip(attention_modules(model), attention_modules(exact), strict=True):
-            expected = rotary_frequencies(other, exact.config)
-            for given in (None, model):
-                found = rotary_frequencies(module, model.config, model=given)
-                assert (found is None) == (expected is None)
-                if found is not None:
-                    assert found.layout == expected.layout
-                    assert torch.equal(found.inv_freq, expected.inv_freq)
+        output = rotary_module(cast)(torch.zeros(1), positions)
+        angles = rounded.model_angles(positions, longest).float()
+        assert torch.equal(angles.cos() * output[0][0, 0, 0], output[0][..., : angles.shape[-1]])
 
 
 def test_models_without_rope_give_none() -> None:
-    hybrid = {"layer_types": ["attention"] * 3, "position_embedding_type": "nope", "num_local_experts": 0}
-    hybrid |= {"hidden_size": 64, "shared_intermediate_size": 96}
-    for name in ("gpt2", "opt", "bloom", "mpt", "falcon_alibi", "jamba", "granitemoehybrid"):
-        model = build_model(name, attention="eager", **hybrid if name == "granitemoehybrid" else {})
-        modules = [module for module in model.modules() if type(module).__name__.endswith("Attention")]
-        assert modules
-        for module, given in itertools.product(modules, (None, model)):
-            assert rotary_frequencies(module, model.config, model=given) is None, name
+    """Positions are added to what the first layer gets, or to logits."""
+    for name in ("gpt2", "opt"):
+        model = build_model(name, attention="eager")
+        for num_tokens in (1, 9):
+            found = found_in(model, num_tokens)
+            assert len(found) == 3 and set(found.values()) == {None}
 
 
 # What is refused.
 
 
-def check_refused(
-    message: str, module: nn.Module, config: PreTrainedConfig, model: PreTrainedModel | None = None
-) -> None:
+def check_refused(message: str, model: PreTrainedModel, num_tokens: int = 9) -> None:
     with pytest.raises(NotImplementedError, match=message):
-        rotary_frequencies(module, config, model=model)
+        found_in(model, num_tokens)
 
 
-def test_dynamic_ntk_is_refused() -> None:
+def test_frequencies_that_follow_the_length_are_refused() -> None:
     rope_parameters = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
-    model = build_model("llama", rope_parameters=rope_parameters)
-    check_refused("dynamic NTK.*'yarn'", attention_modules(model)[0], model.config)
+    check_refused("depend on the length", build_model("llama", rope_parameters=rope_parameters))
     # Under another name.
     model = build_model("llama")
     rotary = rotary_module(model)
@@ -234,31 +258,36 @@ def test_dynamic_ntk_is_refused() -> None:
             return plain_forward(self, x, position_ids)
 
     rotary.__class__ = GrowingRotaryEmbedding
-    check_refused("depend on the length", attention_modules(model)[0], model.config, model)
+    check_refused("depend on the length", model)
+    assert torch.equal(rotary.inv_freq, rotary.original_inv_freq)
+
+
+@pytest.mark.parametrize("cache", [StreamingLLMCache, ExpectedAttentionCache, MassiveActivationCache, ShadowKVCache])
+def test_configs_that_tell_are_refused_at_once(cache: type) -> None:
+    mrope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+    with_images, text = Qwen2VLConfig(text_config={"rope_parameters": mrope}), build_config("llama")
+    text.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    for config, message in ((with_images, "several axes.*get_text_config"), (text, "dynamic NTK.*'yarn'")):
+        with pytest.raises(NotImplementedError, match=f"rotates keys by .*{message}.*leaves keys at"):
+            cache(config, budget=8)
 
 
 def test_other_kinds_of_attention_are_refused() -> None:
-    config = build_config("qwen2_5_vl_text")
-    config.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
-    model_file = importlib.import_module("transformers.models.qwen2_5_vl.modeling_qwen2_5_vl")
-    check_refused("several axes", model_file.Qwen2_5_VLAttention(config, layer_idx=0), config)
-
     # DeepSeek hands latents to the cache in the place of keys, and the rotated part in the place of values.
-    model = build_model("deepseek_v3")
-    check_refused("latent", attention_modules(model)[0], model.config)
-
-    # RoFormer turns keys inside an attention class without a rotary module.
+    check_refused("latent", build_model("deepseek_v3", attention="eager"))
+    # RoFormer is handed sines that no module of it made.
     model = build_model("roformer", attention="eager", is_decoder=True)
-    module = next(module for module in model.modules() if type(module).__name__ == "RoFormerSelfAttention")
-    check_refused("No rotary module", module, model.config)
-
+    for num_tokens in (1, 9):
+        check_refused("no single module makes", model, num_tokens)
     # HunYuan normalises keys after RoPE. With a weight per dimension a stored key cannot be turned any more.
     model = build_model("hunyuan_v1_dense")
-    module = attention_modules(model)[0]
-    check_refused("do not turn the keys", module, model.config)
+    check_refused("angles that could not be reproduced", model)
     with torch.no_grad():
-        module.key_layernorm.weight.fill_(1.5)
-    assert rotary_frequencies(module, model.config).layout == "half"
+        for module in attention_modules(model):
+            module.key_layernorm.weight.fill_(1.5)
+    assert found_in(model)[0].layout == "half"
+    # One token at position 0 does not tell with which base it was turned.
+    check_refused("Start with several tokens", model_of("granite_swa"), num_tokens=1)
 
 
 def test_rotations_that_cannot_be_reproduced_are_refused() -> None:
@@ -266,40 +295,40 @@ def test_rotations_that_cannot_be_reproduced_are_refused() -> None:
     module = attention_modules(model)[0]
     plain_class = type(module)
 
-    class AttentionThatNeedsMore(plain_class):
-        def forward(self, hidden_states, position_embeddings, segments, **kwargs):
-            return super().forward(hidden_states + segments.sum(), position_embeddings, **kwargs)
-
     class AttentionWithSwappedPairs(plain_class):
-        def forward(self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None):
+        def forward(self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, **kwargs):
             order = [1, 0, *range(2, 8), 9, 8, *range(10, 16)]
             swapped = tuple(part[..., order] for part in position_embeddings)
-            return super().forward(hidden_states, swapped, attention_mask, past_key_values)
+            return super().forward(hidden_states, swapped, attention_mask, past_key_values, **kwargs)
 
-    module.__class__ = AttentionThatNeedsMore
-    check_refused("could not be probed", module, model.config, model)
-    module.__class__ = AttentionWithSwappedPairs
-    check_refused("do not turn the keys", module, model.config, model)
+    class AttentionThatTurnsMore(plain_class):
+        def forward(self, hidden_states, position_embeddings, **kwargs):
+            return super().forward(hidden_states, tuple(part * part for part in position_embeddings), **kwargs)
+
+    for attention_class in (AttentionWithSwappedPairs, AttentionThatTurnsMore):
+        module.__class__ = attention_class
+        check_refused("could not be reproduced", model)
     module.__class__ = plain_class
-    with pytest.raises(ValueError, match="no part of the given LlamaForCausalLM"):
-        rotary_frequencies(module, model.config, model=build_model("llama"))
+    found = found_in(model)[0]
+    assert SharedFrequencies().frequencies_of(module, CPU) is found  # it is not running: what was found last
+    with pytest.raises(NotImplementedError, match="found while it runs.*leaves keys at"):
+        SharedFrequencies().frequencies_of(attention_modules(build_model("llama"))[0], CPU)
     nn.init.zeros_(module.k_proj.weight)
-    check_refused("load the weights first", module, model.config)
-    check_refused("meta device", module.to("meta"), model.config)
+    check_refused("load the weights first", model)
 
 
 def test_probe_leaves_no_trace() -> None:
     model = model_of("longrope")
     rotary, module = rotary_module(model), attention_modules(model)[0]
+    model(torch.arange(3, 43)[None])  # with the long frequencies, which the probe changes last
     calls: list[int] = []
     module.register_forward_pre_hook(lambda *_: calls.append(1))
     module.register_forward_hook(lambda *_: calls.append(1))
     tensors = [dict(model.named_buffers()), dict(model.named_parameters())]
     before, attributes = copy.deepcopy(tensors), set(vars(rotary))
     random_state, config = torch.get_rng_state(), model.config.to_dict()
-    rotary_frequencies(module, model.config, model=model)
-    rotary_frequencies(module, model.config)
-    assert not calls
+    found_in(model, num_tokens=40)
+    assert len(calls) == 2
     assert torch.equal(torch.get_rng_state(), random_state)
     assert set(vars(rotary)) == attributes
     assert model.config.to_dict() == config

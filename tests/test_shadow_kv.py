@@ -430,7 +430,9 @@ def test_no_step_sees_what_was_taken_back() -> None:
             assert layer.held_positions().max() == 149 - num_back
         logits = model(tokens[:, 150:151], past_key_values=cache).logits
         assert logits.abs().max() < 100
-        assert all((layer.held_positions() >= 0).sum() == 2 * layer.state.row_held[0] for layer in cache.compressed_layers)
+        assert all(
+            (layer.held_positions() >= 0).sum() == 2 * layer.state.row_held[0] for layer in cache.compressed_layers
+        )
 
 
 def test_padding_of_a_later_turn_is_not_taken_back_as_tokens() -> None:

@@ -18,9 +18,10 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from pyramid_cache.engine.budget import is_number, read_count
+from pyramid_cache.engine.cache import config_and_model
 from pyramid_cache.engine.policy import Policy, PromptView, ScoringView
 from pyramid_cache.engine.policy_cache import DEFAULT_EVICTION_INTERVAL, PolicyCache
-from pyramid_cache.engine.rope import RotaryFrequencies
+from pyramid_cache.engine.rope import RotaryFrequencies, refuse_unsupported_rope
 from pyramid_cache.engine.state import LayerState, row
 
 
@@ -57,6 +58,7 @@ class ExpectedAttentionPolicy(Policy):
     epsilon: float = 0.0
 
     state_class = QueryStatistics
+    needs_rotary = True
 
     def __post_init__(self) -> None:
         for name, least in (("num_future_positions", 1), ("num_sink_tokens", 0)):
@@ -200,7 +202,8 @@ class ExpectedAttentionCache(PolicyCache):
 
     Raises:
         ValueError: For an argument outside these ranges, or a model that cannot be compressed.
-        NotImplementedError: In the first forward pass of a model whose RoPE does not rotate by the position alone.
+        NotImplementedError: For a model whose RoPE does not rotate by the position alone. It is raised at the first
+            forward pass where the config does not tell.
 
     Example:
 
@@ -242,3 +245,4 @@ class ExpectedAttentionCache(PolicyCache):
             epsilon=epsilon,
         )
         super().__init__(config, budget, policy, eviction_interval=eviction_interval)
+        refuse_unsupported_rope(config_and_model(config)[0])

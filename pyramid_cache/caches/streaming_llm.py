@@ -54,7 +54,7 @@ class StreamingLLMPolicy(Policy):
     num_sink_tokens: int = 4
 
     heads_share_tokens = True
-    repositions = True
+    repositions = needs_rotary = True
     state_class = SinkState
 
     latest_turn: ClassVar[list[Any]]
@@ -175,8 +175,7 @@ class StreamingLLMCache(PolicyCache):
     token is exact. With `prefill_chunk_size` of `generate`, a prompt never takes more than the budget and one chunk.
 
     Args:
-        config (`PreTrainedConfig` or `PreTrainedModel`): The config of the model, or the model itself. Give the model
-            if it was cast with `model.to(torch.bfloat16)` after loading, which rounds its rotary frequencies too.
+        config (`PreTrainedConfig` or `PreTrainedModel`): Of the model, or the model, whose config is taken.
         budget (`float`, `int` or `str`): What each layer keeps, the sinks included: a fraction of the prompt, a number
             of tokens, or bytes for all layers that evict ("256MiB"). In later turns, a fraction is of all tokens seen.
             1.0 never evicts.
@@ -216,7 +215,7 @@ class StreamingLLMCache(PolicyCache):
         *,
         eviction_interval: int = 1,
     ) -> None:
-        source, (config, _) = config, config_and_model(config)
+        config, _ = config_and_model(config)
         policy = StreamingLLMPolicy(read_count("num_sink_tokens", num_sink_tokens, least=0))
         parsed = parse_budget(budget)
         if parsed.kind == "tokens" and parsed.amount <= policy.num_sink_tokens:
@@ -226,4 +225,4 @@ class StreamingLLMCache(PolicyCache):
             )
         check_decoder_config(config)
         refuse_unsupported_rope(config)
-        super().__init__(source, budget, policy, eviction_interval=eviction_interval)
+        super().__init__(config, budget, policy, eviction_interval=eviction_interval)

@@ -87,6 +87,12 @@ class EvictingLayer(CompressedLayer):
     def max_slots(self) -> int:
         return max(self.state.row_kept, default=0) + self.eviction_interval
 
+    def check(self, call: AttentionCall, arrival: Arrival, is_step: bool) -> None:
+        is_first = self.module is None
+        super().check(call, arrival, is_step)
+        if is_first and self.policy.needs_rotary:
+            self.rotary_of(call.module)  # which tells it only while it runs
+
     def _read(self, call: AttentionCall, arrival: Arrival) -> Tokens:
         seen = super()._read(call, arrival)
         if self.policy.repositions:

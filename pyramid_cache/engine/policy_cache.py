@@ -1,7 +1,6 @@
 """The cache that keeps what a `Policy` scores highest."""
 
 import dataclasses
-import weakref
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -71,14 +70,14 @@ class PolicyCache(CompressedCache):
         eviction_interval: int = DEFAULT_EVICTION_INTERVAL,
         masks: MaskReader | None = None,
     ) -> None:
-        config, model = config_and_model(config)
+        config, _ = config_and_model(config)
         check_decoder_config(config)
         parsed_budget = parse_budget(budget)
         if not isinstance(policy, Policy):
             raise ValueError(f"`policy={policy!r}` must be an instance of a class that derives from Policy.")
         eviction_interval = read_count("eviction_interval", eviction_interval, least=1)
         self.policy = policy
-        self.frequencies = SharedFrequencies(config, None if model is None else weakref.ref(model))
+        self.frequencies = SharedFrequencies()
 
         def build_layer(place: LayerPlace, masks: MaskReader) -> EvictingLayer:
             return EvictingLayer(place, masks, parsed_budget, policy, eviction_interval, self.frequencies)

@@ -17,7 +17,6 @@ and 0.13 (docs/quality.md).
 """
 
 import os
-import weakref
 from dataclasses import dataclass
 
 import torch
@@ -38,7 +37,7 @@ from pyramid_cache.engine.budget import MAX_TOKENS, Budget, read_count, read_ker
 from pyramid_cache.engine.cache import check_decoder_config, config_and_model
 from pyramid_cache.engine.policy import LayerView, Policy, PromptView, ScoringView
 from pyramid_cache.engine.policy_cache import DEFAULT_EVICTION_INTERVAL, PolicyCache
-from pyramid_cache.engine.rope import SharedFrequencies, refuse_unsupported_rope
+from pyramid_cache.engine.rope import refuse_unsupported_rope
 from pyramid_cache.engine.selection import gather_tokens
 from pyramid_cache.engine.state import LayerState, counts, row
 from pyramid_cache.ops.transfer import numbers_on
@@ -103,6 +102,7 @@ class MassiveActivationPolicy(Policy):
     kernel_size: int = 13
 
     state_class = MassiveState
+    needs_rotary = True
     # Set by the cache that reads a profile: see `Profile.supports`.
     supports = None
 
@@ -246,9 +246,6 @@ class MassiveActivationCache(PolicyCache):
         if read is not None:
             object.__setattr__(policy, "supports", read.supports)
         if model is not None:
-            self.frequencies = SharedFrequencies(config, weakref.ref(model))
-            for layer in self.compressed_layers:
-                layer.frequencies = self.frequencies
             wanted = probed_layers(len(self.layers), read)
             # The next layers that evict; nothing is above the last one.
             probed = sorted({above[0] for least in wanted if (above := [i for i in indices[:-1] if i >= least])})

@@ -15,7 +15,6 @@ shows it, as the bounds of Quest do (https://arxiv.org/abs/2406.10774), and take
 """
 
 import os
-import weakref
 from dataclasses import asdict, replace
 
 import torch
@@ -48,8 +47,7 @@ class ShadowKVCache(CompressedCache):
     full memory. `num_kept_tokens` and `positions` describe what a step attends to.
 
     Args:
-        config (`PreTrainedConfig` or `PreTrainedModel`): The config of the model, or the model itself. Give the model
-            if it was cast with `model.to(torch.bfloat16)` after loading, which rounds its rotary frequencies too.
+        config (`PreTrainedConfig` or `PreTrainedModel`): Of the model, or the model, whose config is taken.
         budget (`int` or `float`, defaults to 2048): Tokens that a step attends to beside outliers and the latest
             tokens, or their share of the prompt. Larger values miss less and take more time. A prompt that fits into
             the slots is kept as it is, and the cache is `DynamicCache` bit for bit.
@@ -116,13 +114,13 @@ class ShadowKVCache(CompressedCache):
         host: str = "memory",
         host_budget: int | str | None = None,
     ) -> None:
-        config, model = config_and_model(config)
+        config, _ = config_and_model(config)
         check_decoder_config(config)
         refuse_unsupported_rope(config)
         sizes = (budget, rank, chunk_size, num_outlier_chunks, num_spread_bands, num_local_tokens, offload_interval)
         settings = ShadowSettings(*sizes, quantize, host, host_budget)
         host_place = read_host(host, host_budget)
-        self.frequencies = SharedFrequencies(config, None if model is None else weakref.ref(model))
+        self.frequencies = SharedFrequencies()
 
         def build_layer(place: LayerPlace, masks: MaskReader) -> ShadowKVLayer:
             layer_host = replace(host_place, num_layers=place.num_layers)

@@ -49,6 +49,7 @@ class ShadowKVLayer(CompressedLayer):
     def _clear(self) -> None:
         super()._clear()
         self.shadow = self.store.shadow
+        self.rotary: RotaryFrequencies | None = None
 
     @property
     def row_shadow(self) -> list[int]:
@@ -89,6 +90,8 @@ class ShadowKVLayer(CompressedLayer):
         return tokens
 
     def check(self, call: AttentionCall, arrival: Arrival, is_step: bool) -> None:
+        if self.module is None and self.state.is_dense:
+            self.rotary = self.frequencies.frequencies_of(call.module, self.device)
         super().check(call, arrival, is_step)
         if not self.state.is_dense and needs_gradients(call.query, call.key, call.value):
             raise NotImplementedError(
@@ -150,8 +153,7 @@ class ShadowKVLayer(CompressedLayer):
     def _absorb_turn(self, call: AttentionCall, tokens: Tokens) -> None:
         """What follows several tokens: rows that have a shadow, or are too long now to be exact, take them into it."""
         if self.state.is_dense:
-            rotary = self.frequencies.frequencies_of(call.module, self.device)
-            self.shadow.begin(call.key, call.value, rotary or RotaryFrequencies(torch.zeros(0)))
+            self.shadow.begin(call.key, call.value, self.rotary or RotaryFrequencies(torch.zeros(0)))
             self.state.column_positions = None
             self._make_slots(call.key, call.value, 0)
         elif self.state.held_chunks.shape[-1] != max(self.state.row_sparse):

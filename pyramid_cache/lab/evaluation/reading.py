@@ -5,6 +5,7 @@ A cache that reads its prompt with full attention sees the same queries, keys an
 once, and every cache evicts from what each layer got. Prompts of several lengths are padded on the left.
 """
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,9 +14,14 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from pyramid_cache.caches.h2o import H2OCache
 from pyramid_cache.engine.architectures import CACHE_ARGUMENT
+from pyramid_cache.engine.attention import AttentionCall
+from pyramid_cache.engine.cache import CompressedCache
+from pyramid_cache.engine.layer import Arrival, CompressedLayer
 from pyramid_cache.engine.pending import RecordedChunk
+from pyramid_cache.engine.rope import SharedFrequencies
+from pyramid_cache.engine.store import SlotStore
+from pyramid_cache.engine.tokens import Tokens
 from pyramid_cache.ops import attention_with_lse, row_lse
 
 
@@ -61,6 +67,25 @@ class Reading:
         return Reading(layers, later.logits, later.padding)
 
 
+class ReadingLayer(CompressedLayer):
+    """Records what it gets, and how its attention module rotates keys: other caches may ask when none is running."""
+
+    def num_tokens_to_keep(self, row_length: int) -> int:
+        return max(row_length, 1)
+
+    def check(self, call: AttentionCall, arrival: Arrival, is_step: bool) -> None:
+        if self.module is None:
+            with contextlib.suppress(NotImplementedError):  # raised again for those that ask
+                self.rotary = SharedFrequencies().frequencies_of(call.module, self.device)
+        super().check(call, arrival, is_step)
+
+    def attend_prompt(self, call: AttentionCall, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return call.run()
+
+    def attend_step(self, call: AttentionCall, longest: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return call.run()
+
+
 class Reader:
     """
     Reads a context, as `pad_left` gives it, once, and questions behind it. Raises NotImplementedError for models in
@@ -71,7 +96,7 @@ class Reader:
     def __init__(self, model: PreTrainedModel, ids: torch.Tensor, padding: torch.Tensor | None = None) -> None:
         self.model = model
         self.padding = padding
-        self.cache = H2OCache(model.config, budget=1.0)  # never evicts, and never scores
+        self.cache = CompressedCache(model.config, lambda place, masks: ReadingLayer(place, masks, SlotStore()))
         if len(self.cache.compressed_layers) < len(self.cache.layers):
             raise NotImplementedError(
                 f"A model of type {model.config.model_type!r} has layers of other kinds than full attention, whose "

@@ -98,7 +98,7 @@ def measure_text(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, token_ids: torch.Tensor, window_size: int
 ) -> TextFindings:
     """Reads one text, `(1, tokens)`. The window is that of the last queries, and the tokens that are local to them."""
-    frequencies = SharedFrequencies(model.config, lambda: model)
+    frequencies = SharedFrequencies()
     cache = CompressedCache(model.config, lambda place, masks: ProfilingLayer(place, masks, window_size, frequencies))
     outputs: list[OutputFindings] = []
 

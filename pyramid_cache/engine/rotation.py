@@ -1,0 +1,97 @@
+"""
+Rotary angles, and states turned by them, so that stored keys can be moved to other positions.
+
+A model rotates keys before a cache sees them, and RoPE enters a score only through the difference of two angles. So a
+key is moved by rotating it once more, from the angle it has to the angle it should have. What it has is the product of
+position and inverse frequency in float32, off by up to 0.03 radians at position 1,000,000; what it should have is the
+same product in float64. A factor on cosines and sines (yarn, longrope) sits in the states and is never touched.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+
+# What `export_frequencies` calls its tensors.
+FREQUENCY_TENSORS = ("inv_freq", "long_inv_freq")
+
+
+@dataclass(frozen=True, eq=False)
+class RotaryFrequencies:
+    """
+    How one attention layer rotates its keys: the first `rotary_dim` dimensions of each head, by these frequencies.
+
+    Attributes:
+        inv_freq: `(rotary_dim / 2,)` inverse frequencies in float32, negative for a model that turns the other way.
+        layout: `"half"` pairs dimension `i` with `i + rotary_dim / 2` (Llama), `"interleaved"` `2 i` with `2 i + 1`.
+        long_inv_freq: `(rotary_dim / 2,)`, longrope only: what replaces `inv_freq` in a forward that reaches beyond
+            `original_max_position_embeddings` tokens.
+    """
+
+    inv_freq: torch.Tensor
+    layout: Literal["half", "interleaved"] = "half"
+    long_inv_freq: torch.Tensor | None = None
+    original_max_position_embeddings: int | None = None
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many dimensions of a head are rotated."""
+        return 2 * self.inv_freq.shape[-1]
+
+    def model_angles(self, positions: torch.Tensor, longest: int | torch.Tensor) -> torch.Tensor:
+        """
+        The angles `(..., rotary_dim / 2)` in float64 that the model's float32 arithmetic used for positions `(...)`.
+        `longest` is the largest position of the forward, over all rows, plus one; a tensor does not wait for the host.
+        """
+        inv_freq = self.inv_freq.to(positions.device)
+        if self.long_inv_freq is not None:
+            is_long = torch.as_tensor(longest > self.original_max_position_embeddings)
+            inv_freq = torch.where(is_long.to(inv_freq.device), self.long_inv_freq.to(inv_freq.device), inv_freq)
+        return (positions[..., None].float() * inv_freq).double()
+
+    def angles(self, positions: torch.Tensor) -> torch.Tensor:
+        """The exact angles `(..., rotary_dim / 2)` in float64 for integers `(...)`; longrope's short frequencies."""
+        return positions[..., None].double() * self.inv_freq.to(positions.device).double()
+
+    def rotate(self, states: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+        """
+        Turn queries or keys by the given angles, in float32 (float64 for float64 states), rounded once.
+
+        Args:
+            states: `(batch, heads, seq, head_dim)`; left as it is.
+            angles: `(batch or 1, heads or 1, seq or 1, rotary_dim / 2)`, usually a difference of two angles.
+
+        Returns:
+            `(batch, heads, seq, head_dim)` in the dtype of `states`.
+        """
+        return self.turn(states, *self.cosine_and_sine(angles, states.dtype))
+
+    def cosine_and_sine(self, angles: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of float64 angles, in the precision in which states of `dtype` are turned."""
+        compute_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        return angles.double().cos().to(compute_dtype), angles.double().sin().to(compute_dtype)
+
+    def turn(self, states: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+        """`rotate` by angles whose `cosine_and_sine` are known."""
+        rotated, rest = states[..., : self.rotary_dim].to(cosine.dtype), states[..., self.rotary_dim :]
+        is_half = self.layout == "half"
+        first, second = rotated.chunk(2, dim=-1) if is_half else (rotated[..., 0::2], rotated[..., 1::2])
+        first, second = first * cosine - second * sine, second * cosine + first * sine
+        rotated = torch.cat([first, second], dim=-1) if is_half else torch.stack([first, second], dim=-1).flatten(-2)
+        rotated = rotated.to(states.dtype)
+        return torch.cat([rotated, rest], dim=-1) if rest.shape[-1] else rotated
+
+
+def export_frequencies(rotary: RotaryFrequencies | None) -> tuple[dict[str, Any] | None, dict[str, torch.Tensor]]:
+    """Frequencies for a file: what JSON takes, and tensors by the names in `FREQUENCY_TENSORS`."""
+    fields = {} if rotary is None else {name: value for name, value in vars(rotary).items() if value is not None}
+    tensors = {name: fields.pop(name) for name in FREQUENCY_TENSORS if name in fields}
+    return fields or None, tensors
+
+
+def import_frequencies(numbers: dict[str, Any] | None, tensors: dict[str, torch.Tensor]) -> RotaryFrequencies | None:
+    """The frequencies that `export_frequencies` gave, out of the numbers and tensors of a file."""
+    if numbers is None:
+        return None
+    return RotaryFrequencies(**numbers | {name: tensors[name] for name in FREQUENCY_TENSORS if name in tensors})
