@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers import Cache, PreTrainedModel, pipeline
 
+from pyramid_cache.caches.pyramid.prefill import PrunedPrefill
 from pyramid_cache.engine.architectures import CACHE_ARGUMENT
 
 
@@ -72,7 +73,7 @@ def test_adapter(case: CacheCase) -> None:
     cache = case.build(adapted)
     assert_same(generate(adapted, cache, ROWS, NEW_TOKENS), wanted)
     if case.prunes_prefill:
-        assert cache.pruned_prefill is not None  # hidden states are pruned, not only keys and values
+        assert isinstance(cache.masks, PrunedPrefill)  # hidden states are pruned, not only keys and values
     plain = build_model("llama")
     without = generate(plain, case.build(plain), ROWS, NEW_TOKENS)
     assert not torch.equal(wanted.sequences, without.sequences)

@@ -12,7 +12,6 @@ forward pass attend to each other and to what the cache held before, and then th
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -56,12 +55,6 @@ class StreamingLLMPolicy(Policy):
     heads_share_tokens = True
     repositions = needs_rotary = True
     state_class = SinkState
-
-    latest_turn: ClassVar[list[Any]]
-
-    def __post_init__(self) -> None:
-        # Not a field: no setting of the method, and shared by the layers of a cache.
-        object.__setattr__(self, "latest_turn", [None, None])
 
     def score(self, view: ScoringView) -> torch.Tensor:
         return view.positions.float().masked_fill(view.positions < self.num_sink_tokens, float("inf"))
@@ -109,7 +102,8 @@ class StreamingLLMPolicy(Policy):
             self._remember_sinks(view, rotary)
         self._move_base(view, rotary)
         if self.num_sink_tokens:
-            cosine, sine = self._turn_by(view, rotary)
+            shift = [evicted - state.base for evicted in self.num_evicted(view)]
+            cosine, sine = rotary.turn_by(shift, view.key)
             index = state.sink_slots[..., None].expand_as(state.sink_keys)
             view.key.scatter_(2, index, rotary.turn(state.sink_keys, cosine, sine))
 
@@ -131,15 +125,6 @@ class StreamingLLMPolicy(Policy):
     def num_evicted(view: LayerView) -> list[int]:
         """How many tokens of each row are gone."""
         return [seen - held for seen, held in zip(view.state.row_lengths, view.state.row_held, strict=True)]
-
-    def _turn_by(self, view: LayerView, rotary: RotaryFrequencies) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosine and sine that move sinks forward. The layers of a forward pass share them."""
-        shift = [evicted - view.state.base for evicted in self.num_evicted(view)]
-        key = (rotary, shift, view.key.dtype, view.key.device)
-        if torch.compiler.is_compiling() or self.latest_turn[0] != key:
-            angles = rotary.angles(numbers_on(view.key.device, shift, torch.int64).view(-1, 1, 1))
-            self.latest_turn[:] = key, rotary.cosine_and_sine(angles, view.key.dtype)
-        return self.latest_turn[1]
 
     def reposition_new(
         self, view: LayerView, states: torch.Tensor, positions: torch.Tensor, longest: int
@@ -201,7 +186,7 @@ class StreamingLLMCache(PolicyCache):
     >>> model = LlamaForCausalLM(config)
     >>> cache = StreamingLLMCache(model.config, budget=16)
     >>> tokens = model.generate(torch.arange(40)[None], past_key_values=cache, max_new_tokens=8, eos_token_id=None)
-    >>> sorted(cache.positions(0)[0, 0].tolist())
+    >>> sorted(position for position in cache.positions(0)[0, 0].tolist() if position >= 0)
     [0, 1, 2, 3, 35, 36, 37, 38, 39, 40, 41, 42, 43, 44, 45, 46]
 
     ```

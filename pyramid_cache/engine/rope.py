@@ -80,7 +80,7 @@ class SharedFrequencies:
 
     def held_tensors(self) -> list[torch.Tensor]:
         """What it refers to."""
-        return [tensor for known in self._known.values() for tensor in export_frequencies(known)[1].values()]
+        return [tensor for known in self._known.values() for tensor in known.held_tensors()]
 
     def forget(self) -> None:
         """Lets go of it, for another model."""

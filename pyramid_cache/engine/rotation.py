@@ -8,9 +8,11 @@ same product in float64. A factor on cosines and sines (yarn, longrope) sits in 
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
+
+from pyramid_cache.ops.transfer import numbers_on
 
 
 # What `export_frequencies` calls its tensors.
@@ -33,6 +35,10 @@ class RotaryFrequencies:
     layout: Literal["half", "interleaved"] = "half"
     long_inv_freq: torch.Tensor | None = None
     original_max_position_embeddings: int | None = None
+
+    # What `turn_by` was asked last, and its answer; no fields.
+    latest_distances = None
+    latest_turn: ClassVar[Any] = ()
 
     @property
     def rotary_dim(self) -> int:
@@ -71,6 +77,25 @@ class RotaryFrequencies:
         """Of float64 angles, in the precision in which states of `dtype` are turned."""
         compute_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         return angles.double().cos().to(compute_dtype), angles.double().sin().to(compute_dtype)
+
+    def held_tensors(self) -> list[torch.Tensor]:
+        """Every tensor that this refers to."""
+        return [*export_frequencies(self)[1].values(), *self.latest_turn]
+
+    def turn_by(self, distances: list[int], states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        `cosine_and_sine` that move states `(batch, any, tokens, head_dim)` by these distances, one for each row. What
+        was asked last is kept: the layers of a forward pass ask for the same.
+        """
+        key = (distances, states.dtype, states.device)
+        if not torch.compiler.is_compiling() and self.latest_distances == key:
+            return self.latest_turn
+        angles = self.angles(numbers_on(states.device, distances, torch.int64).view(-1, 1, 1))
+        turn = self.cosine_and_sine(angles, states.dtype)
+        if not torch.compiler.is_compiling():
+            object.__setattr__(self, "latest_distances", key)
+            object.__setattr__(self, "latest_turn", turn)
+        return turn
 
     def turn(self, states: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
         """`rotate` by angles whose `cosine_and_sine` are known."""
