@@ -64,12 +64,13 @@ class SharedFrequencies:
         Raises:
             NotImplementedError: The rotation depends on the length or could not be reproduced, or no forward runs.
         """
-        calls, known = _running_calls(module), last_found.pop(module, lambda: None)
+        calls, known = _running_calls(module), last_found.get(module, lambda: None)
         found = _probe(calls, device) or NO_ROTATION if calls else known()
         if found is None:
             raise _refusal(module, "what is found while it runs. Compile the model after a forward with this cache.")
         found = found if found is NO_ROTATION else self.shared(found)
-        last_found[module] = ref(found)
+        if calls:
+            last_found[module] = ref(found)
         return None if found is NO_ROTATION else found
 
     def shared(self, found: RotaryFrequencies) -> RotaryFrequencies:

@@ -238,13 +238,13 @@ class FetchCounter:
 
     def __init__(self, cache: Cache) -> None:
         layers = cache.compressed_layers if isinstance(cache, ShadowKVCache) else []
-        self.layers = [layer for layer in layers if layer.held_chunks is not None]
+        self.layers = [layer for layer in layers if layer.state.held_chunks is not None]
         self.held: list[torch.Tensor] = []
         self.num_bytes: list[int] = []
 
     def __call__(self, done: int) -> None:
         """To be called after each step. The first step is what the second is compared with."""
-        held = [layer.held_chunks.clone() for layer in self.layers]
+        held = [layer.state.held_chunks.clone() for layer in self.layers]
         if self.held:
             self.num_bytes.append(0)
         for layer, earlier, later in zip(self.layers, self.held, held, strict=False):

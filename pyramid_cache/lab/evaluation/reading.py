@@ -48,6 +48,7 @@ class Reading:
     layers: list[tuple[nn.Module, RecordedChunk]]  # attention modules, and the queries, keys, values that they had
     logits: torch.Tensor  # (batch, vocabulary), of the last token
     padding: torch.Tensor | None = None  # see `pad_left`
+    frequencies: SharedFrequencies | None = None  # how the modules rotate keys, known as long as this is held
 
     @property
     def num_tokens(self) -> int:
@@ -64,11 +65,13 @@ class Reading:
             (module, first.followed_by(last))
             for (_, first), (module, last) in zip(self.layers, later.layers, strict=True)
         ]
-        return Reading(layers, later.logits, later.padding)
+        return Reading(layers, later.logits, later.padding, later.frequencies)
 
 
 class ReadingLayer(CompressedLayer):
     """Records what it gets, and how its attention module rotates keys: other caches may ask when none is running."""
+
+    frequencies: SharedFrequencies
 
     def num_tokens_to_keep(self, row_length: int) -> int:
         return max(row_length, 1)
@@ -76,7 +79,7 @@ class ReadingLayer(CompressedLayer):
     def check(self, call: AttentionCall, arrival: Arrival, is_step: bool) -> None:
         if self.module is None:
             with contextlib.suppress(NotImplementedError):  # raised again for those that ask
-                self.rotary = SharedFrequencies().frequencies_of(call.module, self.device)
+                self.frequencies.frequencies_of(call.module, self.device)
         super().check(call, arrival, is_step)
 
     def attend_prompt(self, call: AttentionCall, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -108,6 +111,9 @@ class Reader:
                 f"The rotary frequencies of this model depend on the length of the prompt ({rope_type!r} scaling), so "
                 "that a context and its questions cannot be read one after the other. Evaluate a model with others."
             )
+        self.frequencies = SharedFrequencies()
+        for layer in self.cache.compressed_layers:
+            layer.frequencies = self.frequencies
         self.context = with_lse(self._record(ids))
         self.cache.crop(0)
 
@@ -116,7 +122,8 @@ class Reader:
         self.cache.activate_past_recording()
         arguments = padding_arguments(self.padding, self.cache.get_seq_length(), ids.shape[1])
         logits = self.model(ids, **{CACHE_ARGUMENT: self.cache}, logits_to_keep=1, **arguments).logits[:, -1]
-        return Reading([layer.last_recorded for layer in self.cache.compressed_layers], logits, self.padding)
+        layers = [layer.last_recorded for layer in self.cache.compressed_layers]
+        return Reading(layers, logits, self.padding, self.frequencies)
 
     def with_question(self, ids: torch.Tensor) -> Reading:
         """The context and a question `(batch, tokens)` behind it."""
