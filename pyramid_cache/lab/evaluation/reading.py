@@ -9,6 +9,7 @@ import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -23,6 +24,10 @@ from pyramid_cache.engine.rope import SharedFrequencies
 from pyramid_cache.engine.store import SlotStore
 from pyramid_cache.engine.tokens import Tokens
 from pyramid_cache.ops import attention_with_lse, row_lse
+
+
+# How the layers of a model rotate keys: caches that are given a reading ask for it when no layer is running.
+FREQUENCIES: WeakKeyDictionary[PreTrainedModel, SharedFrequencies] = WeakKeyDictionary()
 
 
 def pad_left(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -48,7 +53,6 @@ class Reading:
     layers: list[tuple[nn.Module, RecordedChunk]]  # attention modules, and the queries, keys, values that they had
     logits: torch.Tensor  # (batch, vocabulary), of the last token
     padding: torch.Tensor | None = None  # see `pad_left`
-    frequencies: SharedFrequencies | None = None  # how the modules rotate keys, known as long as this is held
 
     @property
     def num_tokens(self) -> int:
@@ -65,7 +69,7 @@ class Reading:
             (module, first.followed_by(last))
             for (_, first), (module, last) in zip(self.layers, later.layers, strict=True)
         ]
-        return Reading(layers, later.logits, later.padding, later.frequencies)
+        return Reading(layers, later.logits, later.padding)
 
 
 class ReadingLayer(CompressedLayer):
@@ -111,9 +115,8 @@ class Reader:
                 f"The rotary frequencies of this model depend on the length of the prompt ({rope_type!r} scaling), so "
                 "that a context and its questions cannot be read one after the other. Evaluate a model with others."
             )
-        self.frequencies = SharedFrequencies()
         for layer in self.cache.compressed_layers:
-            layer.frequencies = self.frequencies
+            layer.frequencies = FREQUENCIES.setdefault(model, SharedFrequencies())
         self.context = with_lse(self._record(ids))
         self.cache.crop(0)
 
@@ -122,8 +125,7 @@ class Reader:
         self.cache.activate_past_recording()
         arguments = padding_arguments(self.padding, self.cache.get_seq_length(), ids.shape[1])
         logits = self.model(ids, **{CACHE_ARGUMENT: self.cache}, logits_to_keep=1, **arguments).logits[:, -1]
-        layers = [layer.last_recorded for layer in self.cache.compressed_layers]
-        return Reading(layers, logits, self.padding, self.frequencies)
+        return Reading([layer.last_recorded for layer in self.cache.compressed_layers], logits, self.padding)
 
     def with_question(self, ids: torch.Tensor) -> Reading:
         """The context and a question `(batch, tokens)` behind it."""
