@@ -347,13 +347,19 @@ class PyramidScore(ReferenceScore):
     `distance_weight`, the oldest 1, over the mean of all weights. The window and the first tokens stay.
     """
 
-    recent_ratio: float = 0.2
+    recent_ratio: float | None = None
     window_size: int = 64
-    kernel_size: int = 5
+    kernel_size: int | None = None
     num_sink_tokens: int = 4
-    distance_weight: float = 1.2
+    distance_weight: float | None = None
     preset: str | None = None
     heads_share_tokens = True
+
+    def __post_init__(self) -> None:
+        defaults = (0.125, 13, 1.0) if self.preset is None else (0.2, 1, 1.2)
+        for name, default in zip(("recent_ratio", "kernel_size", "distance_weight"), defaults, strict=True):
+            if getattr(self, name) is None:
+                setattr(self, name, default)
 
     def window(self, length: int, mean: int) -> int:
         number = math.floor(Fraction(str(self.recent_ratio)) * length) + 1
@@ -366,11 +372,10 @@ class PyramidScore(ReferenceScore):
         return (1 + (self.distance_weight - 1) * newness) / ((1 + self.distance_weight) / 2)
 
     def scores(self, held: HeldTokens) -> list[float]:
-        kernel_size = self.kernel_size if self.preset is None else 1
-        is_recent = [position >= held.length - held.window for position in held.positions]
-        averages = [sum(passage) / kernel_size for passage in held.passages(is_recent, kernel_size)]
-        rows = zip(held.positions, is_recent, averages, strict=True)
-        return [math.inf if position < self.num_sink_tokens or recent else mean for position, recent, mean in rows]
+        first_recent = held.length - held.window
+        stays = [position >= first_recent or position < self.num_sink_tokens for position in held.positions]
+        averages = [sum(passage) / self.kernel_size for passage in held.passages(stays, self.kernel_size)]
+        return [math.inf if always else mean for always, mean in zip(stays, averages, strict=True)]
 
 
 @dataclass

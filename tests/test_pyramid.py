@@ -24,7 +24,10 @@ def kept_of_prompt(trace: Trace, row: int, budget: float) -> list[int]:
 
 
 # What gives prompts of 60 tokens something to choose from.
-SETTINGS: dict[str, Any] = {"window_size": 64, "kernel_size": 3, "eviction_interval": 5}
+SETTINGS: dict[str, Any] = {
+    **{"window_size": 64, "recent_ratio": 0.2, "distance_weight": 1.2, "kernel_size": 3},
+    **{"decay_ratio": 0.3, "prefill_depth": 0.0, "eviction_interval": 5},
+}
 
 
 def check(
@@ -155,7 +158,7 @@ def test_deeper_layers_compute_fewer_tokens(family: str) -> None:
     model, seen = build_model(family), []
     for layer in model.model.layers:
         layer.mlp.register_forward_hook(lambda module, args, output: seen.append(args[0].shape[1]))
-    trace = drive(model, PyramidCache(model, budget=0.5), random_rows((80,)), 1)
+    trace = drive(model, PyramidCache(model, budget=0.5, **SETTINGS), random_rows((80,)), 1)
     layers, kept = model.config.num_hidden_layers, kept_of_prompt(trace, 0, 0.5)
     assert kept[-1] < kept[0] and seen == [80, *kept[:-1]] + [1] * layers
 
@@ -165,7 +168,7 @@ def test_other_caches_run_whole_on_a_model_that_was_pruned() -> None:
     """What prunes hidden states is inert for every other forward of the model, during the cache's life and after."""
     model, tokens = build_model("llama"), random_tokens(1, 60)
     before = model(tokens, use_cache=False).logits
-    cache = PyramidCache(model, budget=0.5)
+    cache = PyramidCache(model, budget=0.5, **SETTINGS)
     model(tokens, past_key_values=cache)
     for use_cache in (False, True):
         assert torch.equal(model(tokens, use_cache=use_cache).logits, before)

@@ -33,12 +33,14 @@ class Arrival(NamedTuple):
         slot_positions (`torch.Tensor`, *optional*): `(batch, kv_heads or 1, slots)`, of the tokens before them in the
             keys, if these were in slots and have been brought into order.
         put_aside (`tuple`, *optional*): The new keys and values, if `crop` may take them back.
+        held (`dict`, *optional*): The slots in that order, for the store once the call is known to be right.
     """
 
     layer: "CompressedLayer"
     num_new: int
     slot_positions: torch.Tensor | None = None
     put_aside: tuple[torch.Tensor, torch.Tensor] | None = None
+    held: dict[str, torch.Tensor] | None = None
 
     def attend(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
         return self.layer.attend(call)
@@ -110,9 +112,9 @@ class CompressedLayer(StoredLayer):
         if self.state.is_dense or self._is_step(num_new):
             self.store.append(key, value, self.max_slots)
             return *self.store.attended(), Arrival(self, num_new)
-        held = self.store.take_in_order()
+        held = self.store.in_order()
         keys, values = torch.cat([held["keys"], key], dim=2), torch.cat([held["values"], value], dim=2)
-        return keys, values, Arrival(self, num_new, held["positions"])
+        return keys, values, Arrival(self, num_new, held["positions"], held=held)
 
     @property
     def max_slots(self) -> int:
@@ -215,6 +217,7 @@ class CompressedLayer(StoredLayer):
         """The tokens in the columns of the keys that attention gets. Updates the counts of the rows."""
         state, tokens = self.state, seen
         if arrival.slot_positions is not None:
+            self.store.put_in_order(arrival.held)
             tokens = self._behind_slots(seen, arrival.slot_positions, arrival.num_new)
         else:
             state.column_positions = seen.positions if seen.has_gaps else None

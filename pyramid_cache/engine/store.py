@@ -281,13 +281,11 @@ class SlotStore:
         order = slots["positions"].argsort(dim=-1)[..., self.state.length - num_filled :]
         return {name: gather_tokens(tensor, order) for name, tensor in slots.items()}
 
-    def take_in_order(self) -> dict[str, torch.Tensor]:
-        """Brings the slots into order, and returns them."""
-        held = self.in_order()
+    def put_in_order(self, held: dict[str, torch.Tensor]) -> None:
+        """The slots become what `in_order` gave."""
         for name, tensor in held.items():
             setattr(self.state, name, tensor)
         self.state.length, self.state.free_slots = held["positions"].shape[-1], None
-        return held
 
     # Attention over slots.
 

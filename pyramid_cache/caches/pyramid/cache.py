@@ -19,6 +19,7 @@ Departures from the authors' code, whose legacy file is the reference for decodi
 import functools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -70,14 +71,15 @@ class PyramidPolicy(Policy):
     """
 
     preset: str | None = None
-    recent_ratio: float = 0.2
+    recent_ratio: float = 0.125
     window_size: int = 64
-    kernel_size: int = 5
+    kernel_size: int = 13
     num_sink_tokens: int = 4
     min_context_length: int = 64
-    distance_weight: float = 1.2
-    decay_ratio: float = 0.3
+    distance_weight: float = 1.0
+    decay_ratio: float = 0.6
     first_pruned_layer: int = 0
+    prefill_depth: float = 2 / 3
 
     heads_share_tokens = True
     state_class = WindowState
@@ -89,6 +91,8 @@ class PyramidPolicy(Policy):
             )
         if not is_number(self.recent_ratio) or not 0 <= self.recent_ratio < 1:
             raise ValueError(f"`recent_ratio={self.recent_ratio!r}` must be at least 0 and less than 1.")
+        if not is_number(self.prefill_depth) or not 0 <= self.prefill_depth <= 1:
+            raise ValueError(f"`prefill_depth={self.prefill_depth!r}` must be from 0 to 1.")
         if not is_number(self.decay_ratio) or not 0 < self.decay_ratio <= 1:
             raise ValueError(f"`decay_ratio={self.decay_ratio!r}` must be greater than 0 and at most 1.")
         if not is_number(self.distance_weight) or not 0 < self.distance_weight <= MAX_DISTANCE_WEIGHT:
@@ -99,7 +103,7 @@ class PyramidPolicy(Policy):
         object.__setattr__(self, "kernel_size", read_kernel_size(self.kernel_size))
         for name, least in COUNTS:
             object.__setattr__(self, name, read_count(name, getattr(self, name), least))
-        for name in ("recent_ratio", "decay_ratio", "distance_weight"):
+        for name in ("recent_ratio", "decay_ratio", "distance_weight", "prefill_depth"):
             object.__setattr__(self, name, float(getattr(self, name)))
 
     @property
@@ -109,10 +113,11 @@ class PyramidPolicy(Policy):
     def score(self, view: ScoringView) -> torch.Tensor:
         is_recent = view.positions >= view.length - view.state.num_recent
         # The window looks at itself most: its neighbours would be kept for that alone.
-        scores = view.attention.masked_fill(is_recent, 0)
+        always_stays = is_recent | view.is_first(self.num_sink_tokens)
+        scores = view.attention.masked_fill(always_stays, 0)
         if self.kernel_size > 1:
             scores = view.pool(scores, self.kernel_size)
-        return scores.masked_fill(is_recent | view.is_first(self.num_sink_tokens), float("inf"))
+        return scores.masked_fill(always_stays, float("inf"))
 
     def prepare(self, state: WindowState) -> None:
         state.num_recent = numbers_on(state.next_position.device, state.row_windows, torch.int32).view(-1, 1, 1)
@@ -212,29 +217,32 @@ class PyramidCache(PolicyCache):
 
     Args:
         config (`PreTrainedConfig` or `PreTrainedModel`): With the config of a model, each layer reads the whole
-            prompt, then prunes its own keys and values. With the model itself, the layers above do not compute the
-            tokens that a layer drops, so that prompts are read faster. The logits of dropped prompt tokens are then
-            NaN. The last token, whose logits `generate` needs, is never dropped.
+            prompt, then prunes its own keys and values. With the model itself, the upper layers (see `prefill_depth`)
+            do not compute the tokens that a layer below drops, so that prompts are read faster. The logits of dropped
+            prompt tokens are then NaN. The last token, whose logits `generate` needs, is never dropped.
         budget (`float`, `int` or `str`, defaults to 0.4): The mean over layers of what is kept: a fraction of the
             prompt, a number of tokens, or bytes ("256MiB"). In later turns, a fraction is of all tokens seen. 1.0
             never evicts.
         preset (`str`, *optional*): The authors' settings for a model, instead of a budget: "llama-2-7b",
             "llama-2-13b", "llama-2-70b", "llama-3-8b" or "llama-3-70b".
-        recent_ratio (`float`, defaults to 0.2): The recent window's share of the prompt. The window always stays, and
-            its queries choose the rest. Without a preset, it is never more than half of the budget.
+        recent_ratio (`float`, *optional*): The recent window's share of the prompt. The window always stays, and its
+            queries choose the rest. 0.125 by default, and never more than half of the budget; 0.2 with a preset.
         window_size (`int`, defaults to 64): The most tokens that the recent window has, unless there is a preset.
             Larger values cover a longer question, and leave less room.
-        kernel_size (`int`, defaults to 5): Over how many neighbouring tokens scores are averaged. Odd. Larger values
-            keep fewer and longer passages; 1, which a preset has, scores each token alone.
+        kernel_size (`int`, *optional*): Over how many neighbouring tokens scores are averaged. Odd. Larger values keep
+            fewer and longer passages. 13 by default; 1, which scores each token alone, with a preset.
         num_sink_tokens (`int`, defaults to 4): Tokens at the start that always stay, if the budget has room for them.
         min_context_length (`int`, defaults to 64): Tokens beside window and sinks that every layer keeps, if the
             budget allows it.
-        distance_weight (`float`, defaults to 1.2): How much more the newest query of the window counts than the
-            oldest.
-        decay_ratio (`float`, defaults to 0.3): What the last layer keeps relative to the first, before the bounds
+        distance_weight (`float`, *optional*): How much more the newest query of the window counts than the oldest. 1.0
+            by default, 1.2 with a preset.
+        decay_ratio (`float`, defaults to 0.6): What the last layer keeps relative to the first, before the bounds
             apply. Smaller values take more from deep layers.
         first_pruned_layer (`int`, defaults to 0): Layers before this one keep everything, and the others less.
             Attention settles after the first layers, so that later pruning recalls more of a long prompt.
+        prefill_depth (`float`, *optional*): With a model, the share of its layers that compute the whole prompt,
+            though each prunes its own keys and values. Smaller values read prompts faster, and find less. Two thirds
+            by default; 0, as in the paper, with a preset.
         eviction_interval (`int`, defaults to 32): How many generated tokens arrive before as many are evicted. Larger
             values take more memory and less time.
 
@@ -256,7 +264,7 @@ class PyramidCache(PolicyCache):
     >>> cache = PyramidCache(model, budget=0.5)
     >>> tokens = model.generate(torch.arange(40)[None], past_key_values=cache, max_new_tokens=1, eos_token_id=None)
     >>> cache.num_kept_tokens()
-    [24, 16]
+    [25, 15]
 
     ```
     """
@@ -267,14 +275,15 @@ class PyramidCache(PolicyCache):
         budget: float | int | str = DEFAULT_BUDGET,
         *,
         preset: str | None = None,
-        recent_ratio: float = 0.2,
+        recent_ratio: float | None = None,
         window_size: int = 64,
-        kernel_size: int = 5,
+        kernel_size: int | None = None,
         num_sink_tokens: int = 4,
         min_context_length: int = 64,
-        distance_weight: float = 1.2,
-        decay_ratio: float = 0.3,
+        distance_weight: float | None = None,
+        decay_ratio: float = 0.6,
         first_pruned_layer: int = 0,
+        prefill_depth: float | None = None,
         eviction_interval: int = DEFAULT_EVICTION_INTERVAL,
     ) -> None:
         config, model = config_and_model(config)
@@ -282,18 +291,25 @@ class PyramidCache(PolicyCache):
         parsed_budget = parse_budget(budget)
         if preset is not None and budget != DEFAULT_BUDGET:
             raise ValueError(f"`preset={preset!r}` and `budget={budget!r}` exclude each other: give one of them.")
+        # What is not given is the paper's with a preset.
+        by_preset: dict[str, Any] = {
+            "recent_ratio": (recent_ratio, 0.125 if preset is None else 0.2),
+            "kernel_size": (kernel_size, 13 if preset is None else 1),
+            "distance_weight": (distance_weight, 1.0 if preset is None else 1.2),
+            "prefill_depth": (prefill_depth, 2 / 3 if preset is None else 0.0),
+        }
         policy = PyramidPolicy(
             preset=preset,
-            recent_ratio=recent_ratio,
             window_size=window_size,
-            kernel_size=kernel_size if preset is None else 1,
             num_sink_tokens=num_sink_tokens,
             min_context_length=min_context_length,
-            distance_weight=distance_weight,
             decay_ratio=decay_ratio,
             first_pruned_layer=first_pruned_layer,
+            **{name: default if value is None else value for name, (value, default) in by_preset.items()},
         )
-        self.masks = None if model is None or parsed_budget.is_unlimited else PrunedPrefill(model)
+        self.masks = None
+        if model is not None and not parsed_budget.is_unlimited:
+            self.masks = PrunedPrefill(model, policy.prefill_depth)
         super().__init__(config, budget, policy, eviction_interval=eviction_interval, masks=self.masks)
         places = [layer.place for layer in self.compressed_layers]
         if model is not None and len(places) < len(self.layers):

@@ -32,14 +32,17 @@ class PrunedPrefill(MaskReader):
 
     Args:
         model (`PreTrainedModel`): The model whose hidden states are pruned. Only a weak reference is kept.
+        depth (`float`): The share of its layers that compute the whole prompt.
 
     Raises:
         NotImplementedError: The decoder has no list of layers.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, depth: float = 0.0) -> None:
         super().__init__()
-        self.decoder: weakref.ref[Any] = weakref.ref(hook_decoder(model))
+        decoder = hook_decoder(model)
+        self.decoder: weakref.ref[Any] = weakref.ref(decoder)
+        self.first_pruned = int(depth * len(decoder.layers))  # type: ignore[arg-type]
         self.finish()
 
     def finish(self) -> None:
@@ -238,7 +241,8 @@ def _leave_layer(
     cache = _cache_of(arguments)
     held = cache.layers[index].state
     if index + 1 < len(cache.layers):
-        if held.is_dense or held.row_held == state.tokens.row_present:
+        is_whole = held.is_dense or held.row_held == state.tokens.row_present
+        if is_whole or index + 1 < state.first_pruned:
             return None
         hidden_states = state.prune(hidden_states, held.positions)
     else:

@@ -72,8 +72,8 @@ class ShadowStore(SlotStore):
         parts = zip(("keys", "values", "positions"), shadow, self.outside(), strict=True)
         return {name: torch.cat(both, dim=2) for name, *both in parts}
 
-    def take_in_order(self) -> dict[str, torch.Tensor]:
-        return self.in_order()
+    def put_in_order(self, held: dict[str, torch.Tensor]) -> None:
+        """Nothing: the shadow is in order, and no slot has room for all of it."""
 
     # Rows and files.
 
