@@ -99,9 +99,10 @@ class CacheCase:
 TWELVE = {"budget": 12}
 BY_ATTENTION = {**TWELVE, "window_size": 4, "kernel_size": 3, "eviction_interval": 3}
 BY_CHUNKS = {"rank": 6, "chunk_size": 2, "num_outlier_chunks": 1, "num_local_tokens": 2, "offload_interval": 2}
+PYRAMID = {"budget": 0.4, "eviction_interval": 3, "decay_ratio": 0.3, "prefill_depth": 0.0}
 CACHE_CASES = (
-    CacheCase("pyramid-config", {"budget": 0.4, "eviction_interval": 3}, tier="quick"),
-    CacheCase("pyramid", {"budget": 0.4, "eviction_interval": 3}, from_model=True, tier="quick"),
+    CacheCase("pyramid-config", PYRAMID, tier="quick"),
+    CacheCase("pyramid", PYRAMID, from_model=True, tier="quick"),
     CacheCase("h2o", TWELVE, tier="quick"),
     CacheCase("streaming", TWELVE, tier="quick"),
     CacheCase("snapkv", BY_ATTENTION, tier="quick"),

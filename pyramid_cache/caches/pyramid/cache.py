@@ -221,8 +221,8 @@ class PyramidCache(PolicyCache):
             do not compute the tokens that a layer below drops, so that prompts are read faster. The logits of dropped
             prompt tokens are then NaN. The last token, whose logits `generate` needs, is never dropped.
         budget (`float`, `int` or `str`, defaults to 0.4): The mean over layers of what is kept: a fraction of the
-            prompt, a number of tokens, or bytes ("256MiB"). In later turns, a fraction is of all tokens seen. 1.0
-            never evicts.
+            prompt, a number of tokens, or bytes ("256MiB"), of which rows of different length may take some more. In
+            later turns, a fraction is of all tokens seen. 1.0 never evicts.
         preset (`str`, *optional*): The authors' settings for a model, instead of a budget: "llama-2-7b",
             "llama-2-13b", "llama-2-70b", "llama-3-8b" or "llama-3-70b".
         recent_ratio (`float`, *optional*): The recent window's share of the prompt. The window always stays, and its
