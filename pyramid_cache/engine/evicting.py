@@ -111,8 +111,10 @@ class EvictingLayer(CompressedLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        # Where a token came and a token went, the next one takes its slot.
-        if not torch.compiler.is_compiling():
+        # Where one token goes for each that comes, the next one takes its slot. What is no tensor is refused below.
+        is_step = isinstance(key_states, torch.Tensor) and key_states.dim() == 4 and key_states.shape[2] == 1
+        is_steady = self.eviction_interval == 1 and is_step and not self.pending.is_on
+        if is_steady or not torch.compiler.is_compiling():
             return super().update(key_states, value_states)
         if self.state.free_slots is not None and key_states.shape[2] == 1 and not self.pending.is_on:
             return super().update(key_states, value_states)
@@ -123,9 +125,7 @@ class EvictingLayer(CompressedLayer):
         return super().update(key_states, value_states)
 
     def _attend_next(self, call: AttentionCall, longest: int = 0) -> tuple[torch.Tensor, torch.Tensor | None]:
-        state = self.state
-        is_steady = self.eviction_interval == 1 and not state.is_dense and state.length == self.max_slots
-        if is_steady or not torch.compiler.is_compiling():
+        if self.eviction_interval == 1 or not torch.compiler.is_compiling():
             return super()._attend_next(call, longest)
         return self._attend_unsteadily(call, longest)
 

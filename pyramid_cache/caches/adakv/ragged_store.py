@@ -284,6 +284,11 @@ class RaggedStore(SlotStore):
     def state_dict(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         return super().state_dict() if self.packed is None else self._unpacked().state_dict()
 
+    def load_state_dict(self, numbers: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        super().load_state_dict(numbers, tensors)
+        if not self.state.is_dense:
+            self._pack(self.slots(), self.in_use("positions") >= 0)
+
     def held_tensors(self) -> dict[str, torch.Tensor]:
         packed = {} if self.packed is None else self.packed.tensors | {"starts": self.packed.starts}
         return super().held_tensors() | {f"{name} packed": tensor for name, tensor in packed.items()}
