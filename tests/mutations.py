@@ -34,42 +34,77 @@ PRELOADED = ("pytest", "hypothesis", "transformers.generation.utils", "transform
 # the names of tests that are tried before the others. Below it the faults: a text that occurs once in the file, with
 # «what is right→what the fault puts there».
 FAULTS = """
-= engine/layer.py: test_small_faults test_batch_rows
-self.positions = grown(kept_positions«.masked_fill(indices < 0, -1)→», num_kept, num_slots, fill=-1)
-= engine/layer.py: test_small_faults
-self.column_positions = «seen.positions if seen.has_gaps else →»None
-self.recorded: list[RecordedChunk] = «[]→getattr(self, "recorded", [])»
+= engine/store.py: test_small_faults test_batch_rows
+state.positions = positions«.masked_fill(indices < 0, -1)→»
+masked_fill_(~is_kept_before, «-1→0»)
+priority.masked_fill((positions < 0)« & loses_token→», float("inf"))
+= engine/store.py: test_small_faults
 return tensor«.clone(memory_format=torch.contiguous_format)→»
-= engine/layer.py: test_conversation test_modes | commute beam
-setattr(self, name, «→tensor if name == "values" else »function(tensor))
-are_alike = all(len(set(numbers)) <= «1→2» for numbers in counts)
-= engine/layer.py: test_recording test_shadow_kv | taken_back guesses
-self.length -= num_columns«→ - 1»
-is_turn = «self.turn_begins and →»chunk.num_columns > 1
-= engine/layer.py: test_bad_calls | gradients_over precision autocast
-setattr(self, name, tensor«.clone()→»)
-self._value_dtype = «value_states→key_states».dtype
-= engine/layer.py: test_properties test_conversation | sequences H2O
+steps = state.next_position + torch.arange(-num_steps«, 0→ + 1, 1»,
+= engine/store.py: test_properties | sequences
 result[:, :, length:] = «fill→0»
-= engine/layer.py: test_bad_calls | mask
-if «shown != [length + 1 for length in self.row_lengths]→not shown»:
-= engine/layer.py: test_save_load
-setattr(self, name, «→None if name == "column_positions" else »tensors.get(name))
+= engine/store.py: test_policies test_h2o | held victims hand
+moves = torch.arange(num_moves, device=is_kept.device) <«→=» is_kept_behind
+state.attention[:, :, new] «= 0→*= 1»
+= engine/store.py: test_h2o test_properties | hand sequences H2O
+state.attention.scatter_(2, slots, «0.0→9.0»)
+state.free_slots = torch.full_like(indices[..., :1], state.length - «1→2»)
+= engine/store.py: test_batch_rows | second_padded held
+num_filled = «max→min»(self.state.row_held) if self.heads_keep
+= engine/store.py: test_bad_calls | gradients_over precision autocast
+setattr(self.state, name, tensor«.clone()→»)
+= engine/store.py: test_save_load
+setattr(self.state, name, «→None if name == "column_positions" else »tensors.get(name))
+= engine/state.py: test_properties test_recording | sequences
+setattr(self, name, «→tensor if name == "values" else »function(tensor))
+setattr(self, name, [numbers[«index→0»] for index in rows] if numbers
+= engine/state.py: test_batch_rows test_small_faults
+return «min→max»(self.row_held) < self.length
+= engine/held.py: test_small_faults
+self.pending = «PendingTokens()→getattr(self, "pending", PendingTokens())»
+= engine/held.py: test_properties test_modes | sequences beam
+are_alike = all(len(set(numbers)) <= «1→2» for numbers in counts)
+= engine/held.py: test_recording | rows_and_copies
+counts += «[chunk.seen.row_lengths for chunk in self.pending.chunks]→[]»
+self.pending.map(lambda chunk: chunk.map_rows(«rows→sorted(rows)»))
+= engine/held.py: test_bad_calls | precision autocast
+value.shape[3], key.dtype, «value→key».dtype, key.device)
+= engine/layer.py: test_small_faults
+state.column_positions = «seen.positions if seen.has_gaps else →»None
+= engine/layer.py: test_recording test_shadow_kv | taken_back guesses
+state.length -= num_columns«→ - 1»
+= engine/layer.py: test_bad_calls | change_nothing
+self.state.length -= «arrival.num_new→0»
+= engine/checks.py: test_bad_calls | mask change_nothing
+if «shown != [length + 1 for length in lengths]→not shown»:
+= engine/pending.py: test_recording | what_stays commute
+is_turn = «self.begins_turn and →»chunk.num_columns > 1
+= engine/pending.py: test_recording | rows_and_copies
+value=self.value[:, :, «:left→-left:»],
+for name in ("«query", "→»key", "value")
+= engine/evicting.py: test_policies
+num_rows = min(max(state.row_windows)«→ - 1», call.num_queries)
+else 1 - «1 / self._window()→0»
+is_due = [held >«=→» kept + interval for
+held = call.«key, call.value→value, call.key», attention
+= engine/evicting.py: test_pyramid | held settings
+or not tokens.is_ascending« or len(set(state.row_windows)) > 1→»:
+return (1 + slope * («window - 1 - →»ages)) /
+= engine/evicting.py: test_pyramid | pruned
+state.must_evict« or tokens.row_present != tokens.row_lengths→»:
+= engine/evicting.py: test_small_faults
+is_in_window = (positions >= 0) & (ages <«→=» window)
++= «share_left * →»earlier
+state.column_positions is None else self.store.column_tokens().positions >«=→» 0
+= engine/evicting.py: test_batch_rows
+row_left = [min(held, kept)« if due else held→» for held, kept, due in rows]
+= engine/evicting.py: test_compress
+state.keys.shape[2] «>→<» state.length:
 = engine/cache.py: test_small_faults
 «self.layers[index] = copy.deepcopy(self._unused_layers[index])→pass»
 and layer.get_seq_length() >«=→» layer.sliding_window
 = engine/cache.py: test_recording
 if name == "«_is_user_defined→is_user_defined»":
-= engine/policy_cache.py: test_policies test_conversation
-num_rows = min(window_size«→ - 1», call.num_queries) if
-attention.«mul_(1 - 1 / self.policy.window_size).→»add_(
-self.attention[..., self.length «- 1 : self.length→: self.length + 1»] = 0
-return [held >«=→» kept + self.num_spare_slots for
-«key, value→value, key», positions, self.next_position, num_kept, attention
-= engine/policy_cache.py: test_small_faults
-(row_positions >«=→» self.next_position[:, 0] - window_size)
-= engine/policy_cache.py: test_compress
-if self.keys.shape[2] «>→<» self.length:
 = engine/policy.py: test_policies test_massive_activation
 pooled = pool(ordered, kernel_size, stride=1, padding=kernel_size // 2)«→.roll(1, dims=-1)»
 return self.positions >«=→» self.length - most
@@ -94,6 +129,8 @@ return math.floor(«Fraction(repr(float(fraction)))→fraction» * count)
 is_kept = torch.arange(indices.shape[-1], device=priority.device) <«→=» num_kept
 = engine/selection.py: test_dtypes
 priority.masked_fill(priority.isnan(), «torch.finfo(priority.dtype).min→float("-inf")»)
+= engine/selection.py: test_h2o | victims hand
+.arg«min→max»(dim=-1, keepdim=True)
 = engine/scoring.py: test_scoring test_batch_rows
 return output, scores« if is_token is None else scores.masked_fill_(~is_token[:, None], 0.0)→»
 = engine/scoring.py: test_small_faults
@@ -109,23 +146,8 @@ longest >«→=» self.original_max_position_embeddings
 compute_dtype = «torch.float64 if dtype == torch.float64 else torch.float32→dtype»
 = engine/storage.py: test_save_load | another_architecture
 if «differences→not saved»:
-= engine/recording.py: test_recording | rows_and_copies
-value=self.value[:, :, «:left→-left:»],
-for name in ("«query", "→»key", "value")
-= engine/ragged.py: test_adakv
-is_empty = offsets <«→=» -lengths[..., None]
-= engine/ragged.py: test_small_faults
-torch.cat([parts[row] for row in «rows→sorted(rows)»])
-= engine/prefill.py: test_pyramid | pruned
-self.columns = «gather_columns(self.columns, indices) if self.columns is not None else →»indices
-= engine/massive.py: test_massive_activation
-rotary.rotate(keys, «-→»rotary.model_angles(positions[:, None], longest))
-= engine/outputs.py: test_small_faults
-value.observe_output(index, «output[0] if isinstance(output, tuple) else output→args[0]»)
 = lab/profile/spread.py: lab/test_profile
 is_local[«-num_local→1 - num_local»:] = True
-= engine/profile.py: test_small_faults
-if different«→ is None»:
 = engine/attention.py: test_architectures | gpt_oss gemma2
 None« if self.function is sdpa_attention_forward else self.kwargs.get("softcap")→»
 "sink_logits": «self.kwargs.get("s_aux")→None»
@@ -138,55 +160,71 @@ layer.recurrent_states[i].«copy_(recurrent→zero_(»)
 if found is None or found.«digest == self.digest→module == self.module»:
 = engine/kept.py: test_plot test_show
 shares[layer_idx, max(num_positions - num_latest, 0) «→+ 1 »:] = 1
-= caches/adakv.py: test_adakv
+= caches/adakv/cache.py: test_adakv
 floor_ratio=«floor_ratio→0.2»)
+= caches/adakv/ragged_store.py: test_adakv
+is_empty = offsets <«→=» -lengths[..., None]
+= caches/adakv/ragged_store.py: test_small_faults | padding_between
+row_weights = row_weights.«repeat_interleave(kv_heads, dim=0)→repeat(kv_heads, 1)»
+= caches/adakv/ragged_store.py: test_small_faults
+torch.cat([parts[row] for row in «rows→sorted(rows)»])
 = caches/expected_attention.py: test_expected_attention
 covariance = covariance + «(share * (1 - share))→share»[..., None] * between
 angles = (view.length «→- 1 »+ steps[:, None])
 = caches/h2o.py: test_h2o test_properties | hand sequences H2O
-self.scores.«scatter_(2, slots, 0.0)→mul_(1)»
-is_protected = self.positions >«=→» self.next_position - self.num_recent
-positions.masked_fill(is_safe, torch.iinfo(positions.dtype).max).arg«min→max»(
-scores[..., :num_earlier] += «self.scores[..., :num_earlier]→0»
+view.positions >«=→» view.length - view.state.num_recent
 = caches/keydiff.py: test_small_faults test_policies
 directions = directions.masked_fill(«~view.is_token[..., None]→view.positions[..., None] < -1», 0)
 = caches/knorm.py: test_policies
 return -(torch.linalg.vector_norm(view.«key→value».float(), dim=-1)
-= caches/massive_activation.py: test_massive_activation | loops
-return priority«.masked_fill(self._is_massive(positions), float("inf"))→»
-= caches/massive_activation.py: test_small_faults
-self.row_looked: list[int] = «[]→getattr(self, "row_looked", [])»
-= caches/pyramid.py: test_pyramid
-(distance >«=→» 0)
-(tokens.positions < self.settings.num_sink_tokens«→ - 1») |
+= caches/massive_activation/cache.py: test_massive_activation | reference generated eight hidden
+scores«.masked_fill(self.is_massive(view), float("inf"))→»
+latest = positions.argsort(dim=-1)[..., «-num_new:→:num_new»]
+= caches/massive_activation/detection.py: test_massive_activation
+rotary.rotate(keys, «-→»rotary.model_angles(positions[:, None], longest))
+= caches/massive_activation/outputs.py: test_small_faults
+value.observe_output(index, «output[0] if isinstance(output, tuple) else output→args[0]»)
+= caches/massive_activation/profile.py: test_small_faults
+if different«→ is None»:
+= caches/pyramid/cache.py: test_pyramid
+always_stays = is_recent« | view.is_first(self.num_sink_tokens)→»
+recent = min(recent, self.window_size - 1, (mean - 1) // «2→1»)
+= caches/pyramid/prefill.py: test_pyramid | pruned
+self.columns = «gather_columns(self.columns, indices) if self.columns is not None else →»indices
+kept)«.masked_fill(kept < 0, -1)→»
+if is_whole or index + 1 <«→=» state.first_pruned:
 = caches/pyramidkv.py: test_policies
 least = «max(min(self.window_size, mean - window_size), 1)→1»
 = caches/rkv.py: test_policies | redundancy
 cosines.diagonal(«offset=start, →»dim1=-2, dim2=-1).zero_()
-= caches/shadow_kv/low_rank.py: test_shadow_kv | chunks svd
-gram = gram« + basis.float().mT @ gram_matrix(factors) @ basis.float()→»
-= caches/shadow_kv/landmarks.py: test_shadow_kv | reference
-in_bands(query.«abs().→»float(), num_bands)
-torch.cosine_similarity(chunks, means[..., None, :], dim=-1).«amin→mean»(dim=-1)
 = caches/shadow_kv/host.py: test_shadow_kv | host_reads
 arrives = (incoming >«=→» 0)
 = caches/shadow_kv/host.py: test_small_faults
 twin.tensor = «self._zeros(tuple(self.tensor.shape)).copy_(self.tensor)→self.tensor»
+= caches/shadow_kv/landmarks.py: test_shadow_kv | reference
+in_bands(query.«abs().→»float(), num_bands)
+torch.cosine_similarity(chunks, means[..., None, :], dim=-1).«amin→mean»(dim=-1)
+= caches/shadow_kv/layer.py: test_shadow_kv | taken_back taken alone
+goes = (positions >= self.state.next_position)« | (positions < shadow)→»
+(places >= 0) & (places < self.store.per_row(counts)«→ + 1»)
+= caches/shadow_kv/low_rank.py: test_shadow_kv | chunks svd
+gram = gram« + basis.float().mT @ gram_matrix(factors) @ basis.float()→»
 = caches/shadow_kv/quantization.py: test_shadow_kv | quantised
 ratio = excess.clamp(min=1).log2().«ceil→floor»().exp2()
-= caches/shadow_kv/layer.py: test_shadow_kv | taken_back taken alone
-goes = (positions >= self.next_position)« | (positions < shadow)→»
-(places >= 0) & (places < self.per_row(counts)«→ + 1»)
 = caches/shadow_kv/settings.py: test_small_faults
 return num_chunks * self.chunk_size + self.tail_capacity - «1→2»
+= caches/shadow_kv/slots.py: test_shadow_kv | alone
+positions[..., : self.tail].masked_fill_(self.per_row(row_shadow) «>→<» 0, -1)
 = caches/snapkv.py: test_policies
 scores = view.attention«.masked_fill(is_recent, 0)→»
-= caches/streaming_llm.py: test_streaming_llm test_recording | windows batches later base guesses
-(columns >«→=» queries - self.window)
-[max(length «+ 1 →»- self.window_length, 0) - self.base for
-angles = self.rotary.angles(torch.full_like(self.next_position, «self.base - →base - self.»base))
-keys = torch.cat([self.«sink_keys→keys[:, :, : self.num_sink_tokens]», self.keys
-in_ring = num_sinks + «(position - num_sinks)→position» % self.window
+= caches/streaming_llm.py: test_streaming_llm test_small_faults | rows settings base longrope
+masked_fill(view.positions <«→=» self.num_sink_tokens, float
+shift = [evicted« - state.base→» for evicted in
+state.sink_keys = came« if state.shift is None else torch.where(state.shift > 0, state.sink_keys, came)→»
+state.free_slots is not None« and all(num_evicted)→»:
+torch.full_like(view.length, «view.state.base - base→base - view.state.base»))
+states, rotary.angles(positions« - view.state.base→») - rotary
+return state.base > 0« or rotary.long_inv_freq is not None→»
 = caches/tova.py: test_policies
 view.attention«.masked_fill(view.is_recent(1), float("inf"))→»
 = ops/reference.py: ops/test_scores

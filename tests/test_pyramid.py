@@ -152,15 +152,18 @@ def test_presets_follow_the_authors_loop(preset: str, decay_ratio: float, interv
     assert cache.num_kept_tokens() == wanted and wanted[-1] < 0.7 * 400
 
 
+@pytest.mark.parametrize("prefill_depth", [0.0, 0.7])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_deeper_layers_compute_fewer_tokens(family: str) -> None:
+def test_deeper_layers_compute_fewer_tokens(family: str, prefill_depth: float) -> None:
     """Given a model, what reaches each layer's MLP is what the layer before kept; a decode step is one token."""
     model, seen = build_model(family), []
     for layer in model.model.layers:
         layer.mlp.register_forward_hook(lambda module, args, output: seen.append(args[0].shape[1]))
-    trace = drive(model, PyramidCache(model, budget=0.5, **SETTINGS), random_rows((80,)), 1)
+    cache = PyramidCache(model, budget=0.5, **SETTINGS | {"prefill_depth": prefill_depth})
+    trace = drive(model, cache, random_rows((80,)), 1)
     layers, kept = model.config.num_hidden_layers, kept_of_prompt(trace, 0, 0.5)
-    assert kept[-1] < kept[0] and seen == [80, *kept[:-1]] + [1] * layers
+    num_whole = max(int(prefill_depth * layers), 1)
+    assert kept[-1] < kept[0] and seen == [80] * num_whole + kept[num_whole - 1 : -1] + [1] * layers
 
 
 @torch.no_grad()

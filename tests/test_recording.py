@@ -165,6 +165,7 @@ def test_rows_and_copies_carry_what_is_recorded(case: CacheCase) -> None:
     for each in (first, last):
         each.batch_select_indices(torch.tensor([2, 0, 0]))
         each.batch_repeat_interleave(2)
+    assert first.compressed_layers[0].num_seen_per_row == [31, 31, 23, 23, 23, 23]
     first.crop(-3)
     assert first.batch_size == 6 and cache.get_seq_length() == 40 and first.get_seq_length() == 37
     assert_same_state(first, last)

@@ -36,6 +36,7 @@ CACHES = (
     (SnapKVCache, POLICY_SETTINGS),
     (StreamingLLMCache, {}),
     (PyramidCache, {}),
+    (AdaKVCache, POLICY_SETTINGS),
 )
 
 
@@ -66,14 +67,15 @@ def read_turns(model: PreTrainedModel, cache: CompressedCache, *turns: list[torc
     return output.logits[:, -1]
 
 
-def test_padding_between_tokens_of_a_layer_that_holds_all_of_them() -> None:
-    """The second turn is the first to exceed the budget, and its padding lies behind tokens of the first."""
-    model, first, second = tiny_model("llama"), random_rows((6, 9), seed=33), random_rows((9, 5), seed=34)
+@pytest.mark.parametrize("budget, lengths", [(12, ((6, 9), (9, 5))), (0.5, ((16, 16), (9, 2)))])
+def test_padding_between_tokens(budget: float, lengths: tuple[tuple[int, int], ...]) -> None:
+    """The padding of a second turn lies behind tokens of the first, all of them or those that stayed."""
+    model, first, second = tiny_model("llama"), *(random_rows(each, seed=33) for each in lengths)
     for cache_class, settings in CACHES:
-        together = cache_class(model.config, 12, **settings)
+        together = cache_class(model.config, budget, **settings)
         logits = read_turns(model, together, first, second)
         for index in range(2):
-            alone = cache_class(model.config, 12, **settings)
+            alone = cache_class(model.config, budget, **settings)
             expected = read_turns(model, alone, [first[index]], [second[index]])
             torch.testing.assert_close(logits[index], expected[0], atol=1e-4, rtol=0)
             for layer in range(3):
