@@ -269,8 +269,6 @@ def test_a_cache_is_iterated_as_dynamic_cache_is() -> None:
 @every_cache
 def test_another_default_device_changes_nothing(case: CacheCase) -> None:
     """Tensors of the library are where its arguments are, or on the CPU by name."""
-    if case.cache_class is StreamingLLMCache:
-        pytest.skip("the model's rotary embedding, which it copies, is made on the default device")
     model, positions = tiny_model("llama"), torch.arange(22)[None]
     tokens, outputs = random_tokens(1, 22), []
     for device in ("cpu", "meta"):

@@ -391,7 +391,8 @@ def _rotary_modules(
     built = []
     for rotary_class in classes:
         try:
-            built.append(rotary_class(config))
+            with torch.device("cpu"):  # whatever the default is
+                built.append(rotary_class(config))
         except Exception:  # a class of the same file that belongs to another config, such as the image encoder's
             continue
     if classes and not built:
@@ -438,8 +439,8 @@ def _measure_layer(
 ) -> RotaryFrequencies | None:
     """Measure the frequencies of `rotary` and find how they turn the keys; `None` if the keys are not turned."""
     positions = torch.tensor([PROBE_POSITIONS], device=device)
-    generator = torch.Generator().manual_seed(0)
-    hidden_states = torch.randn(1, len(PROBE_POSITIONS), _hidden_size(attention_module, config), generator=generator)
+    generator, shape = torch.Generator("cpu"), (1, len(PROBE_POSITIONS), _hidden_size(attention_module, config))
+    hidden_states = torch.randn(shape, generator=generator.manual_seed(0), device="cpu")
     hidden_states = hidden_states.to(device=device, dtype=_compute_dtype(attention_module, config))
 
     frequencies = None if rotary is None else _measure_frequencies(rotary, config, layer_type, parameters, device)
