@@ -24,9 +24,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from pyramid_cache.engine.arguments import check_decoder_config
 from pyramid_cache.engine.attention import AttentionCall
 from pyramid_cache.engine.budget import MAX_TOKENS, read_count, read_kernel_size, support_schedule
-from pyramid_cache.engine.cache import check_decoder_config, config_and_model
+from pyramid_cache.engine.cache import config_and_model
 from pyramid_cache.engine.massive import (
     MAX_MASSIVE_TOKENS,
     NUM_FIRST_TOKENS,

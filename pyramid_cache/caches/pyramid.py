@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from pyramid_cache.engine.arguments import check_decoder_config
 from pyramid_cache.engine.attention import AttentionCall
 from pyramid_cache.engine.budget import (
     Budget,
@@ -33,7 +34,7 @@ from pyramid_cache.engine.budget import (
     pyramid_schedule,
     read_count,
 )
-from pyramid_cache.engine.cache import CompressedCache, check_decoder_config, config_and_model
+from pyramid_cache.engine.cache import CompressedCache, config_and_model
 from pyramid_cache.engine.layer import CompressedLayer, LayerPlace
 from pyramid_cache.engine.prefill import PrunedPrefill
 from pyramid_cache.engine.scoring import attend_and_score

@@ -25,9 +25,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from pyramid_cache.engine.arguments import check_decoder_config
 from pyramid_cache.engine.attention import AttentionCall
 from pyramid_cache.engine.budget import floor_of_product, is_number, read_count
-from pyramid_cache.engine.cache import CompressedCache, check_decoder_config, config_and_model
+from pyramid_cache.engine.cache import CompressedCache, config_and_model
 from pyramid_cache.engine.host import beside, fetch_values, join, read_host, wait_for_host
 from pyramid_cache.engine.landmarks import landmarks_of, probe_of
 from pyramid_cache.engine.layer import CompressedLayer, LayerPlace, grown

@@ -17,9 +17,10 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from pyramid_cache.engine.arguments import check_decoder_config
 from pyramid_cache.engine.attention import AttentionCall
 from pyramid_cache.engine.budget import read_count
-from pyramid_cache.engine.cache import CompressedCache, check_decoder_config, config_and_model
+from pyramid_cache.engine.cache import CompressedCache, config_and_model
 from pyramid_cache.engine.layer import CompressedLayer, LayerPlace
 from pyramid_cache.engine.rope import (
     FREQUENCY_TENSORS,

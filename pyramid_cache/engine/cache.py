@@ -122,11 +122,8 @@ class CompressedCache(Cache):
                 "Call `cache.reset()`, then read the whole sequence again."
             )
             if not pending and not lengths[-1]:
-                num_run = 1 + max(
-                    i
-                    for i, layer in enumerate(self.layers)
-                    if isinstance(layer, CacheLayerMixin) and layer.get_seq_length()
-                )
+                filled = (isinstance(layer, CacheLayerMixin) and layer.get_seq_length() > 0 for layer in self.layers)
+                num_run = 1 + max(index for index, is_filled in enumerate(filled) if is_filled)
                 error += (
                     f" If the model runs {num_run} layers, set `model.config.num_hidden_layers = {num_run}` first."
                 )

@@ -1,6 +1,6 @@
 """
-What the layers hold that hybrid models keep from transformers, for files: sliding-window attention, linear attention,
-and the places of layers without a cache of their own.
+The layers that hybrid models keep from transformers: sliding-window attention, linear attention, and the places of
+layers without a cache of their own. What they cannot do is refused, and what they hold goes into files.
 """
 
 from collections.abc import Callable, Sequence
@@ -48,11 +48,8 @@ def foreign_kind(index: int, layer: Any) -> ForeignKind:
 def require_bounded(model_type: str, layers: Sequence[Any]) -> None:
     """Raises NotImplementedError if a layer that hybrid models keep from transformers grows with every token."""
     for index, layer in enumerate(layers):
-        if (
-            type(layer) is DynamicLayer
-            or not isinstance(layer, CacheLayerMixin)
-            or getattr(layer, "is_sliding", False)
-        ):
+        is_bounded = not isinstance(layer, CacheLayerMixin) or getattr(layer, "is_sliding", False)
+        if is_bounded or type(layer) is DynamicLayer:  # which a layer of ours replaces
             continue
         reason = f"is a {type(layer).__name__} of transformers, which stores more than keys and values"
         if isinstance(layer, LinearAttentionLayer):
