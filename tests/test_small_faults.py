@@ -3,6 +3,7 @@
 import copy
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -282,6 +283,20 @@ def test_another_default_device_changes_nothing(case: CacheCase) -> None:
 
 
 # Reasons.
+
+
+@pytest.mark.parametrize("settings", [{"num_return_sequences": 4, "do_sample": True}, {"num_beams": 4}])
+def test_a_document_that_was_read_once_goes_on_several_times(settings: dict[str, Any]) -> None:
+    """The error names the call that makes the cache fit, and that call does."""
+    model, document = tiny_model("llama"), random_tokens(1, 40)
+    prompt = torch.cat([document, random_tokens(1, 6, seed=1)], dim=1)
+    cache = SnapKVCache(model.config, budget=12, window_size=4)
+    read_turns(model, cache, list(document))
+    with pytest.raises(ValueError, match=r"holds 1 rows, .* given 4\. .*`cache.batch_repeat_interleave\(4\)` first"):
+        model.generate(prompt, past_key_values=cache, max_new_tokens=3, **settings)
+    assert cache.get_seq_length() == 40
+    cache.batch_repeat_interleave(4)
+    assert model.generate(prompt, past_key_values=cache, max_new_tokens=3, **settings).shape[1] == 49
 
 
 def test_attention_beside_a_state_space_part_is_the_reason() -> None:

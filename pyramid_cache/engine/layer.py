@@ -281,9 +281,11 @@ class CompressedLayer(CacheLayerMixin):
     def _check_states(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         batch_size, kv_heads, _, head_dim = key_states.shape
         if batch_size != self.batch_size:
+            repeats, rest = divmod(batch_size, self.batch_size)
+            way_on = f"To go on from each row {repeats} times, call `cache.batch_repeat_interleave({repeats})` first. "
             raise ValueError(
-                f"The cache holds {self.batch_size} rows, but the model was given {batch_size}. Use a new cache for "
-                "another batch, or call `cache.reset()`."
+                f"The cache holds {self.batch_size} rows, but the model was given {batch_size}. "
+                f"{'' if rest else way_on}Use a new cache for another batch, or call `cache.reset()`."
             )
         value_dim = value_states.shape[-1]
         if (kv_heads, head_dim) != self._key_shape or (kv_heads, value_dim) != self._value_shape:
