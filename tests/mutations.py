@@ -102,7 +102,12 @@ row_left = [min(held, kept)« if due else held→» for held, kept, due in rows]
 state.keys.shape[2] «>→<» state.length:
 = engine/cache.py: test_small_faults
 «self.layers[index] = copy.deepcopy(self._unused_layers[index])→pass»
-and layer.get_seq_length() >«=→» layer.sliding_window
+= engine/cache.py: test_small_faults | fewer_layers
+num_run = «1→2» + max(
+= engine/foreign.py: test_small_faults
+if is_sliding and layer.get_seq_length() >«=→» layer.sliding_window
+= engine/generation.py: test_small_faults | leaves_its_cache
+used is not None and used is «not →»given
 = engine/cache.py: test_recording
 if name == "«_is_user_defined→is_user_defined»":
 = engine/policy.py: test_policies test_massive_activation
@@ -230,11 +235,11 @@ view.attention«.masked_fill(view.is_recent(1), float("inf"))→»
 = ops/reference.py: ops/test_scores
 sink_logits.float().view(1, «kv_heads, group, 1, 1→group, kv_heads, 1, 1).transpose(1, 2»)
 = ops/cpu.py: ops/test_scores
-dtype=torch.bool).triu_(«1→0»)
+dtype=torch.bool, device="cpu").triu_(«1→0»)
 = ops/lse.py: ops/test_lse
 key_mask[:, None, «key_mask.shape[1] - lse.shape[2] :→: lse.shape[2]»]
 = ops/packed.py: ops/test_packed
-is_behind = torch.arange(longest) >«=→» torch.tensor(lengths)[:, None, None]
+is_behind = torch.arange(longest, device="cpu") >«=→» torch.tensor(lengths, device="cpu")[:, None, None]
 = ops/shadow_cpu.py: ops/test_shadow test_shadow_kv | loop alone
 counts = torch.bincount(«rows * kv_heads + heads→heads * batch + rows», minlength
 = ops/shadow_reference.py: ops/test_shadow

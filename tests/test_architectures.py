@@ -41,9 +41,11 @@ from pyramid_cache import (
     MassiveActivationCache,
     PyramidCache,
     ShadowKVCache,
+    SnapKVCache,
     StreamingLLMCache,
 )
 from pyramid_cache.caches.pyramid.prefill import PrunedPrefill
+from pyramid_cache.engine import architectures
 from pyramid_cache.engine.architectures import CACHE_ARGUMENT, reason_against
 from pyramid_cache.engine.cache import CompressedCache
 from pyramid_cache.engine.evicting import EvictingLayer
@@ -53,6 +55,8 @@ from pyramid_cache.engine.evicting import EvictingLayer
 MOVING = (StreamingLLMCache, ExpectedAttentionCache, MassiveActivationCache, ShadowKVCache)
 ORACLE = "eager_with_a_policy"
 TOLERANCE = 2e-4
+# Model types that the oldest supported transformers does not have.
+YOUNGER = {"dory", "dots3_note_text", "inkling2_loop_text", "inkling2_text", "sarvam_mla"}
 LENGTHS = (25, 37)
 NUM_STEPS = 5
 
@@ -369,13 +373,14 @@ def test_refused_by_name(case: CacheCase) -> None:
             case.build_from(config)
 
 
-def test_the_source_is_read_where_it_decides() -> None:
+def test_reasons_are_those_of_the_models() -> None:
     """Each reason with a model that is known for it, and none against one that goes its way."""
     reasons = {
         "deepseek_v3": "latents",
         "falcon": "attention interface",
         "t5": "learned bias of positions",
         "jetmoe": "other keys than those that it stores",
+        "dots3_note_text": "latents",  # whose ranks differ by layer
         "diffllama": "more than once",
         "minimax_m3_vl_text": "`block_indices`",
         "mamba": "no cache of keys and values",
@@ -384,13 +389,30 @@ def test_the_source_is_read_where_it_decides() -> None:
         "sarvam_mla": "latents",  # a config of its own, and DeepSeek's classes
     }
     for model_type, reason in reasons.items():
-        if model_type in ("dory", "sarvam_mla") and model_type not in CONFIG_MAPPING:
-            continue  # younger than this transformers
+        if model_type in YOUNGER and model_type not in CONFIG_MAPPING:
+            continue
         assert reason in reason_against(AutoConfig.for_model(model_type))
+    gemma = AutoConfig.for_model("gemma", use_bidirectional_attention=True)  # the decoder of PaliGemma
+    assert "both directions" in reason_against(gemma)
     gpt2 = AutoConfig.for_model("gpt2", reorder_and_upcast_attn=True)
     assert reason_against(gpt2) is None
     gpt2._attn_implementation = "eager"
     assert "reorder_and_upcast_attn" in reason_against(gpt2)
+
+
+@pytest.mark.parametrize("name", ["falcon", "falcon_alibi", "bloom", "mpt", "jetmoe", "diffllama"])
+def test_what_the_table_refuses_would_fail(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the table, the first forward passes refuse these."""
+    model, tokens = build_model(name, attention="eager"), random_tokens(1, 20)
+    monkeypatch.setattr(architectures, "REASON_BY_TYPE", {})
+    cache = SnapKVCache(model.config, budget=8, window_size=4)
+    with torch.no_grad(), pytest.raises((RuntimeError, NotImplementedError)):
+        model(tokens, past_key_values=cache)
+        model(tokens[:, :1], past_key_values=cache)
+
+
+def test_the_table_names_model_types() -> None:
+    assert {name for name in architectures.REASON_BY_TYPE if name not in CONFIG_MAPPING} <= YOUNGER
 
 
 def test_models_from_elsewhere_are_left_to_the_first_forward() -> None:

@@ -2,11 +2,14 @@
 
 import copy
 import itertools
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from models import build_config, build_model, drive, left_pad, random_rows, random_tokens, tiny_model
-from transformers import PreTrainedModel
+from caches import CacheCase, every_cache
+from models import build_config, build_model, drive, generate, left_pad, random_rows, random_tokens, tiny_model
+from transformers import CONFIG_MAPPING, DynamicCache, PreTrainedModel
 
 from pyramid_cache import (
     AdaKVCache,
@@ -210,3 +213,129 @@ def test_a_sliding_window_that_is_just_full_has_dropped_a_token() -> None:
     with pytest.raises(NotImplementedError, match="sliding window"):
         cache.crop(-1)
     assert [layer.get_seq_length() for layer in cache.layers] == [8] * len(cache.layers)
+
+
+# What transformers does with a cache.
+
+
+def longrope_model(name: str) -> PreTrainedModel:
+    """A model whose positions are scaled in another way beyond 48 tokens."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.1] * 8, "long_factor": [3.0] * 8}
+    rope |= {"original_max_position_embeddings": 48, "short_mscale": 1.0, "long_mscale": 1.0}
+    settings = {"hidden_size": 64, "max_position_embeddings": 256, "original_max_position_embeddings": 48}
+    return build_model(name, rope_parameters=rope, sliding_window=None, **settings)
+
+
+@pytest.mark.parametrize("name", ["phi3", "phimoe"])
+def test_a_model_that_leaves_its_cache_is_noticed(name: str) -> None:
+    """The cache is as it was, and what the error says works."""
+    model = longrope_model(name)
+    for length, new_tokens, num_seen in ((60, 4, 0), (40, 12, 48)):
+        prompt, cache = random_tokens(1, length), SnapKVCache(model.config, budget=64, window_size=4)
+        with pytest.raises(ValueError, match=r"did not use the .*48 tokens.*model\(prompt\[:, :-1\]"):
+            generate(model, cache, list(prompt), new_tokens)
+        assert cache.get_seq_length() == num_seen
+    for prompt, first in ((random_tokens(1, 60), 59), (random_tokens(1, 40), 0)):
+        outputs = []
+        for cache in (SnapKVCache(model.config, budget=99), DynamicCache(config=model.config)):
+            with torch.no_grad():
+                if first:
+                    model(prompt[:, :first], past_key_values=cache)
+            outputs.append(generate(model, cache, list(prompt), 8))
+            assert cache.get_seq_length() == prompt.shape[1] + 7
+        assert torch.equal(*(torch.stack(output.logits) for output in outputs))
+
+
+def test_continuous_batching_does_not_ignore_a_cache() -> None:
+    model = tiny_model("llama")
+    with pytest.raises(ValueError, match="paged.*SnapKVCache"):
+        generate(
+            model, SnapKVCache(model.config, budget=12), list(random_tokens(1, 20)), 2, cache_implementation="paged"
+        )
+
+
+def test_a_cache_is_iterated_as_dynamic_cache_is() -> None:
+    model, tokens = tiny_model("llama"), random_tokens(1, 20)
+    cache, expected = SnapKVCache(model.config, budget=64), DynamicCache(config=model.config)
+    assert not cache.is_initialized
+    for each in (cache, expected):
+        read_turns(model, each, list(tokens), list(tokens[:, :1]))
+    assert cache.is_initialized
+    for held, wanted in zip(cache, expected, strict=True):
+        assert torch.equal(held[0], wanted[0]) and torch.equal(held[1], wanted[1]) and held[2] is wanted[2] is None
+    cache = SnapKVCache(model.config, budget=8, window_size=4)
+    read_turns(model, cache, list(tokens))
+    with pytest.raises(AttributeError, match="evicted tokens"):
+        next(iter(cache))
+
+
+@every_cache
+def test_another_default_device_changes_nothing(case: CacheCase) -> None:
+    """Tensors of the library are where its arguments are, or on the CPU by name."""
+    model, positions = tiny_model("llama"), torch.arange(22)[None]
+    tokens, outputs = random_tokens(1, 22), []
+    for device in ("cpu", "meta"):
+        cache = case.build(model)
+        with torch.no_grad(), torch.device(device):
+            for part in (slice(0, 20), slice(20, 21), slice(21, 22)):
+                output = model(tokens[:, part], position_ids=positions[:, part], past_key_values=cache)
+            cache.batch_select_indices([0])
+        outputs.append(output.logits)
+    assert torch.equal(*outputs)
+
+
+# Reasons.
+
+
+@pytest.mark.parametrize("settings", [{"num_return_sequences": 4, "do_sample": True}, {"num_beams": 4}])
+def test_a_document_that_was_read_once_goes_on_several_times(settings: dict[str, Any]) -> None:
+    """The error names the call that makes the cache fit, and that call does."""
+    model, document = tiny_model("llama"), random_tokens(1, 40)
+    prompt = torch.cat([document, random_tokens(1, 6, seed=1)], dim=1)
+    cache = SnapKVCache(model.config, budget=12, window_size=4)
+    read_turns(model, cache, list(document))
+    with pytest.raises(ValueError, match=r"holds 1 rows, .* given 4\. .*`cache.batch_repeat_interleave\(4\)` first"):
+        model.generate(prompt, past_key_values=cache, max_new_tokens=3, **settings)
+    assert cache.get_seq_length() == 40
+    cache.batch_repeat_interleave(4)
+    assert model.generate(prompt, past_key_values=cache, max_new_tokens=3, **settings).shape[1] == 49
+
+
+def test_attention_beside_a_state_space_part_is_the_reason() -> None:
+    for model_type in ("falcon_h1", "zamba", "zamba2"):
+        with pytest.raises(NotImplementedError, match=f"'{model_type}'.*beside a state-space part.*Use DynamicCache"):
+            SnapKVCache(CONFIG_MAPPING[model_type]())
+
+
+def test_a_model_with_fewer_layers_than_its_config_is_told_so() -> None:
+    model, tokens = build_model("llama"), list(random_tokens(1, 20))
+    model.model.layers = model.model.layers[:2]
+    cache = SnapKVCache(model.config, budget=64)
+    with pytest.raises(RuntimeError, match=r"2 layers, set `model.config.num_hidden_layers = 2`"):
+        read_turns(model, cache, tokens, tokens)
+    model.config.num_hidden_layers = 2
+    read_turns(model, SnapKVCache(model.config, budget=64), tokens, tokens)
+
+
+def test_layers_whose_settings_differ_have_a_cache_as_dynamic_cache() -> None:
+    """The full-attention layers of Gemma 4 have wider heads than the others."""
+    kinds = ["sliding_attention", "full_attention", "full_attention"]
+    sizes = {"num_kv_shared_layers": 0, "global_head_dim": 32, "hidden_size_per_layer_input": 8, "sliding_window": 8}
+    model = build_model("gemma4_text", layer_types=kinds, vocab_size_per_layer_input=101, **sizes)
+    rows = list(random_tokens(1, 20))
+    caches = SnapKVCache(model.config, budget=64), DynamicCache(config=model.config)
+    outputs = [generate(model, cache, rows, 4) for cache in caches]
+    assert torch.equal(*(torch.stack(output.logits) for output in outputs))
+    cache = SnapKVCache(model.config, budget=8, window_size=4)
+    generate(model, cache, rows, 1)
+    assert cache.num_kept_tokens() == [8, 8]
+
+
+def test_errors_of_save_name_the_path_that_was_given(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    cache = SnapKVCache(model.config, budget=64)
+    read_turns(model, cache, list(random_tokens(1, 20)))
+    for path, error in ((tmp_path, IsADirectoryError), (tmp_path / "none" / "file", FileNotFoundError)):
+        with pytest.raises(error) as raised:
+            cache.save(path)
+        assert raised.value.filename == str(path) and not list(tmp_path.iterdir())

@@ -60,8 +60,8 @@ class PlainCopies(TorchFunctionMode):
         kwargs = kwargs or {}
         is_copy = function in (torch.tensor, torch.as_tensor) and not isinstance(args[0], torch.Tensor)
         caller = Path(sys._getframe(1).f_code.co_filename)  # the package, the model, or `numbers_on`
-        is_ours = caller.is_relative_to(Path(pyramid_cache.__file__).parent) and caller != Path(transfer.__file__)
-        is_copy = is_copy and (kwargs.get("device") is not None or is_ours)
+        is_ours = caller.is_relative_to(Path(pyramid_cache.__file__).parent)
+        is_copy = is_copy and caller != Path(transfer.__file__) and (kwargs.get("device") is not None or is_ours)
         if function in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
             index = args[1] if isinstance(args[1], tuple) else (args[1],)
             is_copy = any(isinstance(part, list) for part in index)

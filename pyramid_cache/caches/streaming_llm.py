@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from pyramid_cache.engine.arguments import check_decoder_config
 from pyramid_cache.engine.budget import parse_budget, read_count
-from pyramid_cache.engine.cache import check_decoder_config, config_and_model
+from pyramid_cache.engine.cache import config_and_model
 from pyramid_cache.engine.policy import LayerView, Policy, ScoringView
 from pyramid_cache.engine.policy_cache import PolicyCache
 from pyramid_cache.engine.rope import RotaryFrequencies, refuse_unsupported_rope

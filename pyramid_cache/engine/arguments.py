@@ -1,8 +1,12 @@
-"""Checks of what callers hand to the methods of a cache. Each function raises ValueError for a bad argument."""
+"""Checks of what callers hand to a cache. Each function raises ValueError for a bad argument."""
 
 import operator
 
 import torch
+from transformers import PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+from pyramid_cache.engine.architectures import reason_against
 
 
 def as_tokens_to_remove(number: int) -> int:
@@ -28,7 +32,7 @@ def as_row_indices(indices: torch.Tensor, num_rows: int) -> torch.Tensor:
             read them on an accelerator would wait for it at every step of a beam search.
     """
     try:
-        rows = torch.as_tensor(indices)
+        rows = indices if isinstance(indices, torch.Tensor) else torch.as_tensor(indices, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(f"Rows are chosen by a 1-D tensor of integers, not by {indices!r}.") from None
     if rows.dim() == 1 and rows.dtype == torch.bool:
@@ -74,3 +78,36 @@ def check_states(key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         raise ValueError(f"Keys and values must be real numbers, not {key_states.dtype} and {value_states.dtype}.")
     if key_states.device != value_states.device:
         raise ValueError(f"Keys are on {key_states.device}, values on {value_states.device}.")
+
+
+def check_decoder_config(config: PreTrainedConfig) -> None:
+    """
+    Raises unless the model of `config` generates from a KV cache that the layers can serve.
+
+    Raises:
+        ValueError: `config` is no config, or the config of an encoder.
+        NotImplementedError: The attention of this architecture cannot be served.
+    """
+    if not isinstance(config, PreTrainedConfig):
+        given = f"the class {config.__name__}" if isinstance(config, type) else f"a {type(config).__name__}"
+        raise ValueError(f"`config` must be the config of a model (`model.config`), but is {given}.")
+    text_config = config.get_text_config(decoder=True)
+    if not isinstance(getattr(text_config, "num_hidden_layers", None), int):
+        raise ValueError(f"A model of type {config.model_type!r} has no decoder layers, and so no KV cache.")
+    # The architectures with a masked language model are encoders, unless they were told to be decoders.
+    is_decoder = config.is_encoder_decoder or getattr(text_config, "is_decoder", False)
+    if text_config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not is_decoder:
+        raise ValueError(
+            f"A model of type {config.model_type!r} is an encoder: it attends in both directions and has no KV cache."
+        )
+    implementation = text_config._attn_implementation
+    if implementation not in (None, "eager", "sdpa") and "flash" not in implementation:
+        raise NotImplementedError(
+            f"attn_implementation={implementation!r} is not known to pyramid_cache, which must attend and make masks "
+            "in its place. Load the model with 'sdpa', 'eager' or 'flash_attention_2'."
+        )
+    reason = reason_against(text_config)
+    if reason is not None:
+        raise NotImplementedError(
+            f"A model of type {config.model_type!r} cannot be compressed: {reason}. Use DynamicCache for it."
+        )

@@ -1,11 +1,14 @@
 """
-The seam to transformers: the only file that touches its attention registry.
+The seam to transformers: the only file that wraps what belongs to it.
 
 A `Cache` never sees a query. The attention function that a model calls right after `update` sees it. Every model asks
 `AttentionInterface.get_interface` for that function in each forward pass. The first cache that is built wraps this one
 method. A call whose key tensor carries the attribute `cache_layer` goes to the `attend` of that layer, together with
 the function that would have run. All other calls go straight to the original function. The models' own eager functions
-pass through the same method, so eager is served like sdpa and flash-attention. Nothing here refers to a cache.
+pass through the same method, so eager is served like sdpa and flash-attention.
+
+`generate` is wrapped as well, to notice a model that does not use the cache that it was given (`generation.py`).
+Nothing here refers to a cache.
 """
 
 import functools
@@ -14,8 +17,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AttentionInterface
+from transformers import AttentionInterface, GenerationMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from pyramid_cache.engine.generation import generate, generate_batch, update_model_kwargs
 
 
 try:
@@ -24,7 +29,8 @@ except ImportError:  # where transformers has moved it, outputs that do not fit 
     output_capturing = None
 
 
-_original_get_interface: Callable | None = None
+# The methods that are wrapped, as they were: by class and name.
+_originals: dict[tuple[type, str], Any] = {}
 
 
 def is_asked_for(name: str) -> bool:
@@ -85,25 +91,43 @@ class AttentionCall:
 
 
 def install() -> None:
-    """Wraps `AttentionInterface.get_interface`; nothing happens if it is wrapped already."""
-    global _original_get_interface
-    if _original_get_interface is not None:
+    """Wraps four methods of transformers; nothing happens if they are wrapped already."""
+    if _originals:
         return
-    _original_get_interface = original = AttentionInterface.get_interface
-
-    @functools.wraps(original)
-    def get_interface(self: AttentionInterface, *args, **kwargs) -> Callable:
-        return functools.partial(_dispatch, original(self, *args, **kwargs))
-
-    AttentionInterface.get_interface = get_interface  # type: ignore[method-assign]
+    for owner, name, replacement in (
+        (AttentionInterface, "get_interface", _get_interface),
+        (GenerationMixin, "generate", generate),
+        (GenerationMixin, "generate_batch", generate_batch),
+        (GenerationMixin, "_update_model_kwargs_for_generation", update_model_kwargs),
+    ):
+        original = getattr(owner, name)
+        # A method that is inherited is removed again.
+        _originals[owner, name] = vars(owner).get(name)
+        setattr(owner, name, _wrapped(original, replacement))
 
 
 def uninstall() -> None:
-    """Puts the original method back. The next cache that is built installs the wrap again."""
-    global _original_get_interface
-    if _original_get_interface is not None:
-        AttentionInterface.get_interface = _original_get_interface  # type: ignore[method-assign]
-        _original_get_interface = None
+    """Puts the original methods back. The next cache that is built installs the wraps again."""
+    while _originals:
+        (owner, name), original = _originals.popitem()
+        if original is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, original)
+
+
+def _wrapped(original: Callable, replacement: Callable) -> Callable:
+    """A method that calls `replacement` with the original method in front of its arguments."""
+
+    @functools.wraps(original)
+    def method(*args, **kwargs) -> Any:
+        return replacement(original, *args, **kwargs)
+
+    return method
+
+
+def _get_interface(original: Callable, self: AttentionInterface, *args, **kwargs) -> Callable:
+    return functools.partial(_dispatch, original(self, *args, **kwargs))
 
 
 def _dispatch(

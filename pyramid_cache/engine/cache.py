@@ -4,22 +4,22 @@ The base of all caches. It builds a cache layer for each decoder layer and answe
 
 import copy
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from pyramid_cache.engine import attention
-from pyramid_cache.engine.architectures import CACHE_ARGUMENT, reason_against
-from pyramid_cache.engine.arguments import as_repeats, as_row_indices, as_tokens_to_remove
+from pyramid_cache.engine.architectures import CACHE_ARGUMENT
+from pyramid_cache.engine.arguments import as_repeats, as_row_indices, as_tokens_to_remove, check_decoder_config
 from pyramid_cache.engine.checks import check_attended
 from pyramid_cache.engine.fingerprint import architecture_of
+from pyramid_cache.engine.foreign import require_bounded, require_croppable
 from pyramid_cache.engine.held import LayerPlace
 from pyramid_cache.engine.layer import CompressedLayer
-from pyramid_cache.engine.pending import RecordedChunk
+from pyramid_cache.engine.memory import memory_of, summary_of
 from pyramid_cache.engine.storage import CacheType, load_cache, save_cache
 from pyramid_cache.engine.tokens import MaskReader
 
@@ -60,6 +60,7 @@ class CompressedCache(Cache):
         attention.install()
         self.masks = MaskReader() if masks is None else masks
         layers = list(DynamicCache(config=config).layers)
+        require_bounded(config.model_type, layers)
         # An exact type: layers of other kinds that derive from DynamicLayer have their own way to store.
         compressed = [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
         if not compressed:
@@ -96,8 +97,7 @@ class CompressedCache(Cache):
         if self._is_beside_encoder and self.get_seq_length(layer_idx) > self.get_seq_length(len(self.layers) - 1):
             raise ValueError(
                 f"Layer {layer_idx} was handed keys of the encoder: an encoder-decoder needs a second cache for them. "
-                f"Pass `{CACHE_ARGUMENT}=EncoderDecoderCache(cache, DynamicCache())` instead of the "
-                f"{type(self).__name__} alone."
+                f"Pass `{CACHE_ARGUMENT}=EncoderDecoderCache(cache, DynamicCache())` instead."
             )
         if layer_idx == self._first_attention:
             self.require_whole()
@@ -120,10 +120,17 @@ class CompressedCache(Cache):
             check_attended(self.compressed_layers[0])
         if pending or any(length != lengths[0] for length in lengths):
             where = f" in the attention of layer {pending[0]}" if pending else ""
-            raise RuntimeError(
+            error = (
                 f"An earlier forward pass broke off{where}, and the layers of the cache have seen {lengths} tokens. "
                 "Call `cache.reset()`, then read the whole sequence again."
             )
+            if not pending and not lengths[-1]:
+                filled = (isinstance(layer, CacheLayerMixin) and layer.get_seq_length() > 0 for layer in self.layers)
+                num_run = 1 + max(index for index, is_filled in enumerate(filled) if is_filled)
+                error += (
+                    f" If the model runs {num_run} layers, set `model.config.num_hidden_layers = {num_run}` first."
+                )
+            raise RuntimeError(error)
 
     def crop(self, tokens_to_remove: int) -> None:
         """
@@ -139,16 +146,8 @@ class CompressedCache(Cache):
         for index, layer in enumerate(self.layers):
             if isinstance(layer, CompressedLayer):
                 layer.require_croppable(tokens_to_remove)
-            elif (
-                getattr(layer, "is_sliding", False)
-                and not layer.record_past
-                and layer.get_seq_length() >= layer.sliding_window
-            ):
-                raise NotImplementedError(
-                    f"`crop({tokens_to_remove})`: layer {index} has dropped tokens from its sliding window since, and "
-                    "that cannot be undone. Call `cache.activate_past_recording()` before the tokens that may be "
-                    "taken back are seen."
-                )
+            else:
+                require_croppable(index, layer, tokens_to_remove)
         super().crop(tokens_to_remove)
 
     def compress(self) -> None:
@@ -194,6 +193,37 @@ class CompressedCache(Cache):
                 layer.record_past = False
 
     @property
+    def is_initialized(self) -> bool:
+        """Whether the cache has seen tokens."""
+        return all(layer.is_initialized for layer in self.compressed_layers)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, None]]:
+        """The keys and values of each layer, as `DynamicCache` gives them, as long as nothing has been evicted."""
+        if not all(layer.state.is_dense for layer in self.compressed_layers):
+            raise AttributeError("A cache that has evicted tokens is not iterable. See `cache.positions`.")
+        for layer in self.layers:
+            num_held = layer.state.length if isinstance(layer, CompressedLayer) else None
+            held = (None if states is None else states[..., :num_held, :] for states in (layer.keys, layer.values))
+            yield (*held, getattr(layer, "_sliding_window_tensor", None))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if self.is_initialized:
+            raise TypeError(
+                "A cache that holds tokens cannot be pickled, which `torch.save` does as well. Use `cache.save(path)`."
+            )
+        return super().__reduce_ex__(protocol)
+
+    def __copy__(self) -> "CompressedCache":
+        twin = type(self).__new__(type(self))
+        twin.__dict__.update(vars(self))
+        return twin
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "CompressedCache":
+        memo[id(self)] = twin = type(self).__new__(type(self))
+        twin.__dict__.update(copy.deepcopy(vars(self), memo))
+        return twin
+
+    @property
     def is_croppable(self) -> bool:
         """Whether transformers may crop this cache, as it does when it finds out late that it should have stopped."""
         return not self._is_beside_encoder and super().is_croppable
@@ -209,33 +239,6 @@ class CompressedCache(Cache):
                 "does with DynamicCache only. Use `EncoderDecoderCache(DynamicCache(), DynamicCache())` with them."
             )
         super().activate_past_recording()
-
-    def replay(self, prompt: Sequence[tuple[torch.nn.Module, RecordedChunk]]) -> None:
-        """
-        Fills a new cache from a recorded prompt, as if it had read that prompt itself with full attention.
-
-        Args:
-            prompt (`Sequence`): The last recorded chunk of each layer that evicts, from another cache that the
-                same model filled. Its tensors are read, and never written to.
-
-        Raises:
-            ValueError: The cache has seen tokens, or the prompt has another number of layers.
-        """
-        if self.get_seq_length():
-            raise ValueError(
-                f"A prompt can be replayed to a new cache only: this one has seen {self.get_seq_length()} tokens. "
-                "Take a new one, or call `cache.reset()`."
-            )
-        if len(prompt) != len(self.compressed_layers):
-            raise ValueError(
-                f"The prompt is of {len(prompt)} layers, but {len(self.compressed_layers)} of this cache evict. Give "
-                "what each of them needs."
-            )
-        for layer, (module, chunk) in zip(self.compressed_layers, prompt, strict=True):
-            layer.put_aside(module, chunk)
-        self.crop(0)
-        for layer in self.compressed_layers:
-            layer.record_past = False
 
     def reset(self) -> None:
         """Forgets everything, so that the cache can be used for another sequence, batch or model."""
@@ -370,49 +373,16 @@ class CompressedCache(Cache):
             `dict[str, dict[str, int]]`: By device, then by role: "keys", "values" and "bookkeeping" (positions,
                 scores). Tensors that a cache has moved to the host are under "host", even if the device is the CPU.
         """
-        held: dict[str, dict[str, int]] = {}
-        storages: set[int] = set()
-        for name, tensor in self._held_tensors():
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() in storages or storage.nbytes() == 0:
-                continue
-            storages.add(storage.data_ptr())
-            is_moved, role = name.startswith("host "), name.removeprefix("host ").split()[0]
-            device = "host" if is_moved else str(tensor.device)
-            roles = held.setdefault(device, {"keys": 0, "values": 0, "bookkeeping": 0})
-            roles[role if role in roles else "bookkeeping"] += storage.nbytes()
-        return held
+        return memory_of(self)
 
     @property
     def nbytes(self) -> int:
         """The bytes that the cache holds on all devices."""
         return sum(sum(roles.values()) for roles in self.memory().values())
 
-    def _held_tensors(self) -> list[tuple[str, torch.Tensor]]:
-        tensors = [("bookkeeping", tensor) for tensor in self.masks.held_tensors()]
-        for layer in self.layers:
-            if isinstance(layer, CompressedLayer):
-                tensors += layer.held_tensors().items()
-            else:
-                tensors += [(name, value) for name, value in vars(layer).items() if isinstance(value, torch.Tensor)]
-        return tensors
-
     def summary(self) -> str:
         """A table of what each layer holds."""
-        lines = [f"{type(self).__name__}: {self.get_seq_length()} tokens seen, {self.nbytes:,} bytes held"]
-        if on_host := sum(self.memory().get("host", {}).values()):
-            lines[0] += f", {on_host:,} of them on the host"
-        lines.append(f"{'layer':>5}  {'kind':<24}{'kept per row':>16}{'bytes':>16}")
-        for index, layer in enumerate(self.layers):
-            kept = "-"
-            if isinstance(layer, CompressedLayer):
-                held = layer.num_held_per_row
-                low, high = min(held, default=0), max(held, default=0)
-                kept = str(low) if low == high else f"{low}-{high}"
-            tensors = layer.held_tensors().values() if isinstance(layer, CompressedLayer) else vars(layer).values()
-            num_bytes = sum(t.untyped_storage().nbytes() for t in tensors if isinstance(t, torch.Tensor))
-            lines.append(f"{index:>5}  {type(layer).__name__:<24}{kept:>16}{num_bytes:>16,}")
-        return "\n".join(lines)
+        return summary_of(self)
 
     def plot(self, row: int = 0) -> "Figure":
         """
@@ -477,34 +447,3 @@ def config_and_model(source: Any) -> tuple[PreTrainedConfig, PreTrainedModel | N
     modules = source.modules() if isinstance(source, torch.nn.Module) else ()
     model = next((module for module in modules if isinstance(module, PreTrainedModel)), None)
     return (source, None) if model is None else (model.config, model)
-
-
-def check_decoder_config(config: PreTrainedConfig) -> None:
-    """
-    Raises unless the model of `config` generates from a KV cache that the layers can serve.
-
-    Raises:
-        ValueError: `config` is no config, or the config of an encoder.
-        NotImplementedError: The attention of this architecture cannot be served.
-    """
-    if not isinstance(config, PreTrainedConfig):
-        given = f"the class {config.__name__}" if isinstance(config, type) else f"a {type(config).__name__}"
-        raise ValueError(f"`config` must be the config of a model (`model.config`), but is {given}.")
-    text_config = config.get_text_config(decoder=True)
-    # The architectures with a masked language model are encoders, unless they were told to be decoders.
-    is_decoder = config.is_encoder_decoder or getattr(text_config, "is_decoder", False)
-    if text_config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not is_decoder:
-        raise ValueError(
-            f"A model of type {config.model_type!r} is an encoder: it attends in both directions and has no KV cache."
-        )
-    implementation = text_config._attn_implementation
-    if implementation not in (None, "eager", "sdpa") and "flash" not in implementation:
-        raise NotImplementedError(
-            f"attn_implementation={implementation!r} is not known to pyramid_cache, which must attend and make masks "
-            "in its place. Load the model with 'sdpa', 'eager' or 'flash_attention_2'."
-        )
-    reason = reason_against(text_config)
-    if reason is not None:
-        raise NotImplementedError(
-            f"A model of type {config.model_type!r} cannot be compressed: {reason}. Use DynamicCache for it."
-        )

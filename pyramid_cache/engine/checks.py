@@ -34,9 +34,11 @@ def check_fit(layer: "CompressedLayer", key: torch.Tensor, value: torch.Tensor) 
     if given == held:
         return
     if given.batch_size != held.batch_size:
+        repeats, rest = divmod(given.batch_size, held.batch_size)
+        way_on = f"To go on from each row {repeats} times, call `cache.batch_repeat_interleave({repeats})` first. "
         raise ValueError(
-            f"The cache holds {held.batch_size} rows, but the model was given {given.batch_size}. Use a new cache for "
-            "another batch, or call `cache.reset()`."
+            f"The cache holds {held.batch_size} rows, but the model was given {given.batch_size}. "
+            f"{'' if rest else way_on}Use a new cache for another batch, or call `cache.reset()`."
         )
     if (given.kv_heads, given.key_dim, given.value_dim) != (held.kv_heads, held.key_dim, held.value_dim):
         raise ValueError(

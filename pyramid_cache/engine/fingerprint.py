@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from pyramid_cache.engine.architectures import attribute_of
+
 
 # What keys and values depend on beside the weights. Fields that a config does not have count as None. Those of
 # training and generation, and the ids of special tokens, may differ.
@@ -34,7 +36,7 @@ NUM_SAMPLES = 1024
 def architecture_of(config: PreTrainedConfig) -> dict[str, Any]:
     """The fields of `ARCHITECTURE_FIELDS` of the text decoder, as JSON would give them back."""
     config = config.get_text_config(decoder=True)
-    fields = {name: getattr(config, name, None) for name in ARCHITECTURE_FIELDS}
+    fields = {name: attribute_of(config, name) for name in ARCHITECTURE_FIELDS}
     if fields["rope_parameters"]:  # which have both; versions of transformers differ in whether they repeat them
         fields["rope_theta"] = fields["partial_rotary_factor"] = None
     return json.loads(json.dumps(fields, default=str))

@@ -1,14 +1,14 @@
 """
-What the layers hold that hybrid models keep from transformers, for files: sliding-window attention, linear attention,
-and the places of layers without a cache of their own.
+The layers that hybrid models keep from transformers: sliding-window attention, linear attention, and the places of
+layers without a cache of their own. What they cannot do is refused, and what they hold goes into files.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 
 Numbers = dict[str, Any]
@@ -43,6 +43,32 @@ def foreign_kind(index: int, layer: Any) -> ForeignKind:
             "sliding-window and linear attention can. Read the prompt again instead."
         )
     return kind
+
+
+def require_bounded(model_type: str, layers: Sequence[Any]) -> None:
+    """Raises NotImplementedError if a layer that hybrid models keep from transformers grows with every token."""
+    for index, layer in enumerate(layers):
+        is_bounded = not isinstance(layer, CacheLayerMixin) or getattr(layer, "is_sliding", False)
+        if is_bounded or type(layer) is DynamicLayer:  # which a layer of ours replaces
+            continue
+        reason = f"is a {type(layer).__name__} of transformers, which stores more than keys and values"
+        if isinstance(layer, LinearAttentionLayer):
+            reason = "has attention beside a state-space part, which cannot be compressed apart"
+        raise NotImplementedError(
+            f"A model of type {model_type!r} cannot be compressed: its layer {index} {reason}. Use "
+            "DynamicCache for it."
+        )
+
+
+def require_croppable(index: int, layer: Any, tokens_to_remove: int) -> None:
+    """Raises NotImplementedError if a layer of transformers has dropped what `crop` would need."""
+    is_sliding = getattr(layer, "is_sliding", False) and not layer.record_past
+    if is_sliding and layer.get_seq_length() >= layer.sliding_window:
+        raise NotImplementedError(
+            f"`crop({tokens_to_remove})`: layer {index} has dropped tokens from its sliding window since, and that "
+            "cannot be undone. Call `cache.activate_past_recording()` before the tokens that may be taken back are "
+            "seen."
+        )
 
 
 # Sliding-window attention.

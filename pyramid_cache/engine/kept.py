@@ -27,7 +27,7 @@ def kept_positions(cache: Cache, num_positions: int, row: int = 0) -> torch.Tens
         `torch.Tensor`: `(layers, num_positions)` float32, on the CPU. Layers of transformers hold the latest tokens;
         those that hold no tokens one by one, as linear attention does, have NaN.
     """
-    shares = torch.zeros(len(cache.layers), num_positions)
+    shares = torch.zeros(len(cache.layers), num_positions, device="cpu")
     for layer_idx, layer in enumerate(cache.layers):
         if isinstance(layer, CompressedLayer):
             shares[layer_idx] = share_of_heads(layer.held_positions()[row], num_positions)

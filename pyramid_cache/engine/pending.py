@@ -6,14 +6,18 @@ eviction could not be undone. So layers put such tokens aside with their queries
 stay. Only then do they store, score and evict, as they would without an assistant.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from pyramid_cache.engine.attention import AttentionCall
 from pyramid_cache.engine.tokens import Tokens
+
+
+if TYPE_CHECKING:
+    from pyramid_cache.engine.cache import CompressedCache
 
 
 class PendingTokens:
@@ -177,3 +181,31 @@ class RecordedChunk:
 def no_attention(*args, **kwargs) -> tuple[None, None]:
     """The attention function of a replayed chunk. It gives no output, since the model has had it."""
     return None, None
+
+
+def replay(cache: "CompressedCache", prompt: Sequence[tuple[torch.nn.Module, RecordedChunk]]) -> None:
+    """
+    Fills a new cache from a recorded prompt, as if it had read that prompt itself with full attention.
+
+    Args:
+        prompt (`Sequence`): The last recorded chunk of each layer that evicts, from another cache that the same model
+            filled. Its tensors are read, and never written to.
+
+    Raises:
+        ValueError: The cache has seen tokens, or the prompt has another number of layers.
+    """
+    if cache.get_seq_length():
+        raise ValueError(
+            f"A prompt can be replayed to a new cache only: this one has seen {cache.get_seq_length()} tokens. Take a "
+            "new one, or call `cache.reset()`."
+        )
+    if len(prompt) != len(cache.compressed_layers):
+        raise ValueError(
+            f"The prompt is of {len(prompt)} layers, but {len(cache.compressed_layers)} of this cache evict. Give "
+            "what each of them needs."
+        )
+    for layer, (module, chunk) in zip(cache.compressed_layers, prompt, strict=True):
+        layer.put_aside(module, chunk)
+    cache.crop(0)
+    for layer in cache.compressed_layers:
+        layer.record_past = False

@@ -5,8 +5,9 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from pyramid_cache.engine.arguments import check_decoder_config
 from pyramid_cache.engine.budget import parse_budget, read_count
-from pyramid_cache.engine.cache import CompressedCache, check_decoder_config, config_and_model
+from pyramid_cache.engine.cache import CompressedCache, config_and_model
 from pyramid_cache.engine.evicting import EvictingLayer
 from pyramid_cache.engine.held import LayerPlace
 from pyramid_cache.engine.policy import Policy

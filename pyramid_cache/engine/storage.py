@@ -7,6 +7,7 @@ is ever executed.
 """
 
 import contextlib
+import errno
 import json
 import os
 import secrets
@@ -42,6 +43,8 @@ ANEW = "Make the cache again from its prompt, and save it."
 def save_cache(cache: "CompressedCache", path: str | os.PathLike[str]) -> None:
     """See `CompressedCache.save`."""
     path = os.path.realpath(os.fsdecode(path))
+    if os.path.isdir(path):
+        raise IsADirectoryError(errno.EISDIR, "This is a folder: give the name of a file in it", path)
     settings = settings_of(cache)
     require_complete(cache)
     layers: list[dict[str, Any]] = []
@@ -132,9 +135,11 @@ def replacing(path: str) -> Iterator[str]:
         with open(temporary_path, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary_path, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary_path)
+        if isinstance(error, OSError) and error.filename == temporary_path:
+            raise type(error)(error.errno, error.strerror, path) from error
         raise
 
 

@@ -39,7 +39,7 @@ def attention_scores(
     kv_heads, num_keys = key.shape[1], key.shape[2]
     group, offset = heads // kv_heads, num_keys - num_rows
     num_sums = kv_heads if group_sum else heads
-    scores = torch.zeros(batch, num_sums, num_keys, dtype=torch.float32)
+    scores = torch.zeros(batch, num_sums, num_keys, dtype=torch.float32, device="cpu")
     if not num_rows:
         return scores
     # A row that attends to nothing, or does not count, must not bring its infinite exponentials in.
@@ -53,8 +53,8 @@ def attention_scores(
     first_keys = [0] * batch if key_start is None else key_start.tolist()
     rows_per_tile = min(ROWS_PER_TILE, num_rows)
     keys_per_tile = min(max(TILE_ELEMENTS // (heads * rows_per_tile), rows_per_tile), num_keys)
-    workspace = torch.empty(heads * rows_per_tile * keys_per_tile, dtype=torch.float32)
-    future = torch.ones(rows_per_tile, rows_per_tile, dtype=torch.bool).triu_(1)
+    workspace = torch.empty(heads * rows_per_tile * keys_per_tile, dtype=torch.float32, device="cpu")
+    future = torch.ones(rows_per_tile, rows_per_tile, dtype=torch.bool, device="cpu").triu_(1)
     for row, first_key in enumerate(first_keys):
         transposed = key[row].transpose(1, 2).float()
         for start in range(max(first_key - offset, 0), num_rows, rows_per_tile):

@@ -131,7 +131,7 @@ def decode_one_by_one(
     logits = logits.float()
     logits = torch.tanh(logits / softcap) * softcap if softcap else logits
     if softcap:
-        is_behind = torch.arange(longest) >= torch.tensor(lengths)[:, None, None]
+        is_behind = torch.arange(longest, device="cpu") >= torch.tensor(lengths, device="cpu")[:, None, None]
         logits[..., :longest].masked_fill_(is_behind, float("-inf"))
     probabilities = torch.softmax(logits, dim=-1)  # (segments, group, longest + latest)
     shares = probabilities.to(value.dtype)

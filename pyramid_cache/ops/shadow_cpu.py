@@ -46,7 +46,7 @@ def loaded(
 ) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
     """The slots that incoming chunks are loaded into, as rows, heads and slots, and the tokens that go there."""
     rows, heads, places = incoming.ge(0).nonzero(as_tuple=True)
-    offsets = torch.arange(chunk_size)
+    offsets = torch.arange(chunk_size, device="cpu")
     tokens = incoming[rows, heads, places][:, None] * chunk_size + offsets
     slots = places[:, None] * chunk_size + offsets
     exists = tokens < num_tokens

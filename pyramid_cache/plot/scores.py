@@ -85,7 +85,7 @@ def why_no_scores(cache: Cache, layer_idx: int, row: int) -> str:
 def scores_by_position(layer: CompressedLayer, row: int) -> torch.Tensor:
     """`(kv_heads, positions)` float32, on the CPU: the scores of a row's tokens, NaN for those without one."""
     positions, scores = layer.held_positions()[row].cpu(), layer.held_scores()
-    result = torch.full((positions.shape[0], layer.num_seen_per_row[row] + 1), torch.nan)
+    result = torch.full((positions.shape[0], layer.num_seen_per_row[row] + 1), torch.nan, device="cpu")
     if scores is not None:
         # The scores of empty slots go to one more column, which is dropped.
         result.scatter_(1, positions.masked_fill(positions < 0, result.shape[1] - 1), scores[row].cpu())
@@ -186,7 +186,7 @@ class ScoreRecorder(LogitsProcessor):
                 "Nothing has been recorded yet: pass `logits_processor=[recorder]` to `generate`, or call "
                 "`recorder.record()` after each forward pass."
             )
-        result = torch.full((len(self.num_seen), max(self.num_seen)), torch.nan)
+        result = torch.full((len(self.num_seen), max(self.num_seen)), torch.nan, device="cpu")
         for index, scores in enumerate(self.scores[layer_idx]):
             result[index, : scores.shape[0]] = scores
         return result

@@ -21,6 +21,7 @@ from modes import tiny_tokenizer
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from pyramid_cache import SnapKVCache
+from pyramid_cache.engine.pending import replay
 from pyramid_cache.lab.cli import main
 from pyramid_cache.lab.demo.timed_answers import generate
 from pyramid_cache.lab.evaluation.cells import Cell, CellStore
@@ -51,7 +52,7 @@ def test_a_reading_gives_what_the_cache_would_have_read(case: CacheCase) -> None
         wanted = model(tokens[:, length:], past_key_values=copy.deepcopy(own)).logits
         for _ in range(2):
             filled = case.build(model)
-            filled.replay(reading.layers)
+            replay(filled, reading.layers)
             assert filled.get_seq_length() == length
             assert filled.num_kept_tokens() == own.num_kept_tokens() < [length] * len(own.layers)
             for layer in range(len(own.layers)):
@@ -67,11 +68,11 @@ def test_a_prompt_is_replayed_to_new_caches_alone() -> None:
     layers = Reader(model, tokens).context.layers
     cache = SnapKVCache(model.config, budget=8)
     with pytest.raises(ValueError, match="of 2 layers, but 3 of this cache evict"):
-        cache.replay(layers[:2])
-    cache.replay(layers)
+        replay(cache, layers[:2])
+    replay(cache, layers)
     held = cache.positions(0)
     with pytest.raises(ValueError, match="seen 30 tokens"):
-        cache.replay(layers)
+        replay(cache, layers)
     assert torch.equal(cache.positions(0), held)
 
 

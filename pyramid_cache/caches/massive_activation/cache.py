@@ -33,8 +33,9 @@ from pyramid_cache.caches.massive_activation.detection import (
 )
 from pyramid_cache.caches.massive_activation.outputs import OutputProbes
 from pyramid_cache.caches.massive_activation.profile import Profile, read_profile
+from pyramid_cache.engine.arguments import check_decoder_config
 from pyramid_cache.engine.budget import MAX_TOKENS, Budget, read_count, read_kernel_size, support_schedule
-from pyramid_cache.engine.cache import check_decoder_config, config_and_model
+from pyramid_cache.engine.cache import config_and_model
 from pyramid_cache.engine.policy import LayerView, Policy, PromptView, ScoringView
 from pyramid_cache.engine.policy_cache import DEFAULT_EVICTION_INTERVAL, PolicyCache
 from pyramid_cache.engine.rope import refuse_unsupported_rope

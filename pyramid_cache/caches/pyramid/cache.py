@@ -25,6 +25,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from pyramid_cache.caches.pyramid.prefill import PrunedPrefill
+from pyramid_cache.engine.arguments import check_decoder_config
 from pyramid_cache.engine.budget import (
     Budget,
     cosine_decay,
@@ -35,7 +36,7 @@ from pyramid_cache.engine.budget import (
     read_count,
     read_kernel_size,
 )
-from pyramid_cache.engine.cache import check_decoder_config, config_and_model
+from pyramid_cache.engine.cache import config_and_model
 from pyramid_cache.engine.policy import Policy, ScoringView
 from pyramid_cache.engine.policy_cache import DEFAULT_EVICTION_INTERVAL, PolicyCache
 from pyramid_cache.engine.state import LayerState, row

@@ -23,7 +23,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from pyramid_cache.caches.shadow_kv.host import read_host
 from pyramid_cache.caches.shadow_kv.layer import ShadowKVLayer
 from pyramid_cache.caches.shadow_kv.settings import ShadowSettings
-from pyramid_cache.engine.cache import CompressedCache, check_decoder_config, config_and_model
+from pyramid_cache.engine.arguments import check_decoder_config
+from pyramid_cache.engine.cache import CompressedCache, config_and_model
 from pyramid_cache.engine.held import LayerPlace
 from pyramid_cache.engine.rope import SharedFrequencies, refuse_unsupported_rope
 from pyramid_cache.engine.tokens import MaskReader

@@ -56,11 +56,11 @@ class HostPlace:
                 f"layers, more than `host_budget={self.budget:,}`. Raise it, give fewer or shorter rows{other}."
             )
         if self.folder is None or not numel:
-            return torch.zeros(shape, dtype=dtype, pin_memory=device.type == "cuda" and numel > 0)
+            return torch.zeros(shape, dtype=dtype, device="cpu", pin_memory=device.type == "cuda" and numel > 0)
         with tempfile.NamedTemporaryFile(dir=self.folder, prefix="pyramid_cache-") as file:
             # The whole file at once: a full disk raises an error here, and sends no signal later.
             os.posix_fallocate(file.fileno(), 0, numel * dtype.itemsize)
-            return torch.from_file(file.name, shared=True, size=numel, dtype=dtype).view(shape)
+            return torch.from_file(file.name, shared=True, size=numel, dtype=dtype, device="cpu").view(shape)
 
 
 def read_host(host: str, host_budget: int | str | None) -> HostPlace:
@@ -194,7 +194,7 @@ def gather_through_host(buffer: torch.Tensor, values: torch.Tensor, incoming: to
     `gather_values` of memory that the device cannot read, as that of files: the host reads it, once the device has
     said which chunks it wants.
     """
-    staging = torch.zeros(buffer.shape, dtype=buffer.dtype)
+    staging = torch.zeros(buffer.shape, dtype=buffer.dtype, device="cpu")
     gather_values(staging, values, incoming.cpu(), chunk_size=chunk_size)
     # The last chunk is a full one here.
     arrives = (incoming >= 0).repeat_interleave(chunk_size, dim=-1)[..., None]

@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from pyramid_cache.engine.architectures import CACHE_ARGUMENT
+from pyramid_cache.engine.pending import replay
 from pyramid_cache.lab.evaluation.asking import Score, Thread, ask
 from pyramid_cache.lab.evaluation.cells import ALL_QUESTIONS, Cell, CellKey, CellStore
 from pyramid_cache.lab.evaluation.reading import Reader, Reading, full_cache, pad_left, padding_arguments
@@ -193,7 +194,7 @@ class Evaluation:
         entry = self.caches[name]
         cache: Any = entry.build(self.model, budget, Workload(reading.num_tokens, len(prompts)))
         if not entry.from_model:
-            cache.replay(reading.layers)
+            replay(cache, reading.layers)
             return cache, reading.logits
         ids, padding = pad_left(prompts, self.model.device)
         arguments = padding_arguments(padding, 0, ids.shape[1])
