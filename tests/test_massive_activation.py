@@ -23,7 +23,7 @@ from pyramid_cache.caches.massive_activation.detection import (
 from pyramid_cache.engine.budget import bounded_shares, fair_shares, support_schedule
 from pyramid_cache.engine.fingerprint import architecture_of
 from pyramid_cache.engine.policy import ScoringView
-from pyramid_cache.engine.rope import RotaryFrequencies
+from pyramid_cache.engine.rotation import RotaryFrequencies
 from pyramid_cache.lab.demo.planted_number import read_text
 from pyramid_cache.lab.profile.activations import measure_text
 from pyramid_cache.lab.weights import fetch_default_model

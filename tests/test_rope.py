@@ -12,7 +12,8 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, PreTrainedModel, Qwen2VLConfig
 
 from pyramid_cache import ExpectedAttentionCache, MassiveActivationCache, ShadowKVCache, StreamingLLMCache
-from pyramid_cache.engine.rope import RotaryFrequencies, SharedFrequencies
+from pyramid_cache.engine.rope import SharedFrequencies
+from pyramid_cache.engine.rotation import RotaryFrequencies
 
 
 CPU = torch.device("cpu")

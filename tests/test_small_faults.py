@@ -26,7 +26,7 @@ from pyramid_cache.caches.massive_activation.profile import check_architecture
 from pyramid_cache.engine.budget import bytes_to_tokens
 from pyramid_cache.engine.cache import CompressedCache
 from pyramid_cache.engine.fingerprint import architecture_of
-from pyramid_cache.engine.rope import RotaryFrequencies
+from pyramid_cache.engine.rotation import RotaryFrequencies
 from pyramid_cache.engine.scoring import sum_of_probabilities
 
 

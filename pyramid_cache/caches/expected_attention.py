@@ -21,7 +21,8 @@ from pyramid_cache.engine.budget import is_number, read_count
 from pyramid_cache.engine.cache import config_and_model
 from pyramid_cache.engine.policy import Policy, PromptView, ScoringView
 from pyramid_cache.engine.policy_cache import DEFAULT_EVICTION_INTERVAL, PolicyCache
-from pyramid_cache.engine.rope import RotaryFrequencies, refuse_unsupported_rope
+from pyramid_cache.engine.rope import refuse_unsupported_rope
+from pyramid_cache.engine.rotation import RotaryFrequencies
 from pyramid_cache.engine.state import LayerState, row
 
 

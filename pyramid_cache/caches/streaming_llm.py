@@ -21,7 +21,8 @@ from pyramid_cache.engine.budget import parse_budget, read_count
 from pyramid_cache.engine.cache import config_and_model
 from pyramid_cache.engine.policy import LayerView, Policy, ScoringView
 from pyramid_cache.engine.policy_cache import PolicyCache
-from pyramid_cache.engine.rope import RotaryFrequencies, refuse_unsupported_rope
+from pyramid_cache.engine.rope import refuse_unsupported_rope
+from pyramid_cache.engine.rotation import RotaryFrequencies
 from pyramid_cache.engine.selection import gather_tokens
 from pyramid_cache.engine.state import LayerState, number, row
 from pyramid_cache.engine.tokens import Tokens

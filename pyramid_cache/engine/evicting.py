@@ -12,7 +12,7 @@ from pyramid_cache.engine.budget import Budget, bytes_to_tokens
 from pyramid_cache.engine.held import LayerPlace
 from pyramid_cache.engine.layer import Arrival, CompressedLayer
 from pyramid_cache.engine.policy import LayerView, Policy, PromptView, ScoringView
-from pyramid_cache.engine.rope import RotaryFrequencies, SharedFrequencies
+from pyramid_cache.engine.rope import SharedFrequencies
 from pyramid_cache.engine.store import grown
 from pyramid_cache.engine.tokens import MaskReader, Tokens
 from pyramid_cache.ops.reference import decode_probabilities
@@ -44,14 +44,10 @@ class EvictingLayer(CompressedLayer):
         frequencies: SharedFrequencies,
     ) -> None:
         self.budget, self.policy = budget, policy
-        self.eviction_interval, self.frequencies = eviction_interval, frequencies
-        self.score_label = policy.score_label
-        super().__init__(place, masks, policy.build_store())
+        self.eviction_interval = eviction_interval
+        self.score_label, self.needs_rotary = policy.score_label, policy.needs_rotary
+        super().__init__(place, masks, policy.build_store(), frequencies)
         self.store.reuses_slots = eviction_interval == 1
-
-    def _clear(self) -> None:
-        super()._clear()
-        self._rotary: tuple[RotaryFrequencies | None] | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.layout = self.layout_of(key_states, value_states)
@@ -86,12 +82,6 @@ class EvictingLayer(CompressedLayer):
     @property
     def max_slots(self) -> int:
         return max(self.state.row_kept, default=0) + self.eviction_interval
-
-    def check(self, call: AttentionCall, arrival: Arrival, is_step: bool) -> None:
-        is_first = self.module is None
-        super().check(call, arrival, is_step)
-        if is_first and self.policy.needs_rotary:
-            self.rotary_of(call.module)  # which tells it only while it runs
 
     def _read(self, call: AttentionCall, arrival: Arrival) -> Tokens:
         seen = super()._read(call, arrival)
@@ -134,12 +124,6 @@ class EvictingLayer(CompressedLayer):
         return super()._attend_next(call, longest)
 
     # Views.
-
-    def rotary_of(self, module: torch.nn.Module) -> RotaryFrequencies | None:
-        """How the attention module rotates keys. The first call finds out, in a few milliseconds."""
-        if self._rotary is None:
-            self._rotary = (self.frequencies.frequencies_of(module, self.device),)
-        return self._rotary[0]
 
     def _view(self, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor, longest: int) -> dict[str, Any]:
         """The attributes of a `LayerView`."""

@@ -15,10 +15,12 @@ import torch
 from pyramid_cache.engine import checks
 from pyramid_cache.engine.arguments import as_tokens_to_remove, check_states
 from pyramid_cache.engine.attention import AttentionCall
-from pyramid_cache.engine.held import StoredLayer
+from pyramid_cache.engine.held import LayerPlace, StoredLayer
 from pyramid_cache.engine.pending import RecordedChunk
-from pyramid_cache.engine.store import own_storage
-from pyramid_cache.engine.tokens import Tokens
+from pyramid_cache.engine.rope import SharedFrequencies
+from pyramid_cache.engine.rotation import RotaryFrequencies
+from pyramid_cache.engine.store import SlotStore, own_storage
+from pyramid_cache.engine.tokens import MaskReader, Tokens
 from pyramid_cache.ops.registration import needs_gradients
 
 
@@ -47,7 +49,23 @@ class Arrival(NamedTuple):
 
 
 class CompressedLayer(StoredLayer):
-    """What all layers of this package have in common. See `StoredLayer` for the arguments."""
+    """
+    What all layers of this package have in common. `StoredLayer` has the other arguments.
+
+    Args:
+        frequencies (`SharedFrequencies`): How the model rotates keys. Shared by the layers of a cache.
+    """
+
+    # Whether the method must know how the model rotates keys.
+    needs_rotary = False
+
+    def __init__(self, place: LayerPlace, masks: MaskReader, store: SlotStore, frequencies: SharedFrequencies) -> None:
+        self.frequencies = frequencies
+        super().__init__(place, masks, store)
+
+    def _clear(self) -> None:
+        super()._clear()
+        self._rotary: tuple[RotaryFrequencies | None] | None = None
 
     # What a method decides.
 
@@ -163,10 +181,18 @@ class CompressedLayer(StoredLayer):
         if self.module is None:
             checks.check_module(self, call.module)
             self._module = weakref.ref(call.module)
+            if self.needs_rotary:
+                self.rotary_of(call.module)  # which tells it only while it runs
         checks.check_call(self, call, arrival.num_new)
         self.store.check_call(call)
         if is_step:
             checks.check_step(self, call)
+
+    def rotary_of(self, module: torch.nn.Module) -> RotaryFrequencies | None:
+        """How the attention module rotates keys. The first call finds out, in a few milliseconds."""
+        if self._rotary is None:
+            self._rotary = (self.frequencies.frequencies_of(module, self.device),)
+        return self._rotary[0]
 
     def _refuse(self, arrival: Arrival) -> None:
         """Takes back the tokens of a call that is refused."""

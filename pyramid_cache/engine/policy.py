@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional
 
 from pyramid_cache.engine.budget import Budget
-from pyramid_cache.engine.rope import RotaryFrequencies
+from pyramid_cache.engine.rotation import RotaryFrequencies
 from pyramid_cache.engine.state import LayerState
 from pyramid_cache.engine.store import SlotStore
 from pyramid_cache.engine.tokens import Tokens

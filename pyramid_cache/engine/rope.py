@@ -27,17 +27,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from pyramid_cache.engine.rotation import FREQUENCY_TENSORS, RotaryFrequencies, export_frequencies, import_frequencies
+from pyramid_cache.engine.rotation import RotaryFrequencies, export_frequencies
 
-
-__all__ = [
-    "FREQUENCY_TENSORS",
-    "RotaryFrequencies",
-    "SharedFrequencies",
-    "export_frequencies",
-    "import_frequencies",
-    "refuse_unsupported_rope",
-]
 
 # Zero, where keys are as they were, and primes near the powers of eight: exact in float32, and slow pairs turn too.
 PROBE_POSITIONS = (0, 1, 7, 61, 509, 4093, 32749, 262139, 2097143)
@@ -108,7 +99,7 @@ def _refusal(owner: Any, reason: str) -> NotImplementedError:
 
 
 # What a running module is, and what it was handed, by name.
-Call = tuple[nn.Module, dict[str, Any]]
+Call = tuple[Any, dict[str, Any]]
 
 
 def _running_calls(module: nn.Module) -> list[Call]:
@@ -184,16 +175,16 @@ def _rotaries(parent: nn.Module, attention_module: nn.Module) -> list[_Rotary]:
 def _maker(parts: list[torch.Tensor], calls: list[Call]) -> _Rotary:
     """The model's module that made tensors `(rows, tokens, width)` from the positions of this forward."""
     (module, given), (model, _), shape = calls[0], calls[-1], parts[0].shape[:2]
-    layer_idx: Any = getattr(module, "layer_idx", None) or 0
-    config: Any = getattr(module, "config", None)
+    layer_idx = getattr(module, "layer_idx", None) or 0
     known = [each["position_ids"] for _, each in calls if getattr(each.get("position_ids"), "shape", 0) == shape]
     if not known:  # a model that passes none on counts from what the cache had seen, before it got these tokens
         seen = [value.get_seq_length(layer_idx) for value in given.values() if isinstance(value, Cache)]
-        known = [torch.arange(start, start + shape[1]).expand(shape) for n in seen for start in (n, n - shape[1])]
+        columns = torch.arange(shape[1], device="cpu").expand(shape)
+        known = [columns + start for n in seen for start in (n, n - shape[1])]
     makers, rotaries = {}, _rotaries(model, module)
     if not rotaries:  # a layer that is called on its own has the usual one, or is refused
-        with contextlib.suppress(Exception):
-            rotaries = [_Rotary(LlamaRotaryEmbedding(config), module)]
+        with contextlib.suppress(Exception), torch.device("cpu"):
+            rotaries = [_Rotary(LlamaRotaryEmbedding(module.config), module)]
     for rotary, ids in itertools.product(rotaries, known):
         with contextlib.suppress(Exception):  # a module of an image encoder takes something else
             torch.testing.assert_close(tree_leaves(rotary(ids.to(parts[0].device), parts[0].dtype)), parts)

@@ -72,11 +72,17 @@ class LayerState:
     columns_ascend: int = number(1)
 
     def __post_init__(self) -> None:
+        # Dictionaries, since compilers do not trace dataclasses.
         self._kinds = {each.name: each.metadata["kind"] for each in dataclasses.fields(self)}
+        self._fills = {each.name: each.metadata.get("fill", 0) for each in dataclasses.fields(self)}
 
     def names(self, *kinds: str) -> list[str]:
         """The names of the fields of these kinds."""
         return [name for name, kind in self._kinds.items() if kind in kinds]
+
+    def fill_of(self, name: str) -> float:
+        """What new slots of a field hold."""
+        return self._fills[name]
 
     def tensors(self, *kinds: str) -> dict[str, torch.Tensor]:
         """The tensors of these kinds, "slot" and "row", by name; all by default."""

@@ -73,10 +73,8 @@ class SlotStore:
 
     def resize(self, num_slots: int) -> None:
         """Moves the used slots into tensors of `num_slots` slots."""
-        for each in dataclasses.fields(self.state):
-            tensor = getattr(self.state, each.name)
-            if each.metadata["kind"] == "slot" and tensor is not None:
-                setattr(self.state, each.name, grown(tensor, self.state.length, num_slots, each.metadata["fill"]))
+        for name, tensor in self.state.tensors("slot").items():
+            setattr(self.state, name, grown(tensor, self.state.length, num_slots, self.state.fill_of(name)))
 
     def _reserve(self, num_slots: int, limit: int) -> None:
         """Makes room. A store that grows by a token at a time gets some more slots, up to `limit`."""

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from pyramid_cache.engine.rope import RotaryFrequencies
+from pyramid_cache.engine.rotation import RotaryFrequencies
 from pyramid_cache.engine.selection import gather_tokens
 
 

@@ -14,7 +14,8 @@ from pyramid_cache.caches.shadow_kv.store import tokens_of
 from pyramid_cache.engine.attention import AttentionCall
 from pyramid_cache.engine.held import LayerPlace
 from pyramid_cache.engine.layer import Arrival, CompressedLayer
-from pyramid_cache.engine.rope import RotaryFrequencies, SharedFrequencies, import_frequencies
+from pyramid_cache.engine.rope import NO_ROTATION, SharedFrequencies
+from pyramid_cache.engine.rotation import import_frequencies
 from pyramid_cache.engine.selection import gather_tokens
 from pyramid_cache.engine.tokens import MaskReader, Tokens
 from pyramid_cache.ops import decode_attention
@@ -31,6 +32,7 @@ class ShadowKVLayer(CompressedLayer):
     """
 
     evicts = False
+    needs_rotary = True
 
     store: ShadowStore
     state: ShadowState
@@ -43,13 +45,12 @@ class ShadowKVLayer(CompressedLayer):
         host: HostPlace,
         frequencies: SharedFrequencies,
     ) -> None:
-        self.settings, self.frequencies = settings, frequencies
-        super().__init__(place, masks, ShadowStore(settings, host))
+        self.settings = settings
+        super().__init__(place, masks, ShadowStore(settings, host), frequencies)
 
     def _clear(self) -> None:
         super()._clear()
         self.shadow = self.store.shadow
-        self.rotary: RotaryFrequencies | None = None
 
     @property
     def row_shadow(self) -> list[int]:
@@ -90,8 +91,6 @@ class ShadowKVLayer(CompressedLayer):
         return tokens
 
     def check(self, call: AttentionCall, arrival: Arrival, is_step: bool) -> None:
-        if self.module is None and self.state.is_dense:
-            self.rotary = self.frequencies.frequencies_of(call.module, self.device)
         super().check(call, arrival, is_step)
         if not self.state.is_dense and needs_gradients(call.query, call.key, call.value):
             raise NotImplementedError(
@@ -153,7 +152,7 @@ class ShadowKVLayer(CompressedLayer):
     def _absorb_turn(self, call: AttentionCall, tokens: Tokens) -> None:
         """What follows several tokens: rows that have a shadow, or are too long now to be exact, take them into it."""
         if self.state.is_dense:
-            self.shadow.begin(call.key, call.value, self.rotary or RotaryFrequencies(torch.zeros(0)))
+            self.shadow.begin(call.key, call.value, self.rotary_of(call.module) or NO_ROTATION)
             self.state.column_positions = None
             self._make_slots(call.key, call.value, 0)
         elif self.state.held_chunks.shape[-1] != max(self.state.row_sparse):
@@ -292,5 +291,5 @@ class ShadowKVLayer(CompressedLayer):
         super().import_state(numbers, tensors)
         if not self.state.is_dense:
             found = import_frequencies(numbers["rotary"], tensors)
-            self.shadow.rotary = self.frequencies.shared(found) if found else RotaryFrequencies(torch.zeros(0))
+            self.shadow.rotary = self.frequencies.shared(found) if found else NO_ROTATION
             self.store.resize(self.max_slots)

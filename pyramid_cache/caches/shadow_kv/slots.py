@@ -9,7 +9,7 @@ import torch
 from pyramid_cache.caches.shadow_kv.host import HostPlace
 from pyramid_cache.caches.shadow_kv.settings import ShadowSettings
 from pyramid_cache.caches.shadow_kv.store import Shadow
-from pyramid_cache.engine.rope import export_frequencies
+from pyramid_cache.engine.rotation import export_frequencies
 from pyramid_cache.engine.state import LayerState, counts, number, row
 from pyramid_cache.engine.store import SlotStore
 

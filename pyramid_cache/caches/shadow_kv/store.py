@@ -13,7 +13,7 @@ from pyramid_cache.caches.shadow_kv.landmarks import landmarks_of, lowest_cosine
 from pyramid_cache.caches.shadow_kv.low_rank import add_keys
 from pyramid_cache.caches.shadow_kv.quantization import QUANTIZE, add_scaled, stored
 from pyramid_cache.caches.shadow_kv.settings import ShadowSettings
-from pyramid_cache.engine.rope import RotaryFrequencies
+from pyramid_cache.engine.rotation import RotaryFrequencies
 from pyramid_cache.ops.shadow import plan_chunks, reconstruct_keys, select_chunks
 from pyramid_cache.ops.transfer import numbers_on
 

@@ -75,15 +75,13 @@ class Reading:
 class ReadingLayer(CompressedLayer):
     """Records what it gets, and how its attention module rotates keys: other caches may ask when none is running."""
 
-    frequencies: SharedFrequencies
-
     def num_tokens_to_keep(self, row_length: int) -> int:
         return max(row_length, 1)
 
     def check(self, call: AttentionCall, arrival: Arrival, is_step: bool) -> None:
         if self.module is None:
             with contextlib.suppress(NotImplementedError):  # raised again for those that ask
-                self.frequencies.frequencies_of(call.module, self.device)
+                self.rotary_of(call.module)
         super().check(call, arrival, is_step)
 
     def attend_prompt(self, call: AttentionCall, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -103,7 +101,10 @@ class Reader:
     def __init__(self, model: PreTrainedModel, ids: torch.Tensor, padding: torch.Tensor | None = None) -> None:
         self.model = model
         self.padding = padding
-        self.cache = CompressedCache(model.config, lambda place, masks: ReadingLayer(place, masks, SlotStore()))
+        frequencies = FREQUENCIES.setdefault(model, SharedFrequencies())
+        self.cache = CompressedCache(
+            model.config, lambda place, masks: ReadingLayer(place, masks, SlotStore(), frequencies)
+        )
         if len(self.cache.compressed_layers) < len(self.cache.layers):
             raise NotImplementedError(
                 f"A model of type {model.config.model_type!r} has layers of other kinds than full attention, whose "
@@ -115,8 +116,6 @@ class Reader:
                 f"The rotary frequencies of this model depend on the length of the prompt ({rope_type!r} scaling), so "
                 "that a context and its questions cannot be read one after the other. Evaluate a model with others."
             )
-        for layer in self.cache.compressed_layers:
-            layer.frequencies = FREQUENCIES.setdefault(model, SharedFrequencies())
         self.context = with_lse(self._record(ids))
         self.cache.crop(0)
 

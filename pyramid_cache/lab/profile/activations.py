@@ -33,16 +33,15 @@ class ProfilingLayer(CompressedLayer):
 
     def __init__(self, place: LayerPlace, masks: MaskReader, num_queries: int, frequencies: SharedFrequencies) -> None:
         self.num_queries = num_queries
-        self.frequencies = frequencies
         self.found: massive.MassiveTokens | None = None
         self.attention: torch.Tensor | None = None
-        super().__init__(place, masks, SlotStore())
+        super().__init__(place, masks, SlotStore(), frequencies)
 
     def num_tokens_to_keep(self, row_length: int) -> int:
         return max(row_length, 1)
 
     def attend_prompt(self, call: AttentionCall, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor | None]:
-        rotary = self.frequencies.frequencies_of(call.module, self.device)
+        rotary = self.rotary_of(call.module)
         longest = max(tokens.row_lengths)
         self.found, _ = massive.massive_in_keys_and_values(call.key, call.value, tokens.positions, rotary, longest)
         output, self.attention = attend_and_score(call, tokens, min(self.num_queries, call.num_queries))
