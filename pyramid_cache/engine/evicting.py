@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from pyramid_cache.engine.held import LayerPlace
 from pyramid_cache.engine.layer import Arrival, CompressedLayer
 from pyramid_cache.engine.policy import LayerView, Policy, PromptView, ScoringView
 from pyramid_cache.engine.rope import SharedFrequencies
+from pyramid_cache.engine.sharing import SharedBudget, WaitingEviction
 from pyramid_cache.engine.store import grown
 from pyramid_cache.engine.tokens import MaskReader, Tokens
 from pyramid_cache.ops.reference import decode_probabilities
@@ -30,6 +32,7 @@ class EvictingLayer(CompressedLayer):
         policy (`Policy`): Scores the tokens.
         eviction_interval (`int`): How many tokens beyond the budget wait for an eviction.
         frequencies (`SharedFrequencies`): How the model rotates keys. Shared by the layers of a cache.
+        shared (`SharedBudget`, *optional*): Of a policy whose layers share a budget.
     """
 
     budget: Budget
@@ -42,9 +45,10 @@ class EvictingLayer(CompressedLayer):
         policy: Policy,
         eviction_interval: int,
         frequencies: SharedFrequencies,
+        shared: SharedBudget | None = None,
     ) -> None:
         self.budget, self.policy = budget, policy
-        self.eviction_interval = eviction_interval
+        self.eviction_interval, self.shared = eviction_interval, shared
         self.score_label, self.needs_rotary = policy.score_label, policy.needs_rotary
         super().__init__(place, masks, policy.build_store(), frequencies)
         self.store.reuses_slots = eviction_interval == 1
@@ -182,14 +186,29 @@ class EvictingLayer(CompressedLayer):
         call = call if was_dense else self._repositioned(call, tokens, new)
         output, attention = self._attend_and_score(call, tokens)
         self._observe(call, tokens, longest)
-        if not was_dense or state.must_evict or tokens.row_present != tokens.row_lengths:
+        if attention is not None and was_dense:
+            state.attention = grown(attention, state.length, state.keys.shape[2], fill=0)
+        must_evict = not was_dense or state.must_evict or tokens.row_present != tokens.row_lengths
+        if must_evict or self.shared is not None:
             call = self._repositioned(call, tokens, new) if was_dense else call
             held = call.key, call.value, attention
-            self.store.keep(*held, self._priority(*held, tokens.positions, longest), tokens, state.row_kept)
-            self._evicted(longest)
-        elif attention is not None:
-            state.attention = grown(attention, state.length, state.keys.shape[2], fill=0)
+            priority = self._priority(*held, tokens.positions, longest)
+            evict = partial(self._evict_prompt, held, priority, tokens, longest)
+            if self.shared is None:
+                evict()
+            else:
+                self.shared.add(WaitingEviction(self, priority, tokens.row_present, must_evict, evict))
         return output
+
+    def _evict_prompt(
+        self,
+        held: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
+        priority: torch.Tensor,
+        tokens: Tokens,
+        longest: int,
+    ) -> None:
+        self.store.keep(*held, priority, tokens, self.state.row_kept)
+        self._evicted(longest)
 
     def attend_recorded(self, call: AttentionCall, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor | None]:
         chunks = [(chunk.num_columns, chunk.longest) for chunk in self.pending.chunks]
@@ -284,7 +303,8 @@ class EvictingLayer(CompressedLayer):
         state = self.state
         if not self.is_initialized or self.budget.is_unlimited:
             return
-        self._count_kept()
+        if self.shared is None or state.is_dense:  # else a prompt has decided for all layers
+            self._count_kept()
         if state.must_evict:
             self._evict_if_due(max(state.row_lengths), at_once=True)
         if not state.is_dense and state.keys.shape[2] > state.length:

@@ -256,8 +256,11 @@ class CompressedLayer(StoredLayer):
 
     def _count_kept(self) -> None:
         """How many tokens each row may hold now."""
-        self.state.row_kept = [self.num_tokens_to_keep(length) for length in self.state.row_lengths]
-        self.state.num_kept = self.store.per_row(self.state.row_kept)
+        self.set_kept([self.num_tokens_to_keep(length) for length in self.state.row_lengths])
+
+    def set_kept(self, row_kept: list[int]) -> None:
+        """Each row may hold this many tokens."""
+        self.state.row_kept, self.state.num_kept = row_kept, self.store.per_row(row_kept)
 
     def _behind_slots(self, seen: Tokens, slot_positions: torch.Tensor, num_new: int) -> Tokens:
         """

@@ -137,6 +137,8 @@ class Policy(ABC):
             method that does not look at attention, None for the sum over all queries.
         newest_weight (`float`): How much more the newest query of the window counts than the oldest.
         heads_share_tokens (`bool`): Whether all heads of a layer keep the same tokens.
+        layers_share_budget (`bool`): Whether the tokens of all layers compete, so that a layer keeps as many as are
+            among the best of all. Scores must then compare between layers.
         needs_rotary (`bool`): Whether the policy asks its views how keys are rotated.
         state_class (`type`): What a layer remembers: `LayerState`, or a dataclass derived from it with more fields.
     """
@@ -144,6 +146,7 @@ class Policy(ABC):
     window_size: int | None = 0
     newest_weight: float = 1.0
     heads_share_tokens: bool = False
+    layers_share_budget: bool = False
     needs_rotary: bool = False
     state_class: type[LayerState] = LayerState
 

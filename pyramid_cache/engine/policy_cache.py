@@ -12,6 +12,7 @@ from pyramid_cache.engine.evicting import EvictingLayer
 from pyramid_cache.engine.held import LayerPlace
 from pyramid_cache.engine.policy import Policy
 from pyramid_cache.engine.rope import SharedFrequencies
+from pyramid_cache.engine.sharing import SharedBudget
 from pyramid_cache.engine.tokens import MaskReader
 
 
@@ -79,9 +80,12 @@ class PolicyCache(CompressedCache):
         eviction_interval = read_count("eviction_interval", eviction_interval, least=1)
         self.policy = policy
         self.frequencies = SharedFrequencies()
+        self.shared: SharedBudget | None = None
 
         def build_layer(place: LayerPlace, masks: MaskReader) -> EvictingLayer:
-            return EvictingLayer(place, masks, parsed_budget, policy, eviction_interval, self.frequencies)
+            if policy.layers_share_budget and self.shared is None:
+                self.shared = SharedBudget(place.num_layers)
+            return EvictingLayer(place, masks, parsed_budget, policy, eviction_interval, self.frequencies, self.shared)
 
         settings: dict[str, Any] | None = None
         if type(self).__init__ is not PolicyCache.__init__:
@@ -89,8 +93,18 @@ class PolicyCache(CompressedCache):
             settings = {"budget": budget, **fields_of(policy), "eviction_interval": eviction_interval}
         super().__init__(config, build_layer, settings, masks)
 
+    def activate_past_recording(self) -> None:
+        if self.shared is not None:
+            raise NotImplementedError(
+                "Assisted generation and prompt lookup take tokens back in one layer after the other, which layers "
+                "that share a budget cannot follow. Use a policy without `layers_share_budget` with them."
+            )
+        super().activate_past_recording()
+
     def reset(self) -> None:
         self.frequencies.forget()
+        if self.shared is not None:
+            self.shared.waiting.clear()
         super().reset()
 
 

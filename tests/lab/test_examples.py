@@ -65,9 +65,9 @@ def count(text: str) -> int:
 
 
 @pytest.mark.slow
-def test_chat_answers_as_new_caches_that_read_the_whole_conversation(tmp_path: Path) -> None:
-    """StreamingLLMCache gives the same answer however the tokens before it came."""
+def test_chat_answers_as_a_cache_that_is_given_each_turn(tmp_path: Path) -> None:
     model, tokenizer = default_model()
+    cache = StreamingLLMCache(model.config, budget=48)
     (tmp_path / "turns.txt").write_text("\n\n".join(TURNS), encoding="utf-8")
     options = "--script turns.txt --max-new-tokens 12 --cache StreamingLLMCache --budget 48"
     printed = run_example("chat.py", *options.split(), cwd=tmp_path).stdout
@@ -76,7 +76,7 @@ def test_chat_answers_as_new_caches_that_read_the_whole_conversation(tmp_path: P
     ids, text = [], SYSTEM
     for turn, (answer, *numbers) in zip(TURNS, found, strict=True):
         ids += tokenizer(f"{text}{USER}{turn}{END}\n{ASSISTANT}", add_special_tokens=False)["input_ids"]
-        ids, expected = generated(ids, StreamingLLMCache(model.config, budget=48), 12)
+        ids, expected = generated(ids, cache, 12)
         assert answer.strip() == expected
         seen, kept, num_bytes = map(count, numbers)
         assert (seen, kept) == (len(ids) - 1, 48)  # the last token has not been read yet
