@@ -55,6 +55,9 @@ num_filled = «max→min»(self.state.row_held) if self.heads_keep
 setattr(self.state, name, tensor«.clone()→»)
 = engine/store.py: test_save_load
 setattr(self.state, name, «→None if name == "column_positions" else »tensors.get(name))
+= engine/sharing.py: test_layers_share
+numbers[row] = min(count // num_heads« + 1→», each.row
+num_best = sum((numbers[row]« - 1→») * num_heads
 = engine/state.py: test_properties test_recording | sequences
 setattr(self, name, «→tensor if name == "values" else »function(tensor))
 setattr(self, name, [numbers[«index→0»] for index in rows] if numbers
