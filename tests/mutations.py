@@ -94,7 +94,7 @@ held = call.«key, call.value→value, call.key», attention
 or not tokens.is_ascending« or len(set(state.row_windows)) > 1→»:
 return (1 + slope * («window - 1 - →»ages)) /
 = engine/evicting.py: test_pyramid | pruned
-state.must_evict« or tokens.row_present != tokens.row_lengths→»:
+state.must_evict« or tokens.row_present != tokens.row_lengths→»
 = engine/evicting.py: test_small_faults
 is_in_window = (positions >= 0) & (ages <«→=» window)
 += «share_left * →»earlier
