@@ -20,12 +20,12 @@ from transformers import PreTrainedModel
 import pyramid_cache
 from pyramid_cache.engine.architectures import CACHE_ARGUMENT
 from pyramid_cache.engine.cache import CompressedCache
-from pyramid_cache.engine.kept import kept_positions, kept_tokens
 from pyramid_cache.lab.demo.demo_report import draw_positions
 from pyramid_cache.lab.demo.planted_number import Prompts, build_prompts, read_text
 from pyramid_cache.lab.loaded_model import LoadedModel, load_model
 from pyramid_cache.lab.registry import CACHES
 from pyramid_cache.lab.weights import MODEL_NAME, fetch_default_model
+from pyramid_cache.plot.held import kept_positions, kept_tokens
 
 
 PROMPT_TOKENS = 1024

@@ -9,11 +9,11 @@ import torch
 from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pyramid_cache.engine.cache import CompressedCache
-from pyramid_cache.engine.kept import kept_tokens
 from pyramid_cache.lab import loaded_model
 from pyramid_cache.lab.registry import CACHES, BudgetLike, find_entry, read_budget
 from pyramid_cache.lab.terminal import device, one_budget, positive_int
 from pyramid_cache.lab.weights import MODEL_NAME, fetch_default_model
+from pyramid_cache.plot.held import kept_tokens
 
 
 FULL_CACHE = DynamicCache.__name__

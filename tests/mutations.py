@@ -166,7 +166,7 @@ layer.keys, layer.values, layer.cumulative_length = keys, values, «numbers["cum
 layer.recurrent_states[i].«copy_(recurrent→zero_(»)
 = engine/fingerprint.py: test_save_load | other_weights
 if found is None or found.«digest == self.digest→module == self.module»:
-= engine/kept.py: test_plot test_show
+= plot/held.py: test_plot test_show
 shares[layer_idx, max(num_positions - num_latest, 0) «→+ 1 »:] = 1
 = caches/adakv/cache.py: test_adakv
 floor_ratio=«floor_ratio→0.2»)

@@ -25,9 +25,9 @@ from pyramid_cache import (
     TOVACache,
 )
 from pyramid_cache.engine.cache import CompressedCache
-from pyramid_cache.engine.kept import kept_positions, kept_tokens
 from pyramid_cache.plot import ScoreRecorder, plot_budgets, plot_kept_positions, plot_kept_tokens, plot_scores
 from pyramid_cache.plot.figure import MAX_CELLS, shrink
+from pyramid_cache.plot.held import kept_positions, kept_tokens
 
 
 # Two layers, two rows, two KV heads, of seven tokens each.

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import Cache
 
-from pyramid_cache.engine.kept import budgets, kept_positions, latest_tokens, num_held_by_head
 from pyramid_cache.plot.arguments import as_row, compressed_layers, loses_tokens, require_filled, tokens_seen
 from pyramid_cache.plot.figure import COLORS, OTHER_LAYERS_COLOR, draw_map, new_figure, position_label, tidy
+from pyramid_cache.plot.held import budgets, kept_positions, latest_tokens, num_held_by_head
 
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from transformers import Cache, PreTrainedTokenizerBase
 
-from pyramid_cache.engine.kept import kept_positions
 from pyramid_cache.plot.arguments import as_row, compressed_layers, loses_tokens, require_filled, tokens_seen
+from pyramid_cache.plot.held import kept_positions
 
 
 # The colours of tokens that no layer and that all layers hold. Both have one hue: only the lightness tells shades

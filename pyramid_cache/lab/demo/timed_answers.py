@@ -12,11 +12,11 @@ from transformers import Cache, LogitsProcessor, LogitsProcessorList
 
 from pyramid_cache.engine.architectures import CACHE_ARGUMENT
 from pyramid_cache.engine.cache import CompressedCache
-from pyramid_cache.engine.kept import kept_positions, kept_tokens
 from pyramid_cache.lab.demo.planted_number import Prompts
 from pyramid_cache.lab.loaded_model import LoadedModel
 from pyramid_cache.lab.registry import BASELINE, BudgetLike, CacheEntry, Workload, find_entry
 from pyramid_cache.lab.weights import ProgressCallback
+from pyramid_cache.plot.held import kept_positions, kept_tokens
 
 
 WARM_UP_NEW_TOKENS = 4

@@ -14,12 +14,12 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from pyramid_cache.engine.architectures import CACHE_ARGUMENT
-from pyramid_cache.engine.kept import kept_positions
 from pyramid_cache.lab.evaluation.cells import ALL_QUESTIONS, CellKey, append_line, read_lines
 from pyramid_cache.lab.evaluation.evaluator import Evaluation, Result, enumerate_by_task
 from pyramid_cache.lab.evaluation.reading import Reader
 from pyramid_cache.lab.evaluation.tasks import Context
 from pyramid_cache.lab.registry import find_entry
+from pyramid_cache.plot.held import kept_positions
 
 
 CSV_DECIMALS = 6
