@@ -3,7 +3,6 @@ What a layer holds between two forward passes: its tokens, those that may be tak
 search, files and users ask of them.
 """
 
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -81,7 +80,6 @@ class StoredLayer(CacheLayerMixin):
         self.pending = PendingTokens()
         # New tokens between `update` and `attend`: an `Arrival`.
         self.arrival: Any = None
-        self._module: weakref.ref | None = None
         # The weights of the attention module that filled this layer, if it was loaded from a file.
         self.expected_weights: WeightFingerprint | None = None
 
@@ -106,7 +104,7 @@ class StoredLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.layout = self.layout_of(key_states, value_states)
-        self.dtype, self.device = key_states.dtype, key_states.device
+        self.device = key_states.device
         self.state.row_lengths, self.state.row_held = [0] * self.batch_size, [0] * self.batch_size
         self.state.next_position = torch.zeros(self.batch_size, 1, 1, dtype=torch.int32, device=self.device)
         self.is_initialized = True
@@ -115,11 +113,6 @@ class StoredLayer(CacheLayerMixin):
     def batch_size(self) -> int:
         """How many rows the layer holds."""
         return self.layout.batch_size
-
-    @property
-    def is_unknown_budget(self) -> bool:
-        """Whether nobody knows yet how many tokens a budget in bytes pays for."""
-        return self.budget is not None and self.budget.kind == "bytes" and not self.state.budget_tokens
 
     # What `generate` asks of any layer.
 

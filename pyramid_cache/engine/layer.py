@@ -65,6 +65,7 @@ class CompressedLayer(StoredLayer):
 
     def _clear(self) -> None:
         super()._clear()
+        self._module: weakref.ref | None = None
         self._rotary: tuple[RotaryFrequencies | None] | None = None
 
     # What a method decides.

@@ -91,7 +91,7 @@ def plot_budgets(*caches: Cache, labels: Sequence[str] | None = None, prompt_len
         layers = compressed_layers(cache)
         if prompt_length is None:
             require_filled(cache)
-        elif any(layer.is_unknown_budget for layer in layers):
+        elif any(layer.budget and layer.budget.kind == "bytes" and not layer.state.budget_tokens for layer in layers):
             raise ValueError(
                 f"How many tokens the {layers[0].budget.amount:,} bytes of the {type(cache).__name__} come to is "
                 "known once it holds some: run the model with it first."
