@@ -35,19 +35,22 @@ PRELOADED = ("pytest", "hypothesis", "transformers.generation.utils", "transform
 # «what is right→what the fault puts there».
 FAULTS = """
 = engine/store.py: test_small_faults test_batch_rows
-state.positions = positions«.masked_fill(indices < 0, -1)→»
+setattr(state, name, kept if tensor.dim() == 4 else kept«.masked_fill(indices < 0, state.fill_of(name))→»)
 masked_fill_(~is_kept_before, «-1→0»)
 priority.masked_fill((positions < 0)« & loses_token→», float("inf"))
 = engine/store.py: test_small_faults
 return tensor«.clone(memory_format=torch.contiguous_format)→»
 steps = state.next_position + torch.arange(-num_steps«, 0→ + 1, 1»,
-= engine/store.py: test_properties | sequences
-result[:, :, length:] = «fill→0»
+= engine/store.py: test_remembering
+columns |= {name: getattr(self.state, name) for name in «self.state.own_slots→[]»}
+                    tensor[:, :, «new→:0»] = state.fill_of(name)
+= engine/evicting.py: test_remembering
+state.resize_own_slots(«num_slots→state.keys.shape[2] + 9»)
 = engine/store.py: test_policies test_h2o | held victims hand
 moves = torch.arange(num_moves, device=is_kept.device) <«→=» is_kept_behind
-state.attention[:, :, new] «= 0→*= 1»
+tensor[:, :, new] = «state.fill_of(name)→tensor[:, :, new]»
 = engine/store.py: test_h2o test_properties | hand sequences H2O
-state.attention.scatter_(2, slots, «0.0→9.0»)
+tensor.scatter_(2, expanded(slots, tensor), «state.fill_of(name)→9.0»)
 state.free_slots = torch.full_like(indices[..., :1], state.length - «1→2»)
 = engine/store.py: test_batch_rows | second_padded held
 num_filled = «max→min»(self.state.row_held) if self.heads_keep
@@ -59,6 +62,7 @@ setattr(self.state, name, «→None if name == "column_positions" else »tensors
 numbers[row] = min(count // num_heads« + 1→», each.row
 num_best = sum((numbers[row]« - 1→») * num_heads
 = engine/state.py: test_properties test_recording | sequences
+result[:, :, length:] = «fill→0»
 setattr(self, name, «→tensor if name == "values" else »function(tensor))
 setattr(self, name, [numbers[«index→0»] for index in rows] if numbers
 = engine/state.py: test_batch_rows test_small_faults

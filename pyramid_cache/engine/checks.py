@@ -217,6 +217,18 @@ def check_scores(layer: "EvictingLayer", scores: torch.Tensor, key: torch.Tensor
         )
 
 
+def check_own_slots(layer: "EvictingLayer", key: torch.Tensor) -> None:
+    """Raises unless what a policy remembers of each token has a place for each."""
+    heads = (1,) if layer.policy.heads_share_tokens else (1, key.shape[1])
+    for name in layer.state.own_slots:
+        tensor = getattr(layer.state, name)
+        if tensor is not None and tuple(tensor.shape[:3]) not in [(key.shape[0], num, key.shape[2]) for num in heads]:
+            raise ValueError(
+                f"`{type(layer.policy).__name__}.observe` left `{name}` with the shape {tuple(tensor.shape)}. It must "
+                f"be ({key.shape[0]}, {' or '.join(map(str, heads))}, {key.shape[2]}): (batch, kv_heads or 1, tokens)."
+            )
+
+
 def check_attentions() -> None:
     """Raises if the running forward pass collects attention weights, of which those of evicted tokens are missing."""
     if is_asked_for("attentions"):

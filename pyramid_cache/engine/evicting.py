@@ -15,7 +15,7 @@ from pyramid_cache.engine.layer import Arrival, CompressedLayer
 from pyramid_cache.engine.policy import LayerView, Policy, PromptView, ScoringView
 from pyramid_cache.engine.rope import SharedFrequencies
 from pyramid_cache.engine.sharing import SharedBudget, WaitingEviction
-from pyramid_cache.engine.store import grown
+from pyramid_cache.engine.state import grown
 from pyramid_cache.engine.tokens import MaskReader, Tokens
 from pyramid_cache.ops.reference import decode_probabilities
 
@@ -253,7 +253,12 @@ class EvictingLayer(CompressedLayer):
             query_positions=tokens.positions[:, :1, -call.num_queries :],
             scaling=call.logit_arguments["scaling"],
         )
+        state, num_slots = self.state, call.num_keys
+        state.resize_own_slots(num_slots)
         self._plainly(self.policy.observe, view)
+        checks.check_own_slots(self, call.key)
+        if state.is_dense:  # whose tensors have room for later tokens
+            state.resize_own_slots(state.keys.shape[2])
 
     # One token.
 

@@ -51,6 +51,11 @@ class LayerView:
         """How the layer rotates queries and keys; None for a layer without RoPE."""
         return self.find_rotary()
 
+    def remembered(self, name: str) -> torch.Tensor | None:
+        """A `slot()` field of the state `(batch, kv_heads or 1, tokens)` in the order of the keys; None if not set."""
+        tensor = getattr(self.state, name)
+        return None if tensor is None else tensor[:, :, : self.key.shape[2]]
+
     @property
     def is_token(self) -> torch.Tensor:
         """`(batch, kv_heads or 1, tokens)` bool, False for padding and empty slots."""

@@ -75,6 +75,10 @@ class LayerState:
         # Dictionaries, since compilers do not trace dataclasses.
         self._kinds = {each.name: each.metadata["kind"] for each in dataclasses.fields(self)}
         self._fills = {each.name: each.metadata.get("fill", 0) for each in dataclasses.fields(self)}
+        # What a method remembers of each token.
+        self.own_slots = [
+            name for name in self.names("slot") if name not in ("keys", "values", "positions", "attention")
+        ]
 
     def names(self, *kinds: str) -> list[str]:
         """The names of the fields of these kinds."""
@@ -92,6 +96,13 @@ class LayerState:
     def numbers(self) -> dict[str, Any]:
         """What the host knows, by name."""
         return {name: getattr(self, name) for name in self.names("counts", "number")}
+
+    def resize_own_slots(self, num_slots: int) -> None:
+        """Gives what a method remembers of each token that many slots."""
+        for name in self.own_slots:
+            if (tensor := getattr(self, name)) is not None:
+                length = min(tensor.shape[2], num_slots)
+                setattr(self, name, grown(tensor, length, num_slots, self.fill_of(name)))
 
     def map_tensors(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Applies a function to all tensors. Their first dimension is the batch."""
@@ -118,3 +129,13 @@ class LayerState:
     def has_empty_slots(self) -> bool:
         """Whether some row holds fewer tokens than there are slots in use."""
         return min(self.row_held) < self.length
+
+
+def grown(tensor: torch.Tensor, length: int, num_slots: int, fill: float) -> torch.Tensor:
+    """A tensor with `num_slots` slots in dimension 2, the first `length` of them copied, the others holding `fill`."""
+    if num_slots == length == tensor.shape[2]:
+        return tensor
+    result = tensor.new_empty(*tensor.shape[:2], num_slots, *tensor.shape[3:])
+    result[:, :, :length] = tensor[:, :, :length]
+    result[:, :, length:] = fill
+    return result

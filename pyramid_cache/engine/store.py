@@ -15,7 +15,7 @@ import torch
 from pyramid_cache.engine.attention import AttentionCall
 from pyramid_cache.engine.scoring import attend_and_score
 from pyramid_cache.engine.selection import best_tokens, gather_tokens, lowest_token
-from pyramid_cache.engine.state import LayerState
+from pyramid_cache.engine.state import LayerState, grown
 from pyramid_cache.engine.tokens import Tokens, causal_mask
 from pyramid_cache.ops import decode_attention
 from pyramid_cache.ops.cpu import is_plain_on_cpu
@@ -124,18 +124,20 @@ class SlotStore:
             state.keys[:, :, new], state.values[:, :, new] = key, value
             if state.positions is not None:
                 state.positions[:, :, new] = state.next_position
-            if state.attention is not None:
-                state.attention[:, :, new] = 0
+            for name in ("attention", *state.own_slots):
+                if (tensor := getattr(state, name)) is not None:
+                    tensor[:, :, new] = state.fill_of(name)
         state.length += num_new
 
     def _overwrite(self, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
         """Puts one token of each row into the slots `(batch, kv_heads or 1, 1)`."""
-        state, index = self.state, slots[..., None].expand(-1, key.shape[1], -1, -1)
-        state.keys.scatter_(2, index.expand_as(key), key)
-        state.values.scatter_(2, index.expand_as(value), value)
+        state = self.state
+        state.keys.scatter_(2, expanded(slots, key), key)
+        state.values.scatter_(2, expanded(slots, value), value)
         state.positions.scatter_(2, slots, state.next_position.expand_as(slots))
-        if state.attention is not None:
-            state.attention.scatter_(2, slots, 0.0)
+        for name in ("attention", *state.own_slots):
+            if (tensor := getattr(state, name)) is not None:
+                tensor.scatter_(2, expanded(slots, tensor), state.fill_of(name))
 
     def add_attention(
         self,
@@ -178,17 +180,23 @@ class SlotStore:
         state = self.state
         row_left = [min(held, kept) for held, kept in zip(state.row_held, row_kept, strict=True)]
         indices = best_tokens(priority, self.per_row(row_left).flatten(), max(row_left))
-        positions = gather_tokens(tokens.positions.expand(-1, indices.shape[1], -1), indices)
-        state.keys, state.values = gather_tokens(key, indices), gather_tokens(value, indices)
-        state.positions = positions.masked_fill(indices < 0, -1)
-        if attention is not None:
-            state.attention = gather_tokens(attention, indices).masked_fill(indices < 0, 0)
+        for name, tensor in self._columns(key, value, attention, tokens).items():
+            kept = gather_tokens(tensor.expand(-1, max(indices.shape[1], tensor.shape[1]), *tensor.shape[2:]), indices)
+            setattr(state, name, kept if tensor.dim() == 4 else kept.masked_fill(indices < 0, state.fill_of(name)))
         state.column_positions = state.free_slots = None
         state.length, state.row_held = indices.shape[-1], row_left
         if self.reuses_slots:
             self.resize(max(row_kept) + 1)
             state.length = max(row_kept) + 1
             state.free_slots = torch.full_like(indices[..., :1], state.length - 1)
+
+    def _columns(
+        self, key: torch.Tensor, value: torch.Tensor, attention: torch.Tensor | None, tokens: Tokens
+    ) -> dict[str, torch.Tensor]:
+        """What is known of each token in the columns of keys, by the names of slot tensors."""
+        columns = {"keys": key, "values": value, "positions": tokens.positions, "attention": attention}
+        columns |= {name: getattr(self.state, name) for name in self.state.own_slots}
+        return {name: tensor[:, :, : key.shape[2]] for name, tensor in columns.items() if tensor is not None}
 
     def evict(self, priority: torch.Tensor, row_left: list[int]) -> None:
         """
@@ -234,8 +242,7 @@ class SlotStore:
         source = torch.where(moves, movers, free)
         self.state.positions[..., :num_left].masked_fill_(~is_kept_before, -1)
         for name, tensor in self.state.tensors("slot").items():
-            target = free[..., None].expand(-1, tensor.shape[1], -1, tensor.shape[3]) if tensor.dim() == 4 else free
-            self._scatter(name, tensor, target, gather_tokens(tensor, source))
+            self._scatter(name, tensor, expanded(free, tensor), gather_tokens(tensor, source))
 
     def _scatter(self, name: str, tensor: torch.Tensor, index: torch.Tensor, source: torch.Tensor) -> None:
         if tensor.requires_grad:  # autograd has saved it for what was read
@@ -349,7 +356,7 @@ class SlotStore:
         slots, known = self.state.names("slot"), self.state.names("slot", "row")
         for name, tensor in tensors.items():
             shapes = [(batch_size, heads, length)[: 3 if name in slots else 1] for heads in (1, kv_heads)]
-            dtype = {"keys": tensor.dtype, "values": tensor.dtype, "positions": torch.int32}.get(name, torch.float32)
+            dtype = {"positions": torch.int32, "attention": torch.float32}.get(name, tensor.dtype)
             if name not in known or tuple(tensor.shape[: len(shapes[0])]) not in shapes:
                 raise ValueError(
                     f"`{name}` has the shape {tuple(tensor.shape)} in {length} slots of {batch_size} rows"
@@ -373,11 +380,8 @@ def own_storage(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
-def grown(tensor: torch.Tensor, length: int, num_slots: int, fill: float) -> torch.Tensor:
-    """A tensor with `num_slots` slots in dimension 2, the first `length` of them copied, the others holding `fill`."""
-    if num_slots == length == tensor.shape[2]:
-        return tensor
-    result = tensor.new_empty(*tensor.shape[:2], num_slots, *tensor.shape[3:])
-    result[:, :, :length] = tensor[:, :, :length]
-    result[:, :, length:] = fill
-    return result
+def expanded(slots: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """Slots `(batch, kv_heads or 1, chosen)` as an index for a tensor `(batch, kv_heads or 1, slots, ...)`."""
+    if tensor.dim() == 4:
+        return slots[..., None].expand(-1, tensor.shape[1], -1, tensor.shape[3])
+    return slots.expand(-1, tensor.shape[1], -1)

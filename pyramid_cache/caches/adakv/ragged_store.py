@@ -144,7 +144,7 @@ class RaggedStore(SlotStore):
 
     def _pack(self, slots: dict[str, torch.Tensor], is_kept: torch.Tensor) -> None:
         """Packs the kept slots. Afterwards no slot is in use."""
-        slots["positions"] = slots["positions"].expand_as(is_kept)
+        slots = {name: tensor.expand(-1, is_kept.shape[1], *tensor.shape[2:]) for name, tensor in slots.items()}
         self.packed = PackedTokens.of(slots, is_kept)
         for name, tensor in slots.items():
             setattr(self.state, name, tensor.new_empty(*is_kept.shape[:2], 0, *tensor.shape[3:]))
@@ -180,8 +180,7 @@ class RaggedStore(SlotStore):
         state = self.state
         state.row_held = [min(held, kept) for held, kept in zip(state.row_held, row_kept, strict=True)]
         is_kept = best_of_all_heads(priority, state.row_held, self.floor_ratio)
-        slots = {"keys": key, "values": value, "positions": tokens.positions}
-        self._pack(slots if attention is None else slots | {"attention": attention}, is_kept)
+        self._pack(self._columns(key, value, attention, tokens), is_kept)
         state.column_positions = None
 
     def evict(self, priority: torch.Tensor, row_left: list[int]) -> None:
