@@ -156,7 +156,7 @@ first * cosine «- second * sine, second * cosine +→+ second * sine, second * 
 longest >«→=» self.original_max_position_embeddings
 = engine/rotation.py: test_small_faults
 compute_dtype = «torch.float64 if dtype == torch.float64 else torch.float32→dtype»
-= engine/storage.py: test_save_load | another_architecture
+= engine/files.py: test_save_load | another_architecture
 if «differences→not saved»:
 = lab/profile/spread.py: lab/test_profile
 is_local[«-num_local→1 - num_local»:] = True

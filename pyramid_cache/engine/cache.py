@@ -15,12 +15,12 @@ from pyramid_cache.engine import attention
 from pyramid_cache.engine.architectures import CACHE_ARGUMENT
 from pyramid_cache.engine.arguments import as_repeats, as_row_indices, as_tokens_to_remove, check_decoder_config
 from pyramid_cache.engine.checks import check_attended
+from pyramid_cache.engine.files import CacheType, load_cache, save_cache
 from pyramid_cache.engine.fingerprint import architecture_of
 from pyramid_cache.engine.foreign import require_bounded, require_croppable
 from pyramid_cache.engine.held import LayerPlace
 from pyramid_cache.engine.layer import CompressedLayer
 from pyramid_cache.engine.memory import memory_of, summary_of
-from pyramid_cache.engine.storage import CacheType, load_cache, save_cache
 from pyramid_cache.engine.tokens import MaskReader
 
 
@@ -116,7 +116,7 @@ class CompressedCache(Cache):
         """
         lengths = [layer.get_seq_length() for layer in self.layers if isinstance(layer, CacheLayerMixin)]
         pending = [layer.place.layer_idx for layer in self.compressed_layers if layer.arrival is not None]
-        if len(self.layers) == 1:  # which no later layer of the same forward pass has asked
+        if len(self.layers) == 1:  # no later layer of the same forward pass has asked this
             check_attended(self.compressed_layers[0])
         if pending or any(length != lengths[0] for length in lengths):
             where = f" in the attention of layer {pending[0]}" if pending else ""

@@ -1,4 +1,4 @@
-"""Every error that a call of the model can cause. The layers ask before they store or evict anything."""
+"""What a layer checks of the calls of a model and of users, with every text. It asks before anything is counted."""
 
 from typing import TYPE_CHECKING
 
@@ -236,6 +236,17 @@ def check_attentions() -> None:
             "`output_attentions=True`: attention weights over a cache that evicts have no columns for what was "
             "evicted. Use DynamicCache, or a budget that holds the whole sequence."
         )
+
+
+def check_rotary(layer: "CompressedLayer", module: torch.nn.Module | None) -> None:
+    """Raises if nobody can tell how keys are rotated: only a module that runs shows it."""
+    if module is None:
+        raise RuntimeError(
+            "How the model rotates keys is known once it has run with this cache. Give it the next tokens before you "
+            "call `compress`."
+        )
+    if not layer.needs_rotary:
+        raise ValueError("The policy asks its view for `rotary` without saying so. Set `needs_rotary = True` in it.")
 
 
 # `get_mask_sizes`, `crop`, files.

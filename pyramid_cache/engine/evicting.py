@@ -55,7 +55,7 @@ class EvictingLayer(CompressedLayer):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.layout = self.layout_of(key_states, value_states)
-        if self.budget.kind == "bytes":  # which may not pay for a token: the layer is as it was then
+        if self.budget.kind == "bytes":  # raises if the bytes pay for no token, and changes nothing then
             self.state.budget_tokens = bytes_to_tokens(
                 int(self.budget.amount),
                 self.place.num_layers,
@@ -100,7 +100,7 @@ class EvictingLayer(CompressedLayer):
     def loses_tokens(self, seen: Tokens) -> bool:
         return not self.budget.is_unlimited and super().loses_tokens(seen)
 
-    # The sizes of most layers change with every token: compilers would make a graph for each.
+    # For `torch.compile`: a layer whose sizes change with every token breaks the graph here.
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs

@@ -37,7 +37,7 @@ def architecture_of(config: PreTrainedConfig) -> dict[str, Any]:
     """The fields of `ARCHITECTURE_FIELDS` of the text decoder, as JSON would give them back."""
     config = config.get_text_config(decoder=True)
     fields = {name: attribute_of(config, name) for name in ARCHITECTURE_FIELDS}
-    if fields["rope_parameters"]:  # which have both; versions of transformers differ in whether they repeat them
+    if fields["rope_parameters"]:  # they have both numbers; some versions of transformers repeat them
         fields["rope_theta"] = fields["partial_rotary_factor"] = None
     return json.loads(json.dumps(fields, default=str))
 

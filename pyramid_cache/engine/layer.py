@@ -171,10 +171,10 @@ class CompressedLayer(StoredLayer):
         try:
             output = self._attend_next(call) if is_step else self._attend_several(call, arrival, seen)
         except BaseException:  # the layer is half changed, as the next call of the model shall notice
-            self.arrival = arrival
+            self.arrival = (
+                arrival if arrival.put_aside is not None else arrival._replace(num_new=0)
+            )  # has been counted
             raise
-        if not self.state.is_dense:
-            checks.check_attentions()
         return output
 
     def check(self, call: AttentionCall, arrival: Arrival, is_step: bool) -> None:
@@ -185,13 +185,16 @@ class CompressedLayer(StoredLayer):
             if self.needs_rotary:
                 self.rotary_of(call.module)  # which tells it only while it runs
         checks.check_call(self, call, arrival.num_new)
+        if not self.state.is_dense:
+            checks.check_attentions()
         self.store.check_call(call)
         if is_step:
             checks.check_step(self, call)
 
-    def rotary_of(self, module: torch.nn.Module) -> RotaryFrequencies | None:
+    def rotary_of(self, module: torch.nn.Module | None) -> RotaryFrequencies | None:
         """How the attention module rotates keys. The first call finds out, in a few milliseconds."""
         if self._rotary is None:
+            checks.check_rotary(self, module)
             self._rotary = (self.frequencies.frequencies_of(module, self.device),)
         return self._rotary[0]
 
@@ -210,6 +213,7 @@ class CompressedLayer(StoredLayer):
             checks.check_recordable(seen)
         elif self.loses_tokens(seen):
             checks.check_left_padding(seen)
+            checks.check_attentions()
         return seen
 
     def loses_tokens(self, seen: Tokens) -> bool:

@@ -48,7 +48,7 @@ class LayerView:
 
     @property
     def rotary(self) -> RotaryFrequencies | None:
-        """How the layer rotates queries and keys; None for a layer without RoPE."""
+        """How the layer rotates queries and keys; None for a layer without RoPE. Policies with `needs_rotary` may ask."""
         return self.find_rotary()
 
     def remembered(self, name: str) -> torch.Tensor | None:
@@ -70,9 +70,9 @@ class ScoringView(LayerView):
     Attributes:
         num_kept (`torch.Tensor`): `(batch, 1, 1)` int32, how many of the tokens stay.
         attention (`torch.Tensor`, *optional*): `(batch, kv_heads, tokens)` float32, the mean probability with which
-            the last `window_size` queries attended to each token, over the query heads of a KV head. Each token
-            generated since has taken over `1 / window_size` of it. If heads share tokens, it is the mean over all
-            heads, `(batch, 1, tokens)`. If `window_size` is None, it is the sum over all queries and over the query
+            the last `window_size` queries attended to each token, over the query heads of a KV head. A generated
+            token scales it by `1 - 1 / window_size`, and adds its own attention times `1 / window_size`. If heads
+            share tokens, it is the mean over all heads, `(batch, 1, tokens)`. If `window_size` is None, it is the sum over all queries and over the query
             heads of a KV head. None if `window_size` is 0.
     """
 
@@ -167,14 +167,15 @@ class Policy(ABC):
         """
 
     def observe(self, prompt: PromptView) -> None:  # noqa: B027
-        """Sets fields of `prompt.state`. Each forward pass of several tokens calls it before `score`."""
+        """Sets fields of `prompt.state`. Each prompt and each later turn of several tokens calls it before `score`."""
 
     def num_tokens(self, prompt_length: int, budget: Budget, depth: int, num_layers: int) -> int:
         """
-        How many tokens of a prompt a layer keeps. The default is the same number in each layer.
+        How many tokens a layer keeps. The default is the same number in each layer.
 
         Args:
-            prompt_length (`int`): In tokens, without padding.
+            prompt_length (`int`): The tokens that a row has seen, without padding: those of the prompt, and in later
+                turns and in `compress` all of them.
             budget (`Budget`): A fraction, or a number of tokens.
             depth (`int`): The rank of the layer among the `num_layers` that evict.
         """

@@ -117,7 +117,7 @@ class LayerState:
 
     @property
     def is_dense(self) -> bool:
-        """Whether nothing has been evicted so far."""
+        """Whether tokens are in order of arrival, since nothing has been evicted, and not in slots."""
         return self.positions is None
 
     @property

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pyramid_cache.engine.storage import replacing
+from pyramid_cache.engine.files import replacing
 from pyramid_cache.lab.registry import BudgetLike, find_entry, read_budget
 
 

@@ -6,7 +6,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from pyramid_cache.engine.storage import replacing
+from pyramid_cache.engine.files import replacing
 from pyramid_cache.lab.evaluation import answers
 from pyramid_cache.lab.evaluation.cells import SETTINGS_FILE, read_settings
 from pyramid_cache.lab.evaluation.evaluator import Evaluation
