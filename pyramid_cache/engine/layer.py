@@ -171,9 +171,8 @@ class CompressedLayer(StoredLayer):
         try:
             output = self._attend_next(call) if is_step else self._attend_several(call, arrival, seen)
         except BaseException:  # the layer is half changed, as the next call of the model shall notice
-            self.arrival = (
-                arrival if arrival.put_aside is not None else arrival._replace(num_new=0)
-            )  # has been counted
+            # Tokens that are not put aside have been counted.
+            self.arrival = arrival._replace(num_new=0) if arrival.put_aside is None else arrival
             raise
         return output
 

@@ -48,7 +48,7 @@ class LayerView:
 
     @property
     def rotary(self) -> RotaryFrequencies | None:
-        """How the layer rotates queries and keys; None for a layer without RoPE. Policies with `needs_rotary` may ask."""
+        """How the layer rotates queries and keys; None for a layer without RoPE. A policy with `needs_rotary` may ask."""
         return self.find_rotary()
 
     def remembered(self, name: str) -> torch.Tensor | None:
@@ -72,8 +72,8 @@ class ScoringView(LayerView):
         attention (`torch.Tensor`, *optional*): `(batch, kv_heads, tokens)` float32, the mean probability with which
             the last `window_size` queries attended to each token, over the query heads of a KV head. A generated
             token scales it by `1 - 1 / window_size`, and adds its own attention times `1 / window_size`. If heads
-            share tokens, it is the mean over all heads, `(batch, 1, tokens)`. If `window_size` is None, it is the sum over all queries and over the query
-            heads of a KV head. None if `window_size` is 0.
+            share tokens, it is the mean over all heads, `(batch, 1, tokens)`. If `window_size` is None, it is the sum
+            over all queries and over the query heads of a KV head. None if `window_size` is 0.
     """
 
     num_kept: torch.Tensor
