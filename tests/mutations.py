@@ -37,10 +37,13 @@ FAULTS = """
 = engine/store.py: test_small_faults test_batch_rows
 setattr(state, name, kept if tensor.dim() == 4 else kept«.masked_fill(indices < 0, state.fill_of(name))→»)
 masked_fill_(~is_kept_before, «-1→0»)
-priority.masked_fill((positions < 0)« & loses_token→», float("inf"))
+is_no_choice = (positions < 0)« & (self.per_row(row_lost) > 0)→»
+ages = positions.masked_fill(«is_no_choice→positions < -1», torch
 = engine/store.py: test_small_faults
 return tensor«.clone(memory_format=torch.contiguous_format)→»
 steps = state.next_position + torch.arange(-num_steps«, 0→ + 1, 1»,
+= engine/store.py: test_bad_calls | gives_its_slot
+self.state.positions.scatter_(2, free_slots, «-1→0»)
 = engine/store.py: test_remembering
 columns |= {name: getattr(self.state, name) for name in «self.state.own_slots→[]»}
                     tensor[:, :, «new→:0»] = state.fill_of(name)
@@ -81,7 +84,7 @@ state.column_positions = «seen.positions if seen.has_gaps else →»None
 = engine/layer.py: test_recording test_shadow_kv | taken_back guesses
 state.length -= num_columns«→ - 1»
 = engine/layer.py: test_bad_calls | change_nothing
-self.state.length -= «arrival.num_new→0»
+self.store.take_back(«arrival.num_new→0», arrival.free_slots)
 = engine/checks.py: test_bad_calls | mask change_nothing
 if «shown != [length + 1 for length in lengths]→not shown»:
 = engine/pending.py: test_recording | what_stays commute

@@ -27,7 +27,15 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from pyramid_cache import H2OCache, MassiveActivationCache, PyramidCache, ShadowKVCache, SnapKVCache, StreamingLLMCache
+from pyramid_cache import (
+    H2OCache,
+    MassiveActivationCache,
+    PyramidCache,
+    ShadowKVCache,
+    SnapKVCache,
+    StreamingLLMCache,
+    TOVACache,
+)
 from pyramid_cache.engine.budget import pyramid_schedule
 from pyramid_cache.engine.cache import CompressedCache
 
@@ -527,6 +535,24 @@ def test_calls_that_change_nothing(case: CacheCase) -> None:
         scenes[0].generate(FULL, use_cache=False)
     scenes[1].step(3)
     assert_same(*([scene.step(2, start=3)] for scene in scenes))
+
+
+@pytest.mark.parametrize("cache_class", [H2OCache, StreamingLLMCache, TOVACache])
+def test_a_refused_step_gives_its_slot_back(cache_class: type[CompressedCache]) -> None:
+    """Between steps, the free slot is anywhere among the others."""
+    model, last = tiny_model("llama"), []
+    for is_disturbed in (False, True):
+        cache = cache_class(model.config, budget=12, eviction_interval=1)
+        for num_new in (40, *[1] * 9):
+            if is_disturbed and num_new == 1:
+                before = cache.positions(0)
+                with pytest.raises(ValueError, match="attention mask"):
+                    model(random_tokens(2, 1, seed=9), attention_mask=torch.ones(2, 1), past_key_values=cache)
+                assert torch.equal(cache.positions(0), before)
+            with torch.no_grad():
+                logits = model(random_tokens(2, num_new, seed=num_new), past_key_values=cache).logits
+        last.append((logits, cache.positions(2)))
+    assert all(map(torch.equal, *last))
 
 
 # Each call on one cache of the quick tier in turn: the engine notices them for all.

@@ -7,7 +7,7 @@ from models import drive, left_pad, random_rows, tiny_model
 from modes import Run
 from transformers import Cache
 
-from pyramid_cache import H2OCache, PyramidCache, SnapKVCache, StreamingLLMCache, TOVACache
+from pyramid_cache import ExpectedAttentionCache, H2OCache, PyramidCache, SnapKVCache, StreamingLLMCache, TOVACache
 
 
 LENGTHS = (43, 57, 50)
@@ -18,6 +18,14 @@ def test_some_rows_held_whole_beside_others(cache_class: type[Cache]) -> None:
     """Rows exceed the budget at different steps."""
     run = Run(tiny_model("llama"), lambda model: cache_class(model.config, budget=52))
     run.generate(run.new_cache(), random_rows(LENGTHS, seed=21), max_new_tokens=24)
+    run.verify()
+
+
+@pytest.mark.parametrize("cache_class", [PyramidCache, StreamingLLMCache, ExpectedAttentionCache])
+def test_rows_of_which_all_tokens_must_stay(cache_class: type[Cache]) -> None:
+    """They have empty slots beside longer rows, and lose their oldest token."""
+    run = Run(tiny_model("llama"), lambda model: cache_class(model.config, budget=0.6, eviction_interval=1))
+    run.generate(run.new_cache(), random_rows((2, 3, 40), seed=21), max_new_tokens=12)
     run.verify()
 
 

@@ -58,6 +58,10 @@ class StreamingLLMPolicy(Policy):
     repositions = needs_rotary = True
     state_class = SinkState
 
+    @property
+    def num_extra_slots(self) -> int:
+        return (self.num_sink_tokens + 1) // 2  # keys without values
+
     def score(self, view: ScoringView) -> torch.Tensor:
         return view.positions.float().masked_fill(view.positions < self.num_sink_tokens, float("inf"))
 

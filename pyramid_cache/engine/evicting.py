@@ -61,7 +61,7 @@ class EvictingLayer(CompressedLayer):
                 self.place.num_layers,
                 self.batch_size,
                 self.bytes_per_token,
-                self.eviction_interval,
+                self.eviction_interval + self.policy.num_extra_slots,
             )
         super().lazy_initialization(key_states, value_states)
 
@@ -311,6 +311,8 @@ class EvictingLayer(CompressedLayer):
         if self.shared is None or state.is_dense:  # else a prompt has decided for all layers
             self._count_kept()
         if state.must_evict:
+            if self.policy.repositions:
+                self.rotary_of(self.module)
             self._evict_if_due(max(state.row_lengths), at_once=True)
         if not state.is_dense and state.keys.shape[2] > state.length:
             self.store.resize(state.length)  # frees the slots for tokens that would have come in before as many go

@@ -36,6 +36,8 @@ class Arrival(NamedTuple):
             keys, if these were in slots and have been brought into order.
         put_aside (`tuple`, *optional*): The new keys and values, if `crop` may take them back.
         held (`dict`, *optional*): The slots in that order, for the store once the call is known to be right.
+        free_slots (`torch.Tensor`, *optional*): `(batch, kv_heads or 1, 1)`, the slots that they took, if these were
+            free ones among others.
     """
 
     layer: "CompressedLayer"
@@ -43,6 +45,7 @@ class Arrival(NamedTuple):
     slot_positions: torch.Tensor | None = None
     put_aside: tuple[torch.Tensor, torch.Tensor] | None = None
     held: dict[str, torch.Tensor] | None = None
+    free_slots: torch.Tensor | None = None
 
     def attend(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
         return self.layer.attend(call)
@@ -129,8 +132,9 @@ class CompressedLayer(StoredLayer):
         """Stores new tokens; returns all keys and values that they attend to."""
         num_new = key.shape[2]
         if self.state.is_dense or self._is_step(num_new):
+            free_slots = self.state.free_slots
             self.store.append(key, value, self.max_slots)
-            return *self.store.attended(), Arrival(self, num_new)
+            return *self.store.attended(), Arrival(self, num_new, free_slots=free_slots)
         held = self.store.in_order()
         keys, values = torch.cat([held["keys"], key], dim=2), torch.cat([held["values"], value], dim=2)
         return keys, values, Arrival(self, num_new, held["positions"], held=held)
@@ -201,7 +205,7 @@ class CompressedLayer(StoredLayer):
         """Takes back the tokens of a call that is refused."""
         if arrival.put_aside is not None or arrival.slot_positions is not None:
             return
-        self.state.length -= arrival.num_new
+        self.store.take_back(arrival.num_new, arrival.free_slots)
         if not any(self.state.row_lengths):
             self._clear()
 

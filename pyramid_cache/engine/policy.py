@@ -48,7 +48,7 @@ class LayerView:
 
     @property
     def rotary(self) -> RotaryFrequencies | None:
-        """How the layer rotates queries and keys; None for a layer without RoPE. A policy with `needs_rotary` may ask."""
+        """How the layer rotates keys; None for a layer without RoPE. A policy with `needs_rotary` may ask."""
         return self.find_rotary()
 
     def remembered(self, name: str) -> torch.Tensor | None:
@@ -224,6 +224,11 @@ class Policy(ABC):
 
     def reposition_held(self, view: LayerView) -> None:  # noqa: B027
         """Moves keys of the slots in place, after each eviction."""
+
+    @property
+    def num_extra_slots(self) -> int:
+        """How many slots of a row would take the memory of large tensors that the state has beside slots."""
+        return 0
 
     @property
     def score_label(self) -> str | None:

@@ -223,7 +223,8 @@ def _probe(calls: list[Call], device: torch.device) -> RotaryFrequencies | None:
 
     # A turn rounds cosine, sine, two products and a sum: within a few eps of the largest entry.
     largest = keys.abs().max().item()
-    tolerance = 8 * torch.finfo(keys.dtype).eps * largest
+    # Models compute cosines and sines in float32 at most.
+    tolerance = 8 * max(torch.finfo(keys.dtype).eps, torch.finfo(torch.float32).eps) * largest
     if not 0 < largest < float("inf"):
         raise _refusal(module, f"what is unknown: they are all {largest}, load the weights first.")
     if (values - values[:, :, :1]).abs().max() > tolerance:

@@ -129,6 +129,14 @@ class SlotStore:
                     tensor[:, :, new] = state.fill_of(name)
         state.length += num_new
 
+    def take_back(self, num_new: int, free_slots: torch.Tensor | None) -> None:
+        """Takes out the tokens of the last `append`, before which these were the free slots."""
+        if free_slots is None:
+            self.state.length -= num_new
+        else:
+            self.state.positions.scatter_(2, free_slots, -1)
+            self.state.free_slots = free_slots
+
     def _overwrite(self, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
         """Puts one token of each row into the slots `(batch, kv_heads or 1, 1)`."""
         state = self.state
@@ -225,11 +233,13 @@ class SlotStore:
 
     def _evict_one(self, priority: torch.Tensor, row_lost: list[int]) -> None:
         """Frees the slot of the worst token in rows that lose one, and an empty slot in the others."""
-        positions = self.in_use("positions")
+        positions = ages = self.in_use("positions")
         if self.state.has_empty_slots:
-            loses_token = self.per_row(row_lost) > 0
-            priority = priority.masked_fill((positions < 0) & loses_token, float("inf"))
-        self.state.free_slots = lowest_token(priority, positions)
+            # Other tokens may have the highest priority too, and older ones go first.
+            is_no_choice = (positions < 0) & (self.per_row(row_lost) > 0)
+            priority = priority.masked_fill(is_no_choice, float("inf"))
+            ages = positions.masked_fill(is_no_choice, torch.iinfo(positions.dtype).max)
+        self.state.free_slots = lowest_token(priority, ages)
         positions.scatter_(-1, self.state.free_slots, -1)
 
     def _move(self, is_kept: torch.Tensor, num_left: int) -> None:
