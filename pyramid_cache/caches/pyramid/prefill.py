@@ -6,7 +6,7 @@ cache that prunes hidden states and was built from this very model. Before a lay
 hidden states of the tokens that the cache layer below has kept, their position embeddings, position ids and mask.
 Tokens keep their positions. Rows are aligned on the right, so that the last token stays last. After the layer, the
 post-hook returns hidden states to their columns, with NaN in those of dropped tokens: between layers, some models add
-features of an image to its tokens (DeepStack), or norms. Code there that mixes tokens gives NaN to all of them.
+features of an image to the tokens that stand for it (DeepStack of Qwen3-VL).
 """
 
 import inspect
@@ -197,7 +197,7 @@ def _enter_layer(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple
                     "`output_hidden_states=True`: a cache built from the model drops hidden states between layers. "
                     "Build it from `model.config`."
                 )
-            batch_size, num_columns, _ = hidden_states.shape
+            batch_size, num_columns = hidden_states.shape[:2]
             check_arguments(layer, arguments, num_columns)
             mask = arguments.get("attention_mask")
             state.start(state.read(mask, batch_size, num_columns, num_columns, hidden_states.device))
@@ -260,6 +260,11 @@ def _leave_layer(
 
 def check_arguments(layer: nn.Module, arguments: dict[str, Any], num_columns: int, num_pruned: int = -1) -> None:
     """Raises if an argument of a decoder layer has a token dimension and this file cannot prune it."""
+    if arguments["hidden_states"].dim() != 3:
+        raise NotImplementedError(
+            f"{type(layer).__name__} is called with hidden states of shape {tuple(arguments['hidden_states'].shape)} "
+            "instead of (batch, tokens, hidden_size). Build the cache from `model.config`."
+        )
     for name, value in arguments.items():
         if name in KNOWN_ARGUMENTS:
             continue
