@@ -1,5 +1,6 @@
 """Every error that a call of the model can cause. The layers ask before they store or evict anything."""
 
+import operator
 from typing import TYPE_CHECKING
 
 import torch
@@ -109,6 +110,8 @@ def check_step(layer: "CompressedLayer", call: AttentionCall) -> None:
             f"only {lengths} are tokens. Pass a mask that covers the tokens in the cache and the new one, and hides "
             "padding."
         )
+    if layer.place.depth == 0 and layer.state.has_traces:
+        check_room(layer, [length + 1 for length in lengths])
     if call.query.device.type != "cpu":  # reading tensors on an accelerator would wait for it at every token
         return
     check_position_ids(layer, call, lengths)
@@ -120,6 +123,14 @@ def check_step(layer: "CompressedLayer", call: AttentionCall) -> None:
             f"The attention mask shows {shown} tokens per row, but {lengths} have been seen before this one. Pass a "
             "mask that covers the tokens in the cache and the new one, and hides padding only."
         )
+
+
+def hides_tokens(layer: "CompressedLayer", call: AttentionCall) -> bool:
+    """Whether the mask of one new token hides tokens that a layer without evictions has seen; known on a CPU only."""
+    lengths, is_on_cpu = layer.state.row_lengths, call.query.device.type == "cpu"
+    if torch.compiler.is_compiling() or call.mask is None or not is_on_cpu or not layer.state.is_dense:
+        return False
+    return sum(layer.masks.count(call.mask, len(lengths), layer.state.num_seen + 1)) < sum(lengths) + len(lengths)
 
 
 def check_position_ids(
@@ -157,9 +168,10 @@ def check_position_ids(
         )
 
 
-def read_tokens(layer: "CompressedLayer", call: AttentionCall) -> Tokens:
+def read_tokens(layer: "CompressedLayer", call: AttentionCall) -> tuple[Tokens, bool]:
     """
-    The columns that all rows have seen, the new ones included, as the mask shows them.
+    The columns that all rows have seen, the new ones included, as the mask shows them; and whether tokens that it now
+    hides have a part in what the layer will choose.
 
     Raises:
         ValueError: They do not go on with those that the layer has seen.
@@ -180,12 +192,47 @@ def read_tokens(layer: "CompressedLayer", call: AttentionCall) -> Tokens:
         earlier = (tokens.positions[:, 0, :num_earlier] >= 0).sum(dim=-1).tolist()
     if any(expected) and not tokens.ends_in_padding:
         check_position_ids(layer, call, expected, tokens)
+    has_traces = bool(layer.state.has_traces)
     if earlier != expected:
+        check_hidden(layer, tokens.positions[..., :num_earlier], earlier, expected)
+        check_room(layer, expected, layer.pending.is_on)
+        has_traces |= layer.keeps_traces(earlier, tokens.row_lengths)
+    if has_traces:
+        check_room(layer, tokens.row_lengths)
+    return tokens, has_traces
+
+
+def check_hidden(layer: "CompressedLayer", shown: torch.Tensor, earlier: list[int], expected: list[int]) -> None:
+    """
+    Raises unless a mask differs from earlier ones in that it hides the last tokens of some rows, as padding that
+    `generate` has put behind an answer.
+
+    Args:
+        shown (`torch.Tensor`): `(batch, 1, columns)` int32, the positions in earlier columns as the mask shows them.
+        earlier (`list[int]`): How many tokens of each row these are.
+        expected (`list[int]`): How many the layer has seen.
+    """
+    is_possible = all(map(operator.le, earlier, expected))
+    if is_possible and layer.state.is_dense and not layer.pending.chunks:
+        held = layer.store.column_tokens(shown.shape[-1]).positions
+        kept = held.masked_fill(held >= layer.store.per_row(earlier), -1)
+        is_possible = torch.equal(kept, shown.to(kept.device))
+    if not is_possible:
         raise ValueError(
             f"The attention mask shows {earlier} earlier tokens per row, but {expected} have been seen. Pass a mask "
             "that covers the tokens in the cache as it did when they were new."
         )
-    return tokens
+
+
+def check_room(layer: "CompressedLayer", row_lengths: list[int], is_recorded: bool = False) -> None:
+    """Raises if a layer of the cache may evict from rows of these lengths, after a mask has hidden tokens of them."""
+    if is_recorded or not layer.state.is_dense or not layer.has_room(row_lengths):
+        raise ValueError(
+            "The attention mask hides tokens that the cache has seen, such as padding behind an answer that ended "
+            "first. That is possible only while the budget holds everything and nothing is recorded: hidden tokens "
+            "have a part in what is evicted. Call `cache.reset()` and give `generate` the whole history with this "
+            "mask, or read each row with a cache of its own."
+        )
 
 
 def check_left_padding(tokens: Tokens) -> None:
