@@ -7,7 +7,7 @@ import pytest
 import torch
 from caches import CACHE_CASES, CacheCase, every_cache, parametrize_cases
 from models import drive, left_pad, random_rows, random_tokens, tiny_model
-from modes import Run
+from modes import Run, held_positions
 from transformers import Cache, DynamicCache
 
 from pyramid_cache import H2OCache, PyramidCache, SnapKVCache, StreamingLLMCache, TOVACache
@@ -78,9 +78,8 @@ def say(cache: Cache, input_ids: torch.Tensor, **settings: Any) -> torch.Tensor:
         input_ids=input_ids,
         past_key_values=cache,
         max_new_tokens=12,
-        eos_token_id=END,
         logits_processor=[end],
-        **settings,
+        **{"eos_token_id": END} | settings,
     )
 
 
@@ -141,19 +140,25 @@ def test_answers_that_end_apart_in_a_budget_that_evicts(case: CacheCase, budget:
 
     cache = new_cache()
     try:
-        answers = converse(cache)[0]
+        answers, turn = converse(cache, num_turns=2)
+        answers.append(say(cache, **turn, eos_token_id=None)[:, -12:].tolist())
     except ValueError as error:
         assert "`cache.reset()`" in str(error)
     else:
         assert budget > 12
-        alone = [[turn[0] for turn in converse(new_cache(), slice(row, row + 1))[0]] for row in range(2)]
-        assert [list(row) for row in zip(*answers, strict=True)] == alone
+        for row in range(2):
+            alone = new_cache()
+            wanted, turn = converse(alone, slice(row, row + 1), num_turns=2)
+            wanted.append(say(alone, **turn, eos_token_id=None)[:, -12:].tolist())
+            assert [turn[row] for turn in answers] == [turn[0] for turn in wanted]
+            for layer in range(3):
+                assert held_positions(cache, layer)[row] == held_positions(alone, layer)[0]
     if budget > 12:
         return
     cache.reset()
     turn = converse(cache, num_turns=1)[1]
     twin = copy.deepcopy(cache)
-    with pytest.raises(ValueError, match=r"hides tokens .* `cache.reset\(\)`"):
+    with pytest.raises(ValueError, match=r"earlier tokens per row.* `cache.reset\(\)`"):
         say(cache, **turn)
     shown = turn | {"attention_mask": torch.ones_like(turn["attention_mask"])}
     assert torch.equal(say(cache, **shown), say(twin, **shown))

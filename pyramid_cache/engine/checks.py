@@ -1,6 +1,5 @@
 """Every error that a call of the model can cause. The layers ask before they store or evict anything."""
 
-import operator
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +12,11 @@ if TYPE_CHECKING:
     from pyramid_cache.engine.evicting import EvictingLayer
     from pyramid_cache.engine.held import StoredLayer
     from pyramid_cache.engine.layer import CompressedLayer
+
+
+WAY_WITHOUT_HIDDEN = (
+    "call `cache.reset()` and give `generate` the whole history with this mask, or read each row with its own cache."
+)
 
 
 # `update`.
@@ -111,7 +115,7 @@ def check_step(layer: "CompressedLayer", call: AttentionCall) -> None:
             "padding."
         )
     if layer.place.depth == 0 and layer.state.has_traces:
-        check_room(layer, [length + 1 for length in lengths])
+        check_traces(layer, [length + 1 for length in lengths])
     if call.query.device.type != "cpu":  # reading tensors on an accelerator would wait for it at every token
         return
     check_position_ids(layer, call, lengths)
@@ -194,44 +198,40 @@ def read_tokens(layer: "CompressedLayer", call: AttentionCall) -> tuple[Tokens, 
         check_position_ids(layer, call, expected, tokens)
     has_traces = bool(layer.state.has_traces)
     if earlier != expected:
-        check_hidden(layer, tokens.positions[..., :num_earlier], earlier, expected)
-        check_room(layer, expected, layer.pending.is_on)
+        if not may_hide(layer, tokens.positions[..., :num_earlier], earlier):
+            raise ValueError(
+                f"The attention mask shows {earlier} earlier tokens per row, but {expected} have been seen. Pass a "
+                "mask that covers the tokens in the cache as it did when they were new. It may hide padding behind an "
+                "answer that ended first only while the budget holds everything and nothing is recorded. Otherwise "
+                f"{WAY_WITHOUT_HIDDEN}"
+            )
         has_traces |= layer.keeps_traces(earlier, tokens.row_lengths)
     if has_traces:
-        check_room(layer, tokens.row_lengths)
+        check_traces(layer, tokens.row_lengths)
     return tokens, has_traces
 
 
-def check_hidden(layer: "CompressedLayer", shown: torch.Tensor, earlier: list[int], expected: list[int]) -> None:
+def may_hide(layer: "CompressedLayer", shown: torch.Tensor, earlier: list[int]) -> bool:
     """
-    Raises unless a mask differs from earlier ones in that it hides the last tokens of some rows, as padding that
-    `generate` has put behind an answer.
+    Whether a mask may show fewer tokens than earlier ones: it hides the last tokens of some rows, as padding that
+    `generate` has put behind an answer, and no layer of the cache has evicted any.
 
     Args:
         shown (`torch.Tensor`): `(batch, 1, columns)` int32, the positions in earlier columns as the mask shows them.
         earlier (`list[int]`): How many tokens of each row these are.
-        expected (`list[int]`): How many the layer has seen.
     """
-    is_possible = all(map(operator.le, earlier, expected))
-    if is_possible and layer.state.is_dense and not layer.pending.chunks:
-        held = layer.store.column_tokens(shown.shape[-1]).positions
-        kept = held.masked_fill(held >= layer.store.per_row(earlier), -1)
-        is_possible = torch.equal(kept, shown.to(kept.device))
-    if not is_possible:
-        raise ValueError(
-            f"The attention mask shows {earlier} earlier tokens per row, but {expected} have been seen. Pass a mask "
-            "that covers the tokens in the cache as it did when they were new."
-        )
+    if layer.pending.is_on or not layer.state.is_dense or not layer.has_room(layer.state.row_lengths):
+        return False
+    held = layer.store.column_tokens(shown.shape[-1]).positions
+    return torch.equal(held.masked_fill(held >= layer.store.per_row(earlier), -1), shown.to(held.device))
 
 
-def check_room(layer: "CompressedLayer", row_lengths: list[int], is_recorded: bool = False) -> None:
-    """Raises if a layer of the cache may evict from rows of these lengths, after a mask has hidden tokens of them."""
-    if is_recorded or not layer.state.is_dense or not layer.has_room(row_lengths):
+def check_traces(layer: "CompressedLayer", row_lengths: list[int]) -> None:
+    """Raises if a layer of the cache may evict from rows of these lengths, and hidden tokens have a part in scores."""
+    if not layer.has_room(row_lengths):
         raise ValueError(
-            "The attention mask hides tokens that the cache has seen, such as padding behind an answer that ended "
-            "first. That is possible only while the budget holds everything and nothing is recorded: hidden tokens "
-            "have a part in what is evicted. Call `cache.reset()` and give `generate` the whole history with this "
-            "mask, or read each row with a cache of its own."
+            "The cache has to evict, and tokens that the attention mask hides since the last turn, such as padding "
+            f"behind an answer that ended first, would have a part in the choice. Therefore {WAY_WITHOUT_HIDDEN}"
         )
 
 

@@ -212,7 +212,7 @@ def _enter_layer(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple
     except NotImplementedError:
         cache.reset()  # it was empty before this prompt
         raise
-    hidden_states = gather_rows(hidden_states, state.columns)
+    hidden_states = gather_tokens(hidden_states[:, None], state.columns)[:, 0]
     # Padding is masked, but NaN would come through.
     arguments["hidden_states"] = hidden_states.masked_fill(state.columns[:, 0, :, None] < 0, 0)
     key_mask = state.tokens.positions >= 0 if state.tokens.has_gaps else None
