@@ -129,7 +129,7 @@ def test_one_token_goes_on_behind_an_answer_that_has_ended() -> None:
     torch.testing.assert_close(*logits, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("budget", [12, 44, 54, 64, 80])
+@pytest.mark.parametrize("budget", [12, 44, 54, 62, 66])
 @every_cache
 def test_answers_that_end_apart_in_a_budget_that_evicts(case: CacheCase, budget: int) -> None:
     """Each row says what it says alone, or a turn is refused and changes nothing; the error's advice helps then."""
@@ -140,7 +140,7 @@ def test_answers_that_end_apart_in_a_budget_that_evicts(case: CacheCase, budget:
 
     cache = new_cache()
     try:
-        answers, turn = converse(cache, num_turns=2)
+        answers, turn = converse(cache, num_turns=1)
         answers.append(say(cache, **turn, eos_token_id=None)[:, -12:].tolist())
     except ValueError as error:
         assert "`cache.reset()`" in str(error)
@@ -148,7 +148,7 @@ def test_answers_that_end_apart_in_a_budget_that_evicts(case: CacheCase, budget:
         assert budget > 12
         for row in range(2):
             alone = new_cache()
-            wanted, turn = converse(alone, slice(row, row + 1), num_turns=2)
+            wanted, turn = converse(alone, slice(row, row + 1), num_turns=1)
             wanted.append(say(alone, **turn, eos_token_id=None)[:, -12:].tolist())
             assert [turn[row] for turn in answers] == [turn[0] for turn in wanted]
             for layer in range(3):
