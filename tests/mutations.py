@@ -87,6 +87,10 @@ state.length -= num_columns«→ - 1»
 self.store.take_back(«arrival.num_new→0», arrival.free_slots)
 = engine/checks.py: test_bad_calls | mask change_nothing
 if «shown != [length + 1 for length in lengths]→not shown»:
+= engine/checks.py: test_batch_rows | may_not apart
+held.masked_fill(held >«=→» layer
+has_traces |= «layer.keeps_traces(earlier, tokens.row_lengths)→False»
+if «layer.pending.is_on or →»not layer.state.is_dense or
 = engine/pending.py: test_recording | what_stays commute
 is_turn = «self.begins_turn and →»chunk.num_columns > 1
 = engine/pending.py: test_recording | rows_and_copies
@@ -207,7 +211,8 @@ recent = min(recent, self.window_size - 1, (mean - 1) // «2→1»)
 = caches/pyramid/prefill.py: test_pyramid | pruned
 self.columns = «gather_columns(self.columns, indices) if self.columns is not None else →»indices
 kept)«.masked_fill(kept < 0, -1)→»
-if is_whole or index + 1 <«→=» state.first_pruned:
+elif not is_whole and index + 1 >«=→» state.first_pruned:
+hidden_states«.masked_fill(state.columns[:, 0, :, None] < 0, 0)→»
 = caches/pyramidkv.py: test_policies
 least = «max(min(self.window_size, mean - window_size), 1)→1»
 = caches/rkv.py: test_policies | redundancy

@@ -8,7 +8,7 @@ import pytest
 import torch
 from models import FAMILIES, Trace, build_model, drive, random_rows, random_tokens, tiny_model, uniform_attention_model
 from reference import PrunedPolicy, ScoredPolicy, compare_with_policies, score_of
-from transformers import PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 from pyramid_cache import PyramidCache
 from pyramid_cache.engine.budget import Budget, cosine_decay, pyramid_schedule
@@ -150,6 +150,81 @@ def test_presets_follow_the_authors_loop(preset: str, decay_ratio: float, interv
             context = int(context * ratio)
         wanted.append(context + 81)
     assert cache.num_kept_tokens() == wanted and wanted[-1] < 0.7 * 400
+
+
+def test_features_that_a_model_adds_between_layers() -> None:
+    """DeepStack adds features of an image to the tokens of a prompt that stand for it, behind some layers."""
+    model, features = build_model("llama"), torch.randn(1, 43, 999, generator=torch.Generator().manual_seed(5))
+
+    def add(layer: torch.nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+        if output.shape[1] == 1:
+            return output
+        output = output.clone()
+        output[:, 7:21] += features[:, 7:21, : output.shape[2]]
+        return output
+
+    with torch.no_grad():
+        prompt = random_rows((43,), seed=3)[0][None]
+        before = model(prompt).logits
+        cache = PyramidCache(model, budget=0.45, **SETTINGS)
+        for layer in model.model.layers[:2]:  # behind the hooks of the cache, as between two layers
+            layer.register_forward_hook(add)
+        assert (model(prompt).logits - before).abs().max() > 0.1
+    del cache
+    check(model, (43,), 6, is_pruned=True)
+
+
+MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3], "mrope_interleaved": True}
+TINY_TEXT = {
+    **{"vocab_size": 120, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 3, "head_dim": 16},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "rope_parameters": MROPE},
+    **{"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2},
+}
+TINY_VISION = {
+    **{"depth": 3, "hidden_size": 32, "out_hidden_size": 64, "num_heads": 4, "intermediate_size": 64},
+    **{"patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2, "num_position_embeddings": 64},
+    "deepstack_visual_indexes": [0, 1],
+}
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_vl", "qwen3_vl_moe"])
+@torch.no_grad()
+def test_an_image_is_read_by_pruned_layers(model_type: str) -> None:
+    """The first layers compute everything with `prefill_depth`; the tokens of the image may go in any layer."""
+    if model_type not in CONFIG_MAPPING:
+        pytest.skip("this transformers has no such model")
+    ids = {"image_token_id": 110, "video_token_id": 111, "vision_start_token_id": 112, "vision_end_token_id": 113}
+    config = AutoConfig.for_model(model_type, text_config=TINY_TEXT, vision_config=TINY_VISION, **ids)
+    model = AutoModelForImageTextToText.from_config(config).eval()
+    tokens = torch.cat([random_tokens(10), torch.tensor([112, *[110] * 16, 113]), random_tokens(14, seed=1)])[None]
+    prompt = {
+        **{"input_ids": tokens, "mm_token_type_ids": (tokens == 110).long(), "attention_mask": tokens.new_ones(1, 42)},
+        **{"pixel_values": torch.randn(64, 96), "image_grid_thw": torch.tensor([[1, 8, 8]])},
+    }
+    wanted = model(**prompt).logits[:, -1]
+    for depth, is_exact in ((0.0, False), (2 / 3, False), (1.0, True)):
+        cache = PyramidCache(model, budget=0.4, prefill_depth=depth)
+        logits = model(**prompt, past_key_values=cache).logits[:, -1]
+        assert cache.num_kept_tokens()[-1] < 17 and logits.isfinite().all()
+        assert torch.allclose(logits, wanted, atol=1e-5) == is_exact
+        cache.reset()
+        assert model.generate(**prompt, past_key_values=cache, max_new_tokens=3, pad_token_id=0).shape == (1, 45)
+
+
+@torch.no_grad()
+def test_what_only_later_layers_get_for_each_token_is_refused() -> None:
+    """Before the layer runs, and the cache is as empty as it was."""
+    model, prompt = build_model("llama"), random_tokens(1, 60)
+    model.model.layers[2].register_forward_pre_hook(
+        lambda layer, args, named: (args, named | {"shared": {"full": (torch.zeros(1, 60, 4),)}}), with_kwargs=True
+    )
+    cache = PyramidCache(model, budget=0.4, prefill_depth=0.0)
+    with pytest.raises(NotImplementedError, match=r"`shared` of shape \(1, 60, 4\).*cache from `model.config`"):
+        model(prompt, past_key_values=cache)
+    cache.require_whole()
+    assert cache.get_seq_length() == 0
+    logits = model(prompt, past_key_values=PyramidCache(model.config, budget=0.4)).logits
+    assert torch.allclose(logits, model(prompt).logits, atol=1e-4)
 
 
 @pytest.mark.parametrize("prefill_depth", [0.0, 0.7])

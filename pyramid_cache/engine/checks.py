@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     from pyramid_cache.engine.layer import CompressedLayer
 
 
+WAY_WITHOUT_HIDDEN = (
+    "call `cache.reset()` and give `generate` the whole history with this mask, or read each row with its own cache."
+)
+
+
 # `update`.
 
 
@@ -109,6 +114,8 @@ def check_step(layer: "CompressedLayer", call: AttentionCall) -> None:
             f"only {lengths} are tokens. Pass a mask that covers the tokens in the cache and the new one, and hides "
             "padding."
         )
+    if layer.place.depth == 0 and layer.state.has_traces:
+        check_traces(layer, [length + 1 for length in lengths])
     if call.query.device.type != "cpu":  # reading tensors on an accelerator would wait for it at every token
         return
     check_position_ids(layer, call, lengths)
@@ -120,6 +127,14 @@ def check_step(layer: "CompressedLayer", call: AttentionCall) -> None:
             f"The attention mask shows {shown} tokens per row, but {lengths} have been seen before this one. Pass a "
             "mask that covers the tokens in the cache and the new one, and hides padding only."
         )
+
+
+def hides_tokens(layer: "CompressedLayer", call: AttentionCall) -> bool:
+    """Whether the mask of one new token hides tokens that a layer without evictions has seen; known on a CPU only."""
+    lengths, is_on_cpu = layer.state.row_lengths, call.query.device.type == "cpu"
+    if torch.compiler.is_compiling() or call.mask is None or not is_on_cpu or not layer.state.is_dense:
+        return False
+    return sum(layer.masks.count(call.mask, len(lengths), layer.state.num_seen + 1)) < sum(lengths) + len(lengths)
 
 
 def check_position_ids(
@@ -157,9 +172,10 @@ def check_position_ids(
         )
 
 
-def read_tokens(layer: "CompressedLayer", call: AttentionCall) -> Tokens:
+def read_tokens(layer: "CompressedLayer", call: AttentionCall) -> tuple[Tokens, bool]:
     """
-    The columns that all rows have seen, the new ones included, as the mask shows them.
+    The columns that all rows have seen, the new ones included, as the mask shows them; and whether tokens that it now
+    hides have a part in what the layer will choose.
 
     Raises:
         ValueError: They do not go on with those that the layer has seen.
@@ -180,12 +196,43 @@ def read_tokens(layer: "CompressedLayer", call: AttentionCall) -> Tokens:
         earlier = (tokens.positions[:, 0, :num_earlier] >= 0).sum(dim=-1).tolist()
     if any(expected) and not tokens.ends_in_padding:
         check_position_ids(layer, call, expected, tokens)
+    has_traces = bool(layer.state.has_traces)
     if earlier != expected:
+        if not may_hide(layer, tokens.positions[..., :num_earlier], earlier):
+            raise ValueError(
+                f"The attention mask shows {earlier} earlier tokens per row, but {expected} have been seen. Pass a "
+                "mask that covers the tokens in the cache as it did when they were new. It may hide padding behind an "
+                "answer that ended first only while the budget holds everything and nothing is recorded. Otherwise "
+                f"{WAY_WITHOUT_HIDDEN}"
+            )
+        has_traces |= layer.keeps_traces(earlier, tokens.row_lengths)
+    if has_traces:
+        check_traces(layer, tokens.row_lengths)
+    return tokens, has_traces
+
+
+def may_hide(layer: "CompressedLayer", shown: torch.Tensor, earlier: list[int]) -> bool:
+    """
+    Whether a mask may show fewer tokens than earlier ones: it hides the last tokens of some rows, as padding that
+    `generate` has put behind an answer, and no layer of the cache has evicted any.
+
+    Args:
+        shown (`torch.Tensor`): `(batch, 1, columns)` int32, the positions in earlier columns as the mask shows them.
+        earlier (`list[int]`): How many tokens of each row these are.
+    """
+    if layer.pending.is_on or not layer.state.is_dense or not layer.has_room(layer.state.row_lengths):
+        return False
+    held = layer.store.column_tokens(shown.shape[-1]).positions
+    return torch.equal(held.masked_fill(held >= layer.store.per_row(earlier), -1), shown.to(held.device))
+
+
+def check_traces(layer: "CompressedLayer", row_lengths: list[int]) -> None:
+    """Raises if a layer of the cache may evict from rows of these lengths, and hidden tokens have a part in scores."""
+    if not layer.has_room(row_lengths):
         raise ValueError(
-            f"The attention mask shows {earlier} earlier tokens per row, but {expected} have been seen. Pass a mask "
-            "that covers the tokens in the cache as it did when they were new."
+            "The cache has to evict, and tokens that the attention mask hides since the last turn, such as padding "
+            f"behind an answer that ended first, would have a part in the choice. Therefore {WAY_WITHOUT_HIDDEN}"
         )
-    return tokens
 
 
 def check_left_padding(tokens: Tokens) -> None:

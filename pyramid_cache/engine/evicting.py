@@ -83,6 +83,23 @@ class EvictingLayer(CompressedLayer):
         place = self.place
         return max(self.policy.num_tokens(row_length, self.token_budget, place.depth, place.num_layers), 1)
 
+    def has_room(self, row_lengths: list[int]) -> bool:
+        num_tokens, depths = self.policy.num_tokens, range(self.place.num_layers)
+        return self.budget.is_unlimited or all(
+            length <= num_tokens(length, self.token_budget, depth, len(depths))
+            for length in row_lengths
+            for depth in depths
+        )
+
+    def keeps_traces(self, earlier: list[int], row_lengths: list[int]) -> bool:
+        policy = self.policy
+        if policy.window_size is None or type(policy).observe is not Policy.observe:
+            return True
+        windows = [policy.num_queries(length, self.token_budget, self.place.num_layers) for length in row_lengths]
+        return any(
+            length - before < window for length, before, window in zip(row_lengths, earlier, windows, strict=True)
+        )
+
     @property
     def max_slots(self) -> int:
         return max(self.state.row_kept, default=0) + self.eviction_interval

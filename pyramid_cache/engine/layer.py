@@ -91,6 +91,17 @@ class CompressedLayer(StoredLayer):
         the length of the longest row in the forward pass that the query is of.
         """
 
+    def has_room(self, row_lengths: list[int]) -> bool:
+        """Whether no layer of the cache evicts from rows of these lengths; all layers give the same answer."""
+        return all(length <= self.num_tokens_to_keep(length) for length in row_lengths)
+
+    def keeps_traces(self, earlier: list[int], row_lengths: list[int]) -> bool:
+        """
+        Whether tokens that a mask hides have a part in what the layer will choose, after rows of `earlier` tokens have
+        grown to `row_lengths`.
+        """
+        return True
+
     # The meeting with the model.
 
     @property
@@ -165,6 +176,7 @@ class CompressedLayer(StoredLayer):
         arrival, self.arrival = self.arrival, None
         is_step = self._is_step(arrival.num_new) and arrival.put_aside is None
         try:
+            is_step = is_step and not checks.hides_tokens(self, call)
             self.check(call, arrival, is_step)
             seen = None if is_step else self._read(call, arrival)
         except (ValueError, NotImplementedError):
@@ -211,12 +223,14 @@ class CompressedLayer(StoredLayer):
 
     def _read(self, call: AttentionCall, arrival: Arrival) -> Tokens:
         """The columns seen, as the mask shows them."""
-        seen = checks.read_tokens(self, call).to(self.device)
+        seen, has_traces = checks.read_tokens(self, call)
+        seen = seen.to(self.device)
         if arrival.put_aside is not None:
             checks.check_recordable(seen)
         elif self.loses_tokens(seen):
             checks.check_left_padding(seen)
             checks.check_attentions()
+        self.state.has_traces = int(has_traces)
         return seen
 
     def loses_tokens(self, seen: Tokens) -> bool:

@@ -52,6 +52,7 @@ class LayerState:
         num_seen (`int`): Columns seen, padding included.
         budget_tokens (`int`): The tokens that a budget in bytes pays for, known from the first tokens on.
         columns_ascend (`int`): Whether the columns of each dense row are in order of their positions.
+        has_traces (`int`): Whether scores may still have a part from tokens that a later mask has hidden.
     """
 
     keys: torch.Tensor | None = slot()
@@ -70,6 +71,7 @@ class LayerState:
     num_seen: int = number(0)
     budget_tokens: int = number(0)
     columns_ascend: int = number(1)
+    has_traces: int = number(0)
 
     def __post_init__(self) -> None:
         # Dictionaries, since compilers do not trace dataclasses.

@@ -262,14 +262,15 @@ class SlotStore:
 
     # Tokens are read.
 
-    def column_tokens(self) -> Tokens:
-        """The tokens in the columns of a dense store."""
+    def column_tokens(self, length: int | None = None) -> Tokens:
+        """The tokens in the columns of a dense store, or in the first `length` of them before the others count."""
         state, device = self.state, self.state.next_position.device
         batch_size = len(state.row_lengths)
+        length = state.length if length is None else length
         if state.column_positions is None:
-            return Tokens.without_padding(batch_size, state.length, device)
+            return Tokens.without_padding(batch_size, length, device)
         # Columns that arrived one at a time are tokens.
-        num_steps = state.length - state.column_positions.shape[-1]
+        num_steps = length - state.column_positions.shape[-1]
         steps = state.next_position + torch.arange(-num_steps, 0, dtype=torch.int32, device=device)
         positions = torch.cat([state.column_positions, steps], dim=-1)
         return Tokens(

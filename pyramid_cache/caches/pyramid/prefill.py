@@ -2,10 +2,11 @@
 Pruning of hidden states between layers while a prompt is read (PyramidInfer): the only file that hooks a model.
 
 The decoder layers of a model get a pre-hook and a post-hook once. Both do nothing unless the layer is called with a
-cache that prunes hidden states and was built from this very model. After a layer has run, the post-hook gathers the
-hidden states of the tokens that the cache layer has kept. Before the next layer, the pre-hook gathers their position
-embeddings, position ids and mask. Tokens keep their positions. Rows are aligned on the right, so that the last token
-stays last. After the last layer, hidden states return to their columns, with NaN in those of dropped tokens.
+cache that prunes hidden states and was built from this very model. Before a layer runs, the pre-hook gathers the
+hidden states of the tokens that the cache layer below has kept, their position embeddings, position ids and mask.
+Tokens keep their positions. Rows are aligned on the right, so that the last token stays last. After the layer, the
+post-hook returns hidden states to their columns, with NaN in those of dropped tokens: between layers, some models add
+features of an image to the tokens that stand for it (DeepStack of Qwen3-VL).
 """
 
 import inspect
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from pyramid_cache.engine.attention import is_asked_for
@@ -92,22 +94,20 @@ class PrunedPrefill(MaskReader):
         self.tokens = self.tokens.to(device)
         self.columns = None if self.columns is None else self.columns.to(device)
 
-    def prune(self, hidden_states: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    def prune(self, kept: torch.Tensor) -> None:
         """
-        The hidden states of the tokens that a layer has kept, and that the next one computes.
+        The next layer computes the tokens that a layer has kept.
 
         Args:
-            hidden_states (`torch.Tensor`): `(batch, columns, hidden_size)`.
             kept (`torch.Tensor`): `(batch, 1, kept)` int32, their positions; -1 behind the last of a shorter row.
         """
-        self._move_to(hidden_states.device)
-        kept = kept.sort(dim=-1).values.to(hidden_states.device)  # -1 first: rows end in their last token
+        self._move_to(kept.device)
+        kept = kept.sort(dim=-1).values  # -1 first: rows end in their last token
         indices = torch.searchsorted(self.tokens.positions.contiguous(), kept).masked_fill(kept < 0, -1)
         positions = gather_tokens(self.tokens.positions, indices).masked_fill(indices < 0, -1)
         row_present = (indices >= 0).sum(dim=-1).flatten().tolist()
         self.columns = gather_columns(self.columns, indices) if self.columns is not None else indices
         self.tokens = Tokens(positions, self.tokens.row_lengths, row_present, self.tokens.num_seen)
-        return gather_tokens(hidden_states[:, None], indices)[:, 0]
 
     def restore(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`(batch, num_seen, hidden_size)`: hidden states in their own columns, NaN in those of dropped tokens."""
@@ -197,7 +197,7 @@ def _enter_layer(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple
                     "`output_hidden_states=True`: a cache built from the model drops hidden states between layers. "
                     "Build it from `model.config`."
                 )
-            batch_size, num_columns, _ = hidden_states.shape
+            batch_size, num_columns = hidden_states.shape[:2]
             check_arguments(layer, arguments, num_columns)
             mask = arguments.get("attention_mask")
             state.start(state.read(mask, batch_size, num_columns, num_columns, hidden_states.device))
@@ -206,7 +206,15 @@ def _enter_layer(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple
         return None
     # On several devices some hooks have moved the hidden states to the layer by now, and some do it later.
     state._move_to(hidden_states.device)
-    num_columns = hidden_states.shape[1]
+    num_columns = state.columns.shape[-1]
+    try:  # what an earlier layer has returned, whole or pruned, may come back
+        check_arguments(layer, arguments, hidden_states.shape[1], num_columns)
+    except NotImplementedError:
+        cache.reset()  # it was empty before this prompt
+        raise
+    hidden_states = gather_tokens(hidden_states[:, None], state.columns)[:, 0]
+    # Padding is masked, but NaN would come through.
+    arguments["hidden_states"] = hidden_states.masked_fill(state.columns[:, 0, :, None] < 0, 0)
     key_mask = state.tokens.positions >= 0 if state.tokens.has_gaps else None
     arguments["attention_mask"] = causal_mask(
         state.decoder().config._attn_implementation,
@@ -238,27 +246,30 @@ def _leave_layer(
     if index is None:
         return None
     hidden_states = output[0] if isinstance(output, tuple) else output
+    if state.columns is not None:
+        hidden_states = state.restore(hidden_states)
     cache = _cache_of(arguments)
     held = cache.layers[index].state
-    if index + 1 < len(cache.layers):
-        is_whole = held.is_dense or held.row_held == state.tokens.row_present
-        if is_whole or index + 1 < state.first_pruned:
-            return None
-        hidden_states = state.prune(hidden_states, held.positions)
-    else:
-        if state.columns is not None:
-            hidden_states = state.restore(hidden_states)
+    is_whole = held.is_dense or held.row_held == state.tokens.row_present
+    if index + 1 == len(cache.layers):
         state.finish()
+    elif not is_whole and index + 1 >= state.first_pruned:
+        state.prune(held.positions)
     return (hidden_states, *output[1:]) if isinstance(output, tuple) else hidden_states
 
 
-def check_arguments(layer: nn.Module, arguments: dict[str, Any], num_columns: int) -> None:
+def check_arguments(layer: nn.Module, arguments: dict[str, Any], num_columns: int, num_pruned: int = -1) -> None:
     """Raises if an argument of a decoder layer has a token dimension and this file cannot prune it."""
+    if arguments["hidden_states"].dim() != 3:
+        raise NotImplementedError(
+            f"{type(layer).__name__} is called with hidden states of shape {tuple(arguments['hidden_states'].shape)} "
+            "instead of (batch, tokens, hidden_size). Build the cache from `model.config`."
+        )
     for name, value in arguments.items():
         if name in KNOWN_ARGUMENTS:
             continue
-        for tensor in value if isinstance(value, (tuple, list)) else (value,):
-            if isinstance(tensor, torch.Tensor) and num_columns in tensor.shape:
+        for tensor in tree_leaves(value):
+            if isinstance(tensor, torch.Tensor) and {num_columns, num_pruned} & {*tensor.shape}:
                 raise NotImplementedError(
                     f"{type(layer).__name__} is called with `{name}` of shape {tuple(tensor.shape)}, which is not "
                     "known how to prune along with hidden states. Build the cache from `model.config`."
