@@ -14,8 +14,8 @@ from pyramid_cache.caches.shadow_kv.store import tokens_of
 from pyramid_cache.engine.attention import AttentionCall
 from pyramid_cache.engine.held import LayerPlace
 from pyramid_cache.engine.layer import Arrival, CompressedLayer
-from pyramid_cache.engine.rope import NO_ROTATION, SharedFrequencies
-from pyramid_cache.engine.rotation import import_frequencies
+from pyramid_cache.engine.rope import SharedFrequencies
+from pyramid_cache.engine.rotation import RotaryFrequencies, import_frequencies
 from pyramid_cache.engine.selection import gather_tokens
 from pyramid_cache.engine.tokens import MaskReader, Tokens
 from pyramid_cache.ops import decode_attention
@@ -152,7 +152,7 @@ class ShadowKVLayer(CompressedLayer):
     def _absorb_turn(self, call: AttentionCall, tokens: Tokens) -> None:
         """What follows several tokens: rows that have a shadow, or are too long now to be exact, take them into it."""
         if self.state.is_dense:
-            self.shadow.begin(call.key, call.value, self.rotary_of(call.module) or NO_ROTATION)
+            self.shadow.begin(call.key, call.value, self.rotary_of(call.module) or no_rotation())
             self.state.column_positions = None
             self._make_slots(call.key, call.value, 0)
         elif self.state.held_chunks.shape[-1] != max(self.state.row_sparse):
@@ -291,5 +291,10 @@ class ShadowKVLayer(CompressedLayer):
         super().import_state(numbers, tensors)
         if not self.state.is_dense:
             found = import_frequencies(numbers["rotary"], tensors)
-            self.shadow.rotary = self.frequencies.shared(found) if found else NO_ROTATION
+            self.shadow.rotary = self.frequencies.shared(found) if found else no_rotation()
             self.store.resize(self.max_slots)
+
+
+def no_rotation() -> RotaryFrequencies:
+    """Those of a layer without RoPE, whose keys are turned by nothing."""
+    return RotaryFrequencies(torch.zeros(0, device="cpu"))
