@@ -1,7 +1,8 @@
 """
-The CUDA kernels of `pyramid_cache.ops.shadow`. `shadow_reference` is their specification and has the same signatures.
+The CUDA kernels of `pyramid_cache.ops.shadow`. Functions have the arguments and results of the ops.
 
-Grids have one dimension, offsets are computed in 64 bits and strides are free; nothing waits for the host.
+Grids have one dimension, offsets are computed in 64 bits and strides are free; nothing waits for the host. The
+arguments of a kernel stand in rows: the tensors, the strides of each, numbers, and what it is compiled for.
 """
 
 import torch
@@ -19,20 +20,12 @@ ELEMENTS_PER_COPY = 8192
 
 @triton.jit
 def plan_kernel(
-    held,
-    wanted,
-    incoming,
-    held_row,
-    held_head,
-    held_place,
-    wanted_row,
-    wanted_head,
-    wanted_place,
-    kv_heads,
-    num_places,
-    BLOCK: tl.constexpr,
-    STEP: tl.constexpr,
-):
+    held, wanted, incoming,
+    held_row, held_head, held_place,
+    wanted_row, wanted_head, wanted_place,
+    kv_heads, num_places,
+    BLOCK: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     row, head = program // kv_heads, program % kv_heads
     held += row * held_row + head * held_head
@@ -72,48 +65,20 @@ def plan_kernel(
     tl.store(held, tl.where(stays > 0, chunks, loads).to(tl.int64), mask=is_place)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "positions_row"])  # a longer prompt is not compiled anew
+@triton.jit(do_not_specialize=["num_tokens"])  # a longer prompt is not compiled anew
 def reconstruct_kernel(
-    buffer,
-    low_rank,
-    basis,
-    incoming,
-    positions,
-    inverse_frequencies,
-    attention_scaling,
-    buffer_row,
-    buffer_head,
-    buffer_slot,
-    buffer_column,
-    low_rank_row,
-    low_rank_token,
-    low_rank_rank,
-    basis_row,
-    basis_head,
-    basis_rank,
-    basis_column,
-    incoming_row,
-    incoming_head,
-    incoming_place,
-    positions_row,
-    positions_token,
+    buffer, low_rank, basis, incoming, inverse_frequencies,
+    buffer_row, buffer_head, buffer_slot, buffer_column,
+    low_rank_row, low_rank_token, low_rank_rank,
+    basis_row, basis_head, basis_rank, basis_column,
+    incoming_row, incoming_head, incoming_place,
     frequencies_pair,
-    kv_heads,
-    num_slots,
-    num_tokens,
-    rank,
-    programs_per_head,
-    CHUNK_SIZE: tl.constexpr,
-    NUM_PAIRS: tl.constexpr,
-    NUM_REST: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    IN_FLOAT32: tl.constexpr,
-    BLOCK_SLOTS: tl.constexpr,
-    BLOCK_PAIRS: tl.constexpr,
-    BLOCK_REST: tl.constexpr,
-    RANK_STEP: tl.constexpr,
-    RANK_STEPS: tl.constexpr,
-):
+    kv_heads, num_slots, num_tokens, rank, programs_per_head,
+    CHUNK_SIZE: tl.constexpr, NUM_PAIRS: tl.constexpr, NUM_REST: tl.constexpr,
+    INTERLEAVED: tl.constexpr, IN_FLOAT32: tl.constexpr,
+    BLOCK_SLOTS: tl.constexpr, BLOCK_PAIRS: tl.constexpr, BLOCK_REST: tl.constexpr,
+    RANK_STEP: tl.constexpr, RANK_STEPS: tl.constexpr,
+):  # fmt: skip
     program = tl.program_id(0)
     head = (program // programs_per_head % kv_heads).to(tl.int64)
     row = (program // programs_per_head // kv_heads).to(tl.int64)
@@ -165,10 +130,8 @@ def reconstruct_kernel(
 
     buffer_rows = buffer + slots.to(tl.int64)[:, None] * buffer_slot
     if NUM_PAIRS > 0:
-        token_positions = tl.load(positions + row * positions_row + tokens * positions_token, mask=is_loaded, other=0)
         frequencies = tl.load(inverse_frequencies + pairs.to(tl.int64) * frequencies_pair, mask=is_pair, other=0.0)
-        cosine, sine = cosine_and_sine(token_positions.to(tl.float32)[:, None] * frequencies[None, :])
-        cosine, sine = cosine * attention_scaling, sine * attention_scaling
+        cosine, sine = cosine_and_sine(tokens.to(tl.float32)[:, None] * frequencies[None, :])
         if INTERLEAVED:
             first, second = tl.split(tl.reshape(both, [BLOCK_SLOTS, BLOCK_PAIRS, 2]))
         left, right = first * cosine - second * sine, second * cosine + first * sine
@@ -227,28 +190,13 @@ def cosine_and_sine(angles):
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def gather_kernel(
-    buffer,
-    values,
-    incoming,
-    buffer_row,
-    buffer_head,
-    buffer_slot,
-    buffer_column,
-    values_row,
-    values_head,
-    values_token,
-    values_column,
-    incoming_row,
-    incoming_head,
-    incoming_place,
-    kv_heads,
-    num_places,
-    num_tokens,
-    CHUNK_SIZE: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-):
+    buffer, values, incoming,
+    buffer_row, buffer_head, buffer_slot, buffer_column,
+    values_row, values_head, values_token, values_column,
+    incoming_row, incoming_head, incoming_place,
+    kv_heads, num_places, num_tokens,
+    CHUNK_SIZE: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
     program = tl.program_id(0)
     place = (program % num_places).to(tl.int64)
     head = (program // num_places % kv_heads).to(tl.int64)
@@ -333,16 +281,12 @@ def plan_chunks(held: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
         return incoming
     with on_device(held.device):
         plan_kernel[(batch * kv_heads,)](
-            held,
-            wanted,
-            incoming,
+            held, wanted, incoming,
             *held.stride(),
             *wanted.stride(),
-            kv_heads,
-            num_places,
-            **plan_settings(num_places),
-            enable_fp_fusion=True,
-        )
+            kv_heads, num_places,
+            **plan_settings(num_places), enable_fp_fusion=True,
+        )  # fmt: skip
     return incoming
 
 
@@ -351,9 +295,7 @@ def reconstruct_keys(
     low_rank: torch.Tensor,
     basis: torch.Tensor,
     incoming: torch.Tensor,
-    positions: torch.Tensor,
     inverse_frequencies: torch.Tensor,
-    attention_scaling: float,
     interleaved: bool,
     chunk_size: int,
 ) -> None:
@@ -366,27 +308,15 @@ def reconstruct_keys(
     programs_per_head = ceil_div(num_slots, settings["BLOCK_SLOTS"])
     with on_device(buffer.device):
         reconstruct_kernel[(batch * kv_heads * programs_per_head,)](
-            buffer,
-            low_rank,
-            basis,
-            incoming,
-            positions,
-            inverse_frequencies,
-            attention_scaling,
+            buffer, low_rank, basis, incoming, inverse_frequencies,
             *buffer.stride(),
             *low_rank.stride(),
             *basis.stride(),
             *incoming.stride(),
-            *positions.stride(),
             *inverse_frequencies.stride(),
-            kv_heads,
-            num_slots,
-            low_rank.shape[1],
-            rank,
-            programs_per_head,
-            **settings,
-            enable_fp_fusion=True,
-        )
+            kv_heads, num_slots, low_rank.shape[1], rank, programs_per_head,
+            **settings, enable_fp_fusion=True,
+        )  # fmt: skip
 
 
 def gather_values(buffer: torch.Tensor, values: torch.Tensor, incoming: torch.Tensor, chunk_size: int) -> None:
@@ -399,15 +329,10 @@ def gather_values(buffer: torch.Tensor, values: torch.Tensor, incoming: torch.Te
         return
     with on_device(buffer.device):
         gather_kernel[(batch * kv_heads * num_places,)](
-            buffer,
-            values,
-            incoming,
+            buffer, values, incoming,
             *buffer.stride(),
             *values.stride(),
             *incoming.stride(),
-            kv_heads,
-            num_places,
-            values.shape[2],
-            **gather_settings(chunk_size, values.shape[3], values.element_size()),
-            enable_fp_fusion=True,
-        )
+            kv_heads, num_places, values.shape[2],
+            **gather_settings(chunk_size, values.shape[3], values.element_size()), enable_fp_fusion=True,
+        )  # fmt: skip
