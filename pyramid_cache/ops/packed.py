@@ -10,7 +10,7 @@ import itertools
 import torch
 
 from pyramid_cache.ops.reference import grouped_logits
-from pyramid_cache.ops.registration import check_dtype, check_heads, check_shape, kernels, needs_gradients, register
+from pyramid_cache.ops.registration import check_dtype, check_query, check_shape, kernels, needs_gradients, register
 from pyramid_cache.ops.transfer import numbers_on
 
 
@@ -47,11 +47,9 @@ def decode_packed_attention(
     Raises:
         ValueError: For shapes that do not fit.
     """
-    check_shape("query", query, None, None, 1, None)
-    batch, heads, _, head_dim = query.shape
-    check_shape("key", key, batch, None, None, head_dim)
-    check_heads(heads, key.shape[1])
-    check_shape("value", value, batch, key.shape[1], key.shape[2], None)
+    check_query(query, key, rows=1)
+    check_shape("value", value, *key.shape[:3], None)
+    batch, head_dim = query.shape[0], query.shape[3]
     if len(lengths) != batch * key.shape[1] or not key.shape[2]:
         raise ValueError(
             f"`lengths` has {len(lengths)} numbers for {batch} rows of {key.shape[1]} KV heads, and `key` "

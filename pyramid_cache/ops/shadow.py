@@ -12,7 +12,7 @@ place. Where the last chunk is short, the slots that it leaves keep what they he
 The docstrings are the specification. `shadow_reference` computes the ops on the CPU, `triton_shadow` on CUDA.
 """
 
-from types import ModuleType
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -106,8 +106,8 @@ def reconstruct_keys(
     Args:
         buffer (`torch.Tensor`): `(batch, kv_heads, places * chunk_size, head_dim)`, may be a slice of a larger one.
             Only the slots of tokens that are loaded change.
-        low_rank (`torch.Tensor`): `(batch, tokens, rank)`, the factor that all heads share, of floats or in one of
-            `QUANTIZED_DTYPES`. The last chunk may have fewer tokens than others.
+        low_rank (`torch.Tensor`): `(batch, tokens, rank)`, the factor that all heads share, in the dtype of the basis
+            or in one of `QUANTIZED_DTYPES`. The last chunk may have fewer tokens than others.
         basis (`torch.Tensor`): `(batch, kv_heads, rank, head_dim)`, the factor of each head.
         incoming (`torch.Tensor`): `(batch, kv_heads, places)` int64 from `plan_chunks`. Chunks that do not exist are
             left out, as -1 is.
@@ -131,8 +131,8 @@ def reconstruct_keys(
             "of a head. Pass one for each pair."
         )
     check_dtype("buffer", buffer, *KERNEL_DTYPES)
-    check_dtype("low_rank", low_rank, *KERNEL_DTYPES, *QUANTIZED_DTYPES)
     check_dtype("basis", basis, *KERNEL_DTYPES)
+    check_dtype("low_rank", low_rank, basis.dtype, *QUANTIZED_DTYPES)
     check_dtype("inverse_frequencies", inverse_frequencies, torch.float32)
     _check_device("low_rank", low_rank, buffer.device)
     _check_device("basis", basis, buffer.device)
@@ -189,16 +189,13 @@ def _check_device(name: str, tensor: torch.Tensor, device: torch.device) -> None
         )
 
 
-def _kernels(device: torch.device) -> ModuleType:
-    return kernels_of("triton_shadow", device) or shadow_reference
+def _on_cuda(name: str) -> Callable:
+    """The op of that name, computed by Triton where there are kernels for the device of its first argument."""
 
+    def run(first: torch.Tensor, *rest: Any) -> torch.Tensor | None:
+        return getattr(kernels_of("triton_shadow", first.device) or shadow_reference, name)(first, *rest)
 
-def _plan_chunks_cuda(held: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    return _kernels(held.device).plan_chunks(held, wanted)
-
-
-def _reconstruct_keys_cuda(buffer: torch.Tensor, *rest: Any) -> None:
-    _kernels(buffer.device).reconstruct_keys(buffer, *rest)
+    return run
 
 
 def _gather_values_cuda(buffer: torch.Tensor, values: torch.Tensor, incoming: torch.Tensor, chunk_size: int) -> None:
@@ -207,43 +204,33 @@ def _gather_values_cuda(buffer: torch.Tensor, values: torch.Tensor, incoming: to
             f"`values` is in pageable memory of the host, which {buffer.device} cannot read. Pin it once, with "
             "`values = values.pin_memory()`."
         )
-    _kernels(buffer.device).gather_values(buffer, values, incoming, chunk_size)
-
-
-def _fake_select(query, landmarks, mask, num_chunks, scaling):
-    return landmarks.new_empty(landmarks.shape[0], landmarks.shape[1], num_chunks, dtype=torch.int64)
-
-
-def _fake_plan(held, wanted):
-    return wanted.new_empty(wanted.shape)
-
-
-def _fake_load(buffer, *rest):
-    return None
+    _on_cuda("gather_values")(buffer, values, incoming, chunk_size)
 
 
 _select_chunks = register(
     "select_chunks(Tensor query, Tensor landmarks, Tensor mask, SymInt num_chunks, float scaling) -> Tensor",
     cpu=shadow_reference.select_chunks,
     cuda=shadow_reference.select_chunks,
-    fake=_fake_select,
+    fake=lambda query, landmarks, mask, num_chunks, scaling: mask.new_empty(
+        *mask.shape[:2], num_chunks, dtype=torch.int64
+    ),
 )
 _plan_chunks = register(
     "plan_chunks(Tensor(a!) held, Tensor wanted) -> Tensor",
     cpu=shadow_reference.plan_chunks,
-    cuda=_plan_chunks_cuda,
-    fake=_fake_plan,
+    cuda=_on_cuda("plan_chunks"),
+    fake=lambda held, wanted: wanted.new_empty(wanted.shape),
 )
 _reconstruct_keys = register(
     "reconstruct_keys(Tensor(a!) buffer, Tensor low_rank, Tensor basis, Tensor incoming, Tensor inverse_frequencies, "
     "bool interleaved, SymInt chunk_size) -> ()",
     cpu=shadow_reference.reconstruct_keys,
-    cuda=_reconstruct_keys_cuda,
-    fake=_fake_load,
+    cuda=_on_cuda("reconstruct_keys"),
+    fake=lambda *arguments: None,
 )
 _gather_values = register(
     "gather_values(Tensor(a!) buffer, Tensor values, Tensor incoming, SymInt chunk_size) -> ()",
     cpu=shadow_reference.gather_values,
     cuda=_gather_values_cuda,
-    fake=_fake_load,
+    fake=lambda *arguments: None,
 )

@@ -127,27 +127,29 @@ def packed_merge_kernel(
     """
     program = tl.program_id(0)
     num_heads = num_segments * group
-    is_merging = program < num_heads
     lse_ptr = scratch_ptr + num_segments.to(tl.int64) * num_splits * group * VALUE_DIM
-    split = tl.where(is_merging, 0, (program - num_heads) // num_segments)
-    segment = tl.where(is_merging, program // group, (program - num_heads) % num_segments).to(tl.int64)
-    is_latest, start, begin, end, column, num_parts = _part_of(
-        split, segment, starts_ptr, num_packed, num_latest, latest_parts, part_size
-    )
-    first_part = segment * num_splits * group
-    if is_merging:
+    if program < num_heads:
+        segment = (program // group).to(tl.int64)
+        _, _, _, _, _, num_parts = _part_of(0, segment, starts_ptr, num_packed, num_latest, latest_parts, part_size)
+        first_part = segment * num_splits * group
         _merge_outputs(
-            out_ptr + program.to(tl.int64) * VALUE_DIM, scratch_ptr + first_part * VALUE_DIM, lse_ptr + first_part,
-            None, program % group, group, num_parts, VALUE_DIM, BLOCK_DV, BLOCK_S, SPLITS_PER_STEP,
+            out_ptr + program.to(tl.int64) * VALUE_DIM, scratch_ptr, lse_ptr, None,
+            first_part, program % group, group, num_parts, VALUE_DIM, BLOCK_DV, BLOCK_S, SPLITS_PER_STEP,
         )  # fmt: skip
     else:
+        split = (program - num_heads) // num_segments
+        segment = ((program - num_heads) % num_segments).to(tl.int64)
+        is_latest, start, begin, end, column, num_parts = _part_of(
+            split, segment, starts_ptr, num_packed, num_latest, latest_parts, part_size
+        )
         num_columns = num_packed + num_segments.to(tl.int64) * num_latest
         logits_ptr = lse_ptr + num_segments.to(tl.int64) * num_splits * group + column
+        lse_ptr += segment * num_splits * group
         sums_ptr = tl.where(is_latest, latest_sums_ptr + segment * num_latest, packed_sums_ptr + start)
         for first in range(begin, end, BLOCK_N):
             tokens = first + tl.arange(0, BLOCK_N)
             sums = _group_sums(
-                logits_ptr, num_columns, lse_ptr + first_part, None,
+                logits_ptr, num_columns, lse_ptr, None,
                 tokens, tokens < end, group, num_parts, ROWS, BLOCK_N, BLOCK_S,
             )  # fmt: skip
             tl.store(sums_ptr + tokens, sums, mask=tokens < end)

@@ -220,16 +220,16 @@ def _attend(
     Attention of `ROWS` heads of a group over tokens from `begin` to `end`: output, log-sum-exp, and the logits
     themselves, minus infinity where nothing is held and for tokens from `end` to `logits_end`.
     """
-    dims = tl.arange(0, BLOCK_D).to(tl.int64)
-    value_dims = tl.arange(0, BLOCK_DV).to(tl.int64)
+    dims = tl.arange(0, BLOCK_D)
+    value_dims = tl.arange(0, BLOCK_DV)
     is_dim = dims < HEAD_DIM
     is_value_dim = value_dims < VALUE_DIM
     query = tl.load(
-        query_ptr + rows[:, None] * stride_qh + dims[None, :] * stride_qd,
+        query_ptr + rows.to(tl.int64)[:, None] * stride_qh + dims[None, :].to(tl.int64) * stride_qd,
         mask=is_row[:, None] & is_dim[None, :],
         other=0.0,
     )
-    logits_ptr += rows * stride_logits
+    logits_ptr += rows.to(tl.int64) * stride_logits
     highest = tl.full([ROWS], float("-inf"), dtype=tl.float32)
     total = tl.zeros([ROWS], dtype=tl.float32)
     output = tl.zeros([ROWS, BLOCK_DV], dtype=tl.float32)
@@ -246,7 +246,7 @@ def _attend(
             behind = tokens + BLOCK_N
             held = tl.load(held_ptr + behind.to(tl.int64) * stride_hn, mask=behind < end, other=0)
         key = tl.load(
-            key_ptr + tokens[:, None].to(tl.int64) * stride_kn + dims[None, :] * stride_kd,
+            key_ptr + tokens[:, None].to(tl.int64) * stride_kn + dims[None, :].to(tl.int64) * stride_kd,
             mask=is_token[:, None] & is_dim[None, :],
             other=0.0,
         )
@@ -264,7 +264,7 @@ def _attend(
         total = total * rescaling + tl.sum(weights, axis=1)
         # What an empty slot holds may be anything, and 0 times NaN is NaN.
         value = tl.load(
-            value_ptr + tokens[:, None].to(tl.int64) * stride_vn + value_dims[None, :] * stride_vd,
+            value_ptr + tokens[:, None].to(tl.int64) * stride_vn + value_dims[None, :].to(tl.int64) * stride_vd,
             mask=is_used[:, None] & is_value_dim[None, :],
             other=0.0,
         )
@@ -305,7 +305,7 @@ def decode_kernel(
     pair = program // num_chunks // num_splits
     batch = pair // kv_heads
     kv_head = pair - batch * kv_heads
-    rows = (chunk * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    rows = chunk * ROWS + tl.arange(0, ROWS)
     if held_ptr is not None:
         held_ptr += batch * stride_hb + kv_head * stride_hh
     begin = split * split_size
@@ -347,11 +347,11 @@ def _merged_lse(lse_ptr, sinks_ptr, rows, group, num_splits, BLOCK_S: tl.constex
 
 @triton.jit
 def _merge_outputs(
-    out_ptr, outputs_ptr, lse_ptr, sinks_ptr, row, group, num_splits,
+    out_ptr, outputs_ptr, lse_ptr, sinks_ptr, first_part, row, group, num_splits,
     VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_S: tl.constexpr, SPLITS_PER_STEP: tl.constexpr,
 ):  # fmt: skip
-    """Writes the output of one head out of those of all splits, which lie at `outputs_ptr` with their log-sum-exps."""
-    lse = _merged_lse(lse_ptr, sinks_ptr, row + tl.arange(0, 1), group, num_splits, BLOCK_S)
+    """Writes the output of one head out of those of its splits, of which the group's begin at `first_part`."""
+    lse = _merged_lse(lse_ptr + first_part, sinks_ptr, row + tl.arange(0, 1), group, num_splits, BLOCK_S)
     pivot = tl.where(lse == float("-inf"), 0.0, lse)
     value_dims = tl.arange(0, BLOCK_DV)
     is_value_dim = value_dims < VALUE_DIM
@@ -359,7 +359,7 @@ def _merge_outputs(
     for first_split in range(0, num_splits, SPLITS_PER_STEP):
         splits = first_split + tl.arange(0, SPLITS_PER_STEP)
         is_split = splits < num_splits
-        parts = splits.to(tl.int64) * group + row
+        parts = first_part + splits.to(tl.int64) * group + row
         share = tl.exp2(tl.load(lse_ptr + parts, mask=is_split, other=float("-inf")) - pivot)
         output += share[:, None] * tl.load(
             outputs_ptr + parts[:, None] * VALUE_DIM + value_dims[None, :],
@@ -378,12 +378,12 @@ def _group_sums(
     sums = tl.zeros([BLOCK_N], dtype=tl.float32)
     for first_row in range(0, group, ROWS):
         rows = first_row + tl.arange(0, ROWS)
+        lse = _merged_lse(lse_ptr, sinks_ptr, rows, group, num_splits, BLOCK_S)
         logits = tl.load(
             logits_ptr + rows.to(tl.int64)[:, None] * stride_logits + tokens[None, :],
             mask=(rows < group)[:, None] & is_token[None, :],
             other=float("-inf"),
         )
-        lse = _merged_lse(lse_ptr, sinks_ptr, rows, group, num_splits, BLOCK_S)
         # Chosen, not computed: of a head that attends to nothing the log-sum-exp is minus infinity as well.
         sums += tl.sum(tl.where(logits == float("-inf"), 0.0, tl.exp2(logits - lse[:, None])), axis=0)
     return sums
@@ -408,27 +408,28 @@ def merge_kernel(
     program = tl.program_id(0).to(tl.int64)
     outputs_ptr = scratch_ptr + num_programs.to(tl.int64) * group * padded_slots
     lse_ptr = outputs_ptr + num_programs.to(tl.int64) * num_splits * group * VALUE_DIM
-    is_merging = program >= num_programs.to(tl.int64) * num_tiles
-    head = program - num_programs.to(tl.int64) * num_tiles
-    pair = tl.where(is_merging, head // group, program // num_tiles)
-    batch = pair // kv_heads
-    kv_head = pair - batch * kv_heads
-    part = pair * num_splits * group
-    if sinks_ptr is not None:
-        sinks_ptr += kv_head * group
-    if is_merging:
-        _merge_outputs(
-            out_ptr + head * VALUE_DIM, outputs_ptr + part * VALUE_DIM, lse_ptr + part, sinks_ptr,
-            (head - pair * group).to(tl.int32), group, num_splits, VALUE_DIM, BLOCK_DV, BLOCK_S, SPLITS_PER_STEP,
-        )  # fmt: skip
-    else:
+    if program < num_programs.to(tl.int64) * num_tiles:
+        pair = program // num_tiles
+        batch = pair // kv_heads
+        kv_head = pair - batch * kv_heads
+        if sinks_ptr is not None:
+            sinks_ptr += kv_head * group
         slots = (program - pair * num_tiles).to(tl.int32) * BLOCK_N + tl.arange(0, BLOCK_N)
         sums = _group_sums(
-            scratch_ptr + pair * group * padded_slots, padded_slots, lse_ptr + part, sinks_ptr,
+            scratch_ptr + pair * group * padded_slots, padded_slots, lse_ptr + pair * num_splits * group, sinks_ptr,
             slots, slots < padded_slots, group, num_splits, ROWS, BLOCK_N, BLOCK_S,
         )  # fmt: skip
         probabilities_ptr += batch * stride_sb + kv_head * stride_sh
         tl.store(probabilities_ptr + slots.to(tl.int64) * stride_sn, sums, mask=slots < num_slots)
+    else:
+        head = program - num_programs.to(tl.int64) * num_tiles
+        pair = head // group
+        if sinks_ptr is not None:
+            sinks_ptr += (pair % kv_heads) * group
+        _merge_outputs(
+            out_ptr + head * VALUE_DIM, outputs_ptr, lse_ptr, sinks_ptr, pair * num_splits * group,
+            (head - pair * group).to(tl.int32), group, num_splits, VALUE_DIM, BLOCK_DV, BLOCK_S, SPLITS_PER_STEP,
+        )  # fmt: skip
 
 
 @functools.cache

@@ -107,7 +107,7 @@ def test_what_a_plan_loads_is_what_the_loop_loads(case: tuple) -> None:
 
 @pytest.mark.parametrize(
     "dtype, stored",
-    [(BF16, BF16), (torch.float16, F32), *((F32, quantized) for quantized in shadow.QUANTIZED_DTYPES)],
+    [(BF16, BF16), (torch.float16, torch.float16), *((F32, quantized) for quantized in shadow.QUANTIZED_DTYPES)],
 )
 def test_numbers_are_those_of_float32_rounded_once(dtype: torch.dtype, stored: torch.dtype) -> None:
     """Factors in half precision or in one byte, and landmarks in one byte."""
@@ -170,7 +170,12 @@ def test_wrong_arguments_and_gradients_are_refused() -> None:
         ("`mask` must have the shape", choose, (query, landmarks), {"mask": torch.ones(1, 3, 5).bool()}),
         ("3 inverse frequencies turn", None, (low_rank, basis, held, torch.ones(3)), {}),
         ("`inverse_frequencies` must be torch.float32", None, (low_rank, basis, held, torch.ones(2).half()), {}),
-        ("`low_rank` must be .* but is torch.int64", None, (low_rank.long(), basis, held, torch.ones(2)), {}),
+        (
+            "`low_rank` must be torch.float32 or .* but is torch.float16",
+            None,
+            (low_rank.half(), basis, held, torch.ones(2)),
+            {},
+        ),
         ("`basis` must have the shape", None, (low_rank, basis[:, :, :2], held, torch.ones(2)), {}),
     ):
         if op is choose:

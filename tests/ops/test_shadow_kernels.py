@@ -54,8 +54,8 @@ SHAPES = [
     (1, 2, 5, 64, 0, False, 3),
 ]
 # Of the buffer, and of the factors: one case for each shape in the interpreter, and all pairs on a GPU.
-DTYPES = [(F32, F32, F32), (F16, F16, F16), (F32, F16, F32), (F16, I8, F16), (F32, I8, F32), (F32, F32, F32)]
-GPU_DTYPES = [(BF16, BF16, BF16), (BF16, BF16, F32), (F16, F16, F16), (F32, I8, F32)]
+DTYPES = [(F32, F32, F32), (F16, F16, F16), (F32, F16, F16), (F16, I8, F16), (F32, I8, F32), (F32, F32, F32)]
+GPU_DTYPES = [(BF16, BF16, BF16), (BF16, I8, BF16), (F16, F16, F16), (F32, I8, F32)]
 
 
 @pytest.mark.parametrize(
