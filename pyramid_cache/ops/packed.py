@@ -45,7 +45,7 @@ def decode_packed_attention(
         `(batch, kv_heads, latest)` of the latest.
 
     Raises:
-        ValueError: For shapes that do not fit.
+        ValueError: For shapes and dtypes that do not fit.
     """
     check_query(query, key, rows=1)
     check_shape("value", value, *key.shape[:3], None)
