@@ -249,22 +249,22 @@ return state.base > 0« or rotary.long_inv_freq is not None→»
 view.attention«.masked_fill(view.is_recent(1), float("inf"))→»
 = ops/reference.py: ops/test_scores
 sink_logits.float().view(1, «kv_heads, group, 1, 1→group, kv_heads, 1, 1).transpose(1, 2»)
-= ops/cpu.py: ops/test_scores
-dtype=torch.bool, device="cpu").triu_(«1→0»)
+dtype=torch.bool, device=key.device).triu_(«1→0»)
+probabilities if mask is None else probabilities«.masked_fill(~mask, 0.0)→»
 = ops/lse.py: ops/test_lse
 key_mask[:, None, «key_mask.shape[1] - lse.shape[2] :→: lse.shape[2]»]
 = ops/packed.py: ops/test_packed
 is_behind = torch.arange(longest, device="cpu") >«=→» torch.tensor(lengths, device="cpu")[:, None, None]
-= ops/shadow_cpu.py: ops/test_shadow test_shadow_kv | loop alone
+= ops/shadow_reference.py: ops/test_shadow test_shadow_kv | loop alone
 counts = torch.bincount(«rows * kv_heads + heads→heads * batch + rows», minlength
 = ops/shadow_reference.py: ops/test_shadow
 missing[..., num_places] = «-1→0»
-scores = scores.«amax→mean»(dim=2)
+.squeeze(3).«amax→mean»(dim=2)
 = ops/registration.py: ops/test_scores | autocast
 with torch.autocast(device_type, enabled=«False→True»):
 = ops/triton_scores.py: ops/test_kernels
 «tl.where(keys >= start, sums, 0.0)→sums»
-mass += tl.sum(«tl.where(logits == float("-inf"), 0.0, probabilities)→probabilities», axis=0)
+sums += tl.sum(«tl.where(logits == float("-inf"), 0.0, →(»tl.exp2(logits - lse[:, None])), axis=0)
 = ops/triton_packed.py: ops/test_packed_kernels
 latest_parts + «(length + part_size - 1)→length» // part_size
 = ops/triton_shadow.py: ops/test_shadow_kernels

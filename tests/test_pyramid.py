@@ -12,7 +12,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageTextToText
 
 from pyramid_cache import PyramidCache
 from pyramid_cache.engine.budget import Budget, cosine_decay, pyramid_schedule
-from pyramid_cache.ops import cpu
+from pyramid_cache.ops import reference
 
 
 def kept_of_prompt(trace: Trace, row: int, budget: float) -> list[int]:
@@ -70,7 +70,7 @@ def test_settings_and_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
         check(model, (length,), 7, budget)
     check(model, (71, 60), 7, 0.4, recent_ratio=0.1, num_sink_tokens=2, distance_weight=3.0, kernel_size=1)
     check(model, (71, 60), 7, 0.4, window_size=5, kernel_size=7)
-    monkeypatch.setattr(cpu, "TILE_ELEMENTS", 2000)
+    monkeypatch.setattr(reference, "TILE_ELEMENTS", 2000)
     check(model, (213, 141), 3, 0.3)
 
 

@@ -288,7 +288,7 @@ class EvictingLayer(CompressedLayer):
             if scores:
                 mask = None if state.column_positions is None else self.store.column_tokens().positions >= 0
                 with torch.no_grad():
-                    probabilities, _ = decode_probabilities(call.query, call.key, mask, **call.logit_arguments)
+                    probabilities = decode_probabilities(call.query, call.key, mask, **call.logit_arguments)
                 sums = probabilities.sum(dim=2)
         else:
             call = self._repositioned_step(call, longest)

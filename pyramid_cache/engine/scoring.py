@@ -48,8 +48,7 @@ def attend_and_score(
         sink_logits = arguments.pop("sink_logits")
         query, key = call.query[:, :, -num_rows:], call.key
         if lse is None:
-            key_mask = None if is_token is None else is_token[:, None]
-            lse = row_lse(query, key, key_mask=key_mask, sink_logits=sink_logits, **arguments)
+            lse = row_lse(query, key, key_mask=is_token, sink_logits=sink_logits, **arguments)
         # How many columns of padding each row begins with. The op skips them.
         key_start = None if is_token is None else is_token.int().argmax(dim=-1).int()
         scores = attention_scores(query, key, lse, row_weights=row_weights, key_start=key_start, **arguments)

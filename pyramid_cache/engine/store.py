@@ -18,7 +18,7 @@ from pyramid_cache.engine.selection import best_tokens, gather_tokens, lowest_to
 from pyramid_cache.engine.state import LayerState, grown
 from pyramid_cache.engine.tokens import Tokens, causal_mask
 from pyramid_cache.ops import decode_attention
-from pyramid_cache.ops.cpu import is_plain_on_cpu
+from pyramid_cache.ops.scores import is_plain_on_cpu
 from pyramid_cache.ops.transfer import numbers_on
 
 
@@ -317,7 +317,7 @@ class SlotStore:
         """
         mask = self.in_use("positions") >= 0 if self.state.has_empty_slots else None
         if scores or is_plain_on_cpu(call.query, call.key, call.value, **call.logit_arguments):
-            output, _, sums = decode_attention(call.query, call.key, call.value, mask=mask, **call.logit_arguments)
+            output, sums = decode_attention(call.query, call.key, call.value, mask=mask, **call.logit_arguments)
             return (output, None), sums.detach() if scores else None
         return self.with_mask(call, mask).run(), None
 

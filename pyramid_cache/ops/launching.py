@@ -1,17 +1,8 @@
 """What the launchers of the Triton kernels share. They run in every layer of every token: microseconds count."""
 
 import contextlib
-import functools
 
 import torch
-
-
-@functools.cache
-def has_kernels(device: torch.device) -> bool:
-    """
-    Whether the kernels were made for this device: the block sizes need the shared memory of an NVIDIA GPU of 2020.
-    """
-    return device.type != "cuda" or (torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0))
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager:

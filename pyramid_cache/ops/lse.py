@@ -49,14 +49,7 @@ BIAS_STEP = 16
 
 @dataclass(frozen=True)
 class Attention:
-    """
-    The arguments of `attention_with_lse`.
-
-    Attributes:
-        query (`torch.Tensor`): `(batch, heads, rows, head_dim)`.
-        key, value (`torch.Tensor`): `(batch, kv_heads, keys, head_dim or value_dim)`.
-        scaling, mask, key_mask, row_present, softcap: See there.
-    """
+    """The arguments of `attention_with_lse`; see there."""
 
     query: torch.Tensor
     key: torch.Tensor
@@ -93,41 +86,29 @@ class Attention:
 @dataclass(frozen=True)
 class Packing:
     """
-    How the tokens of padded rows lie behind each other in one sequence.
-
-    Attributes:
-        query_index, key_index (`torch.Tensor`): `(total,)` int64, where each packed token comes from in the flattened
-            `(batch, columns)`; `batch * columns` for a place that stays unused.
-        query_ends, key_ends (`torch.Tensor`): `(batch + 1,)` int32, where the tokens of each row begin and end.
-        max_queries, max_keys (`int`): Tokens in the longest row.
+    How the tokens of padded rows lie behind each other in one sequence. An index `(total,)` int64 says where each of
+    them comes from in the flattened `(batch, columns)`: `batch * columns` for a place that stays unused.
     """
 
     query_index: torch.Tensor
     key_index: torch.Tensor
-    query_ends: torch.Tensor
+    query_ends: torch.Tensor  # `(batch + 1,)` int32, where the tokens of each row begin and end
     key_ends: torch.Tensor
-    max_queries: int
+    max_queries: int  # of the longest row
     max_keys: int
 
 
 @dataclass(frozen=True)
 class FlashKernel:
     """
-    A flash-attention forward of any origin.
-
-    Attributes:
-        name (`str`): What errors call it.
-        run (`Callable`): From query, key and value, `(batch, tokens, heads, head_dim)` without a `Packing` and
-            `(total, heads, head_dim)` with one, that `Packing` or None, scaling and softcap to the tuple that the
-            kernel returns.
-        has_softcap, has_packing (`bool`): Whether it takes these.
-        dtypes (`tuple[torch.dtype, ...]`): What it computes in.
+    A flash-attention forward of any origin. `run` takes query, key and value, `(batch, tokens, heads, head_dim)`
+    without a `Packing` and `(total, heads, head_dim)` with one, that `Packing` or None, scaling and softcap. It gives
+    the tuple that the kernel returns.
     """
 
     name: str
     run: Callable[..., Any]
     has_softcap: bool
-    has_packing: bool
     dtypes: tuple[torch.dtype, ...] = HALF_DTYPES
 
 
@@ -183,36 +164,20 @@ def attention_with_lse(
         check_shape("mask", mask, batch if mask.shape[0] != 1 else 1, 1, rows, key.shape[2])
     check_shape("key_mask", key_mask, batch, key.shape[2])
     check_dtype("key_mask", key_mask, torch.bool)
-    provider = _choose(implementation, query, key, value, mask, key_mask, softcap)
-    if provider is None:
-        return None
-    return provider(Attention(query, key, value, scaling, mask, key_mask, row_present, softcap))
-
-
-def can_give_lse(
-    implementation: str,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *,
-    mask: torch.Tensor | None = None,
-    key_mask: torch.Tensor | None = None,
-    softcap: float | None = None,
-) -> bool:
-    """Whether `attention_with_lse` has a provider for this call. Looks at shapes, strides, dtypes and devices only."""
-    return _choose(implementation, query, key, value, mask, key_mask, softcap) is not None
+    attention = Attention(query, key, value, scaling, mask, key_mask, row_present, softcap)
+    provider = _choose(implementation, attention)
+    return None if provider is None else provider(attention)
 
 
 def _choose(
-    implementation: str,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    key_mask: torch.Tensor | None,
-    softcap: float | None,
+    implementation: str, attention: Attention
 ) -> Callable[[Attention], tuple[torch.Tensor, torch.Tensor]] | None:
-    """The function that computes this attention. All that depends on the device is decided here."""
+    """
+    The function that computes this attention. All that depends on the device is decided here. It looks at shapes,
+    strides, dtypes and devices only.
+    """
+    query, key, value, softcap = attention.query, attention.key, attention.value, attention.softcap
+    mask, key_mask = attention.mask, attention.key_mask
     if needs_gradients(query, key, value) or not query.dtype == key.dtype == value.dtype:
         return None
     head_dim, value_dim = query.shape[-1], value.shape[-1]
@@ -220,7 +185,7 @@ def _choose(
         if softcap is not None or _is_cast(query) or (mask is not None and mask.dtype != torch.bool):
             return None
         if query.device.type == "cpu":
-            return _attend_on_cpu if _is_flash_on_cpu(query, key, value) else None
+            return cpu_attention if _is_flash_on_cpu(query, key, value) else None
         if query.device.type == "cuda" and query.dtype == torch.float32:
             return efficient_attention if _is_efficient_enabled() else None
         if mask is None and key_mask is None and _is_cudnn_chosen(query, key, value):
@@ -234,9 +199,7 @@ def _choose(
         head_dim % HEAD_DIM_STEP == 0 and head_dim <= MAX_HEAD_DIM and _has_torch_flash(query.device)
     ):
         return None
-    if (softcap is not None and not kernel.has_softcap) or (key_mask is not None and not kernel.has_packing):
-        return None
-    return functools.partial(flash_attention, kernel)
+    return None if softcap is not None and not kernel.has_softcap else functools.partial(flash_attention, kernel)
 
 
 def _is_cast(query: torch.Tensor) -> bool:
@@ -299,36 +262,16 @@ def _has_torch_flash(device: torch.device) -> bool:
 # "sdpa" on the CPU.
 
 
-def cpu_attention_with_lse(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scaling: float,
-    mask: torch.Tensor | None = None,
-    key_mask: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    The kernel that `scaled_dot_product_attention` runs on the CPU, called so that it also returns its log-sum-exp.
-
-    Args:
-        query (`torch.Tensor`): `(batch, heads, rows, head_dim)`.
-        key, value (`torch.Tensor`): `(batch, kv_heads, keys, head_dim)`.
-        scaling (`float`): Factor on the logits.
-        mask (`torch.Tensor`, *optional*): bool `(batch or 1, 1, rows, keys)`, True where attention is allowed.
-            Without, it is causal for as many keys as rows, and a single row sees every key.
-        key_mask (`torch.Tensor`, *optional*): bool `(batch, keys)`, False for the padding that `mask` leaves out. The
-            queries are the last `rows` columns.
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: output `(batch, rows, heads, head_dim)` and log-sum-exp `(batch, heads,
-        rows)`, minus infinity for a row without keys and for queries of padding.
-    """
+def cpu_attention(attention: Attention) -> tuple[torch.Tensor, torch.Tensor]:
+    """The kernel that `scaled_dot_product_attention` runs on the CPU, asked for its log-sum-exps, too."""
+    query, key_mask = attention.query, attention.key_mask
+    mask = None if attention.is_square else attention.allowed()
     # The kernel's own causality is aligned top-left, and its mask must be additive in the dtype of the query.
-    is_causal, bias = mask is None and query.shape[2] > 1, None
+    is_causal, bias = mask is None and attention.num_rows > 1, None
     if mask is not None:
         bias = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, float("-inf"))
     output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, 0.0, is_causal, attn_mask=bias, scale=scaling
+        query, attention.key, attention.value, 0.0, is_causal, attn_mask=bias, scale=attention.scaling
     )
     # The kernel gives zero for a row without keys. A token sees itself: only queries of padding can be without keys,
     # so that a `key_mask` saves looking through the whole mask.
@@ -337,12 +280,6 @@ def cpu_attention_with_lse(
     elif mask is not None:
         lse = lse.masked_fill(~mask.any(dim=-1), float("-inf"))
     return output.transpose(1, 2).contiguous(), lse
-
-
-def _attend_on_cpu(attention: Attention) -> tuple[torch.Tensor, torch.Tensor]:
-    call = attention
-    mask = None if call.is_square else call.allowed()
-    return cpu_attention_with_lse(call.query, call.key, call.value, call.scaling, mask, call.key_mask)
 
 
 def _without_padding(lse: torch.Tensor, key_mask: torch.Tensor) -> torch.Tensor:
@@ -493,12 +430,7 @@ def _find_lse(
 
 
 def _run_torch_flash(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    packing: Packing | None,
-    scaling: float,
-    softcap: None,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: Packing | None, scaling: float, softcap: None
 ) -> tuple[Any, ...]:
     if packing is None:
         ends: tuple[Any, ...] = (None, None, query.shape[1], key.shape[1])
@@ -509,7 +441,7 @@ def _run_torch_flash(
 
 # flash-attn 2 as torch brings it along: shared KV heads, causal bottom-right (torch's own `attention/bias.py` relies
 # on that). The schemas of torch 2.11 and 2.13 differ in what follows `scale` only, all of it optional.
-TORCH_FLASH = FlashKernel("torch's flash attention", _run_torch_flash, has_softcap=False, has_packing=True)
+TORCH_FLASH = FlashKernel("torch's flash attention", _run_torch_flash, has_softcap=False)
 
 
 # The generation of flash-attention behind an implementation. transformers takes these kernels where the package is not
@@ -540,12 +472,10 @@ _probed: dict[int, FlashKernel | None] = {}
 def flash_kernel(implementation: str) -> FlashKernel | None:
     """The kernel of a flash-attention implementation, with or without a revision; None if none is installed."""
     generation = GENERATIONS.get(implementation.split("@")[0])
-    if generation is None:
-        return None
     # A dict and not `functools.cache`, which compilers trace into.
-    if generation not in _probed:
+    if generation is not None and generation not in _probed:
         _probed[generation] = _probe(generation)
-    return _probed[generation]
+    return _probed.get(generation)
 
 
 def _probe(generation: int) -> FlashKernel | None:
@@ -560,10 +490,10 @@ def _probe(generation: int) -> FlashKernel | None:
     return TORCH_FLASH if generation == 2 else None
 
 
-def kernel_of_module(module: ModuleType, dtypes: tuple[torch.dtype, ...] = HALF_DTYPES) -> FlashKernel:
+def kernel_of_module(module: ModuleType, dtypes: tuple[torch.dtype, ...]) -> FlashKernel:
     """The kernel of a package with `flash_attn_func` and, for packed rows, `flash_attn_varlen_func`."""
-    dense, packed = module.flash_attn_func, getattr(module, "flash_attn_varlen_func", None)
-    names = {function: set(inspect.signature(function).parameters) for function in (dense, packed) if function}
+    functions = {False: module.flash_attn_func, True: module.flash_attn_varlen_func}
+    names = {is_packed: set(inspect.signature(function).parameters) for is_packed, function in functions.items()}
 
     def run(
         query: torch.Tensor,
@@ -573,19 +503,14 @@ def kernel_of_module(module: ModuleType, dtypes: tuple[torch.dtype, ...] = HALF_
         scaling: float,
         softcap: float | None,
     ) -> Any:
-        function = dense if packing is None else packed
+        is_packed = packing is not None
         arguments: dict[str, Any] = {"softmax_scale": scaling, "causal": True}
         if packing is not None:
-            arguments |= {
-                "cu_seqlens_q": packing.query_ends,
-                "cu_seqlens_k": packing.key_ends,
-                "max_seqlen_q": packing.max_queries,
-                "max_seqlen_k": packing.max_keys,
-            }
+            arguments |= {"cu_seqlens_q": packing.query_ends, "cu_seqlens_k": packing.key_ends}
+            arguments |= {"max_seqlen_q": packing.max_queries, "max_seqlen_k": packing.max_keys}
         if softcap is not None:
             arguments["softcap"] = softcap
-        arguments |= {name: True for name in LSE_ARGUMENTS if name in names[function]}
-        return function(query, key, value, **arguments)
+        arguments |= {name: True for name in LSE_ARGUMENTS if name in names[is_packed]}
+        return functions[is_packed](query, key, value, **arguments)
 
-    has_softcap = all("softcap" in taken for taken in names.values())
-    return FlashKernel(module.__name__, run, has_softcap, packed is not None, dtypes)
+    return FlashKernel(module.__name__, run, all("softcap" in taken for taken in names.values()), dtypes)

@@ -10,7 +10,7 @@ import itertools
 import torch
 
 from pyramid_cache.ops.reference import grouped_logits
-from pyramid_cache.ops.registration import check_dtype, check_heads, check_shape, needs_gradients, register
+from pyramid_cache.ops.registration import check_dtype, check_query, check_shape, kernels, needs_gradients, register
 from pyramid_cache.ops.transfer import numbers_on
 
 
@@ -45,13 +45,11 @@ def decode_packed_attention(
         `(batch, kv_heads, latest)` of the latest.
 
     Raises:
-        ValueError: For shapes that do not fit.
+        ValueError: For shapes and dtypes that do not fit.
     """
-    check_shape("query", query, None, None, 1, None)
-    batch, heads, _, head_dim = query.shape
-    check_shape("key", key, batch, None, None, head_dim)
-    check_heads(heads, key.shape[1])
-    check_shape("value", value, batch, key.shape[1], key.shape[2], None)
+    check_query(query, key, rows=1)
+    check_shape("value", value, *key.shape[:3], None)
+    batch, head_dim = query.shape[0], query.shape[3]
     if len(lengths) != batch * key.shape[1] or not key.shape[2]:
         raise ValueError(
             f"`lengths` has {len(lengths)} numbers for {batch} rows of {key.shape[1]} KV heads, and `key` "
@@ -59,6 +57,8 @@ def decode_packed_attention(
         )
     check_shape("packed_key", packed_key, sum(lengths), head_dim)
     check_shape("packed_value", packed_value, sum(lengths), value.shape[3])
+    check_dtype("packed_key", packed_key, key.dtype)
+    check_dtype("packed_value", packed_value, value.dtype)
     check_shape("starts", starts, len(lengths) + 1)
     check_dtype("starts", starts, torch.int64)
     arguments = (query, packed_key, packed_value, lengths, key, value, scaling, softcap, starts)
@@ -147,22 +147,17 @@ def decode_one_by_one(
     )
 
 
-def _on_cuda(*arguments) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The Triton kernels, imported when they are first called."""
-    try:
-        from pyramid_cache.ops import triton_packed
-    except ImportError:
-        return decode_as_one(*arguments)
-    return triton_packed.decode_packed_attention(*arguments)
+def _on_cuda(query, packed_key, packed_value, lengths, key, value, *rest):
+    # Packed tensors may be empty, which the kernels take.
+    module = kernels("triton_packed", query, key, value)
+    run = decode_as_one if module is None else module.decode_packed_attention
+    return run(query, packed_key, packed_value, lengths, key, value, *rest)
 
 
-def _fake(query, packed_key, packed_value, lengths, key, value, scaling, softcap, starts):
-    batch, heads = query.shape[:2]
-    return (
-        value.new_empty(batch, 1, heads, value.shape[3]),
-        packed_key.new_empty(packed_key.shape[0], dtype=torch.float32),
-        key.new_empty(key.shape[:3], dtype=torch.float32),
-    )
+def _fake(query, packed_key, packed_value, lengths, key, value, *rest):
+    output = value.new_empty(query.shape[0], 1, query.shape[1], value.shape[3])
+    sums = (states.new_empty(states.shape[:-1], dtype=torch.float32) for states in (packed_key, key))
+    return output, *sums
 
 
 _decode_packed_attention = register(

@@ -1,18 +1,22 @@
 """
-The specification of the attention ops of `pyramid_cache.ops.scores`, in plain PyTorch on any device.
-
-Everything is accumulated in float32, and queries are taken in chunks, so that no `query x key` matrix is ever
-materialised. Scores are sums over the query heads that share a KV head.
+The attention ops of `pyramid_cache.ops.scores` in plain PyTorch: for the CPU, and for devices and dtypes that the
+Triton kernels do not take. No matrix of all queries and all keys is ever made.
 """
 
-from collections.abc import Iterator
+from typing import Any
 
 import torch
 
 
-# Elements of the logits of one chunk: 16 MiB in float32. Larger ones cost page faults on the CPU and memory
-# everywhere.
+# Elements of the logits of one chunk of `row_lse`: 16 MiB in float32. Larger ones cost page faults on the CPU and
+# memory everywhere.
 CHUNK_ELEMENTS = 1 << 22
+# Tiles of `attention_scores`, which stay in the processor's cache. Twice as many elements cost no more at 8,192
+# tokens, half as many a tenth more, on two cores.
+ROWS_PER_TILE = 64
+TILE_ELEMENTS = 1 << 20
+# In base 2, because torch takes three and a half times as long for `exp` as for `exp2`: a third of all there is to do.
+LOG2E = 1.4426950408889634
 
 
 def grouped_logits(query: torch.Tensor, key: torch.Tensor, scaling: float, softcap: float | None) -> torch.Tensor:
@@ -32,9 +36,9 @@ def grouped_logits(query: torch.Tensor, key: torch.Tensor, scaling: float, softc
 
 def softmax_of_logits(
     logits: torch.Tensor, mask: torch.Tensor | None = None, sink_logits: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor:
     """
-    Attention probabilities as models of every family make them, and the logarithm of what they were divided by.
+    Attention probabilities as models of every family make them, of the shape of the logits.
 
     Args:
         logits (`torch.Tensor`): float32 `(batch, kv_heads, group, rows, keys)`, scaled and capped.
@@ -42,25 +46,12 @@ def softmax_of_logits(
             that may attend to nothing gets zeros.
         sink_logits (`torch.Tensor`, *optional*): `(heads,)` learned attention sinks, as in gpt-oss: they take part in
             the normalisation and are then dropped.
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: of the shape of `logits`; and log-sum-exps `(batch, kv_heads, group,
-        rows)`, minus infinity where a row attends to nothing.
     """
     if mask is not None:
         logits = logits.masked_fill(~mask, float("-inf"))
-    logits = with_sinks(logits, sink_logits)
-    probabilities = torch.softmax(logits, dim=-1)
-    # The largest probability tells the divisor, for a quarter of the time that `logsumexp` takes beside the softmax.
-    highest = logits.amax(dim=-1)
-    lse = highest - probabilities.amax(dim=-1).log()
-    if sink_logits is not None:
-        probabilities = probabilities[..., :-1]
-    if mask is not None:
-        # A softmax over nothing is 0/0: such a row attends to nothing.
-        probabilities = probabilities.masked_fill(~mask, 0.0)
-        lse = lse.masked_fill(highest == float("-inf"), float("-inf"))
-    return probabilities, lse
+    probabilities = torch.softmax(with_sinks(logits, sink_logits), dim=-1)[..., : logits.shape[-1]]
+    # A softmax over nothing is 0/0.
+    return probabilities if mask is None else probabilities.masked_fill(~mask, 0.0)
 
 
 def with_sinks(logits: torch.Tensor, sink_logits: torch.Tensor | None) -> torch.Tensor:
@@ -70,14 +61,6 @@ def with_sinks(logits: torch.Tensor, sink_logits: torch.Tensor | None) -> torch.
     batch, kv_heads, group, rows, _ = logits.shape
     column = sink_logits.float().view(1, kv_heads, group, 1, 1).expand(batch, -1, -1, rows, -1)
     return torch.cat([logits, column], dim=-1)
-
-
-def causal_chunks(batch: int, heads: int, rows: int, keys: int) -> Iterator[tuple[int, int, int]]:
-    """Yields `start, stop` of the rows that are taken at once, and how many keys the last of them sees."""
-    rows_per_chunk = max(CHUNK_ELEMENTS // max(batch * heads * keys, 1), 1)
-    for start in range(0, rows, rows_per_chunk):
-        stop = min(start + rows_per_chunk, rows)
-        yield start, stop, keys - rows + stop
 
 
 def causal_mask(start: int, stop: int, rows: int, keys: int, device: torch.device) -> torch.Tensor:
@@ -102,7 +85,7 @@ def row_lse(
         query (`torch.Tensor`): `(batch, heads, rows, head_dim)`, the last queries of the sequence.
         key (`torch.Tensor`): `(batch, kv_heads, keys, head_dim)`, `rows <= keys`.
         scaling (`float`): factor on the logits.
-        key_mask (`torch.Tensor`, *optional*): bool `(batch, kv_heads or 1, keys)`, False for padding and empty slots.
+        key_mask (`torch.Tensor`, *optional*): bool `(batch, keys)`, False for padding.
         softcap (`float`, *optional*): Logits become `softcap * tanh(logits / softcap)`, as in Gemma 2.
         sink_logits (`torch.Tensor`, *optional*): `(heads,)` learned attention sinks, as in gpt-oss, which take part in
             it.
@@ -114,10 +97,13 @@ def row_lse(
     keys = key.shape[2]
     lse = torch.empty(batch, heads, rows, dtype=torch.float32, device=key.device)
     query, key = query.float(), key.float()
-    for start, stop, visible in causal_chunks(batch, heads, rows, keys):
+    rows_per_chunk = max(CHUNK_ELEMENTS // max(batch * heads * keys, 1), 1)
+    for start in range(0, rows, rows_per_chunk):
+        stop = min(start + rows_per_chunk, rows)
+        visible = keys - rows + stop
         allowed = causal_mask(start, stop, rows, keys, key.device)
         if key_mask is not None:
-            allowed = allowed & key_mask[:, :, None, None, :visible]
+            allowed = allowed & key_mask[:, None, None, None, :visible]
         logits = grouped_logits(query[:, :, start:stop], key[:, :, :visible], scaling, softcap)
         logits = with_sinks(logits.masked_fill(~allowed, float("-inf")), sink_logits)
         lse[:, :, start:stop] = logits.logsumexp(dim=-1).flatten(1, 2)
@@ -132,34 +118,61 @@ def attention_scores(
     key_start: torch.Tensor | None,
     scaling: float,
     softcap: float | None,
-    group_sum: bool,
 ) -> torch.Tensor:
-    """The specification of `pyramid_cache.ops.scores.attention_scores`."""
-    batch, heads, rows, _ = query.shape
-    kv_heads, keys = key.shape[1], key.shape[2]
-    group = heads // kv_heads
-    query, key = query.float(), key.float()
-    scores = torch.zeros(batch, kv_heads, group, keys, dtype=torch.float32, device=key.device)
+    """
+    With the log-sum-exps known, one pass over tiles: no softmax and no maximum. Half precision is widened tile by
+    tile: logits rounded to bfloat16 would be off by percents, and on the CPU their product costs as much as one in
+    float32.
+    """
+    batch, heads, num_rows, head_dim = query.shape
+    kv_heads, num_keys = key.shape[1], key.shape[2]
+    group, offset = heads // kv_heads, num_keys - num_rows
+    scores = torch.zeros(batch, kv_heads, num_keys, dtype=torch.float32, device=key.device)
+    if not num_rows:
+        return scores
     # A row that attends to nothing, or does not count, must not bring its infinite exponentials in.
-    contributes = lse.isfinite() | lse.isnan()
+    is_idle = lse.isinf()
     if row_weights is not None:
-        contributes = contributes & (row_weights != 0)[:, None]
-    lse = lse.masked_fill(~contributes, float("inf"))
-    for start, stop, visible in causal_chunks(batch, heads, rows, keys):
-        allowed = causal_mask(start, stop, rows, keys, key.device)
-        if key_start is not None:
-            is_token = torch.arange(visible, device=key.device) >= key_start[:, None]  # (batch, visible)
-            allowed = allowed & is_token[:, None] & is_token[:, -(stop - start) :, None]
-            allowed = allowed[:, None, None]
-        logits = grouped_logits(query[:, :, start:stop], key[:, :, :visible], scaling, softcap)
-        chunk_lse = lse[:, :, start:stop].view(batch, kv_heads, group, -1, 1)
-        # Chosen and not multiplied: a row that does not contribute may hold anything.
-        allowed = allowed & (chunk_lse != float("inf"))
-        probabilities = (logits - chunk_lse).exp().masked_fill(~allowed, 0.0)
-        if row_weights is not None:
-            probabilities = probabilities * row_weights[:, None, None, start:stop, None]
-        scores[..., :visible] += probabilities.sum(dim=3)
-    return scores.sum(dim=2) if group_sum else scores.flatten(1, 2)
+        is_idle |= (row_weights == 0)[:, None]
+        row_weights = row_weights.expand(batch, -1)
+    lse = (lse * LOG2E).masked_fill_(is_idle, float("inf")).reshape(batch, kv_heads, group, num_rows, 1)
+    query = query.reshape(batch, kv_heads, group, num_rows, head_dim)
+    factor = scaling if softcap else scaling * LOG2E
+    first_keys = [0] * batch if key_start is None else key_start.tolist()
+    rows_per_tile = min(ROWS_PER_TILE, num_rows)
+    keys_per_tile = min(max(TILE_ELEMENTS // (heads * rows_per_tile), rows_per_tile), num_keys)
+    workspace = torch.empty(heads * rows_per_tile * keys_per_tile, dtype=torch.float32, device=key.device)
+    future = torch.ones(rows_per_tile, rows_per_tile, dtype=torch.bool, device=key.device).triu_(1)
+    for row, first_key in enumerate(first_keys):
+        transposed = key[row].transpose(1, 2).float()
+        for start in range(max(first_key - offset, 0), num_rows, rows_per_tile):
+            stop = min(start + rows_per_tile, num_rows)
+            rows = stop - start
+            tile_query = query[row, :, :, start:stop].reshape(kv_heads, group * rows, head_dim).float() * factor
+            tile_lse = lse[row, :, :, start:stop].reshape(kv_heads, group * rows, 1)
+            # NaN less infinity would be NaN.
+            tile_query.masked_fill_(tile_lse == float("inf"), 0.0)
+            diagonal, visible = offset + start, offset + stop
+            for left in range(first_key, visible, keys_per_tile):
+                right = min(left + keys_per_tile, visible)
+                tile = workspace[: heads * rows * (right - left)].view(kv_heads, group * rows, right - left)
+                tile_key = transposed[:, :, left:right]
+                if softcap:
+                    torch.bmm(tile_query, tile_key, out=tile)
+                    tile.div_(softcap).tanh_().mul_(softcap * LOG2E).sub_(tile_lse)
+                else:
+                    torch.baddbmm(tile_lse.expand_as(tile), tile_query, tile_key, beta=-1, out=tile)
+                if right > diagonal:
+                    first = max(left, diagonal)
+                    hidden = future[:rows, first - diagonal : right - diagonal]
+                    tile.view(kv_heads, group, rows, -1)[..., first - left :].masked_fill_(hidden, float("-inf"))
+                probabilities = tile.exp2_()
+                if row_weights is None:
+                    scores[row, :, left:right] += probabilities.sum(dim=1)
+                else:
+                    weights = row_weights[row, start:stop].repeat(group).expand(kv_heads, 1, -1)
+                    scores[row, :, left:right] += torch.bmm(weights, probabilities).squeeze(1)
+    return scores
 
 
 def decode_probabilities(
@@ -170,14 +183,13 @@ def decode_probabilities(
     *,
     scaling: float,
     softcap: float | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor:
     """
-    The probabilities `(batch, kv_heads, group, slots)` float32 of `decode_attention`, head by head, and its
-    log-sum-exps `(batch, heads)`. Products are made in the precision of the inputs.
+    The probabilities `(batch, kv_heads, group, slots)` float32 of `decode_attention`, head by head. Products are made
+    in the precision of the inputs.
     """
     mask = None if mask is None else mask[:, :, None, None, :]
-    probabilities, lse = softmax_of_logits(grouped_logits(query, key, scaling, softcap), mask, sink_logits)
-    return probabilities.squeeze(3), lse.flatten(1)
+    return softmax_of_logits(grouped_logits(query, key, scaling, softcap), mask, sink_logits).squeeze(3)
 
 
 def decode_attention(
@@ -188,53 +200,16 @@ def decode_attention(
     sink_logits: torch.Tensor | None,
     scaling: float,
     softcap: float | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The specification of `pyramid_cache.ops.scores.decode_attention`."""
-    wide = (query.float(), key.float(), value.float())
-    output, lse, probabilities = decode_in_given_precision(*wide, mask, sink_logits, scaling, softcap)
-    return output.to(value.dtype), lse, probabilities
-
-
-def decode_in_given_precision(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    sink_logits: torch.Tensor | None,
-    scaling: float,
-    softcap: float | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`decode_attention` with products in the precision of the inputs, as transformers' eager attention makes them."""
-    probabilities, lse = decode_probabilities(query, key, mask, sink_logits, scaling=scaling, softcap=softcap)
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """With products in the precision of the inputs, as transformers' eager attention makes them."""
+    probabilities = decode_probabilities(query, key, mask, sink_logits, scaling=scaling, softcap=softcap)
     output = torch.matmul(probabilities.to(value.dtype), value)  # (batch, kv_heads, group, value_dim)
-    output = output.view(query.shape[0], 1, query.shape[1], value.shape[-1])
-    return output, lse, probabilities.sum(dim=2)
+    return output.view(query.shape[0], 1, query.shape[1], value.shape[-1]), probabilities.sum(dim=2)
 
 
-def split_attention(
-    parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]],
-    *,
-    scaling: float,
-    softcap: float | None = None,
-    sink_logits: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """
-    Attention over several sets of keys at once, each of which sees the queries turned in a way of its own.
-
-    Args:
-        parts: Query `(batch, heads, rows, head_dim)`, key and value `(batch, kv_heads, keys, head_dim)` and a bool
-            mask `(batch, 1, rows, keys)`, True where attention is allowed, for each set of keys.
-        scaling, softcap, sink_logits: as in `row_lse`.
-
-    Returns:
-        `torch.Tensor`: `(batch, rows, heads, value_dim)`; zeros for a row that may attend to nothing.
-    """
-    logits = torch.cat([grouped_logits(query, key, scaling, softcap) for query, key, _, _ in parts], dim=-1)
-    mask = torch.cat([mask for *_, mask in parts], dim=-1)[:, :, None]
-    probabilities = softmax_of_logits(logits, mask, sink_logits)[0].flatten(2, 3)
-    values = [value for _, _, value, _ in parts]
-    widths = [value.shape[2] for value in values]
-    shares = probabilities.to(values[0].dtype).split(widths, dim=-1)
-    output = sum(share @ value for share, value in zip(shares, values, strict=True))
-    batch, heads, rows, _ = parts[0][0].shape
-    return output.view(batch, heads, rows, -1).transpose(1, 2)
+def decode_in_float32(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`decode_attention` with products in float32, as the kernels make them."""
+    output, probabilities = decode_attention(query.float(), key.float(), value.float(), *rest)
+    return output.to(value.dtype), probabilities

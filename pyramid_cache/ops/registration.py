@@ -6,10 +6,18 @@ an op that is called once per layer and token. The ops are for inference: the pu
 gradients are asked for, and an op that is called directly refuses.
 """
 
+import functools
+import importlib
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
+
+
+# What the kernels of attention take.
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_HEAD_DIM = 256
 
 
 def register(schema: str, *, cpu: Callable, cuda: Callable, fake: Callable) -> Callable:
@@ -52,8 +60,8 @@ def as_given(name: str, kernel: Callable, device_type: str) -> Callable:
     def run(*arguments):
         if needs_gradients(*arguments):
             raise NotImplementedError(
-                f"`torch.ops.pyramid_cache.{name}` has no gradient. Call it under `torch.no_grad()`; for scores and "
-                "decoding, the functions of `pyramid_cache.ops` are differentiable."
+                f"`torch.ops.pyramid_cache.{name}` has no gradient. Call it under `torch.no_grad()`; the functions "
+                "of `pyramid_cache.ops` that decode are differentiable."
             )
         if torch.is_autocast_enabled(device_type):
             with torch.autocast(device_type, enabled=False):
@@ -61,6 +69,27 @@ def as_given(name: str, kernel: Callable, device_type: str) -> Callable:
         return kernel(*arguments)
 
     return run
+
+
+def kernels(module: str, *states: torch.Tensor) -> ModuleType | None:
+    """The Triton kernels in a module of the package, if they take such queries, keys and values."""
+    dtype = states[0].dtype
+    fits = all(state.dtype == dtype and state.shape[-1] <= MAX_HEAD_DIM and state.numel() > 0 for state in states)
+    return kernels_of(module, states[0].device) if fits and dtype in KERNEL_DTYPES else None
+
+
+@functools.cache
+def kernels_of(module: str, device: torch.device) -> ModuleType | None:
+    """
+    The Triton kernels in a module of the package, imported when they are first asked for. None where there is no
+    Triton, as on Windows, and for GPUs older than NVIDIA's of 2020, whose shared memory is too small for the blocks.
+    """
+    if torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 0):
+        return None
+    try:
+        return importlib.import_module(f"pyramid_cache.ops.{module}")
+    except ImportError:
+        return None
 
 
 def check_shape(name: str, tensor: torch.Tensor | None, *shape: int | None) -> None:

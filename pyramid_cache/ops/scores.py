@@ -1,15 +1,15 @@
 """
 Attention that also tells how much each key was attended to: the public functions, and the ops they call.
 
-`pyramid_cache.ops.reference` is their specification, `cpu` and `triton_scores` are what computes them.
+Their docstrings are the specification. `reference` computes them on the CPU, `triton_scores` on CUDA.
 """
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 
-from pyramid_cache.ops import cpu, reference
-from pyramid_cache.ops.registration import check_dtype, check_query, check_shape, needs_gradients, register
+from pyramid_cache.ops import reference
+from pyramid_cache.ops.registration import check_dtype, check_query, check_shape, kernels, needs_gradients, register
 
 
 def attention_scores(
@@ -21,7 +21,6 @@ def attention_scores(
     row_weights: torch.Tensor | None = None,
     key_start: torch.Tensor | None = None,
     softcap: float | None = None,
-    group_sum: bool = True,
 ) -> torch.Tensor:
     """
     How much attention each key receives from the given query rows, out of the log-sum-exps of the attention that ran:
@@ -40,13 +39,13 @@ def attention_scores(
         key_start (`torch.Tensor`, *optional*): `(batch,)` int32, how many columns of padding each row of the batch
             begins with. Their keys get 0, and their queries add nothing.
         softcap (`float`, *optional*): Logits are `softcap * tanh(logits / softcap)`, as in Gemma 2.
-        group_sum (`bool`, defaults to `True`): Sums over the query heads that share a KV head.
 
     Returns:
-        `torch.Tensor`: `(batch, kv_heads, keys)` float32, or `(batch, heads, keys)` with `group_sum=False`.
+        `torch.Tensor`: `(batch, kv_heads, keys)` float32, summed over the query heads that share a KV head.
 
     Raises:
         ValueError: For shapes and dtypes that do not fit.
+        NotImplementedError: Where autograd would record it.
     """
     check_query(query, key)
     check_dtype("key", key, query.dtype)
@@ -60,8 +59,7 @@ def attention_scores(
         check_dtype("row_weights", row_weights, torch.float32)
     check_shape("key_start", key_start, batch)
     check_dtype("key_start", key_start, torch.int32)
-    arguments = (query, key, lse, row_weights, key_start, scaling, softcap, group_sum)
-    return reference.attention_scores(*arguments) if needs_gradients(*arguments) else _attention_scores(*arguments)
+    return _attention_scores(query, key, lse, row_weights, key_start, scaling, softcap)
 
 
 def decode_attention(
@@ -73,10 +71,10 @@ def decode_attention(
     mask: torch.Tensor | None = None,
     softcap: float | None = None,
     sink_logits: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Attention of one query per row over slots in any order, with the probabilities it used. Keys and values are read
-    once.
+    once. It is differentiable.
 
     Args:
         query (`torch.Tensor`): `(batch, heads, 1, head_dim)`.
@@ -88,70 +86,80 @@ def decode_attention(
             the normalisation and are then dropped.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: the output `(batch, 1, heads, value_dim)`, laid out as
-        attention functions of transformers return it; log-sum-exps `(batch, heads)` float32, sinks included; and
-        probabilities `(batch, kv_heads, slots)` float32, summed over the query heads that share a KV head. Where all
-        slots of a head are empty: zeros, minus infinity, zeros.
+        `tuple[torch.Tensor, torch.Tensor]`: the output `(batch, 1, heads, value_dim)`, laid out as attention functions
+        of transformers return it; and probabilities `(batch, kv_heads, slots)` float32, summed over the query heads
+        that share a KV head. Both are zeros where all slots of a head are empty.
 
     Raises:
         ValueError: For shapes and dtypes that do not fit.
     """
-    _check_decode(query, key, value, sink_logits)
+    check_query(query, key, rows=1)
+    check_dtype("key", key, query.dtype)
+    check_shape("value", value, *key.shape[:3], None)
+    check_shape("sink_logits", sink_logits, query.shape[1])
     if mask is not None:
         check_shape("mask", mask, key.shape[0], None, key.shape[2])
         check_shape("mask", mask, key.shape[0], key.shape[1] if mask.shape[1] != 1 else 1, key.shape[2])
         check_dtype("mask", mask, torch.bool)
     arguments = (query, key, value, mask, sink_logits, scaling, softcap)
-    return reference.decode_attention(*arguments) if needs_gradients(*arguments) else _decode_attention(*arguments)
+    return reference.decode_in_float32(*arguments) if needs_gradients(*arguments) else _decode_attention(*arguments)
 
 
-def _check_decode(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sink_logits: torch.Tensor | None
-) -> None:
-    check_query(query, key, rows=1)
-    check_dtype("key", key, query.dtype)
-    check_shape("value", value, *key.shape[:3], None)
-    check_shape("sink_logits", sink_logits, query.shape[1])
-
-
-def _fake_scores(query, key, lse, row_weights, key_start, scaling, softcap, group_sum):
-    heads = key.shape[1] if group_sum else query.shape[1]
-    return key.new_empty(key.shape[0], heads, key.shape[2], dtype=torch.float32)
-
-
-def _fake_decode(query, key, value, mask, sink_logits, scaling, softcap):
-    batch, heads = query.shape[:2]
+def is_plain_on_cpu(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scaling: float,
+    softcap: float | None = None,
+    sink_logits: torch.Tensor | None = None,
+) -> bool:
+    """Whether the CPU's float32 attention kernel computes this attention."""
     return (
-        value.new_empty(batch, 1, heads, value.shape[3]),
-        value.new_empty(batch, heads, dtype=torch.float32),
-        value.new_empty(key.shape[:3], dtype=torch.float32),
+        query.device.type == "cpu"
+        and query.dtype == key.dtype == value.dtype == torch.float32
+        and query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
+        and min(query.shape[2], key.shape[2]) > 0
+        and not torch.is_autocast_enabled("cpu")
+        and key.shape == value.shape
+        and not torch.is_grad_enabled()
+        and softcap is None
+        and sink_logits is None
     )
 
 
-def _cuda(name: str, fallback: Callable) -> Callable:
-    """The Triton kernel of that name, imported at its first call; `fallback` where there is no Triton (Windows)."""
+def _fake_scores(query, key, *rest):
+    return key.new_empty(key.shape[:3], dtype=torch.float32)
 
-    def run(*arguments):
-        try:
-            from pyramid_cache.ops import triton_scores as kernels
-        except ImportError:
-            return fallback(*arguments)
-        return getattr(kernels, name)(*arguments)
 
-    return run
+def _fake_decode(query, key, value, *rest):
+    output = value.new_empty(query.shape[0], 1, query.shape[1], value.shape[3])
+    return output, value.new_empty(key.shape[:3], dtype=torch.float32)
+
+
+def _scores_on_cuda(query: torch.Tensor, key: torch.Tensor, *rest: Any) -> torch.Tensor:
+    return (kernels("triton_scores", query, key) or reference).attention_scores(query, key, *rest)
+
+
+def _decode_on_cuda(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    module = kernels("triton_scores", query, key, value)
+    run = reference.decode_in_float32 if module is None else module.decode_attention
+    return run(query, key, value, *rest)
 
 
 _attention_scores = register(
     "attention_scores(Tensor query, Tensor key, Tensor lse, Tensor? row_weights, Tensor? key_start, float scaling, "
-    "float? softcap, bool group_sum) -> Tensor",
-    cpu=cpu.attention_scores,
-    cuda=_cuda("attention_scores", reference.attention_scores),
+    "float? softcap) -> Tensor",
+    cpu=reference.attention_scores,
+    cuda=_scores_on_cuda,
     fake=_fake_scores,
 )
 _decode_attention = register(
     "decode_attention(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? sink_logits, float scaling, "
-    "float? softcap) -> (Tensor, Tensor, Tensor)",
-    cpu=reference.decode_in_given_precision,
-    cuda=_cuda("decode_attention", reference.decode_attention),
+    "float? softcap) -> (Tensor, Tensor)",
+    cpu=reference.decode_attention,
+    cuda=_decode_on_cuda,
     fake=_fake_decode,
 )

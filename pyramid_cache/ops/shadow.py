@@ -9,16 +9,16 @@ Chunk `c` is the tokens `c * chunk_size` to `(c + 1) * chunk_size - 1` of a row'
 `p * chunk_size` to `(p + 1) * chunk_size - 1` of the buffer. Keys carry their rotation, so a chunk may be in any
 place. Where the last chunk is short, the slots that it leaves keep what they held, and must not be attended to.
 
-`pyramid_cache.ops.shadow_reference` is the specification of the ops, `triton_shadow` has their CUDA kernels.
+The docstrings are the specification. `shadow_reference` computes the ops on the CPU, `triton_shadow` on CUDA.
 """
 
-from types import ModuleType
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
-from pyramid_cache.ops import shadow_cpu, shadow_reference
-from pyramid_cache.ops.launching import has_kernels
-from pyramid_cache.ops.registration import check_dtype, check_query, check_shape, register
+from pyramid_cache.ops import shadow_reference
+from pyramid_cache.ops.registration import KERNEL_DTYPES, check_dtype, check_query, check_shape, kernels_of, register
 
 
 # Factors and landmarks may be stored in one byte a number; whoever quantises them puts their scale into the other
@@ -32,21 +32,20 @@ def select_chunks(
     *,
     num_chunks: int,
     scaling: float,
-    mask: torch.Tensor | None = None,
+    mask: torch.Tensor,
 ) -> torch.Tensor:
     """
-    The chunks that a query attends to most, by their landmarks: of each query head's softmax over the landmarks,
-    summed over the query rows, the largest of a group of heads counts.
+    The chunks that a query attends to most, by their landmarks: of each query head's softmax over the landmarks, the
+    largest of a group of heads counts.
 
     Args:
-        query (`torch.Tensor`): `(batch, heads, rows, head_dim)`, rotated. Without left padding where there are several
-            rows: each of them counts.
+        query (`torch.Tensor`): `(batch, heads, 1, head_dim)`, rotated.
         landmarks (`torch.Tensor`): `(batch, kv_heads, chunks, head_dim)`, one vector for each chunk, such as the
             mean of its keys. In the query's dtype or one of `QUANTIZED_DTYPES`.
         num_chunks (`int`): How many chunks each KV head takes.
         scaling (`float`): Factor on the logits.
-        mask (`torch.Tensor`, *optional*): bool `(batch, kv_heads or 1, chunks)`, False for a chunk that must not be
-            taken: there is none, or it is held elsewhere.
+        mask (`torch.Tensor`): bool `(batch, kv_heads, chunks)`, False for a chunk that must not be taken: there is
+            none, or it is held elsewhere.
 
     Returns:
         `torch.Tensor`: `(batch, kv_heads, num_chunks)` int64, distinct chunks, those attended to most first, then -1
@@ -55,16 +54,12 @@ def select_chunks(
     Raises:
         ValueError: For shapes and dtypes that do not fit.
     """
-    check_query(query, landmarks, name="landmarks")
-    batch, kv_heads, chunks, _ = landmarks.shape
+    check_query(query, landmarks, name="landmarks", rows=1)
     check_dtype("landmarks", landmarks, query.dtype, *QUANTIZED_DTYPES)
     if num_chunks < 1:
         raise ValueError(f"`num_chunks` must be at least 1, but is {num_chunks}.")
-    if mask is not None:
-        check_shape("mask", mask, batch, None, chunks)
-        if mask.shape[1] not in (1, kv_heads):
-            raise ValueError(f"`mask` must be for 1 or {kv_heads} heads, but has the shape {tuple(mask.shape)}.")
-        check_dtype("mask", mask, torch.bool)
+    check_shape("mask", mask, *landmarks.shape[:3])
+    check_dtype("mask", mask, torch.bool)
     return _select_chunks(query, landmarks, mask, num_chunks, scaling)
 
 
@@ -99,30 +94,26 @@ def reconstruct_keys(
     low_rank: torch.Tensor,
     basis: torch.Tensor,
     incoming: torch.Tensor,
-    positions: torch.Tensor,
     inverse_frequencies: torch.Tensor,
     *,
     chunk_size: int,
-    attention_scaling: float = 1.0,
     interleaved: bool = False,
 ) -> None:
     """
     Writes the keys of the incoming chunks into their places: `low_rank @ basis`, in float32, rotated to where the
-    tokens were in the prompt.
+    tokens are in the storage.
 
     Args:
         buffer (`torch.Tensor`): `(batch, kv_heads, places * chunk_size, head_dim)`, may be a slice of a larger one.
             Only the slots of tokens that are loaded change.
-        low_rank (`torch.Tensor`): `(batch, tokens, rank)`, the factor that all heads share, of floats or in one of
-            `QUANTIZED_DTYPES`. The last chunk may have fewer tokens than others.
+        low_rank (`torch.Tensor`): `(batch, tokens, rank)`, the factor that all heads share, in the dtype of the basis
+            or in one of `QUANTIZED_DTYPES`. The last chunk may have fewer tokens than others.
         basis (`torch.Tensor`): `(batch, kv_heads, rank, head_dim)`, the factor of each head.
         incoming (`torch.Tensor`): `(batch, kv_heads, places)` int64 from `plan_chunks`. Chunks that do not exist are
             left out, as -1 is.
-        positions (`torch.Tensor`): `(batch, tokens)` int32, the tokens' positions.
         inverse_frequencies (`torch.Tensor`): `(rotary_dim / 2,)` float32. The first `rotary_dim` dimensions of a head
             turn, by angles that are rounded to float32 as models round them; the others are left as they are.
         chunk_size (`int`): Tokens of a chunk.
-        attention_scaling (`float`, defaults to 1.0): Factor on cosines and sines (yarn, longrope).
         interleaved (`bool`, defaults to `False`): Dimension `2 i` turns with `2 i + 1` (GLM, Cohere), not `i` with
             `i + rotary_dim / 2` (Llama).
 
@@ -132,39 +123,21 @@ def reconstruct_keys(
     batch, kv_heads = _check_buffer(buffer, incoming, chunk_size)
     head_dim = buffer.shape[3]
     check_shape("low_rank", low_rank, batch, None, None)
-    tokens, rank = low_rank.shape[1:]
-    check_shape("basis", basis, batch, kv_heads, rank, head_dim)
-    check_shape("positions", positions, batch, tokens)
+    check_shape("basis", basis, batch, kv_heads, low_rank.shape[2], head_dim)
     check_shape("inverse_frequencies", inverse_frequencies, None)
     if 2 * inverse_frequencies.shape[0] > head_dim:
         raise ValueError(
             f"{inverse_frequencies.shape[0]} inverse frequencies turn two dimensions each, more than the {head_dim} "
             "of a head. Pass one for each pair."
         )
-    check_dtype("positions", positions, torch.int32)
+    check_dtype("buffer", buffer, *KERNEL_DTYPES)
+    check_dtype("basis", basis, *KERNEL_DTYPES)
+    check_dtype("low_rank", low_rank, basis.dtype, *QUANTIZED_DTYPES)
     check_dtype("inverse_frequencies", inverse_frequencies, torch.float32)
-    floats = (torch.float32, torch.float16, torch.bfloat16)
-    check_dtype("buffer", buffer, *floats)
-    check_dtype("low_rank", low_rank, *floats, *QUANTIZED_DTYPES)
-    check_dtype("basis", basis, *floats)
-    for name, tensor in (
-        ("low_rank", low_rank),
-        ("basis", basis),
-        ("positions", positions),
-        ("inverse_frequencies", inverse_frequencies),
-    ):
-        _check_device(name, tensor, buffer.device)
-    _reconstruct_keys(
-        buffer,
-        low_rank,
-        basis,
-        incoming,
-        positions,
-        inverse_frequencies,
-        attention_scaling,
-        interleaved,
-        chunk_size,
-    )
+    _check_device("low_rank", low_rank, buffer.device)
+    _check_device("basis", basis, buffer.device)
+    _check_device("inverse_frequencies", inverse_frequencies, buffer.device)
+    _reconstruct_keys(buffer, low_rank, basis, incoming, inverse_frequencies, interleaved, chunk_size)
 
 
 def gather_values(buffer: torch.Tensor, values: torch.Tensor, incoming: torch.Tensor, *, chunk_size: int) -> None:
@@ -216,21 +189,13 @@ def _check_device(name: str, tensor: torch.Tensor, device: torch.device) -> None
         )
 
 
-def _kernels(device: torch.device) -> ModuleType:
-    """The Triton kernels; the reference where there is no Triton, as on Windows, or an older GPU."""
-    try:
-        from pyramid_cache.ops import triton_shadow
-    except ImportError:
-        return shadow_reference
-    return triton_shadow if has_kernels(device) else shadow_reference
+def _on_cuda(name: str) -> Callable:
+    """The op of that name, computed by Triton where there are kernels for the device of its first argument."""
 
+    def run(first: torch.Tensor, *rest: Any) -> torch.Tensor | None:
+        return getattr(kernels_of("triton_shadow", first.device) or shadow_reference, name)(first, *rest)
 
-def _plan_chunks_cuda(held: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    return _kernels(held.device).plan_chunks(held, wanted)
-
-
-def _reconstruct_keys_cuda(buffer: torch.Tensor, *rest) -> None:
-    _kernels(buffer.device).reconstruct_keys(buffer, *rest)
+    return run
 
 
 def _gather_values_cuda(buffer: torch.Tensor, values: torch.Tensor, incoming: torch.Tensor, chunk_size: int) -> None:
@@ -239,43 +204,33 @@ def _gather_values_cuda(buffer: torch.Tensor, values: torch.Tensor, incoming: to
             f"`values` is in pageable memory of the host, which {buffer.device} cannot read. Pin it once, with "
             "`values = values.pin_memory()`."
         )
-    _kernels(buffer.device).gather_values(buffer, values, incoming, chunk_size)
-
-
-def _fake_select(query, landmarks, mask, num_chunks, scaling):
-    return landmarks.new_empty(landmarks.shape[0], landmarks.shape[1], num_chunks, dtype=torch.int64)
-
-
-def _fake_plan(held, wanted):
-    return wanted.new_empty(wanted.shape)
-
-
-def _fake_load(buffer, *rest):
-    return None
+    _on_cuda("gather_values")(buffer, values, incoming, chunk_size)
 
 
 _select_chunks = register(
-    "select_chunks(Tensor query, Tensor landmarks, Tensor? mask, SymInt num_chunks, float scaling) -> Tensor",
+    "select_chunks(Tensor query, Tensor landmarks, Tensor mask, SymInt num_chunks, float scaling) -> Tensor",
     cpu=shadow_reference.select_chunks,
     cuda=shadow_reference.select_chunks,
-    fake=_fake_select,
+    fake=lambda query, landmarks, mask, num_chunks, scaling: mask.new_empty(
+        *mask.shape[:2], num_chunks, dtype=torch.int64
+    ),
 )
 _plan_chunks = register(
     "plan_chunks(Tensor(a!) held, Tensor wanted) -> Tensor",
     cpu=shadow_reference.plan_chunks,
-    cuda=_plan_chunks_cuda,
-    fake=_fake_plan,
+    cuda=_on_cuda("plan_chunks"),
+    fake=lambda held, wanted: wanted.new_empty(wanted.shape),
 )
 _reconstruct_keys = register(
-    "reconstruct_keys(Tensor(a!) buffer, Tensor low_rank, Tensor basis, Tensor incoming, Tensor positions, "
-    "Tensor inverse_frequencies, float attention_scaling, bool interleaved, SymInt chunk_size) -> ()",
-    cpu=shadow_cpu.reconstruct_keys,
-    cuda=_reconstruct_keys_cuda,
-    fake=_fake_load,
+    "reconstruct_keys(Tensor(a!) buffer, Tensor low_rank, Tensor basis, Tensor incoming, Tensor inverse_frequencies, "
+    "bool interleaved, SymInt chunk_size) -> ()",
+    cpu=shadow_reference.reconstruct_keys,
+    cuda=_on_cuda("reconstruct_keys"),
+    fake=lambda *arguments: None,
 )
 _gather_values = register(
     "gather_values(Tensor(a!) buffer, Tensor values, Tensor incoming, SymInt chunk_size) -> ()",
-    cpu=shadow_cpu.gather_values,
+    cpu=shadow_reference.gather_values,
     cuda=_gather_values_cuda,
-    fake=_fake_load,
+    fake=lambda *arguments: None,
 )

@@ -1,5 +1,5 @@
 """
-The specification of the ops of `pyramid_cache.ops.shadow`, in plain PyTorch on any device.
+The ops of `pyramid_cache.ops.shadow` in plain PyTorch, for the CPU and for devices without Triton kernels.
 
 A chunk that need not be loaded costs nothing here, as it would not in a kernel: chunks to load are found with
 `nonzero`, which on CUDA waits for the device. Arithmetic is done in float32, and rounded once to what is written.
@@ -7,34 +7,21 @@ A chunk that need not be loaded costs nothing here, as it would not in a kernel:
 
 import torch
 
-from pyramid_cache.ops.reference import CHUNK_ELEMENTS, grouped_logits, softmax_of_logits
+from pyramid_cache.ops.reference import grouped_logits, softmax_of_logits
 
 
 def select_chunks(
-    query: torch.Tensor, landmarks: torch.Tensor, mask: torch.Tensor | None, num_chunks: int, scaling: float
+    query: torch.Tensor, landmarks: torch.Tensor, mask: torch.Tensor, num_chunks: int, scaling: float
 ) -> torch.Tensor:
-    """The specification of `pyramid_cache.ops.shadow.select_chunks`."""
-    batch, heads, rows, _ = query.shape
-    kv_heads, chunks = landmarks.shape[1], landmarks.shape[2]
-    landmarks = landmarks.to(query.dtype)
-    scores = torch.zeros(batch, kv_heads, heads // kv_heads, chunks, dtype=torch.float32, device=query.device)
-    rows_at_once = max(CHUNK_ELEMENTS // max(batch * heads * chunks, 1), 1)
-    for start in range(0, rows, rows_at_once):
-        logits = grouped_logits(query[:, :, start : start + rows_at_once], landmarks, scaling, None)
-        probabilities, _ = softmax_of_logits(logits, None if mask is None else mask[:, :, None, None])
-        scores += probabilities.sum(dim=3)
-    scores = scores.amax(dim=2)
-    if mask is not None:
-        # Scores of landmarks that exist are 0 or more.
-        scores = scores.masked_fill(~mask, -1.0)
-    selected = scores.topk(min(num_chunks, chunks), dim=-1).indices
-    if mask is not None:
-        selected = selected.masked_fill(~mask.expand(-1, kv_heads, -1).gather(-1, selected), -1)
+    logits = grouped_logits(query, landmarks.to(query.dtype), scaling, None)
+    # (batch, kv_heads, chunks); what may be taken has 0 or more.
+    scores = softmax_of_logits(logits, mask[:, :, None, None]).squeeze(3).amax(dim=2).masked_fill(~mask, -1.0)
+    selected = scores.topk(min(num_chunks, landmarks.shape[2]), dim=-1).indices
+    selected = selected.masked_fill(~mask.gather(-1, selected), -1)
     return torch.nn.functional.pad(selected, (0, num_chunks - selected.shape[-1]), value=-1)
 
 
 def plan_chunks(held: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """The specification of `pyramid_cache.ops.shadow.plan_chunks`."""
     # (batch, kv_heads, places, wanted)
     is_same = (held[..., :, None] == wanted[..., None, :]) & (wanted >= 0)[..., None, :]
     stays = is_same.any(dim=-1)
@@ -54,30 +41,42 @@ def reconstruct_keys(
     low_rank: torch.Tensor,
     basis: torch.Tensor,
     incoming: torch.Tensor,
-    positions: torch.Tensor,
     inverse_frequencies: torch.Tensor,
-    attention_scaling: float,
     interleaved: bool,
     chunk_size: int,
 ) -> None:
-    """The specification of `pyramid_cache.ops.shadow.reconstruct_keys`."""
-    for row in range(buffer.shape[0]):
-        for head in range(buffer.shape[1]):
-            tokens, slots = loaded_tokens(incoming[row, head], chunk_size, low_rank.shape[1])
-            keys = low_rank[row, tokens].float() @ basis[row, head].float()
-            angles = positions[row, tokens, None].float() * inverse_frequencies
-            cosine, sine = angles.cos() * attention_scaling, angles.sin() * attention_scaling
-            buffer[row, head, slots] = rotate(keys, cosine, sine, interleaved).to(buffer.dtype)
+    batch, kv_heads = incoming.shape[:2]
+    (rows, heads, slots), tokens = loaded(incoming, chunk_size, low_rank.shape[1])
+    # In order of rows and heads, each of which has a basis of its own.
+    counts = torch.bincount(rows * kv_heads + heads, minlength=batch * kv_heads).tolist()
+    factors = low_rank[rows, tokens].float().split(counts)
+    bases = basis.flatten(0, 1).float().unbind(0)
+    keys = torch.cat([part @ base for part, base in zip(factors, bases, strict=True) if part.shape[0]] or [factors[0]])
+    if not keys.shape[0]:
+        return
+    if inverse_frequencies.numel():
+        angles = tokens[:, None].float() * inverse_frequencies
+        keys = rotate(keys, angles.cos(), angles.sin(), interleaved)
+    buffer[rows, heads, slots] = keys.to(buffer.dtype)
 
 
-def loaded_tokens(incoming: torch.Tensor, chunk_size: int, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tokens `(loaded,)` of the chunks that a head's places `(places,)` load, and the buffer's slots for them."""
-    places = (incoming >= 0).nonzero()  # (chunks, 1)
+def gather_values(buffer: torch.Tensor, values: torch.Tensor, incoming: torch.Tensor, chunk_size: int) -> None:
+    (rows, heads, slots), tokens = loaded(incoming, chunk_size, values.shape[2])
+    source = values[tuple(index.to(values.device) for index in (rows, heads, tokens))]
+    buffer[rows, heads, slots] = source.to(buffer.device)
+
+
+def loaded(
+    incoming: torch.Tensor, chunk_size: int, num_tokens: int
+) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+    """The slots that incoming chunks are loaded into, as rows, heads and slots, and the tokens that go there."""
+    rows, heads, places = incoming.ge(0).nonzero(as_tuple=True)
     offsets = torch.arange(chunk_size, device=incoming.device)
-    tokens = (incoming[places] * chunk_size + offsets).flatten()
-    slots = (places * chunk_size + offsets).flatten()
+    tokens = incoming[rows, heads, places][:, None] * chunk_size + offsets
+    slots = places[:, None] * chunk_size + offsets
     exists = tokens < num_tokens
-    return tokens[exists], slots[exists]
+    rows, heads = (index[:, None].expand_as(tokens)[exists] for index in (rows, heads))
+    return (rows, heads, slots[exists]), tokens[exists]
 
 
 def rotate(keys: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, interleaved: bool) -> torch.Tensor:
@@ -96,11 +95,3 @@ def rotate(keys: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, interle
     if interleaved:
         return torch.cat([torch.stack([first, second], dim=-1).flatten(1), rest], dim=-1)
     return torch.cat([first, second, rest], dim=-1)
-
-
-def gather_values(buffer: torch.Tensor, values: torch.Tensor, incoming: torch.Tensor, chunk_size: int) -> None:
-    """The specification of `pyramid_cache.ops.shadow.gather_values`."""
-    for row in range(buffer.shape[0]):
-        for head in range(buffer.shape[1]):
-            tokens, slots = loaded_tokens(incoming[row, head], chunk_size, values.shape[2])
-            buffer[row, head, slots] = values[row, head, tokens.to(values.device)].to(buffer.device)

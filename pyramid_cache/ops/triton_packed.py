@@ -14,15 +14,14 @@ import triton
 import triton.language as tl
 
 from pyramid_cache.ops.launching import ceil_div, on_device, padded
-from pyramid_cache.ops.packed import decode_as_one, segment_starts
+from pyramid_cache.ops.packed import segment_starts
 from pyramid_cache.ops.triton_scores import (
     DECODE_BLOCKS,
     LOG2E,
     MAX_SPLITS,
-    DecodeBlocks,
-    _capped,
-    _merged_lse,
-    is_supported,
+    _attend,
+    _group_sums,
+    _merge_outputs,
     num_multiprocessors,
 )
 
@@ -52,63 +51,24 @@ def _part_of(split, segment, starts_ptr, num_packed, num_latest, latest_parts, p
 
 
 @triton.jit(
-    do_not_specialize=[
-        "starts_ptr",
-        "kv_heads",
-        "group",
-        "num_chunks",
-        "num_segments",
-        "num_splits",
-        "num_packed",
-        "num_latest",
-        "latest_parts",
-        "part_size",
-    ]
+    do_not_specialize=(
+        "starts_ptr kv_heads group num_chunks num_segments num_splits num_packed num_latest latest_parts part_size"
+    ).split()
 )
 def packed_kernel(
-    query_ptr,
-    packed_key_ptr,
-    packed_value_ptr,
-    starts_ptr,
-    key_ptr,
-    value_ptr,
-    scratch_ptr,
-    stride_qb,
-    stride_qh,
-    stride_qd,
-    stride_pkn,
-    stride_pkd,
-    stride_pvn,
-    stride_pvd,
-    stride_kb,
-    stride_kh,
-    stride_kn,
-    stride_kd,
-    stride_vb,
-    stride_vh,
-    stride_vn,
-    stride_vd,
-    kv_heads,
-    group,
-    num_chunks,
-    num_segments,
-    num_splits,
-    num_packed,
-    num_latest,
-    latest_parts,
-    part_size,
-    factor,
-    softcap,
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    query_ptr, packed_key_ptr, packed_value_ptr, starts_ptr, key_ptr, value_ptr, scratch_ptr,
+    stride_qb, stride_qh, stride_qd,
+    stride_pkn, stride_pkd,
+    stride_pvn, stride_pvd,
+    stride_kb, stride_kh, stride_kn, stride_kd,
+    stride_vb, stride_vh, stride_vn, stride_vd,
+    kv_heads, group, num_chunks, num_segments, num_splits, num_packed, num_latest, latest_parts, part_size,
+    factor, softcap,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """
-    Attention of up to `ROWS` heads of a group over one part of a segment: output, log-sum-exp, and the logits
-    themselves.
+    Attention of up to `ROWS` heads of a group over one part of a segment.
 
     The first parts of all segments come first, so that programs without a part are the last to start. The scratch is
     outputs (segments, splits, group, VALUE_DIM), log-sum-exps (segments, splits, group), and logits (group, num_packed
@@ -127,16 +87,6 @@ def packed_kernel(
     batch = segment // kv_heads
     kv_head = segment - batch * kv_heads
     rows = (chunk * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    dims = tl.arange(0, BLOCK_D).to(tl.int64)
-    value_dims = tl.arange(0, BLOCK_DV).to(tl.int64)
-    is_row = rows < group
-    is_dim = dims < HEAD_DIM
-    is_value_dim = value_dims < VALUE_DIM
-    query = tl.load(
-        query_ptr + batch * stride_qb + (kv_head * group + rows)[:, None] * stride_qh + dims[None, :] * stride_qd,
-        mask=is_row[:, None] & is_dim[None, :],
-        other=0.0,
-    )
     # Chosen without a branch, behind which the compiler would know nothing of alignment.
     key_ptr = tl.where(
         is_latest, key_ptr + batch * stride_kb + kv_head * stride_kh, packed_key_ptr + start * stride_pkn
@@ -147,82 +97,31 @@ def packed_kernel(
     stride_kn, stride_kd = tl.where(is_latest, stride_kn, stride_pkn), tl.where(is_latest, stride_kd, stride_pkd)
     stride_vn, stride_vd = tl.where(is_latest, stride_vn, stride_pvn), tl.where(is_latest, stride_vd, stride_pvd)
 
-    parts = (segment * num_splits + split) * group + rows
+    first_part = (segment * num_splits + split) * group
     lse_ptr = scratch_ptr + num_segments.to(tl.int64) * num_splits * group * VALUE_DIM
-    logits_ptr = lse_ptr + num_segments.to(tl.int64) * num_splits * group
-    logits_ptr += rows * (num_packed + num_segments.to(tl.int64) * num_latest) + column
-    highest = tl.full([ROWS], float("-inf"), dtype=tl.float32)
-    total = tl.zeros([ROWS], dtype=tl.float32)
-    output = tl.zeros([ROWS, BLOCK_DV], dtype=tl.float32)
-    for first in range(begin, end, BLOCK_N):
-        tokens = first + tl.arange(0, BLOCK_N)
-        is_token = tokens < end
-        key = tl.load(
-            key_ptr + tokens[:, None].to(tl.int64) * stride_kn + dims[None, :] * stride_kd,
-            mask=is_token[:, None] & is_dim[None, :],
-            other=0.0,
-        )
-        logits = tl.dot(query, tl.trans(key), input_precision="ieee") * factor
-        if softcap is not None:
-            logits = _capped(logits, softcap) * LOG2E
-        logits = tl.where(is_token[None, :], logits, float("-inf"))
-        tl.store(logits_ptr[:, None] + tokens[None, :], logits, mask=is_row[:, None] & is_token[None, :])
-        before = highest
-        highest = tl.maximum(before, tl.max(logits, axis=1))
-        # Minus infinity where every logit so far is.
-        pivot = tl.where(highest == float("-inf"), 0.0, highest)
-        rescaling = tl.exp2(before - pivot)
-        weights = tl.exp2(logits - pivot[:, None])
-        total = total * rescaling + tl.sum(weights, axis=1)
-        value = tl.load(
-            value_ptr + tokens[:, None].to(tl.int64) * stride_vn + value_dims[None, :] * stride_vd,
-            mask=is_token[:, None] & is_value_dim[None, :],
-            other=0.0,
-        )
-        output = tl.dot(weights.to(value.dtype), value, output * rescaling[:, None], input_precision="ieee")
-
-    tl.store(
-        scratch_ptr + parts[:, None] * VALUE_DIM + value_dims[None, :],
-        output / tl.where(total == 0.0, 1.0, total)[:, None],
-        mask=is_row[:, None] & is_value_dim[None, :],
-    )
-    tl.store(lse_ptr + parts, highest + tl.log2(total), mask=is_row)
+    logits_ptr = lse_ptr + num_segments.to(tl.int64) * num_splits * group + column
+    num_columns = num_packed + num_segments.to(tl.int64) * num_latest
+    _attend(
+        query_ptr + batch * stride_qb + kv_head * group * stride_qh, key_ptr, value_ptr, None,
+        logits_ptr, scratch_ptr + first_part * VALUE_DIM, lse_ptr + first_part,
+        stride_qh, stride_qd, stride_kn, stride_kd, stride_vn, stride_vd, 0, num_columns,
+        rows, rows < group, begin, end, end, factor, softcap,
+        HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, ROWS, BLOCK_N,
+    )  # fmt: skip
 
 
 @triton.jit(
-    do_not_specialize=[
-        "starts_ptr",
-        "packed_sums_ptr",
-        "latest_sums_ptr",
-        "group",
-        "num_segments",
-        "num_splits",
-        "num_packed",
-        "num_latest",
-        "latest_parts",
-        "part_size",
-    ]
+    do_not_specialize=(
+        "starts_ptr packed_sums_ptr latest_sums_ptr group num_segments num_splits num_packed num_latest latest_parts "
+        "part_size"
+    ).split()
 )
 def packed_merge_kernel(
-    scratch_ptr,
-    starts_ptr,
-    out_ptr,
-    packed_sums_ptr,
-    latest_sums_ptr,
-    group,
-    num_segments,
-    num_splits,
-    num_packed,
-    num_latest,
-    latest_parts,
-    part_size,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_S: tl.constexpr,
+    scratch_ptr, starts_ptr, out_ptr, packed_sums_ptr, latest_sums_ptr,
+    group, num_segments, num_splits, num_packed, num_latest, latest_parts, part_size,
+    VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
     SPLITS_PER_STEP: tl.constexpr,
-):
+):  # fmt: skip
     """
     The first programs merge one head's output each; the others turn the logits of a part into sums of probabilities.
     """
@@ -231,28 +130,12 @@ def packed_merge_kernel(
     lse_ptr = scratch_ptr + num_segments.to(tl.int64) * num_splits * group * VALUE_DIM
     if program < num_heads:
         segment = (program // group).to(tl.int64)
-        row = program % group
         _, _, _, _, _, num_parts = _part_of(0, segment, starts_ptr, num_packed, num_latest, latest_parts, part_size)
         first_part = segment * num_splits * group
-        lse = _merged_lse(lse_ptr + first_part, None, row + tl.arange(0, 1), 0, group, num_parts, BLOCK_S)
-        value_dims = tl.arange(0, BLOCK_DV)
-        is_value_dim = value_dims < VALUE_DIM
-        output = tl.zeros([SPLITS_PER_STEP, BLOCK_DV], dtype=tl.float32)
-        for first_split in range(0, num_parts, SPLITS_PER_STEP):
-            splits = first_split + tl.arange(0, SPLITS_PER_STEP)
-            is_part = splits < num_parts
-            parts = first_part + splits.to(tl.int64) * group + row
-            share = tl.exp2(tl.load(lse_ptr + parts, mask=is_part, other=float("-inf")) - lse)
-            output += share[:, None] * tl.load(
-                scratch_ptr + parts[:, None] * VALUE_DIM + value_dims[None, :],
-                mask=is_part[:, None] & is_value_dim[None, :],
-                other=0.0,
-            )
-        tl.store(
-            out_ptr + program.to(tl.int64) * VALUE_DIM + value_dims,
-            tl.sum(output, axis=0).to(out_ptr.dtype.element_ty),
-            mask=is_value_dim,
-        )
+        _merge_outputs(
+            out_ptr + program.to(tl.int64) * VALUE_DIM, scratch_ptr, lse_ptr, None,
+            first_part, program % group, group, num_parts, VALUE_DIM, BLOCK_DV, BLOCK_S, SPLITS_PER_STEP,
+        )  # fmt: skip
     else:
         split = (program - num_heads) // num_segments
         segment = ((program - num_heads) % num_segments).to(tl.int64)
@@ -261,23 +144,15 @@ def packed_merge_kernel(
         )
         num_columns = num_packed + num_segments.to(tl.int64) * num_latest
         logits_ptr = lse_ptr + num_segments.to(tl.int64) * num_splits * group + column
+        lse_ptr += segment * num_splits * group
         sums_ptr = tl.where(is_latest, latest_sums_ptr + segment * num_latest, packed_sums_ptr + start)
         for first in range(begin, end, BLOCK_N):
             tokens = first + tl.arange(0, BLOCK_N)
-            is_token = tokens < end
-            sums = tl.zeros([BLOCK_N], dtype=tl.float32)
-            for first_row in range(0, group, ROWS):
-                rows = first_row + tl.arange(0, ROWS)
-                lse = _merged_lse(lse_ptr + segment * num_splits * group, None, rows, 0, group, num_parts, BLOCK_S)
-                logits = tl.load(
-                    logits_ptr + rows.to(tl.int64)[:, None] * num_columns + tokens[None, :],
-                    mask=(rows < group)[:, None] & is_token[None, :],
-                    other=float("-inf"),
-                )
-                # Chosen, not computed: beyond the group a log-sum-exp is minus infinity as well.
-                shares = tl.where(logits == float("-inf"), 0.0, tl.exp2(logits - lse[:, None]))
-                sums += tl.sum(shares, axis=0)
-            tl.store(sums_ptr + tokens, sums, mask=is_token)
+            sums = _group_sums(
+                logits_ptr, num_columns, lse_ptr, None,
+                tokens, tokens < end, group, num_parts, ROWS, BLOCK_N, BLOCK_S,
+            )  # fmt: skip
+            tl.store(sums_ptr + tokens, sums, mask=tokens < end)
 
 
 def part_tiles(
@@ -316,24 +191,13 @@ def decode_packed_attention(
     scaling: float,
     softcap: float | None,
     starts: torch.Tensor | None,
-    *,
-    blocks: DecodeBlocks | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """
-    See `pyramid_cache.ops.packed.decode_packed_attention`.
-
-    Args:
-        blocks (`DecodeBlocks`, *optional*): Overrides `triton_scores.DECODE_BLOCKS`, for benchmarks.
-    """
-    # Packed tensors may be empty, which the kernels take.
-    if not is_supported(query, key, value) or {packed_key.dtype, packed_value.dtype} != {query.dtype}:
-        return decode_as_one(query, packed_key, packed_value, lengths, key, value, scaling, softcap, starts)
     batch, heads, _, head_dim = query.shape
     kv_heads, num_latest, value_dim = key.shape[1], key.shape[2], value.shape[3]
     group, num_segments, device = heads // kv_heads, batch * kv_heads, key.device
     starts = segment_starts(lengths, device) if starts is None else starts.contiguous()
     block_dim, block_value_dim = padded(head_dim), padded(value_dim)
-    blocks = blocks or DECODE_BLOCKS[key.element_size(), max(block_dim, block_value_dim, 64)]
+    blocks = DECODE_BLOCKS[key.element_size(), max(block_dim, block_value_dim, 64)]
     num_chunks = ceil_div(group, HEADS_PER_PROGRAM)
     num_packed, longest = packed_key.shape[0], max(lengths)
     part_size = blocks.slots * part_tiles(
@@ -354,50 +218,22 @@ def decode_packed_attention(
     merged_rows = min(padded(group, 1), 16)
     with on_device(device):
         packed_kernel[num_splits * num_segments * num_chunks,](
-            query,
-            packed_key,
-            packed_value,
-            starts,
-            key,
-            value,
-            scratch,
-            *(query.stride(0), query.stride(1), query.stride(3)),
+            query, packed_key, packed_value, starts, key, value, scratch,
+            query.stride(0), query.stride(1), query.stride(3),
             *packed_key.stride(),
             *packed_value.stride(),
             *key.stride(),
             *value.stride(),
-            kv_heads,
-            group,
-            num_chunks,
-            *sizes,
-            scaling if softcap else scaling * LOG2E.value,
-            softcap or None,
-            HEAD_DIM=head_dim,
-            VALUE_DIM=value_dim,
-            BLOCK_D=block_dim,
-            BLOCK_DV=block_value_dim,
-            ROWS=HEADS_PER_PROGRAM,
-            BLOCK_N=blocks.slots,
-            num_warps=blocks.num_warps,
-            num_stages=blocks.num_stages,
-            maxnreg=blocks.max_registers,
+            kv_heads, group, num_chunks, *sizes, scaling if softcap else scaling * LOG2E.value, softcap or None,
+            HEAD_DIM=head_dim, VALUE_DIM=value_dim, BLOCK_D=block_dim, BLOCK_DV=block_value_dim,
+            ROWS=HEADS_PER_PROGRAM, BLOCK_N=blocks.slots,
+            num_warps=blocks.num_warps, num_stages=blocks.num_stages, maxnreg=blocks.max_registers,
             enable_fp_fusion=True,
-        )
+        )  # fmt: skip
         packed_merge_kernel[num_segments * (group + num_splits),](
-            scratch,
-            starts,
-            output,
-            packed_sums,
-            latest_sums,
-            group,
-            *sizes,
-            VALUE_DIM=value_dim,
-            BLOCK_DV=block_value_dim,
-            ROWS=merged_rows,
-            BLOCK_N=4096 // merged_rows,
-            BLOCK_S=MAX_SPLITS,
-            SPLITS_PER_STEP=16,
-            num_warps=4,
-            enable_fp_fusion=True,
-        )
+            scratch, starts, output, packed_sums, latest_sums,
+            group, *sizes,
+            VALUE_DIM=value_dim, BLOCK_DV=block_value_dim, ROWS=merged_rows, BLOCK_N=4096 // merged_rows,
+            BLOCK_S=MAX_SPLITS, SPLITS_PER_STEP=16, num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
     return output, packed_sums, latest_sums

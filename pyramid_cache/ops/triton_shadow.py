@@ -1,7 +1,8 @@
 """
-The CUDA kernels of `pyramid_cache.ops.shadow`. `shadow_reference` is their specification and has the same signatures.
+The CUDA kernels of `pyramid_cache.ops.shadow`. Functions have the arguments and results of the ops.
 
-Grids have one dimension, offsets are computed in 64 bits and strides are free; nothing waits for the host.
+Grids have one dimension, offsets are computed in 64 bits and strides are free; nothing waits for the host. The
+arguments of a kernel stand in rows: the tensors, the strides of each, numbers, and what it is compiled for.
 """
 
 import torch
@@ -19,20 +20,12 @@ ELEMENTS_PER_COPY = 8192
 
 @triton.jit
 def plan_kernel(
-    held,
-    wanted,
-    incoming,
-    held_row,
-    held_head,
-    held_place,
-    wanted_row,
-    wanted_head,
-    wanted_place,
-    kv_heads,
-    num_places,
-    BLOCK: tl.constexpr,
-    STEP: tl.constexpr,
-):
+    held, wanted, incoming,
+    held_row, held_head, held_place,
+    wanted_row, wanted_head, wanted_place,
+    kv_heads, num_places,
+    BLOCK: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     row, head = program // kv_heads, program % kv_heads
     held += row * held_row + head * held_head
@@ -72,48 +65,19 @@ def plan_kernel(
     tl.store(held, tl.where(stays > 0, chunks, loads).to(tl.int64), mask=is_place)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "positions_row"])  # a longer prompt is not compiled anew
+@triton.jit(do_not_specialize=["num_tokens"])  # a longer prompt is not compiled anew
 def reconstruct_kernel(
-    buffer,
-    low_rank,
-    basis,
-    incoming,
-    positions,
-    inverse_frequencies,
-    attention_scaling,
-    buffer_row,
-    buffer_head,
-    buffer_slot,
-    buffer_column,
-    low_rank_row,
-    low_rank_token,
-    low_rank_rank,
-    basis_row,
-    basis_head,
-    basis_rank,
-    basis_column,
-    incoming_row,
-    incoming_head,
-    incoming_place,
-    positions_row,
-    positions_token,
+    buffer, low_rank, basis, incoming, inverse_frequencies,
+    buffer_row, buffer_head, buffer_slot, buffer_column,
+    low_rank_row, low_rank_token, low_rank_rank,
+    basis_row, basis_head, basis_rank, basis_column,
+    incoming_row, incoming_head, incoming_place,
     frequencies_pair,
-    kv_heads,
-    num_slots,
-    num_tokens,
-    rank,
-    programs_per_head,
-    CHUNK_SIZE: tl.constexpr,
-    NUM_PAIRS: tl.constexpr,
-    NUM_REST: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    IN_FLOAT32: tl.constexpr,
-    BLOCK_SLOTS: tl.constexpr,
-    BLOCK_PAIRS: tl.constexpr,
-    BLOCK_REST: tl.constexpr,
-    RANK_STEP: tl.constexpr,
-    RANK_STEPS: tl.constexpr,
-):
+    kv_heads, num_slots, num_tokens, rank, programs_per_head,
+    CHUNK_SIZE: tl.constexpr, NUM_PAIRS: tl.constexpr, NUM_REST: tl.constexpr,
+    INTERLEAVED: tl.constexpr, RANK_STEP: tl.constexpr, RANK_STEPS: tl.constexpr,
+    BLOCK_SLOTS: tl.constexpr, BLOCK_PAIRS: tl.constexpr, BLOCK_REST: tl.constexpr,
+):  # fmt: skip
     program = tl.program_id(0)
     head = (program // programs_per_head % kv_heads).to(tl.int64)
     row = (program // programs_per_head // kv_heads).to(tl.int64)
@@ -146,29 +110,24 @@ def reconstruct_kernel(
         is_rank = ranks < rank
         columns = ranks.to(tl.int64)[None, :] * low_rank_rank
         factor = tl.load(token_rows + columns, mask=is_loaded[:, None] & is_rank[None, :], other=0.0)
-        # A byte is a number that float16 and bfloat16 have, too.
-        factor = factor.to(tl.float32 if IN_FLOAT32 else basis.dtype.element_ty)
+        # A product takes one dtype. A byte is a number that float16 and bfloat16 have, too.
+        factor = factor.to(basis.dtype.element_ty)
         basis_rows = basis + ranks.to(tl.int64)[:, None] * basis_rank
         if NUM_PAIRS > 0 and INTERLEAVED:
-            both = add_product(
-                both, factor, basis_rows, basis_column, turned_columns, is_rank, 2 * NUM_PAIRS, IN_FLOAT32
-            )
+            both = add_product(both, factor, basis_rows, basis_column, turned_columns, is_rank, 2 * NUM_PAIRS)
         if NUM_PAIRS > 0 and not INTERLEAVED:
-            first = add_product(first, factor, basis_rows, basis_column, pairs, is_rank, NUM_PAIRS, IN_FLOAT32)
-            second = add_product(
-                second, factor, basis_rows, basis_column, NUM_PAIRS + pairs, is_rank, 2 * NUM_PAIRS, IN_FLOAT32
-            )
+            first = add_product(first, factor, basis_rows, basis_column, pairs, is_rank, NUM_PAIRS)
+            second = add_product(second, factor, basis_rows, basis_column, NUM_PAIRS + pairs, is_rank, 2 * NUM_PAIRS)
         if NUM_REST > 0:
-            rest = add_product(
-                rest, factor, basis_rows, basis_column, rest_columns, is_rank, 2 * NUM_PAIRS + NUM_REST, IN_FLOAT32
-            )
+            head_dim: tl.constexpr = 2 * NUM_PAIRS + NUM_REST
+            rest = add_product(rest, factor, basis_rows, basis_column, rest_columns, is_rank, head_dim)
 
     buffer_rows = buffer + slots.to(tl.int64)[:, None] * buffer_slot
     if NUM_PAIRS > 0:
-        token_positions = tl.load(positions + row * positions_row + tokens * positions_token, mask=is_loaded, other=0)
         frequencies = tl.load(inverse_frequencies + pairs.to(tl.int64) * frequencies_pair, mask=is_pair, other=0.0)
-        cosine, sine = cosine_and_sine(token_positions.to(tl.float32)[:, None] * frequencies[None, :])
-        cosine, sine = cosine * attention_scaling, sine * attention_scaling
+        # What is not loaded is not stored either, but without the choice the assembler spills registers.
+        token_positions = tl.where(is_loaded, tokens, 0).to(tl.float32)
+        cosine, sine = cosine_and_sine(token_positions[:, None] * frequencies[None, :])
         if INTERLEAVED:
             first, second = tl.split(tl.reshape(both, [BLOCK_SLOTS, BLOCK_PAIRS, 2]))
         left, right = first * cosine - second * sine, second * cosine + first * sine
@@ -183,14 +142,10 @@ def reconstruct_kernel(
 
 
 @triton.jit
-def add_product(
-    total, factor, basis_rows, basis_column, columns, is_rank, end: tl.constexpr, IN_FLOAT32: tl.constexpr
-):
+def add_product(total, factor, basis_rows, basis_column, columns, is_rank, end: tl.constexpr):
     """`total` plus `factor` times those columns of the basis that are before `end`."""
     mask = is_rank[:, None] & (columns < end)[None, :]
     basis = tl.load(basis_rows + columns.to(tl.int64)[None, :] * basis_column, mask=mask, other=0.0)
-    if IN_FLOAT32:
-        basis = basis.to(tl.float32)
     return tl.dot(factor, basis, total, input_precision="ieee")
 
 
@@ -227,28 +182,13 @@ def cosine_and_sine(angles):
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def gather_kernel(
-    buffer,
-    values,
-    incoming,
-    buffer_row,
-    buffer_head,
-    buffer_slot,
-    buffer_column,
-    values_row,
-    values_head,
-    values_token,
-    values_column,
-    incoming_row,
-    incoming_head,
-    incoming_place,
-    kv_heads,
-    num_places,
-    num_tokens,
-    CHUNK_SIZE: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-):
+    buffer, values, incoming,
+    buffer_row, buffer_head, buffer_slot, buffer_column,
+    values_row, values_head, values_token, values_column,
+    incoming_row, incoming_head, incoming_place,
+    kv_heads, num_places, num_tokens,
+    CHUNK_SIZE: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
     program = tl.program_id(0)
     place = (program % num_places).to(tl.int64)
     head = (program // num_places % kv_heads).to(tl.int64)
@@ -270,79 +210,22 @@ def gather_kernel(
         tl.store(target + slots[:, None] * buffer_slot, copied, mask=mask)
 
 
-def plan_settings(num_places: int) -> dict[str, int]:
-    """How `plan_kernel` is compiled and launched for a buffer of so many places."""
-    block = padded(num_places)
-    step = min(max(COMPARISONS_PER_STEP // block, 8), 32, block)
-    return {"BLOCK": block, "STEP": step, "num_warps": 8 if block >= 512 else 4}
-
-
-def reconstruct_settings(
-    chunk_size: int,
-    head_dim: int,
-    num_pairs: int,
-    rank: int,
-    interleaved: bool,
-    low_rank_dtype: torch.dtype,
-    basis_dtype: torch.dtype,
-) -> dict[str, int | bool]:
-    """
-    How `reconstruct_kernel` is compiled and launched. A program of more slots reads the basis less often, but does
-    more for nothing, since one without anything to load ends at once. Products in float32 have no tensor cores and
-    need more registers: with twice the slots some of them lie on the stack.
-    """
-    # A product takes one dtype.
-    in_float32 = low_rank_dtype != basis_dtype and (low_rank_dtype.itemsize > 1 or basis_dtype == torch.float32)
-    is_wide = in_float32 or low_rank_dtype == torch.float32
-    num_rest = head_dim - 2 * num_pairs
-    rank_step = 16 if is_wide else 32
-    return {
-        "CHUNK_SIZE": chunk_size,
-        "NUM_PAIRS": num_pairs,
-        "NUM_REST": num_rest,
-        "INTERLEAVED": interleaved,
-        "IN_FLOAT32": in_float32,
-        "BLOCK_SLOTS": 16 if is_wide else 64 if head_dim <= 128 else 32,
-        "BLOCK_PAIRS": padded(num_pairs),
-        "BLOCK_REST": padded(num_rest),
-        "RANK_STEP": rank_step,
-        "RANK_STEPS": ceil_div(rank, rank_step),
-        "num_warps": 8,
-    }
-
-
-def gather_settings(chunk_size: int, value_dim: int, element_size: int) -> dict[str, int]:
-    """How `gather_kernel` is compiled and launched: each thread of a warp moves 16 bytes at once."""
-    block_columns = padded(value_dim, 1)
-    block_tokens = min(padded(chunk_size, 1), max(ELEMENTS_PER_COPY // block_columns, 1))
-    warps = block_tokens * block_columns * element_size // 512
-    return {
-        "CHUNK_SIZE": chunk_size,
-        "VALUE_DIM": value_dim,
-        "BLOCK_TOKENS": block_tokens,
-        "BLOCK_COLUMNS": block_columns,
-        "num_warps": min(max(warps, 1), 8),
-    }
-
-
 def plan_chunks(held: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     """`pyramid_cache.ops.shadow.plan_chunks`: one program for each KV head, which compares every pair in tiles."""
     incoming = torch.empty(wanted.shape, dtype=wanted.dtype, device=wanted.device)
     batch, kv_heads, num_places = held.shape
     if incoming.numel() == 0:
         return incoming
+    block = padded(num_places)
     with on_device(held.device):
         plan_kernel[(batch * kv_heads,)](
-            held,
-            wanted,
-            incoming,
+            held, wanted, incoming,
             *held.stride(),
             *wanted.stride(),
-            kv_heads,
-            num_places,
-            **plan_settings(num_places),
-            enable_fp_fusion=True,
-        )
+            kv_heads, num_places,
+            BLOCK=block, STEP=min(max(COMPARISONS_PER_STEP // block, 8), 32, block),
+            num_warps=8 if block >= 512 else 4, enable_fp_fusion=True,
+        )  # fmt: skip
     return incoming
 
 
@@ -351,63 +234,61 @@ def reconstruct_keys(
     low_rank: torch.Tensor,
     basis: torch.Tensor,
     incoming: torch.Tensor,
-    positions: torch.Tensor,
     inverse_frequencies: torch.Tensor,
-    attention_scaling: float,
     interleaved: bool,
     chunk_size: int,
 ) -> None:
-    """`pyramid_cache.ops.shadow.reconstruct_keys`: gather, product and rotation of a block of slots in one program."""
+    """
+    `pyramid_cache.ops.shadow.reconstruct_keys`: gather, product and rotation of a block of slots in one program.
+
+    A program of more slots reads the basis less often, but does more for nothing, since one without anything to load
+    ends at once. Products in float32 have no tensor cores and need more registers: with twice the slots some of them
+    lie on the stack.
+    """
     batch, kv_heads, num_slots, head_dim = buffer.shape
     if incoming.numel() == 0:
         return
     rank, num_pairs = low_rank.shape[2], inverse_frequencies.shape[0]
-    settings = reconstruct_settings(chunk_size, head_dim, num_pairs, rank, interleaved, low_rank.dtype, basis.dtype)
-    programs_per_head = ceil_div(num_slots, settings["BLOCK_SLOTS"])
+    num_rest, is_wide = head_dim - 2 * num_pairs, basis.dtype == torch.float32
+    block_slots = 16 if is_wide else 64 if head_dim <= 128 else 32
+    rank_step = 16 if is_wide else 32
+    programs_per_head = ceil_div(num_slots, block_slots)
     with on_device(buffer.device):
         reconstruct_kernel[(batch * kv_heads * programs_per_head,)](
-            buffer,
-            low_rank,
-            basis,
-            incoming,
-            positions,
-            inverse_frequencies,
-            attention_scaling,
+            buffer, low_rank, basis, incoming, inverse_frequencies,
             *buffer.stride(),
             *low_rank.stride(),
             *basis.stride(),
             *incoming.stride(),
-            *positions.stride(),
             *inverse_frequencies.stride(),
-            kv_heads,
-            num_slots,
-            low_rank.shape[1],
-            rank,
-            programs_per_head,
-            **settings,
-            enable_fp_fusion=True,
-        )
+            kv_heads, num_slots, low_rank.shape[1], rank, programs_per_head,
+            CHUNK_SIZE=chunk_size, NUM_PAIRS=num_pairs, NUM_REST=num_rest,
+            INTERLEAVED=interleaved, RANK_STEP=rank_step, RANK_STEPS=ceil_div(rank, rank_step),
+            BLOCK_SLOTS=block_slots, BLOCK_PAIRS=padded(num_pairs), BLOCK_REST=padded(num_rest),
+            num_warps=8, enable_fp_fusion=True,
+        )  # fmt: skip
 
 
 def gather_values(buffer: torch.Tensor, values: torch.Tensor, incoming: torch.Tensor, chunk_size: int) -> None:
     """
-    `pyramid_cache.ops.shadow.gather_values`: one program for each place. Pinned memory of the host is read through its
-    pointer, which unified addressing makes valid on the device; Triton's launcher accepts it as it is.
+    `pyramid_cache.ops.shadow.gather_values`: one program for each place, each thread of which moves 16 bytes at once.
+    Pinned memory of the host is read through its pointer, which unified addressing makes valid on the device; Triton's
+    launcher accepts it as it is.
     """
     batch, kv_heads, num_places = incoming.shape
     if incoming.numel() == 0:
         return
+    num_tokens, value_dim = values.shape[2:]
+    block_columns = padded(value_dim, 1)
+    block_tokens = min(padded(chunk_size, 1), max(ELEMENTS_PER_COPY // block_columns, 1))
+    warps = block_tokens * block_columns * values.element_size() // 512
     with on_device(buffer.device):
         gather_kernel[(batch * kv_heads * num_places,)](
-            buffer,
-            values,
-            incoming,
+            buffer, values, incoming,
             *buffer.stride(),
             *values.stride(),
             *incoming.stride(),
-            kv_heads,
-            num_places,
-            values.shape[2],
-            **gather_settings(chunk_size, values.shape[3], values.element_size()),
-            enable_fp_fusion=True,
-        )
+            kv_heads, num_places, num_tokens,
+            CHUNK_SIZE=chunk_size, VALUE_DIM=value_dim, BLOCK_TOKENS=block_tokens, BLOCK_COLUMNS=block_columns,
+            num_warps=min(max(warps, 1), 8), enable_fp_fusion=True,
+        )  # fmt: skip

@@ -41,14 +41,11 @@ def output_of(probabilities: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     return torch.einsum("bhqk,bhkd->bqhd", probabilities, value)
 
 
-def scores_of(
-    probabilities: torch.Tensor, kv_heads: int, row_weights: torch.Tensor | None = None, group_sum: bool = True
-) -> torch.Tensor:
-    """Weighted sums over rows: `(batch, kv_heads, keys)`, or `(batch, heads, keys)` without `group_sum`."""
+def scores_of(probabilities: torch.Tensor, kv_heads: int, row_weights: torch.Tensor | None = None) -> torch.Tensor:
+    """Weighted sums over rows and over the heads of a group: `(batch, kv_heads, keys)`."""
     if row_weights is not None:
         probabilities = probabilities * row_weights.double()[:, None, :, None]
-    scores = probabilities.sum(dim=2)
-    return scores.unflatten(1, (kv_heads, -1)).sum(dim=2) if group_sum else scores
+    return probabilities.sum(dim=2).unflatten(1, (kv_heads, -1)).sum(dim=2)
 
 
 def decode(
@@ -59,14 +56,14 @@ def decode(
     sinks: torch.Tensor | None,
     scaling: float,
     softcap: float | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What `decode_attention` returns: output, log-sum-exps `(batch, heads)`, sums of probabilities of each group."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `decode_attention` returns: output, sums of probabilities of each group."""
     kv_heads = key.shape[1]
     allowed = key.new_ones(1, 1, key.shape[2], dtype=torch.bool) if mask is None else mask
     if allowed.shape[1] != 1:
         allowed = allowed.repeat_interleave(query.shape[1] // kv_heads, dim=1)
-    probabilities, lse = attention(query, key, scaling, allowed[:, :, None], softcap, sinks)
-    return output_of(probabilities, value), lse[..., 0], scores_of(probabilities, kv_heads)
+    probabilities, _ = attention(query, key, scaling, allowed[:, :, None], softcap, sinks)
+    return output_of(probabilities, value), scores_of(probabilities, kv_heads)
 
 
 def packed_decode(
@@ -87,7 +84,7 @@ def packed_decode(
         row, head = divmod(segment, kv_heads)
         keys, values = torch.cat([packed_keys, key[row, head]]), torch.cat([packed_values, value[row, head]])
         queries = query[row : row + 1, head * group : (head + 1) * group]
-        output, _, sums = decode(queries, keys[None, None], values[None, None], None, None, scaling, softcap)
+        output, sums = decode(queries, keys[None, None], values[None, None], None, None, scaling, softcap)
         outputs.append(output[0, 0])
         packed_sums.append(sums[0, 0, : lengths[segment]])
         latest_sums.append(sums[0, 0, lengths[segment] :])
@@ -105,7 +102,7 @@ def check_rows_that_do_not_count(attention_scores: Callable, device: str) -> Non
     row_weights = torch.rand(2, 50).to(device)
     row_weights[:, 5:9] = 0.0
     lse[:, 1, 30], lse[:, 2, 31] = math.inf, -math.inf
-    arguments = (key, lse, row_weights, None, 0.125, None, True)
+    arguments = (key, lse, row_weights, None, 0.125, None)
     expected = attention_scores(query, *arguments)
     query[:, :, 5], query[:, :, 6], query[:, 1, 30], query[:, 2, 31] = math.nan, math.inf, math.nan, -math.inf
     lse[:, :, 7], lse[:, :, 8] = math.nan, -1e30

@@ -37,6 +37,12 @@ def inverse_frequencies(rotary_dim: int, device: str = "cpu") -> torch.Tensor:
     return 1 / 10000 ** (torch.arange(0, rotary_dim, 2, device=device).float() / max(rotary_dim, 1))
 
 
+def overlapping(*shape: int, dtype: torch.dtype = torch.float32, size: float = 1.0) -> torch.Tensor:
+    """`(..., tokens, width)` normal numbers of a long prompt: each token has all of the one before it but one."""
+    numbers = size * torch.randn(*shape[:-2], shape[-2] + shape[-1] - 1)
+    return numbers.to(dtype).unfold(-1, shape[-1], 1)
+
+
 NUM_PLACES, CHUNK_SIZE = 24, 8
 PART = slice(4, 4 + NUM_PLACES * CHUNK_SIZE)
 
@@ -47,11 +53,10 @@ def step_tensors(device: str = "cpu") -> dict[str, torch.Tensor]:
     return {
         "query": torch.randn(2, 8, 1, 64, device=device),
         "landmarks": torch.randn(2, 2, 125, 64, device=device),
-        "mask": torch.rand(2, 1, 125, device=device) < 0.8,
+        "mask": torch.rand(2, 2, 125, device=device) < 0.8,
         "held": torch.full((2, 2, NUM_PLACES), -1, device=device),
         "low_rank": torch.randn(2, 1000, 40, device=device),
         "basis": torch.randn(2, 2, 40, 64, device=device) / 40**0.5,
-        "positions": torch.arange(1000, dtype=torch.int32, device=device).repeat(2, 1),
         "inverse_frequencies": inverse_frequencies(64, device),
         "values": torch.randn(2, 2, 1000, 64),
         "keys_buffer": torch.zeros(2, 2, width, 64, device=device),
@@ -74,7 +79,7 @@ def step(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
     keys, values = (
         tensors[name].narrow(2, PART.start, PART.stop - PART.start) for name in ("keys_buffer", "values_buffer")
     )
-    factors = (tensors["low_rank"], tensors["basis"], incoming, tensors["positions"], tensors["inverse_frequencies"])
+    factors = (tensors["low_rank"], tensors["basis"], incoming, tensors["inverse_frequencies"])
     shadow.reconstruct_keys(keys, *factors, chunk_size=CHUNK_SIZE)
     shadow.gather_values(values, tensors["values"], incoming, chunk_size=CHUNK_SIZE)
     return incoming

@@ -104,8 +104,7 @@ def run_scores(dtype: torch.dtype, head_dim: int, keys: int, rows: int = 0, **op
     key, lse = empty(2, 2, keys, head_dim, dtype=dtype), empty(2, 8, keys)[..., keys - rows :]
     weights = empty(1, rows) if options.get("weights") else None
     start = empty(2, dtype=torch.int32) if options.get("start") else None
-    rest = (0.1, options.get("softcap"), options.get("group_sum", True))
-    triton_scores.attention_scores(query, key, lse, weights, start, *rest)
+    triton_scores.attention_scores(query, key, lse, weights, start, 0.1, options.get("softcap"))
 
 
 def decode_states(dtype: torch.dtype, head_dim: int, slots: int, group: int = 4) -> list[torch.Tensor]:
@@ -132,9 +131,8 @@ def run_shadow(dtype: torch.dtype, head_dim: int, tokens: int) -> None:
     buffer = empty(2, 2, 1024, head_dim, dtype=dtype)
     incoming = triton_shadow.plan_chunks(*(empty(2, 2, 128, dtype=torch.int64) for _ in range(2)))
     low_rank, basis = empty(2, tokens, 160, dtype=dtype), empty(2, 2, 160, head_dim, dtype=dtype)
-    positions, frequencies = empty(2, tokens, dtype=torch.int32), empty(head_dim // 2)
     for factors in (low_rank, low_rank.to(torch.int8)):
-        triton_shadow.reconstruct_keys(buffer, factors, basis, incoming, positions, frequencies, 1.0, False, 8)
+        triton_shadow.reconstruct_keys(buffer, factors, basis, incoming, empty(head_dim // 2), False, 8)
     triton_shadow.gather_values(buffer, empty(2, 2, tokens, head_dim, dtype=dtype), incoming, 8)
 
 
@@ -149,7 +147,7 @@ CALLS: dict[str, tuple[Callable, int, dict[str, Any]]] = {
 # Kernels that are no different for other dtypes, and rare options.
 RARE_CALLS: dict[str, tuple[Callable, int, dict[str, Any]]] = {
     "small": (run_scores, 300, {}),
-    "scores with softcap": (run_scores, 2000, {"softcap": 50.0, "weights": True, "group_sum": False}),
+    "scores with softcap": (run_scores, 2000, {"softcap": 50.0, "weights": True}),
     "large group": (run_decode, 3000, {"group": 48}),
     "packed decode of a large group": (run_packed, 3000, {"group": 48, "softcap": 30.0}),
 }

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from pyramid_cache.ops import lse as lse_module
-from pyramid_cache.ops.lse import TORCH_FLASH, Attention, attention_with_lse, can_give_lse, flash_attention
+from pyramid_cache.ops.lse import TORCH_FLASH, Attention, attention_with_lse, flash_attention
 
 
 # For the output, which is rounded to the dtype, and for the log-sum-exp. In half precision the exponentials of the
@@ -401,8 +401,8 @@ def test_choice_on_cuda(fake_device: pytest.MonkeyPatch) -> None:
             if package is not None:
                 install_package(patch, package)
             call = make_call(dtype, "none", KEYS, "cuda", **changes) | {"softcap": softcap}
-            given = {name: value for name, value in call.items() if name != "scaling"}
-            assert can_give_lse(implementation, **given) == is_given, (implementation, package, dtype, given)
+            provider = lse_module._choose(implementation, Attention(**call))
+            assert (provider is not None) == is_given, (implementation, package, dtype, call)
 
 
 @pytest.mark.parametrize("device", FAKE_DEVICES)
@@ -433,7 +433,7 @@ def test_cudnn_where_torch_chooses_it(fake_device: pytest.MonkeyPatch) -> None:
     def provider_of(implementation: str, dtype: torch.dtype, rows: int, kv_heads: int = 2, **masks: tuple) -> Callable:
         call = make_call(dtype, "none", rows, "cuda", kv_heads=kv_heads)
         call |= {name: torch.empty(shape, dtype=torch.bool, device="cuda") for name, shape in masks.items()}
-        return lse_module._choose(implementation, *map(call.get, ("query", "key", "value", "mask", "key_mask")), None)
+        return lse_module._choose(implementation, Attention(**call))
 
     for dtype, kv_heads in product([BF16, F16], [6, 2]):
         assert provider_of("sdpa", dtype, KEYS, kv_heads) is TORCH_KERNELS[CUDNN]
@@ -493,7 +493,7 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
 def test_on_cuda(implementation: str, dtype: torch.dtype) -> None:
     for padding, rows in product(PADDINGS, ROWS):
         call = make_call(dtype, padding, rows, device="cuda")
-        if not can_give_lse(implementation, call["query"], call["key"], call["value"], key_mask=call.get("key_mask")):
+        if lse_module._choose(implementation, Attention(**call)) is None:
             assert implementation != "sdpa" and (implementation != "flash_attention_2" or dtype == F32)
             pytest.skip(f"no provider for {implementation} in {dtype} on this machine")
         # The first call may load a kernel, which waits.

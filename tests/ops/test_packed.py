@@ -99,6 +99,8 @@ def test_shapes_that_do_not_fit() -> None:
         ({4: torch.zeros(2, 3, 0, 8), 5: torch.zeros(2, 3, 0, 6)}, "at least the token of the query"),
         ({0: torch.zeros(2, 4, 1, 8)}, "4 query heads cannot share 3 KV heads"),
         ({2: torch.zeros(18, 5)}, r"`packed_value` must have the shape \(18, 6\)"),
+        ({1: torch.zeros(18, 8).half()}, "`packed_key` must be torch.float32, but is torch.float16"),
+        ({2: torch.zeros(18, 6).half()}, "`packed_value` must be torch.float32"),
         ({6: torch.zeros(6, dtype=torch.int64)}, r"`starts` must have the shape \(7\), but has \(6,\)"),
         ({6: torch.zeros(7, dtype=torch.int32)}, "`starts` must be torch.int64, but is torch.int32"),
     ):

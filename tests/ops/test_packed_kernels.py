@@ -7,9 +7,9 @@ import pytest
 import torch
 from kernel_device import BF16, DEVICE, F16, F32, IS_INTERPRETED, MARKS, assert_near, far_apart, on_gpu
 
-from pyramid_cache.ops import triton_packed
+from pyramid_cache.ops import packed, triton_packed
 from pyramid_cache.ops.packed import decode_one_by_one, segment_starts
-from pyramid_cache.ops.triton_scores import MAX_SPLITS, DecodeBlocks
+from pyramid_cache.ops.triton_scores import DECODE_BLOCKS, MAX_SPLITS, DecodeBlocks
 
 
 pytestmark = MARKS
@@ -35,13 +35,13 @@ def arguments_of(
     )
 
 
-def run(arguments: tuple, scaling: float, softcap: float | None = None, **options) -> tuple[torch.Tensor, ...]:
+def run(arguments: tuple, scaling: float, softcap: float | None = None) -> tuple[torch.Tensor, ...]:
     """Fills what `torch.empty` gives with NaN: it is seen if something is read that was not written."""
     starts = segment_starts(arguments[3], torch.device(DEVICE))
     torch.use_deterministic_algorithms(True)
     try:
         assert torch.empty(1).isnan()
-        return triton_packed.decode_packed_attention(*arguments, scaling, softcap, starts, **options)
+        return triton_packed.decode_packed_attention(*arguments, scaling, softcap, starts)
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -86,6 +86,7 @@ def test_decode(case: tuple) -> None:
 
 def test_any_number_of_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = arguments_of(F32, [0, 400, 17, 40], 2, 16, 16, 30)
+    monkeypatch.setitem(DECODE_BLOCKS, (4, 64), DecodeBlocks(16, num_warps=4, num_stages=2))
     kernel, grids = triton_packed.packed_kernel, []
 
     class RecordedGrids:
@@ -100,7 +101,7 @@ def test_any_number_of_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     # have 577 / 8 tokens each, which are 5 tiles. For 20,000 every tile is a part of its own.
     for multiprocessors, num_splits in ((1, 1 + 1), (8, 1 + 5), (10_000, 2 + 25))[: 2 if IS_INTERPRETED else 3]:
         monkeypatch.setattr(triton_packed, "num_multiprocessors", lambda device, number=multiprocessors: number)
-        check(run(arguments, 0.25, blocks=DecodeBlocks(16, num_warps=4, num_stages=2)), arguments, 0.25)
+        check(run(arguments, 0.25), arguments, 0.25)
         assert grids.pop() == (4 * num_splits,)
 
 
@@ -130,14 +131,15 @@ def test_a_segment_that_is_not_a_number_leaves_the_others_alone() -> None:
     assert torch.equal(latest_sums[0, 0], expected[2][0, 0]) and torch.equal(latest_sums[1], expected[2][1])
 
 
-def test_logits_of_minus_infinity_and_beyond_exponentials() -> None:
+def test_logits_of_minus_infinity_and_beyond_exponentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(DECODE_BLOCKS, (4, 64), DecodeBlocks(16, num_warps=4, num_stages=2))
     arguments = arguments_of(F32, [300, 5], 2, 64, 64, 9)
     query, packed_key = arguments[:2]
     query *= 40
     query[..., 0] = 1.0
     packed_key[:150, 0] = float("-inf")  # whole parts of the first segment
     packed_key[300:305, 0] = float("-inf")  # all that the second packs
-    found = run(arguments, 1.0, blocks=DecodeBlocks(16, num_warps=4, num_stages=2))
+    found = run(arguments, 1.0)
     assert (found[1][:150] == 0).all() and (found[1][300:] == 0).all()
     for one, other in zip(found, exact.packed_decode(*arguments, 1.0), strict=True):
         torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4)  # of logits of about a thousand
@@ -160,5 +162,5 @@ def test_strides_beyond_31_bits() -> None:
 def test_what_the_kernels_do_not_take() -> None:
     arguments = arguments_of(F32, [3, 0], 1, 8, 8, 2)
     doubles = tuple(one.double() if isinstance(one, torch.Tensor) else one for one in arguments)
-    output, _, _ = triton_packed.decode_packed_attention(*doubles, 0.3, None, None)
+    output, _, _ = packed._on_cuda(*doubles, 0.3, None, None)
     torch.testing.assert_close(output, exact.packed_decode(*doubles, 0.3)[0], rtol=1e-5, atol=1e-5)

@@ -5,7 +5,16 @@ from itertools import product
 import pytest
 import torch
 from kernel_device import BF16, DEVICE, F16, F32, IS_INTERPRETED, MARKS, needs_gpu, on_gpu
-from shadow_step import CHUNK_SIZE, PART, inverse_frequencies, random_incoming, select, step, step_tensors
+from shadow_step import (
+    CHUNK_SIZE,
+    PART,
+    inverse_frequencies,
+    overlapping,
+    random_incoming,
+    select,
+    step,
+    step_tensors,
+)
 
 from pyramid_cache.ops import shadow_reference, triton_shadow
 
@@ -45,8 +54,8 @@ SHAPES = [
     (1, 2, 5, 64, 0, False, 3),
 ]
 # Of the buffer, and of the factors: one case for each shape in the interpreter, and all pairs on a GPU.
-DTYPES = [(F32, F32, F32), (F16, F16, F16), (F32, F16, F32), (F16, I8, F16), (F32, I8, F32), (F32, F32, F32)]
-GPU_DTYPES = [(BF16, BF16, BF16), (BF16, BF16, F32), (F16, F16, F16), (F32, I8, F32)]
+DTYPES = [(F32, F32, F32), (F16, F16, F16), (F32, F16, F16), (F16, I8, F16), (F32, I8, F32), (F32, F32, F32)]
+GPU_DTYPES = [(BF16, BF16, BF16), (BF16, I8, BF16), (F16, F16, F16), (F32, I8, F32)]
 
 
 @pytest.mark.parametrize(
@@ -55,24 +64,22 @@ GPU_DTYPES = [(BF16, BF16, BF16), (BF16, BF16, F32), (F16, F16, F16), (F32, I8, 
 def test_reconstructed_keys_are_those_of_the_specification(dtypes: tuple, shape: tuple) -> None:
     batch, kv_heads, rank, head_dim, rotary_dim, interleaved, chunk_size = shape
     buffer_dtype, low_rank_dtype, basis_dtype = dtypes
-    places, tokens = 11, 13 * chunk_size - 2
+    # Long prompts: float32 has no digits left for the fraction of a turn at 1,000,000 radians.
+    places, chunks = 11, 1_200_000 // chunk_size
+    tokens = chunks * chunk_size - 2
     # Products are of numbers about one; what is stored in a byte is larger, and the basis smaller.
     size = 40 * rank**0.5 if low_rank_dtype == I8 else 1
-    low_rank = (size * torch.randn(batch, tokens, rank) / rank**0.5).to(low_rank_dtype)
+    low_rank = overlapping(batch, tokens, rank, dtype=low_rank_dtype, size=size / rank**0.5)
     # As in the paper's code: the rank is the last dimension in memory.
     basis = (torch.randn(batch, kv_heads, head_dim, rank) / size).to(basis_dtype).mT
-    incoming = random_incoming(batch, kv_heads, places, 13)
-    # Long prompts: float32 has no digits left for the fraction of a turn at 1,000,000 radians.
-    positions = torch.randint(0, 1_200_000, (batch, tokens), dtype=torch.int32)
-    frequencies = inverse_frequencies(rotary_dim)
+    incoming, frequencies = random_incoming(batch, kv_heads, places, chunks), inverse_frequencies(rotary_dim)
     # A slice of a larger buffer, whose heads and slots are the other way round in memory.
     wanted = torch.randn(batch, places * chunk_size + 7, kv_heads, head_dim).to(buffer_dtype).transpose(1, 2)
     found = wanted.to(DEVICE, copy=True)
-    part, inputs = slice(3, 3 + places * chunk_size), (low_rank, basis, incoming, positions, frequencies)
-    shadow_reference.reconstruct_keys(wanted[:, :, part], *inputs, 1.25, interleaved, chunk_size)
-    triton_shadow.reconstruct_keys(
-        found[:, :, part], *(tensor.to(DEVICE) for tensor in inputs), 1.25, interleaved, chunk_size
-    )
+    part, inputs = slice(3, 3 + places * chunk_size), (low_rank, basis, incoming, frequencies)
+    shadow_reference.reconstruct_keys(wanted[:, :, part], *inputs, interleaved, chunk_size)
+    here = (tensor.to(DEVICE) for tensor in inputs)
+    triton_shadow.reconstruct_keys(found[:, :, part], *here, interleaved, chunk_size)
     assert_rounded_alike(found, wanted)
 
 
@@ -110,12 +117,11 @@ def test_offsets_may_exceed_32_bits(kv_heads: int, head_stride: int, token_strid
     basis.copy_(torch.randn(1, kv_heads, 20, 16) / 20**0.5)
     values = values[..., :16]
     incoming = torch.stack([torch.randperm(5) for _ in range(kv_heads)])[None]
-    positions = torch.arange(20, dtype=torch.int32)[None]
-    inputs = (low_rank.cpu(), basis.cpu(), incoming, positions, inverse_frequencies(16))
+    inputs = (low_rank.cpu(), basis.cpu(), incoming, inverse_frequencies(16))
     wanted = torch.empty(1, kv_heads, 20, 16, dtype=torch.float16)
-    shadow_reference.reconstruct_keys(wanted, *inputs, 1.0, False, 4)
+    shadow_reference.reconstruct_keys(wanted, *inputs, False, 4)
     here = (low_rank, basis, *(tensor.to(DEVICE) for tensor in inputs[2:]))
-    triton_shadow.reconstruct_keys(buffer, *here, 1.0, False, 4)
+    triton_shadow.reconstruct_keys(buffer, *here, False, 4)
     assert_rounded_alike(buffer, wanted)
     shadow_reference.gather_values(wanted, values.cpu(), incoming, 4)
     triton_shadow.gather_values(buffer, values, incoming.to(DEVICE), 4)
@@ -139,8 +145,7 @@ def test_steps_on_a_gpu_follow_the_query(is_compiled: bool) -> None:
         assert torch.equal(held.sort(dim=-1).values, wanted.sort(dim=-1).values)
         keys, values = torch.zeros(2, 2, 2, PART.stop - PART.start, 64)
         factors = [cpu[name] for name in ("low_rank", "basis")]
-        rotation = [cpu[name] for name in ("positions", "inverse_frequencies")]
-        shadow_reference.reconstruct_keys(keys, *factors, held, *rotation, 1.0, False, CHUNK_SIZE)
+        shadow_reference.reconstruct_keys(keys, *factors, held, cpu["inverse_frequencies"], False, CHUNK_SIZE)
         shadow_reference.gather_values(values, cpu["values"], held, CHUNK_SIZE)
         is_loaded = held.ge(0).repeat_interleave(CHUNK_SIZE, dim=-1)
         assert_rounded_alike(cpu["keys_buffer"][:, :, PART][is_loaded], keys[is_loaded])

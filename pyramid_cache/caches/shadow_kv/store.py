@@ -183,14 +183,13 @@ class Shadow:
         `(batch, kv_heads, places)`. Writes to `held`, and to the places' keys and values `(batch, kv_heads, places *
         chunk_size, head_dim)`.
         """
-        size, device = self.settings.chunk_size, keys.device
+        size = self.settings.chunk_size
         incoming = plan_chunks(held, wanted)
         self.values.load(values, incoming, size)
-        positions = torch.arange(self.factors.shape[1], dtype=torch.int32, device=device).expand(len(keys), -1)
-        frequencies, is_interleaved = self.rotary.inv_freq.to(device), self.rotary.layout == "interleaved"
-        low_rank = keys, self.factors, self.basis, incoming, positions, frequencies
+        frequencies, is_interleaved = self.rotary.inv_freq.to(keys.device), self.rotary.layout == "interleaved"
+        low_rank = keys, self.factors, self.basis, incoming, frequencies
         reconstruct_keys(*low_rank, chunk_size=size, interleaved=is_interleaved)
-        join(device)
+        join(keys.device)
 
     def everything(self, outlier_keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """

@@ -49,12 +49,10 @@ def oracle_rows() -> Iterator[dict[str, Any]]:
         given = attention_with_lse("sdpa", query, key, value, scaling=scaling)
         if given is None:
             raise RuntimeError("torch's attention gives no log-sum-exps for bfloat16 on this device.")
-        inputs, settings = (query, key, given[1]), {"scaling": scaling, "group_sum": not is_weighted}
-        by_kernel = functools.partial(attention_scores, *inputs, row_weights=weights, **settings)
+        by_kernel = functools.partial(attention_scores, query, key, given[1], row_weights=weights, scaling=scaling)
         by_specification = functools.partial(
-            reference.attention_scores,
-            query.float(), key.float(), given[1], weights, None, scaling, None, not is_weighted,
-        )  # fmt: skip
+            reference.attention_scores, query.float(), key.float(), given[1], weights, None, scaling, None
+        )
         specification_seconds, kernel_seconds = median_seconds(by_specification, by_kernel)
         scores, expected = by_kernel().double(), by_specification().double()
         given_out = HEADS * (length if weights is None else float(weights.double().sum()))

@@ -22,7 +22,7 @@ from torch.utils.benchmark import Timer
 
 from pyramid_cache.lab.machine import free_memory
 from pyramid_cache.ops import attention_scores, decode_attention, row_lse
-from pyramid_cache.ops.lse import attention_with_lse, can_give_lse
+from pyramid_cache.ops.lse import attention_with_lse
 from pyramid_cache.ops.registration import check_heads
 
 
@@ -180,7 +180,7 @@ def build_case(op: str, shape: Shape) -> Case:
     attention = functools.partial(sdpa, query, key, value, is_causal=op in PREFILL_OPS)
     scaling = shape.head_dim**-0.5
     if op == "decode_scores":
-        return Case(attention, lambda: decode_attention(query, key, value, scaling=scaling)[::2])
+        return Case(attention, lambda: decode_attention(query, key, value, scaling=scaling))
     scored = query[:, :, -shape.window :] if op == "window_scores" else query
 
     def read_with_scores() -> tuple[torch.Tensor, torch.Tensor]:
@@ -188,7 +188,8 @@ def build_case(op: str, shape: Shape) -> Case:
         output, lse = given or (attention(), row_lse(scored, key, scaling=scaling))
         return output, attention_scores(scored, key, lse[:, :, -scored.shape[2] :], scaling=scaling)
 
-    return Case(attention, read_with_scores, recomputes_lse=not can_give_lse("sdpa", query, key, value))
+    recomputes_lse = attention_with_lse("sdpa", query, key, value, scaling=scaling) is None
+    return Case(attention, read_with_scores, recomputes_lse=recomputes_lse)
 
 
 def sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, is_causal: bool) -> torch.Tensor:
