@@ -124,7 +124,7 @@ return self._mask is not None« and self._mask() is attention_mask→»
 is_ascending = «not bool((is_token[:, :-1] & ~is_token[:, 1:]).any())→True»
 = engine/tokens.py: test_bad_calls | bidirectional
 if not agrees.«all→any»():
-= engine/budget.py: test_pyramid test_policies test_massive_activation
+= engine/budget.py: test_pyramid test_policies
 for index in by_remainder[: total - sum(numbers)«→ - 1»]:
 = engine/budget.py: test_pyramid | decimal
 return math.floor(«Fraction(repr(float(fraction)))→fraction» * count)
@@ -189,8 +189,6 @@ latest = positions.argsort(dim=-1)[..., «-num_new:→:num_new»]
 rotary.rotate(keys, «-→»rotary.model_angles(positions[:, None], longest))
 = caches/massive_activation/outputs.py: test_small_faults
 value.observe_output(index, «output[0] if isinstance(output, tuple) else output→args[0]»)
-= caches/massive_activation/profile.py: test_small_faults
-if different«→ is None»:
 = caches/pyramid/cache.py: test_pyramid
 always_stays = is_recent« | view.is_first(self.num_sink_tokens)→»
 recent = min(recent, self.window_size - 1, (mean - 1) // «2→1»)

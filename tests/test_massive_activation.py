@@ -1,6 +1,5 @@
 """Massive tokens and MassiveActivationCache, against loops and hand-computed numbers."""
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +19,6 @@ from pyramid_cache.caches.massive_activation.detection import (
     massive_in_keys_and_values,
     median_magnitude,
 )
-from pyramid_cache.engine.budget import bounded_shares, fair_shares, support_schedule
-from pyramid_cache.engine.fingerprint import architecture_of
 from pyramid_cache.engine.policy import ScoringView
 from pyramid_cache.engine.rotation import RotaryFrequencies
 from pyramid_cache.lab.demo.planted_number import read_text
@@ -105,30 +102,6 @@ def test_massive_in_keys_and_values(num_sinks: int, frequencies: list[float]) ->
         wanted = [number for token in tokens for number in token]
         assert numbers[: len(tokens)].flatten().tolist() == pytest.approx(wanted, abs=1e-5)
         assert (numbers[len(tokens) :, 0] == -1).all()
-
-
-# Budgets by a profile.
-
-
-def test_shares() -> None:
-    # 60 to share: the last is held at 30, the first at 5; 25 remain for 2 and 3, in proportion 10 and 15.
-    assert bounded_shares(60, (1, 20, 30, 90), 5, 30) == (5, 10, 15, 30)
-    assert bounded_shares(10, (1.0, 1.0, 1.0), 1, 9) == (4, 3, 3)
-    # Who wants 5 and 10 gets it; 45 remain for two who want more, and the one who asked later gets the odd one.
-    assert fair_shares(60, (30, 5, 90, 10)) == (22, 5, 23, 10)
-    assert fair_shares(3, (9, 9)) == (1, 2)
-    assert fair_shares(99, (9, 0, 9)) == (9, 0, 9)
-    for total, minimum, expected in (
-        # Assured are 100, 30, 60 and 90 of 100 tokens, 280 in all. Of 240 the second gets its 30, the third its 60,
-        # and the others half of what is left each.
-        (240, 1, (75, 30, 60, 75)),
-        (240, 999, (60, 60, 60, 60)),
-        (120, 1, (30, 30, 30, 30)),
-        # Of 300 there are 20 to spare: beside 100 for the first, 200 are shared in proportion 1:2:3.
-        (300, 1, (100, 33, 67, 100)),
-        (300, 40, (100, 40, 64, 96)),
-    ):
-        assert support_schedule(100, total, (0.6, 0.1, 0.2, 0.3), minimum) == expected
 
 
 # The cache.
@@ -243,29 +216,14 @@ def test_no_more_than_eight_and_they_win_over_recent_tokens() -> None:
 
 
 @torch.no_grad()
-def test_a_profile_sets_the_budgets(tmp_path: Path) -> None:
-    """And a loaded cache goes on as the one that was saved."""
-    model, path, file = massive_model(magnitude=1e4), tmp_path / "profile.json", tmp_path / "cache.safetensors"
-    record = {
-        "format": "pyramid_cache profile",
-        "version": 1,
-        "architecture": architecture_of(model.config),
-        "massive": {"layers": [1, 3]},
-        "layers": [{"layer": index, "support": support} for index, support in enumerate((0.6, 0.1, 0.2, 0.3))],
-    }
-    path.write_text(json.dumps(record))
-    cache = MassiveActivationCache(model, budget=0.65, profile=path, window_size=2)
+def test_a_loaded_cache_goes_on_as_the_saved_one(tmp_path: Path) -> None:
+    model, file = massive_model(magnitude=1e4), tmp_path / "cache.safetensors"
+    cache = MassiveActivationCache(model, budget=0.65, window_size=2)
     read(model, cache, (300, {7}))
-    # 780 in all: three times their support for layers 1 and 2, half of what is left for each of the others.
-    assert cache.num_kept_tokens() == [255, 90, 180, 255]
-    assert [cache.output_probes.index_of(layer) for layer in model.model.layers] == [None, 1, None, None]
     cache.save(file)
     loaded, turn = MassiveActivationCache.load(file, model), torch.arange(MASSIVE_TOKEN, 50)[None]
     assert torch.equal(*(model(turn, past_key_values=each).logits for each in (cache, loaded)))
     assert loaded.num_kept_tokens() == cache.num_kept_tokens() and loaded.massive_tokens() == cache.massive_tokens()
-    path.unlink()
-    with pytest.raises(ValueError, match="settings in .*cache.safetensors: .*profile.json"):
-        MassiveActivationCache.load(file, model)
 
 
 def test_bad_arguments() -> None:
@@ -273,8 +231,6 @@ def test_bad_arguments() -> None:
         ({"kernel_size": 4}, "3 or 5"),
         ({"window_size": 0}, "window_size"),
         ({"budget": 0}, "keeps no token"),
-        ({"profile": 3}, "must be the path"),
-        ({"profile": "."}, "is a folder"),
     ):
         with pytest.raises(ValueError, match=message):
             MassiveActivationCache(tiny_model("llama").config, **arguments)

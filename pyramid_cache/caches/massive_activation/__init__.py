@@ -1,4 +1,4 @@
-"""Massive activations: the cache, the detection of massive tokens, and the profile of a model."""
+"""Massive activations: the cache, and the detection of massive tokens."""
 
 from pyramid_cache.caches.massive_activation.cache import MassiveActivationCache
 

@@ -1,22 +1,16 @@
 """
-Tokens with massive activations always stay. A profile of the model can decide how many tokens each layer keeps.
+Tokens with massive activations always stay.
 
 A few tokens with massive activations (Sun et al., 2024, https://arxiv.org/abs/2402.17762) carry no content, and yet a
 model without them fails: they take the attention that has nowhere else to go. `detection` finds
-them wherever they are, instead of taking the first tokens. Layers differ as well: some attend to half of the text,
-some to a few tokens (layered sparsity, after Zhang et al., 2024,
-https://blogs.novita.ai/how-kv-sparsity-achieves-1-5x-acceleration-for-vllm and
-https://github.com/vllm-project/vllm/issues/10942). Each KV head keeps the massive tokens, the latest tokens, and those
-with most attention, weighed by the norm of their value (VATP, https://arxiv.org/abs/2406.12335).
+them wherever they are, instead of taking the first tokens. Each KV head keeps the massive tokens, the latest tokens,
+and those with most attention, weighed by the norm of their value (VATP, https://arxiv.org/abs/2406.12335).
 
-Departures from these sources: budgets are equal, or follow the attention of a profile. A token's score is its own
-attention and the average over its neighbours, so that facts stay whole. SmolLM2-135M-Instruct answers 0.85, 0.82 and
-0.06 of eight numbers in 1,024 tokens at budgets of 0.5, 0.25 and 0.1, with the question in view (80 questions).
-SnapKVCache answers 0.38, 0.25 and 0.03. The recall model finds 0.77, 0.45 and 0.17 of its pairs, against 0.68, 0.32
-and 0.13 (docs/quality.md).
+Departure from these sources: a token's score is its own attention and the average over its neighbours, so that facts
+stay whole (docs/quality.md). All layers keep the same number of tokens: shares by how widely a layer attends (layered
+sparsity, https://github.com/vllm-project/vllm/issues/10942) lost facts at a half, and changed nothing at a quarter.
 """
 
-import os
 from dataclasses import dataclass
 
 import torch
@@ -32,9 +26,8 @@ from pyramid_cache.caches.massive_activation.detection import (
     median_magnitude,
 )
 from pyramid_cache.caches.massive_activation.outputs import OutputProbes
-from pyramid_cache.caches.massive_activation.profile import Profile, read_profile
 from pyramid_cache.engine.arguments import check_decoder_config
-from pyramid_cache.engine.budget import MAX_TOKENS, Budget, read_count, read_kernel_size, support_schedule
+from pyramid_cache.engine.budget import MAX_TOKENS, read_count, read_kernel_size
 from pyramid_cache.engine.cache import config_and_model
 from pyramid_cache.engine.policy import LayerView, Policy, PromptView, ScoringView
 from pyramid_cache.engine.policy_cache import DEFAULT_EVICTION_INTERVAL, PolicyCache
@@ -42,10 +35,6 @@ from pyramid_cache.engine.rope import refuse_unsupported_rope
 from pyramid_cache.engine.selection import gather_tokens
 from pyramid_cache.engine.state import LayerState, counts, row
 from pyramid_cache.ops.transfer import numbers_on
-
-
-# What a layer gets beside its window and its massive tokens, if the budget has as much.
-LEAST_OTHERS = 64
 
 
 @dataclass(frozen=True)
@@ -98,25 +87,15 @@ class MassiveActivationPolicy(Policy):
     Massive tokens never go. See `MassiveActivationCache` for the fields.
     """
 
-    profile: str | None = None
     window_size: int = 64
     kernel_size: int = 13
 
     state_class = MassiveState
     needs_rotary = True
-    # Set by the cache that reads a profile: see `Profile.supports`.
-    supports = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "window_size", read_count("window_size", self.window_size, least=1))
         object.__setattr__(self, "kernel_size", read_kernel_size(self.kernel_size))
-
-    def num_tokens(self, prompt_length: int, budget: Budget, depth: int, num_layers: int) -> int:
-        mean = budget.num_tokens(prompt_length)
-        if mean >= prompt_length or self.supports is None:  # a short prompt may grow up to the budget
-            return mean
-        minimum = self.window_size + MAX_MASSIVE_TOKENS + LEAST_OTHERS
-        return support_schedule(prompt_length, mean * num_layers, self.supports, minimum)[depth]
 
     def observe(self, prompt: PromptView) -> None:
         self._look(prompt)
@@ -169,37 +148,32 @@ class MassiveActivationPolicy(Policy):
 class MassiveActivationCache(PolicyCache):
     """
     Keeps the tokens with massive activations (https://arxiv.org/abs/2402.17762), the most recent ones, and per KV head
-    those with most attention. With a profile, layers whose attention is spread keep more than others.
+    those with most attention.
 
-    The layers hold `budget` tokens on average and up to `eviction_interval` more each, however much is generated:
-    `layers * batch * kv_heads * (budget + eviction_interval) * (2 * head_dim * itemsize + 8)` bytes. The prompt is
-    read with full attention, so the first new token is exact.
-
-    All layers keep the same number by default, which lost least in measured texts. docs/massive-activations.md says
-    how they share the budget by a profile.
+    A layer holds `budget` tokens and up to `eviction_interval` more, however much is generated: `batch * kv_heads *
+    (budget + eviction_interval) * (2 * head_dim * itemsize + 8)` bytes. The prompt is read with full attention, so the
+    first new token is exact.
 
     Keys and values tell massive tokens, in the prompt and among generated tokens. With a model instead of its config,
-    hidden states tell them too: at the outputs of layer 2 and of the layers at a quarter and half of the depth. With a
-    profile, only the first layer with massive activations in its output is read. The layers above keep these tokens.
+    hidden states tell them too: at the outputs of layer 2 and of the layers at a quarter and half of the depth. The
+    layers above keep these tokens.
 
     Args:
         config (`PreTrainedConfig` or `PreTrainedModel`): The config of the model, or the model itself. With the model,
             hidden states of two or three layers are read, which takes more time.
-        budget (`float`, `int` or `str`, defaults to 0.2): What layers keep on average: a fraction of the prompt, a
-            number of tokens, or bytes for all layers that evict ("256MiB"). In later turns, a fraction is of all
-            tokens seen. 1.0 never evicts.
-        profile (`str`, *optional*): A file of `pyramid-cache profile`, by which layers share the budget.
+        budget (`float`, `int` or `str`, defaults to 0.2): What each layer keeps: a fraction of the prompt, a number of
+            tokens, or bytes for all layers that evict ("256MiB"). In later turns, a fraction is of all tokens seen.
+            1.0 never evicts.
         window_size (`int`, defaults to 64): How many of the last queries choose. As many of the last tokens always
-            stay, but no more than half of what a layer keeps. Each generated token takes over `1 / window_size` of
-            that attention.
+            stay, but no more than half of the budget. Each generated token takes over `1 / window_size` of that
+            attention.
         kernel_size (`int`, defaults to 13): Over how many neighbouring tokens attention is averaged. Odd. Larger
             values keep fewer and longer passages; 1 scores each token alone.
         eviction_interval (`int`, defaults to 32): How many generated tokens arrive before as many are evicted. Larger
             values take more memory and less time.
 
     Raises:
-        ValueError: For an argument outside these ranges, a profile of another model, or a model that cannot be
-            compressed.
+        ValueError: For an argument outside these ranges, or a model that cannot be compressed.
         NotImplementedError: For a model whose rotary embedding depends on the length (dynamic NTK) or has several
             axes. It is raised at the first forward pass where the config does not tell.
 
@@ -215,8 +189,8 @@ class MassiveActivationCache(PolicyCache):
     >>> cache = MassiveActivationCache(model.config, budget=16, window_size=8)
     >>> tokens = model.generate(torch.arange(40)[None], past_key_values=cache, max_new_tokens=8, eos_token_id=None)
     >>> cache.compress()
-    >>> sum(cache.num_kept_tokens()) <= 2 * 16
-    True
+    >>> cache.num_kept_tokens()
+    [16, 16]
     >>> [(token.position, token.reason) for token in cache.massive_tokens()[0][0]]
     [(0, 'first tokens'), (1, 'first tokens'), (2, 'first tokens'), (3, 'first tokens')]
 
@@ -228,7 +202,6 @@ class MassiveActivationCache(PolicyCache):
         config: PreTrainedConfig | PreTrainedModel,
         budget: float | int | str = 0.2,
         *,
-        profile: str | os.PathLike[str] | None = None,
         window_size: int = 64,
         kernel_size: int = 13,
         eviction_interval: int = DEFAULT_EVICTION_INTERVAL,
@@ -236,18 +209,12 @@ class MassiveActivationCache(PolicyCache):
         config, model = config_and_model(config)
         check_decoder_config(config)
         refuse_unsupported_rope(config)
-        if profile is not None and not isinstance(profile, (str, os.PathLike)):
-            raise ValueError(f"`profile={profile!r}` must be the path of a file that `pyramid-cache profile` wrote.")
-        path = None if profile is None else os.fspath(profile)
-        policy = MassiveActivationPolicy(path, window_size, kernel_size)
+        policy = MassiveActivationPolicy(window_size=window_size, kernel_size=kernel_size)
         super().__init__(config, budget, policy, eviction_interval=eviction_interval)
         self.output_probes = None
         indices = [layer.place.layer_idx for layer in self.compressed_layers]
-        read = None if path is None else read_profile(path, config, indices)
-        if read is not None:
-            object.__setattr__(policy, "supports", read.supports)
         if model is not None:
-            wanted = probed_layers(len(self.layers), read)
+            wanted = probed_layers(len(self.layers))
             # The next layers that evict; nothing is above the last one.
             probed = sorted({above[0] for least in wanted if (above := [i for i in indices[:-1] if i >= least])})
             self.output_probes = OutputProbes(model, probed)
@@ -314,13 +281,11 @@ def massive_tokens_of(state: MassiveState) -> list[list[MassiveToken]]:
     return rows
 
 
-def probed_layers(num_layers: int, profile: Profile | None) -> list[int]:
+def probed_layers(num_layers: int) -> list[int]:
     """
     The decoder layers whose outputs are looked at. Massive activations appear in layer 1 or 2 of Llama and Mistral and
     in layer 11 of SmolLM2's 30, and stay until the last layers.
     """
-    if profile is not None and profile.first_massive_layer is not None:
-        return [profile.first_massive_layer]
     return sorted({min(2, num_layers - 1), num_layers // 4, num_layers // 2})
 
 
