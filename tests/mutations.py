@@ -182,13 +182,11 @@ view.positions >«=→» view.length - view.state.num_recent
 directions = directions.masked_fill(«~view.is_token[..., None]→view.positions[..., None] < -1», 0)
 = caches/knorm.py: test_policies
 return -(torch.linalg.vector_norm(view.«key→value».float(), dim=-1)
-= caches/massive_activation/cache.py: test_massive_activation | reference generated eight hidden
+= caches/massive_activation/cache.py: test_massive_activation | reference generated eight
 scores«.masked_fill(self.is_massive(view), float("inf"))→»
 latest = positions.argsort(dim=-1)[..., «-num_new:→:num_new»]
 = caches/massive_activation/detection.py: test_massive_activation
 rotary.rotate(keys, «-→»rotary.model_angles(positions[:, None], longest))
-= caches/massive_activation/outputs.py: test_small_faults
-value.observe_output(index, «output[0] if isinstance(output, tuple) else output→args[0]»)
 = caches/pyramid/cache.py: test_pyramid
 always_stays = is_recent« | view.is_first(self.num_sink_tokens)→»
 recent = min(recent, self.window_size - 1, (mean - 1) // «2→1»)

@@ -121,7 +121,7 @@ def test_half_precision_is_rotated_in_float32_and_rounded_once() -> None:
     assert (error <= 0.501 * torch.finfo(torch.bfloat16).eps * exact.abs() + 1e-6).all()
 
 
-# Rows and hidden states.
+# Rows.
 
 
 def test_rows_whose_heads_hold_different_numbers_change_places() -> None:
@@ -132,17 +132,6 @@ def test_rows_whose_heads_hold_different_numbers_change_places() -> None:
     cache.batch_select_indices(torch.tensor([1, 0]))
     for layer, expected in enumerate(before):
         assert torch.equal(cache.positions(layer), expected.flip(0)) and not torch.equal(expected, expected.flip(0))
-
-
-def test_caches_are_shown_the_outputs_of_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, tokens, shown = build_model("llama"), random_tokens(1, 20), {}
-    cache = MassiveActivationCache(model, budget=12)
-    monkeypatch.setattr(cache, "observe_output", shown.__setitem__)
-    with torch.no_grad():
-        expected = model(tokens, past_key_values=cache, output_hidden_states=True).hidden_states
-    assert shown
-    for layer_idx, hidden_states in shown.items():
-        assert torch.equal(hidden_states, expected[layer_idx + 1])
 
 
 # The shadow.

@@ -21,6 +21,16 @@ MASSIVE_LETTER = byte_tokenizer().decode([MASSIVE_TOKEN])
 TEXT = ("nothing much went on there" * 4 + MASSIVE_LETTER + "and on it went ") * 12
 
 
+def test_massive_by_definition() -> None:
+    """Of median 1, 1000 is massive and 999 is not. Of median 0.05, what exceeds 100 is massive."""
+    for size, places, massive in ((1.0, {6: -1000.0, 7: 999.0}, 6), (0.05, {5: 100.0, 8: -100.5}, 8)):
+        states = torch.full((1, 9, 5), size)
+        for position, value in places.items():
+            states[0, position, 3] = value
+        found = activations.measure_output(states)
+        assert found.median == pytest.approx(size) and found.entries == [(massive, 3, places[massive])]
+
+
 def run_profile(model_folder: Path, folder: Path, *options: str) -> dict[str, Any]:
     """Runs the command on a CPU, and returns what it wrote."""
     (folder / "text.txt").write_text(TEXT)

@@ -2,9 +2,9 @@
 Tokens with massive activations always stay.
 
 A few tokens with massive activations (Sun et al., 2024, https://arxiv.org/abs/2402.17762) carry no content, and yet a
-model without them fails: they take the attention that has nowhere else to go. `detection` finds
-them wherever they are, instead of taking the first tokens. Each KV head keeps the massive tokens, the latest tokens,
-and those with most attention, weighed by the norm of their value (VATP, https://arxiv.org/abs/2406.12335).
+model without them fails: they take the attention that has nowhere else to go. `detection` finds them wherever they
+are, instead of taking the first tokens. Each KV head keeps the massive tokens, the latest tokens, and those with most
+attention, weighed by the norm of their value (VATP, https://arxiv.org/abs/2406.12335).
 
 Departure from these sources: a token's score is its own attention and the average over its neighbours, so that facts
 stay whole (docs/quality.md). All layers keep the same number of tokens: shares by how widely a layer attends (layered
@@ -17,17 +17,12 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from pyramid_cache.caches.massive_activation.detection import (
-    MAX_MASSIVE_TOKENS,
     NUM_FIRST_TOKENS,
     MassiveTemplate,
     MassiveTokens,
-    massive_in_hidden_states,
     massive_in_keys_and_values,
-    median_magnitude,
 )
-from pyramid_cache.caches.massive_activation.outputs import OutputProbes
-from pyramid_cache.engine.arguments import check_decoder_config
-from pyramid_cache.engine.budget import MAX_TOKENS, read_count, read_kernel_size
+from pyramid_cache.engine.budget import read_count, read_kernel_size
 from pyramid_cache.engine.cache import config_and_model
 from pyramid_cache.engine.policy import LayerView, Policy, PromptView, ScoringView
 from pyramid_cache.engine.policy_cache import DEFAULT_EVICTION_INTERVAL, PolicyCache
@@ -44,10 +39,9 @@ class MassiveToken:
 
     Attributes:
         position (`int`): Its rank among the tokens of its row.
-        reason (`str`): "keys and values" if it looks massive to this layer, "hidden states" if it is by definition at
-            the output of a layer below, or "first tokens" where nothing looks massive to this layer.
-        value_ratio (`float`, *optional*): Its value norm over the median, where keys and values told it.
-        cosine (`float`, *optional*): Of its un-rotated key and the template, where keys and values told it.
+        reason (`str`): "keys and values" if it looks massive to this layer, "first tokens" where nothing does.
+        value_ratio (`float`, *optional*): Its value norm over the median, if it looks massive.
+        cosine (`float`, *optional*): Of its un-rotated key and the template, if it looks massive.
     """
 
     position: int
@@ -64,9 +58,6 @@ class MassiveState(LayerState):
             see `MassiveTokens`.
         template_key, template_norm (`torch.Tensor`): `(batch, kv_heads, head_dim)` and `(batch, kv_heads)`, what later
             tokens are compared with; see `MassiveTemplate`.
-        known_positions (`torch.Tensor`): `(batch, 8)` int32, what is massive in hidden states of layers below, -1 for
-            none.
-        exact_median (`torch.Tensor`): `(batch,)` float32, of the hidden states of a prompt, where they are looked at.
         row_looked (`list[int]`): How many tokens of each row have been looked at.
     """
 
@@ -75,8 +66,6 @@ class MassiveState(LayerState):
     found_cosines: torch.Tensor | None = row()
     template_key: torch.Tensor | None = row()
     template_norm: torch.Tensor | None = row()
-    known_positions: torch.Tensor | None = row()
-    exact_median: torch.Tensor | None = row()
     row_looked: list[int] = counts()
 
 
@@ -114,17 +103,15 @@ class MassiveActivationPolicy(Policy):
 
     def is_massive(self, view: ScoringView) -> torch.Tensor:
         """`(batch, kv_heads or 1, tokens)` bool: the tokens that never go."""
-        found, known = view.state.found_positions, view.state.known_positions
+        found = view.state.found_positions
         is_massive = (found[:, :1, None] < 0) & view.is_first(NUM_FIRST_TOKENS)
-        for position in torch.cat([found] if known is None else [found, known], dim=1).unbind(dim=1):
+        for position in found.unbind(dim=1):
             is_massive |= view.positions == position[:, None, None]
         return is_massive & view.is_token
 
     def _look(self, view: LayerView) -> None:
         """Looks for massive tokens among those that have come since the last look, which all heads still hold."""
         state, key, value, positions = view.state, view.key, view.value, view.positions
-        if state.known_positions is not None:
-            state.known_positions = state.known_positions.to(key.device)
         looked = state.row_looked or [0] * len(state.row_lengths)
         num_new = max(length - before for length, before in zip(state.row_lengths, looked, strict=True))
         if num_new <= 0:
@@ -154,13 +141,10 @@ class MassiveActivationCache(PolicyCache):
     (budget + eviction_interval) * (2 * head_dim * itemsize + 8)` bytes. The prompt is read with full attention, so the
     first new token is exact.
 
-    Keys and values tell massive tokens, in the prompt and among generated tokens. With a model instead of its config,
-    hidden states tell them too: at the outputs of layer 2 and of the layers at a quarter and half of the depth. The
-    layers above keep these tokens.
+    Keys and values tell massive tokens, in the prompt and among generated tokens.
 
     Args:
-        config (`PreTrainedConfig` or `PreTrainedModel`): The config of the model, or the model itself. With the model,
-            hidden states of two or three layers are read, which takes more time.
+        config (`PreTrainedConfig` or `PreTrainedModel`): The config of the model, or the model itself.
         budget (`float`, `int` or `str`, defaults to 0.2): What each layer keeps: a fraction of the prompt, a number of
             tokens, or bytes for all layers that evict ("256MiB"). In later turns, a fraction is of all tokens seen.
             1.0 never evicts.
@@ -206,50 +190,9 @@ class MassiveActivationCache(PolicyCache):
         kernel_size: int = 13,
         eviction_interval: int = DEFAULT_EVICTION_INTERVAL,
     ) -> None:
-        config, model = config_and_model(config)
-        check_decoder_config(config)
-        refuse_unsupported_rope(config)
         policy = MassiveActivationPolicy(window_size=window_size, kernel_size=kernel_size)
         super().__init__(config, budget, policy, eviction_interval=eviction_interval)
-        self.output_probes = None
-        indices = [layer.place.layer_idx for layer in self.compressed_layers]
-        if model is not None:
-            wanted = probed_layers(len(self.layers))
-            # The next layers that evict; nothing is above the last one.
-            probed = sorted({above[0] for least in wanted if (above := [i for i in indices[:-1] if i >= least])})
-            self.output_probes = OutputProbes(model, probed)
-
-    @torch.no_grad()
-    def observe_output(self, layer_idx: int, hidden_states: torch.Tensor) -> None:
-        """
-        Tells the layers above which tokens are massive in the output of a decoder layer; called by `OutputProbes`.
-
-        Args:
-            hidden_states (`torch.Tensor`): `(batch, tokens, hidden_size)`, of the tokens that came last.
-        """
-        layer = self.layers[layer_idx]
-        # Tokens that may be taken back are left to keys and values, which are looked at when it is known that they
-        # stay.
-        if layer.budget.is_unlimited or layer.record_past or not layer.is_initialized:
-            return
-        state, num_new = layer.state, hidden_states.shape[1]
-        hidden_states = hidden_states.to(layer.device)
-        steps = torch.arange(num_new, dtype=torch.int32, device=layer.device)
-        positions = state.next_position[:, 0] - num_new + steps  # (batch, tokens)
-        if num_new > 1 and (seen := self.masks.latest()) is not None:
-            positions = seen.positions[:, 0, -num_new:].to(layer.device)
-        is_token = positions >= 0
-        if state.exact_median is None:
-            state.exact_median = torch.full_like(is_token[:, 0], float("nan"), dtype=torch.float32)
-        if num_new > 1:
-            median = median_magnitude(hidden_states, is_token)
-            state.exact_median = torch.where(state.exact_median.isnan(), median, state.exact_median)
-        positions = positions.masked_fill(~massive_in_hidden_states(hidden_states, state.exact_median, is_token), -1)
-        for above in self.compressed_layers[layer.place.depth + 1 :]:
-            known = above.state.known_positions
-            device = layer.device if known is None else known.device
-            found = [positions.to(device)] if known is None else [known, positions.to(device)]
-            above.state.known_positions = first_positions(torch.cat(found, dim=1))
+        refuse_unsupported_rope(config_and_model(config)[0])
 
     def massive_tokens(self) -> dict[int, list[list[MassiveToken]]]:
         """
@@ -265,38 +208,11 @@ def massive_tokens_of(state: MassiveState) -> list[list[MassiveToken]]:
     """The tokens of each row that a layer in this state never evicts."""
     if state.found_positions is None:
         return [[] for _ in state.row_lengths]
-    known = state.found_positions[:, :0] if state.known_positions is None else state.known_positions
-    tensors = (state.found_positions, state.found_ratios, state.found_cosines, known)
+    tensors = (state.found_positions, state.found_ratios, state.found_cosines)
     rows = []
-    for length, *row_numbers in zip(state.row_lengths, *(tensor.tolist() for tensor in tensors), strict=True):
-        found, ratios, cosines, known_here = row_numbers
-        tokens = [
-            MassiveToken(position, "keys and values", ratio, cosine)
-            for position, ratio, cosine in zip(found, ratios, cosines, strict=True)
-        ]
-        tokens += [MassiveToken(position, "hidden states") for position in sorted({*known_here} - {*found})]
-        first = range(NUM_FIRST_TOKENS if found[0] < 0 else 0)
-        tokens += [MassiveToken(position, "first tokens") for position in first if position not in known_here]
-        rows.append([token for token in tokens if 0 <= token.position < length])
+    for length, *numbers in zip(state.row_lengths, *(tensor.tolist() for tensor in tensors), strict=True):
+        found = [(position, "keys and values", *told) for position, *told in zip(*numbers, strict=True)]
+        if found[0][0] < 0:
+            found = [(position, "first tokens") for position in range(NUM_FIRST_TOKENS)]
+        rows.append([MassiveToken(*token) for token in found if 0 <= token[0] < length])
     return rows
-
-
-def probed_layers(num_layers: int) -> list[int]:
-    """
-    The decoder layers whose outputs are looked at. Massive activations appear in layer 1 or 2 of Llama and Mistral and
-    in layer 11 of SmolLM2's 30, and stay until the last layers.
-    """
-    return sorted({min(2, num_layers - 1), num_layers // 4, num_layers // 2})
-
-
-def first_positions(positions: torch.Tensor) -> torch.Tensor:
-    """
-    The 8 lowest of different positions `(batch, any)` int32, -1 for none.
-
-    Returns:
-        `torch.Tensor`: `(batch, 8)` int32, -1 behind the last.
-    """
-    missing = max(MAX_MASSIVE_TOKENS - positions.shape[1], 0)
-    positions = torch.nn.functional.pad(positions, (0, missing), value=-1)
-    positions = positions.masked_fill(positions < 0, MAX_TOKENS).sort(dim=1).values[:, :MAX_MASSIVE_TOKENS]
-    return positions.masked_fill(positions == MAX_TOKENS, -1)

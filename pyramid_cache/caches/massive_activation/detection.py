@@ -1,14 +1,12 @@
 """
-Massive activations: which tokens have them, told from hidden states or from keys and values alone.
+Which tokens have massive activations, told from keys and values alone.
 
 In most models a few tokens, among them the first one and in some the first full stop or line break, have one or two
 dimensions in their hidden state that are thousands of times larger than all others, the same ones for every text (Sun
 et al., 2024, https://arxiv.org/abs/2402.17762). The normalisation before attention leaves nothing else of such a
-token: its key, before rotation, and its value are nearly constant vectors, the value a short one. All queries may look
-there when they need not look anywhere. What a model says without these tokens is worth nothing.
-
-Hidden states tell them by definition (`massive_in_hidden_states`). Keys and values tell them without hooks
-(`massive_in_keys_and_values`): a value much shorter than others, and a key in the direction of another such token's.
+token: its key, before rotation, and its value are nearly constant vectors, the value a short one. So the tokens show
+without hidden states: a value much shorter than others, and a key in the direction of another such token's.
+docs/massive-activations.md compares this with the definition.
 """
 
 from typing import NamedTuple
@@ -19,9 +17,6 @@ from pyramid_cache.engine.rotation import RotaryFrequencies
 from pyramid_cache.engine.selection import gather_tokens
 
 
-# The definition of Sun et al., Section 2, with their second number: beyond 100, and 1,000 times the median.
-LEAST_MAGNITUDE = 100.0
-LEAST_RATIO = 1000.0
 # Value norms of tokens with massive activations are 0.1 to 0.35 of the median in SmolLM2-135M, those of others above
 # 0.5; cosines of their keys are above 0.9 from the layer on where the activations appear.
 MAX_VALUE_RATIO = 0.5
@@ -31,48 +26,6 @@ MAX_MASSIVE_TOKENS = 8
 NUM_FIRST_TOKENS = 4
 # Only the keys of the tokens with the shortest values are looked at.
 NUM_CANDIDATES = 64
-# Tokens out of which the median of a long text is taken.
-NUM_MEDIAN_TOKENS = 1024
-
-
-def median_magnitude(hidden_states: torch.Tensor, is_token: torch.Tensor) -> torch.Tensor:
-    """
-    The median of `|h|` over all dimensions and tokens, of long texts over 1,024 tokens that are spread evenly.
-
-    Args:
-        hidden_states (`torch.Tensor`): `(batch, tokens, hidden_size)`.
-        is_token (`torch.Tensor`): `(batch, tokens)` bool, False for padding.
-
-    Returns:
-        `torch.Tensor`: `(batch,)` float32; NaN for a row of padding.
-    """
-    if hidden_states.shape[1] > NUM_MEDIAN_TOKENS:
-        steps = torch.arange(NUM_MEDIAN_TOKENS, device=hidden_states.device)
-        # Tokens first, in their order. A row that has fewer than are taken gives some of them more than once.
-        order = (~is_token).byte().argsort(dim=1, stable=True)
-        columns = order.gather(1, steps * is_token.sum(dim=1, keepdim=True) // NUM_MEDIAN_TOKENS)
-        hidden_states = hidden_states.gather(1, columns[..., None].expand(-1, -1, hidden_states.shape[2]))
-        is_token = is_token.gather(1, columns)
-    magnitudes = hidden_states.detach().abs().float().masked_fill(~is_token[..., None], float("nan"))
-    return magnitudes.flatten(1).nanmedian(dim=1).values
-
-
-def massive_in_hidden_states(
-    hidden_states: torch.Tensor, median: torch.Tensor, is_token: torch.Tensor
-) -> torch.Tensor:
-    """
-    The tokens with massive activations, by definition: some `|h| > 100` that is at least 1,000 times the median.
-
-    Args:
-        hidden_states (`torch.Tensor`): `(batch, tokens, hidden_size)`, the output of a decoder layer.
-        median (`torch.Tensor`): `(batch,)` of `median_magnitude`, of these tokens or of a prompt before them.
-        is_token (`torch.Tensor`): `(batch, tokens)` bool, False for padding.
-
-    Returns:
-        `torch.Tensor`: `(batch, tokens)` bool, False for padding.
-    """
-    largest = torch.linalg.vector_norm(hidden_states.detach(), ord=float("inf"), dim=-1, dtype=torch.float32)
-    return (largest > LEAST_MAGNITUDE) & (largest >= LEAST_RATIO * median[:, None]) & is_token
 
 
 class MassiveTemplate(NamedTuple):
