@@ -166,7 +166,7 @@ if found is None or found.«digest == self.digest→module == self.module»:
 = engine/kept.py: test_plot test_show
 shares[layer_idx, max(num_positions - num_latest, 0) «→+ 1 »:] = 1
 = caches/adakv/cache.py: test_adakv
-floor_ratio=«floor_ratio→0.2»)
+kernel_size, «floor_ratio→0.2»)
 = caches/adakv/ragged_store.py: test_adakv
 is_empty = offsets <«→=» -lengths[..., None]
 = caches/adakv/ragged_store.py: test_small_faults | padding_between

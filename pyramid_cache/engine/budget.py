@@ -68,6 +68,20 @@ def read_count(name: str, number: Any, least: int) -> int:
     return int(number)
 
 
+def read_number(name: str, number: Any, interval: str) -> float:
+    """
+    A number as users write it, in an interval such as "[0, 1)". A round bracket leaves out its end.
+
+    Raises:
+        ValueError: It is no number, or outside of the interval.
+    """
+    low, high = map(float, interval[1:-1].split(","))
+    excluded = (low if interval[0] == "(" else None, high if interval[-1] == ")" else None)
+    if not is_number(number) or not low <= number <= high or number in excluded:
+        raise ValueError(f"`{name}={number!r}` must be a number in {interval}.")
+    return float(number)
+
+
 def read_kernel_size(kernel_size: Any) -> int:
     """
     Over how many neighbouring tokens scores are pooled, as users write it.

@@ -137,24 +137,21 @@ class MassiveActivationCache(PolicyCache):
     Keeps the tokens with massive activations (https://arxiv.org/abs/2402.17762), the most recent ones, and per KV head
     those with most attention.
 
-    A layer holds `budget` tokens and up to `eviction_interval` more, however much is generated: `batch * kv_heads *
-    (budget + eviction_interval) * (2 * head_dim * itemsize + 8)` bytes. The prompt is read with full attention, so the
-    first new token is exact.
+    A layer holds `budget` tokens and up to `eviction_interval` more: `batch * kv_heads * (budget + eviction_interval)
+    * (2 * head_dim * itemsize + 8)` bytes.
 
     Keys and values tell massive tokens, in the prompt and among generated tokens.
 
     Args:
         config (`PreTrainedConfig` or `PreTrainedModel`): The config of the model, or the model itself.
         budget (`float`, `int` or `str`, defaults to 0.2): What each layer keeps: a fraction of the prompt, a number of
-            tokens, or bytes for all layers that evict ("256MiB"). In later turns, a fraction is of all tokens seen.
-            1.0 never evicts.
+            tokens, or bytes for all layers that evict ("256MiB"). 1.0 never evicts.
         window_size (`int`, defaults to 64): How many of the last queries choose. As many of the last tokens always
             stay, but no more than half of the budget. Each generated token takes over `1 / window_size` of that
             attention.
         kernel_size (`int`, defaults to 13): Over how many neighbouring tokens attention is averaged. Odd. Larger
             values keep fewer and longer passages; 1 scores each token alone.
-        eviction_interval (`int`, defaults to 32): How many generated tokens arrive before as many are evicted. Larger
-            values take more memory and less time.
+        eviction_interval (`int`, defaults to 32): How many generated tokens arrive before as many are evicted.
 
     Raises:
         ValueError: For an argument outside these ranges, or a model that cannot be compressed.
@@ -167,9 +164,7 @@ class MassiveActivationCache(PolicyCache):
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> from pyramid_cache import MassiveActivationCache
     >>> import torch
-
-    >>> config = LlamaConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=99)
-    >>> model = LlamaForCausalLM(config)
+    >>> model = LlamaForCausalLM(LlamaConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4))
     >>> cache = MassiveActivationCache(model.config, budget=16, window_size=8)
     >>> tokens = model.generate(torch.arange(40)[None], past_key_values=cache, max_new_tokens=8, eos_token_id=None)
     >>> cache.compress()
@@ -190,7 +185,7 @@ class MassiveActivationCache(PolicyCache):
         kernel_size: int = 13,
         eviction_interval: int = DEFAULT_EVICTION_INTERVAL,
     ) -> None:
-        policy = MassiveActivationPolicy(window_size=window_size, kernel_size=kernel_size)
+        policy = MassiveActivationPolicy(window_size, kernel_size)
         super().__init__(config, budget, policy, eviction_interval=eviction_interval)
         refuse_unsupported_rope(config_and_model(config)[0])
 

@@ -244,8 +244,7 @@ class PyramidCache(PolicyCache):
         prefill_depth (`float`, *optional*): With a model, the share of its layers that compute the whole prompt,
             though each prunes its own keys and values. Smaller values read prompts faster, and find less. Two thirds
             by default; 0, as in the paper, with a preset.
-        eviction_interval (`int`, defaults to 32): How many generated tokens arrive before as many are evicted. Larger
-            values take more memory and less time.
+        eviction_interval (`int`, defaults to 32): How many generated tokens arrive before as many are evicted.
 
     Raises:
         ValueError: For values outside these ranges, or a number of tokens without room for sinks and a recent token.
@@ -257,11 +256,7 @@ class PyramidCache(PolicyCache):
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> from pyramid_cache import PyramidCache
     >>> import torch
-
-    >>> config = LlamaConfig(
-    ...     hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=99
-    ... )
-    >>> model = LlamaForCausalLM(config)
+    >>> model = LlamaForCausalLM(LlamaConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4))
     >>> cache = PyramidCache(model, budget=0.5)
     >>> tokens = model.generate(torch.arange(40)[None], past_key_values=cache, max_new_tokens=1, eos_token_id=None)
     >>> cache.num_kept_tokens()

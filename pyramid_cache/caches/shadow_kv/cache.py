@@ -84,11 +84,7 @@ class ShadowKVCache(CompressedCache):
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> from pyramid_cache import ShadowKVCache
     >>> import torch
-
-    >>> config = LlamaConfig(
-    ...     hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=2999
-    ... )
-    >>> model = LlamaForCausalLM(config)
+    >>> model = LlamaForCausalLM(LlamaConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4))
     >>> cache = ShadowKVCache(model.config, budget=64, rank=16, num_outlier_chunks=4)
     >>> tokens = model.generate(torch.arange(2000)[None], past_key_values=cache, max_new_tokens=8, eos_token_id=None)
     >>> cache.get_seq_length(), cache.num_kept_tokens()
