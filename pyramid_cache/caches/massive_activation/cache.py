@@ -22,9 +22,9 @@ from pyramid_cache.caches.massive_activation.detection import (
     MassiveTokens,
     massive_in_keys_and_values,
 )
-from pyramid_cache.engine.budget import read_count, read_kernel_size
+from pyramid_cache.caches.snapkv import SnapKVPolicy
 from pyramid_cache.engine.cache import config_and_model
-from pyramid_cache.engine.policy import LayerView, Policy, PromptView, ScoringView
+from pyramid_cache.engine.policy import LayerView, PromptView, ScoringView
 from pyramid_cache.engine.policy_cache import DEFAULT_EVICTION_INTERVAL, PolicyCache
 from pyramid_cache.engine.rope import refuse_unsupported_rope
 from pyramid_cache.engine.selection import gather_tokens
@@ -70,21 +70,16 @@ class MassiveState(LayerState):
 
 
 @dataclass(frozen=True)
-class MassiveActivationPolicy(Policy):
+class MassiveActivationPolicy(SnapKVPolicy):
     """
-    A token is worth the attention of the last queries to it and to the passage around it, times the norm of its value.
-    Massive tokens never go. See `MassiveActivationCache` for the fields.
+    SnapKV's window. A token is worth the attention of the last queries to it and to the passage around it, times the
+    norm of its value. Massive tokens never go. See `MassiveActivationCache` for the fields.
     """
 
-    window_size: int = 64
     kernel_size: int = 13
 
     state_class = MassiveState
     needs_rotary = True
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "window_size", read_count("window_size", self.window_size, least=1))
-        object.__setattr__(self, "kernel_size", read_kernel_size(self.kernel_size))
 
     def observe(self, prompt: PromptView) -> None:
         self._look(prompt)

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
-from pyramid_cache.caches.shadow_kv.growth import extended
-from pyramid_cache.caches.shadow_kv.host import HostPlace, HostValues, join
+from pyramid_cache.caches.shadow_kv.host import HostPlace, HostValues, extended, join
 from pyramid_cache.caches.shadow_kv.landmarks import landmarks_of, lowest_cosines, probe_of
 from pyramid_cache.caches.shadow_kv.low_rank import add_keys
 from pyramid_cache.caches.shadow_kv.quantization import QUANTIZE, add_scaled, stored
