@@ -189,7 +189,7 @@ latest = positions.argsort(dim=-1)[..., «-num_new:→:num_new»]
 rotary.rotate(keys, «-→»rotary.model_angles(positions[:, None], longest))
 = caches/pyramid/cache.py: test_pyramid
 always_stays = is_recent« | view.is_first(self.num_sink_tokens)→»
-recent = min(recent, self.window_size - 1, (mean - 1) // «2→1»)
+self.window_size - 1, (mean - 1) // «2→1»)
 = caches/pyramid/prefill.py: test_pyramid | pruned
 self.columns = «gather_columns(self.columns, indices) if self.columns is not None else →»indices
 kept)«.masked_fill(kept < 0, -1)→»

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from pyramid_cache.engine.arguments import check_decoder_config
 from pyramid_cache.engine.budget import parse_budget, read_count
 from pyramid_cache.engine.cache import config_and_model
 from pyramid_cache.engine.policy import LayerView, Policy, ScoringView
@@ -60,8 +59,6 @@ class StreamingLLMPolicy(Policy):
 
     def score(self, view: ScoringView) -> torch.Tensor:
         return view.positions.float().masked_fill(view.positions < self.num_sink_tokens, float("inf"))
-
-    # Positions within the cache.
 
     def check_prompt(
         self,
@@ -196,7 +193,6 @@ class StreamingLLMCache(PolicyCache):
         *,
         eviction_interval: int = 1,
     ) -> None:
-        config, _ = config_and_model(config)
         policy = StreamingLLMPolicy(read_count("num_sink_tokens", num_sink_tokens, least=0))
         parsed = parse_budget(budget)
         if parsed.kind == "tokens" and parsed.amount <= policy.num_sink_tokens:
@@ -204,6 +200,5 @@ class StreamingLLMCache(PolicyCache):
                 f"`budget={budget}` includes the {num_sink_tokens} sink tokens and must exceed them: give at least "
                 f"{num_sink_tokens + 1}, or lower `num_sink_tokens`."
             )
-        check_decoder_config(config)
-        refuse_unsupported_rope(config)
         super().__init__(config, budget, policy, eviction_interval=eviction_interval)
+        refuse_unsupported_rope(config_and_model(config)[0])

@@ -18,7 +18,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from pyramid_cache.caches.massive_activation.detection import (
     NUM_FIRST_TOKENS,
-    MassiveTemplate,
     MassiveTokens,
     massive_in_keys_and_values,
 )
@@ -57,7 +56,7 @@ class MassiveState(LayerState):
         found_positions, found_ratios, found_cosines (`torch.Tensor`): `(batch, 8)`, what looks massive to this layer;
             see `MassiveTokens`.
         template_key, template_norm (`torch.Tensor`): `(batch, kv_heads, head_dim)` and `(batch, kv_heads)`, what later
-            tokens are compared with; see `MassiveTemplate`.
+            tokens are compared with; see `massive_in_keys_and_values`.
         row_looked (`list[int]`): How many tokens of each row have been looked at.
     """
 
@@ -116,13 +115,11 @@ class MassiveActivationPolicy(SnapKVPolicy):
             key, value, positions = (gather_tokens(tensor, latest) for tensor in (key, value, positions))
         before = numbers_on(key.device, looked, torch.int32).view(-1, 1, 1)
         positions = positions[:, :1].masked_fill(positions[:, :1] < before, -1)
-        template = None if state.template_key is None else MassiveTemplate(state.template_key, state.template_norm)
+        template = None if state.template_key is None else (state.template_key, state.template_norm)
         found, template = massive_in_keys_and_values(key, value, positions, view.rotary, view.longest, template)
-        if state.found_positions is None:
-            earlier = MassiveTokens.none(key.shape[0], key.device)
-        else:
-            earlier = MassiveTokens(state.found_positions, state.found_ratios, state.found_cosines)
-        state.found_positions, state.found_ratios, state.found_cosines = earlier.and_later(found)
+        if state.found_positions is not None:
+            found = MassiveTokens(state.found_positions, state.found_ratios, state.found_cosines).and_later(found)
+        state.found_positions, state.found_ratios, state.found_cosines = found
         state.template_key, state.template_norm = template
         state.row_looked = list(state.row_lengths)
 
@@ -133,9 +130,7 @@ class MassiveActivationCache(PolicyCache):
     those with most attention.
 
     A layer holds `budget` tokens and up to `eviction_interval` more: `batch * kv_heads * (budget + eviction_interval)
-    * (2 * head_dim * itemsize + 8)` bytes.
-
-    Keys and values tell massive tokens, in the prompt and among generated tokens.
+    * (2 * head_dim * itemsize + 8)` bytes. Keys and values tell massive tokens, in the prompt and in the answer.
 
     Args:
         config (`PreTrainedConfig` or `PreTrainedModel`): The config of the model, or the model itself.

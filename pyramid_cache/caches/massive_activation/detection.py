@@ -12,6 +12,7 @@ docs/massive-activations.md compares this with the definition.
 from typing import NamedTuple
 
 import torch
+from torch.nn.functional import cosine_similarity, pad
 
 from pyramid_cache.engine.rotation import RotaryFrequencies
 from pyramid_cache.engine.selection import gather_tokens
@@ -28,41 +29,20 @@ NUM_FIRST_TOKENS = 4
 NUM_CANDIDATES = 64
 
 
-class MassiveTemplate(NamedTuple):
-    """
-    What the later tokens of a row are compared with.
-
-    Attributes:
-        key (`torch.Tensor`): `(batch, kv_heads, head_dim)` float32, the un-rotated key of a token whose value is
-            short; zero where there is none.
-        value_norm (`torch.Tensor`): `(batch, kv_heads)` float32, the median over the tokens of the prompt.
-    """
-
-    key: torch.Tensor
-    value_norm: torch.Tensor
-
-
 class MassiveTokens(NamedTuple):
     """
     Tokens that were found, 8 at most, those with the shortest values first.
 
     Attributes:
-        positions (`torch.Tensor`): `(batch, found)` int32, -1 behind the last one of a row.
-        value_ratios (`torch.Tensor`): `(batch, found)` float32, of the value norm to its median, the mean over heads;
+        positions (`torch.Tensor`): `(batch, 8)` int32, -1 behind the last one of a row.
+        value_ratios (`torch.Tensor`): `(batch, 8)` float32, of the value norm to its median, the mean over heads;
             infinite behind the last.
-        cosines (`torch.Tensor`): `(batch, found)` float32, of the un-rotated key and the template, the mean over
-            heads.
+        cosines (`torch.Tensor`): `(batch, 8)` float32, of the un-rotated key and the template, the mean over heads.
     """
 
     positions: torch.Tensor
     value_ratios: torch.Tensor
     cosines: torch.Tensor
-
-    @classmethod
-    def none(cls, batch_size: int, device: torch.device) -> "MassiveTokens":
-        """Room for 8 tokens in each row."""
-        ratios = torch.full((batch_size, MAX_MASSIVE_TOKENS), float("inf"), device=device)
-        return cls(torch.full_like(ratios, -1, dtype=torch.int32), ratios, torch.zeros_like(ratios))
 
     def and_later(self, later: "MassiveTokens") -> "MassiveTokens":
         """Both together, without those that are beyond the cap. Of equal values the earlier ones come first."""
@@ -78,8 +58,8 @@ def massive_in_keys_and_values(
     positions: torch.Tensor,
     rotary: RotaryFrequencies | None,
     longest: int,
-    template: MassiveTemplate | None = None,
-) -> tuple[MassiveTokens, MassiveTemplate]:
+    template: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[MassiveTokens, tuple[torch.Tensor, torch.Tensor]]:
     """
     The tokens that look massive to one layer: values shorter than half of the median, and un-rotated keys in the
     direction (cosine above 0.9) of a template. That is the first token of the row if its own value is so short, else
@@ -93,19 +73,21 @@ def massive_in_keys_and_values(
             Positions that the model counted from elsewhere, padding included, change nothing: only differences matter.
         rotary (`RotaryFrequencies`, *optional*): None for keys that are not rotated.
         longest (`int`): The length of the longest row in the forward pass that these tokens are of.
-        template (`MassiveTemplate`, *optional*): Of the prompt, for tokens that came later. A row that has none yet
-            takes it from these tokens.
+        template (`tuple`, *optional*): What later tokens are compared with, both float32: the un-rotated key `(batch,
+            kv_heads, head_dim)` of a token whose value is short, and the median norm of the prompt's values `(batch,
+            kv_heads)`. A row whose key is zero has none yet, and takes it from these tokens.
 
     Returns:
-        `tuple[MassiveTokens, MassiveTemplate]`: The tokens, and the template for later ones.
+        `tuple`: The `MassiveTokens`, and the template for later ones.
     """
     positions = positions[:, 0]
     is_token = positions >= 0
     norms = torch.linalg.vector_norm(value, dim=-1, dtype=torch.float32)  # (batch, kv_heads, tokens)
     if template is None:
-        value_norm = norms.masked_fill(~is_token[:, None], float("nan")).nanmedian(dim=-1).values.nan_to_num(0)
-        template = MassiveTemplate(norms.new_zeros(*key.shape[:2], key.shape[3]), value_norm)
-    ratios = (norms / template.value_norm[..., None].clamp(min=torch.finfo(torch.float32).tiny)).mean(dim=1)
+        median = norms.masked_fill(~is_token[:, None], float("nan")).nanmedian(dim=-1).values.nan_to_num(0)
+        template = norms.new_zeros(*key.shape[:2], key.shape[3]), median
+    template_key, median = template
+    ratios = (norms / median[..., None].clamp(min=torch.finfo(torch.float32).tiny)).mean(dim=1)
     # Stable: of equals the first one, whatever the device.
     ratios, columns = ratios.masked_fill(~is_token, float("inf")).sort(dim=1, stable=True)
     ratios, columns = ratios[:, :NUM_CANDIDATES], columns[:, :NUM_CANDIDATES]
@@ -118,17 +100,17 @@ def massive_in_keys_and_values(
     # The first candidate, which has the shortest value, where the first token of the row is none.
     chosen = ((positions == 0) & is_short).int().argmax(dim=1)[:, None]
     own_key = gather_tokens(keys, chosen[:, None])[:, :, 0].masked_fill(~is_short.gather(1, chosen)[..., None], 0)
-    has_key = template.key.ne(0).flatten(1).any(dim=1)
-    template = template._replace(key=torch.where(has_key[:, None, None], template.key, own_key))
+    has_key = template_key.ne(0).flatten(1).any(dim=1)
+    template_key = torch.where(has_key[:, None, None], template_key, own_key)
 
-    cosines = torch.nn.functional.cosine_similarity(keys, template.key[:, :, None], dim=-1).mean(dim=1)
+    cosines = cosine_similarity(keys, template_key[:, :, None], dim=-1).mean(dim=1)
     is_massive = is_short & (cosines > LEAST_COSINE)
     # Those that were found come first and keep their order.
     order = (~is_massive).byte().argsort(dim=1, stable=True)[:, :MAX_MASSIVE_TOKENS]
-    is_none = ~is_massive.gather(1, order)
+    is_none, room = ~is_massive.gather(1, order), (0, MAX_MASSIVE_TOKENS - order.shape[1])
     found = MassiveTokens(
-        positions.gather(1, order).masked_fill(is_none, -1),
-        ratios.gather(1, order).masked_fill(is_none, float("inf")),
-        cosines.gather(1, order).masked_fill(is_none, 0),
+        pad(positions.gather(1, order).masked_fill(is_none, -1), room, value=-1),
+        pad(ratios.gather(1, order).masked_fill(is_none, float("inf")), room, value=float("inf")),
+        pad(cosines.gather(1, order).masked_fill(is_none, 0), room),
     )
-    return found, template
+    return found, (template_key, median)

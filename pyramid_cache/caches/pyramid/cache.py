@@ -7,12 +7,10 @@ a config, hidden states are pruned too, while the prompt is read: the layers abo
 dropped. Projections, attention and MLP all shrink.
 
 Departures from the authors' code, whose legacy file is the reference for decoding:
-- the budget is met exactly: the falling schedule is solved for its mean, and `min_context_length` never stops it
-  early. Their settings fix the schedule instead, for a few models;
+- the budget is met exactly: the falling schedule is solved for its mean. Their settings fix the schedule instead;
 - a layer prunes its own keys and values, as in the paper. Their code prunes for the next layer only;
-- the recent window has at most `window_size` tokens, and scores are averaged over neighbours, which finds more facts
-  (docs/caches/pyramid.md). Their window is a fifth of the prompt, its newest query counts 1.2 times the oldest, and
-  all layers compute pruned hidden states;
+- the recent window has at most `window_size` tokens, and scores are averaged over neighbours (docs/caches/pyramid.md).
+  Their window is a fifth of the prompt, and its newest query counts 1.2 times the oldest;
 - decoding is bounded: generated tokens are scored as the others are, and as many are evicted;
 - padding is never kept. Attention sinks are the first tokens instead of the first columns.
 """

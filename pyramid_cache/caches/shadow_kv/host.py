@@ -93,9 +93,6 @@ def read_host(host: str, host_budget: int | str | None) -> HostPlace:
     return HostPlace(folder, amount)
 
 
-# The second stream.
-
-
 @functools.cache
 def second_stream(device: torch.device) -> torch.cuda.Stream:
     """One for each CUDA device."""
@@ -130,9 +127,6 @@ def wait_for_host(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
         second_stream(device).synchronize()
-
-
-# Values.
 
 
 class HostValues:
