@@ -347,16 +347,24 @@ class PyramidScore(ReferenceScore):
     `distance_weight`, the oldest 1, over the mean of all weights. The window and the first tokens stay.
     """
 
-    recent_ratio: float = 0.125
+    recent_ratio: float | None = None
     window_size: int = 64
-    kernel_size: int = 13
+    kernel_size: int | None = None
     num_sink_tokens: int = 4
-    distance_weight: float = 1.0
+    distance_weight: float | None = None
+    preset: str | None = None
     heads_share_tokens = True
+
+    def __post_init__(self) -> None:
+        defaults = (0.125, 13, 1.0) if self.preset is None else (0.2, 1, 1.2)
+        for name, default in zip(("recent_ratio", "kernel_size", "distance_weight"), defaults, strict=True):
+            if getattr(self, name) is None:
+                setattr(self, name, default)
 
     def window(self, length: int, mean: int) -> int:
         number = math.floor(Fraction(str(self.recent_ratio)) * length) + 1
-        number = min(number, self.window_size, (min(mean, length) + 1) // 2)
+        if self.preset is None:
+            number = min(number, self.window_size, (min(mean, length) + 1) // 2)
         return max(min(number, length), 1)
 
     def weight(self, age: int, window: int) -> float:

@@ -51,6 +51,7 @@ IMPOSSIBLE: dict[str, list[Any]] = {
         *(np.int64(0), np.float32(-0.5), torch.tensor(0.4)),
         *("12 apples", "MiB", "-4MiB", "0MiB", "0.4", "40%", "1e3MB", "0.2B", "12 TiB of memory", "nanMiB"),
     ],
+    "preset": ["llama-9-900b", "", 7, True, ["llama-2-7b"], np.array(["llama-2-7b"])],
     "num_sink_tokens": NO_COUNTS,
     "min_context_length": NO_COUNTS,
     "first_pruned_layer": [*NO_COUNTS, 3, 2],

@@ -535,9 +535,12 @@ def setups(draw: st.DrawFn, cache_class: type[CompressedCache]) -> Setup:
     }
     known = inspect.signature(cache_class).parameters
     arguments = {name: draw(strategy) for name, strategy in ARGUMENTS.items() if name in known}
-    numbers = st.integers(arguments.get("num_sink_tokens", 0) + 1, 20)
-    shares = st.sampled_from([0.15, 0.29, 0.5, 0.75, 0.9, 0.97])
-    arguments["budget"] = draw(st.one_of(numbers, shares, st.just(1.0)))
+    if "preset" in known and draw(st.integers(0, 9)) == 9:
+        arguments["preset"] = draw(st.sampled_from(["llama-2-7b", "llama-2-13b", "llama-2-70b"]))
+    else:
+        numbers = st.integers(arguments.get("num_sink_tokens", 0) + 1, 20)
+        shares = st.sampled_from([0.15, 0.29, 0.5, 0.75, 0.9, 0.97])
+        arguments["budget"] = draw(st.one_of(numbers, shares, st.just(1.0)))
     return Setup(
         cache_class,
         arguments,
@@ -653,12 +656,16 @@ def test_update_returns_all_that_a_query_sees(case: CacheCase) -> None:
 
 
 @parametrize_cases(EVICTING)
+@pytest.mark.parametrize("preset", [None, "llama-2-7b"])
 @torch.no_grad()
-def test_no_cache_grows_with_the_answer(case: CacheCase) -> None:
+def test_no_cache_grows_with_the_answer(case: CacheCase, preset: str | None) -> None:
     """No layer holds more than its budget and the tokens that wait, and its slots are no more than these."""
+    if preset is not None and case.cache_class is not PyramidCache:
+        return
     model = tiny_model("llama")
-    cache = case.build(model)
-    interval = case.tight.get("eviction_interval", 1)
+    settings = case.tight if preset is None else {"preset": preset, "min_context_length": 4, "eviction_interval": 3}
+    cache = case.cache_class(model if case.from_model else model.config, **settings)
+    interval = settings.get("eviction_interval", 1)
     model(random_tokens(1, 50), past_key_values=cache, logits_to_keep=1)
     kept, counts = cache.num_kept_tokens(), []
     for token in random_tokens(70, 1, 1):

@@ -46,16 +46,17 @@ def check(
 ) -> Trace:
     """
     Each row of a run with a new cache against the reference alone; returns the run. The cache is given the model if it
-    prunes hidden states. The budget is a share of the prompt.
+    prunes hidden states. The budget is a share of the prompt; a preset has its own.
     """
     rows, settings = random_rows(lengths, seed=3), SETTINGS | settings
-    cache = PyramidCache(model if is_pruned else model.config, budget=budget, **settings)
+    given = settings if "preset" in settings else {"budget": budget, **settings}
+    cache = PyramidCache(model if is_pruned else model.config, **given)
     trace = drive(model, cache, rows, random_tokens(len(rows), num_later, seed=4))
     policies, policy_class = [], PrunedPolicy if is_pruned else ScoredPolicy
     for row, length in enumerate(lengths):
         layers = range(model.config.num_hidden_layers)
         kept = [len(trace.held(0, layer, row, 0)) for layer in layers]
-        assert kept == kept_of_prompt(trace, row, budget)
+        assert "preset" in settings or kept == kept_of_prompt(trace, row, budget)
         score = score_of(PyramidCache, settings)
         policies.append(policy_class(length, score, kept, settings["eviction_interval"], trace, row))
     compare_with_policies(model, trace, rows, policies)
@@ -125,10 +126,36 @@ def test_pruned_hidden_states(family: str) -> None:
 
 
 def test_settings_of_pruned_hidden_states() -> None:
-    """The first layer may keep everything."""
+    """The first layer may keep everything. A preset shrinks every second layer here."""
     model = build_model("llama", num_hidden_layers=6)
     trace = check(model, (59,), 6, 0.6, is_pruned=True, first_pruned_layer=1)
     assert len(trace.held(0, 0, 0, 0)) == 59 > len(trace.held(0, 1, 0, 0))
+    check(model, (130,), 6, is_pruned=True, preset="llama-2-13b")
+
+
+# What the authors' loop passes on of a prompt of 400 tokens: the context shrinks every so many layers, until it would
+# be no longer than 64, and the recent window of 81 is never touched.
+@pytest.mark.parametrize(
+    "preset, decay_ratio, interval",
+    [
+        ("llama-2-7b", 0.9, 1),
+        ("llama-2-13b", 0.8, 2),
+        ("llama-2-70b", 0.9, 3),
+        ("llama-3-8b", 0.9, 1),
+        ("llama-3-70b", 0.9, 3),
+    ],
+)
+def test_presets_follow_the_authors_loop(preset: str, decay_ratio: float, interval: int) -> None:
+    depth, context, wanted = 32, 400 - 81, []
+    model = build_model("llama", num_hidden_layers=depth, hidden_size=16, intermediate_size=16, head_dim=4)
+    cache = PyramidCache(model, preset=preset)
+    drive(model, cache, random_rows((400,)), 0)
+    for layer in range(depth):
+        ratio = (1 - decay_ratio) * (math.cos(math.pi * layer / depth) + 1) / 2 + decay_ratio
+        if layer % interval == 0 and int(context * ratio) > 64:
+            context = int(context * ratio)
+        wanted.append(context + 81)
+    assert cache.num_kept_tokens() == wanted and wanted[-1] < 0.7 * 400
 
 
 @pytest.mark.parametrize("prefill_depth", [0.0, 0.7])

@@ -7,15 +7,18 @@ a config, hidden states are pruned too, while the prompt is read: the layers abo
 dropped. Projections, attention and MLP all shrink.
 
 Departures from the authors' code, whose legacy file is the reference for decoding:
-- the budget is met exactly: the falling schedule is solved for its mean. Their settings fix the schedule instead;
+- the budget is met exactly: the falling schedule is solved for its mean, and `min_context_length` never stops it
+  early. Their settings, which fix the schedule and not the budget, are `PRESETS`;
 - a layer prunes its own keys and values, as in the paper. Their code prunes for the next layer only;
-- the recent window has at most `window_size` tokens, and scores are averaged over neighbours (docs/caches/pyramid.md).
-  Their window is a fifth of the prompt, and its newest query counts 1.2 times the oldest;
+- the recent window has at most `window_size` tokens, and scores are averaged over neighbours. Presets do neither;
 - decoding is bounded: generated tokens are scored as the others are, and as many are evicted;
 - padding is never kept. Attention sinks are the first tokens instead of the first columns.
 """
 
+import functools
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -39,6 +42,15 @@ from pyramid_cache.engine.state import LayerState, row
 from pyramid_cache.ops.transfer import numbers_on
 
 
+# The authors' settings (configs/*.json): how far the cosine falls, and every how many layers tokens are dropped.
+PRESETS = {
+    "llama-2-7b": (0.9, 1),
+    "llama-2-13b": (0.8, 2),
+    "llama-2-70b": (0.9, 3),
+    "llama-3-8b": (0.9, 1),
+    "llama-3-70b": (0.9, 3),
+}
+DEFAULT_BUDGET = 0.4
 COUNTS = {"window_size": 1, "num_sink_tokens": 0, "min_context_length": 0, "first_pruned_layer": 0}
 NUMBERS = {"recent_ratio": "[0, 1)", "decay_ratio": "(0, 1]", "prefill_depth": "[0, 1]"}
 
@@ -57,6 +69,7 @@ class PyramidPolicy(Policy):
     `PyramidCache` for the fields.
     """
 
+    preset: str | None = None
     recent_ratio: float = 0.125
     window_size: int = 64
     kernel_size: int = 13
@@ -71,6 +84,8 @@ class PyramidPolicy(Policy):
     state_class = WindowState
 
     def __post_init__(self) -> None:
+        if self.preset is not None and (not isinstance(self.preset, str) or self.preset not in PRESETS):
+            raise ValueError(f"`preset={self.preset!r}` is unknown: choose one of {sorted(PRESETS)}, or a `budget`.")
         object.__setattr__(self, "kernel_size", read_kernel_size(self.kernel_size))
         for name, least in COUNTS.items():
             object.__setattr__(self, name, read_count(name, getattr(self, name), least))
@@ -93,9 +108,11 @@ class PyramidPolicy(Policy):
         state.num_recent = numbers_on(state.next_position.device, state.row_windows, torch.int32).view(-1, 1, 1)
 
     def num_queries(self, prompt_length: int, budget: Budget, num_layers: int) -> int:
-        """`R + 1` of the paper: the tokens of the recent window, half of the budget at most."""
-        mean = self.mean_kept(prompt_length, budget, num_layers)
-        recent = min(floor_of_product(self.recent_ratio, prompt_length), self.window_size - 1, (mean - 1) // 2)
+        """`R + 1` of the paper: the tokens of the recent window. Without a preset, half of the budget at most."""
+        recent = floor_of_product(self.recent_ratio, prompt_length)
+        if self.preset is None:
+            mean = self.mean_kept(prompt_length, budget, num_layers)
+            recent = min(recent, self.window_size - 1, (mean - 1) // 2)
         return max(min(recent, prompt_length - 1), 0) + 1
 
     def num_tokens(self, prompt_length: int, budget: Budget, depth: int, num_layers: int) -> int:
@@ -103,12 +120,14 @@ class PyramidPolicy(Policy):
             return 1
         kept = self.schedule(prompt_length, budget, num_layers)[depth]
         # A prompt within a budget of tokens may grow up to it before anything is dropped.
-        is_whole = budget.kind == "tokens" and kept == prompt_length
+        is_whole = self.preset is None and budget.kind == "tokens" and kept == prompt_length
         return max(kept, budget.num_tokens(prompt_length)) if is_whole else kept
 
     def schedule(self, prompt_length: int, budget: Budget, num_layers: int) -> tuple[int, ...]:
         """The tokens that each layer keeps of a prompt."""
         recent = self.num_queries(prompt_length, budget, num_layers)
+        if self.preset is not None:
+            return preset_schedule(self.preset, prompt_length, num_layers, recent, self.min_context_length)
         mean = self.mean_kept(prompt_length, budget, num_layers)
         sinks = min(self.num_sink_tokens, mean - recent)
         context = min(self.min_context_length, (mean - recent - sinks) // 2)
@@ -152,6 +171,26 @@ class PyramidPolicy(Policy):
             )
 
 
+@functools.lru_cache(maxsize=1024)
+def preset_schedule(
+    preset: str, prompt_length: int, num_layers: int, num_recent: int, min_context_length: int
+) -> tuple[int, ...]:
+    """
+    The tokens that each layer holds by the authors' arithmetic: every `interval` layers the context shrinks by a
+    factor that itself falls with depth, until it would be no longer than `min_context_length`.
+    """
+    decay_ratio, interval = PRESETS[preset]
+    context = prompt_length - num_recent
+    min_context_length = min(min_context_length, context)
+    held = []
+    for layer in range(num_layers):
+        ratio = (1 - decay_ratio) * (math.cos(math.pi * layer / num_layers) + 1) / 2 + decay_ratio
+        if layer % interval == 0 and int(context * ratio) > min_context_length:
+            context = int(context * ratio)
+        held.append(context + num_recent)
+    return tuple(held)
+
+
 class PyramidCache(PolicyCache):
     """
     Keeps each layer's pivotal context, less of it the deeper the layer (PyramidInfer,
@@ -168,23 +207,26 @@ class PyramidCache(PolicyCache):
         budget (`float`, `int` or `str`, defaults to 0.4): The mean over layers of what is kept: a fraction of the
             prompt, a number of tokens, or bytes ("256MiB"), of which rows of different length may take some more. 1.0
             never evicts.
-        recent_ratio (`float`, defaults to 0.125): The recent window's share of the prompt. The window always stays,
-            and its queries choose the rest. It never has more than half of the budget.
-        window_size (`int`, defaults to 64): The most tokens that the recent window has. Larger values cover a longer
-            question, and leave less room.
-        kernel_size (`int`, defaults to 13): Over how many neighbouring tokens scores are averaged. Odd. Larger values
-            keep fewer and longer passages; 1 scores each token alone.
+        preset (`str`, *optional*): The authors' settings for a model, instead of a budget: "llama-2-7b",
+            "llama-2-13b", "llama-2-70b", "llama-3-8b" or "llama-3-70b".
+        recent_ratio (`float`, *optional*): The recent window's share of the prompt. The window always stays, and its
+            queries choose the rest. 0.125 by default, and never more than half of the budget; 0.2 with a preset.
+        window_size (`int`, defaults to 64): The most tokens that the recent window has, unless there is a preset.
+            Larger values cover a longer question, and leave less room.
+        kernel_size (`int`, *optional*): Over how many neighbouring tokens scores are averaged. Odd. Larger values keep
+            fewer and longer passages. 13 by default; 1, which scores each token alone, with a preset.
         num_sink_tokens (`int`, defaults to 4): Tokens at the start that always stay, if the budget has room for them.
         min_context_length (`int`, defaults to 64): Tokens beside window and sinks that every layer keeps, if the
             budget allows it.
-        distance_weight (`float`, defaults to 1.0): How much more the window's newest query counts than the oldest.
+        distance_weight (`float`, *optional*): How much more the newest query of the window counts than the oldest. 1.0
+            by default, 1.2 with a preset.
         decay_ratio (`float`, defaults to 0.6): What the last layer keeps relative to the first, before the bounds
             apply. Smaller values take more from deep layers.
         first_pruned_layer (`int`, defaults to 0): Layers before this one keep everything, and the others less.
             Attention settles after the first layers, so that later pruning recalls more of a long prompt.
-        prefill_depth (`float`, defaults to 2 / 3): With a model, the share of its layers that compute the whole
-            prompt, though each prunes its own keys and values. Smaller values (0 in the paper) read prompts faster,
-            and find less.
+        prefill_depth (`float`, *optional*): With a model, the share of its layers that compute the whole prompt,
+            though each prunes its own keys and values. Smaller values read prompts faster, and find less. Two thirds
+            by default; 0, as in the paper, with a preset.
         eviction_interval (`int`, defaults to 32): How many generated tokens arrive before as many are evicted.
 
     Raises:
@@ -209,24 +251,33 @@ class PyramidCache(PolicyCache):
     def __init__(
         self,
         config: PreTrainedConfig | PreTrainedModel,
-        budget: float | int | str = 0.4,
+        budget: float | int | str = DEFAULT_BUDGET,
         *,
-        recent_ratio: float = 0.125,
+        preset: str | None = None,
+        recent_ratio: float | None = None,
         window_size: int = 64,
-        kernel_size: int = 13,
+        kernel_size: int | None = None,
         num_sink_tokens: int = 4,
         min_context_length: int = 64,
-        distance_weight: float = 1.0,
+        distance_weight: float | None = None,
         decay_ratio: float = 0.6,
         first_pruned_layer: int = 0,
-        prefill_depth: float = 2 / 3,
+        prefill_depth: float | None = None,
         eviction_interval: int = DEFAULT_EVICTION_INTERVAL,
     ) -> None:
         config, model = config_and_model(config)
         check_decoder_config(config)
         parsed_budget = parse_budget(budget)
-        window = recent_ratio, window_size, kernel_size, num_sink_tokens, min_context_length
-        policy = PyramidPolicy(*window, distance_weight, decay_ratio, first_pruned_layer, prefill_depth)
+        if preset is not None and budget != DEFAULT_BUDGET:
+            raise ValueError(f"`preset={preset!r}` and `budget={budget!r}` exclude each other: give one of them.")
+        # What is not given is the paper's with a preset.
+        defaults = (0.125, 13, 1.0, 2 / 3) if preset is None else (0.2, 1, 1.2, 0.0)
+        given = zip((recent_ratio, kernel_size, distance_weight, prefill_depth), defaults, strict=True)
+        chosen: list[Any] = [default if value is None else value for value, default in given]
+        recent_ratio, kernel_size, distance_weight, prefill_depth = chosen
+        window = preset, recent_ratio, window_size, kernel_size
+        shape = distance_weight, decay_ratio, first_pruned_layer, prefill_depth
+        policy = PyramidPolicy(*window, num_sink_tokens, min_context_length, *shape)
         self.masks = None
         if model is not None and not parsed_budget.is_unlimited:
             self.masks = PrunedPrefill(model, policy.prefill_depth)
@@ -238,7 +289,7 @@ class PyramidCache(PolicyCache):
                 "pruned. Build the cache from `model.config`: each full-attention layer then prunes its own keys and "
                 "values."
             )
-        if not parsed_budget.is_unlimited:
+        if preset is None and not parsed_budget.is_unlimited:
             policy.check(parsed_budget, len(places))
 
     def reset(self) -> None:
