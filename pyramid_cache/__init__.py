@@ -1,20 +1,18 @@
 """KV-cache compression for plain `model.generate`: `transformers.Cache` subclasses that keep what attention needs."""
 
-from pyramid_cache.caches import (
-    AdaKVCache,
-    ExpectedAttentionCache,
-    H2OCache,
-    KeyDiffCache,
-    KnormCache,
-    MassiveActivationCache,
-    PyramidCache,
-    PyramidKVCache,
-    RKVCache,
-    ShadowKVCache,
-    SnapKVCache,
-    StreamingLLMCache,
-    TOVACache,
-)
+from pyramid_cache.caches.adakv.cache import AdaKVCache
+from pyramid_cache.caches.expected_attention import ExpectedAttentionCache
+from pyramid_cache.caches.h2o import H2OCache
+from pyramid_cache.caches.keydiff import KeyDiffCache
+from pyramid_cache.caches.knorm import KnormCache
+from pyramid_cache.caches.massive_activation.cache import MassiveActivationCache
+from pyramid_cache.caches.pyramid.cache import PyramidCache
+from pyramid_cache.caches.pyramidkv import PyramidKVCache
+from pyramid_cache.caches.rkv import RKVCache
+from pyramid_cache.caches.shadow_kv.cache import ShadowKVCache
+from pyramid_cache.caches.snapkv import SnapKVCache
+from pyramid_cache.caches.streaming_llm import StreamingLLMCache
+from pyramid_cache.caches.tova import TOVACache
 from pyramid_cache.engine.policy import Policy
 from pyramid_cache.engine.policy_cache import PolicyCache
 

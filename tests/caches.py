@@ -113,7 +113,6 @@ CACHE_CASES = (
     CacheCase("knorm", {**TWELVE, "eviction_interval": 3}),
     CacheCase("expected-attention", {**TWELVE, "eviction_interval": 3}, has_own_reference=True),
     CacheCase("massive", BY_ATTENTION, has_own_reference=True),
-    CacheCase("massive", BY_ATTENTION, from_model=True, has_own_reference=True),
     CacheCase("rkv", {**BY_ATTENTION, "eviction_interval": 4}),
     CacheCase("shadow", {"budget": 4, **BY_CHUNKS}, is_bounded=False, evicts=False, has_own_reference=True),
 )

@@ -138,7 +138,7 @@ return self._mask is not None« and self._mask() is attention_mask→»
 is_ascending = «not bool((is_token[:, :-1] & ~is_token[:, 1:]).any())→True»
 = engine/tokens.py: test_bad_calls | bidirectional
 if not agrees.«all→any»():
-= engine/budget.py: test_pyramid test_policies test_massive_activation
+= engine/budget.py: test_pyramid test_policies
 for index in by_remainder[: total - sum(numbers)«→ - 1»]:
 = engine/budget.py: test_pyramid | decimal
 return math.floor(«Fraction(repr(float(fraction)))→fraction» * count)
@@ -180,7 +180,7 @@ if found is None or found.«digest == self.digest→module == self.module»:
 = plot/held.py: test_plot test_show
 shares[layer_idx, max(num_positions - num_latest, 0) «→+ 1 »:] = 1
 = caches/adakv/cache.py: test_adakv
-floor_ratio=«floor_ratio→0.2»)
+kernel_size, «floor_ratio→0.2»)
 = caches/adakv/ragged_store.py: test_adakv
 is_empty = offsets <«→=» -lengths[..., None]
 = caches/adakv/ragged_store.py: test_small_faults | padding_between
@@ -196,18 +196,14 @@ view.positions >«=→» view.length - view.state.num_recent
 directions = directions.masked_fill(«~view.is_token[..., None]→view.positions[..., None] < -1», 0)
 = caches/knorm.py: test_policies
 return -(torch.linalg.vector_norm(view.«key→value».float(), dim=-1)
-= caches/massive_activation/cache.py: test_massive_activation | reference generated eight hidden
+= caches/massive_activation/cache.py: test_massive_activation | reference generated eight
 scores«.masked_fill(self.is_massive(view), float("inf"))→»
 latest = positions.argsort(dim=-1)[..., «-num_new:→:num_new»]
 = caches/massive_activation/detection.py: test_massive_activation
 rotary.rotate(keys, «-→»rotary.model_angles(positions[:, None], longest))
-= caches/massive_activation/outputs.py: test_small_faults
-value.observe_output(index, «output[0] if isinstance(output, tuple) else output→args[0]»)
-= caches/massive_activation/profile.py: test_small_faults
-if different«→ is None»:
 = caches/pyramid/cache.py: test_pyramid
 always_stays = is_recent« | view.is_first(self.num_sink_tokens)→»
-recent = min(recent, self.window_size - 1, (mean - 1) // «2→1»)
+self.window_size - 1, (mean - 1) // «2→1»)
 = caches/pyramid/prefill.py: test_pyramid | pruned
 self.columns = «gather_columns(self.columns, indices) if self.columns is not None else →»indices
 kept)«.masked_fill(kept < 0, -1)→»

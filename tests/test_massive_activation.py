@@ -1,6 +1,5 @@
 """Massive tokens and MassiveActivationCache, against loops and hand-computed numbers."""
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +13,8 @@ from reference import HeldTokens, ReferenceScore, ScoredPolicy, compare_with_pol
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from pyramid_cache import MassiveActivationCache, PolicyCache
-from pyramid_cache.caches.massive_activation.cache import MassiveActivationPolicy, first_positions
-from pyramid_cache.caches.massive_activation.detection import (
-    massive_in_hidden_states,
-    massive_in_keys_and_values,
-    median_magnitude,
-)
-from pyramid_cache.engine.budget import bounded_shares, fair_shares, support_schedule
-from pyramid_cache.engine.fingerprint import architecture_of
+from pyramid_cache.caches.massive_activation.cache import MassiveActivationPolicy
+from pyramid_cache.caches.massive_activation.detection import massive_in_keys_and_values
 from pyramid_cache.engine.policy import ScoringView
 from pyramid_cache.engine.rotation import RotaryFrequencies
 from pyramid_cache.lab.demo.planted_number import read_text
@@ -29,25 +22,7 @@ from pyramid_cache.lab.profile.activations import measure_text
 from pyramid_cache.lab.weights import fetch_default_model
 
 
-# Detectors.
-
-
-def test_massive_in_hidden_states() -> None:
-    """Row 0 has median 1: 1000 is massive, 999 is not. Row 1 has median 0.05: what exceeds 100 is massive."""
-    states = torch.ones(2, 9, 5)
-    states[1] = 0.05
-    states[0, 6, 3], states[0, 7, 0] = -1000, 999
-    states[1, 5, 2], states[1, 8, 4] = 100, -100.5
-    states[:, :5] = 1e6
-    is_token = (torch.arange(9) >= 5).expand(2, -1)
-    median = median_magnitude(states, is_token)
-    assert median.tolist() == pytest.approx([1, 0.05])
-    assert massive_in_hidden_states(states, median, is_token).nonzero().tolist() == [[0, 6], [1, 8]]
-    # Of long texts a part is looked at, here with magnitudes from 0 to 1.
-    states = torch.linspace(0, 1, 5000)[None, :, None].expand(2, -1, 4)
-    is_token = torch.ones(2, 5000, dtype=torch.bool)
-    is_token[1, :2000] = False
-    assert median_magnitude(states, is_token).tolist() == pytest.approx([0.5, 0.7], abs=1e-3)
+# The detector.
 
 
 def slow_massive(
@@ -107,37 +82,7 @@ def test_massive_in_keys_and_values(num_sinks: int, frequencies: list[float]) ->
         assert (numbers[len(tokens) :, 0] == -1).all()
 
 
-# Budgets by a profile.
-
-
-def test_shares() -> None:
-    # 60 to share: the last is held at 30, the first at 5; 25 remain for 2 and 3, in proportion 10 and 15.
-    assert bounded_shares(60, (1, 20, 30, 90), 5, 30) == (5, 10, 15, 30)
-    assert bounded_shares(10, (1.0, 1.0, 1.0), 1, 9) == (4, 3, 3)
-    # Who wants 5 and 10 gets it; 45 remain for two who want more, and the one who asked later gets the odd one.
-    assert fair_shares(60, (30, 5, 90, 10)) == (22, 5, 23, 10)
-    assert fair_shares(3, (9, 9)) == (1, 2)
-    assert fair_shares(99, (9, 0, 9)) == (9, 0, 9)
-    for total, minimum, expected in (
-        # Assured are 100, 30, 60 and 90 of 100 tokens, 280 in all. Of 240 the second gets its 30, the third its 60,
-        # and the others half of what is left each.
-        (240, 1, (75, 30, 60, 75)),
-        (240, 999, (60, 60, 60, 60)),
-        (120, 1, (30, 30, 30, 30)),
-        # Of 300 there are 20 to spare: beside 100 for the first, 200 are shared in proportion 1:2:3.
-        (300, 1, (100, 33, 67, 100)),
-        (300, 40, (100, 40, 64, 96)),
-    ):
-        assert support_schedule(100, total, (0.6, 0.1, 0.2, 0.3), minimum) == expected
-
-
 # The cache.
-
-
-def test_first_positions() -> None:
-    positions = torch.tensor([[5, -1, 9, 3, 1, 0, 11, 12, 13, 14]]).int()
-    assert first_positions(positions).tolist() == [[0, 1, 3, 5, 9, 11, 12, 13]]
-    assert first_positions(positions[:, :3]).tolist() == [[5, 9, -1, -1, -1, -1, -1, -1]]
 
 
 @dataclass
@@ -188,48 +133,22 @@ def read(model: PreTrainedModel, cache: MassiveActivationCache, *prompts: tuple[
     model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), past_key_values=cache)
 
 
-def lengthen_values(model: PreTrainedModel) -> None:
-    """Makes the values of massive tokens so long that hidden states alone tell of them."""
-    for layer in model.model.layers:
-        layer.self_attn.v_proj.weight.data[:, 0] *= 100
-
-
-def test_hidden_states_tell_where_keys_and_values_do_not() -> None:
-    """With long values only the exact detector sees the tokens, above the probed outputs of layers 1 and 2."""
-    model = massive_model(magnitude=1e4)
-    lengthen_values(model)
-    cache, other = (MassiveActivationCache(source, budget=14, window_size=4) for source in (model, model.config))
-    for each in (cache, other):
-        read(model, each, (70, {33, 40}), (55, {21}))
-    assert [cache.output_probes.index_of(layer) for layer in model.model.layers] == [None, 1, 2, None]
-    for layer_idx, rows in cache.massive_tokens().items():
-        for row, wanted in enumerate(({33, 40}, {21})):
-            exact = {token.position for token in rows[row] if token.reason == "hidden states"}
-            assert exact == (wanted if layer_idx >= 2 else set())
-            assert all(exact <= head for head in held(cache, layer_idx, row))
-    assert not any(token.reason == "hidden states" for rows in other.massive_tokens().values() for token in rows[0])
-
-
 @torch.no_grad()
 def test_generated_tokens_are_looked_at() -> None:
     """The massive token is generated at position 50, and outlives 40 more in a budget of 14."""
     model, answer = massive_model(magnitude=1e4), torch.arange(9, 49).repeat(2, 1)
     answer[0, 0] = MASSIVE_TOKEN
-    for first_layer in (0, 2):
-        if first_layer:
-            lengthen_values(model)
-        source = model if first_layer else model.config
-        cache = MassiveActivationCache(source, budget=14, window_size=4, eviction_interval=5)
-        read(model, cache, (50, {3}), (50, {4}))
-        for token in answer.split(1, dim=1):
-            model(token, past_key_values=cache)
-        cache.compress()
-        assert cache.num_kept_tokens() == [14] * 4
-        for layer_idx in range(first_layer, 4):
-            told = [{token.position for token in row} for row in cache.massive_tokens()[layer_idx]]
-            assert told[0] >= {3, 50} and 50 not in told[1]
-            for row, massive in enumerate(({3, 50}, {4})):
-                assert all(head >= massive for head in held(cache, layer_idx, row))
+    cache = MassiveActivationCache(model.config, budget=14, window_size=4, eviction_interval=5)
+    read(model, cache, (50, {3}), (50, {4}))
+    for token in answer.split(1, dim=1):
+        model(token, past_key_values=cache)
+    cache.compress()
+    assert cache.num_kept_tokens() == [14] * 4
+    for layer_idx, rows in cache.massive_tokens().items():
+        told = [{token.position for token in row} for row in rows]
+        assert told[0] >= {3, 50} and 50 not in told[1]
+        for row, massive in enumerate(({3, 50}, {4})):
+            assert all(head >= massive for head in held(cache, layer_idx, row))
 
 
 def test_no_more_than_eight_and_they_win_over_recent_tokens() -> None:
@@ -243,29 +162,14 @@ def test_no_more_than_eight_and_they_win_over_recent_tokens() -> None:
 
 
 @torch.no_grad()
-def test_a_profile_sets_the_budgets(tmp_path: Path) -> None:
-    """And a loaded cache goes on as the one that was saved."""
-    model, path, file = massive_model(magnitude=1e4), tmp_path / "profile.json", tmp_path / "cache.safetensors"
-    record = {
-        "format": "pyramid_cache profile",
-        "version": 1,
-        "architecture": architecture_of(model.config),
-        "massive": {"layers": [1, 3]},
-        "layers": [{"layer": index, "support": support} for index, support in enumerate((0.6, 0.1, 0.2, 0.3))],
-    }
-    path.write_text(json.dumps(record))
-    cache = MassiveActivationCache(model, budget=0.65, profile=path, window_size=2)
+def test_a_loaded_cache_goes_on_as_the_saved_one(tmp_path: Path) -> None:
+    model, file = massive_model(magnitude=1e4), tmp_path / "cache.safetensors"
+    cache = MassiveActivationCache(model, budget=0.65, window_size=2)
     read(model, cache, (300, {7}))
-    # 780 in all: three times their support for layers 1 and 2, half of what is left for each of the others.
-    assert cache.num_kept_tokens() == [255, 90, 180, 255]
-    assert [cache.output_probes.index_of(layer) for layer in model.model.layers] == [None, 1, None, None]
     cache.save(file)
     loaded, turn = MassiveActivationCache.load(file, model), torch.arange(MASSIVE_TOKEN, 50)[None]
     assert torch.equal(*(model(turn, past_key_values=each).logits for each in (cache, loaded)))
     assert loaded.num_kept_tokens() == cache.num_kept_tokens() and loaded.massive_tokens() == cache.massive_tokens()
-    path.unlink()
-    with pytest.raises(ValueError, match="settings in .*cache.safetensors: .*profile.json"):
-        MassiveActivationCache.load(file, model)
 
 
 def test_bad_arguments() -> None:
@@ -273,27 +177,9 @@ def test_bad_arguments() -> None:
         ({"kernel_size": 4}, "3 or 5"),
         ({"window_size": 0}, "window_size"),
         ({"budget": 0}, "keeps no token"),
-        ({"profile": 3}, "must be the path"),
-        ({"profile": "."}, "is a folder"),
     ):
         with pytest.raises(ValueError, match=message):
             MassiveActivationCache(tiny_model("llama").config, **arguments)
-
-
-@torch.no_grad()
-def test_hidden_states_are_those_of_the_step_after_recorded_tokens() -> None:
-    """A turn that was recorded and then settled has no hidden states left to look at: the next step's are its own."""
-    model = massive_model(magnitude=3e3)
-    prompt, turn = torch.randint(8, 101, (1, 30)), torch.randint(8, 101, (1, 6))
-    cache = MassiveActivationCache(model, budget=12, window_size=4)
-    model(prompt, past_key_values=cache)
-    cache.activate_past_recording()
-    model(turn, past_key_values=cache)
-    cache.crop(0)
-    for layer in cache.layers:
-        layer.record_past = False
-    model(torch.tensor([[MASSIVE_TOKEN]]), past_key_values=cache)
-    assert cache.layers[2].state.known_positions.tolist() == [[36] + [-1] * 7]
 
 
 # The real model.

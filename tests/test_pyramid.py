@@ -11,7 +11,7 @@ from reference import PrunedPolicy, ScoredPolicy, compare_with_policies, score_o
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 from pyramid_cache import PyramidCache
-from pyramid_cache.engine.budget import Budget, cosine_decay, pyramid_schedule
+from pyramid_cache.engine.budget import Budget, bounded_shares, cosine_decay, pyramid_schedule
 from pyramid_cache.ops import reference
 
 
@@ -21,6 +21,12 @@ def kept_of_prompt(trace: Trace, row: int, budget: float) -> list[int]:
     wanted = budget * trace.lengths[row]
     assert abs(sum(kept) / len(kept) - wanted) <= max(0.5, 0.01 * wanted)
     return kept
+
+
+def test_shares_in_proportion() -> None:
+    # 60 to share: the last is held at 30, the first at 5; 25 remain for 2 and 3, in proportion 10 and 15.
+    assert bounded_shares(60, (1, 20, 30, 90), 5, 30) == (5, 10, 15, 30)
+    assert bounded_shares(10, (1.0, 1.0, 1.0), 1, 9) == (4, 3, 3)
 
 
 # What gives prompts of 60 tokens something to choose from.

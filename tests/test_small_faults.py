@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from caches import CacheCase, every_cache
-from models import build_config, build_model, drive, generate, left_pad, random_rows, random_tokens, tiny_model
+from models import build_model, drive, generate, left_pad, random_rows, random_tokens, tiny_model
 from transformers import CONFIG_MAPPING, DynamicCache, PreTrainedModel
 
 from pyramid_cache import (
@@ -22,10 +22,8 @@ from pyramid_cache import (
     StreamingLLMCache,
     TOVACache,
 )
-from pyramid_cache.caches.massive_activation.profile import check_architecture
 from pyramid_cache.engine.budget import bytes_to_tokens
 from pyramid_cache.engine.cache import CompressedCache
-from pyramid_cache.engine.fingerprint import architecture_of
 from pyramid_cache.engine.rotation import RotaryFrequencies
 from pyramid_cache.engine.scoring import sum_of_probabilities
 
@@ -123,7 +121,7 @@ def test_half_precision_is_rotated_in_float32_and_rounded_once() -> None:
     assert (error <= 0.501 * torch.finfo(torch.bfloat16).eps * exact.abs() + 1e-6).all()
 
 
-# Rows, hidden states and profiles.
+# Rows.
 
 
 def test_rows_whose_heads_hold_different_numbers_change_places() -> None:
@@ -134,24 +132,6 @@ def test_rows_whose_heads_hold_different_numbers_change_places() -> None:
     cache.batch_select_indices(torch.tensor([1, 0]))
     for layer, expected in enumerate(before):
         assert torch.equal(cache.positions(layer), expected.flip(0)) and not torch.equal(expected, expected.flip(0))
-
-
-def test_caches_are_shown_the_outputs_of_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, tokens, shown = build_model("llama"), random_tokens(1, 20), {}
-    cache = MassiveActivationCache(model, budget=12)
-    monkeypatch.setattr(cache, "observe_output", shown.__setitem__)
-    with torch.no_grad():
-        expected = model(tokens, past_key_values=cache, output_hidden_states=True).hidden_states
-    assert shown
-    for layer_idx, hidden_states in shown.items():
-        assert torch.equal(hidden_states, expected[layer_idx + 1])
-
-
-def test_a_profile_of_another_model_is_refused() -> None:
-    expected = architecture_of(build_config("llama"))
-    check_architecture("profile.json", dict(expected), expected)
-    with pytest.raises(ValueError, match="profile of another model .*num_hidden_layers 7 instead of"):
-        check_architecture("profile.json", expected | {"num_hidden_layers": 7}, expected)
 
 
 # The shadow.

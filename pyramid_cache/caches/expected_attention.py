@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from pyramid_cache.engine.budget import is_number, read_count
+from pyramid_cache.engine.budget import read_count, read_number
 from pyramid_cache.engine.cache import config_and_model
 from pyramid_cache.engine.policy import Policy, PromptView, ScoringView
 from pyramid_cache.engine.policy_cache import DEFAULT_EVICTION_INTERVAL, PolicyCache
@@ -50,7 +50,6 @@ class ExpectedAttentionPolicy(Policy):
     """
     A token's score is the attention that future queries are expected to give it, times the norm of its value. See
     `ExpectedAttentionCache` for the fields.
-
     """
 
     num_future_positions: int = 512
@@ -66,12 +65,7 @@ class ExpectedAttentionPolicy(Policy):
             object.__setattr__(self, name, read_count(name, getattr(self, name), least=least))
         if not isinstance(self.use_covariance, bool):
             raise ValueError(f"`use_covariance={self.use_covariance!r}` must be True or False.")
-        if not is_number(self.epsilon) or not 0 <= self.epsilon < float("inf"):
-            raise ValueError(
-                f"`epsilon={self.epsilon!r}` must be a number of at least 0: it is added to each token's share of "
-                "attention."
-            )
-        object.__setattr__(self, "epsilon", float(self.epsilon))
+        object.__setattr__(self, "epsilon", read_number("epsilon", self.epsilon, "[0, inf)"))
 
     def observe(self, prompt: PromptView) -> None:
         state, (batch_size, heads, num_queries, head_dim) = prompt.state, prompt.query.shape
@@ -183,14 +177,12 @@ class ExpectedAttentionCache(PolicyCache):
     `eviction_interval` more: `batch * kv_heads * (budget + eviction_interval) * (2 * head_dim * itemsize + 4)` bytes.
     It also holds statistics of the queries, which a budget in bytes does not count: `batch * 4 * (heads * head_dim *
     (head_dim + 3) / 2 + 2 * head_dim + 1)` bytes. With 32 heads over 8 KV heads of width 128 in bfloat16, they take as
-    much as 260 tokens; without `use_covariance`, as 4 tokens. The prompt is read with full attention, so the first new
-    token is exact.
+    much as 260 tokens; without `use_covariance`, as 4 tokens.
 
     Args:
         config (`PreTrainedConfig` or `PreTrainedModel`): The config of the model, or the model itself.
         budget (`float`, `int` or `str`, defaults to 0.2): What each layer keeps: a fraction of the prompt, a number of
-            tokens, or bytes for all layers that evict ("256MiB"). In later turns, a fraction is of all tokens seen.
-            1.0 never evicts.
+            tokens, or bytes for all layers that evict ("256MiB"). 1.0 never evicts.
         num_future_positions (`int`, defaults to 512): Over how many positions behind the last token attention is
             expected. Larger values look further ahead, and depend less on the distance.
         num_sink_tokens (`int`, defaults to 4): The first tokens, which always stay.
@@ -198,8 +190,7 @@ class ExpectedAttentionCache(PolicyCache):
             `False` takes less memory and time.
         epsilon (`float`, defaults to 0.0): Added to each token's share of attention before the share is multiplied
             with the norm. Larger values let the norm decide between tokens that expect little attention.
-        eviction_interval (`int`, defaults to 32): How many generated tokens arrive before as many are evicted. Larger
-            values take more memory and less time.
+        eviction_interval (`int`, defaults to 32): How many generated tokens arrive before as many are evicted.
 
     Raises:
         ValueError: For an argument outside these ranges, or a model that cannot be compressed.
@@ -212,11 +203,7 @@ class ExpectedAttentionCache(PolicyCache):
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> from pyramid_cache import ExpectedAttentionCache
     >>> import torch
-
-    >>> config = LlamaConfig(
-    ...     hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=99
-    ... )
-    >>> model = LlamaForCausalLM(config)
+    >>> model = LlamaForCausalLM(LlamaConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4))
     >>> cache = ExpectedAttentionCache(model.config, budget=16)
     >>> tokens = model.generate(torch.arange(40)[None], past_key_values=cache, max_new_tokens=8, eos_token_id=None)
     >>> cache.get_seq_length(), cache.num_kept_tokens()
@@ -239,11 +226,6 @@ class ExpectedAttentionCache(PolicyCache):
         epsilon: float = 0.0,
         eviction_interval: int = DEFAULT_EVICTION_INTERVAL,
     ) -> None:
-        policy = ExpectedAttentionPolicy(
-            num_future_positions=num_future_positions,
-            num_sink_tokens=num_sink_tokens,
-            use_covariance=use_covariance,
-            epsilon=epsilon,
-        )
+        policy = ExpectedAttentionPolicy(num_future_positions, num_sink_tokens, use_covariance, epsilon)
         super().__init__(config, budget, policy, eviction_interval=eviction_interval)
         refuse_unsupported_rope(config_and_model(config)[0])

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from pyramid_cache.engine.budget import floor_of_product, is_number
+from pyramid_cache.engine.budget import floor_of_product, read_number
 from pyramid_cache.engine.policy import Policy, ScoringView
 from pyramid_cache.engine.policy_cache import PolicyCache
 from pyramid_cache.engine.state import LayerState, row
@@ -38,12 +38,7 @@ class H2OPolicy(Policy):
     state_class = H2OState
 
     def __post_init__(self) -> None:
-        if not is_number(self.heavy_ratio) or not 0 <= self.heavy_ratio < 1:
-            raise ValueError(
-                f"`heavy_ratio={self.heavy_ratio!r}` must be at least 0 and less than 1: the rest of the budget is "
-                "the recent window."
-            )
-        object.__setattr__(self, "heavy_ratio", float(self.heavy_ratio))
+        object.__setattr__(self, "heavy_ratio", read_number("heavy_ratio", self.heavy_ratio, "[0, 1)"))
 
     def prepare(self, state: H2OState) -> None:
         recent = [kept - floor_of_product(self.heavy_ratio, kept) for kept in state.row_kept]
@@ -58,22 +53,19 @@ class H2OCache(PolicyCache):
     Keeps, per KV head, the most recent tokens and those that got most attention so far (H2O,
     https://arxiv.org/abs/2306.14048).
 
-    A layer holds `budget` tokens and up to `eviction_interval` more, however much is generated: `batch * kv_heads *
-    (budget + eviction_interval) * (2 * head_dim * itemsize + 8)` bytes. The prompt is read with full attention, so the
-    first new token is exact.
+    A layer holds `budget` tokens and up to `eviction_interval` more: `batch * kv_heads * (budget + eviction_interval)
+    * (2 * head_dim * itemsize + 8)` bytes.
 
     Args:
         config (`PreTrainedConfig` or `PreTrainedModel`): The config of the model, or the model itself.
         budget (`float`, `int` or `str`, defaults to 0.2): What each layer keeps: a fraction of the prompt, a number of
-            tokens, or bytes for all layers that evict ("256MiB"). In later turns, a fraction is of all tokens seen.
-            1.0 never evicts.
-        heavy_ratio (`float`, defaults to 0.5): The share of the budget for heavy hitters. The recent window has the
-            rest, at least one token. Larger values remember more of the distant past.
-        eviction_interval (`int`, defaults to 1): How many generated tokens arrive before as many are evicted; 1 as in
-            the paper. Larger values take more memory and less time.
+            tokens, or bytes for all layers that evict ("256MiB"). 1.0 never evicts.
+        heavy_ratio (`float`, defaults to 0.5): The share of the budget for heavy hitters, less than 1. The recent
+            window has the rest, at least one token. Larger values remember more of the distant past.
+        eviction_interval (`int`, defaults to 1): How many generated tokens wait for an eviction; 1 as in the paper.
 
     Raises:
-        ValueError: For a budget or ratio outside these ranges, or a model that cannot be compressed.
+        ValueError: For an argument outside these ranges, or a model that cannot be compressed.
 
     Example:
 
@@ -81,11 +73,7 @@ class H2OCache(PolicyCache):
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> from pyramid_cache import H2OCache
     >>> import torch
-
-    >>> config = LlamaConfig(
-    ...     hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=99
-    ... )
-    >>> model = LlamaForCausalLM(config)
+    >>> model = LlamaForCausalLM(LlamaConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4))
     >>> cache = H2OCache(model.config, budget=16)
     >>> tokens = model.generate(torch.arange(40)[None], past_key_values=cache, max_new_tokens=8, eos_token_id=None)
     >>> cache.get_seq_length(), cache.num_kept_tokens()

@@ -34,17 +34,14 @@ class KeyDiffCache(PolicyCache):
     """
     Keeps, per KV head, the tokens whose keys are most unlike the others (KeyDiff, https://arxiv.org/abs/2504.15364).
 
-    A layer holds `budget` tokens and up to `eviction_interval` more, however much is generated: `batch * kv_heads *
-    (budget + eviction_interval) * (2 * head_dim * itemsize + 4)` bytes. The prompt is read with full attention, so the
-    first new token is exact. The model's own attention runs, and its weights are not read.
+    A layer holds `budget` tokens and up to `eviction_interval` more: `batch * kv_heads * (budget + eviction_interval)
+    * (2 * head_dim * itemsize + 4)` bytes. The model's own attention runs, and its weights are not read.
 
     Args:
         config (`PreTrainedConfig` or `PreTrainedModel`): The config of the model, or the model itself.
         budget (`float`, `int` or `str`, defaults to 0.2): What each layer keeps: a fraction of the prompt, a number of
-            tokens, or bytes for all layers that evict ("256MiB"). In later turns, a fraction is of all tokens seen.
-            1.0 never evicts.
-        eviction_interval (`int`, defaults to 32): How many generated tokens arrive before as many are evicted. Larger
-            values take more memory and less time.
+            tokens, or bytes for all layers that evict ("256MiB"). 1.0 never evicts.
+        eviction_interval (`int`, defaults to 32): How many generated tokens arrive before as many are evicted.
 
     Raises:
         ValueError: For an argument outside these ranges, or a model that cannot be compressed.
@@ -55,11 +52,7 @@ class KeyDiffCache(PolicyCache):
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> from pyramid_cache import KeyDiffCache
     >>> import torch
-
-    >>> config = LlamaConfig(
-    ...     hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=99
-    ... )
-    >>> model = LlamaForCausalLM(config)
+    >>> model = LlamaForCausalLM(LlamaConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4))
     >>> cache = KeyDiffCache(model.config, budget=16)
     >>> tokens = model.generate(torch.arange(40)[None], past_key_values=cache, max_new_tokens=8, eos_token_id=None)
     >>> cache.compress()

@@ -10,9 +10,8 @@ Departures from the authors' code: the window counts as part of the budget, and 
 proportion (theirs makes the line flatter). Each layer keeps at least as many other tokens as its window has, if the
 budget allows it in all layers. Else all layers keep the same. The departures of `SnapKVCache` apply too.
 
-Their `beta` is 20, for models of 7 billion parameters and more. SmolLM2-135M-Instruct needs more tokens in its last
-layers. With eight numbers in 1,024 tokens and a budget of 0.25, the log-likelihood per token is -1.17 with 20 and
--1.02 with 2, the default, if the question is in view (24 questions). If it is asked later, it is -2.02 and -1.94.
+Their `beta` is 20, for models of 7 billion parameters and more. The default is 2, because a small model needs more
+tokens in its last layers (docs/caches/pyramidkv.md).
 """
 
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from pyramid_cache.caches.snapkv import SnapKVPolicy
-from pyramid_cache.engine.budget import MAX_TOKENS, Budget, is_number, linear_decay, pyramid_schedule
+from pyramid_cache.engine.budget import MAX_TOKENS, Budget, linear_decay, pyramid_schedule, read_number
 from pyramid_cache.engine.policy_cache import DEFAULT_EVICTION_INTERVAL, PolicyCache
 
 
@@ -32,12 +31,7 @@ class PyramidKVPolicy(SnapKVPolicy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not is_number(self.beta) or not 1 <= self.beta <= MAX_TOKENS:
-            raise ValueError(
-                f"`beta={self.beta!r}` must be a number of at least 1, where all layers keep the same, and at most "
-                f"{MAX_TOKENS:,}."
-            )
-        object.__setattr__(self, "beta", float(self.beta))
+        object.__setattr__(self, "beta", read_number("beta", self.beta, f"[1, {MAX_TOKENS}]"))
 
     def num_tokens(self, prompt_length: int, budget: Budget, depth: int, num_layers: int) -> int:
         mean = budget.num_tokens(prompt_length)
@@ -55,16 +49,13 @@ class PyramidKVCache(PolicyCache):
     Keeps, per KV head, the most recent tokens and those that the last queries attend to, with their neighbours: many
     in the first layers, few in the last (PyramidKV, https://arxiv.org/abs/2406.02069).
 
-    The layers hold `budget` tokens on average, and each up to `eviction_interval` more, however much is generated:
-    `layers
-    * batch * kv_heads * (budget + eviction_interval) * (2 * head_dim * itemsize + 8)` bytes together. The prompt is
-    read with full attention, so the first new token is exact.
+    The layers hold `budget` tokens on average, and each up to `eviction_interval` more: `layers * batch
+    * kv_heads * (budget + eviction_interval) * (2 * head_dim * itemsize + 8)` bytes together.
 
     Args:
         config (`PreTrainedConfig` or `PreTrainedModel`): The config of the model, or the model itself.
         budget (`float`, `int` or `str`, defaults to 0.2): What each layer keeps: a fraction of the prompt, a number of
-            tokens, or bytes for all layers that evict ("256MiB"). In later turns, a fraction is of all tokens seen.
-            1.0 never evicts.
+            tokens, or bytes for all layers that evict ("256MiB"). 1.0 never evicts.
         window_size (`int`, defaults to 64): How many of the last queries choose. As many of the last tokens always
             stay, but no more than half of what a layer keeps. Larger values cover a longer question, and leave less
             room.
@@ -73,8 +64,7 @@ class PyramidKVCache(PolicyCache):
         beta (`float`, defaults to 2.0): Beside the window, the last layer keeps the layers' average divided by `beta`,
             but not less than `window_size`, if the average allows it. Larger values make the pyramid steeper (20.0 in
             the authors' code). With 1 all layers keep the same.
-        eviction_interval (`int`, defaults to 32): How many generated tokens arrive before as many are evicted. Larger
-            values take more memory and less time.
+        eviction_interval (`int`, defaults to 32): How many generated tokens arrive before as many are evicted.
 
     Raises:
         ValueError: For an argument outside these ranges, or a model that cannot be compressed.
@@ -85,11 +75,7 @@ class PyramidKVCache(PolicyCache):
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> from pyramid_cache import PyramidKVCache
     >>> import torch
-
-    >>> config = LlamaConfig(
-    ...     hidden_size=64, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, vocab_size=99
-    ... )
-    >>> model = LlamaForCausalLM(config)
+    >>> model = LlamaForCausalLM(LlamaConfig(hidden_size=64, num_hidden_layers=3, num_attention_heads=4))
     >>> cache = PyramidKVCache(model.config, budget=24, window_size=4)
     >>> tokens = model.generate(torch.arange(70)[None], past_key_values=cache, max_new_tokens=8, eos_token_id=None)
     >>> cache.compress()
@@ -109,5 +95,5 @@ class PyramidKVCache(PolicyCache):
         beta: float = 2.0,
         eviction_interval: int = DEFAULT_EVICTION_INTERVAL,
     ) -> None:
-        policy = PyramidKVPolicy(window_size=window_size, kernel_size=kernel_size, beta=beta)
+        policy = PyramidKVPolicy(window_size, kernel_size, beta)
         super().__init__(config, budget, policy, eviction_interval=eviction_interval)

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from pyramid_cache.engine.arguments import check_decoder_config
 from pyramid_cache.engine.budget import parse_budget, read_count
 from pyramid_cache.engine.cache import config_and_model
 from pyramid_cache.engine.policy import LayerView, Policy, ScoringView
@@ -64,8 +63,6 @@ class StreamingLLMPolicy(Policy):
 
     def score(self, view: ScoringView) -> torch.Tensor:
         return view.positions.float().masked_fill(view.positions < self.num_sink_tokens, float("inf"))
-
-    # Positions within the cache.
 
     def check_prompt(
         self,
@@ -160,19 +157,17 @@ class StreamingLLMCache(PolicyCache):
     """
     Keeps the first tokens and the most recent ones (StreamingLLM, https://arxiv.org/abs/2309.17453).
 
-    A layer holds `budget` tokens and up to `eviction_interval` more, however much is generated: `batch * kv_heads *
-    (budget + eviction_interval + num_sink_tokens / 2) * 2 * head_dim * itemsize` bytes. The cache forgets what lies
-    between the sinks and the window, and cannot recall it. The prompt is read with full attention, so the first new
-    token is exact. With `prefill_chunk_size` of `generate`, a prompt never takes more than the budget and one chunk.
+    A layer holds `budget` tokens and up to `eviction_interval` more: `batch * kv_heads * (budget + eviction_interval +
+    num_sink_tokens / 2) * 2 * head_dim * itemsize` bytes. The cache forgets what lies between the sinks and the
+    window, and cannot recall it. With `prefill_chunk_size` of `generate`, a prompt never takes more than the budget
+    and one chunk.
 
     Args:
         config (`PreTrainedConfig` or `PreTrainedModel`): Of the model, or the model, whose config is taken.
         budget (`float`, `int` or `str`): What each layer keeps, the sinks included: a fraction of the prompt, a number
-            of tokens, or bytes for all layers that evict ("256MiB"). In later turns, a fraction is of all tokens seen.
-            1.0 never evicts.
+            of tokens, or bytes for all layers that evict ("256MiB"). 1.0 never evicts.
         num_sink_tokens (`int`, defaults to 4): Tokens kept from the start.
-        eviction_interval (`int`, defaults to 1): How many generated tokens arrive before as many are evicted; 1 as in
-            the paper. Larger values take more memory and less time.
+        eviction_interval (`int`, defaults to 1): How many generated tokens wait for an eviction; 1 as in the paper.
 
     Raises:
         ValueError: For a budget without room beside the sinks, or a model that cannot be compressed.
@@ -185,11 +180,7 @@ class StreamingLLMCache(PolicyCache):
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> from pyramid_cache import StreamingLLMCache
     >>> import torch
-
-    >>> config = LlamaConfig(
-    ...     hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=99
-    ... )
-    >>> model = LlamaForCausalLM(config)
+    >>> model = LlamaForCausalLM(LlamaConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4))
     >>> cache = StreamingLLMCache(model.config, budget=16)
     >>> tokens = model.generate(torch.arange(40)[None], past_key_values=cache, max_new_tokens=8, eos_token_id=None)
     >>> sorted(position for position in cache.positions(0)[0, 0].tolist() if position >= 0)
@@ -206,7 +197,6 @@ class StreamingLLMCache(PolicyCache):
         *,
         eviction_interval: int = 1,
     ) -> None:
-        config, _ = config_and_model(config)
         policy = StreamingLLMPolicy(read_count("num_sink_tokens", num_sink_tokens, least=0))
         parsed = parse_budget(budget)
         if parsed.kind == "tokens" and parsed.amount <= policy.num_sink_tokens:
@@ -214,6 +204,5 @@ class StreamingLLMCache(PolicyCache):
                 f"`budget={budget}` includes the {num_sink_tokens} sink tokens and must exceed them: give at least "
                 f"{num_sink_tokens + 1}, or lower `num_sink_tokens`."
             )
-        check_decoder_config(config)
-        refuse_unsupported_rope(config)
         super().__init__(config, budget, policy, eviction_interval=eviction_interval)
+        refuse_unsupported_rope(config_and_model(config)[0])

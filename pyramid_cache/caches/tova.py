@@ -34,15 +34,13 @@ class TOVACache(PolicyCache):
     Keeps the tokens that the last query attends to most, the same in all heads of a layer (TOVA,
     https://arxiv.org/abs/2401.06104).
 
-    A layer holds `budget` tokens and up to `eviction_interval` more, however much is generated: `batch * (budget +
-    eviction_interval) * (2 * kv_heads * head_dim * itemsize + 8)` bytes. The prompt is read with full attention, so
-    the first new token is exact.
+    A layer holds `budget` tokens and up to `eviction_interval` more: `batch * (budget + eviction_interval) * (2 *
+    kv_heads * head_dim * itemsize + 8)` bytes.
 
     Args:
         config (`PreTrainedConfig` or `PreTrainedModel`): The config of the model, or the model itself.
         budget (`float`, `int` or `str`, defaults to 0.2): What each layer keeps: a fraction of the prompt, a number of
-            tokens, or bytes for all layers that evict ("256MiB"). In later turns, a fraction is of all tokens seen.
-            1.0 never evicts.
+            tokens, or bytes for all layers that evict ("256MiB"). 1.0 never evicts.
         eviction_interval (`int`, defaults to 1): How many generated tokens arrive before as many are evicted; 1 as in
             the paper. Larger values take more memory and less time, and let one query decide about several tokens.
 
@@ -55,11 +53,7 @@ class TOVACache(PolicyCache):
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> from pyramid_cache import TOVACache
     >>> import torch
-
-    >>> config = LlamaConfig(
-    ...     hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=99
-    ... )
-    >>> model = LlamaForCausalLM(config)
+    >>> model = LlamaForCausalLM(LlamaConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4))
     >>> cache = TOVACache(model.config, budget=16)
     >>> tokens = model.generate(torch.arange(40)[None], past_key_values=cache, max_new_tokens=8, eos_token_id=None)
     >>> cache.get_seq_length(), cache.num_kept_tokens()

@@ -4,7 +4,6 @@ import functools
 import math
 import re
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from numbers import Integral, Real
@@ -13,12 +12,6 @@ from typing import Any, Literal
 
 # Positions are int32.
 MAX_TOKENS = 2**31 - 1
-# The tokens that get 0.95 of a layer's attention are not all that an answer needs of it: layers that keep no more than
-# that lose facts. Eight numbers in 1,024 tokens, SmolLM2, attention averaged over 7 tokens and none of their own,
-# exact answers of 32 and log-likelihood per token with the question in view at budgets of 0.25 and 0.5: shares in
-# proportion to support .16 (-1.08) and .44 (-.44); this rule with a margin of 1.5 .25 (-.73) and .44 (-.46), of 2 .31
-# (-.72) and .44 (-.56), of 3 .38 (-.68) and .53 (-.53); equal shares .38 (-.68) and .59 (-.47).
-SUPPORT_MARGIN = 3
 BUDGET_FORMS = "a fraction of the prompt (0 < budget <= 1.0), a number of tokens (a positive int) or bytes ('256MiB')"
 BYTE_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -73,6 +66,20 @@ def read_count(name: str, number: Any, least: int) -> int:
     if int(number) > MAX_TOKENS:
         raise ValueError(f"`{name}={number!r}` must be an integer of at most {MAX_TOKENS:,}.")
     return int(number)
+
+
+def read_number(name: str, number: Any, interval: str) -> float:
+    """
+    A number as users write it, in an interval such as "[0, 1)". A round bracket leaves out its end.
+
+    Raises:
+        ValueError: It is no number, or outside of the interval.
+    """
+    low, high = map(float, interval[1:-1].split(","))
+    excluded = (low if interval[0] == "(" else None, high if interval[-1] == ")" else None)
+    if not is_number(number) or not low <= number <= high or number in excluded:
+        raise ValueError(f"`{name}={number!r}` must be a number in {interval}.")
+    return float(number)
 
 
 def read_kernel_size(kernel_size: Any) -> int:
@@ -228,46 +235,3 @@ def bounded_shares(total: int, shape: tuple[float, ...], minimum: int, maximum: 
     for index in by_remainder[: total - sum(numbers)]:
         numbers[index] += 1
     return tuple(numbers)
-
-
-def fair_shares(total: int, wanted: Sequence[int]) -> tuple[int, ...]:
-    """
-    Whole numbers that are as large as what is wanted, or as equal as that allows: nobody gets more than is wanted, and
-    who gets less gets as much as anybody.
-
-    Args:
-        total (`int`): Met exactly if as much is wanted.
-        wanted (`Sequence[int]`): Not negative.
-
-    Returns:
-        `tuple[int, ...]`: In the order of `wanted`.
-    """
-    numbers = [0] * len(wanted)
-    # Whoever wants least is served first, and leaves the rest to the others.
-    for num_served, index in enumerate(sorted(range(len(wanted)), key=lambda index: wanted[index])):
-        numbers[index] = min(wanted[index], total // (len(wanted) - num_served))
-        total -= numbers[index]
-    return tuple(numbers)
-
-
-@functools.lru_cache(maxsize=1024)
-def support_schedule(prompt_length: int, total: int, supports: tuple[float, ...], minimum: int) -> tuple[int, ...]:
-    """
-    Tokens per layer. A budget too small to give each layer three times its support is shared equally, but no layer
-    gets more than that. What a larger one has to spare is shared in proportion to support, up to the whole prompt:
-    what layers that look at a third of it or more have then.
-
-    Args:
-        prompt_length (`int`): More than the mean.
-        total (`int`): Tokens kept over all layers; met exactly.
-        supports (`tuple[float, ...]`): The tokens that get nearly all attention of each layer, as fractions of the
-            prompt.
-        minimum (`int`): No layer keeps fewer, unless the mean is less.
-    """
-    minimum = min(minimum, total // len(supports))
-    # What a layer gets before any other gets more than that.
-    wanted = [round(SUPPORT_MARGIN * support * prompt_length) for support in supports]
-    assured = [min(max(number, minimum), prompt_length) for number in wanted]
-    if sum(assured) >= total:
-        return fair_shares(total, assured)
-    return bounded_shares(total, supports, minimum, prompt_length)

@@ -261,7 +261,7 @@ def build_cache(path: str, cache_class: type[CacheType], config: Any, settings: 
     """An empty cache with the settings of the file."""
     try:
         return cache_class(config, **settings)
-    except (ValueError, TypeError, ArithmeticError, OSError) as error:  # a profile may be gone
+    except (ValueError, TypeError, ArithmeticError, OSError) as error:  # a folder of values may be gone
         raise ValueError(f"No {cache_class.__name__} can be built with the settings in {path}: {error}") from error
 
 

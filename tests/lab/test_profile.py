@@ -1,9 +1,7 @@
-"""`pyramid-cache profile` on a tiny model with massive activations: what it finds, writes, prints and reads again."""
+"""`pyramid-cache profile` on a tiny model with massive activations: what it finds, writes and prints."""
 
-import functools
 import itertools
 import json
-import operator
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +9,8 @@ import pytest
 import torch
 from massive_models import MASSIVE_DIMENSION, MASSIVE_TOKEN, massive_model
 from text_tokenizers import byte_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
-from pyramid_cache import MassiveActivationCache
-from pyramid_cache.caches.massive_activation.profile import read_profile
 from pyramid_cache.engine.scoring import sum_of_probabilities
 from pyramid_cache.lab.cli import main
 from pyramid_cache.lab.profile import activations
@@ -23,16 +19,16 @@ from pyramid_cache.lab.profile import activations
 # With one token per byte in alphabetical order, this is the massive one.
 MASSIVE_LETTER = byte_tokenizer().decode([MASSIVE_TOKEN])
 TEXT = ("nothing much went on there" * 4 + MASSIVE_LETTER + "and on it went ") * 12
-# Places in a profile, values that they must not have, and what the error says.
-DAMAGED = (
-    (["format"], "other", "is no profile"),
-    (["version"], 2, "version 2"),
-    (["architecture"], None, "does not say which model"),
-    (["layers"], [], "damaged"),
-    (["layers", 1, "layer"], 0, "damaged"),
-    *((["layers", 1, "support"], value, "damaged") for value in (0.0, 7.0, "much")),
-    *((["massive", *name], value, "damaged") for name, value in (([], {}), (["layers"], [3, 1]), (["layers"], [2]))),
-)
+
+
+def test_massive_by_definition() -> None:
+    """Of median 1, 1000 is massive and 999 is not. Of median 0.05, what exceeds 100 is massive."""
+    for size, places, massive in ((1.0, {6: -1000.0, 7: 999.0}, 6), (0.05, {5: 100.0, 8: -100.5}, 8)):
+        states = torch.full((1, 9, 5), size)
+        for position, value in places.items():
+            states[0, position, 3] = value
+        found = activations.measure_output(states)
+        assert found.median == pytest.approx(size) and found.entries == [(massive, 3, places[massive])]
 
 
 def run_profile(model_folder: Path, folder: Path, *options: str) -> dict[str, Any]:
@@ -68,23 +64,6 @@ def test_massive_dimensions_tokens_and_layers(
     for row in record["layers"]:
         assert row["num_by_keys_and_values"] == len(wanted)
         assert row["agreement"] == (1 if row["layer"] else 0)
-
-    # What caches read of it.
-    path, config = tmp_path / "p.json", LlamaConfig.from_pretrained(model_folder)
-    assert MassiveActivationCache(config, budget=0.5, profile=path).compressed_layers
-    found = read_profile(path, config, [0, 1, 2, 3])
-    assert (list(found.supports), found.first_massive_layer) == ([row["support"] for row in record["layers"]], 0)
-    with pytest.raises(ValueError, match="num_hidden_layers 4 instead of 5"):
-        read_profile(path, LlamaConfig.from_pretrained(model_folder, num_hidden_layers=5), [0, 1, 2, 3, 4])
-    contents = [(b"\xff\xfe{}", "is not JSON"), (b"[]", "pyramid-cache profile MODEL --out")]
-    for (*place, last), value, message in DAMAGED:
-        damaged = json.loads(json.dumps(record))
-        functools.reduce(operator.getitem, place, damaged)[last] = value
-        contents.append((json.dumps(damaged).encode(), message))
-    for content, message in contents:
-        path.write_bytes(content)
-        with pytest.raises(ValueError, match=message):
-            read_profile(path, config, [0, 1, 2, 3])
 
 
 def test_shares_and_support_against_probabilities(model_folder: Path) -> None:

@@ -4,7 +4,7 @@ import exact
 import pytest
 import torch
 
-from pyramid_cache.caches.adakv.ragged_store import PackedTokens
+from pyramid_cache.caches.adakv.ragged_store import PackedTokens, flat
 from pyramid_cache.ops import decode_packed_attention
 from pyramid_cache.ops.packed import decode_as_one, segment_starts
 
@@ -85,9 +85,9 @@ def test_packed_tokens_know_where_their_segments_begin() -> None:
     is_kept = torch.tensor([[[1, 0, 1], [0, 0, 0]], [[1, 1, 1], [0, 1, 0]]], dtype=torch.bool)
     packed = PackedTokens.of({"positions": torch.arange(12).view(2, 2, 3)}, is_kept)
     for same in (packed, packed.map_rows(lambda tensor: tensor)):
-        assert same.lengths == [2, 0, 3, 1] and same.starts.tolist() == [0, 2, 2, 5, 6]
+        assert flat(same.head_lengths) == [2, 0, 3, 1] and same.starts.tolist() == [0, 2, 2, 5, 6]
     moved = packed.map_rows(lambda tensor: tensor[[1, 1, 0]])
-    assert moved.lengths == [3, 1, 3, 1, 2, 0] and moved.starts.tolist() == [0, 3, 4, 7, 8, 10, 10]
+    assert flat(moved.head_lengths) == [3, 1, 3, 1, 2, 0] and moved.starts.tolist() == [0, 3, 4, 7, 8, 10, 10]
     assert moved.tensors["positions"].tolist() == [6, 7, 8, 10, 6, 7, 8, 10, 0, 2]
     assert packed.map_rows(lambda tensor: tensor[:0]).starts.tolist() == [0]
 

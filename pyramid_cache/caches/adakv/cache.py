@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from pyramid_cache.caches.adakv.ragged_store import RaggedStore
 from pyramid_cache.caches.snapkv import SnapKVPolicy
-from pyramid_cache.engine.budget import is_number
+from pyramid_cache.engine.budget import read_number
 from pyramid_cache.engine.policy_cache import DEFAULT_EVICTION_INTERVAL, PolicyCache
 
 
@@ -28,12 +28,7 @@ class AdaKVPolicy(SnapKVPolicy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not is_number(self.floor_ratio) or not 0 <= self.floor_ratio <= 1:
-            raise ValueError(
-                f"`floor_ratio={self.floor_ratio!r}` must be between 0, where heads compete for everything, and 1, "
-                "where each keeps as many tokens as any other."
-            )
-        object.__setattr__(self, "floor_ratio", float(self.floor_ratio))
+        object.__setattr__(self, "floor_ratio", read_number("floor_ratio", self.floor_ratio, "[0, 1]"))
 
     def build_store(self) -> RaggedStore:
         return RaggedStore(self.state_class, self.floor_ratio)
@@ -45,17 +40,15 @@ class AdaKVCache(PolicyCache):
     attend to many tokens keep more than others (Ada-KV, https://arxiv.org/abs/2407.11550).
 
     A layer holds `budget` tokens per head on average, and up to `eviction_interval` more in each head. It stores them
-    without padding: `batch * kv_heads * (budget + eviction_interval) * (2 * head_dim * itemsize + 8)` bytes. The
-    prompt is read with full attention, so the first new token is exact. `cache.positions(layer_idx)` shows what each
-    head holds. `cache.num_kept_tokens()` gives the mean over heads.
+    without padding: `batch * kv_heads * (budget + eviction_interval) * (2 * head_dim * itemsize + 8)` bytes.
+    `cache.positions(layer_idx)` shows what each head holds. `cache.num_kept_tokens()` gives the mean over heads.
 
     Args:
         config (`PreTrainedConfig` or `PreTrainedModel`): The config of the model, or the model itself.
         budget (`float`, `int` or `str`, defaults to 0.2): What the heads of a layer keep on average: a fraction of the
-            prompt, a number of tokens, or bytes for all layers that evict ("256MiB"). In later turns, a fraction is of
-            all tokens seen. 1.0 never evicts.
+            prompt, a number of tokens, or bytes for all layers that evict ("256MiB"). 1.0 never evicts.
         floor_ratio (`float`, defaults to 0.2): The share of the average that every head keeps of its own best tokens.
-            Smaller values let heads differ more. 1 is SnapKV.
+            Smaller values let heads differ more: with 0 they compete for everything. 1 is SnapKV.
         window_size (`int`, defaults to 64): How many of the last queries choose. As many of the last tokens always
             stay in all heads, but no more than half of the budget.
         kernel_size (`int`, defaults to 5): Over how many neighbouring tokens scores are averaged. Odd.
@@ -72,11 +65,7 @@ class AdaKVCache(PolicyCache):
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> from pyramid_cache import AdaKVCache
     >>> import torch
-
-    >>> config = LlamaConfig(
-    ...     hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=99
-    ... )
-    >>> model = LlamaForCausalLM(config)
+    >>> model = LlamaForCausalLM(LlamaConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4))
     >>> cache = AdaKVCache(model.config, budget=16, window_size=8)
     >>> tokens = model.generate(torch.arange(40)[None], past_key_values=cache, max_new_tokens=1, eos_token_id=None)
     >>> held_by_head = (cache.positions(0) >= 0).sum(dim=-1)
@@ -96,5 +85,5 @@ class AdaKVCache(PolicyCache):
         kernel_size: int = 5,
         eviction_interval: int = DEFAULT_EVICTION_INTERVAL,
     ) -> None:
-        policy = AdaKVPolicy(window_size=window_size, kernel_size=kernel_size, floor_ratio=floor_ratio)
+        policy = AdaKVPolicy(window_size, kernel_size, floor_ratio)
         super().__init__(config, budget, policy, eviction_interval=eviction_interval)

@@ -44,9 +44,7 @@ class PackedTokens:
 
     @staticmethod
     def of(slots: dict[str, torch.Tensor], is_kept: torch.Tensor) -> "PackedTokens":
-        """
-        Packs the slots `(batch, kv_heads, slots, ...)` that `is_kept` `(batch, kv_heads, slots)` marks.
-        """
+        """Packs the slots `(batch, kv_heads, slots, ...)` that `is_kept` `(batch, kv_heads, slots)` marks."""
         _, kv_heads, num_slots = is_kept.shape
         # The only wait for the device: how many tokens each head keeps is known there alone.
         head_lengths = is_kept.sum(dim=-1).tolist()
@@ -55,17 +53,12 @@ class PackedTokens:
         tensors = {name: tensor[places] for name, tensor in slots.items()}
         return PackedTokens(tensors, head_lengths, segment_starts(flat(head_lengths), is_kept.device))
 
-    @property
-    def lengths(self) -> list[int]:
-        """The number of tokens of each segment."""
-        return flat(self.head_lengths)
-
     def in_slots(self) -> dict[str, torch.Tensor]:
         """The tensors with as many slots as the longest segment has tokens. Shorter ones begin with empty slots."""
         positions = self.tensors["positions"]
         lengths = numbers_on(positions.device, self.head_lengths, torch.int64)  # (batch, kv_heads)
         ends = lengths.flatten().cumsum(dim=0).view_as(lengths)[..., None]
-        longest = max(self.lengths)
+        longest = max(flat(self.head_lengths))
         offsets = torch.arange(-longest, 0, device=positions.device)
         is_empty = offsets < -lengths[..., None]
         index = (ends + offsets).masked_fill(is_empty, 0)
@@ -92,10 +85,7 @@ class PackedTokens:
 
 
 class HeldTokens(torch.Tensor):
-    """
-    Keys or values `(batch, kv_heads, tokens, head_dim)` that are unpacked when something reads them. Attention does
-    not.
-    """
+    """Keys or values `(batch, kv_heads, tokens, head_dim)`, unpacked when something reads them. Attention does not."""
 
     make: Callable[[], torch.Tensor]
 
@@ -139,8 +129,6 @@ class RaggedStore(SlotStore):
                 "Heads with learned attention sinks cannot hold different numbers of tokens. Use a cache whose heads "
                 "keep equal numbers, such as SnapKVCache."
             )
-
-    # Packing.
 
     def _pack(self, slots: dict[str, torch.Tensor], is_kept: torch.Tensor) -> None:
         """Packs the kept slots. Afterwards no slot is in use."""
@@ -187,12 +175,10 @@ class RaggedStore(SlotStore):
         self.state.row_held = row_left
         self._pack(self.slots(), best_of_all_heads(priority, row_left, self.floor_ratio))
 
-    # Attention.
-
     def attended(self) -> tuple[torch.Tensor, torch.Tensor]:
         if self.packed is None:
             return super().attended()
-        num_tokens = max(self.packed.lengths) + self.state.length
+        num_tokens = max(flat(self.packed.head_lengths)) + self.state.length
         made = functools.cache(lambda: self._unpacked().slots())
 
         def held(name: str) -> HeldTokens:
@@ -208,7 +194,7 @@ class RaggedStore(SlotStore):
             call.query,
             packed.tensors["keys"],
             packed.tensors["values"],
-            packed.lengths,
+            flat(packed.head_lengths),
             self.in_use("keys"),
             self.in_use("values"),
             **arguments,
@@ -252,8 +238,6 @@ class RaggedStore(SlotStore):
         if output is not None:  # nobody needs that of tokens that were attended to before
             output = output.unflatten(0, (batch_size, kv_heads)).transpose(1, 2).flatten(2, 3)
         return (output, None), None if sums is None else sums.view(batch_size, kv_heads, num_keys)
-
-    # Rows, files, and what users ask.
 
     def map_rows(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super().map_rows(function)

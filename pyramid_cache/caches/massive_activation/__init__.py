@@ -1,6 +1,1 @@
-"""Massive activations: the cache, the detection of massive tokens, and the profile of a model."""
-
-from pyramid_cache.caches.massive_activation.cache import MassiveActivationCache
-
-
-__all__ = ["MassiveActivationCache"]
+"""Massive activations: the cache, and the detection of massive tokens."""

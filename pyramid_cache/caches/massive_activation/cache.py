@@ -1,51 +1,34 @@
 """
-Tokens with massive activations always stay. A profile of the model can decide how many tokens each layer keeps.
+Tokens with massive activations always stay.
 
 A few tokens with massive activations (Sun et al., 2024, https://arxiv.org/abs/2402.17762) carry no content, and yet a
-model without them fails: they take the attention that has nowhere else to go. `detection` finds
-them wherever they are, instead of taking the first tokens. Layers differ as well: some attend to half of the text,
-some to a few tokens (layered sparsity, after Zhang et al., 2024,
-https://blogs.novita.ai/how-kv-sparsity-achieves-1-5x-acceleration-for-vllm and
-https://github.com/vllm-project/vllm/issues/10942). Each KV head keeps the massive tokens, the latest tokens, and those
-with most attention, weighed by the norm of their value (VATP, https://arxiv.org/abs/2406.12335).
+model without them fails: they take the attention that has nowhere else to go. `detection` finds them wherever they
+are, instead of taking the first tokens. Each KV head keeps the massive tokens, the latest tokens, and those with most
+attention, weighed by the norm of their value (VATP, https://arxiv.org/abs/2406.12335).
 
-Departures from these sources: budgets are equal, or follow the attention of a profile. A token's score is its own
-attention and the average over its neighbours, so that facts stay whole. SmolLM2-135M-Instruct answers 0.85, 0.82 and
-0.06 of eight numbers in 1,024 tokens at budgets of 0.5, 0.25 and 0.1, with the question in view (80 questions).
-SnapKVCache answers 0.38, 0.25 and 0.03. The recall model finds 0.77, 0.45 and 0.17 of its pairs, against 0.68, 0.32
-and 0.13 (docs/quality.md).
+Departure from these sources: a token's score is its own attention and the average over its neighbours, so that facts
+stay whole (docs/quality.md). All layers keep the same number of tokens: shares by how widely a layer attends (layered
+sparsity, https://github.com/vllm-project/vllm/issues/10942) lost facts at a half, and changed nothing at a quarter.
 """
 
-import os
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from pyramid_cache.caches.massive_activation.detection import (
-    MAX_MASSIVE_TOKENS,
     NUM_FIRST_TOKENS,
-    MassiveTemplate,
     MassiveTokens,
-    massive_in_hidden_states,
     massive_in_keys_and_values,
-    median_magnitude,
 )
-from pyramid_cache.caches.massive_activation.outputs import OutputProbes
-from pyramid_cache.caches.massive_activation.profile import Profile, read_profile
-from pyramid_cache.engine.arguments import check_decoder_config
-from pyramid_cache.engine.budget import MAX_TOKENS, Budget, read_count, read_kernel_size, support_schedule
+from pyramid_cache.caches.snapkv import SnapKVPolicy
 from pyramid_cache.engine.cache import config_and_model
-from pyramid_cache.engine.policy import LayerView, Policy, PromptView, ScoringView
+from pyramid_cache.engine.policy import LayerView, PromptView, ScoringView
 from pyramid_cache.engine.policy_cache import DEFAULT_EVICTION_INTERVAL, PolicyCache
 from pyramid_cache.engine.rope import refuse_unsupported_rope
 from pyramid_cache.engine.selection import gather_tokens
 from pyramid_cache.engine.state import LayerState, counts, row
 from pyramid_cache.ops.transfer import numbers_on
-
-
-# What a layer gets beside its window and its massive tokens, if the budget has as much.
-LEAST_OTHERS = 64
 
 
 @dataclass(frozen=True)
@@ -55,10 +38,9 @@ class MassiveToken:
 
     Attributes:
         position (`int`): Its rank among the tokens of its row.
-        reason (`str`): "keys and values" if it looks massive to this layer, "hidden states" if it is by definition at
-            the output of a layer below, or "first tokens" where nothing looks massive to this layer.
-        value_ratio (`float`, *optional*): Its value norm over the median, where keys and values told it.
-        cosine (`float`, *optional*): Of its un-rotated key and the template, where keys and values told it.
+        reason (`str`): "keys and values" if it looks massive to this layer, "first tokens" where nothing does.
+        value_ratio (`float`, *optional*): Its value norm over the median, if it looks massive.
+        cosine (`float`, *optional*): Of its un-rotated key and the template, if it looks massive.
     """
 
     position: int
@@ -74,10 +56,7 @@ class MassiveState(LayerState):
         found_positions, found_ratios, found_cosines (`torch.Tensor`): `(batch, 8)`, what looks massive to this layer;
             see `MassiveTokens`.
         template_key, template_norm (`torch.Tensor`): `(batch, kv_heads, head_dim)` and `(batch, kv_heads)`, what later
-            tokens are compared with; see `MassiveTemplate`.
-        known_positions (`torch.Tensor`): `(batch, 8)` int32, what is massive in hidden states of layers below, -1 for
-            none.
-        exact_median (`torch.Tensor`): `(batch,)` float32, of the hidden states of a prompt, where they are looked at.
+            tokens are compared with; see `massive_in_keys_and_values`.
         row_looked (`list[int]`): How many tokens of each row have been looked at.
     """
 
@@ -86,37 +65,20 @@ class MassiveState(LayerState):
     found_cosines: torch.Tensor | None = row()
     template_key: torch.Tensor | None = row()
     template_norm: torch.Tensor | None = row()
-    known_positions: torch.Tensor | None = row()
-    exact_median: torch.Tensor | None = row()
     row_looked: list[int] = counts()
 
 
 @dataclass(frozen=True)
-class MassiveActivationPolicy(Policy):
+class MassiveActivationPolicy(SnapKVPolicy):
     """
-    A token is worth the attention of the last queries to it and to the passage around it, times the norm of its value.
-    Massive tokens never go. See `MassiveActivationCache` for the fields.
+    SnapKV's window. A token is worth the attention of the last queries to it and to the passage around it, times the
+    norm of its value. Massive tokens never go. See `MassiveActivationCache` for the fields.
     """
 
-    profile: str | None = None
-    window_size: int = 64
     kernel_size: int = 13
 
     state_class = MassiveState
     needs_rotary = True
-    # Set by the cache that reads a profile: see `Profile.supports`.
-    supports = None
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "window_size", read_count("window_size", self.window_size, least=1))
-        object.__setattr__(self, "kernel_size", read_kernel_size(self.kernel_size))
-
-    def num_tokens(self, prompt_length: int, budget: Budget, depth: int, num_layers: int) -> int:
-        mean = budget.num_tokens(prompt_length)
-        if mean >= prompt_length or self.supports is None:  # a short prompt may grow up to the budget
-            return mean
-        minimum = self.window_size + MAX_MASSIVE_TOKENS + LEAST_OTHERS
-        return support_schedule(prompt_length, mean * num_layers, self.supports, minimum)[depth]
 
     def observe(self, prompt: PromptView) -> None:
         self._look(prompt)
@@ -135,17 +97,15 @@ class MassiveActivationPolicy(Policy):
 
     def is_massive(self, view: ScoringView) -> torch.Tensor:
         """`(batch, kv_heads or 1, tokens)` bool: the tokens that never go."""
-        found, known = view.state.found_positions, view.state.known_positions
+        found = view.state.found_positions
         is_massive = (found[:, :1, None] < 0) & view.is_first(NUM_FIRST_TOKENS)
-        for position in torch.cat([found] if known is None else [found, known], dim=1).unbind(dim=1):
+        for position in found.unbind(dim=1):
             is_massive |= view.positions == position[:, None, None]
         return is_massive & view.is_token
 
     def _look(self, view: LayerView) -> None:
         """Looks for massive tokens among those that have come since the last look, which all heads still hold."""
         state, key, value, positions = view.state, view.key, view.value, view.positions
-        if state.known_positions is not None:
-            state.known_positions = state.known_positions.to(key.device)
         looked = state.row_looked or [0] * len(state.row_lengths)
         num_new = max(length - before for length, before in zip(state.row_lengths, looked, strict=True))
         if num_new <= 0:
@@ -155,13 +115,11 @@ class MassiveActivationPolicy(Policy):
             key, value, positions = (gather_tokens(tensor, latest) for tensor in (key, value, positions))
         before = numbers_on(key.device, looked, torch.int32).view(-1, 1, 1)
         positions = positions[:, :1].masked_fill(positions[:, :1] < before, -1)
-        template = None if state.template_key is None else MassiveTemplate(state.template_key, state.template_norm)
+        template = None if state.template_key is None else (state.template_key, state.template_norm)
         found, template = massive_in_keys_and_values(key, value, positions, view.rotary, view.longest, template)
-        if state.found_positions is None:
-            earlier = MassiveTokens.none(key.shape[0], key.device)
-        else:
-            earlier = MassiveTokens(state.found_positions, state.found_ratios, state.found_cosines)
-        state.found_positions, state.found_ratios, state.found_cosines = earlier.and_later(found)
+        if state.found_positions is not None:
+            found = MassiveTokens(state.found_positions, state.found_ratios, state.found_cosines).and_later(found)
+        state.found_positions, state.found_ratios, state.found_cosines = found
         state.template_key, state.template_norm = template
         state.row_looked = list(state.row_lengths)
 
@@ -169,37 +127,24 @@ class MassiveActivationPolicy(Policy):
 class MassiveActivationCache(PolicyCache):
     """
     Keeps the tokens with massive activations (https://arxiv.org/abs/2402.17762), the most recent ones, and per KV head
-    those with most attention. With a profile, layers whose attention is spread keep more than others.
+    those with most attention.
 
-    The layers hold `budget` tokens on average and up to `eviction_interval` more each, however much is generated:
-    `layers * batch * kv_heads * (budget + eviction_interval) * (2 * head_dim * itemsize + 8)` bytes. The prompt is
-    read with full attention, so the first new token is exact.
-
-    All layers keep the same number by default, which lost least in measured texts. docs/massive-activations.md says
-    how they share the budget by a profile.
-
-    Keys and values tell massive tokens, in the prompt and among generated tokens. With a model instead of its config,
-    hidden states tell them too: at the outputs of layer 2 and of the layers at a quarter and half of the depth. With a
-    profile, only the first layer with massive activations in its output is read. The layers above keep these tokens.
+    A layer holds `budget` tokens and up to `eviction_interval` more: `batch * kv_heads * (budget + eviction_interval)
+    * (2 * head_dim * itemsize + 8)` bytes. Keys and values tell massive tokens, in the prompt and in the answer.
 
     Args:
-        config (`PreTrainedConfig` or `PreTrainedModel`): The config of the model, or the model itself. With the model,
-            hidden states of two or three layers are read, which takes more time.
-        budget (`float`, `int` or `str`, defaults to 0.2): What layers keep on average: a fraction of the prompt, a
-            number of tokens, or bytes for all layers that evict ("256MiB"). In later turns, a fraction is of all
-            tokens seen. 1.0 never evicts.
-        profile (`str`, *optional*): A file of `pyramid-cache profile`, by which layers share the budget.
+        config (`PreTrainedConfig` or `PreTrainedModel`): The config of the model, or the model itself.
+        budget (`float`, `int` or `str`, defaults to 0.2): What each layer keeps: a fraction of the prompt, a number of
+            tokens, or bytes for all layers that evict ("256MiB"). 1.0 never evicts.
         window_size (`int`, defaults to 64): How many of the last queries choose. As many of the last tokens always
-            stay, but no more than half of what a layer keeps. Each generated token takes over `1 / window_size` of
-            that attention.
+            stay, but no more than half of the budget. Each generated token takes over `1 / window_size` of that
+            attention.
         kernel_size (`int`, defaults to 13): Over how many neighbouring tokens attention is averaged. Odd. Larger
             values keep fewer and longer passages; 1 scores each token alone.
-        eviction_interval (`int`, defaults to 32): How many generated tokens arrive before as many are evicted. Larger
-            values take more memory and less time.
+        eviction_interval (`int`, defaults to 32): How many generated tokens arrive before as many are evicted.
 
     Raises:
-        ValueError: For an argument outside these ranges, a profile of another model, or a model that cannot be
-            compressed.
+        ValueError: For an argument outside these ranges, or a model that cannot be compressed.
         NotImplementedError: For a model whose rotary embedding depends on the length (dynamic NTK) or has several
             axes. It is raised at the first forward pass where the config does not tell.
 
@@ -209,14 +154,12 @@ class MassiveActivationCache(PolicyCache):
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> from pyramid_cache import MassiveActivationCache
     >>> import torch
-
-    >>> config = LlamaConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=99)
-    >>> model = LlamaForCausalLM(config)
+    >>> model = LlamaForCausalLM(LlamaConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4))
     >>> cache = MassiveActivationCache(model.config, budget=16, window_size=8)
     >>> tokens = model.generate(torch.arange(40)[None], past_key_values=cache, max_new_tokens=8, eos_token_id=None)
     >>> cache.compress()
-    >>> sum(cache.num_kept_tokens()) <= 2 * 16
-    True
+    >>> cache.num_kept_tokens()
+    [16, 16]
     >>> [(token.position, token.reason) for token in cache.massive_tokens()[0][0]]
     [(0, 'first tokens'), (1, 'first tokens'), (2, 'first tokens'), (3, 'first tokens')]
 
@@ -228,61 +171,13 @@ class MassiveActivationCache(PolicyCache):
         config: PreTrainedConfig | PreTrainedModel,
         budget: float | int | str = 0.2,
         *,
-        profile: str | os.PathLike[str] | None = None,
         window_size: int = 64,
         kernel_size: int = 13,
         eviction_interval: int = DEFAULT_EVICTION_INTERVAL,
     ) -> None:
-        config, model = config_and_model(config)
-        check_decoder_config(config)
-        refuse_unsupported_rope(config)
-        if profile is not None and not isinstance(profile, (str, os.PathLike)):
-            raise ValueError(f"`profile={profile!r}` must be the path of a file that `pyramid-cache profile` wrote.")
-        path = None if profile is None else os.fspath(profile)
-        policy = MassiveActivationPolicy(path, window_size, kernel_size)
+        policy = MassiveActivationPolicy(window_size, kernel_size)
         super().__init__(config, budget, policy, eviction_interval=eviction_interval)
-        self.output_probes = None
-        indices = [layer.place.layer_idx for layer in self.compressed_layers]
-        read = None if path is None else read_profile(path, config, indices)
-        if read is not None:
-            object.__setattr__(policy, "supports", read.supports)
-        if model is not None:
-            wanted = probed_layers(len(self.layers), read)
-            # The next layers that evict; nothing is above the last one.
-            probed = sorted({above[0] for least in wanted if (above := [i for i in indices[:-1] if i >= least])})
-            self.output_probes = OutputProbes(model, probed)
-
-    @torch.no_grad()
-    def observe_output(self, layer_idx: int, hidden_states: torch.Tensor) -> None:
-        """
-        Tells the layers above which tokens are massive in the output of a decoder layer; called by `OutputProbes`.
-
-        Args:
-            hidden_states (`torch.Tensor`): `(batch, tokens, hidden_size)`, of the tokens that came last.
-        """
-        layer = self.layers[layer_idx]
-        # Tokens that may be taken back are left to keys and values, which are looked at when it is known that they
-        # stay.
-        if layer.budget.is_unlimited or layer.record_past or not layer.is_initialized:
-            return
-        state, num_new = layer.state, hidden_states.shape[1]
-        hidden_states = hidden_states.to(layer.device)
-        steps = torch.arange(num_new, dtype=torch.int32, device=layer.device)
-        positions = state.next_position[:, 0] - num_new + steps  # (batch, tokens)
-        if num_new > 1 and (seen := self.masks.latest()) is not None:
-            positions = seen.positions[:, 0, -num_new:].to(layer.device)
-        is_token = positions >= 0
-        if state.exact_median is None:
-            state.exact_median = torch.full_like(is_token[:, 0], float("nan"), dtype=torch.float32)
-        if num_new > 1:
-            median = median_magnitude(hidden_states, is_token)
-            state.exact_median = torch.where(state.exact_median.isnan(), median, state.exact_median)
-        positions = positions.masked_fill(~massive_in_hidden_states(hidden_states, state.exact_median, is_token), -1)
-        for above in self.compressed_layers[layer.place.depth + 1 :]:
-            known = above.state.known_positions
-            device = layer.device if known is None else known.device
-            found = [positions.to(device)] if known is None else [known, positions.to(device)]
-            above.state.known_positions = first_positions(torch.cat(found, dim=1))
+        refuse_unsupported_rope(config_and_model(config)[0])
 
     def massive_tokens(self) -> dict[int, list[list[MassiveToken]]]:
         """
@@ -298,40 +193,11 @@ def massive_tokens_of(state: MassiveState) -> list[list[MassiveToken]]:
     """The tokens of each row that a layer in this state never evicts."""
     if state.found_positions is None:
         return [[] for _ in state.row_lengths]
-    known = state.found_positions[:, :0] if state.known_positions is None else state.known_positions
-    tensors = (state.found_positions, state.found_ratios, state.found_cosines, known)
+    tensors = (state.found_positions, state.found_ratios, state.found_cosines)
     rows = []
-    for length, *row_numbers in zip(state.row_lengths, *(tensor.tolist() for tensor in tensors), strict=True):
-        found, ratios, cosines, known_here = row_numbers
-        tokens = [
-            MassiveToken(position, "keys and values", ratio, cosine)
-            for position, ratio, cosine in zip(found, ratios, cosines, strict=True)
-        ]
-        tokens += [MassiveToken(position, "hidden states") for position in sorted({*known_here} - {*found})]
-        first = range(NUM_FIRST_TOKENS if found[0] < 0 else 0)
-        tokens += [MassiveToken(position, "first tokens") for position in first if position not in known_here]
-        rows.append([token for token in tokens if 0 <= token.position < length])
+    for length, *numbers in zip(state.row_lengths, *(tensor.tolist() for tensor in tensors), strict=True):
+        found = [(position, "keys and values", *told) for position, *told in zip(*numbers, strict=True)]
+        if found[0][0] < 0:
+            found = [(position, "first tokens") for position in range(NUM_FIRST_TOKENS)]
+        rows.append([MassiveToken(*token) for token in found if 0 <= token[0] < length])
     return rows
-
-
-def probed_layers(num_layers: int, profile: Profile | None) -> list[int]:
-    """
-    The decoder layers whose outputs are looked at. Massive activations appear in layer 1 or 2 of Llama and Mistral and
-    in layer 11 of SmolLM2's 30, and stay until the last layers.
-    """
-    if profile is not None and profile.first_massive_layer is not None:
-        return [profile.first_massive_layer]
-    return sorted({min(2, num_layers - 1), num_layers // 4, num_layers // 2})
-
-
-def first_positions(positions: torch.Tensor) -> torch.Tensor:
-    """
-    The 8 lowest of different positions `(batch, any)` int32, -1 for none.
-
-    Returns:
-        `torch.Tensor`: `(batch, 8)` int32, -1 behind the last.
-    """
-    missing = max(MAX_MASSIVE_TOKENS - positions.shape[1], 0)
-    positions = torch.nn.functional.pad(positions, (0, missing), value=-1)
-    positions = positions.masked_fill(positions < 0, MAX_TOKENS).sort(dim=1).values[:, :MAX_MASSIVE_TOKENS]
-    return positions.masked_fill(positions == MAX_TOKENS, -1)

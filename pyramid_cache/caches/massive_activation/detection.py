@@ -1,27 +1,23 @@
 """
-Massive activations: which tokens have them, told from hidden states or from keys and values alone.
+Which tokens have massive activations, told from keys and values alone.
 
 In most models a few tokens, among them the first one and in some the first full stop or line break, have one or two
 dimensions in their hidden state that are thousands of times larger than all others, the same ones for every text (Sun
 et al., 2024, https://arxiv.org/abs/2402.17762). The normalisation before attention leaves nothing else of such a
-token: its key, before rotation, and its value are nearly constant vectors, the value a short one. All queries may look
-there when they need not look anywhere. What a model says without these tokens is worth nothing.
-
-Hidden states tell them by definition (`massive_in_hidden_states`). Keys and values tell them without hooks
-(`massive_in_keys_and_values`): a value much shorter than others, and a key in the direction of another such token's.
+token: its key, before rotation, and its value are nearly constant vectors, the value a short one. So the tokens show
+without hidden states: a value much shorter than others, and a key in the direction of another such token's.
+docs/massive-activations.md compares this with the definition.
 """
 
 from typing import NamedTuple
 
 import torch
+from torch.nn.functional import cosine_similarity, pad
 
 from pyramid_cache.engine.rotation import RotaryFrequencies
 from pyramid_cache.engine.selection import gather_tokens
 
 
-# The definition of Sun et al., Section 2, with their second number: beyond 100, and 1,000 times the median.
-LEAST_MAGNITUDE = 100.0
-LEAST_RATIO = 1000.0
 # Value norms of tokens with massive activations are 0.1 to 0.35 of the median in SmolLM2-135M, those of others above
 # 0.5; cosines of their keys are above 0.9 from the layer on where the activations appear.
 MAX_VALUE_RATIO = 0.5
@@ -31,62 +27,6 @@ MAX_MASSIVE_TOKENS = 8
 NUM_FIRST_TOKENS = 4
 # Only the keys of the tokens with the shortest values are looked at.
 NUM_CANDIDATES = 64
-# Tokens out of which the median of a long text is taken.
-NUM_MEDIAN_TOKENS = 1024
-
-
-def median_magnitude(hidden_states: torch.Tensor, is_token: torch.Tensor) -> torch.Tensor:
-    """
-    The median of `|h|` over all dimensions and tokens, of long texts over 1,024 tokens that are spread evenly.
-
-    Args:
-        hidden_states (`torch.Tensor`): `(batch, tokens, hidden_size)`.
-        is_token (`torch.Tensor`): `(batch, tokens)` bool, False for padding.
-
-    Returns:
-        `torch.Tensor`: `(batch,)` float32; NaN for a row of padding.
-    """
-    if hidden_states.shape[1] > NUM_MEDIAN_TOKENS:
-        steps = torch.arange(NUM_MEDIAN_TOKENS, device=hidden_states.device)
-        # Tokens first, in their order. A row that has fewer than are taken gives some of them more than once.
-        order = (~is_token).byte().argsort(dim=1, stable=True)
-        columns = order.gather(1, steps * is_token.sum(dim=1, keepdim=True) // NUM_MEDIAN_TOKENS)
-        hidden_states = hidden_states.gather(1, columns[..., None].expand(-1, -1, hidden_states.shape[2]))
-        is_token = is_token.gather(1, columns)
-    magnitudes = hidden_states.detach().abs().float().masked_fill(~is_token[..., None], float("nan"))
-    return magnitudes.flatten(1).nanmedian(dim=1).values
-
-
-def massive_in_hidden_states(
-    hidden_states: torch.Tensor, median: torch.Tensor, is_token: torch.Tensor
-) -> torch.Tensor:
-    """
-    The tokens with massive activations, by definition: some `|h| > 100` that is at least 1,000 times the median.
-
-    Args:
-        hidden_states (`torch.Tensor`): `(batch, tokens, hidden_size)`, the output of a decoder layer.
-        median (`torch.Tensor`): `(batch,)` of `median_magnitude`, of these tokens or of a prompt before them.
-        is_token (`torch.Tensor`): `(batch, tokens)` bool, False for padding.
-
-    Returns:
-        `torch.Tensor`: `(batch, tokens)` bool, False for padding.
-    """
-    largest = torch.linalg.vector_norm(hidden_states.detach(), ord=float("inf"), dim=-1, dtype=torch.float32)
-    return (largest > LEAST_MAGNITUDE) & (largest >= LEAST_RATIO * median[:, None]) & is_token
-
-
-class MassiveTemplate(NamedTuple):
-    """
-    What the later tokens of a row are compared with.
-
-    Attributes:
-        key (`torch.Tensor`): `(batch, kv_heads, head_dim)` float32, the un-rotated key of a token whose value is
-            short; zero where there is none.
-        value_norm (`torch.Tensor`): `(batch, kv_heads)` float32, the median over the tokens of the prompt.
-    """
-
-    key: torch.Tensor
-    value_norm: torch.Tensor
 
 
 class MassiveTokens(NamedTuple):
@@ -94,22 +34,15 @@ class MassiveTokens(NamedTuple):
     Tokens that were found, 8 at most, those with the shortest values first.
 
     Attributes:
-        positions (`torch.Tensor`): `(batch, found)` int32, -1 behind the last one of a row.
-        value_ratios (`torch.Tensor`): `(batch, found)` float32, of the value norm to its median, the mean over heads;
+        positions (`torch.Tensor`): `(batch, 8)` int32, -1 behind the last one of a row.
+        value_ratios (`torch.Tensor`): `(batch, 8)` float32, of the value norm to its median, the mean over heads;
             infinite behind the last.
-        cosines (`torch.Tensor`): `(batch, found)` float32, of the un-rotated key and the template, the mean over
-            heads.
+        cosines (`torch.Tensor`): `(batch, 8)` float32, of the un-rotated key and the template, the mean over heads.
     """
 
     positions: torch.Tensor
     value_ratios: torch.Tensor
     cosines: torch.Tensor
-
-    @classmethod
-    def none(cls, batch_size: int, device: torch.device) -> "MassiveTokens":
-        """Room for 8 tokens in each row."""
-        ratios = torch.full((batch_size, MAX_MASSIVE_TOKENS), float("inf"), device=device)
-        return cls(torch.full_like(ratios, -1, dtype=torch.int32), ratios, torch.zeros_like(ratios))
 
     def and_later(self, later: "MassiveTokens") -> "MassiveTokens":
         """Both together, without those that are beyond the cap. Of equal values the earlier ones come first."""
@@ -125,8 +58,8 @@ def massive_in_keys_and_values(
     positions: torch.Tensor,
     rotary: RotaryFrequencies | None,
     longest: int,
-    template: MassiveTemplate | None = None,
-) -> tuple[MassiveTokens, MassiveTemplate]:
+    template: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[MassiveTokens, tuple[torch.Tensor, torch.Tensor]]:
     """
     The tokens that look massive to one layer: values shorter than half of the median, and un-rotated keys in the
     direction (cosine above 0.9) of a template. That is the first token of the row if its own value is so short, else
@@ -140,19 +73,21 @@ def massive_in_keys_and_values(
             Positions that the model counted from elsewhere, padding included, change nothing: only differences matter.
         rotary (`RotaryFrequencies`, *optional*): None for keys that are not rotated.
         longest (`int`): The length of the longest row in the forward pass that these tokens are of.
-        template (`MassiveTemplate`, *optional*): Of the prompt, for tokens that came later. A row that has none yet
-            takes it from these tokens.
+        template (`tuple`, *optional*): What later tokens are compared with, both float32: the un-rotated key `(batch,
+            kv_heads, head_dim)` of a token whose value is short, and the median norm of the prompt's values `(batch,
+            kv_heads)`. A row whose key is zero has none yet, and takes it from these tokens.
 
     Returns:
-        `tuple[MassiveTokens, MassiveTemplate]`: The tokens, and the template for later ones.
+        `tuple`: The `MassiveTokens`, and the template for later ones.
     """
     positions = positions[:, 0]
     is_token = positions >= 0
     norms = torch.linalg.vector_norm(value, dim=-1, dtype=torch.float32)  # (batch, kv_heads, tokens)
     if template is None:
-        value_norm = norms.masked_fill(~is_token[:, None], float("nan")).nanmedian(dim=-1).values.nan_to_num(0)
-        template = MassiveTemplate(norms.new_zeros(*key.shape[:2], key.shape[3]), value_norm)
-    ratios = (norms / template.value_norm[..., None].clamp(min=torch.finfo(torch.float32).tiny)).mean(dim=1)
+        median = norms.masked_fill(~is_token[:, None], float("nan")).nanmedian(dim=-1).values.nan_to_num(0)
+        template = norms.new_zeros(*key.shape[:2], key.shape[3]), median
+    template_key, median = template
+    ratios = (norms / median[..., None].clamp(min=torch.finfo(torch.float32).tiny)).mean(dim=1)
     # Stable: of equals the first one, whatever the device.
     ratios, columns = ratios.masked_fill(~is_token, float("inf")).sort(dim=1, stable=True)
     ratios, columns = ratios[:, :NUM_CANDIDATES], columns[:, :NUM_CANDIDATES]
@@ -165,17 +100,17 @@ def massive_in_keys_and_values(
     # The first candidate, which has the shortest value, where the first token of the row is none.
     chosen = ((positions == 0) & is_short).int().argmax(dim=1)[:, None]
     own_key = gather_tokens(keys, chosen[:, None])[:, :, 0].masked_fill(~is_short.gather(1, chosen)[..., None], 0)
-    has_key = template.key.ne(0).flatten(1).any(dim=1)
-    template = template._replace(key=torch.where(has_key[:, None, None], template.key, own_key))
+    has_key = template_key.ne(0).flatten(1).any(dim=1)
+    template_key = torch.where(has_key[:, None, None], template_key, own_key)
 
-    cosines = torch.nn.functional.cosine_similarity(keys, template.key[:, :, None], dim=-1).mean(dim=1)
+    cosines = cosine_similarity(keys, template_key[:, :, None], dim=-1).mean(dim=1)
     is_massive = is_short & (cosines > LEAST_COSINE)
     # Those that were found come first and keep their order.
     order = (~is_massive).byte().argsort(dim=1, stable=True)[:, :MAX_MASSIVE_TOKENS]
-    is_none = ~is_massive.gather(1, order)
+    is_none, room = ~is_massive.gather(1, order), (0, MAX_MASSIVE_TOKENS - order.shape[1])
     found = MassiveTokens(
-        positions.gather(1, order).masked_fill(is_none, -1),
-        ratios.gather(1, order).masked_fill(is_none, float("inf")),
-        cosines.gather(1, order).masked_fill(is_none, 0),
+        pad(positions.gather(1, order).masked_fill(is_none, -1), room, value=-1),
+        pad(ratios.gather(1, order).masked_fill(is_none, float("inf")), room, value=float("inf")),
+        pad(cosines.gather(1, order).masked_fill(is_none, 0), room),
     )
-    return found, template
+    return found, (template_key, median)

@@ -10,8 +10,7 @@ Departures from the authors' code, whose legacy file is the reference for decodi
 - the budget is met exactly: the falling schedule is solved for its mean, and `min_context_length` never stops it
   early. Their settings, which fix the schedule and not the budget, are `PRESETS`;
 - a layer prunes its own keys and values, as in the paper. Their code prunes for the next layer only;
-- the recent window has at most `window_size` tokens, and scores are averaged over neighbours (`kernel_size`). Presets
-  do neither;
+- the recent window has at most `window_size` tokens, and scores are averaged over neighbours. Presets do neither;
 - decoding is bounded: generated tokens are scored as the others are, and as many are evicted;
 - padding is never kept. Attention sinks are the first tokens instead of the first columns.
 """
@@ -30,11 +29,11 @@ from pyramid_cache.engine.budget import (
     Budget,
     cosine_decay,
     floor_of_product,
-    is_number,
     parse_budget,
     pyramid_schedule,
     read_count,
     read_kernel_size,
+    read_number,
 )
 from pyramid_cache.engine.cache import config_and_model
 from pyramid_cache.engine.policy import Policy, ScoringView
@@ -52,9 +51,8 @@ PRESETS = {
     "llama-3-70b": (0.9, 3),
 }
 DEFAULT_BUDGET = 0.4
-# Scores are float32 sums of up to 2^31 queries' weights.
-MAX_DISTANCE_WEIGHT = 1e28
-COUNTS = (("window_size", 1), ("num_sink_tokens", 0), ("min_context_length", 0), ("first_pruned_layer", 0))
+COUNTS = {"window_size": 1, "num_sink_tokens": 0, "min_context_length": 0, "first_pruned_layer": 0}
+NUMBERS = {"recent_ratio": "[0, 1)", "decay_ratio": "(0, 1]", "prefill_depth": "[0, 1]"}
 
 
 @dataclass(eq=False)
@@ -87,25 +85,13 @@ class PyramidPolicy(Policy):
 
     def __post_init__(self) -> None:
         if self.preset is not None and (not isinstance(self.preset, str) or self.preset not in PRESETS):
-            raise ValueError(
-                f"`preset={self.preset!r}` is unknown. Choose one of {sorted(PRESETS)}, or give a `budget`."
-            )
-        if not is_number(self.recent_ratio) or not 0 <= self.recent_ratio < 1:
-            raise ValueError(f"`recent_ratio={self.recent_ratio!r}` must be at least 0 and less than 1.")
-        if not is_number(self.prefill_depth) or not 0 <= self.prefill_depth <= 1:
-            raise ValueError(f"`prefill_depth={self.prefill_depth!r}` must be from 0 to 1.")
-        if not is_number(self.decay_ratio) or not 0 < self.decay_ratio <= 1:
-            raise ValueError(f"`decay_ratio={self.decay_ratio!r}` must be greater than 0 and at most 1.")
-        if not is_number(self.distance_weight) or not 0 < self.distance_weight <= MAX_DISTANCE_WEIGHT:
-            raise ValueError(
-                f"`distance_weight={self.distance_weight!r}` must be a positive number of at most "
-                f"{MAX_DISTANCE_WEIGHT:g}."
-            )
+            raise ValueError(f"`preset={self.preset!r}` is unknown: choose one of {sorted(PRESETS)}, or a `budget`.")
         object.__setattr__(self, "kernel_size", read_kernel_size(self.kernel_size))
-        for name, least in COUNTS:
+        for name, least in COUNTS.items():
             object.__setattr__(self, name, read_count(name, getattr(self, name), least))
-        for name in ("recent_ratio", "decay_ratio", "distance_weight", "prefill_depth"):
-            object.__setattr__(self, name, float(getattr(self, name)))
+        # Scores are float32 sums of up to 2^31 queries' weights.
+        for name, interval in (NUMBERS | {"distance_weight": "(0, 1e28]"}).items():
+            object.__setattr__(self, name, read_number(name, getattr(self, name), interval))
 
     @property
     def newest_weight(self) -> float:  # type: ignore[override]
@@ -115,9 +101,7 @@ class PyramidPolicy(Policy):
         is_recent = view.positions >= view.length - view.state.num_recent
         # The window looks at itself most: its neighbours would be kept for that alone.
         always_stays = is_recent | view.is_first(self.num_sink_tokens)
-        scores = view.attention.masked_fill(always_stays, 0)
-        if self.kernel_size > 1:
-            scores = view.pool(scores, self.kernel_size)
+        scores = view.pool(view.attention.masked_fill(always_stays, 0), self.kernel_size)
         return scores.masked_fill(always_stays, float("inf"))
 
     def prepare(self, state: WindowState) -> None:
@@ -213,8 +197,7 @@ class PyramidCache(PolicyCache):
     https://arxiv.org/abs/2405.12532).
 
     Of a prompt, the cache holds `budget * num_layers * batch * prompt * (2 * kv_heads * head_dim * itemsize + 8)`
-    bytes. While an answer is generated, each layer holds what it kept of the prompt, and up to `eviction_interval`
-    tokens more.
+    bytes, and while an answer is generated up to `eviction_interval` tokens more in each layer.
 
     Args:
         config (`PreTrainedConfig` or `PreTrainedModel`): With the config of a model, each layer reads the whole
@@ -222,8 +205,8 @@ class PyramidCache(PolicyCache):
             do not compute the tokens that a layer below drops, so that prompts are read faster. The logits of dropped
             prompt tokens are then NaN. The last token, whose logits `generate` needs, is never dropped.
         budget (`float`, `int` or `str`, defaults to 0.4): The mean over layers of what is kept: a fraction of the
-            prompt, a number of tokens, or bytes ("256MiB"), of which rows of different length may take some more. In
-            later turns, a fraction is of all tokens seen. 1.0 never evicts.
+            prompt, a number of tokens, or bytes ("256MiB"), of which rows of different length may take some more. 1.0
+            never evicts.
         preset (`str`, *optional*): The authors' settings for a model, instead of a budget: "llama-2-7b",
             "llama-2-13b", "llama-2-70b", "llama-3-8b" or "llama-3-70b".
         recent_ratio (`float`, *optional*): The recent window's share of the prompt. The window always stays, and its
@@ -244,8 +227,7 @@ class PyramidCache(PolicyCache):
         prefill_depth (`float`, *optional*): With a model, the share of its layers that compute the whole prompt,
             though each prunes its own keys and values. Smaller values read prompts faster, and find less. Two thirds
             by default; 0, as in the paper, with a preset.
-        eviction_interval (`int`, defaults to 32): How many generated tokens arrive before as many are evicted. Larger
-            values take more memory and less time.
+        eviction_interval (`int`, defaults to 32): How many generated tokens arrive before as many are evicted.
 
     Raises:
         ValueError: For values outside these ranges, or a number of tokens without room for sinks and a recent token.
@@ -257,11 +239,7 @@ class PyramidCache(PolicyCache):
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> from pyramid_cache import PyramidCache
     >>> import torch
-
-    >>> config = LlamaConfig(
-    ...     hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=99
-    ... )
-    >>> model = LlamaForCausalLM(config)
+    >>> model = LlamaForCausalLM(LlamaConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4))
     >>> cache = PyramidCache(model, budget=0.5)
     >>> tokens = model.generate(torch.arange(40)[None], past_key_values=cache, max_new_tokens=1, eos_token_id=None)
     >>> cache.num_kept_tokens()
@@ -293,21 +271,13 @@ class PyramidCache(PolicyCache):
         if preset is not None and budget != DEFAULT_BUDGET:
             raise ValueError(f"`preset={preset!r}` and `budget={budget!r}` exclude each other: give one of them.")
         # What is not given is the paper's with a preset.
-        by_preset: dict[str, Any] = {
-            "recent_ratio": (recent_ratio, 0.125 if preset is None else 0.2),
-            "kernel_size": (kernel_size, 13 if preset is None else 1),
-            "distance_weight": (distance_weight, 1.0 if preset is None else 1.2),
-            "prefill_depth": (prefill_depth, 2 / 3 if preset is None else 0.0),
-        }
-        policy = PyramidPolicy(
-            preset=preset,
-            window_size=window_size,
-            num_sink_tokens=num_sink_tokens,
-            min_context_length=min_context_length,
-            decay_ratio=decay_ratio,
-            first_pruned_layer=first_pruned_layer,
-            **{name: default if value is None else value for name, (value, default) in by_preset.items()},
-        )
+        defaults = (0.125, 13, 1.0, 2 / 3) if preset is None else (0.2, 1, 1.2, 0.0)
+        given = zip((recent_ratio, kernel_size, distance_weight, prefill_depth), defaults, strict=True)
+        chosen: list[Any] = [default if value is None else value for value, default in given]
+        recent_ratio, kernel_size, distance_weight, prefill_depth = chosen
+        window = preset, recent_ratio, window_size, kernel_size
+        shape = distance_weight, decay_ratio, first_pruned_layer, prefill_depth
+        policy = PyramidPolicy(*window, num_sink_tokens, min_context_length, *shape)
         self.masks = None
         if model is not None and not parsed_budget.is_unlimited:
             self.masks = PrunedPrefill(model, policy.prefill_depth)

@@ -1,6 +1,1 @@
 """ShadowKV: `cache` for users, `layer` what a step attends to, `store` all the rest, in a form that takes less."""
-
-from pyramid_cache.caches.shadow_kv.cache import ShadowKVCache
-
-
-__all__ = ["ShadowKVCache"]

@@ -33,8 +33,7 @@ from pyramid_cache.engine.tokens import MaskReader
 class ShadowKVCache(CompressedCache):
     """
     Evicts nothing: keys of low rank stay on the device, values go to the host, and each step attends to a few chunks
-    of both (ShadowKV, https://arxiv.org/abs/2410.21465). The prompt is read with full attention, so the first new
-    token is exact.
+    of both (ShadowKV, https://arxiv.org/abs/2410.21465). The prompt is read with full attention.
 
     Per row, a layer holds these bytes on the device (the paper's section 3.2, and the buffer that it leaves out):
     - factors: `tokens * rank * itemsize`;
@@ -48,14 +47,13 @@ class ShadowKVCache(CompressedCache):
     full memory. `num_kept_tokens` and `positions` describe what a step attends to.
 
     Args:
-        config (`PreTrainedConfig` or `PreTrainedModel`): Of the model, or the model, whose config is taken.
+        config (`PreTrainedConfig` or `PreTrainedModel`): The config of the model, or the model itself.
         budget (`int` or `float`, defaults to 2048): Tokens that a step attends to beside outliers and the latest
             tokens, or their share of the prompt. Larger values miss less and take more time. A prompt that fits into
             the slots is kept as it is, and the cache is `DynamicCache` bit for bit.
         rank (`int` or `float`, defaults to 160): Dimensions of keys before RoPE, over all heads of a layer, or the
-            share of their sum of squares that is kept. With a share, each layer has its own rank. A few directions
-            hold most of the sum: 0.99 is coarse and 0.999 fine. Larger values rebuild keys more exactly and take more
-            memory. All dimensions of a layer's keys, `kv_heads * head_dim`, are the most: more is as exact as that.
+            share of their sum of squares that is kept (0.99 is coarse, 0.999 fine), with a rank for each layer. Larger
+            values rebuild keys more exactly and take more memory, up to all dimensions, `kv_heads * head_dim`.
         chunk_size (`int`, defaults to 8): Tokens that one landmark stands for. Larger values save memory and choose
             more coarsely.
         num_outlier_chunks (`int`, defaults to 48): Chunks of each KV head that stay exact: those that their mean
@@ -64,8 +62,7 @@ class ShadowKVCache(CompressedCache):
             many as it has dimensions. A landmark has one spread per band. With 0 it is the mean alone, as in the
             paper, and steps miss single keys that are unlike their neighbours.
         num_local_tokens (`int`, defaults to 32): How many of the latest tokens stay exact at least.
-        offload_interval (`int`, defaults to 32): Generated tokens that arrive before full chunks of them go to the
-            host. Larger values take more memory and less time.
+        offload_interval (`int`, defaults to 32): Generated tokens that arrive before chunks of them go to the host.
         quantize (`str`, *optional*): "int8" or "fp8" stores factors and landmarks in one byte a number.
         host (`str`, defaults to `"memory"`): Where values go. `"disk:PATH"` maps unnamed files in that folder, which
             must exist, for contexts that exceed the host's memory. The files vanish with the cache.
@@ -84,11 +81,7 @@ class ShadowKVCache(CompressedCache):
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> from pyramid_cache import ShadowKVCache
     >>> import torch
-
-    >>> config = LlamaConfig(
-    ...     hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=2999
-    ... )
-    >>> model = LlamaForCausalLM(config)
+    >>> model = LlamaForCausalLM(LlamaConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4))
     >>> cache = ShadowKVCache(model.config, budget=64, rank=16, num_outlier_chunks=4)
     >>> tokens = model.generate(torch.arange(2000)[None], past_key_values=cache, max_new_tokens=8, eos_token_id=None)
     >>> cache.get_seq_length(), cache.num_kept_tokens()

@@ -11,18 +11,19 @@ import functools
 import math
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from pyramid_cache.caches.shadow_kv.growth import extended
 from pyramid_cache.engine.budget import parse_budget
 from pyramid_cache.ops.shadow import gather_values
 
 
 DISK = "disk:"
+# A tensor that grows while an answer is generated grows by this part of its size.
+GROWTH = 16
 
 
 @dataclass(frozen=True)
@@ -92,9 +93,6 @@ def read_host(host: str, host_budget: int | str | None) -> HostPlace:
     return HostPlace(folder, amount)
 
 
-# The second stream.
-
-
 @functools.cache
 def second_stream(device: torch.device) -> torch.cuda.Stream:
     """One for each CUDA device."""
@@ -129,9 +127,6 @@ def wait_for_host(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
         second_stream(device).synchronize()
-
-
-# Values.
 
 
 class HostValues:
@@ -187,6 +182,28 @@ class HostValues:
         # A plain copy of the tensor would be neither pinned nor in a file.
         twin.tensor = self._zeros(tuple(self.tensor.shape)).copy_(self.tensor)
         return twin
+
+
+def extended(
+    held: torch.Tensor,
+    new: torch.Tensor,
+    starts: list[int],
+    counts: list[int],
+    zeros: Callable[[tuple[int, ...]], torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """
+    Writes the first `counts` of new tokens `(batch, ..., tokens, width)` of each row behind its first `starts` held
+    ones, in place or, without room, in a larger tensor, which `zeros` makes. Copies to the host may still run then.
+    """
+    size, needed = held.shape[-2], max(map(sum, zip(starts, counts, strict=True)))
+    if needed > size:
+        shape = (*held.shape[:-2], max(needed, size + size // GROWTH), held.shape[-1])
+        larger = held.new_zeros(shape) if zeros is None else zeros(shape)
+        larger[..., :size, :] = held
+        held = larger
+    for row, (start, count) in enumerate(zip(starts, counts, strict=True)):
+        held[row, ..., start : start + count, :].copy_(new[row, ..., :count, :], non_blocking=True)
+    return held
 
 
 def gather_through_host(buffer: torch.Tensor, values: torch.Tensor, incoming: torch.Tensor, chunk_size: int) -> None:

@@ -7,6 +7,7 @@ arXiv 2410.21465, section 3.1) and their spread around it. The spread takes the 
 import math
 
 import torch
+from torch.nn.functional import pad
 
 
 def landmarks_of(chunks: torch.Tensor, num_bands: int) -> torch.Tensor:
@@ -47,12 +48,6 @@ def in_bands(numbers: torch.Tensor, num_bands: int) -> torch.Tensor:
         return numbers[..., :0]
     half = -(-numbers.shape[-1] // 2)
     width = -(-half // num_bands)
-    pairs = padded(numbers, 2 * half).unflatten(-1, (2, half)).sum(dim=-2)
-    bands = padded(pairs, num_bands * width).unflatten(-1, (num_bands, width)).sum(dim=-1)
+    pairs = pad(numbers, (0, 2 * half - numbers.shape[-1])).unflatten(-1, (2, half)).sum(dim=-2)
+    bands = pad(pairs, (0, num_bands * width - half)).unflatten(-1, (num_bands, width)).sum(dim=-1)
     return bands / math.sqrt(2 * width)
-
-
-def padded(numbers: torch.Tensor, size: int) -> torch.Tensor:
-    """The numbers with `size` dimensions, new ones zero."""
-    missing = size - numbers.shape[-1]
-    return torch.nn.functional.pad(numbers, (0, missing)) if missing else numbers

@@ -57,8 +57,6 @@ class ShadowKVLayer(CompressedLayer):
         """How many tokens of each row are in the shadow."""
         return self.shadow.row_tokens
 
-    # Sizes.
-
     def num_tokens_to_keep(self, row_length: int) -> int:
         return self.settings.max_exact_tokens(row_length)
 
@@ -77,8 +75,6 @@ class ShadowKVLayer(CompressedLayer):
             moves = length - shadow >= least if shadow else length > kept
             moved.append(self.settings.num_movable(length - shadow) if moves else 0)
         return moved
-
-    # Attention.
 
     def _take_in(self, seen: Tokens, arrival: Arrival) -> Tokens:
         before, num_new = self.state.row_lengths, arrival.num_new
@@ -127,26 +123,22 @@ class ShadowKVLayer(CompressedLayer):
         """
         if not self.shadow.num_tokens:
             return
-        places, sparse = self.state.held_chunks.shape[-1], self.store.sparse_slots
+        state, sparse = self.state, self.store.sparse_slots
+        places = state.held_chunks.shape[-1]
         wanted = self.shadow.latest(places) if query is None else self.shadow.select(query, scaling, places)
-        if min(self.state.row_sparse) < places:
-            is_beyond = torch.arange(places, device=self.device) >= self.store.per_row(self.state.row_sparse)
+        if min(state.row_sparse) < places:
+            is_beyond = torch.arange(places, device=self.device) >= self.store.per_row(state.row_sparse)
             wanted = wanted.masked_fill(is_beyond, -1)
-        self.shadow.load(
-            self.state.keys[:, :, sparse], self.state.values[:, :, sparse], self.state.held_chunks, wanted
-        )
-        self._mark(sparse, self.state.held_chunks)
+        self.shadow.load(state.keys[:, :, sparse], state.values[:, :, sparse], state.held_chunks, wanted)
+        self._mark(sparse, state.held_chunks)
 
     def _mark(self, slots: slice, chunks: torch.Tensor) -> None:
         """Slots of rows that have a shadow hold these chunks of it."""
         positions = tokens_of(chunks, self.settings.chunk_size)
         if not all(self.row_shadow):
-            positions = torch.where(
-                self.store.per_row(self.row_shadow) > 0, positions, self.state.positions[..., slots]
-            )
+            has_shadow = self.store.per_row(self.row_shadow) > 0
+            positions = torch.where(has_shadow, positions, self.state.positions[..., slots])
         self.state.positions[..., slots] = positions
-
-    # From the slots to the shadow.
 
     @torch.no_grad()
     def _absorb_turn(self, call: AttentionCall, tokens: Tokens) -> None:
@@ -164,17 +156,12 @@ class ShadowKVLayer(CompressedLayer):
 
     def _make_slots(self, key: torch.Tensor, value: torch.Tensor, num_kept: int) -> None:
         """Slots for the chunks that rows ask for, which hold none yet, and for the tail; the first ones are kept."""
-        positions = (
-            key.new_empty(*key.shape[:2], 0, dtype=torch.int32) if self.state.is_dense else self.state.positions
-        )
-        self.state.held_chunks = positions.new_full(
-            (*key.shape[:2], max(self.state.row_sparse)), -1, dtype=torch.int64
-        )
+        state, places = self.state, key.shape[:2]
+        positions = key.new_empty(*places, 0, dtype=torch.int32) if state.is_dense else state.positions
+        state.held_chunks = positions.new_full((*places, max(state.row_sparse)), -1, dtype=torch.int64)
         missing = self.store.tail + self.settings.tail_capacity - num_kept
-        self.state.keys, self.state.values = (
-            pad(tensor[:, :, :num_kept], (0, 0, 0, missing)) for tensor in (key, value)
-        )
-        self.state.positions = pad(positions[..., :num_kept], (0, missing), value=-1)
+        state.keys, state.values = (pad(tensor[:, :, :num_kept], (0, 0, 0, missing)) for tensor in (key, value))
+        state.positions = pad(positions[..., :num_kept], (0, missing), value=-1)
 
     @torch.no_grad()
     def _move_tail(self, least: int) -> bool:
@@ -275,8 +262,6 @@ class ShadowKVLayer(CompressedLayer):
     def compress(self) -> None:
         if not self.state.is_dense and self._move_tail(least=0):
             self._fetch()
-
-    # Rows and files.
 
     def _map_rows(self, function: Callable[[torch.Tensor], torch.Tensor], rows: list[int] | None = None) -> None:
         super()._map_rows(function, rows)

@@ -1,6 +1,4 @@
-"""
-Numbers in one byte each, with a unit for each column. The unit goes into the other factor of a product.
-"""
+"""Numbers in one byte each, with a unit for each column. The unit goes into the other factor of a product."""
 
 import torch
 

@@ -75,8 +75,6 @@ class ShadowStore(SlotStore):
     def put_in_order(self, held: dict[str, torch.Tensor]) -> None:
         """Nothing: the shadow is in order, and no slot has room for all of it."""
 
-    # Rows and files.
-
     def map_rows(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super().map_rows(function)
         self.shadow.map_rows(function)

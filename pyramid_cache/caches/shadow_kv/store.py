@@ -2,29 +2,23 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
-from typing import Any
 
 import torch
 from torch.nn.functional import pad
 
-from pyramid_cache.caches.shadow_kv.growth import extended
-from pyramid_cache.caches.shadow_kv.host import HostPlace, HostValues, join
+from pyramid_cache.caches.shadow_kv.host import HostPlace, HostValues, extended, join
 from pyramid_cache.caches.shadow_kv.landmarks import landmarks_of, lowest_cosines, probe_of
 from pyramid_cache.caches.shadow_kv.low_rank import add_keys
 from pyramid_cache.caches.shadow_kv.quantization import QUANTIZE, add_scaled, stored
 from pyramid_cache.caches.shadow_kv.settings import ShadowSettings
 from pyramid_cache.engine.rotation import RotaryFrequencies
+from pyramid_cache.engine.state import row
 from pyramid_cache.ops.shadow import plan_chunks, reconstruct_keys, select_chunks
 from pyramid_cache.ops.transfer import numbers_on
 
 
 # How many tokens' keys are copied to float32 at once.
 TOKENS_PER_BLOCK = 8192
-
-
-def row() -> Any:
-    """A field for a tensor with the batch first."""
-    return field(default=None, metadata={"is_row_tensor": True})
 
 
 @dataclass
@@ -74,8 +68,6 @@ class Shadow:
 
     def _per_row(self, numbers: list[int]) -> torch.Tensor:
         return numbers_on(self.basis.device, numbers, torch.int32).view(-1, 1, 1)
-
-    # Growing.
 
     def begin(self, key: torch.Tensor, value: torch.Tensor, rotary: RotaryFrequencies) -> None:
         """Empty tensors for rows, heads, dtypes and device as those of keys and values `(batch, kv_heads, ...)`."""
@@ -150,13 +142,11 @@ class Shadow:
 
     def forget(self, rows: list[int]) -> None:
         """Empties these rows."""
-        self.row_tokens = [0 if row in rows else count for row, count in enumerate(self.row_tokens)]
-        for row in rows:
-            self.factors[row] = self.landmarks[row] = 0  # they would count for the next basis and scales
-            self.is_selectable[row] = False
-            self.outlier_chunks[row], self.outlier_cosines[row] = -1, float("inf")
-
-    # Reading.
+        self.row_tokens = [0 if index in rows else count for index, count in enumerate(self.row_tokens)]
+        for index in rows:
+            self.factors[index] = self.landmarks[index] = 0  # they would count for the next basis and scales
+            self.is_selectable[index] = False
+            self.outlier_chunks[index], self.outlier_cosines[index] = -1, float("inf")
 
     def select(self, query: torch.Tensor, scaling: float, num_chunks: int) -> torch.Tensor:
         """
@@ -208,8 +198,6 @@ class Shadow:
         positions = positions.masked_fill(positions >= self._per_row(self.row_tokens), -1)
         return keys, self.values.on_device(num_tokens), positions
 
-    # Rows and files.
-
     def row_tensors(self) -> dict[str, torch.Tensor]:
         """The tensors with the batch first."""
         tensors = {name: getattr(self, name) for name in ROW_TENSORS}
@@ -252,7 +240,7 @@ class Shadow:
         return tensors
 
 
-ROW_TENSORS = tuple(each.name for each in fields(Shadow) if "is_row_tensor" in each.metadata)
+ROW_TENSORS = tuple(each.name for each in fields(Shadow) if each.metadata.get("kind") == "row")
 
 
 def tokens_of(chunks: torch.Tensor, chunk_size: int) -> torch.Tensor:

@@ -11,7 +11,6 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pyramid_cache.caches.massive_activation import detection as massive
-from pyramid_cache.caches.massive_activation.outputs import decoder_layers
 from pyramid_cache.engine.architectures import CACHE_ARGUMENT
 from pyramid_cache.engine.attention import AttentionCall
 from pyramid_cache.engine.cache import CompressedCache
@@ -24,6 +23,9 @@ from pyramid_cache.engine.tokens import MaskReader, Tokens
 from pyramid_cache.lab.profile.spread import AttentionSpread, attention_spread, layer_class
 
 
+# The definition of Sun et al., Section 2, with their second number: beyond 100, and 1,000 times the median.
+LEAST_MAGNITUDE = 100.0
+LEAST_RATIO = 1000.0
 # Magnitudes per layer that are kept for the plot: the paper's figures show as many.
 NUM_LARGEST = 3
 
@@ -83,13 +85,27 @@ class TextFindings:
 
 def measure_output(hidden_states: torch.Tensor) -> OutputFindings:
     """The findings in hidden states, `(1, tokens, hidden_size)`."""
-    median = massive.median_magnitude(hidden_states, torch.ones_like(hidden_states[..., 0], dtype=torch.bool))
     states = hidden_states[0].detach().float()
     magnitudes = states.abs()
+    median = magnitudes.median()
     largest = magnitudes.amax(dim=-1).topk(min(NUM_LARGEST, states.shape[0])).values
-    is_massive = (magnitudes > massive.LEAST_MAGNITUDE) & (magnitudes >= massive.LEAST_RATIO * median)
+    is_massive = (magnitudes > LEAST_MAGNITUDE) & (magnitudes >= LEAST_RATIO * median)
     entries = [(*place, states[tuple(place)].item()) for place in is_massive.nonzero().tolist()]
     return OutputFindings(median.item(), largest.tolist(), entries)
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """
+    The decoder layers of a model, by whatever name.
+
+    Raises:
+        NotImplementedError: There is no list of as many as the config says.
+    """
+    depth = model.config.get_text_config(decoder=True).num_hidden_layers
+    for child in model.get_decoder().children():
+        if isinstance(child, nn.ModuleList) and len(child) == depth:
+            return child
+    raise NotImplementedError(f"{type(model).__name__} has no list of {depth} decoder layers to look at.")
 
 
 @torch.no_grad()

@@ -4,7 +4,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from pyramid_cache.caches.massive_activation.profile import FORMAT, VERSION
 from pyramid_cache.engine.fingerprint import architecture_of
 from pyramid_cache.lab import terminal
 from pyramid_cache.lab.demo.planted_number import read_text
@@ -20,8 +19,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="measure a model's massive activations and how widely each layer looks",
         description="A model reads stretches of a text. The tables show which tokens and dimensions have massive "
         "activations, in which layers, and whether keys and values alone reveal them. They also show what the last "
-        "queries of each layer attend to. `MassiveActivationCache(config, profile=FILE)` shares its budget among "
-        "layers by this file.",
+        "queries of each layer attend to.",
     )
     add = parser.add_argument
     add("model", nargs="?", metavar="MODEL", help=MODEL_HELP)
@@ -70,11 +68,11 @@ def run(options: argparse.Namespace) -> None:
 def as_record(
     findings: list[activations.TextFindings], loaded: LoadedModel, options: argparse.Namespace, machine: dict[str, Any]
 ) -> dict[str, Any]:
-    """The profile for `--out`; `read_profile` reads the part that caches use."""
+    """The profile for `--out`."""
     chosen = {name: getattr(options, name) for name in ("out", "text", "tokens", "num_texts", "window")}
     return {
-        "format": FORMAT,
-        "version": VERSION,
+        "format": "pyramid_cache profile",
+        "version": 1,
         "architecture": architecture_of(loaded.model.config),
         "settings": {
             "model": loaded.name,

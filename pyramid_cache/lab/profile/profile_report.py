@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.text import Text
 
-from pyramid_cache.caches.massive_activation.detection import LEAST_MAGNITUDE, LEAST_RATIO
+from pyramid_cache.lab.profile.activations import LEAST_MAGNITUDE, LEAST_RATIO
 from pyramid_cache.lab.terminal import print_table, report_console
 
 
