@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 
 from pyramid_cache import H2OCache, SnapKVCache, StreamingLLMCache
 from pyramid_cache.caches import streaming_llm
-from pyramid_cache.engine import storage
+from pyramid_cache.engine import files
 from pyramid_cache.engine.cache import CompressedCache
 
 
@@ -211,9 +211,9 @@ def test_an_interrupted_save_leaves_the_old_file(saved: Path) -> None:
         raise OSError("No space left on device")
 
     for place, name, error in (
-        (storage, "save_file", half_of_a_file),
-        (storage.os, "fsync", KeyboardInterrupt),
-        (storage.os, "replace", OSError),
+        (files, "save_file", half_of_a_file),
+        (files.os, "fsync", KeyboardInterrupt),
+        (files.os, "replace", OSError),
     ):
         with patch.object(place, name, side_effect=error), pytest.raises((OSError, KeyboardInterrupt)):
             cache.save(saved)
@@ -254,7 +254,7 @@ def test_files_that_hold_no_cache(saved: Path) -> None:
     for path in (folder, folder / "pipe"):
         with pytest.raises(ValueError, match="is no regular file. Give the file"):
             H2OCache.load(path, config)
-    version = f"version '1', but this pyramid_cache reads version '{storage.FORMAT_VERSION}'"
+    version = f"version '1', but this pyramid_cache reads version '{files.FORMAT_VERSION}'"
     broken = [whole[: len(whole) // 2], whole[:-1], b"", b"hello" * 1000, (2**63).to_bytes(8, "little")]
     contents = [(content, "no whole safetensors file.*truncated") for content in broken]
     for metadata, match in (
@@ -291,15 +291,15 @@ def test_the_architecture_of_a_model_is_that_of_its_saved_config() -> None:
     for name in ARCHITECTURES.keys() - {"gemma2", "gpt_oss"}:
         config, used = build_config(name), tiny_model(name).config
         reread = type(config).from_dict(json.loads(json.dumps(used.to_dict())))
-        architectures = [storage.architecture_of(each) for each in (config, used, reread)]
+        architectures = [files.architecture_of(each) for each in (config, used, reread)]
         assert architectures[0] == architectures[1] == architectures[2], name
     # These fields stand in `rope_parameters`, and beside them in some versions.
     config, other = build_config("glm4"), build_config("glm4")
     config.partial_rotary_factor, config.rope_theta = 0.5, 1e4
     other.partial_rotary_factor = other.rope_theta = None
-    assert storage.architecture_of(config) == storage.architecture_of(other)
+    assert files.architecture_of(config) == files.architecture_of(other)
     other.rope_parameters = other.rope_parameters | {"partial_rotary_factor": 0.25}
-    assert storage.architecture_of(config) != storage.architecture_of(other)
+    assert files.architecture_of(config) != files.architecture_of(other)
 
 
 def test_models_with_other_weights(tmp_path: Path) -> None:
@@ -366,7 +366,7 @@ def test_files_whose_parts_do_not_fit(saved: Path) -> None:
         ({"settings": {"width": 12}}, {}, "No H2OCache can be built with the settings in .*width"),
     ):
         text = json.dumps(header | new_header)
-        metadata = {"format": "pyramid_cache", "version": storage.FORMAT_VERSION, "header": text}
+        metadata = {"format": "pyramid_cache", "version": files.FORMAT_VERSION, "header": text}
         changed = {name: tensor for name, tensor in (tensors | new_tensors).items() if tensor is not None}
         saved.write_bytes(safetensors.torch.save(changed, metadata))
         with pytest.raises(ValueError, match=match):

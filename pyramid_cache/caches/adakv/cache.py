@@ -40,7 +40,8 @@ class AdaKVCache(PolicyCache):
     attend to many tokens keep more than others (Ada-KV, https://arxiv.org/abs/2407.11550).
 
     A layer holds `budget` tokens per head on average, and up to `eviction_interval` more in each head. It stores them
-    without padding: `batch * kv_heads * (budget + eviction_interval) * (2 * head_dim * itemsize + 8)` bytes.
+    without padding: `batch * kv_heads * (budget + eviction_interval) * (2 * head_dim * itemsize + 8)` bytes. While an
+    answer grows, rows shorter than the longest may take up to `eviction_interval` slots more.
     `cache.positions(layer_idx)` shows what each head holds. `cache.num_kept_tokens()` gives the mean over heads.
 
     Args:
