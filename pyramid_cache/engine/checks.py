@@ -285,15 +285,18 @@ def check_attentions() -> None:
         )
 
 
-def check_rotary(layer: "CompressedLayer", module: torch.nn.Module | None) -> None:
-    """Raises if nobody can tell how keys are rotated: only a module that runs shows it."""
-    if module is None:
+def check_rotary(layer: "EvictingLayer") -> None:
+    """Raises if a policy may not ask how keys are rotated, or nobody can tell: only a module that runs shows it."""
+    if not layer.needs_rotary:
+        raise ValueError(
+            f"`{type(layer.policy).__name__}` asks its view for `rotary` without saying so. Set `needs_rotary = True` in "
+            "it."
+        )
+    if layer.module is None:
         raise RuntimeError(
             "How the model rotates keys is known once it has run with this cache. Give it the next tokens before you "
             "call `compress`."
         )
-    if not layer.needs_rotary:
-        raise ValueError("The policy asks its view for `rotary` without saying so. Set `needs_rotary = True` in it.")
 
 
 # `get_mask_sizes`, `crop`, files.

@@ -14,6 +14,7 @@ from pyramid_cache.engine.held import LayerPlace
 from pyramid_cache.engine.layer import Arrival, CompressedLayer
 from pyramid_cache.engine.policy import LayerView, Policy, PromptView, ScoringView
 from pyramid_cache.engine.rope import SharedFrequencies
+from pyramid_cache.engine.rotation import RotaryFrequencies
 from pyramid_cache.engine.sharing import SharedBudget, WaitingEviction
 from pyramid_cache.engine.state import grown
 from pyramid_cache.engine.tokens import MaskReader, Tokens
@@ -155,9 +156,13 @@ class EvictingLayer(CompressedLayer):
             "length": self.state.next_position,
             "state": self.state,
             "layer_idx": self.place.layer_idx,
-            "find_rotary": lambda: self.rotary_of(self.module),
+            "find_rotary": self._find_rotary,
             "longest": longest,
         }
+
+    def _find_rotary(self) -> RotaryFrequencies | None:
+        checks.check_rotary(self)
+        return self.rotary_of(self.module)
 
     def _plainly(self, function: Callable, view: LayerView) -> Any:
         """What a function of the policy returns, without autograd and autocast."""
@@ -329,7 +334,7 @@ class EvictingLayer(CompressedLayer):
             self._count_kept()
         if state.must_evict:
             if self.policy.repositions:
-                self.rotary_of(self.module)
+                self._find_rotary()
             self._evict_if_due(max(state.row_lengths), at_once=True)
         if not state.is_dense and state.keys.shape[2] > state.length:
             self.store.resize(state.length)  # frees the slots for tokens that would have come in before as many go

@@ -206,10 +206,9 @@ class CompressedLayer(StoredLayer):
         if is_step:
             checks.check_step(self, call)
 
-    def rotary_of(self, module: torch.nn.Module | None) -> RotaryFrequencies | None:
+    def rotary_of(self, module: torch.nn.Module) -> RotaryFrequencies | None:
         """How the attention module rotates keys. The first call finds out, in a few milliseconds."""
         if self._rotary is None:
-            checks.check_rotary(self, module)
             self._rotary = (self.frequencies.frequencies_of(module, self.device),)
         return self._rotary[0]
 
