@@ -99,3 +99,14 @@ def test_a_number_too_few_is_refused() -> None:
     model = tiny_model("llama")
     with pytest.raises(ValueError, match=r"`TooFew.observe` left `marks` with the shape \(1, 1, 19\)"):
         model(random_tokens(1, 20), past_key_values=PolicyCache(model.config, 12, TooFew()))
+
+
+def test_a_policy_that_asks_for_rotations_says_so() -> None:
+    @dataclass(frozen=True)
+    class Unsaid(SmallestKeys):
+        def score(self, view: ScoringView) -> torch.Tensor:
+            return super().score(view) * view.rotary.rotary_dim
+
+    model = tiny_model("llama")
+    with pytest.raises(ValueError, match="`Unsaid` asks .* `needs_rotary = True`"):
+        model(random_tokens(1, 20), past_key_values=PolicyCache(model.config, 12, Unsaid()))

@@ -27,7 +27,7 @@ from safetensors import safe_open
 from test_streaming_llm import longrope_model
 from transformers import PreTrainedModel
 
-from pyramid_cache import H2OCache, SnapKVCache, StreamingLLMCache
+from pyramid_cache import H2OCache, MassiveActivationCache, SnapKVCache, StreamingLLMCache
 from pyramid_cache.caches import streaming_llm
 from pyramid_cache.engine import files
 from pyramid_cache.engine.cache import CompressedCache
@@ -169,6 +169,25 @@ def test_whatever_can_be_done_with_a_cache_can_be_done_with_a_loaded_one(case: C
     other = model if case.from_model else tiny_model("qwen2")
     output, wanted = (generate(other, each, [question[0]], 5).logits for each in (loaded, case.build(other)))
     assert torch.equal(torch.stack(output), torch.stack(wanted))
+
+
+@pytest.mark.parametrize("cache_class", [StreamingLLMCache, MassiveActivationCache])
+def test_keys_that_nobody_can_turn_yet_wait(cache_class: type[CompressedCache], tmp_path: Path) -> None:
+    """Rotations show in the first forward pass with a loaded cache: `compress` before it changes nothing."""
+    model, last = tiny_model("llama"), []
+    cache = cache_class(model.config, budget=12, eviction_interval=8)
+    with torch.no_grad():
+        for num_new in (40, 1, 1, 1):
+            model(random_tokens(2, num_new), past_key_values=cache)
+        cache.save(tmp_path / "cache")
+        loaded = cache_class.load(tmp_path / "cache", model)
+        with pytest.raises(RuntimeError, match="next tokens before"):
+            loaded.compress()
+        for each in (cache, loaded):
+            model(random_tokens(2, 1), past_key_values=each)
+            each.compress()
+            last.append(model(random_tokens(2, 1, seed=3), past_key_values=each).logits)
+    assert torch.equal(*last)
 
 
 def test_caches_that_cannot_be_saved(tmp_path: Path) -> None:

@@ -289,8 +289,8 @@ def check_rotary(layer: "EvictingLayer") -> None:
     """Raises if a policy may not ask how keys are rotated, or nobody can tell: only a module that runs shows it."""
     if not layer.needs_rotary:
         raise ValueError(
-            f"`{type(layer.policy).__name__}` asks its view for `rotary` without saying so. Set `needs_rotary = True` in "
-            "it."
+            f"`{type(layer.policy).__name__}` asks its view for `rotary`, but does not say that it needs it. Set its "
+            "`needs_rotary = True`."
         )
     if layer.module is None:
         raise RuntimeError(
