@@ -320,11 +320,6 @@ class CompressedLayer(StoredLayer):
         self.pending.begins_turn |= not self.pending.is_on
         self.pending.is_on = True
 
-    @property
-    def last_recorded(self) -> tuple[torch.nn.Module | None, RecordedChunk]:
-        """The chunk that was recorded last, and the attention module that it came from."""
-        return self.module, self.pending.chunks[-1]
-
     def put_aside(self, module: torch.nn.Module, chunk: RecordedChunk) -> None:
         """Records a chunk of another layer, as if it had come from the attention module of this one."""
         checks.check_module(self, module)

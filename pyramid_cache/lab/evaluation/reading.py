@@ -124,7 +124,8 @@ class Reader:
         self.cache.activate_past_recording()
         arguments = padding_arguments(self.padding, self.cache.get_seq_length(), ids.shape[1])
         logits = self.model(ids, **{CACHE_ARGUMENT: self.cache}, logits_to_keep=1, **arguments).logits[:, -1]
-        return Reading([layer.last_recorded for layer in self.cache.compressed_layers], logits, self.padding)
+        recorded = [(layer.module, layer.pending.chunks[-1]) for layer in self.cache.compressed_layers]
+        return Reading(recorded, logits, self.padding)
 
     def with_question(self, ids: torch.Tensor) -> Reading:
         """The context and a question `(batch, tokens)` behind it."""
