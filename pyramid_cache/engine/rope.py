@@ -65,10 +65,10 @@ class SharedFrequencies:
         return None if found is NO_ROTATION else found
 
     def shared(self, found: RotaryFrequencies) -> RotaryFrequencies:
-        """The object that all layers with these frequencies use."""
+        """The object that all layers of the cache with these frequencies use; other caches have their own."""
         tensors = export_frequencies(found)[1].values()
         key = (found.layout, found.original_max_position_embeddings, *(tuple(each.tolist()) for each in tensors))
-        return self._known.setdefault(key, found)
+        return self._known.setdefault(key, replace(found))
 
     def held_tensors(self) -> list[torch.Tensor]:
         """What it refers to."""
