@@ -311,7 +311,9 @@ def test_rotations_that_cannot_be_reproduced_are_refused() -> None:
         check_refused("could not be reproduced", model)
     module.__class__ = plain_class
     found = found_in(model)[0]
-    assert SharedFrequencies().frequencies_of(module, CPU) is found  # it is not running: what was found last
+    again = SharedFrequencies().frequencies_of(module, CPU)  # it is not running: what was found last
+    assert again.inv_freq is found.inv_freq
+    assert again is not found  # which may remember turns of its own
     with pytest.raises(NotImplementedError, match="found while it runs.*leaves keys at"):
         SharedFrequencies().frequencies_of(attention_modules(build_model("llama"))[0], CPU)
     nn.init.zeros_(module.k_proj.weight)
