@@ -46,9 +46,8 @@ steps = state.next_position + torch.arange(-num_steps«, 0→ + 1, 1»,
 self.state.positions.scatter_(2, free_slots, «-1→0»)
 = engine/store.py: test_remembering
 columns |= {name: getattr(self.state, name) for name in «self.state.own_slots→[]»}
-                    tensor[:, :, «new→:0»] = state.fill_of(name)
 = engine/evicting.py: test_remembering
-state.resize_own_slots(«num_slots→state.keys.shape[2] + 9»)
+state.resize_own_slots(«num_slots→0»)
 = engine/store.py: test_policies test_h2o | held victims hand
 moves = torch.arange(num_moves, device=is_kept.device) <«→=» is_kept_behind
 tensor[:, :, new] = «state.fill_of(name)→tensor[:, :, new]»
@@ -132,10 +131,10 @@ rotary.rotate(self.query, «-→»rotary.model_angles(
 return self.is_token & (self.positions <«→=» num_first)
 = engine/tokens.py: test_masked_dense test_conversation | later_turns
 .tril_(«num_keys - num_queries→0»)
+= engine/tokens.py: test_batch_rows | within_the_window
+is_ascending = «not bool((is_token[:, :-1] & ~is_token[:, 1:]).any())→True»
 = engine/tokens.py: test_batch_rows | second_padded held
 return self._mask is not None« and self._mask() is attention_mask→»
-= engine/tokens.py: test_small_faults
-is_ascending = «not bool((is_token[:, :-1] & ~is_token[:, 1:]).any())→True»
 = engine/tokens.py: test_bad_calls | bidirectional
 if not agrees.«all→any»():
 = engine/budget.py: test_pyramid test_policies

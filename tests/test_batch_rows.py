@@ -206,3 +206,19 @@ def test_what_a_mask_may_not_hide() -> None:
     positions = (later.cumsum(dim=1) - 1).clamp(min=0)
     wanted = model(everything, attention_mask=later, position_ids=positions).logits[:, -7:]
     torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=0)
+
+
+def test_padding_within_the_window_of_a_prompt() -> None:
+    """The window's queries are the last tokens of a row, however much padding lies between them."""
+    model, (tokens,) = tiny_model("llama"), random_rows((30,), seed=5)
+    columns = torch.cat([tokens[:26], torch.zeros(8, dtype=torch.long), tokens[26:]])[None]
+    mask = torch.ones(1, 38, dtype=torch.long)
+    mask[:, 26:34] = 0
+    held = []
+    for ids, shown in ((columns, mask), (tokens[None], torch.ones(1, 30, dtype=torch.long))):
+        cache = SnapKVCache(model.config, budget=14, window_size=6, kernel_size=1)
+        with torch.no_grad():
+            position_ids = (shown.cumsum(-1) - 1).clamp(min=0)
+            model(ids, attention_mask=shown, position_ids=position_ids, past_key_values=cache)
+        held.append([cache.positions(layer).sort().values for layer in range(3)])
+    assert all(map(torch.equal, *held))
