@@ -217,7 +217,9 @@ class SlotStore:
         state, num_left = self.state, max(row_left)
         row_lost = [held - left for held, left in zip(state.row_held, row_left, strict=True)]
         self.spare_autograd()
-        if self.reuses_slots and max(row_lost) <= 1:
+        # A row that loses none gives an empty slot, if it has one: it may hold more since its budget has grown.
+        has_free_slots = all(lost or left < state.length for lost, left in zip(row_lost, row_left, strict=True))
+        if self.reuses_slots and max(row_lost) <= 1 and has_free_slots:
             self._evict_one(priority, row_lost)
         else:
             state.free_slots = None
