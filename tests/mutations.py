@@ -42,6 +42,8 @@ ages = positions.masked_fill(«is_no_choice→positions < -1», torch
 = engine/store.py: test_small_faults
 return tensor«.clone(memory_format=torch.contiguous_format)→»
 steps = state.next_position + torch.arange(-num_steps«, 0→ + 1, 1»,
+= engine/store.py: test_compress | has_grown
+and max(row_lost) <= 1« and has_free_slots→»:
 = engine/store.py: test_bad_calls | gives_its_slot
 self.state.positions.scatter_(2, free_slots, «-1→0»)
 = engine/store.py: test_remembering

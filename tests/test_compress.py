@@ -3,10 +3,10 @@
 import pytest
 import torch
 from caches import CacheCase, every_cache
-from models import build_model, random_tokens, tiny_model
+from models import build_model, left_pad, random_rows, random_tokens, tiny_model
 from modes import held_positions
 
-from pyramid_cache import AdaKVCache, SnapKVCache
+from pyramid_cache import AdaKVCache, H2OCache, SnapKVCache, StreamingLLMCache
 from pyramid_cache.engine.cache import CompressedCache
 
 
@@ -36,6 +36,33 @@ def test_generated_tokens_are_evicted_down_to_the_budget(cache_class: type[Compr
     assert held_heads(cache) == before
     model(random_tokens(2, 1), past_key_values=cache)
     assert cache.num_kept_tokens() == [13] * 3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cache_class", [H2OCache, StreamingLLMCache])
+def test_a_row_whose_budget_has_grown_keeps_all_it_holds(cache_class: type[CompressedCache]) -> None:
+    """A budget of 0.4 grows at other steps in other rows. With a slot for each token, no row makes room in another."""
+    model, rows = tiny_model("llama"), random_rows((20, 23, 41), seed=4)
+
+    def run(prompts: list[torch.Tensor], tokens: torch.Tensor) -> list[list[list[list[int]]]]:
+        """Held positions by step, row and head."""
+        cache, held = cache_class(model.config, 0.4, eviction_interval=1), []
+        ids, mask = left_pad(prompts)
+        for step in range(13):
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+            model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
+            if step in (2, 4, 7):
+                cache.compress()
+            held.append(held_positions(cache, 1))
+            ids = tokens[:, step : step + 1]
+            mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
+        return held
+
+    tokens = random_tokens(3, 13, seed=5)
+    together = run(rows, tokens)
+    for index, row in enumerate(rows):
+        alone = run([row], tokens[index : index + 1])
+        assert [held[index] for held in together] == [held[0] for held in alone]
 
 
 @torch.no_grad()

@@ -1,1 +1,1 @@
-"""What every method shares, written once: the seam to transformers, storage, budgets, selection, rotary positions."""
+"""What every method shares, written once: the seam to transformers, layers, stores, budgets, rotations, files."""

@@ -24,7 +24,6 @@ from pyramid_cache.ops.launching import ceil_div, on_device, padded
 
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 
 # Partial results that one row of the second kernel takes in at once.
 MAX_SPLITS = 128
