@@ -90,7 +90,7 @@ self.store.take_back(«arrival.num_new→0», arrival.free_slots)
 if «shown != [length + 1 for length in lengths]→not shown»:
 = engine/checks.py: test_batch_rows | may_not apart
 held.masked_fill(held >«=→» layer
-has_traces |= «layer.keeps_traces(earlier, tokens.row_lengths)→False»
+if hides_some«→ and False» or layer
 if «layer.pending.is_on or →»not layer.state.is_dense or
 = engine/pending.py: test_recording | what_stays commute
 is_turn = «self.begins_turn and →»chunk.num_columns > 1

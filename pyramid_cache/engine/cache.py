@@ -251,7 +251,10 @@ class CompressedCache(Cache):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """
-        Writes the cache to a file. A cache that `load` makes of it goes on as this one would, in another process too.
+        Writes the cache to a file. A cache that `load` makes of it goes on as this one would, in another process too:
+
+            cache.save("novel.safetensors")
+            cache = PyramidCache.load("novel.safetensors", model)
 
         The file is in safetensors format. It is written beside `path` and then takes its place, so that an interrupted
         save leaves an older file as it was. Unused slots are not saved.
@@ -263,33 +266,6 @@ class CompressedCache(Cache):
             ValueError: The cache holds nothing yet, a forward pass is not finished, or `crop` may still take tokens
                 back.
             NotImplementedError: The model has layers that are neither full, sliding-window nor linear attention.
-
-        Example:
-
-        ```python
-        >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> from pyramid_cache import H2OCache
-        >>> import tempfile, torch
-
-        >>> config = LlamaConfig(
-        ...     hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=99
-        ... )
-        >>> model = LlamaForCausalLM(config)
-        >>> document = torch.arange(90)[None]
-        >>> cache = H2OCache(model.config, budget=16)
-        >>> with torch.no_grad():
-        ...     output = model(document, past_key_values=cache)
-        >>> folder = tempfile.TemporaryDirectory()
-        >>> cache.save(f"{folder.name}/document.safetensors")
-
-        >>> question = torch.tensor([[7, 8, 9]])
-        >>> cache = H2OCache.load(f"{folder.name}/document.safetensors", model)
-        >>> history = torch.cat([document, question], dim=1)
-        >>> answer = model.generate(history, past_key_values=cache, max_new_tokens=5, eos_token_id=None)
-        >>> cache.get_seq_length(), cache.num_kept_tokens()
-        (97, [16, 16])
-
-        ```
         """
         save_cache(self, path)
 
@@ -302,7 +278,7 @@ class CompressedCache(Cache):
         device: torch.device | str | int | None = None,
     ) -> CacheType:
         """
-        Reads a cache that `save` wrote. See there for an example.
+        Reads a cache that `save` wrote.
 
         A file that was truncated or made by another model gives an error and no cache. The weights of the model are
         compared by samples, at once if the model is given and at its first forward pass with the cache otherwise.

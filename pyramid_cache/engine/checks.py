@@ -174,8 +174,8 @@ def check_position_ids(
 
 def read_tokens(layer: "CompressedLayer", call: AttentionCall) -> tuple[Tokens, bool]:
     """
-    The columns that all rows have seen, the new ones included, as the mask shows them; and whether tokens that it now
-    hides have a part in what the layer will choose.
+    The columns that all rows have seen, the new ones included, as the mask shows them; and whether it now hides
+    tokens that it showed before.
 
     Raises:
         ValueError: They do not go on with those that the layer has seen.
@@ -196,8 +196,8 @@ def read_tokens(layer: "CompressedLayer", call: AttentionCall) -> tuple[Tokens, 
         earlier = (tokens.positions[:, 0, :num_earlier] >= 0).sum(dim=-1).tolist()
     if any(expected) and not tokens.ends_in_padding:
         check_position_ids(layer, call, expected, tokens)
-    has_traces = bool(layer.state.has_traces)
-    if earlier != expected:
+    hides_some = earlier != expected
+    if hides_some:
         if not may_hide(layer, tokens.positions[..., :num_earlier], earlier):
             raise ValueError(
                 f"The attention mask shows {earlier} earlier tokens per row, but {expected} have been seen. Pass a "
@@ -205,10 +205,9 @@ def read_tokens(layer: "CompressedLayer", call: AttentionCall) -> tuple[Tokens, 
                 "answer that ended first only while the budget holds everything and nothing is recorded. Otherwise "
                 f"{WAY_WITHOUT_HIDDEN}"
             )
-        has_traces |= layer.keeps_traces(earlier, tokens.row_lengths)
-    if has_traces:
+    if hides_some or layer.state.has_traces:
         check_traces(layer, tokens.row_lengths)
-    return tokens, has_traces
+    return tokens, hides_some
 
 
 def may_hide(layer: "CompressedLayer", shown: torch.Tensor, earlier: list[int]) -> bool:

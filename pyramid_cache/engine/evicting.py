@@ -92,15 +92,6 @@ class EvictingLayer(CompressedLayer):
             for depth in depths
         )
 
-    def keeps_traces(self, earlier: list[int], row_lengths: list[int]) -> bool:
-        policy = self.policy
-        if policy.window_size is None or type(policy).observe is not Policy.observe:
-            return True
-        windows = [policy.num_queries(length, self.token_budget, self.place.num_layers) for length in row_lengths]
-        return any(
-            length - before < window for length, before, window in zip(row_lengths, earlier, windows, strict=True)
-        )
-
     @property
     def max_slots(self) -> int:
         return max(self.state.row_kept, default=0) + self.eviction_interval

@@ -95,19 +95,17 @@ class CompressedLayer(StoredLayer):
         """Whether no layer of the cache evicts from rows of these lengths; all layers give the same answer."""
         return all(length <= self.num_tokens_to_keep(length) for length in row_lengths)
 
-    def keeps_traces(self, earlier: list[int], row_lengths: list[int]) -> bool:
-        """
-        Whether tokens that a mask hides have a part in what the layer will choose, after rows of `earlier` tokens have
-        grown to `row_lengths`.
-        """
-        return True
-
     # The meeting with the model.
 
     @property
     def module(self) -> torch.nn.Module | None:
         """The attention module that fills the layer; None before the first one, and when the model is gone."""
         return None if self._module is None else self._module()
+
+    @module.setter
+    def module(self, module: torch.nn.Module) -> None:
+        checks.check_module(self, module)
+        self._module = weakref.ref(module)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
@@ -195,8 +193,7 @@ class CompressedLayer(StoredLayer):
     def check(self, call: AttentionCall, arrival: Arrival, is_step: bool) -> None:
         """Raises unless the layer can attend; nothing has been counted so far."""
         if self.module is None:
-            checks.check_module(self, call.module)
-            self._module = weakref.ref(call.module)
+            self.module = call.module
             if self.needs_rotary:
                 self.rotary_of(call.module)  # which tells it only while it runs
         checks.check_call(self, call, arrival.num_new)
@@ -222,14 +219,14 @@ class CompressedLayer(StoredLayer):
 
     def _read(self, call: AttentionCall, arrival: Arrival) -> Tokens:
         """The columns seen, as the mask shows them."""
-        seen, has_traces = checks.read_tokens(self, call)
+        seen, hides_some = checks.read_tokens(self, call)
         seen = seen.to(self.device)
         if arrival.put_aside is not None:
             checks.check_recordable(seen)
         elif self.loses_tokens(seen):
             checks.check_left_padding(seen)
             checks.check_attentions()
-        self.state.has_traces = int(has_traces)
+        self.state.has_traces |= hides_some
         return seen
 
     def loses_tokens(self, seen: Tokens) -> bool:
@@ -319,14 +316,6 @@ class CompressedLayer(StoredLayer):
         """
         self.pending.begins_turn |= not self.pending.is_on
         self.pending.is_on = True
-
-    def put_aside(self, module: torch.nn.Module, chunk: RecordedChunk) -> None:
-        """Records a chunk of another layer, as if it had come from the attention module of this one."""
-        checks.check_module(self, module)
-        self.lazy_initialization(chunk.key, chunk.value)
-        self._module = weakref.ref(module)
-        self.activate_past_recording()
-        self.pending.chunks.append(chunk)
 
     def _put_aside(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Arrival]:
         """Keys and values for attention: the held, the recorded and the new ones, which wait for `attend`."""

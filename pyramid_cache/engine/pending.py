@@ -6,18 +6,14 @@ eviction could not be undone. So layers put such tokens aside with their queries
 stay. Only then do they store, score and evict, as they would without an assistant.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from pyramid_cache.engine.attention import AttentionCall
 from pyramid_cache.engine.tokens import Tokens
-
-
-if TYPE_CHECKING:
-    from pyramid_cache.engine.cache import CompressedCache
 
 
 class PendingTokens:
@@ -139,16 +135,6 @@ class RecordedChunk:
             lse=None if self.lse is None else self.lse[:, :, :left],
         )
 
-    def followed_by(self, later: "RecordedChunk") -> "RecordedChunk":
-        """Both chunks as one. Log-sum-exps are known if the first chunk has them."""
-        return replace(
-            later,
-            query=torch.cat([self.query, later.query], dim=2),
-            key=torch.cat([self.key, later.key], dim=2),
-            value=torch.cat([self.value, later.value], dim=2),
-            lse=self.lse,
-        )
-
     def steps(self) -> Iterator["RecordedChunk"]:
         """The chunk cut into single columns, none of which is padding."""
         for column in range(self.num_columns):
@@ -181,31 +167,3 @@ class RecordedChunk:
 def no_attention(*args, **kwargs) -> tuple[None, None]:
     """The attention function of a replayed chunk. It gives no output, since the model has had it."""
     return None, None
-
-
-def replay(cache: "CompressedCache", prompt: Sequence[tuple[torch.nn.Module, RecordedChunk]]) -> None:
-    """
-    Fills a new cache from a recorded prompt, as if it had read that prompt itself with full attention.
-
-    Args:
-        prompt (`Sequence`): The last recorded chunk of each layer that evicts, from another cache that the same model
-            filled. Its tensors are read, and never written to.
-
-    Raises:
-        ValueError: The cache has seen tokens, or the prompt has another number of layers.
-    """
-    if cache.get_seq_length():
-        raise ValueError(
-            f"A prompt can be replayed to a new cache only: this one has seen {cache.get_seq_length()} tokens. Take a "
-            "new one, or call `cache.reset()`."
-        )
-    if len(prompt) != len(cache.compressed_layers):
-        raise ValueError(
-            f"The prompt is of {len(prompt)} layers, but {len(cache.compressed_layers)} of this cache evict. Give "
-            "what each of them needs."
-        )
-    for layer, (module, chunk) in zip(cache.compressed_layers, prompt, strict=True):
-        layer.put_aside(module, chunk)
-    cache.crop(0)
-    for layer in cache.compressed_layers:
-        layer.record_past = False

@@ -52,7 +52,7 @@ class LayerState:
         num_seen (`int`): Columns seen, padding included.
         budget_tokens (`int`): The tokens that a budget in bytes pays for, known from the first tokens on.
         columns_ascend (`int`): Whether the columns of each dense row are in order of their positions.
-        has_traces (`int`): Whether scores may still have a part from tokens that a later mask has hidden.
+        has_traces (`int`): Whether a mask has hidden tokens that an earlier one showed.
     """
 
     keys: torch.Tensor | None = slot()

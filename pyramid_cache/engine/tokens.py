@@ -128,10 +128,6 @@ class MaskReader:
             self._tokens = Tokens.from_validity(is_token, device)
         return self._tokens
 
-    def latest(self) -> Tokens | None:
-        """The tokens of the mask that was read last; None if there was none, or it was that of a step."""
-        return self._tokens
-
     def count(self, attention_mask: torch.Tensor, batch_size: int, num_keys: int) -> list[int]:
         """How many tokens of each row the mask of a decode step shows. Raises as `read` does."""
         if self._row_lengths is None or not self._has_read(attention_mask):

@@ -20,13 +20,11 @@ from models import build_model, random_tokens, tiny_model
 from modes import tiny_tokenizer
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from pyramid_cache import SnapKVCache
-from pyramid_cache.engine.pending import replay
 from pyramid_cache.lab.cli import main
 from pyramid_cache.lab.demo.timed_answers import generate
 from pyramid_cache.lab.evaluation.cells import Cell, CellStore
 from pyramid_cache.lab.evaluation.evaluator import Evaluation
-from pyramid_cache.lab.evaluation.reading import Reader
+from pyramid_cache.lab.evaluation.reading import Reader, replay
 from pyramid_cache.lab.evaluation.recall import load_recall_model
 from pyramid_cache.lab.evaluation.tasks import Context, Question, build_contexts, parse_task
 from pyramid_cache.lab.profile.activations import measure_text
@@ -52,7 +50,7 @@ def test_a_reading_gives_what_the_cache_would_have_read(case: CacheCase) -> None
         wanted = model(tokens[:, length:], past_key_values=copy.deepcopy(own)).logits
         for _ in range(2):
             filled = case.build(model)
-            replay(filled, reading.layers)
+            replay(filled, reading)
             assert filled.get_seq_length() == length
             assert filled.num_kept_tokens() == own.num_kept_tokens() < [length] * len(own.layers)
             for layer in range(len(own.layers)):
@@ -60,20 +58,6 @@ def test_a_reading_gives_what_the_cache_would_have_read(case: CacheCase) -> None
                 assert torch.equal(held, wanted_held)
             logits = model(tokens[:, length:], past_key_values=filled).logits
             torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=0)
-
-
-@torch.no_grad()
-def test_a_prompt_is_replayed_to_new_caches_alone() -> None:
-    model, tokens = tiny_model("llama"), random_tokens(1, 30, seed=3)
-    layers = Reader(model, tokens).context.layers
-    cache = SnapKVCache(model.config, budget=8)
-    with pytest.raises(ValueError, match="of 2 layers, but 3 of this cache evict"):
-        replay(cache, layers[:2])
-    replay(cache, layers)
-    held = cache.positions(0)
-    with pytest.raises(ValueError, match="seen 30 tokens"):
-        replay(cache, layers)
-    assert torch.equal(cache.positions(0), held)
 
 
 def test_models_whose_reading_cannot_be_shared_are_refused() -> None:

@@ -16,10 +16,9 @@ import torch
 from transformers import PreTrainedModel
 
 from pyramid_cache.engine.architectures import CACHE_ARGUMENT
-from pyramid_cache.engine.pending import replay
 from pyramid_cache.lab.evaluation.asking import Score, Thread, ask
 from pyramid_cache.lab.evaluation.cells import ALL_QUESTIONS, Cell, CellKey, CellStore
-from pyramid_cache.lab.evaluation.reading import Reader, Reading, full_cache, pad_left, padding_arguments
+from pyramid_cache.lab.evaluation.reading import Reader, Reading, full_cache, pad_left, padding_arguments, replay
 from pyramid_cache.lab.evaluation.tasks import Context, Question
 from pyramid_cache.lab.registry import BASELINE, CacheEntry, Workload
 from pyramid_cache.lab.weights import ProgressCallback
@@ -194,7 +193,7 @@ class Evaluation:
         entry = self.caches[name]
         cache: Any = entry.build(self.model, budget, Workload(reading.num_tokens, len(prompts)))
         if not entry.from_model:
-            replay(cache, reading.layers)
+            replay(cache, reading)
             return cache, reading.logits
         ids, padding = pad_left(prompts, self.model.device)
         arguments = padding_arguments(padding, 0, ids.shape[1])

@@ -66,10 +66,29 @@ class Reading:
     def followed_by(self, later: "Reading") -> "Reading":
         """Both, as if they had been read in one forward pass."""
         layers = [
-            (module, first.followed_by(last))
-            for (_, first), (module, last) in zip(self.layers, later.layers, strict=True)
+            (module, joined(first, last)) for (_, first), (module, last) in zip(self.layers, later.layers, strict=True)
         ]
         return Reading(layers, later.logits, later.padding)
+
+
+def joined(first: RecordedChunk, last: RecordedChunk) -> RecordedChunk:
+    """Both as one. Log-sum-exps are known if the first has them."""
+    parts: dict[str, Any] = {
+        name: torch.cat([getattr(first, name), getattr(last, name)], dim=2) for name in ("query", "key", "value")
+    }
+    return replace(last, lse=first.lse, **parts)
+
+
+def replay(cache: CompressedCache, reading: Reading) -> None:
+    """Fills a new cache as if it had read the prompt itself, with full attention."""
+    for layer, (module, chunk) in zip(cache.compressed_layers, reading.layers, strict=True):
+        layer.module = module
+        layer.lazy_initialization(chunk.key, chunk.value)
+        layer.activate_past_recording()
+        layer.pending.chunks.append(chunk)
+    cache.crop(0)
+    for layer in cache.compressed_layers:
+        layer.record_past = False
 
 
 class ReadingLayer(CompressedLayer):
