@@ -149,7 +149,7 @@ def decode_one_by_one(
 
 def _on_cuda(query, packed_key, packed_value, lengths, key, value, *rest):
     # Packed tensors may be empty, which the kernels take.
-    module = kernels("triton_packed", query, key, value)
+    module = kernels("triton_decode", query, key, value)
     run = decode_as_one if module is None else module.decode_packed_attention
     return run(query, packed_key, packed_value, lengths, key, value, *rest)
 

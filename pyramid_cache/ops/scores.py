@@ -1,7 +1,7 @@
 """
 Attention that also tells how much each key was attended to: the public functions, and the ops they call.
 
-Their docstrings are the specification. `reference` computes them on the CPU, `triton_scores` on CUDA.
+Their docstrings are the specification. `reference` computes them on the CPU, `triton_scores` and `triton_decode` on CUDA.
 """
 
 from typing import Any
@@ -144,7 +144,7 @@ def _scores_on_cuda(query: torch.Tensor, key: torch.Tensor, *rest: Any) -> torch
 def _decode_on_cuda(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    module = kernels("triton_scores", query, key, value)
+    module = kernels("triton_decode", query, key, value)
     run = reference.decode_in_float32 if module is None else module.decode_attention
     return run(query, key, value, *rest)
 

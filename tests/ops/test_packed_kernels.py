@@ -1,4 +1,4 @@
-"""The Triton kernels of `pyramid_cache.ops.triton_packed` against a softmax in float64."""
+"""The Triton kernels of `pyramid_cache.ops.triton_decode` against a softmax in float64."""
 
 from itertools import product
 
@@ -7,9 +7,9 @@ import pytest
 import torch
 from kernel_device import BF16, DEVICE, F16, F32, IS_INTERPRETED, MARKS, assert_near, far_apart, on_gpu
 
-from pyramid_cache.ops import packed, triton_packed
+from pyramid_cache.ops import packed, triton_decode
 from pyramid_cache.ops.packed import decode_one_by_one, segment_starts
-from pyramid_cache.ops.triton_scores import DECODE_BLOCKS, MAX_SPLITS, DecodeBlocks
+from pyramid_cache.ops.triton_decode import DECODE_BLOCKS, MAX_SPLITS, DecodeBlocks
 
 
 pytestmark = MARKS
@@ -41,7 +41,7 @@ def run(arguments: tuple, scaling: float, softcap: float | None = None) -> tuple
     torch.use_deterministic_algorithms(True)
     try:
         assert torch.empty(1).isnan()
-        return triton_packed.decode_packed_attention(*arguments, scaling, softcap, starts)
+        return triton_decode.decode_packed_attention(*arguments, scaling, softcap, starts)
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -87,7 +87,7 @@ def test_decode(case: tuple) -> None:
 def test_any_number_of_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = arguments_of(F32, [0, 400, 17, 40], 2, 16, 16, 30)
     monkeypatch.setitem(DECODE_BLOCKS, (4, 64), DecodeBlocks(16, num_warps=4, num_stages=2))
-    kernel, grids = triton_packed.packed_kernel, []
+    kernel, grids = triton_decode.attend_kernel, []
 
     class RecordedGrids:
         """The kernel, whose grids are appended to a list."""
@@ -96,11 +96,11 @@ def test_any_number_of_splits(monkeypatch: pytest.MonkeyPatch) -> None:
             grids.append(grid)
             return kernel[grid]
 
-    monkeypatch.setattr(triton_packed, "packed_kernel", RecordedGrids())
+    monkeypatch.setattr(triton_decode, "attend_kernel", RecordedGrids())
     # Tiles of 16. For one program nothing is cut. Of 16, half are set aside for parts that are not full: the others
     # have 577 / 8 tokens each, which are 5 tiles. For 20,000 every tile is a part of its own.
     for multiprocessors, num_splits in ((1, 1 + 1), (8, 1 + 5), (10_000, 2 + 25))[: 2 if IS_INTERPRETED else 3]:
-        monkeypatch.setattr(triton_packed, "num_multiprocessors", lambda device, number=multiprocessors: number)
+        monkeypatch.setattr(triton_decode, "num_multiprocessors", lambda device, number=multiprocessors: number)
         check(run(arguments, 0.25), arguments, 0.25)
         assert grids.pop() == (4 * num_splits,)
 
@@ -108,7 +108,7 @@ def test_any_number_of_splits(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_parts_share_the_device() -> None:
     cases = [([0], 1), ([17] * 64, 16), ([200_000, 0, 3, 9], 64), ([3000, 500, 0, 1777] * 2, 40), ([10**8] * 8, 5000)]
     for (lengths, latest), num_chunks, multiprocessors in product(cases, [1, 3], [1, 8, 108, 132]):
-        size = 64 * triton_packed.part_tiles(
+        size = 64 * triton_decode.part_tiles(
             sum(lengths), max(lengths), latest, len(lengths), num_chunks, 64, multiprocessors
         )
         parts = [-(-length // size) + -(-latest // size) for length in lengths]
