@@ -1,7 +1,8 @@
 """
 Attention that also tells how much each key was attended to: the public functions, and the ops they call.
 
-Their docstrings are the specification. `reference` computes them on the CPU, `triton_scores` and `triton_decode` on CUDA.
+Their docstrings are the specification. `reference` computes them on the CPU, `triton_scores` and `triton_decode` on
+CUDA.
 """
 
 from typing import Any

@@ -1,11 +1,13 @@
 """
 `decode_attention` and `decode_packed_attention` of `pyramid_cache.ops` on CUDA, in Triton.
 
-A segment is what one KV head of one row holds: some packed tokens, which `decode_attention` has none of, and the
-latest ones, all in slots of a size. Each segment is cut into parts of one size: some of its latest tokens, then some of
-those that it packs. A first kernel attends, reads keys and values once, where they lie, and leaves the logits behind. A
-second one, which then knows every log-sum-exp, merges the outputs and turns the logits into probabilities. A program
-whose part lies beyond the end of its segment leaves at once, and what it would have written is never read.
+A segment is what one KV head of one row holds: packed tokens, and the latest ones, which all heads have as many of.
+For `decode_attention` no tokens are packed, and all slots are the latest. Each segment is cut into parts of one size:
+some of its latest tokens, then some of those that it packs. A program whose part lies beyond the end of its segment
+leaves at once, and what it would have written is never read.
+
+A first kernel attends, reads keys and values once, where they lie, and leaves the logits behind. A second one, which
+then knows every log-sum-exp, merges the outputs and turns the logits into probabilities.
 
 Logits and log-sum-exps are in base 2, and nothing waits for the device, as in `triton_scores`.
 """
@@ -17,7 +19,6 @@ import triton
 import triton.language as tl
 
 from pyramid_cache.ops.launching import ceil_div, on_device, padded
-from pyramid_cache.ops.packed import segment_starts
 from pyramid_cache.ops.triton_scores import LOG2E, _capped, num_multiprocessors
 
 
@@ -39,9 +40,9 @@ class DecodeBlocks(NamedTuple):
     max_registers: int | None = None  # of a thread; the assembler decides by default
 
 
-# By bytes of an element and head_dim rounded up to a power of two. 48 to 64 KiB of keys and values under way in each of
-# two programs of a multiprocessor, where 26 KiB would keep an H200 busy. Left to decide, the assembler makes room for a
-# third program (168 registers) and spills two registers for it.
+# By bytes of an element and head_dim rounded up to a power of two. 48 to 64 KiB of keys and values are under way in
+# each of two programs of a multiprocessor, where 26 KiB would keep an H200 busy. Left to decide, the assembler makes
+# room for a third program (168 registers) and spills two registers for it.
 DECODE_BLOCKS = {
     (2, 64): DecodeBlocks(slots=64, num_warps=4, num_stages=4, max_registers=224),
     (2, 128): DecodeBlocks(slots=64, num_warps=4, num_stages=3, max_registers=224),
@@ -333,7 +334,7 @@ def decode_packed_attention(
     if packed_key is not None and packed_value is not None:
         num_packed, longest = packed_key.shape[0], max(lengths)
         packed_strides = (*packed_key.stride(), *packed_value.stride())
-        starts = segment_starts(lengths, device) if starts is None else starts.contiguous()
+        starts = starts.contiguous()
     block_dim, block_value_dim = padded(head_dim), padded(value_dim)
     blocks = DECODE_BLOCKS[key.element_size(), max(block_dim, block_value_dim, 64)]
     num_chunks = ceil_div(group, HEADS_PER_PROGRAM)

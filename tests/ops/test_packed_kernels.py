@@ -51,7 +51,7 @@ def check(found: tuple[torch.Tensor, ...], arguments: tuple, scaling: float, sof
     dtype, eager = arguments[0].dtype, None
     if dtype != F32:
         on_cpu = (one.cpu() if isinstance(one, torch.Tensor) else one for one in arguments)
-        eager = decode_one_by_one(*on_cpu, scaling, softcap)[0].to(DEVICE)
+        eager = decode_one_by_one(*on_cpu, scaling, softcap, None)[0].to(DEVICE)
     assert [one.dtype for one in found] == [dtype, F32, F32]
     wanted = exact.packed_decode(*arguments, scaling, softcap)
     for one, other, plain in zip(found, wanted, (eager, None, None), strict=True):
@@ -162,5 +162,5 @@ def test_strides_beyond_31_bits() -> None:
 def test_what_the_kernels_do_not_take() -> None:
     arguments = arguments_of(F32, [3, 0], 1, 8, 8, 2)
     doubles = tuple(one.double() if isinstance(one, torch.Tensor) else one for one in arguments)
-    output, _, _ = packed._on_cuda(*doubles, 0.3, None, None)
+    output, _, _ = packed._on_cuda(*doubles, 0.3, None, segment_starts(arguments[3], torch.device(DEVICE)))
     torch.testing.assert_close(output, exact.packed_decode(*doubles, 0.3)[0], rtol=1e-5, atol=1e-5)
