@@ -217,26 +217,30 @@ def _merged_lse(lse_ptr, sinks_ptr, rows, group, num_splits, BLOCK_S: tl.constex
 
 @triton.jit(
     do_not_specialize=(
-        "starts_ptr sinks_ptr packed_sums_ptr latest_sums_ptr kv_heads group num_segments num_splits num_latest "
-        "latest_parts"
+        "starts_ptr sinks_ptr packed_sums_ptr latest_sums_ptr kv_heads group num_tiles num_segments num_splits "
+        "num_latest latest_parts"
     ).split()
 )
 def merge_kernel(
     scratch_ptr, starts_ptr, sinks_ptr, out_ptr, packed_sums_ptr, latest_sums_ptr,
-    kv_heads, group, num_segments, num_splits, padded_packed, num_latest, padded_latest, latest_parts, part_size,
+    kv_heads, group, num_tiles, num_segments, num_splits, padded_packed, num_latest, padded_latest, latest_parts,
+    part_size,
     VALUE_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """
-    The first programs merge one head's output each; the others turn the logits of a part into sums of probabilities.
+    The first programs merge one head's output each; the others turn the logits of one of the `num_tiles` tiles of a
+    part into sums of probabilities.
     """
     program = tl.program_id(0)
     num_heads = num_segments * group
     is_output = program < num_heads
-    split = tl.where(is_output, 0, (program - num_heads) // num_segments)
+    tile = tl.where(is_output, 0, (program - num_heads) // num_segments)
     segment = tl.where(is_output, program // group, (program - num_heads) % num_segments).to(tl.int64)
     is_latest, start, begin, end, logits_end, column, num_parts = _part_of(
-        split, segment, starts_ptr, padded_packed, num_latest, padded_latest, latest_parts, part_size
+        tile // num_tiles, segment, starts_ptr, padded_packed, num_latest, padded_latest, latest_parts, part_size
     )
+    first = begin + tile % num_tiles * BLOCK_N
+    tokens = first + tl.arange(0, BLOCK_N)
     if sinks_ptr is not None:
         sinks_ptr += segment % kv_heads * group
     num_columns = padded_packed + num_segments.to(tl.int64) * padded_latest
@@ -263,24 +267,22 @@ def merge_kernel(
             )
         out_ptr += program.to(tl.int64) * VALUE_DIM
         tl.store(out_ptr + value_dims, tl.sum(output, axis=0).to(out_ptr.dtype.element_ty), mask=is_value_dim)
-    else:
+    elif first < end:
+        sums = tl.zeros([BLOCK_N], dtype=tl.float32)
+        for first_row in range(0, group, ROWS):
+            rows = first_row + tl.arange(0, ROWS)
+            lse = _merged_lse(lse_ptr, sinks_ptr, rows, group, num_parts, BLOCK_S)
+            logits = tl.load(
+                scratch_ptr + column + rows.to(tl.int64)[:, None] * num_columns + tokens[None, :],
+                mask=(rows < group)[:, None] & (tokens < logits_end)[None, :],
+                other=float("-inf"),
+            )
+            # Chosen, not computed: of a head that attends to nothing the log-sum-exp is minus infinity as well.
+            sums += tl.sum(tl.where(logits == float("-inf"), 0.0, tl.exp2(logits - lse[:, None])), axis=0)
         sums_ptr = latest_sums_ptr + segment * num_latest
         if starts_ptr is not None:
             sums_ptr = tl.where(is_latest, sums_ptr, packed_sums_ptr + start)
-        for first in range(begin, end, BLOCK_N):
-            tokens = first + tl.arange(0, BLOCK_N)
-            sums = tl.zeros([BLOCK_N], dtype=tl.float32)
-            for first_row in range(0, group, ROWS):
-                rows = first_row + tl.arange(0, ROWS)
-                lse = _merged_lse(lse_ptr, sinks_ptr, rows, group, num_parts, BLOCK_S)
-                logits = tl.load(
-                    scratch_ptr + column + rows.to(tl.int64)[:, None] * num_columns + tokens[None, :],
-                    mask=(rows < group)[:, None] & (tokens < logits_end)[None, :],
-                    other=float("-inf"),
-                )
-                # Chosen, not computed: of a head that attends to nothing the log-sum-exp is minus infinity as well.
-                sums += tl.sum(tl.where(logits == float("-inf"), 0.0, tl.exp2(logits - lse[:, None])), axis=0)
-            tl.store(sums_ptr + tokens, sums, mask=tokens < end)
+        tl.store(sums_ptr + tokens, sums, mask=tokens < end)
 
 
 def part_tiles(
@@ -355,8 +357,10 @@ def decode_packed_attention(
     if mask is not None and mask.shape[1] == 1:
         mask_strides = (mask_strides[0], 0, mask_strides[2])
     sizes = (num_segments, num_splits, padded_packed, num_latest, padded_latest, latest_parts, part_size)
-    # Heads whose logits the second kernel takes in at once.
+    # Heads whose logits the second kernel takes in at once, and tokens.
     merged_rows = min(padded(group, 1), 16)
+    merged_tokens = 4096 // merged_rows
+    num_tiles = ceil_div(part_size, merged_tokens)
     with on_device(device):
         attend_kernel[num_splits * num_segments * num_chunks,](
             query, packed_key, packed_value, starts, key, value, mask, scratch,
@@ -371,11 +375,11 @@ def decode_packed_attention(
             num_warps=blocks.num_warps, num_stages=blocks.num_stages, maxnreg=blocks.max_registers,
             enable_fp_fusion=True,
         )  # fmt: skip
-        merge_kernel[num_segments * (group + num_splits),](
+        merge_kernel[num_segments * (group + num_splits * num_tiles),](
             scratch, starts, None if sink_logits is None else sink_logits.contiguous(), output,
             packed_sums, latest_sums,
-            kv_heads, group, *sizes,
-            VALUE_DIM=value_dim, BLOCK_DV=block_value_dim, ROWS=merged_rows, BLOCK_N=4096 // merged_rows,
+            kv_heads, group, num_tiles, *sizes,
+            VALUE_DIM=value_dim, BLOCK_DV=block_value_dim, ROWS=merged_rows, BLOCK_N=merged_tokens,
             BLOCK_S=MAX_SPLITS, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return output, packed_sums, latest_sums
