@@ -136,9 +136,7 @@ def attention_with_lse(
     batch, _, rows, _ = query.shape
     if not 0 < rows <= key.shape[2]:
         raise ValueError(f"{rows} query rows cannot be the last ones of {key.shape[2]} keys.")
-    if mask is not None:
-        check_shape("mask", mask, None, 1, rows, key.shape[2])
-        check_shape("mask", mask, batch if mask.shape[0] != 1 else 1, 1, rows, key.shape[2])
+    check_shape("mask", mask, batch, 1, rows, key.shape[2], or_one=0)
     check_shape("key_mask", key_mask, batch, key.shape[2])
     check_dtype("key_mask", key_mask, torch.bool)
     attention = Attention(query, key, value, scaling, mask, key_mask, row_present, softcap)

@@ -115,7 +115,7 @@ def decode_one_by_one(
     """
     batch, heads, _, head_dim = query.shape
     kv_heads, group, num_latest = key.shape[1], heads // key.shape[1], key.shape[2]
-    num_segments, longest = batch * kv_heads, max(lengths, default=0)
+    num_segments, longest = batch * kv_heads, max(lengths)
     queries = (query * scaling).reshape(num_segments, group, head_dim)
     keys, values = packed_key.split(lengths), packed_value.split(lengths)
     # Minus infinity behind the end of a segment, and the latest tokens behind that of the longest.

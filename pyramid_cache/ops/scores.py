@@ -55,9 +55,8 @@ def attention_scores(
         raise ValueError(f"{rows} query rows cannot be the last ones of {key.shape[2]} keys.")
     check_shape("lse", lse, batch, heads, rows)
     check_dtype("lse", lse, torch.float32)
-    if row_weights is not None:
-        check_shape("row_weights", row_weights, batch if row_weights.shape[0] != 1 else 1, rows)
-        check_dtype("row_weights", row_weights, torch.float32)
+    check_shape("row_weights", row_weights, batch, rows, or_one=0)
+    check_dtype("row_weights", row_weights, torch.float32)
     check_shape("key_start", key_start, batch)
     check_dtype("key_start", key_start, torch.int32)
     return _attention_scores(query, key, lse, row_weights, key_start, scaling, softcap)
@@ -98,10 +97,8 @@ def decode_attention(
     check_dtype("key", key, query.dtype)
     check_shape("value", value, *key.shape[:3], None)
     check_shape("sink_logits", sink_logits, query.shape[1])
-    if mask is not None:
-        check_shape("mask", mask, key.shape[0], None, key.shape[2])
-        check_shape("mask", mask, key.shape[0], key.shape[1] if mask.shape[1] != 1 else 1, key.shape[2])
-        check_dtype("mask", mask, torch.bool)
+    check_shape("mask", mask, *key.shape[:3], or_one=1)
+    check_dtype("mask", mask, torch.bool)
     arguments = (query, key, value, mask, sink_logits, scaling, softcap)
     return reference.decode_in_float32(*arguments) if needs_gradients(*arguments) else _decode_attention(*arguments)
 

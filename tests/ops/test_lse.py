@@ -463,8 +463,8 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         ({"query": torch.zeros(2, 6, 0, 16)}, "0 query rows cannot be the last ones of 9 keys"),
         ({"query": torch.zeros(2, 6, 10, 16)}, "10 query rows cannot be the last ones of 9 keys"),
         ({"value": torch.zeros(2, 2, 8, 16)}, r"`value` must have the shape \(2, 2, 9, any\)"),
-        ({"mask": torch.ones(2, 1, 5, 8).bool()}, r"`mask` must have the shape \(any, 1, 5, 9\)"),
-        ({"mask": torch.ones(3, 1, 5, 9).bool()}, r"`mask` must have the shape \(2, 1, 5, 9\)"),
+        ({"mask": torch.ones(2, 1, 5, 8).bool()}, r"`mask` must have the shape \(2 or 1, 1, 5, 9\)"),
+        ({"mask": torch.ones(3, 1, 5, 9).bool()}, r"`mask` must have the shape \(2 or 1, 1, 5, 9\)"),
         ({"key_mask": torch.ones(2, 8).bool()}, r"`key_mask` must have the shape \(2, 9\)"),
         ({"key_mask": torch.ones(2, 9)}, "`key_mask` must be torch.bool"),
     ):
