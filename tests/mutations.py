@@ -261,8 +261,9 @@ missing[..., num_places] = «-1→0»
 with torch.autocast(device_type, enabled=«False→True»):
 = ops/triton_scores.py: ops/test_kernels
 «tl.where(keys >= start, sums, 0.0)→sums»
+= ops/triton_decode.py: ops/test_kernels
 sums += tl.sum(«tl.where(logits == float("-inf"), 0.0, →(»tl.exp2(logits - lse[:, None])), axis=0)
-= ops/triton_packed.py: ops/test_packed_kernels
+= ops/triton_decode.py: ops/test_packed_kernels
 latest_parts + «(length + part_size - 1)→length» // part_size
 = ops/triton_shadow.py: ops/test_shadow_kernels
 tl.where(quadrant >«=→» 2, -sine, sine)

@@ -2,16 +2,9 @@
 Attention with the log-sum-exp that it normalised by, from one run of the attention that the user chose.
 
 Every fused attention kernel computes the log-sum-exp of each row for the backward pass, but transformers does not ask
-for it. The adapter here calls the kernel behind an `attn_implementation` as transformers would, and asks. It finds
-packages by importing them, and tells their results apart by dtype and shape, since the tuples differ between packages
-and versions.
-
-The sources of the packages say: flash-attn 2 (`flash_attn_func(..., return_attn_probs=True)`) gives output,
-log-sum-exp and a third result that is None without dropout. flash-attn 3 gives the first two; versions before 2025 do
-so without being asked, and `fa3_fwd` has no softcap. flash-attn 4 has `return_lse=True`, and `cu_seqlens_q` goes by
-name because its place among the arguments has moved. All are causal and aligned bottom-right. Their log-sum-exps are
-float32 natural logarithms with the scaling inside, `(batch, heads, rows)`, or `(heads, total rows)` for packed rows,
-as are those of torch's own ops.
+for it. The adapter here calls the kernel behind an `attn_implementation` as transformers would, and asks. All kernels
+are causal and aligned bottom-right where nothing else is said. They return the output first and the log-sum-exps next:
+float32 natural logarithms with the scaling inside, `(batch, heads, rows)`, or `(heads, total rows)` for packed rows.
 
 For torch's kernels the adapter calls private ops of `torch.ops.aten`, because no public function of torch 2.11
 replaces one: `scaled_dot_product_attention` returns no log-sum-exp; `torch.nn.attention.varlen.varlen_attn` runs on
@@ -26,7 +19,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.attention import SDPBackend
@@ -36,11 +29,6 @@ from pyramid_cache.ops.registration import check_dtype, check_query, check_shape
 
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
-
-# Torch's own flash kernels are compiled for head dims up to 256 in steps of 8, and for compute capability 8.0 on.
-MAX_HEAD_DIM = 256
-HEAD_DIM_STEP = 8
-MIN_CAPABILITY = (8, 0)
 
 # The memory-efficient kernel loads 128 bits of a bias at once and refuses rows that begin elsewhere; torch's own
 # `scaled_dot_product_attention` rounds the rows of a mask up to 16 elements for it.
@@ -61,30 +49,22 @@ class Attention:
     softcap: float | None = None
 
     @property
-    def num_rows(self) -> int:
-        return self.query.shape[2]
-
-    @property
-    def num_keys(self) -> int:
-        return self.key.shape[2]
-
-    @property
     def is_square(self) -> bool:
         """Whether plain causality is all there is to mask, and the same at either corner."""
-        return self.mask is None and self.key_mask is None and self.num_rows == self.num_keys
+        return self.mask is None and self.key_mask is None and self.query.shape[2] == self.key.shape[2]
 
     def allowed(self) -> torch.Tensor | None:
         """The mask, made if need be: bool `(batch or 1, 1, rows, keys)`; None where every row sees every key."""
         if self.mask is not None:
             return self.mask
-        if self.num_rows == 1 and self.key_mask is None:
+        rows, keys = self.query.shape[2], self.key.shape[2]
+        if rows == 1 and self.key_mask is None:
             return None
-        allowed = causal_mask(0, self.num_rows, self.num_rows, self.num_keys, self.key.device)[None, None]
+        allowed = causal_mask(0, rows, rows, keys, self.key.device)[None, None]
         return allowed if self.key_mask is None else allowed & self.key_mask[:, None, None]
 
 
-@dataclass(frozen=True)
-class Packing:
+class Packing(NamedTuple):
     """
     How the tokens of padded rows lie behind each other in one sequence. An index `(total,)` int64 says where each of
     them comes from in the flattened `(batch, columns)`: `batch * columns` for a place that stays unused.
@@ -92,24 +72,21 @@ class Packing:
 
     query_index: torch.Tensor
     key_index: torch.Tensor
-    query_ends: torch.Tensor  # `(batch + 1,)` int32, where the tokens of each row begin and end
-    key_ends: torch.Tensor
-    max_queries: int  # of the longest row
-    max_keys: int
+    # Where the queries and the keys of each row begin and end, `(batch + 1,)` int32, and how many the longest row has.
+    ends: tuple[torch.Tensor, torch.Tensor, int, int]
 
 
 @dataclass(frozen=True)
 class FlashKernel:
     """
-    A flash-attention forward of any origin. `run` takes query, key and value, `(batch, tokens, heads, head_dim)`
-    without a `Packing` and `(total, heads, head_dim)` with one, that `Packing` or None, scaling and softcap. It gives
-    the tuple that the kernel returns.
+    A flash-attention forward of any origin. `run` takes query, key and value, `(batch, tokens, heads, head_dim)`, or
+    `(total, heads, head_dim)` with the `ends` of a `Packing`; these or None, scaling and softcap. It gives the tuple
+    that the kernel returns.
     """
 
     name: str
     run: Callable[..., Any]
     has_softcap: bool
-    dtypes: tuple[torch.dtype, ...] = HALF_DTYPES
 
 
 def attention_with_lse(
@@ -159,9 +136,7 @@ def attention_with_lse(
     batch, _, rows, _ = query.shape
     if not 0 < rows <= key.shape[2]:
         raise ValueError(f"{rows} query rows cannot be the last ones of {key.shape[2]} keys.")
-    if mask is not None:
-        check_shape("mask", mask, None, 1, rows, key.shape[2])
-        check_shape("mask", mask, batch if mask.shape[0] != 1 else 1, 1, rows, key.shape[2])
+    check_shape("mask", mask, batch, 1, rows, key.shape[2], or_one=0)
     check_shape("key_mask", key_mask, batch, key.shape[2])
     check_dtype("key_mask", key_mask, torch.bool)
     attention = Attention(query, key, value, scaling, mask, key_mask, row_present, softcap)
@@ -182,43 +157,29 @@ def _choose(
         return None
     head_dim, value_dim = query.shape[-1], value.shape[-1]
     if implementation == "sdpa":
-        if softcap is not None or _is_cast(query) or (mask is not None and mask.dtype != torch.bool):
+        device = query.device.type
+        # Autocast would have `scaled_dot_product_attention` compute in another dtype.
+        is_cast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != query.dtype
+        if softcap is not None or is_cast or (mask is not None and mask.dtype != torch.bool):
             return None
-        if query.device.type == "cpu":
-            return cpu_attention if _is_flash_on_cpu(query, key, value) else None
-        if query.device.type == "cuda" and query.dtype == torch.float32:
+        if device == "cpu":
+            # When torch takes the flash kernel on the CPU, as its `sdp_utils_cpp.cpp` says.
+            is_dense = query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
+            fits = head_dim == value_dim and is_dense and query.dtype in (torch.float32, *HALF_DTYPES)
+            return cpu_attention if fits and _is_flash_enabled() else None
+        if device == "cuda" and query.dtype == torch.float32:
             return efficient_attention if _is_efficient_enabled() else None
         if mask is None and key_mask is None and _is_cudnn_chosen(query, key, value):
             return cudnn_attention
         kernel = TORCH_FLASH if _is_flash_enabled() else None
     else:
         kernel = flash_kernel(implementation)
-    if kernel is None or query.device.type != "cuda" or query.dtype not in kernel.dtypes or value_dim > head_dim:
+    if kernel is None or query.device.type != "cuda" or query.dtype not in HALF_DTYPES or value_dim > head_dim:
         return None
-    if kernel is TORCH_FLASH and not (
-        head_dim % HEAD_DIM_STEP == 0 and head_dim <= MAX_HEAD_DIM and _has_torch_flash(query.device)
-    ):
+    # Torch's own flash kernels are compiled for head dims up to 256 in steps of 8.
+    if kernel is TORCH_FLASH and not (head_dim % 8 == 0 and head_dim <= 256 and _has_torch_flash(query.device)):
         return None
     return None if softcap is not None and not kernel.has_softcap else functools.partial(flash_attention, kernel)
-
-
-def _is_cast(query: torch.Tensor) -> bool:
-    """Whether autocast would have `scaled_dot_product_attention` compute in another dtype."""
-    device = query.device.type
-    return torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != query.dtype
-
-
-def _is_flash_on_cpu(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
-    """
-    Whether `scaled_dot_product_attention` takes the flash kernel on the CPU (the conditions of torch's
-    `sdp_utils_cpp.cpp`). The values must be as wide as the keys, and every last dimension dense.
-    """
-    return (
-        query.dtype in (torch.float32, *HALF_DTYPES)
-        and query.shape[-1] == value.shape[-1]
-        and all(tensor.stride(-1) == 1 for tensor in (query, key, value))
-        and _is_flash_enabled()
-    )
 
 
 # Compilers cannot trace into these, and take what they answer at the time for good.
@@ -255,7 +216,7 @@ def _has_torch_flash(device: torch.device) -> bool:
     return (
         torch.version.hip is None
         and torch.backends.cuda.is_flash_attention_available()
-        and torch.cuda.get_device_capability(device) >= MIN_CAPABILITY
+        and torch.cuda.get_device_capability(device) >= (8, 0)
     )
 
 
@@ -267,7 +228,7 @@ def cpu_attention(attention: Attention) -> tuple[torch.Tensor, torch.Tensor]:
     query, key_mask = attention.query, attention.key_mask
     mask = None if attention.is_square else attention.allowed()
     # The kernel's own causality is aligned top-left, and its mask must be additive in the dtype of the query.
-    is_causal, bias = mask is None and attention.num_rows > 1, None
+    is_causal, bias = mask is None and query.shape[2] > 1, None
     if mask is not None:
         bias = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, float("-inf"))
     output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -307,7 +268,7 @@ def efficient_attention(attention: Attention) -> tuple[torch.Tensor, torch.Tenso
     passes `CustomMaskType::CausalFromTopLeft`), and it rounds the rows of its log-sum-exps up to a multiple of 32.
     """
     query, key, value = attention.query, attention.key, attention.value
-    group = query.shape[1] // key.shape[1]
+    group, rows = query.shape[1] // key.shape[1], query.shape[2]
     if group > 1:
         key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
     allowed = None if attention.is_square else attention.allowed()
@@ -318,13 +279,13 @@ def efficient_attention(attention: Attention) -> tuple[torch.Tensor, torch.Tenso
         None if allowed is None else _additive_bias(allowed, query),
         True,
         0.0,
-        allowed is None and attention.num_rows > 1,
+        allowed is None and rows > 1,
         scale=attention.scaling,
     )
-    output, lse = output.transpose(1, 2), lse[:, :, : attention.num_rows]
+    output, lse = output.transpose(1, 2), lse[:, :, :rows]
     if attention.key_mask is not None:
         lse = _without_padding(lse, attention.key_mask)
-        output = output.masked_fill(~attention.key_mask[:, -attention.num_rows :, None, None], 0.0)
+        output = output.masked_fill(~attention.key_mask[:, -rows:, None, None], 0.0)
     return output.contiguous(), lse.contiguous()
 
 
@@ -354,9 +315,9 @@ def flash_attention(kernel: FlashKernel, attention: Attention) -> tuple[torch.Te
         key, value = _take(key, packing.key_index), _take(value, packing.key_index)
     # The kernels read any strides but that of the last dimension.
     query, key, value = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value))
-    results = kernel.run(query, key, value, packing, attention.scaling, attention.softcap)
-    lse_shape = (batch, heads, rows) if packing is None else (heads, query.shape[0])
-    output, lse = _find_lse(kernel.name, results, tuple(query.shape), lse_shape)
+    ends = None if packing is None else packing.ends
+    results = kernel.run(query, key, value, ends, attention.scaling, attention.softcap)
+    output, lse = _checked(kernel.name, results, (batch, heads, rows) if ends is None else (heads, query.shape[0]))
     if packing is not None:
         # Unused places of a packing go to one place more, which is left off. Padding stays zero and minus infinity.
         index, size = packing.query_index, batch * rows
@@ -372,28 +333,19 @@ def _pack(attention: Attention) -> Packing | None:
     The packing that leaves padding out, without waiting for the device where `row_present` is given; None without
     padding. What is left is aligned at its end as before, since the queries are the last columns.
     """
-    key_mask, rows, keys = attention.key_mask, attention.num_rows, attention.num_keys
+    key_mask, rows, keys = attention.key_mask, attention.query.shape[2], attention.key.shape[2]
     if key_mask is None:
         return None
     present = key_mask.sum(dim=1).tolist() if attention.row_present is None else attention.row_present
     if min(present) == keys:
         return None
-    key_index = _nonzero(key_mask, sum(present))
-    key_ends = _ends(key_mask)
+    query_mask = key_mask[:, keys - rows :]
     # How many of a row's tokens are queries is known on the host only if all are; else this is the most there can be.
     queries = [min(count, rows) for count in present]
-    is_whole = rows == keys
-    query_mask = key_mask[:, keys - rows :]
-    return Packing(
-        query_index=key_index if is_whole else _nonzero(query_mask, sum(queries)),
-        key_index=key_index,
-        query_ends=key_ends if is_whole else _ends(query_mask),
-        key_ends=key_ends,
-        # Told of one query at most, kernels lay the heads of a group out as queries and take for granted that every
-        # row has its one (`seqlenq_ngroups_swapped` in flash_api.cpp), which a row that ends in padding has not.
-        max_queries=max(2, *queries),
-        max_keys=max(present),
-    )
+    # Told of one query at most, kernels lay the heads of a group out as queries and take for granted that every row
+    # has its one (`seqlenq_ngroups_swapped` in flash_api.cpp), which a row that ends in padding has not.
+    ends = (_ends(query_mask), _ends(key_mask), max(2, *queries), max(present))
+    return Packing(_nonzero(query_mask, sum(queries)), _nonzero(key_mask, sum(present)), ends)
 
 
 def _nonzero(mask: torch.Tensor, size: int) -> torch.Tensor:
@@ -413,29 +365,20 @@ def _take(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return tensor[index // columns, index % columns]
 
 
-def _find_lse(
-    name: str, results: Any, output_shape: tuple[int, ...], lse_shape: tuple[int, ...]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The output, which is the first of the results, and the one among the others that can only be the log-sum-exp."""
-    several = results if isinstance(results, tuple | list) else ()
-    tensors = [result for result in several if isinstance(result, torch.Tensor)]
-    found = [tensor for tensor in tensors[1:] if tensor.dtype == torch.float32 and tuple(tensor.shape) == lse_shape]
-    if len(found) != 1 or tuple(tensors[0].shape) != output_shape:
-        kinds = [f"{tensor.dtype} {tuple(tensor.shape)}" for tensor in tensors] or type(results).__name__
+def _checked(name: str, results: Any, lse_shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first two results of a kernel, if the second can be the log-sum-exps."""
+    output, lse = results[:2] if isinstance(results, tuple | list) else (results, None)
+    if lse is None or lse.dtype != torch.float32 or tuple(lse.shape) != lse_shape:
+        found = "no such tensor" if lse is None else f"{lse.dtype} {tuple(lse.shape)}"
         raise RuntimeError(
-            f"{name} was expected to return an output of shape {output_shape} and a float32 log-sum-exp of shape "
-            f"{lse_shape}, but returned {kinds}. Use another version of it, or attn_implementation='sdpa'."
+            f"{name} was expected to return a float32 log-sum-exp of shape {lse_shape} behind its output, but "
+            f"returned {found}. Use another version of it, or attn_implementation='sdpa'."
         )
-    return tensors[0], found[0]
+    return output, lse
 
 
-def _run_torch_flash(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: Packing | None, scaling: float, softcap: None
-) -> tuple[Any, ...]:
-    if packing is None:
-        ends: tuple[Any, ...] = (None, None, query.shape[1], key.shape[1])
-    else:
-        ends = (packing.query_ends, packing.key_ends, packing.max_queries, packing.max_keys)
+def _run_torch_flash(query, key, value, ends, scaling, softcap):
+    ends = ends or (None, None, query.shape[1], key.shape[1])
     return torch.ops.aten._flash_attention_forward(query, key, value, *ends, 0.0, True, False, scale=scaling)
 
 
@@ -444,73 +387,56 @@ def _run_torch_flash(
 TORCH_FLASH = FlashKernel("torch's flash attention", _run_torch_flash, has_softcap=False)
 
 
-# The generation of flash-attention behind an implementation. transformers takes these kernels where the package is not
-# installed (`FLASH_ATTN_KERNEL_FALLBACK`). A kernel of any other name computes what only its author knows.
-GENERATIONS = {
-    "flash_attention_2": 2,
-    "kernels-community/flash-attn2": 2,
-    "flash_attention_3": 3,
-    "kernels-community/flash-attn3": 3,
-    "kernels-community/vllm-flash-attn3": 3,
-    "flash_attention_4": 4,
-    "kernels-community/flash-attn4": 4,
+# The package behind an implementation. transformers takes kernels-community's where the package is not installed
+# (`FLASH_ATTN_KERNEL_FALLBACK`). A kernel of any other name computes what only its author knows.
+PACKAGES = {
+    "flash_attention_2": "flash_attn",
+    "kernels-community/flash-attn2": "flash_attn",
+    "flash_attention_3": "flash_attn_interface",
+    "kernels-community/flash-attn3": "flash_attn_interface",
+    "kernels-community/vllm-flash-attn3": "flash_attn_interface",
+    "flash_attention_4": "flash_attn.cute",
+    "kernels-community/flash-attn4": "flash_attn.cute",
 }
 
-# Which modules have it, and compute in what. `fa3_fwd` is the forward of flash-attn 3 alone, built without float16.
-MODULES: dict[int, dict[str, tuple[torch.dtype, ...]]] = {
-    2: {"flash_attn": HALF_DTYPES},
-    3: {"flash_attn_interface": HALF_DTYPES, "fa3_fwd_interface": (torch.bfloat16,)},
-    4: {"flash_attn.cute": HALF_DTYPES},
-}
+# The arguments for packed rows, and those that ask for the log-sum-exp: of flash-attn 2 and 3, and of 4.
+ENDS_ARGUMENTS = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+LSE_ARGUMENTS = ("return_attn_probs", "return_lse")
 
-# The argument that asks for the log-sum-exp. Early versions of flash-attn 3 have none, and always return it.
-LSE_ARGUMENTS = ("return_attn_probs", "return_lse", "return_softmax_lse")
-
-_probed: dict[int, FlashKernel | None] = {}
+_probed: dict[str, FlashKernel | None] = {}
 
 
 def flash_kernel(implementation: str) -> FlashKernel | None:
     """The kernel of a flash-attention implementation, with or without a revision; None if none is installed."""
-    generation = GENERATIONS.get(implementation.split("@")[0])
+    package = PACKAGES.get(implementation.split("@")[0])
     # A dict and not `functools.cache`, which compilers trace into.
-    if generation is not None and generation not in _probed:
-        _probed[generation] = _probe(generation)
-    return _probed.get(generation)
+    if package is not None and package not in _probed:
+        _probed[package] = _probe(package)
+    return None if package is None else _probed[package]
 
 
-def _probe(generation: int) -> FlashKernel | None:
-    for name, dtypes in MODULES[generation].items():
-        try:
-            module = importlib.import_module(name)
-        except (ImportError, OSError):  # not installed, or built for another torch or CUDA
-            continue
-        # A `flash_attn` that holds nothing but flash-attn 4 has no such function.
-        if hasattr(module, "flash_attn_func"):
-            return kernel_of_module(module, dtypes)
-    return TORCH_FLASH if generation == 2 else None
+def _probe(package: str) -> FlashKernel | None:
+    try:
+        module = importlib.import_module(package)
+    except (ImportError, OSError):  # not installed, or built for another torch or CUDA
+        module = None
+    # A `flash_attn` that holds nothing but flash-attn 4 has no such function.
+    if module is not None and hasattr(module, "flash_attn_func"):
+        return kernel_of_module(module)
+    return TORCH_FLASH if package == "flash_attn" else None
 
 
-def kernel_of_module(module: ModuleType, dtypes: tuple[torch.dtype, ...]) -> FlashKernel:
+def kernel_of_module(module: ModuleType) -> FlashKernel:
     """The kernel of a package with `flash_attn_func` and, for packed rows, `flash_attn_varlen_func`."""
-    functions = {False: module.flash_attn_func, True: module.flash_attn_varlen_func}
-    names = {is_packed: set(inspect.signature(function).parameters) for is_packed, function in functions.items()}
+    names = set(inspect.signature(module.flash_attn_func).parameters)
 
-    def run(
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        packing: Packing | None,
-        scaling: float,
-        softcap: float | None,
-    ) -> Any:
-        is_packed = packing is not None
-        arguments: dict[str, Any] = {"softmax_scale": scaling, "causal": True}
-        if packing is not None:
-            arguments |= {"cu_seqlens_q": packing.query_ends, "cu_seqlens_k": packing.key_ends}
-            arguments |= {"max_seqlen_q": packing.max_queries, "max_seqlen_k": packing.max_keys}
+    def run(query, key, value, ends, scaling, softcap):
+        function = module.flash_attn_func if ends is None else module.flash_attn_varlen_func
+        arguments = {} if ends is None else dict(zip(ENDS_ARGUMENTS, ends, strict=True))
+        # Early versions of flash-attn 3 return log-sum-exps without being asked, and have no softcap.
+        arguments |= {name: True for name in LSE_ARGUMENTS if name in names}
         if softcap is not None:
             arguments["softcap"] = softcap
-        arguments |= {name: True for name in LSE_ARGUMENTS if name in names[is_packed]}
-        return functions[is_packed](query, key, value, **arguments)
+        return function(query, key, value, softmax_scale=scaling, causal=True, **arguments)
 
-    return FlashKernel(module.__name__, run, all("softcap" in taken for taken in names.values()), dtypes)
+    return FlashKernel(module.__name__, run, "softcap" in names)

@@ -9,7 +9,7 @@ import itertools
 
 import torch
 
-from pyramid_cache.ops.reference import grouped_logits
+from pyramid_cache.ops.reference import decode_in_float32
 from pyramid_cache.ops.registration import check_dtype, check_query, check_shape, kernels, needs_gradients, register
 from pyramid_cache.ops.transfer import numbers_on
 
@@ -61,8 +61,9 @@ def decode_packed_attention(
     check_dtype("packed_value", packed_value, value.dtype)
     check_shape("starts", starts, len(lengths) + 1)
     check_dtype("starts", starts, torch.int64)
+    starts = segment_starts(lengths, key.device) if starts is None else starts
     arguments = (query, packed_key, packed_value, lengths, key, value, scaling, softcap, starts)
-    return decode_as_one(*arguments) if needs_gradients(*arguments) else _decode_packed_attention(*arguments)
+    return decode_padded(*arguments) if needs_gradients(*arguments) else _decode_packed_attention(*arguments)
 
 
 def segment_starts(lengths: list[int], device: torch.device) -> torch.Tensor:
@@ -70,7 +71,7 @@ def segment_starts(lengths: list[int], device: torch.device) -> torch.Tensor:
     return numbers_on(device, [*itertools.accumulate(lengths, initial=0)], torch.int64)
 
 
-def decode_as_one(
+def decode_padded(
     query: torch.Tensor,
     packed_key: torch.Tensor,
     packed_value: torch.Tensor,
@@ -79,27 +80,21 @@ def decode_as_one(
     value: torch.Tensor,
     scaling: float,
     softcap: float | None,
-    starts: torch.Tensor | None = None,
+    starts: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """All segments in a fixed number of operations on flat tensors, in float32."""
-    batch, heads, _, head_dim = query.shape
-    kv_heads, group, num_segments = key.shape[1], heads // key.shape[1], batch * key.shape[1]
-    starts = segment_starts(lengths, query.device) if starts is None else starts
-    segment = torch.arange(num_segments, device=query.device)
-    segment = segment.repeat_interleave(starts.diff(), output_size=sum(lengths))  # of each packed token
-    latest = grouped_logits(query.float(), key.float(), scaling, softcap).view(num_segments, group, -1)
-    per_segment = query.float().reshape(num_segments, group, head_dim) * scaling
-    packed = (per_segment[segment] * packed_key.float()[:, None]).sum(dim=-1)  # (packed, group)
-    packed = torch.tanh(packed / softcap) * softcap if softcap else packed
-    index = segment[:, None].expand(-1, group)
-    highest = latest.detach().amax(dim=-1).scatter_reduce(0, index, packed.detach(), "amax")
-    latest, packed = (latest - highest[..., None]).exp(), (packed - highest[segment]).exp()
-    total = latest.sum(dim=-1).index_add(0, segment, packed)
-    latest, packed = latest / total[..., None], packed / total[segment]
-    output = latest @ value.float().flatten(0, 1)  # (segments, group, value_dim)
-    output = output.index_add(0, segment, packed[..., None] * packed_value.float()[:, None])
-    output = output.reshape(batch, 1, heads, -1).to(value.dtype)
-    return output, packed.sum(dim=-1), latest.sum(dim=1).view(batch, kv_heads, -1)
+    """In float32, as `decode_attention` of segments that are padded to the longest."""
+    counts, longest = starts.diff().view(*key.shape[:2], 1), max(lengths)
+    offsets = torch.arange(longest, device=key.device)
+    is_held = offsets < counts
+    index = (starts[:-1].view_as(counts) + offsets).masked_fill(~is_held, 0)
+    padded_key, padded_value = (
+        packed[index].masked_fill(~is_held[..., None], 0.0) for packed in (packed_key, packed_value)
+    )
+    keys, values = torch.cat([padded_key, key], dim=2), torch.cat([padded_value, value], dim=2)
+    mask = torch.nn.functional.pad(is_held, (0, key.shape[2]), value=True)
+    output, sums = decode_in_float32(query, keys, values, mask, None, scaling, softcap)
+    packed_sums = sums.new_zeros(len(packed_key)).index_add(0, index.flatten(), sums[..., :longest].flatten())
+    return output, packed_sums, sums[..., longest:]
 
 
 def decode_one_by_one(
@@ -111,7 +106,7 @@ def decode_one_by_one(
     value: torch.Tensor,
     scaling: float,
     softcap: float | None,
-    starts: torch.Tensor | None = None,
+    starts: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
     On the CPU: the products of one segment after the other, with views of what is stored, and all else of all segments
@@ -120,7 +115,7 @@ def decode_one_by_one(
     """
     batch, heads, _, head_dim = query.shape
     kv_heads, group, num_latest = key.shape[1], heads // key.shape[1], key.shape[2]
-    num_segments, longest = batch * kv_heads, max(lengths, default=0)
+    num_segments, longest = batch * kv_heads, max(lengths)
     queries = (query * scaling).reshape(num_segments, group, head_dim)
     keys, values = packed_key.split(lengths), packed_value.split(lengths)
     # Minus infinity behind the end of a segment, and the latest tokens behind that of the longest.
@@ -129,8 +124,8 @@ def decode_one_by_one(
     for segment_query, segment_key, segment_logits in zip(queries, keys, logits, strict=True):
         torch.mm(segment_query, segment_key.T, out=segment_logits[:, : len(segment_key)])
     logits = logits.float()
-    logits = torch.tanh(logits / softcap) * softcap if softcap else logits
     if softcap:
+        logits = torch.tanh(logits / softcap) * softcap
         is_behind = torch.arange(longest, device="cpu") >= torch.tensor(lengths, device="cpu")[:, None, None]
         logits[..., :longest].masked_fill_(is_behind, float("-inf"))
     probabilities = torch.softmax(logits, dim=-1)  # (segments, group, longest + latest)
@@ -140,17 +135,14 @@ def decode_one_by_one(
         segment_output.addmm_(segment_shares[:, : len(segment_value)], segment_value)
     sums = probabilities.sum(dim=1)
     packed_sums = torch.cat([of_segment[:length] for of_segment, length in zip(sums, lengths, strict=True)])
-    return (
-        output.view(batch, 1, heads, -1),
-        packed_sums,
-        sums[:, longest:].reshape(batch, kv_heads, num_latest).clone(),
-    )
+    latest_sums = sums[:, longest:].reshape(batch, kv_heads, num_latest).clone()
+    return output.view(batch, 1, heads, -1), packed_sums, latest_sums
 
 
 def _on_cuda(query, packed_key, packed_value, lengths, key, value, *rest):
     # Packed tensors may be empty, which the kernels take.
-    module = kernels("triton_packed", query, key, value)
-    run = decode_as_one if module is None else module.decode_packed_attention
+    module = kernels("triton_decode", query, key, value)
+    run = decode_padded if module is None else module.decode_packed_attention
     return run(query, packed_key, packed_value, lengths, key, value, *rest)
 
 
@@ -162,7 +154,7 @@ def _fake(query, packed_key, packed_value, lengths, key, value, *rest):
 
 _decode_packed_attention = register(
     "decode_packed_attention(Tensor query, Tensor packed_key, Tensor packed_value, int[] lengths, Tensor key, Tensor "
-    "value, float scaling, float? softcap, Tensor? starts) -> (Tensor, Tensor, Tensor)",
+    "value, float scaling, float? softcap, Tensor starts) -> (Tensor, Tensor, Tensor)",
     cpu=decode_one_by_one,
     cuda=_on_cuda,
     fake=_fake,

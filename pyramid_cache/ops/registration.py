@@ -92,15 +92,21 @@ def kernels_of(module: str, device: torch.device) -> ModuleType | None:
         return None
 
 
-def check_shape(name: str, tensor: torch.Tensor | None, *shape: int | None) -> None:
-    """Raises ValueError unless a tensor that is given has this shape; None stands for any size."""
+def check_shape(name: str, tensor: torch.Tensor | None, *shape: int | None, or_one: int | None = None) -> None:
+    """
+    Raises ValueError unless a tensor that is given has this shape; None stands for any size. The dimension `or_one`
+    may have the size 1 as well.
+    """
     if tensor is None:
         return
     if tensor.dim() != len(shape) or any(
-        wanted is not None and size != wanted for size, wanted in zip(tensor.shape, shape, strict=True)
+        wanted is not None and size != wanted and not (size == 1 and dim == or_one)
+        for dim, (size, wanted) in enumerate(zip(tensor.shape, shape, strict=True))
     ):
-        wanted = ", ".join("any" if size is None else str(size) for size in shape)
-        raise ValueError(f"`{name}` must have the shape ({wanted}), but has {tuple(tensor.shape)}.")
+        sizes = ["any" if size is None else str(size) for size in shape]
+        if or_one is not None:
+            sizes[or_one] += " or 1"
+        raise ValueError(f"`{name}` must have the shape ({', '.join(sizes)}), but has {tuple(tensor.shape)}.")
 
 
 def check_dtype(name: str, tensor: torch.Tensor | None, *dtypes: torch.dtype) -> None:

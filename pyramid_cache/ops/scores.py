@@ -1,7 +1,8 @@
 """
 Attention that also tells how much each key was attended to: the public functions, and the ops they call.
 
-Their docstrings are the specification. `reference` computes them on the CPU, `triton_scores` on CUDA.
+Their docstrings are the specification. `reference` computes them on the CPU, `triton_scores` and `triton_decode` on
+CUDA.
 """
 
 from typing import Any
@@ -54,9 +55,8 @@ def attention_scores(
         raise ValueError(f"{rows} query rows cannot be the last ones of {key.shape[2]} keys.")
     check_shape("lse", lse, batch, heads, rows)
     check_dtype("lse", lse, torch.float32)
-    if row_weights is not None:
-        check_shape("row_weights", row_weights, batch if row_weights.shape[0] != 1 else 1, rows)
-        check_dtype("row_weights", row_weights, torch.float32)
+    check_shape("row_weights", row_weights, batch, rows, or_one=0)
+    check_dtype("row_weights", row_weights, torch.float32)
     check_shape("key_start", key_start, batch)
     check_dtype("key_start", key_start, torch.int32)
     return _attention_scores(query, key, lse, row_weights, key_start, scaling, softcap)
@@ -97,10 +97,8 @@ def decode_attention(
     check_dtype("key", key, query.dtype)
     check_shape("value", value, *key.shape[:3], None)
     check_shape("sink_logits", sink_logits, query.shape[1])
-    if mask is not None:
-        check_shape("mask", mask, key.shape[0], None, key.shape[2])
-        check_shape("mask", mask, key.shape[0], key.shape[1] if mask.shape[1] != 1 else 1, key.shape[2])
-        check_dtype("mask", mask, torch.bool)
+    check_shape("mask", mask, *key.shape[:3], or_one=1)
+    check_dtype("mask", mask, torch.bool)
     arguments = (query, key, value, mask, sink_logits, scaling, softcap)
     return reference.decode_in_float32(*arguments) if needs_gradients(*arguments) else _decode_attention(*arguments)
 
@@ -114,14 +112,15 @@ def is_plain_on_cpu(
     softcap: float | None = None,
     sink_logits: torch.Tensor | None = None,
 ) -> bool:
-    """Whether the CPU's float32 attention kernel computes this attention."""
+    """
+    Whether `decode_attention` stands in for the model's attention of one query when no scores are wanted. On the CPU
+    it reads shared KV heads once, where transformers' sdpa repeats them: a third of the time at 8,192 tokens of 8 KV
+    heads with 4 query heads each.
+    """
     return (
         query.device.type == "cpu"
         and query.dtype == key.dtype == value.dtype == torch.float32
-        and query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
-        and min(query.shape[2], key.shape[2]) > 0
         and not torch.is_autocast_enabled("cpu")
-        and key.shape == value.shape
         and not torch.is_grad_enabled()
         and softcap is None
         and sink_logits is None
@@ -144,7 +143,7 @@ def _scores_on_cuda(query: torch.Tensor, key: torch.Tensor, *rest: Any) -> torch
 def _decode_on_cuda(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    module = kernels("triton_scores", query, key, value)
+    module = kernels("triton_decode", query, key, value)
     run = reference.decode_in_float32 if module is None else module.decode_attention
     return run(query, key, value, *rest)
 

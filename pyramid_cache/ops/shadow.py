@@ -85,7 +85,7 @@ def plan_chunks(held: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     check_shape("wanted", wanted, *held.shape)
     check_dtype("held", held, torch.int64)
     check_dtype("wanted", wanted, torch.int64)
-    _check_device("wanted", wanted, held.device)
+    _check_device(held.device, wanted=wanted)
     return _plan_chunks(held, wanted)
 
 
@@ -134,9 +134,7 @@ def reconstruct_keys(
     check_dtype("basis", basis, *KERNEL_DTYPES)
     check_dtype("low_rank", low_rank, basis.dtype, *QUANTIZED_DTYPES)
     check_dtype("inverse_frequencies", inverse_frequencies, torch.float32)
-    _check_device("low_rank", low_rank, buffer.device)
-    _check_device("basis", basis, buffer.device)
-    _check_device("inverse_frequencies", inverse_frequencies, buffer.device)
+    _check_device(buffer.device, low_rank=low_rank, basis=basis, inverse_frequencies=inverse_frequencies)
     _reconstruct_keys(buffer, low_rank, basis, incoming, inverse_frequencies, interleaved, chunk_size)
 
 
@@ -162,7 +160,7 @@ def gather_values(buffer: torch.Tensor, values: torch.Tensor, incoming: torch.Te
     check_shape("values", values, batch, kv_heads, None, buffer.shape[3])
     check_dtype("values", values, buffer.dtype)
     if values.device.type != "cpu":
-        _check_device("values", values, buffer.device)
+        _check_device(buffer.device, values=values)
     _gather_values(buffer, values, incoming, chunk_size)
 
 
@@ -172,7 +170,7 @@ def _check_buffer(buffer: torch.Tensor, incoming: torch.Tensor, chunk_size: int)
     batch, kv_heads, slots, _ = buffer.shape
     check_shape("incoming", incoming, batch, kv_heads, None)
     check_dtype("incoming", incoming, torch.int64)
-    _check_device("incoming", incoming, buffer.device)
+    _check_device(buffer.device, incoming=incoming)
     places = incoming.shape[2]
     if chunk_size < 1 or slots != places * chunk_size:
         raise ValueError(
@@ -182,11 +180,12 @@ def _check_buffer(buffer: torch.Tensor, incoming: torch.Tensor, chunk_size: int)
     return batch, kv_heads
 
 
-def _check_device(name: str, tensor: torch.Tensor, device: torch.device) -> None:
-    if tensor.device != device:
-        raise ValueError(
-            f"`{name}` is on {tensor.device}, but must be on {device}. Move it there with `.to({device})`."
-        )
+def _check_device(device: torch.device, **tensors: torch.Tensor) -> None:
+    for name, tensor in tensors.items():
+        if tensor.device != device:
+            raise ValueError(
+                f"`{name}` is on {tensor.device}, but must be on {device}. Move it there with `.to({device})`."
+            )
 
 
 def _on_cuda(name: str) -> Callable:

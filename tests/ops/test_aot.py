@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from pyramid_cache.ops import triton_packed, triton_scores, triton_shadow  # noqa: E402
+from pyramid_cache.ops import triton_decode, triton_scores, triton_shadow  # noqa: E402
 
 
 # Bytes of shared memory that one block may have, by compute capability. An A100 (8.0) has 166,912; GPUs of capability
@@ -114,7 +114,7 @@ def decode_states(dtype: torch.dtype, head_dim: int, slots: int, group: int = 4)
 def run_decode(dtype: torch.dtype, head_dim: int, slots: int, group: int = 4, mask: bool = False) -> None:
     states = decode_states(dtype, head_dim, slots, group)
     is_held, sinks = (empty(2, 1, slots, dtype=torch.bool), empty(2 * group)) if mask else (None, None)
-    triton_scores.decode_attention(*states, is_held, sinks, 0.1, None)
+    triton_decode.decode_attention(*states, is_held, sinks, 0.1, None)
 
 
 def run_packed(dtype: torch.dtype, head_dim: int, longest: int, group: int = 4, softcap: float | None = None) -> None:
@@ -124,7 +124,7 @@ def run_packed(dtype: torch.dtype, head_dim: int, longest: int, group: int = 4, 
     query, key, value = decode_states(dtype, head_dim, 64, group)
     latest = (tensor[:, :, : 1 + longest % 64] for tensor in (key, value))
     starts = empty(5, dtype=torch.int64)
-    triton_packed.decode_packed_attention(query, packed_key, packed_value, lengths, *latest, 0.1, softcap, starts)
+    triton_decode.decode_packed_attention(query, packed_key, packed_value, lengths, *latest, 0.1, softcap, starts)
 
 
 def run_shadow(dtype: torch.dtype, head_dim: int, tokens: int) -> None:
@@ -171,7 +171,7 @@ def launches_of(name: str, dtype: torch.dtype, head_dim: int, length: int | None
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compile for real, and leave nothing behind."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    for module in (triton_scores, triton_packed):
+    for module in (triton_scores, triton_decode):
         monkeypatch.setattr(module, "num_multiprocessors", lambda device: 132)
 
 

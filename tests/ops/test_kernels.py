@@ -1,11 +1,11 @@
-"""The Triton kernels of `pyramid_cache.ops.triton_scores` against float64 and against their specification."""
+"""The Triton kernels of `triton_scores` and of `triton_decode` against float64 and against their specification."""
 
 import exact
 import pytest
 import torch
 from kernel_device import BF16, DEVICE, F16, F32, MARKS, assert_near, far_apart, on_gpu
 
-from pyramid_cache.ops import reference, triton_scores
+from pyramid_cache.ops import reference, triton_decode, triton_scores
 
 
 pytestmark = MARKS
@@ -100,7 +100,7 @@ def test_decode(case: tuple) -> None:
     if "high_sinks" in options:
         sinks += 500  # whose exponentials are no float32
     arguments = (query, key, value, mask, sinks, head_dim**-0.5, 5.0 if "softcap" in options else None)
-    found, eager = triton_scores.decode_attention(*arguments), reference.decode_in_float32(*arguments)
+    found, eager = triton_decode.decode_attention(*arguments), reference.decode_in_float32(*arguments)
     for one, wanted, plain in zip(found, exact.decode(*arguments), eager, strict=True):
         assert one.dtype == plain.dtype
         assert_near(one, wanted, None if dtype == F32 else plain)
@@ -112,11 +112,11 @@ def test_empty_slots_and_empty_heads(head_blocks: tuple[int, ...] | None, monkey
     mask = (torch.rand(2, 2, 200) > 0.5).to(DEVICE)
     mask[0, :, 20:150] = mask[1, 1] = False  # whole splits are empty, and a whole head
     if head_blocks is not None:
-        monkeypatch.setitem(triton_scores.DECODE_BLOCKS, (4, 64), triton_scores.DecodeBlocks(*head_blocks))
+        monkeypatch.setitem(triton_decode.DECODE_BLOCKS, (4, 64), triton_decode.DecodeBlocks(*head_blocks))
     expected = exact.decode(query, key, value, mask, None, 0.125, None)
     empty = torch.where(torch.rand(2, 2, 200, 1) > 0.5, NAN, INFINITY).to(DEVICE)
     key, value = (torch.where(mask[..., None], tensor, empty) for tensor in (key, value))
-    found = triton_scores.decode_attention(query, key, value, mask, None, 0.125, None)
+    found = triton_decode.decode_attention(query, key, value, mask, None, 0.125, None)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5)
     assert (found[0][1, :, 3:] == 0).all() and (found[1][1, 1] == 0).all()
@@ -124,9 +124,9 @@ def test_empty_slots_and_empty_heads(head_blocks: tuple[int, ...] | None, monkey
 
 def test_a_head_that_is_not_a_number_leaves_the_others_alone() -> None:
     query, key, value = random(2, 6, 1, 64), random(2, 2, 100, 64), random(2, 2, 100, 64)
-    expected = triton_scores.decode_attention(query, key, value, None, None, 0.125, None)
+    expected = triton_decode.decode_attention(query, key, value, None, None, 0.125, None)
     query[1, 4] = NAN
-    found = triton_scores.decode_attention(query, key, value, None, None, 0.125, None)
+    found = triton_decode.decode_attention(query, key, value, None, None, 0.125, None)
     # The output of the head, and the probabilities of its group.
     for one, other, place in zip(found, expected, ((1, 0, 4), (1, 1)), strict=True):
         assert one[place].isnan().all()
@@ -142,6 +142,6 @@ def test_strides_beyond_31_bits() -> None:
         found = triton_scores.attention_scores(*layout, lse, None, None, 0.125, None)
         assert torch.equal(found, triton_scores.attention_scores(near, near, lse, None, None, 0.125, None))
     query = random(1, 2, 1, 64, dtype=F16)
-    expected = triton_scores.decode_attention(query, near, near, None, None, 0.125, None)
-    found = triton_scores.decode_attention(query, far, far, None, None, 0.125, None)
+    expected = triton_decode.decode_attention(query, near, near, None, None, 0.125, None)
+    found = triton_decode.decode_attention(query, far, far, None, None, 0.125, None)
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))

@@ -188,15 +188,11 @@ PACKAGES: dict[str, tuple[str, str, str]] = {
         "q k v | dropout_p softmax_scale causal window_size softcap alibi_slopes deterministic return_attn_probs",
     ),
     "fa3": (
-        "flash_attention_3", "flash_attn_interface", f"q k v | {FA3} deterministic sm_margin return_attn_probs",
+        "kernels-community/vllm-flash-attn3@v1", "flash_attn_interface",
+        f"q k v | {FA3} deterministic sm_margin return_attn_probs",
     ),
     # The beta of flash-attn 3: the log-sum-exp comes without being asked for, and there is no softcap.
     "early_fa3": ("flash_attention_3", "flash_attn_interface", "q k v | softmax_scale causal deterministic"),
-    # The forward of flash-attn 3 alone.
-    "fa3_fwd": (
-        "kernels-community/vllm-flash-attn3@v1", "fa3_fwd_interface",
-        "q k v | softmax_scale causal window_size attention_chunk num_splits pack_gqa sm_margin return_attn_probs",
-    ),
     "fa4": (
         "flash_attention_4", "flash_attn.cute",
         "q k v qv | gather_kv_indices softmax_scale causal window_size learnable_sink softcap num_splits pack_gqa "
@@ -232,7 +228,7 @@ def function_of(name: str, is_packed: bool) -> Callable:
 def without_packages(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """No flash-attention package can be imported, and none was looked for."""
     monkeypatch.setattr(lse_module, "_probed", {})
-    for module in ("flash_attn", "flash_attn.cute", "flash_attn_interface", "fa3_fwd_interface"):
+    for module in ("flash_attn", "flash_attn.cute", "flash_attn_interface"):
         monkeypatch.setitem(sys.modules, module, None)
     yield monkeypatch
 
@@ -271,16 +267,9 @@ def test_packages(without_packages: pytest.MonkeyPatch, name: str) -> None:
 
 def test_results_of_another_kind_are_refused() -> None:
     output, lse = torch.zeros(3, 9, 6, 16), torch.zeros(3, 6, 9)
-    for results in (
-        output,
-        (output, None),
-        (output, lse.bfloat16()),
-        (output, lse.transpose(1, 2)),
-        (output.transpose(1, 2), lse),
-        (output, lse, lse),
-    ):
+    for results in (output, (output, None), (output, lse.bfloat16()), (output, lse.transpose(1, 2)), (lse, output)):
         with pytest.raises(RuntimeError, match="odd_package was expected to return"):
-            lse_module._find_lse("odd_package", results, output.shape, lse.shape)
+            lse_module._checked("odd_package", results, lse.shape)
 
 
 # Torch's kernels for CUDA, played by a mode that answers the calls of their ops.
@@ -384,8 +373,7 @@ CHOICES = [
     ("kernels-community/flash-attn2@v1", None, F16, None, {}, True),
     ("flash_attention_3", None, BF16, None, {}, False),
     ("flash_attention_3", "early_fa3", BF16, 30.0, {}, False),
-    ("flash_attention_3", "fa3_fwd", BF16, None, {}, True),
-    ("flash_attention_3", "fa3_fwd", F16, None, {}, False),
+    ("flash_attention_3", "fa3", F16, 30.0, {}, True),
     ("flash_attention_4", "fa4", BF16, None, {}, True),
     ("flash_attention_2", "fa4", BF16, None, {}, True),  # torch's own
     ("flash_attention_2", "fa4", BF16, 30.0, {}, False),
@@ -475,8 +463,8 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         ({"query": torch.zeros(2, 6, 0, 16)}, "0 query rows cannot be the last ones of 9 keys"),
         ({"query": torch.zeros(2, 6, 10, 16)}, "10 query rows cannot be the last ones of 9 keys"),
         ({"value": torch.zeros(2, 2, 8, 16)}, r"`value` must have the shape \(2, 2, 9, any\)"),
-        ({"mask": torch.ones(2, 1, 5, 8).bool()}, r"`mask` must have the shape \(any, 1, 5, 9\)"),
-        ({"mask": torch.ones(3, 1, 5, 9).bool()}, r"`mask` must have the shape \(2, 1, 5, 9\)"),
+        ({"mask": torch.ones(2, 1, 5, 8).bool()}, r"`mask` must have the shape \(2 or 1, 1, 5, 9\)"),
+        ({"mask": torch.ones(3, 1, 5, 9).bool()}, r"`mask` must have the shape \(2 or 1, 1, 5, 9\)"),
         ({"key_mask": torch.ones(2, 8).bool()}, r"`key_mask` must have the shape \(2, 9\)"),
         ({"key_mask": torch.ones(2, 9)}, "`key_mask` must be torch.bool"),
     ):

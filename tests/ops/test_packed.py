@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from pyramid_cache.caches.adakv.ragged_store import PackedTokens, flat
-from pyramid_cache.ops import decode_packed_attention
-from pyramid_cache.ops.packed import decode_as_one, segment_starts
+from pyramid_cache.ops import decode_packed_attention, packed
+from pyramid_cache.ops.packed import decode_padded, segment_starts
 
 
 # Rows x KV heads, the lengths of their segments, query heads per KV head, widths of keys and values, latest tokens.
@@ -28,8 +28,12 @@ def build(name: str, dtype: torch.dtype = torch.float32) -> tuple:
         return torch.randn(*shape, generator=generator).to(dtype)
 
     query = states(batch, kv_heads * group, 1, head_dim)
-    packed = states(sum(lengths), head_dim), states(sum(lengths), value_dim)
-    return query, *packed, lengths, *(states(batch, kv_heads, latest, width) for width in (head_dim, value_dim))
+    of_all = states(sum(lengths), head_dim), states(sum(lengths), value_dim)
+    return query, *of_all, lengths, *(states(batch, kv_heads, latest, width) for width in (head_dim, value_dim))
+
+
+def starts_of(arguments: tuple) -> torch.Tensor:
+    return segment_starts(arguments[3], torch.device("cpu"))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
@@ -41,7 +45,7 @@ def test_equals_softmax_head_by_head(dtype: torch.dtype) -> None:
             wanted = exact.packed_decode(*arguments, scaling, softcap)
             for found in (
                 decode_packed_attention(*arguments, scaling=scaling, softcap=softcap),
-                decode_as_one(*arguments, scaling, softcap),
+                decode_padded(*arguments, scaling, softcap, starts_of(arguments)),
             ):
                 assert found[0].dtype == dtype and found[1].dtype == found[2].dtype == torch.float32
                 for ours, theirs in zip(found, wanted, strict=True):
@@ -50,7 +54,10 @@ def test_equals_softmax_head_by_head(dtype: torch.dtype) -> None:
 
 def test_logits_beyond_the_range_of_exponentials() -> None:
     arguments = [tensor * 40 if isinstance(tensor, torch.Tensor) else tensor for tensor in build("grouped")]
-    for found in (decode_packed_attention(*arguments, scaling=1.0), decode_as_one(*arguments, 1.0, None)):
+    for found in (
+        decode_packed_attention(*arguments, scaling=1.0),
+        decode_padded(*arguments, 1.0, None, starts_of(arguments)),
+    ):
         assert all(tensor.isfinite().all() for tensor in found)
         torch.testing.assert_close(found[1].sum() + found[2].sum(), torch.tensor(12.0))
 
@@ -69,27 +76,27 @@ def test_gradients_are_those_of_the_definition() -> None:
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
-def test_starts_that_are_given_are_those_that_would_be_made() -> None:
+def test_starts_that_are_given_are_those_that_would_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step whose starts are given does not send its lengths to the device."""
     arguments = build("grouped")
-    starts = torch.tensor([0, 3, 3, 10, 11, 16, 18])
-    assert torch.equal(segment_starts(arguments[3], torch.device("cpu")), starts)
-    wanted = decode_as_one(*arguments, 0.3, None)
-    found = decode_as_one(*arguments, 0.3, None, starts)
+    assert starts_of(arguments).tolist() == [0, 3, 3, 10, 11, 16, 18]
+    arguments[0].requires_grad_()
+    wanted = decode_packed_attention(*arguments, scaling=0.3)
+    given = starts_of(arguments)
+    monkeypatch.setattr(packed, "segment_starts", None)
+    found = decode_packed_attention(*arguments, scaling=0.3, starts=given)
     assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
-    # Other starts give something else: a step whose starts are given does not send its lengths to the device.
-    others = decode_as_one(*arguments, 0.3, None, torch.tensor([0, 4, 4, 10, 11, 16, 18]))
-    assert not torch.equal(others[1][:10], wanted[1][:10]) and torch.equal(others[1][10:], wanted[1][10:])
 
 
 def test_packed_tokens_know_where_their_segments_begin() -> None:
     is_kept = torch.tensor([[[1, 0, 1], [0, 0, 0]], [[1, 1, 1], [0, 1, 0]]], dtype=torch.bool)
-    packed = PackedTokens.of({"positions": torch.arange(12).view(2, 2, 3)}, is_kept)
-    for same in (packed, packed.map_rows(lambda tensor: tensor)):
+    tokens = PackedTokens.of({"positions": torch.arange(12).view(2, 2, 3)}, is_kept)
+    for same in (tokens, tokens.map_rows(lambda tensor: tensor)):
         assert flat(same.head_lengths) == [2, 0, 3, 1] and same.starts.tolist() == [0, 2, 2, 5, 6]
-    moved = packed.map_rows(lambda tensor: tensor[[1, 1, 0]])
+    moved = tokens.map_rows(lambda tensor: tensor[[1, 1, 0]])
     assert flat(moved.head_lengths) == [3, 1, 3, 1, 2, 0] and moved.starts.tolist() == [0, 3, 4, 7, 8, 10, 10]
     assert moved.tensors["positions"].tolist() == [6, 7, 8, 10, 6, 7, 8, 10, 0, 2]
-    assert packed.map_rows(lambda tensor: tensor[:0]).starts.tolist() == [0]
+    assert tokens.map_rows(lambda tensor: tensor[:0]).starts.tolist() == [0]
 
 
 def test_shapes_that_do_not_fit() -> None:

@@ -1,4 +1,4 @@
-"""The Triton kernels of `pyramid_cache.ops.triton_packed` against a softmax in float64."""
+"""The Triton kernels of `pyramid_cache.ops.triton_decode` against a softmax in float64."""
 
 from itertools import product
 
@@ -7,9 +7,9 @@ import pytest
 import torch
 from kernel_device import BF16, DEVICE, F16, F32, IS_INTERPRETED, MARKS, assert_near, far_apart, on_gpu
 
-from pyramid_cache.ops import packed, triton_packed
+from pyramid_cache.ops import packed, triton_decode
 from pyramid_cache.ops.packed import decode_one_by_one, segment_starts
-from pyramid_cache.ops.triton_scores import DECODE_BLOCKS, MAX_SPLITS, DecodeBlocks
+from pyramid_cache.ops.triton_decode import DECODE_BLOCKS, MAX_SPLITS, DecodeBlocks
 
 
 pytestmark = MARKS
@@ -41,7 +41,7 @@ def run(arguments: tuple, scaling: float, softcap: float | None = None) -> tuple
     torch.use_deterministic_algorithms(True)
     try:
         assert torch.empty(1).isnan()
-        return triton_packed.decode_packed_attention(*arguments, scaling, softcap, starts)
+        return triton_decode.decode_packed_attention(*arguments, scaling, softcap, starts)
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -51,7 +51,7 @@ def check(found: tuple[torch.Tensor, ...], arguments: tuple, scaling: float, sof
     dtype, eager = arguments[0].dtype, None
     if dtype != F32:
         on_cpu = (one.cpu() if isinstance(one, torch.Tensor) else one for one in arguments)
-        eager = decode_one_by_one(*on_cpu, scaling, softcap)[0].to(DEVICE)
+        eager = decode_one_by_one(*on_cpu, scaling, softcap, None)[0].to(DEVICE)
     assert [one.dtype for one in found] == [dtype, F32, F32]
     wanted = exact.packed_decode(*arguments, scaling, softcap)
     for one, other, plain in zip(found, wanted, (eager, None, None), strict=True):
@@ -87,7 +87,7 @@ def test_decode(case: tuple) -> None:
 def test_any_number_of_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = arguments_of(F32, [0, 400, 17, 40], 2, 16, 16, 30)
     monkeypatch.setitem(DECODE_BLOCKS, (4, 64), DecodeBlocks(16, num_warps=4, num_stages=2))
-    kernel, grids = triton_packed.packed_kernel, []
+    kernel, grids = triton_decode.attend_kernel, []
 
     class RecordedGrids:
         """The kernel, whose grids are appended to a list."""
@@ -96,11 +96,11 @@ def test_any_number_of_splits(monkeypatch: pytest.MonkeyPatch) -> None:
             grids.append(grid)
             return kernel[grid]
 
-    monkeypatch.setattr(triton_packed, "packed_kernel", RecordedGrids())
+    monkeypatch.setattr(triton_decode, "attend_kernel", RecordedGrids())
     # Tiles of 16. For one program nothing is cut. Of 16, half are set aside for parts that are not full: the others
     # have 577 / 8 tokens each, which are 5 tiles. For 20,000 every tile is a part of its own.
     for multiprocessors, num_splits in ((1, 1 + 1), (8, 1 + 5), (10_000, 2 + 25))[: 2 if IS_INTERPRETED else 3]:
-        monkeypatch.setattr(triton_packed, "num_multiprocessors", lambda device, number=multiprocessors: number)
+        monkeypatch.setattr(triton_decode, "num_multiprocessors", lambda device, number=multiprocessors: number)
         check(run(arguments, 0.25), arguments, 0.25)
         assert grids.pop() == (4 * num_splits,)
 
@@ -108,7 +108,7 @@ def test_any_number_of_splits(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_parts_share_the_device() -> None:
     cases = [([0], 1), ([17] * 64, 16), ([200_000, 0, 3, 9], 64), ([3000, 500, 0, 1777] * 2, 40), ([10**8] * 8, 5000)]
     for (lengths, latest), num_chunks, multiprocessors in product(cases, [1, 3], [1, 8, 108, 132]):
-        size = 64 * triton_packed.part_tiles(
+        size = 64 * triton_decode.part_tiles(
             sum(lengths), max(lengths), latest, len(lengths), num_chunks, 64, multiprocessors
         )
         parts = [-(-length // size) + -(-latest // size) for length in lengths]
@@ -162,5 +162,5 @@ def test_strides_beyond_31_bits() -> None:
 def test_what_the_kernels_do_not_take() -> None:
     arguments = arguments_of(F32, [3, 0], 1, 8, 8, 2)
     doubles = tuple(one.double() if isinstance(one, torch.Tensor) else one for one in arguments)
-    output, _, _ = packed._on_cuda(*doubles, 0.3, None, None)
+    output, _, _ = packed._on_cuda(*doubles, 0.3, None, segment_starts(arguments[3], torch.device(DEVICE)))
     torch.testing.assert_close(output, exact.packed_decode(*doubles, 0.3)[0], rtol=1e-5, atol=1e-5)

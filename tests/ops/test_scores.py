@@ -209,7 +209,7 @@ def test_shapes_and_dtypes_that_do_not_fit_are_refused() -> None:
         (scores_of, {"key": torch.zeros(2, 4, 9, 16)}, "6 query heads cannot share 4 KV heads"),
         (scores_of, {"key": key[:, :, :4]}, "5 query rows cannot be the last ones of 4 keys"),
         (scores_of, {"lse": torch.zeros(2, 6, 4)}, r"`lse` must have the shape \(2, 6, 5\)"),
-        (scores_of, {"row_weights": torch.zeros(3, 5)}, r"`row_weights` must have the shape \(2, 5\)"),
+        (scores_of, {"row_weights": torch.zeros(3, 5)}, r"`row_weights` must have the shape \(2 or 1, 5\)"),
         (scores_of, {"key_start": torch.zeros(1)}, r"`key_start` must have the shape \(2\)"),
         (scores_of, {"key": key.half()}, r"`key` must be torch.float32, but is torch.float16. Convert it with"),
         (scores_of, {"lse": torch.zeros(2, 6, 5).bfloat16()}, "`lse` must be torch.float32"),
@@ -219,7 +219,7 @@ def test_shapes_and_dtypes_that_do_not_fit_are_refused() -> None:
         (decode, {"query": row.half()}, "`key` must be torch.float16, but is torch.float32"),
         (decode, {"mask": torch.ones(2, 2, 9)}, "`mask` must be torch.bool"),
         (decode, {"value": value[:, :, :8]}, r"`value` must have the shape \(2, 2, 9, any\)"),
-        (decode, {"mask": torch.ones(2, 3, 9).bool()}, r"`mask` must have the shape \(2, 2, 9\)"),
+        (decode, {"mask": torch.ones(2, 3, 9).bool()}, r"`mask` must have the shape \(2, 2 or 1, 9\)"),
         (decode, {"sink_logits": torch.zeros(2)}, r"`sink_logits` must have the shape \(6\)"),
     ):
         with pytest.raises(ValueError, match=message):
