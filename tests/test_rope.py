@@ -11,6 +11,7 @@ import torch
 from models import ROPE_VARIANTS, build_config, build_model
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, PreTrainedModel, Qwen2VLConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from pyramid_cache import ExpectedAttentionCache, MassiveActivationCache, ShadowKVCache, StreamingLLMCache
 from pyramid_cache.engine import rope
@@ -362,6 +363,16 @@ def test_each_layer_is_probed_once_until_something_changes(monkeypatch: pytest.M
     check(exact.inv_freq)
     model.load_state_dict(model.state_dict())  # keys are those of other weights
     assert probes_of(model)[0] == 3
+    # A layer that is called on its own has the frequencies of its config.
+    alone = attention_modules(model_of("llama"))[0]
+    config = alone.config
+    for theta in (1e4, 10.0):
+        config.rope_parameters = {"rope_type": "default", "rope_theta": theta}
+        angles = LlamaRotaryEmbedding(config)(torch.zeros(1), torch.arange(9)[None])
+        cache = MassiveActivationCache(config, budget=12)
+        with torch.no_grad():
+            alone(torch.ones(1, 9, 64), angles, None, past_key_values=cache)
+        assert equal(cache.layers[0].rotary_of(alone), exact) == (theta == 1e4)
     with torch.inference_mode():  # whose tensors do not tell that they are changed
         rotary.inv_freq = exact.inv_freq.clone()
         probes_of(model)

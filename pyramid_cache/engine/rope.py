@@ -29,44 +29,38 @@ from torch.utils.weak import WeakIdRef
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from pyramid_cache.engine.rotation import RotaryFrequencies
+from pyramid_cache.engine.rotation import RotaryFrequencies, export_frequencies
 
 
 # Zero, where keys are as they were, and primes near the powers of eight: exact in float32, and slow pairs turn too.
 PROBE_POSITIONS = (0, 1, 7, 61, 509, 4093, 32749, 262139, 2097143)
-LAYOUTS: tuple[Literal["half", "interleaved"], ...] = ("half", "interleaved")
+# What a running module is, and what it was handed, by name.
+Call = tuple[Any, dict[str, Any]]
 
 
 @dataclass
 class Finding:
-    """
-    How an attention module rotates keys, and what that depends on.
+    """How an attention module rotates keys, and what that depends on."""
 
-    Attributes:
-        frequencies (`RotaryFrequencies`, *optional*): None if it does not rotate them.
-        owner, name (`weakref.ref`, `str`): The module that has the rotary module below it, and under which name.
-        dependencies (`tuple`): `dependencies_now` when it was found.
-    """
+    frequencies: RotaryFrequencies | None  # None if it does not rotate them
+    owner: ref[nn.Module] | None = None  # has the rotary module below it
+    name: str = ""  # the rotary module's, there
+    dependencies: tuple = ()  # `dependencies_now` when it was found
 
-    frequencies: RotaryFrequencies | None
-    owner: ref[nn.Module] | None = None
-    name: str = ""
-    dependencies: tuple | None = ()
-
-    def dependencies_now(self, module: nn.Module) -> tuple | None:
-        """The class, weights and rotary buffers of `module`; None if the rotary module is gone."""
+    def dependencies_now(self, module: nn.Module) -> tuple:
+        """The class, weights and rotary buffers of `module`; an object, equal to no other, for what is not known."""
         try:
             rotary = self.owner().get_submodule(self.name)  # type: ignore[union-attr, misc]
-        except (AttributeError, TypeError):
-            return None
+        except (AttributeError, TypeError):  # the rotary module is gone
+            return (object(),)
         tensors = (*module.parameters(), *module.buffers(), *rotary.buffers())
-        # Tensors of inference mode do not count their changes: an object is equal to no other.
+        # Tensors of inference mode do not count their changes.
         versions = [object() if each.is_inference() else each._version for each in tensors]
-        kinds = [(WeakIdRef(each), each.dtype, each.device) for each in tensors]
-        return type(module), versions, kinds
+        return type(module), versions, [(WeakIdRef(each), each.dtype, each.device) for each in tensors]
 
 
-# What was found last, for as long as the module lives. Caches are also given recorded keys while none is running.
+# What was found last, for as long as the module lives. Caches are also given recorded keys while none is running. It
+# goes unnoticed if a second model runs the same module with cosines from a rotary module of its own.
 findings: WeakKeyDictionary[nn.Module, Finding] = WeakKeyDictionary()
 
 
@@ -81,10 +75,7 @@ class SharedFrequencies:
     def frequencies_of(self, module: nn.Module, device: torch.device) -> RotaryFrequencies | None:
         """
         How an attention module that runs on `device` rotates its keys, or None if it does not. Of a module that is not
-        running, what was found last.
-
-        Raises:
-            NotImplementedError: The rotation depends on the length or could not be reproduced, or no forward runs.
+        running, what was found last. Raises NotImplementedError where nothing was found.
         """
         known = findings.get(module)
         if known is None or known.dependencies != known.dependencies_now(module):
@@ -117,9 +108,8 @@ def refuse_unsupported_rope(config: PreTrainedConfig) -> None:
     parameters = getattr(text_config, "rope_parameters", None) or {}
     for settings in (parameters, *(each for each in parameters.values() if isinstance(each, dict))):
         if "dynamic" in str(settings.get("rope_type", "")):
-            raise _refusal(
-                config, "dynamic NTK scaling, which depends on the length. A rope_type like 'yarn' does not."
-            )
+            remedy = "A rope_type like 'yarn' does not."
+            raise _refusal(config, f"dynamic NTK scaling, which depends on the length. {remedy}")
         if text_config is not config and any("mrope" in key for key in settings):
             remedy = "For text alone, build the cache from `model.config.get_text_config()`."
             raise _refusal(config, f"positions with several axes (mrope) if it is given images. {remedy}")
@@ -128,10 +118,6 @@ def refuse_unsupported_rope(config: PreTrainedConfig) -> None:
 def _refusal(owner: Any, reason: str) -> NotImplementedError:
     way_out = "Use a cache that leaves keys at the positions the model gave them."
     return NotImplementedError(f"{type(owner).__name__} rotates keys by {reason} {way_out}")
-
-
-# What a running module is, and what it was handed, by name.
-Call = tuple[Any, dict[str, Any]]
 
 
 def _running_calls(module: nn.Module) -> list[Call]:
@@ -195,9 +181,8 @@ class _Rotary:
             raise _refusal(self.module, "frequencies which depend on the length of the sequence.")
         if torch.equal(short, long):
             return RotaryFrequencies(short)
-        switch = bisect(
-            range(2**21), False, lo=2, key=lambda longest: torch.equal(self.inv_freq(longest, device), long)
-        )
+        lengths = range(2**21)
+        switch = bisect(lengths, False, lo=2, key=lambda length: torch.equal(self.inv_freq(length, device), long))
         return RotaryFrequencies(short, "half", long, switch - 1)
 
 
@@ -263,15 +248,19 @@ def _probe(calls: list[Call], device: torch.device) -> Finding:
         raise _refusal(module, f"what is unknown: they are all {largest}, load the weights first.")
     if (values - values[:, :, :1]).abs().max() > tolerance:
         raise _refusal(module, "what is unknown: it caches latents (multi-head latent attention).")
+    # Without a rotary module, the answer depends on the attention module alone.
     finding = Finding(None, *((ref(module), "") if rotary is None else rotary.place))
     finding.dependencies = finding.dependencies_now(module)
     still = keys[:, :, :1].double().expand(keys.shape)
     if (keys - still).abs().max() <= tolerance:
         return finding
-    measured = [] if rotary is None else [rotary.frequencies(device)]
-    for found, sign, layout in itertools.product(measured, (1, -1), LAYOUTS):
-        long_inv_freq = None if found.long_inv_freq is None else sign * found.long_inv_freq
-        found = replace(found, inv_freq=sign * found.inv_freq, layout=layout, long_inv_freq=long_inv_freq)
+    if rotary is None:
+        raise _refusal(module, "angles that could not be reproduced: none of its modules gives them.")
+    measured = rotary.frequencies(device)
+    layouts: list[Literal["half", "interleaved"]] = ["half", "interleaved"]
+    for sign, layout in itertools.product((1, -1), layouts):
+        turned: dict[str, Any] = {name: sign * tensor for name, tensor in export_frequencies(measured)[1].items()}
+        found = replace(measured, layout=layout, **turned)
         angles = found.model_angles(positions, PROBE_POSITIONS[-1] + 1)[:, None]
         if found.rotary_dim <= keys.shape[-1] and (found.rotate(still, angles) - keys).abs().max() <= tolerance:
             return replace(finding, frequencies=found)

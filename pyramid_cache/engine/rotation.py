@@ -18,21 +18,15 @@ from pyramid_cache.ops.transfer import numbers_on
 
 @dataclass(eq=False)
 class RotaryFrequencies:
-    """
-    How one attention layer rotates its keys: the first `rotary_dim` dimensions of each head, by these frequencies.
+    """How one attention layer rotates its keys: the first `rotary_dim` dimensions of each head."""
 
-    Attributes:
-        inv_freq: `(rotary_dim / 2,)` inverse frequencies in float32, negative for a model that turns the other way.
-        layout: `"half"` pairs dimension `i` with `i + rotary_dim / 2` (Llama), `"interleaved"` `2 i` with `2 i + 1`.
-        long_inv_freq: `(rotary_dim / 2,)`, longrope only: what replaces `inv_freq` in a forward that reaches beyond
-            `original_max_position_embeddings` tokens.
-    """
-
+    # (rotary_dim / 2,) float32, negative for a model that turns the other way.
     inv_freq: torch.Tensor
+    # "half" pairs dimension `i` with `i + rotary_dim / 2` (Llama), "interleaved" `2 i` with `2 i + 1`.
     layout: Literal["half", "interleaved"] = "half"
+    # (rotary_dim / 2,), longrope only: in a forward that reaches beyond this many tokens, it replaces `inv_freq`.
     long_inv_freq: torch.Tensor | None = None
     original_max_position_embeddings: int | None = None
-
     # What `turn_by` was asked last, and its answer.
     latest_key: tuple = field(default=(), init=False)
     latest_turn: tuple = field(default=(), init=False)
@@ -65,14 +59,8 @@ class RotaryFrequencies:
 
     def rotate(self, states: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
         """
-        Turn queries or keys by the given angles, in float32 (float64 for float64 states), rounded once.
-
-        Args:
-            states: `(batch, heads, seq, head_dim)`; left as it is.
-            angles: `(batch or 1, heads or 1, seq or 1, rotary_dim / 2)`, usually a difference of two angles.
-
-        Returns:
-            `(batch, heads, seq, head_dim)` in the dtype of `states`.
+        Turns queries or keys `(batch, heads, seq, head_dim)` by angles `(..., rotary_dim / 2)`, which may have a 1 for
+        each of the others. Computes in float32 (float64 for float64 states) and rounds once.
         """
         return self.turn(states, *self.cosine_and_sine(angles, states.dtype))
 
@@ -91,13 +79,13 @@ class RotaryFrequencies:
         was asked last is kept: the layers of a forward pass ask for the same.
         """
         key = (distances, states.dtype, states.device)
-        if not torch.compiler.is_compiling() and self.latest_key == key:
-            return self.latest_turn
-        angles = self.angles(numbers_on(states.device, distances, torch.int64).view(-1, 1, 1))
-        turn = self.cosine_and_sine(angles, states.dtype)
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self.latest_key != key:
+            angles = self.angles(numbers_on(states.device, distances, torch.int64).view(-1, 1, 1))
+            turn = self.cosine_and_sine(angles, states.dtype)
+            if torch.compiler.is_compiling():
+                return turn
             self.latest_key, self.latest_turn = key, turn
-        return turn
+        return self.latest_turn
 
     def turn(self, states: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
         """`rotate` by angles whose `cosine_and_sine` are known."""
