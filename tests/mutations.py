@@ -87,7 +87,7 @@ state.length -= num_columns«→ - 1»
 = engine/layer.py: test_bad_calls | change_nothing
 self.store.take_back(«arrival.num_new→0», arrival.free_slots)
 = engine/checks.py: test_bad_calls | mask change_nothing
-if «shown != [length + 1 for length in lengths]→not shown»:
+if «shown != expected→not shown»:
 = engine/checks.py: test_batch_rows | may_not apart
 held.masked_fill(held >«=→» layer
 if hides_some«→ and False» or layer
@@ -156,9 +156,13 @@ return output, scores« if is_token is None else scores.masked_fill_(~is_token[:
 = engine/scoring.py: test_small_faults
 .sum(dim=(2, 3)«, dtype=torch.float32→»)
 = engine/rope.py: test_rope
-inv_freq=«sign * →»found.inv_freq
+{name: «sign * →»tensor for name
 name: «copy.deepcopy(buffer)→buffer» for name
 if len(makers) «!= 1→== 0»:
+= engine/rope.py: test_rope | probed_once
+if known is None« or known.dependencies != known.dependencies_now(module)→»:
+return («object(),→»)
+tensors = (*module.parameters(), *module.buffers(), «*rotary.buffers()→»)
 = engine/rotation.py: test_rope
 first * cosine «- second * sine, second * cosine +→+ second * sine, second * cosine -» first * sine
 longest >«→=» self.original_max_position_embeddings

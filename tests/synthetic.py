@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from typing import Any
-from weakref import ref
 
 import torch
 from transformers import Cache, LlamaConfig
@@ -10,7 +9,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from pyramid_cache.engine.attention import AttentionCall
-from pyramid_cache.engine.rope import NO_ROTATION, last_found
+from pyramid_cache.engine.rope import Finding, findings
 
 
 def attend_like_flash(
@@ -52,7 +51,7 @@ class BareAttention(torch.nn.Module):
         self.config = config
         self.layer_idx = layer_idx
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        last_found[self] = ref(NO_ROTATION)  # no forward runs that could be probed, and keys are not rotated
+        findings[self] = Finding(None)  # no forward runs that could be probed, and keys are not rotated
 
 
 class SyntheticModel:

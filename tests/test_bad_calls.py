@@ -297,8 +297,8 @@ NO_STATES: list[tuple[str, Any, Any]] = [
 # And those that do not fit what a filled cache holds.
 OTHER_STATES: list[tuple[str, Any, Any]] = [
     ("2 rows.*given 1", GOOD[:1], GOOD[:1]),
-    ("2 KV heads.*1 of width 16", GOOD[:, :1], GOOD[:, :1]),
-    ("16 .values.*width 16 and 8", GOOD, GOOD[..., :8]),
+    ("2 KV heads.*1 KV heads of width 16", GOOD[:, :1], GOOD[:, :1]),
+    ("16 .values.*given .*width 16 .keys. and 8 .values", GOOD, GOOD[..., :8]),
     ("float32.*float64", GOOD, GOOD.double()),
     ("cpu.*meta", GOOD.to("meta"), GOOD.to("meta")),
 ]

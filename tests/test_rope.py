@@ -4,14 +4,17 @@ import copy
 import itertools
 import math
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from models import ROPE_VARIANTS, build_config, build_model
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, PreTrainedModel, Qwen2VLConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from pyramid_cache import ExpectedAttentionCache, MassiveActivationCache, ShadowKVCache, StreamingLLMCache
+from pyramid_cache.engine import rope
 from pyramid_cache.engine.rope import SharedFrequencies
 from pyramid_cache.engine.rotation import RotaryFrequencies
 
@@ -312,12 +315,75 @@ def test_rotations_that_cannot_be_reproduced_are_refused() -> None:
     module.__class__ = plain_class
     found = found_in(model)[0]
     again = SharedFrequencies().frequencies_of(module, CPU)  # it is not running: what was found last
-    assert again.inv_freq is found.inv_freq
-    assert again is not found  # which may remember turns of its own
+    assert equal(again, found) and again is not found  # which may remember turns of its own
     with pytest.raises(NotImplementedError, match="found while it runs.*leaves keys at"):
         SharedFrequencies().frequencies_of(attention_modules(build_model("llama"))[0], CPU)
     nn.init.zeros_(module.k_proj.weight)
     check_refused("load the weights first", model)
+
+
+def test_each_layer_is_probed_once_until_something_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what was found in one of two models is nothing to the other."""
+    probe = Mock(wraps=rope._probe)
+    monkeypatch.setattr(rope, "_probe", probe)
+
+    def probes_of(model: PreTrainedModel, num_tokens: int = 9) -> tuple[int, RotaryFrequencies]:
+        probe.reset_mock()
+        found = found_in(model, num_tokens)
+        return probe.call_count, found[1]
+
+    model, other = model_of("llama"), model_of("llama", rope_parameters={"rope_type": "default", "rope_theta": 10.0})
+    num_probes, exact = probes_of(model)
+    assert num_probes == 3 and not equal(exact, probes_of(other)[1])
+    num_probes, found = probes_of(model, 1)
+    assert num_probes == 0 and equal(found, exact)
+    with torch.no_grad():
+        model(torch.arange(20)[None], past_key_values=MassiveActivationCache(model.config, budget=12))
+    assert probe.call_count == 0
+    rotary = rotary_module(model)
+
+    def check(inv_freq: torch.Tensor) -> None:
+        num_probes, found = probes_of(model)
+        assert num_probes == 3 and torch.equal(found.inv_freq, inv_freq.float())
+        assert probes_of(model)[0] == 0
+
+    # The buffer is rounded, widened again, changed in place, and replaced; then the whole module is, and its model.
+    model.to(torch.bfloat16)
+    check(rounded := exact.inv_freq.bfloat16())
+    model.float()
+    check(rounded)
+    rotary.inv_freq.mul_(0.5)
+    check(rounded / 2)
+    rotary.inv_freq = exact.inv_freq.clone()
+    check(exact.inv_freq)
+    kept = model.model.rotary_emb
+    model.model.rotary_emb = rotary_module(other)
+    check(rotary_module(other).inv_freq)
+    model.model.rotary_emb = kept
+    check(exact.inv_freq)
+    model.load_state_dict(model.state_dict())  # keys are those of other weights
+    assert probes_of(model)[0] == 3
+    # A layer that is called on its own has the frequencies of its config.
+    alone = attention_modules(model_of("llama"))[0]
+    config = alone.config
+    for theta in (1e4, 10.0):
+        config.rope_parameters = {"rope_type": "default", "rope_theta": theta}
+        angles = LlamaRotaryEmbedding(config)(torch.zeros(1), torch.arange(9)[None])
+        cache = MassiveActivationCache(config, budget=12)
+        with torch.no_grad():
+            alone(torch.ones(1, 9, 64), angles, None, past_key_values=cache)
+        assert equal(cache.layers[0].rotary_of(alone), exact) == (theta == 1e4)
+    with torch.inference_mode():  # whose tensors do not tell that they are changed
+        rotary.inv_freq = exact.inv_freq.clone()
+        probes_of(model)
+        rotary.inv_freq.mul_(0.5)
+        assert torch.equal(probes_of(model)[1].inv_freq, exact.inv_freq / 2)
+
+
+def test_longrope_that_has_switched_is_found_alike() -> None:
+    model = model_of("longrope")
+    found = [found_in(model, num_tokens)[0] for num_tokens in (9, 40, 9, 40)]
+    assert all(equal(each, found[0]) for each in found)
 
 
 def test_probe_leaves_no_trace() -> None:

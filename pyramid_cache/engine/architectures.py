@@ -14,11 +14,8 @@ from transformers import GenerationMixin, PreTrainedConfig
 
 # The name of the cache among the arguments of models and of `generate`: `cache` from transformers 5.24 on. It warns of
 # the earlier name.
-CACHE_ARGUMENT = (
-    "cache"
-    if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
-    else "past_key_values"
-)
+_ARGUMENTS = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+CACHE_ARGUMENT = "cache" if "cache" in _ARGUMENTS else "past_key_values"
 # What stands against model types, those of text decoders.
 REASONS = {
     "its attention does not go through the attention interface of transformers": """
@@ -45,15 +42,7 @@ if CACHE_ARGUMENT == "past_key_values":  # from 5.24 on they go through the inte
 
 
 def reason_against(config: PreTrainedConfig) -> str | None:
-    """
-    Why a model's attention cannot be served.
-
-    Args:
-        config (`PreTrainedConfig`): The config of the decoder: `config.get_text_config(decoder=True)`.
-
-    Returns:
-        `str` or None: The second half of an error's sentence, or None if the model can be served.
-    """
+    """Why the attention of a decoder with this config cannot be served: half of an error's sentence."""
     if config.model_type in REASON_BY_TYPE:
         return REASON_BY_TYPE[config.model_type]
     if attribute_of(config, "kv_lora_rank"):

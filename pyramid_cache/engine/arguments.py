@@ -1,6 +1,7 @@
 """Checks of what callers hand to a cache. Each function raises ValueError for a bad argument."""
 
 import operator
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
@@ -11,25 +12,16 @@ from pyramid_cache.engine.architectures import reason_against
 
 def as_tokens_to_remove(number: int) -> int:
     """The argument of `crop` as an int. Raises unless it is a negative integer or 0."""
-    try:
-        tokens_to_remove = operator.index(number)
-    except TypeError:
-        tokens_to_remove = 1
-    if isinstance(number, bool) or tokens_to_remove > 0:
+    result = None if isinstance(number, bool) else as_int(number)
+    if result is None or result > 0:
         raise ValueError(f"`crop({number!r})`: give the number of tokens to remove as a negative integer, or 0.")
-    return tokens_to_remove
+    return result
 
 
 def as_row_indices(indices: torch.Tensor, num_rows: int) -> torch.Tensor:
     """
-    The int64 indices of the rows that indices or a bool mask choose.
-
-    Args:
-        num_rows (`int`): How many rows the cache has, or -1 if that is not known.
-
-    Raises:
-        ValueError: The argument chooses no row, or a row that does not exist. Only indices on the CPU are checked: to
-            read them on an accelerator would wait for it at every step of a beam search.
+    The int64 indices of the rows that indices or a bool mask choose, of a cache with `num_rows` (-1: not known).
+    Raises if there are none, or no such rows. Indices on an accelerator are not read: beam search would wait for it.
     """
     try:
         rows = indices if isinstance(indices, torch.Tensor) else torch.as_tensor(indices, device="cpu")
@@ -52,42 +44,39 @@ def as_row_indices(indices: torch.Tensor, num_rows: int) -> torch.Tensor:
 
 def as_repeats(number: int) -> int:
     """The argument of `batch_repeat_interleave` as an int. Raises unless it is a positive integer."""
+    result = as_int(number)
+    if result is None or result < 1:
+        problem = f"`batch_repeat_interleave({number!r})`"
+        raise ValueError(f"{problem}: give how often to repeat each row, a positive integer.")
+    return result
+
+
+def as_int(number: Any) -> int | None:
+    """An integer of whatever kind, None for something else."""
     try:
-        repeats = operator.index(number)
+        return operator.index(number)
     except TypeError:
-        repeats = 0
-    if repeats < 1:
-        raise ValueError(
-            f"`batch_repeat_interleave({number!r})`: give how often to repeat each row, a positive integer."
-        )
-    return repeats
+        return None
 
 
 def check_states(key_states: torch.Tensor, value_states: torch.Tensor) -> None:
     """Raises unless these are keys and values of the same new tokens."""
     for states in (key_states, value_states):
-        if not isinstance(states, torch.Tensor):
-            raise ValueError(f"Keys and values must be tensors, but a {type(states).__name__} was given.")
+        if not isinstance(states, torch.Tensor) or not states.is_floating_point():
+            given = states.dtype if isinstance(states, torch.Tensor) else f"a {type(states).__name__}"
+            raise ValueError(f"Keys and values must be tensors of real numbers, but {given} was given.")
     shapes = tuple(key_states.shape), tuple(value_states.shape)
     if len(shapes[0]) != 4 or len(shapes[1]) != 4 or shapes[0][:3] != shapes[1][:3] or 0 in (*shapes[0], *shapes[1]):
         raise ValueError(
             f"Keys of shape {shapes[0]} and values of shape {shapes[1]} are not (batch, kv_heads, tokens, head_dim) "
             "of the same tokens, one at least."
         )
-    if not key_states.is_floating_point() or not value_states.is_floating_point():
-        raise ValueError(f"Keys and values must be real numbers, not {key_states.dtype} and {value_states.dtype}.")
     if key_states.device != value_states.device:
         raise ValueError(f"Keys are on {key_states.device}, values on {value_states.device}.")
 
 
 def check_decoder_config(config: PreTrainedConfig) -> None:
-    """
-    Raises unless the model of `config` generates from a KV cache that the layers can serve.
-
-    Raises:
-        ValueError: `config` is no config, or the config of an encoder.
-        NotImplementedError: The attention of this architecture cannot be served.
-    """
+    """Raises unless `config` is that of a decoder (ValueError) whose attention is served (NotImplementedError)."""
     if not isinstance(config, PreTrainedConfig):
         given = f"the class {config.__name__}" if isinstance(config, type) else f"a {type(config).__name__}"
         raise ValueError(f"`config` must be the config of a model (`model.config`), but is {given}.")
@@ -100,14 +89,18 @@ def check_decoder_config(config: PreTrainedConfig) -> None:
         raise ValueError(
             f"A model of type {config.model_type!r} is an encoder: it attends in both directions and has no KV cache."
         )
-    implementation = text_config._attn_implementation
-    if implementation not in (None, "eager", "sdpa") and "flash" not in implementation:
-        raise NotImplementedError(
-            f"attn_implementation={implementation!r} is not known to pyramid_cache, which must attend and make masks "
-            "in its place. Load the model with 'sdpa', 'eager' or 'flash_attention_2'."
-        )
+    check_implementation(text_config._attn_implementation)
     reason = reason_against(text_config)
     if reason is not None:
         raise NotImplementedError(
             f"A model of type {config.model_type!r} cannot be compressed: {reason}. Use DynamicCache for it."
+        )
+
+
+def check_implementation(implementation: str | None) -> None:
+    """Raises NotImplementedError unless it is an attention function whose logits and masks are known."""
+    if implementation not in (None, "eager", "sdpa") and "flash" not in implementation:
+        raise NotImplementedError(
+            f"attn_implementation={implementation!r} is not known to pyramid_cache, which must attend and make masks "
+            "in its place. Load the model with 'sdpa', 'eager' or 'flash_attention_2'."
         )

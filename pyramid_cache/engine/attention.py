@@ -34,37 +34,23 @@ _originals: dict[tuple[type, str], Any] = {}
 
 
 def is_asked_for(name: str) -> bool:
-    """
-    Whether the running forward pass collects outputs of that name: "attentions" (`output_attentions=True`) or
-    "hidden_states". Attention functions are not told.
-    """
+    """Whether the running forward pass collects "attentions" or "hidden_states": attention functions are not told."""
     collector = None if output_capturing is None else output_capturing._active_collector.get()
     return collector is not None and name in collector
 
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """
-    A call that a model makes to its attention function.
+    """A call that a model makes to its attention function."""
 
-    Attributes:
-        function (`Callable`): The attention function that would run.
-        module (`torch.nn.Module`): The attention layer that calls it.
-        query (`torch.Tensor`): `(batch, heads, num_queries, head_dim)`.
-        key, value (`torch.Tensor`): `(batch, kv_heads, num_keys, head_dim)`.
-        mask (`torch.Tensor`, *optional*): In the form that `function` takes.
-        kwargs (`dict`): Whatever else the model passes.
-        lse (`torch.Tensor`, *optional*): `(batch, heads, num_queries)` float32, the log-sum-exps of the queries over
-            these keys, if they are known.
-    """
-
-    function: Callable
-    module: Any
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    mask: torch.Tensor | None
-    kwargs: dict[str, Any]
+    function: Callable  # the attention function that would run
+    module: Any  # the attention layer that calls it
+    query: torch.Tensor  # (batch, heads, num_queries, head_dim)
+    key: torch.Tensor  # (batch, kv_heads, num_keys, head_dim)
+    value: torch.Tensor  # (batch, kv_heads, num_keys, value_dim)
+    mask: torch.Tensor | None  # in the form that `function` takes
+    kwargs: dict[str, Any]  # whatever else the model passes
+    # (batch, heads, num_queries) float32: the log-sum-exps of the queries over these keys, if they are known
     lse: torch.Tensor | None = None
 
     def run(self) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -13,18 +13,12 @@ from typing import Any, Literal
 # Positions are int32.
 MAX_TOKENS = 2**31 - 1
 BUDGET_FORMS = "a fraction of the prompt (0 < budget <= 1.0), a number of tokens (a positive int) or bytes ('256MiB')"
-BYTE_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+BYTE_UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
 @dataclass(frozen=True)
 class Budget:
-    """
-    What a layer may keep of a row.
-
-    Attributes:
-        kind (`str`): "fraction" of the prompt, "tokens" per layer, or "bytes" of the whole cache.
-        amount (`float` or `int`): In that unit.
-    """
+    """What a layer may keep of a row: a fraction of the prompt, tokens per layer, or bytes of the whole cache."""
 
     kind: Literal["fraction", "tokens", "bytes"]
     amount: float | int
@@ -35,10 +29,7 @@ class Budget:
         return self.kind == "fraction" and self.amount == 1
 
     def num_tokens(self, prompt_length: int) -> int:
-        """
-        The tokens that a layer may keep of a prompt of that many tokens: at least one. A budget in bytes must have
-        been turned into tokens before, by `bytes_to_tokens`.
-        """
+        """What a layer may keep of a prompt: a token at least. `bytes_to_tokens` comes first for a budget in bytes."""
         if self.kind == "fraction":
             return max(floor_of_product(self.amount, prompt_length), 1)
         return int(self.amount)
@@ -55,26 +46,14 @@ def is_number(value: object) -> bool:
 
 
 def read_count(name: str, number: Any, least: int) -> int:
-    """
-    A number of tokens or layers as users write it, which may be an integer of numpy's.
-
-    Raises:
-        ValueError: It is no integer, less than `least` or more than any position.
-    """
-    if isinstance(number, bool) or not isinstance(number, Integral) or int(number) < least:
-        raise ValueError(f"`{name}={number!r}` must be an integer of at least {least}.")
-    if int(number) > MAX_TOKENS:
-        raise ValueError(f"`{name}={number!r}` must be an integer of at most {MAX_TOKENS:,}.")
+    """A number of tokens or layers as users write it, numpy's included. Raises ValueError unless it can be one."""
+    if isinstance(number, bool) or not isinstance(number, Integral) or not least <= int(number) <= MAX_TOKENS:
+        raise ValueError(f"`{name}={number!r}` must be an integer of at least {least} and at most {MAX_TOKENS:,}.")
     return int(number)
 
 
 def read_number(name: str, number: Any, interval: str) -> float:
-    """
-    A number as users write it, in an interval such as "[0, 1)". A round bracket leaves out its end.
-
-    Raises:
-        ValueError: It is no number, or outside of the interval.
-    """
+    """A number as users write it. Raises ValueError outside of an interval such as "[0, 1)", without the 1."""
     low, high = map(float, interval[1:-1].split(","))
     excluded = (low if interval[0] == "(" else None, high if interval[-1] == ")" else None)
     if not is_number(number) or not low <= number <= high or number in excluded:
@@ -83,12 +62,7 @@ def read_number(name: str, number: Any, interval: str) -> float:
 
 
 def read_kernel_size(kernel_size: Any) -> int:
-    """
-    Over how many neighbouring tokens scores are pooled, as users write it.
-
-    Raises:
-        ValueError: It is no odd integer of at least 1.
-    """
+    """Over how many neighbouring tokens scores are pooled, as users write it. Raises ValueError unless it is odd."""
     kernel_size = read_count("kernel_size", kernel_size, least=1)
     if kernel_size % 2 == 0:
         raise ValueError(
@@ -99,26 +73,20 @@ def read_kernel_size(kernel_size: Any) -> int:
 
 
 def parse_budget(budget: float | int | str) -> Budget:
-    """
-    Reads a budget as users write it; numbers may be numpy's.
-
-    Raises:
-        ValueError: It is none of a fraction in (0, 1], a positive number of tokens and a number of bytes.
-    """
-    if not is_number(budget) and not isinstance(budget, str):
-        raise ValueError(f"`budget` must be {BUDGET_FORMS}, but is {budget!r}.")
+    """Reads a budget as users write it, numpy's numbers included. Raises ValueError unless it is of `BUDGET_FORMS`."""
     if isinstance(budget, str):
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", budget)
-        unit = None if match is None else BYTE_UNITS.get(match[2].lower())
-        if match is None or unit is None or not match[2]:
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]+)\s*", budget)
+        if match is None or match[2].lower() not in BYTE_UNITS:
             raise ValueError(
                 f"`budget={budget!r}` is no number of bytes. Give {BUDGET_FORMS}; units are B, KB, MB, GB, KiB, MiB, "
                 "GiB, and a fraction or a number of tokens is no string."
             )
-        num_bytes = int(Fraction(match[1]) * unit)
+        num_bytes = int(Fraction(match[1]) * BYTE_UNITS[match[2].lower()])
         if num_bytes < 1:
             raise ValueError(f"`budget={budget!r}` holds nothing. Give {BUDGET_FORMS}.")
         return Budget("bytes", num_bytes)
+    if not is_number(budget):
+        raise ValueError(f"`budget` must be {BUDGET_FORMS}, but is {budget!r}.")
     if isinstance(budget, Integral):
         if budget < 1:
             raise ValueError(f"`budget={budget}` keeps no token. Give {BUDGET_FORMS}.")
@@ -135,15 +103,8 @@ def bytes_to_tokens(
     num_bytes: int, num_layers: int, batch_size: int, bytes_per_token: int, num_spare_slots: int
 ) -> int:
     """
-    The tokens per layer and row that a budget in bytes pays for.
-
-    Args:
-        num_bytes (`int`): For all layers and rows together.
-        bytes_per_token (`int`): Keys, values and bookkeeping of one token in one layer of one row.
-        num_spare_slots (`int`): Slots that a layer allocates beyond the tokens it keeps.
-
-    Raises:
-        ValueError: Not even one token per layer and row fits.
+    The tokens per layer and row that a budget in bytes pays for, in which a layer has so many spare slots beyond those
+    that it keeps. `bytes_per_token` is for one layer and row. Raises ValueError if not even one token fits.
     """
     num_tokens = num_bytes // (num_layers * batch_size * bytes_per_token) - num_spare_slots
     if num_tokens < 1:
@@ -158,11 +119,9 @@ def bytes_to_tokens(
 
 def cosine_decay(num_layers: int, decay_ratio: float) -> list[float]:
     """The shape of the pyramid: 1 at the first layer, falling as half a cosine to `decay_ratio` at the last one."""
-    if num_layers == 1:
-        return [1.0]
+    steps = max(num_layers - 1, 1)
     return [
-        (1 - decay_ratio) * (math.cos(math.pi * layer / (num_layers - 1)) + 1) / 2 + decay_ratio
-        for layer in range(num_layers)
+        (1 - decay_ratio) * (math.cos(math.pi * layer / steps) + 1) / 2 + decay_ratio for layer in range(num_layers)
     ]
 
 
@@ -176,28 +135,20 @@ def pyramid_schedule(
     prompt_length: int, total: int, shape: tuple[float, ...], minimum: int, num_dense_layers: int = 0
 ) -> tuple[int, ...]:
     """
-    Numbers of tokens per layer with a given sum: `clip(scale * shape, minimum, prompt_length)`, the scale being
-    solved.
+    Numbers of tokens per layer with a given sum: `clip(scale * shape, minimum, prompt_length)`, scale being solved.
 
     Args:
-        prompt_length (`int`): No layer keeps more.
         total (`int`): Tokens kept over all layers; met exactly if the bounds allow it.
         shape (`tuple[float, ...]`): One positive number per layer, never rising, as `cosine_decay` gives.
-        minimum (`int`): No layer keeps fewer.
         num_dense_layers (`int`): The first layers, which keep everything.
-
-    Returns:
-        `tuple[int, ...]`: Never rising.
 
     Raises:
         ValueError: The layers that keep everything and the minimum of the others take more than `total`.
     """
-    num_layers = len(shape)
-    minimum = min(minimum, prompt_length)
-    num_pruned = num_layers - num_dense_layers
-    rest = min(total, num_layers * prompt_length) - num_dense_layers * prompt_length
-    if rest < num_pruned * minimum:
-        needed = num_dense_layers * prompt_length + num_pruned * minimum
+    num_layers, minimum, dense = len(shape), min(minimum, prompt_length), num_dense_layers * prompt_length
+    needed = dense + (num_layers - num_dense_layers) * minimum
+    rest = min(total, num_layers * prompt_length) - dense
+    if dense + rest < needed:
         raise ValueError(
             f"A budget of {total} tokens over {num_layers} layers is too small for a prompt of {prompt_length}: "
             f"{num_dense_layers} layers that keep all of it and {minimum} tokens in each of the others take {needed}. "
@@ -208,16 +159,8 @@ def pyramid_schedule(
 
 def bounded_shares(total: int, shape: tuple[float, ...], minimum: int, maximum: int) -> tuple[int, ...]:
     """
-    Whole numbers of a given sum in proportion to a shape: `clip(scale * shape, minimum, maximum)`, the scale being
-    solved.
-
-    Args:
-        total (`int`): Met exactly; at least `minimum` and at most `maximum` for each number.
-        shape (`tuple[float, ...]`): Positive numbers.
-
-    Returns:
-        `tuple[int, ...]`: In the order of the shape: what has a larger share never gets less, and of equal shares the
-        earlier never gets less.
+    Whole numbers of a given sum in proportion to a shape of positive numbers: `clip(scale * shape, minimum, maximum)`.
+    What has a larger share never gets less, and of equal shares the earlier never gets less.
     """
 
     def shares(scale: float) -> list[float]:
@@ -230,8 +173,7 @@ def bounded_shares(total: int, shape: tuple[float, ...], minimum: int, maximum: 
     exact = shares(high)
     numbers = [math.floor(number) for number in exact]
     by_remainder = sorted(range(len(shape)), key=lambda index: (numbers[index] - exact[index], index))
-    # Rounding up the largest remainders keeps the order: of two with the same floor, the smaller share never has the
-    # larger remainder.
+    # This keeps the order: of two with the same floor, the smaller share never has the larger remainder.
     for index in by_remainder[: total - sum(numbers)]:
         numbers[index] += 1
     return tuple(numbers)

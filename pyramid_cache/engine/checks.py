@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from pyramid_cache.engine.arguments import check_implementation
 from pyramid_cache.engine.attention import AttentionCall, is_asked_for
 from pyramid_cache.engine.tokens import Tokens
 
@@ -45,15 +46,9 @@ def check_fit(layer: "CompressedLayer", key: torch.Tensor, value: torch.Tensor) 
             f"The cache holds {held.batch_size} rows, but the model was given {given.batch_size}. "
             f"{'' if rest else way_on}Use a new cache for another batch, or call `cache.reset()`."
         )
-    if (given.kv_heads, given.key_dim, given.value_dim) != (held.kv_heads, held.key_dim, held.value_dim):
-        raise ValueError(
-            f"The cache holds {held.kv_heads} KV heads of width {held.key_dim} (keys) and {held.value_dim} (values), "
-            f"but layer {layer.place.layer_idx} of this model has {given.kv_heads} of width {given.key_dim} and "
-            f"{given.value_dim}. Use a new cache for another model."
-        )
     raise ValueError(
-        f"The cache holds {held.dtype} (keys) and {held.value_dtype} (values) on {held.device}, but was given "
-        f"{given.dtype} and {given.value_dtype} on {given.device}. Use a new cache, or call `cache.reset()`."
+        f"The cache holds {held}, but was given {given} by layer {layer.place.layer_idx}. Use a new cache for another "
+        "model, or call `cache.reset()`."
     )
 
 
@@ -67,8 +62,8 @@ def check_module(layer: "CompressedLayer", module: torch.nn.Module) -> None:
             f"{type(module).__name__} attends in both directions: it has no past that a KV cache could hold."
         )
     config = getattr(module, "config", None)
-    depth = None if config is None else config.get_text_config(decoder=True).num_hidden_layers
-    if depth is not None and depth != layer.place.model_depth:
+    depth = layer.place.model_depth if config is None else config.get_text_config(decoder=True).num_hidden_layers
+    if depth != layer.place.model_depth:
         raise ValueError(
             f"The cache was built for {layer.place.model_depth} layers, but the model has {depth}. Build the cache "
             "from the config of the model that it is used with."
@@ -91,12 +86,7 @@ def check_call(layer: "CompressedLayer", call: AttentionCall, num_new: int) -> N
             "The cache was filled by another model. Use a new cache for each model, or call `cache.reset()` before it "
             "changes hands."
         )
-    implementation = getattr(getattr(call.module, "config", None), "_attn_implementation", None) or "eager"
-    if implementation not in ("eager", "sdpa") and "flash" not in implementation:
-        raise NotImplementedError(
-            f"attn_implementation={implementation!r} is not known to pyramid_cache, which must attend and make masks "
-            "in its place. Load the model with 'sdpa', 'eager' or 'flash_attention_2'."
-        )
+    check_implementation(getattr(getattr(call.module, "config", None), "_attn_implementation", None))
     if call.kwargs.get("position_bias") is not None:
         raise NotImplementedError("Attention with a learned position bias is not supported. Use DynamicCache.")
     if call.kwargs.get("dropout") and not layer.state.is_dense:
@@ -108,24 +98,21 @@ def check_step(layer: "CompressedLayer", call: AttentionCall) -> None:
     if torch.compiler.is_compiling():  # which cannot read tensors
         return
     lengths, num_seen = layer.state.row_lengths, layer.state.num_seen + 1
-    if call.mask is None and min(lengths) + 1 < num_seen:
-        raise ValueError(
-            f"There is no attention mask, or one that hides nothing, but of the {num_seen - 1} columns seen so far "
-            f"only {lengths} are tokens. Pass a mask that covers the tokens in the cache and the new one, and hides "
-            "padding."
-        )
+    expected = [length + 1 for length in lengths]
     if layer.place.depth == 0 and layer.state.has_traces:
-        check_traces(layer, [length + 1 for length in lengths])
-    if call.query.device.type != "cpu":  # reading tensors on an accelerator would wait for it at every token
-        return
-    check_position_ids(layer, call, lengths)
-    if call.mask is None:
-        return
-    shown = layer.masks.count(call.mask, len(lengths), num_seen)
-    if shown != [length + 1 for length in lengths]:
+        check_traces(layer, expected)
+    shown = [num_seen] * len(lengths) if call.mask is None else expected
+    if call.query.device.type == "cpu":  # reading tensors on an accelerator would wait for it at every token
+        check_position_ids(layer, call, lengths)
+        if call.mask is not None:
+            shown = layer.masks.count(call.mask, len(lengths), num_seen)
+    if shown != expected:
+        problem = f"The attention mask shows {shown} tokens per row"
+        if call.mask is None:
+            problem = f"There is no attention mask, which would hide nothing of the {num_seen - 1} columns seen so far"
         raise ValueError(
-            f"The attention mask shows {shown} tokens per row, but {lengths} have been seen before this one. Pass a "
-            "mask that covers the tokens in the cache and the new one, and hides padding only."
+            f"{problem}, but {lengths} tokens have been seen before this one. Pass a mask that covers the tokens in "
+            "the cache and the new one, and hides padding only."
         )
 
 
@@ -142,27 +129,20 @@ def check_position_ids(
 ) -> None:
     """
     Raises if the position ids of new tokens are lower than those of tokens seen before: the model was given a sequence
-    from its start again. Higher ids are allowed, since the ids of some models count padding.
-
-    Args:
-        row_lengths (`list[int]`): How many tokens each row has seen before these.
-        seen (`Tokens`, *optional*): All tokens seen, the new ones included. Without it, a mask was too short to be
-            read: the new columns of a row then count as tokens if their position ids rise by one.
+    from its start again. Higher ids are allowed, since the ids of some models count padding. `row_lengths` does not
+    count the new tokens, `seen` does. Without it, new columns of a row are tokens if their position ids rise by one.
     """
     position_ids, num_new = call.kwargs.get("position_ids"), call.num_queries
-    if layer.place.depth or position_ids is None:  # one layer speaks for all
+    if layer.place.depth or position_ids is None or not any(row_lengths):  # one layer speaks for all
         return
-    if position_ids.dim() != 2 or position_ids.shape[1] != num_new:
+    if position_ids.shape[1:] != (num_new,):
         return
     ends = torch.cat([position_ids[:, :1], position_ids[:, -1:]], dim=1).expand(len(row_lengths), -1).tolist()
-    lengths = (
-        [
-            length + num_new if last - first == num_new - 1 else 0
-            for (first, last), length in zip(ends, row_lengths, strict=True)
-        ]
-        if seen is None
-        else seen.row_lengths
-    )
+    if seen is not None:
+        lengths = seen.row_lengths
+    else:
+        rises = [last - first == num_new - 1 for first, last in ends]
+        lengths = [length + num_new if each else 0 for each, length in zip(rises, row_lengths, strict=True)]
     if any(last < length - 1 for (_, last), length in zip(ends, lengths, strict=True)):
         raise ValueError(
             f"`position_ids` end at {[last for _, last in ends]}, but the cache has seen {row_lengths} tokens: it is "
@@ -175,26 +155,20 @@ def check_position_ids(
 def read_tokens(layer: "CompressedLayer", call: AttentionCall) -> tuple[Tokens, bool]:
     """
     The columns that all rows have seen, the new ones included, as the mask shows them; and whether it now hides
-    tokens that it showed before.
-
-    Raises:
-        ValueError: They do not go on with those that the layer has seen.
+    tokens that it showed before. Raises if they do not go on with those that the layer has seen.
     """
     num_new = call.num_queries
     num_earlier, expected = layer.get_seq_length(), layer.num_seen_per_row
     num_rows, device = call.query.shape[0], call.query.device
-    if call.mask is None and any(expected):
-        check_position_ids(layer, call, expected)
     try:
         tokens = layer.masks.read(call.mask, num_rows, num_new, num_earlier + num_new, device)
-    except ValueError:
-        if any(expected):  # The mask is short because the sequence was restarted: report that instead.
-            check_position_ids(layer, call, expected)
+    except ValueError:  # a mask may be short because the sequence was restarted: report that instead
+        check_position_ids(layer, call, expected)
         raise
     earlier = [num_earlier] * num_rows
     if tokens.has_gaps:
         earlier = (tokens.positions[:, 0, :num_earlier] >= 0).sum(dim=-1).tolist()
-    if any(expected) and not tokens.ends_in_padding:
+    if not tokens.ends_in_padding:
         check_position_ids(layer, call, expected, tokens)
     hides_some = earlier != expected
     if hides_some:
@@ -213,11 +187,8 @@ def read_tokens(layer: "CompressedLayer", call: AttentionCall) -> tuple[Tokens, 
 def may_hide(layer: "CompressedLayer", shown: torch.Tensor, earlier: list[int]) -> bool:
     """
     Whether a mask may show fewer tokens than earlier ones: it hides the last tokens of some rows, as padding that
-    `generate` has put behind an answer, and no layer of the cache has evicted any.
-
-    Args:
-        shown (`torch.Tensor`): `(batch, 1, columns)` int32, the positions in earlier columns as the mask shows them.
-        earlier (`list[int]`): How many tokens of each row these are.
+    `generate` has put behind an answer, and no layer of the cache has evicted any. It shows these positions
+    `(batch, 1, columns)`, which are those of so many `earlier` tokens of each row.
     """
     if layer.pending.is_on or not layer.state.is_dense or not layer.has_room(layer.state.row_lengths):
         return False
@@ -234,21 +205,12 @@ def check_traces(layer: "CompressedLayer", row_lengths: list[int]) -> None:
         )
 
 
-def check_left_padding(tokens: Tokens) -> None:
-    """Raises if a row ends in padding: an eviction would take that padding for a gap."""
+def check_left_padding(tokens: Tokens, need: str) -> None:
+    """Raises if a row ends in padding, which would be taken for a gap."""
     if tokens.ends_in_padding:
         raise NotImplementedError(
-            "Some rows of the batch are padded on the right, and the cache has to evict. Pad on the left "
+            f"Some rows of the batch are padded on the right, and the cache {need}. Pad on the left "
             "(tokenizer.padding_side = 'left'), as `generate` asks for anyway."
-        )
-
-
-def check_recordable(tokens: Tokens) -> None:
-    """Raises if tokens that may be taken back end in padding."""
-    if tokens.ends_in_padding:
-        raise NotImplementedError(
-            "Some rows of the batch are padded on the right, and the cache records tokens that may be taken back. Pad "
-            "on the left (tokenizer.padding_side = 'left')."
         )
 
 

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from pyramid_cache.engine.fingerprint import WeightFingerprint, architecture_of, attention_modules, device_of_layer
+from pyramid_cache.engine.fingerprint import WeightFingerprint, architecture_of, device_of_layer
 from pyramid_cache.engine.foreign import foreign_kind
 from pyramid_cache.engine.layer import CompressedLayer
 
@@ -45,8 +45,7 @@ def save_cache(cache: "CompressedCache", path: str | os.PathLike[str]) -> None:
     path = os.path.realpath(os.fsdecode(path))
     if os.path.isdir(path):
         raise IsADirectoryError(errno.EISDIR, "This is a folder: give the name of a file in it", path)
-    settings = settings_of(cache)
-    require_complete(cache)
+    require_savable(cache)
     layers: list[dict[str, Any]] = []
     tensors: dict[str, torch.Tensor] = {}
     for index, layer in enumerate(cache.layers):
@@ -61,65 +60,42 @@ def save_cache(cache: "CompressedCache", path: str | os.PathLike[str]) -> None:
         if tensor.untyped_storage().data_ptr() in seen:
             tensors[name] = tensor.clone()
         seen.add(tensors[name].untyped_storage().data_ptr())
-    header = {
-        "cache": type(cache).__name__,
-        "settings": settings,
-        "architecture": cache.architecture,
-        "weights": {str(index): vars(weights) for index, weights in weights_of(cache).items()},
-        "layers": layers,
-    }
-    metadata = {"format": FORMAT, "version": FORMAT_VERSION, "header": json.dumps(header)}
+    weights = {}
+    for layer in (cache.compressed_layers[0], cache.compressed_layers[-1]):
+        found = layer.expected_weights if layer.module is None else WeightFingerprint.of(layer.module)
+        if found is not None:
+            weights[layer.place.layer_idx] = vars(found)
+    contents = (type(cache).__name__, cache.settings, cache.architecture, weights, layers)
+    header = json.dumps(dict(zip(HEADER_NAMES, contents, strict=True)), default=plain_number)
+    metadata = {"format": FORMAT, "version": FORMAT_VERSION, "header": header}
     with replacing(path) as temporary_path:
         save_file(tensors, temporary_path, metadata=metadata)
 
 
-def settings_of(cache: "CompressedCache") -> dict[str, Any]:
-    """The settings of a cache, as JSON has them."""
+def plain_number(number: Real) -> int | float:
+    """One of numpy's, or a fraction, as JSON has it."""
+    return int(number) if isinstance(number, Integral) else float(number)
+
+
+def require_savable(cache: "CompressedCache") -> None:
+    """Raises ValueError unless the cache tells its settings, is between two forward passes, and has seen a token."""
     if cache.settings is None:
         raise ValueError(
             f"{type(cache).__name__} does not tell its settings, so it could not be loaded again. Derive a class "
             "whose constructor takes them by name (of a `PolicyCache`: the fields of its policy; "
             "docs/write-a-policy.md has one)."
         )
-    settings = {}
-    for name, value in cache.settings.items():
-        if isinstance(value, Real) and not isinstance(value, bool):  # one of numpy's, or a fraction
-            value = int(value) if isinstance(value, Integral) else float(value)
-        settings[name] = value
-    return settings
-
-
-def require_complete(cache: "CompressedCache") -> None:
-    """Raises ValueError unless the cache is between two forward passes, and has seen a token."""
-    lengths = set()
-    for index, layer in enumerate(cache.layers):
-        if not isinstance(layer, CompressedLayer):
-            lengths.add(foreign_kind(index, layer).num_seen(layer))
-            continue
-        if layer.pending.chunks:
-            raise ValueError(
-                "The cache cannot be saved while it holds tokens that may still be taken back. Settle them with "
-                "`cache.crop(0)`, or take them back with `cache.crop(-n)`."
-            )
-        lengths.add(-1 if layer.arrival is not None else layer.get_seq_length())
-    lengths.discard(None)
-    if lengths == {0}:
-        raise ValueError("The cache holds nothing that could be saved: run the model with it first.")
-    if len(lengths) > 1 or -1 in lengths:
+    if any(layer.pending.chunks for layer in cache.compressed_layers):
         raise ValueError(
-            "The last forward pass of the cache was interrupted, so its layers have not seen the same tokens. Call "
-            "`cache.reset()` and run the model again before you save it."
+            "The cache cannot be saved while it holds tokens that may still be taken back. Settle them with "
+            "`cache.crop(0)`, or take them back with `cache.crop(-n)`."
         )
-
-
-def weights_of(cache: "CompressedCache") -> dict[int, WeightFingerprint]:
-    """Of the attention modules of the first and the last layer that evicts, as far as they are known, by layer."""
-    found = {}
-    for layer in (cache.compressed_layers[0], cache.compressed_layers[-1]):
-        weights = layer.expected_weights if layer.module is None else WeightFingerprint.of(layer.module)
-        if weights is not None:
-            found[layer.place.layer_idx] = weights
-    return found
+    if not cache.get_seq_length():
+        raise ValueError("The cache holds nothing that could be saved: run the model with it first.")
+    try:
+        cache.require_whole()
+    except RuntimeError as error:
+        raise ValueError(f"The cache cannot be saved. {error}") from error
 
 
 @contextlib.contextmanager
@@ -149,14 +125,13 @@ def replacing(path: str) -> Iterator[str]:
 def load_cache(
     cache_class: type[CacheType],
     path: str | os.PathLike[str],
-    config: PreTrainedConfig | PreTrainedModel,
+    config: Any,  # or a model
     device: torch.device | str | int | None,
     changed: dict[str, Any],
 ) -> CacheType:
     """See `CompressedCache.load`; `changed` are settings that take the place of those in the file."""
     path = os.fsdecode(path)
-    source: Any = config
-    model = source if isinstance(source, PreTrainedModel) else None
+    model = config if isinstance(config, PreTrainedModel) else None
     with opened(path) as file:
         header = read_header(path, file)
         if header["cache"] != cache_class.__name__:
@@ -164,18 +139,25 @@ def load_cache(
                 f"{path} holds a {header['cache']}, not a {cache_class.__name__}: load it with "
                 f"`{header['cache']}.load`."
             )
-        require_architecture(path, header["architecture"], architecture_of(source if model is None else model.config))
-        cache = build_cache(path, cache_class, config, header["settings"] | changed)
+        require_architecture(path, header["architecture"], config if model is None else model.config)
+        try:
+            cache = cache_class(config, **header["settings"] | changed)
+        except (ValueError, TypeError, ArithmeticError, OSError) as error:  # a folder of values may be gone
+            problem = f"No {cache_class.__name__} can be built with the settings in {path}"
+            raise ValueError(f"{problem}: {error}") from error
         weights = {int(index): WeightFingerprint(**fields) for index, fields in header["weights"].items()}
-        if model is not None:
-            require_weights(path, model, weights)
+        modules = [] if model is None else list(model.modules())
+        for index, expected in weights.items():
+            named = [each for each in modules if type(each).__name__ == expected.module]
+            placed = [each for each in named if getattr(each, "layer_idx", None) == index]
+            if len(placed) == 1:  # self-attention and attention to an encoder may share class and index
+                expected.require_same(placed[0])
         found, kinds = [each["layer"] for each in header["layers"]], [type(layer).__name__ for layer in cache.layers]
         if found != kinds:
             damaged(path, f"its layers are {found} instead of {kinds}")
         for index, layer in enumerate(cache.layers):
-            target = torch.device("cpu" if device is None else device)
-            if device is None and model is not None:
-                target = device_of_layer(model, index)
+            on_model = None if model is None else device_of_layer(model, index)
+            target = torch.device(device if device is not None else on_model or "cpu")
             if target.type == "meta":
                 raise ValueError(f"Layer {index} would be on the meta device. Give another one: `device=...`.")
             prefix = f"layers.{index}."
@@ -185,8 +167,12 @@ def load_cache(
                 for name in file.keys()
                 if name.startswith(prefix)
             }
+            numbers = header["layers"][index]["numbers"]
             try:
-                import_layer(index, layer, header["layers"][index]["numbers"], tensors)
+                if isinstance(layer, CompressedLayer):
+                    layer.import_state(numbers, tensors)
+                else:
+                    foreign_kind(index, layer).fill(layer, numbers, tensors)
             except (KeyError, ValueError) as error:
                 damaged(path, f"layer {index} cannot be read ({error!r})", error)
             if index in weights:
@@ -232,8 +218,9 @@ def read_header(path: str, file: Any) -> dict[str, Any]:
         damaged(path, f"its header is incomplete ({error!r})", error)
 
 
-def require_architecture(path: str, saved: dict[str, Any], given: dict[str, Any]) -> None:
+def require_architecture(path: str, saved: dict[str, Any], config: PreTrainedConfig) -> None:
     """Raises ValueError unless the file is of a model of the same architecture."""
+    given = architecture_of(config)
     differences = [
         f"`{name}` {saved.get(name)!r} instead of {given.get(name)!r}"
         for name in given | saved
@@ -244,33 +231,3 @@ def require_architecture(path: str, saved: dict[str, Any], given: dict[str, Any]
             f"{path} was filled by another model, which has {', '.join(differences)}. Load it for the model that made "
             "it, or make the cache again with this one."
         )
-
-
-def require_weights(path: str, model: PreTrainedModel, weights: dict[int, WeightFingerprint]) -> None:
-    """Raises ValueError if a layer of the model is known to have other weights than the one that filled the file."""
-    for index, expected in weights.items():
-        module = attention_modules(model, expected.module).get(index)
-        if module is not None:
-            try:
-                expected.require_same(module)
-            except ValueError as error:
-                raise ValueError(f"{path}: {error}") from error
-
-
-def build_cache(path: str, cache_class: type[CacheType], config: Any, settings: dict[str, Any]) -> CacheType:
-    """An empty cache with the settings of the file."""
-    try:
-        return cache_class(config, **settings)
-    except (ValueError, TypeError, ArithmeticError, OSError) as error:  # a folder of values may be gone
-        raise ValueError(f"No {cache_class.__name__} can be built with the settings in {path}: {error}") from error
-
-
-def import_layer(index: int, layer: Any, numbers: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-    """Fills an empty layer. What cannot be is a KeyError or ValueError."""
-    if not isinstance(layer, CompressedLayer):
-        foreign_kind(index, layer).fill(layer, numbers, tensors)
-        return
-    keys, values = tensors["keys"], tensors["values"]
-    if keys.dim() != 4 or keys.dtype != values.dtype or not keys.is_floating_point():
-        raise ValueError(f"keys are {keys.dtype} {tuple(keys.shape)} and values {values.dtype}")
-    layer.import_state(numbers, tensors)

@@ -44,18 +44,11 @@ def architecture_of(config: PreTrainedConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class WeightFingerprint:
-    """
-    Of one attention module.
+    """Of one attention module."""
 
-    Attributes:
-        module (`str`): The name of its class.
-        dtype (`str`): Of its first parameter.
-        digest (`str`): SHA-256 in hexadecimal of names, dtypes, shapes and samples of all parameters.
-    """
-
-    module: str
-    dtype: str
-    digest: str
+    module: str  # the name of its class
+    dtype: str  # of its first parameter
+    digest: str  # SHA-256 in hexadecimal of names, dtypes, shapes and samples of all parameters
 
     @staticmethod
     @torch.no_grad()
@@ -88,16 +81,6 @@ class WeightFingerprint:
             f"The cache was loaded from a file that a model {difference} has filled. Use it with the model that made "
             "it, or make it again with this one."
         )
-
-
-def attention_modules(model: PreTrainedModel, class_name: str) -> dict[int, nn.Module]:
-    """The modules of a class that know their `layer_idx`, by that; those that share one with another are left out."""
-    found: dict[int, list[nn.Module]] = {}
-    for module in model.modules():
-        layer_idx = getattr(module, "layer_idx", None)
-        if type(module).__name__ == class_name and isinstance(layer_idx, int):
-            found.setdefault(layer_idx, []).append(module)
-    return {layer_idx: modules[0] for layer_idx, modules in found.items() if len(modules) == 1}
 
 
 def device_of_layer(model: PreTrainedModel, layer_idx: int) -> torch.device:

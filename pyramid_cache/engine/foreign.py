@@ -4,8 +4,7 @@ layers without a cache of their own. What they cannot do is refused, and what th
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
@@ -17,20 +16,11 @@ Tensors = dict[str, torch.Tensor]
 UNSETTLED = "hold tokens that may still be taken back. Settle them with `cache.crop(0)` before you save it."
 
 
-@dataclass(frozen=True)
-class ForeignKind:
-    """
-    How layers of a class go into files.
+class ForeignKind(NamedTuple):
+    """How layers of a class go into files."""
 
-    Attributes:
-        export (`Callable`): Numbers, as JSON has them, and tensors of a layer.
-        fill (`Callable`): Gives them to an empty layer.
-        num_seen (`Callable`): The tokens that a layer has seen, None if it does not know.
-    """
-
-    export: Callable[[Any], tuple[Numbers, Tensors]]
-    fill: Callable[[Any, Numbers, Tensors], None]
-    num_seen: Callable[[Any], int | None] = lambda layer: None
+    export: Callable[[Any], tuple[Numbers, Tensors]]  # numbers as JSON has them, and tensors
+    fill: Callable[[Any, Numbers, Tensors], None]  # gives them to an empty layer
 
 
 def foreign_kind(index: int, layer: Any) -> ForeignKind:
@@ -91,10 +81,10 @@ def fill_sliding(layer: DynamicSlidingWindowLayer, numbers: Numbers, tensors: Te
 
 
 def export_linear(layer: LinearAttentionLayer) -> tuple[Numbers, Tensors]:
-    states = {f"conv_states.{i}": state for i, state in layer.conv_states.items()}
     for i, state in layer.conv_states.items():
         if state is not None and state.shape[-1] > layer.conv_kernel_size[i]:
             raise ValueError(f"The linear-attention layers of the cache {UNSETTLED}")
+    states = {f"conv_states.{i}": state for i, state in layer.conv_states.items()}
     states |= {f"recurrent_states.{i}": state for i, state in layer.recurrent_states.items()}
     numbers = {"has_previous_state": [bool(has) for has in layer.has_previous_state.values()]}
     return numbers, {name: state for name, state in states.items() if state is not None}
@@ -115,7 +105,7 @@ def fill_linear(layer: LinearAttentionLayer, numbers: Numbers, tensors: Tensors)
 
 
 FOREIGN_KINDS = {
-    "DynamicSlidingWindowLayer": ForeignKind(export_sliding, fill_sliding, lambda layer: layer.get_seq_length()),
+    "DynamicSlidingWindowLayer": ForeignKind(export_sliding, fill_sliding),
     "LinearAttentionLayer": ForeignKind(export_linear, fill_linear),
     # The place of a layer without a cache.
     "DummyLayer": ForeignKind(lambda layer: ({}, {}), lambda layer, numbers, tensors: None),

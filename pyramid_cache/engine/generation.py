@@ -43,7 +43,18 @@ def update_model_kwargs(
     """`_update_model_kwargs_for_generation`, which follows each forward pass of `generate`."""
     given, used = _given.get(), outputs.get(CACHE_ARGUMENT)
     if given is not None and used is not None and used is not given:
-        raise ValueError(reason_for_other_cache(model, given, used))
+        way_out = "Use DynamicCache for this model."
+        length = getattr(model.config.get_text_config(decoder=True), "original_max_position_embeddings", None)
+        if length is not None:
+            way_out = (
+                f"Beyond {length} tokens its positions are scaled in another way, for which it reads everything anew. "
+                f"Prompts work whose answers end within {length} tokens. Longer ones work once the cache has seen "
+                f"more than {length} tokens: call `model(prompt[:, :-1], {CACHE_ARGUMENT}=cache)` before `generate`."
+            )
+        raise ValueError(
+            f"{type(model).__name__} did not use the {type(given).__name__} that `generate` was given, but a new "
+            f"{type(used).__name__}. {way_out}"
+        )
     return original(model, outputs, model_kwargs, *args, **kwargs)
 
 
@@ -54,19 +65,3 @@ def given_cache(arguments: Mapping[str, Any]) -> Cache | None:
         if hasattr(getattr(cache, "self_attention_cache", cache), "compressed_layers"):
             return cache
     return None
-
-
-def reason_for_other_cache(model: PreTrainedModel, given: Cache, used: Cache) -> str:
-    """The error for a model that went on with another cache."""
-    error = (
-        f"{type(model).__name__} did not use the {type(given).__name__} that `generate` was given, but a new "
-        f"{type(used).__name__}."
-    )
-    length = getattr(model.config.get_text_config(decoder=True), "original_max_position_embeddings", None)
-    if length is None:
-        return f"{error} Use DynamicCache for this model."
-    return (
-        f"{error} Beyond {length} tokens its positions are scaled in another way, for which it reads everything anew. "
-        f"Prompts work whose answers end within {length} tokens. Longer ones work once the cache has seen more than "
-        f"{length} tokens: call `model(prompt[:, :-1], {CACHE_ARGUMENT}=cache)` before `generate`."
-    )

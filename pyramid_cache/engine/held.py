@@ -20,20 +20,12 @@ from pyramid_cache.engine.tokens import MaskReader
 
 @dataclass(frozen=True)
 class LayerPlace:
-    """
-    The place of a layer in its model.
-
-    Attributes:
-        layer_idx (`int`): Its index in the model.
-        depth (`int`): Its rank among the layers that evict.
-        num_layers (`int`): How many layers evict.
-        model_depth (`int`): How many layers of all kinds the model has.
-    """
+    """The place of a layer in its model."""
 
     layer_idx: int
-    depth: int
-    num_layers: int
-    model_depth: int
+    depth: int  # its rank among the layers that evict
+    num_layers: int  # that evict
+    model_depth: int  # layers of all kinds
 
 
 class Layout(NamedTuple):
@@ -47,19 +39,15 @@ class Layout(NamedTuple):
     value_dtype: torch.dtype  # under autocast another one than that of keys
     device: torch.device
 
+    def __str__(self) -> str:
+        kinds = f"{self.dtype} and {self.value_dtype} on {self.device}"
+        return f"{self.kv_heads} KV heads of width {self.key_dim} (keys) and {self.value_dim} (values) in {kinds}"
+
 
 class StoredLayer(CacheLayerMixin):
-    """
-    Tokens in a store, and the tokens that `crop` may take back.
-
-    Args:
-        place (`LayerPlace`): Which layer of the model this is.
-        masks (`MaskReader`): Shared by the layers of a cache.
-        store (`SlotStore`): Where the layer puts its tokens.
-    """
+    """Tokens in a store, and the tokens that `crop` may take back. The layers of a cache share `masks`."""
 
     is_sliding = False
-    is_compileable = False
     supports_early_init = False
 
     # Whether tokens that are not held are lost. ShadowKV brings them back when they are attended to.
@@ -111,7 +99,6 @@ class StoredLayer(CacheLayerMixin):
 
     @property
     def batch_size(self) -> int:
-        """How many rows the layer holds."""
         return self.layout.batch_size
 
     # What `generate` asks of any layer.
@@ -136,11 +123,10 @@ class StoredLayer(CacheLayerMixin):
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keeps the rows at `indices`, in that order."""
+        """Keeps the rows at the int64 `indices`, in that order."""
         if not self.is_initialized:
             return
-        indices = torch.as_tensor(indices, device=self.device)
-        indices = indices.nonzero().flatten() if indices.dtype == torch.bool else indices
+        indices = indices.to(self.device)
         # Where all rows have the same counts, the indices need not be read from the device.
         counts = [getattr(self.state, name) for name in self.state.names("counts")]
         counts += [chunk.seen.row_lengths for chunk in self.pending.chunks]
@@ -183,6 +169,8 @@ class StoredLayer(CacheLayerMixin):
         """Takes over what `export_state` gave."""
         self._clear()
         keys, values = tensors["keys"], tensors["values"]
+        if keys.dim() != 4 or keys.dtype != values.dtype or not keys.is_floating_point():
+            raise ValueError(f"keys are {keys.dtype} {tuple(keys.shape)} and values {values.dtype}")
         # One row is enough to tell shapes, and a budget in bytes may not pay for rows that were repeated later.
         self.lazy_initialization(keys[:1], values[:1])
         self.layout = self.layout_of(keys, values)
@@ -191,9 +179,7 @@ class StoredLayer(CacheLayerMixin):
     # What users ask.
 
     def held_positions(self) -> torch.Tensor:
-        """
-        `(batch, kv_heads, slots)` int64: the positions of the tokens in the slots, -1 for empty ones and padding.
-        """
+        """`(batch, kv_heads, slots)` int64: positions of the tokens in the slots, -1 for empty ones and padding."""
         parts = [self.store.held_positions()]
         parts += [chunk.seen.positions[..., -chunk.num_columns :] for chunk in self.pending.chunks]
         return torch.cat([part.expand(-1, self.layout.kv_heads, -1) for part in parts], dim=-1).long()

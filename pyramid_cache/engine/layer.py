@@ -222,9 +222,9 @@ class CompressedLayer(StoredLayer):
         seen, hides_some = checks.read_tokens(self, call)
         seen = seen.to(self.device)
         if arrival.put_aside is not None:
-            checks.check_recordable(seen)
+            checks.check_left_padding(seen, "records tokens that may be taken back")
         elif self.loses_tokens(seen):
-            checks.check_left_padding(seen)
+            checks.check_left_padding(seen, "has to evict")
             checks.check_attentions()
         self.state.has_traces |= hides_some
         return seen

@@ -1,8 +1,9 @@
 """
 How the layers of a model rotate their keys, found from what the model hands to each of them.
 
-Each layer is probed once, while its attention runs for the first time. A table of model types would have to be kept up
-to date, and would not see frequencies that `model.to(torch.bfloat16)` has rounded. Nothing is read from classes:
+Each layer is probed while its attention runs for the first time, and again once a tensor that the answer depends on
+has changed. A table of model types would have to be kept up to date, and would not see frequencies that
+`model.to(torch.bfloat16)` has rounded. Nothing is read from classes:
 
 1. The frames of `Module.__call__` hold the modules that are running and what each was handed.
 2. The rotary module that gives the same cosines and sines for the positions of this forward is the one in use. Its
@@ -17,13 +18,14 @@ import inspect
 import itertools
 import traceback
 from bisect import bisect
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdRef
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -32,11 +34,34 @@ from pyramid_cache.engine.rotation import RotaryFrequencies, export_frequencies
 
 # Zero, where keys are as they were, and primes near the powers of eight: exact in float32, and slow pairs turn too.
 PROBE_POSITIONS = (0, 1, 7, 61, 509, 4093, 32749, 262139, 2097143)
-LAYOUTS: tuple[Literal["half", "interleaved"], ...] = ("half", "interleaved")
-# How attention modules rotated keys when they ran last: recorded keys are given to caches while none is running.
-# The references are weak, so that the tensors go with the caches that hold them.
-last_found: WeakKeyDictionary[nn.Module, ref[RotaryFrequencies]] = WeakKeyDictionary()
-NO_ROTATION = RotaryFrequencies(torch.empty(0, device="cpu"))
+# What a running module is, and what it was handed, by name.
+Call = tuple[Any, dict[str, Any]]
+
+
+@dataclass
+class Finding:
+    """How an attention module rotates keys, and what that depends on."""
+
+    frequencies: RotaryFrequencies | None  # None if it does not rotate them
+    owner: ref[nn.Module] | None = None  # has the rotary module below it
+    name: str = ""  # the rotary module's, there
+    dependencies: tuple = ()  # `dependencies_now` when it was found
+
+    def dependencies_now(self, module: nn.Module) -> tuple:
+        """The class, weights and rotary buffers of `module`; an object, equal to no other, for what is not known."""
+        try:
+            rotary = self.owner().get_submodule(self.name)  # type: ignore[union-attr, misc]
+        except (AttributeError, TypeError):  # the rotary module is gone
+            return (object(),)
+        tensors = (*module.parameters(), *module.buffers(), *rotary.buffers())
+        # Tensors of inference mode do not count their changes.
+        versions = [object() if each.is_inference() else each._version for each in tensors]
+        return type(module), versions, [(WeakIdRef(each), each.dtype, each.device) for each in tensors]
+
+
+# What was found last, for as long as the module lives. Caches are also given recorded keys while none is running. It
+# goes unnoticed if a second model runs the same module with cosines from a rotary module of its own.
+findings: WeakKeyDictionary[nn.Module, Finding] = WeakKeyDictionary()
 
 
 class SharedFrequencies:
@@ -50,25 +75,23 @@ class SharedFrequencies:
     def frequencies_of(self, module: nn.Module, device: torch.device) -> RotaryFrequencies | None:
         """
         How an attention module that runs on `device` rotates its keys, or None if it does not. Of a module that is not
-        running, what was found last.
-
-        Raises:
-            NotImplementedError: The rotation depends on the length or could not be reproduced, or no forward runs.
+        running, what was found last. Raises NotImplementedError where nothing was found.
         """
-        calls, known = _running_calls(module), last_found.get(module, lambda: None)
-        found = _probe(calls, device) or NO_ROTATION if calls else known()
-        if found is None:
-            raise _refusal(module, "what is found while it runs. Compile the model after a forward with this cache.")
-        found = found if found is NO_ROTATION else self.shared(found)
-        if calls:
-            last_found[module] = ref(found)
-        return None if found is NO_ROTATION else found
+        known = findings.get(module)
+        if known is None or known.dependencies != known.dependencies_now(module):
+            if calls := _running_calls(module):
+                findings.pop(module, None)
+                known = findings[module] = _probe(calls, device)
+            elif known is None:
+                way_out = "Compile the model after a forward with this cache."
+                raise _refusal(module, f"what is found while it runs. {way_out}")
+        return None if known.frequencies is None else self.shared(known.frequencies)
 
     def shared(self, found: RotaryFrequencies) -> RotaryFrequencies:
-        """The object that all layers of the cache with these frequencies use; other caches have their own."""
-        tensors = export_frequencies(found)[1].values()
-        key = (found.layout, found.original_max_position_embeddings, *(tuple(each.tolist()) for each in tensors))
-        return self._known.setdefault(key, replace(found))
+        """The copy that all layers of the cache with these frequencies use. It goes with the cache."""
+        if found.content not in self._known:
+            self._known[found.content] = copy.deepcopy(found)
+        return self._known[found.content]
 
     def held_tensors(self) -> list[torch.Tensor]:
         """What it refers to."""
@@ -85,9 +108,8 @@ def refuse_unsupported_rope(config: PreTrainedConfig) -> None:
     parameters = getattr(text_config, "rope_parameters", None) or {}
     for settings in (parameters, *(each for each in parameters.values() if isinstance(each, dict))):
         if "dynamic" in str(settings.get("rope_type", "")):
-            raise _refusal(
-                config, "dynamic NTK scaling, which depends on the length. A rope_type like 'yarn' does not."
-            )
+            remedy = "A rope_type like 'yarn' does not."
+            raise _refusal(config, f"dynamic NTK scaling, which depends on the length. {remedy}")
         if text_config is not config and any("mrope" in key for key in settings):
             remedy = "For text alone, build the cache from `model.config.get_text_config()`."
             raise _refusal(config, f"positions with several axes (mrope) if it is given images. {remedy}")
@@ -96,10 +118,6 @@ def refuse_unsupported_rope(config: PreTrainedConfig) -> None:
 def _refusal(owner: Any, reason: str) -> NotImplementedError:
     way_out = "Use a cache that leaves keys at the positions the model gave them."
     return NotImplementedError(f"{type(owner).__name__} rotates keys by {reason} {way_out}")
-
-
-# What a running module is, and what it was handed, by name.
-Call = tuple[Any, dict[str, Any]]
 
 
 def _running_calls(module: nn.Module) -> list[Call]:
@@ -129,9 +147,11 @@ class _Recorder(DynamicCache):
 
 
 class _Rotary:
-    """A copy of a rotary module, whose calls change nothing of the model."""
+    """A copy of the rotary module that `owner` has under a name. Calls of it change nothing of the model."""
 
-    def __init__(self, module: nn.Module, attention_module: Any) -> None:
+    def __init__(self, owner: nn.Module, name: str, attention_module: Any) -> None:
+        self.place = ref(owner), name
+        module = owner.get_submodule(name)
         self.module, self.settings = copy.copy(module), {}
         self.module._buffers = {name: copy.deepcopy(buffer) for name, buffer in module._buffers.items()}
         if "layer_type" in inspect.signature(type(module).forward).parameters:
@@ -161,15 +181,14 @@ class _Rotary:
             raise _refusal(self.module, "frequencies which depend on the length of the sequence.")
         if torch.equal(short, long):
             return RotaryFrequencies(short)
-        switch = bisect(
-            range(2**21), False, lo=2, key=lambda longest: torch.equal(self.inv_freq(longest, device), long)
-        )
+        lengths = range(2**21)
+        switch = bisect(lengths, False, lo=2, key=lambda length: torch.equal(self.inv_freq(length, device), long))
         return RotaryFrequencies(short, "half", long, switch - 1)
 
 
 def _rotaries(parent: nn.Module, attention_module: nn.Module) -> list[_Rotary]:
-    found = (each for each in parent.modules() if any("inv_freq" in name for name in each._buffers))
-    return [_Rotary(each, attention_module) for each in found]
+    found = [name for name, each in parent.named_modules() if any("inv_freq" in buffer for buffer in each._buffers)]
+    return [_Rotary(parent, name, attention_module) for name in found]
 
 
 def _maker(parts: list[torch.Tensor], calls: list[Call]) -> _Rotary:
@@ -184,7 +203,7 @@ def _maker(parts: list[torch.Tensor], calls: list[Call]) -> _Rotary:
     makers, rotaries = {}, _rotaries(model, module)
     if not rotaries:  # a layer that is called on its own has the usual one, or is refused
         with contextlib.suppress(Exception), torch.device("cpu"):
-            rotaries = [_Rotary(LlamaRotaryEmbedding(module.config), module)]
+            rotaries = [_Rotary(LlamaRotaryEmbedding(module.config), "", module)]
     for rotary, ids in itertools.product(rotaries, known):
         with contextlib.suppress(Exception):  # a module of an image encoder takes something else
             torch.testing.assert_close(tree_leaves(rotary(ids.to(parts[0].device), parts[0].dtype)), parts)
@@ -195,7 +214,7 @@ def _maker(parts: list[torch.Tensor], calls: list[Call]) -> _Rotary:
     return makers.popitem()[1]
 
 
-def _probe(calls: list[Call], device: torch.device) -> RotaryFrequencies | None:
+def _probe(calls: list[Call], device: torch.device) -> Finding:
     """How the innermost of running modules rotates keys."""
     module, given = calls[0][0], dict(calls[0][1])
     hidden_states = next(iter(inspect.signature(module.forward).parameters))  # a name
@@ -229,14 +248,20 @@ def _probe(calls: list[Call], device: torch.device) -> RotaryFrequencies | None:
         raise _refusal(module, f"what is unknown: they are all {largest}, load the weights first.")
     if (values - values[:, :, :1]).abs().max() > tolerance:
         raise _refusal(module, "what is unknown: it caches latents (multi-head latent attention).")
+    # Without a rotary module, the answer depends on the attention module alone.
+    finding = Finding(None, *((ref(module), "") if rotary is None else rotary.place))
+    finding.dependencies = finding.dependencies_now(module)
     still = keys[:, :, :1].double().expand(keys.shape)
     if (keys - still).abs().max() <= tolerance:
-        return None
-    measured = [] if rotary is None else [rotary.frequencies(device)]
-    for found, sign, layout in itertools.product(measured, (1, -1), LAYOUTS):
-        long_inv_freq = None if found.long_inv_freq is None else sign * found.long_inv_freq
-        found = replace(found, inv_freq=sign * found.inv_freq, layout=layout, long_inv_freq=long_inv_freq)
+        return finding
+    if rotary is None:
+        raise _refusal(module, "angles that could not be reproduced: none of its modules gives them.")
+    measured = rotary.frequencies(device)
+    layouts: list[Literal["half", "interleaved"]] = ["half", "interleaved"]
+    for sign, layout in itertools.product((1, -1), layouts):
+        turned: dict[str, Any] = {name: sign * tensor for name, tensor in export_frequencies(measured)[1].items()}
+        found = replace(measured, layout=layout, **turned)
         angles = found.model_angles(positions, PROBE_POSITIONS[-1] + 1)[:, None]
         if found.rotary_dim <= keys.shape[-1] and (found.rotate(still, angles) - keys).abs().max() <= tolerance:
-            return found
+            return replace(finding, frequencies=found)
     raise _refusal(module, "angles that could not be reproduced.")

@@ -7,38 +7,35 @@ position and inverse frequency in float32, off by up to 0.03 radians at position
 same product in float64. A factor on cosines and sines (yarn, longrope) sits in the states and is never touched.
 """
 
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+import functools
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 import torch
 
 from pyramid_cache.ops.transfer import numbers_on
 
 
-# What `export_frequencies` calls its tensors.
-FREQUENCY_TENSORS = ("inv_freq", "long_inv_freq")
-
-
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class RotaryFrequencies:
-    """
-    How one attention layer rotates its keys: the first `rotary_dim` dimensions of each head, by these frequencies.
+    """How one attention layer rotates its keys: the first `rotary_dim` dimensions of each head."""
 
-    Attributes:
-        inv_freq: `(rotary_dim / 2,)` inverse frequencies in float32, negative for a model that turns the other way.
-        layout: `"half"` pairs dimension `i` with `i + rotary_dim / 2` (Llama), `"interleaved"` `2 i` with `2 i + 1`.
-        long_inv_freq: `(rotary_dim / 2,)`, longrope only: what replaces `inv_freq` in a forward that reaches beyond
-            `original_max_position_embeddings` tokens.
-    """
-
+    # (rotary_dim / 2,) float32, negative for a model that turns the other way.
     inv_freq: torch.Tensor
+    # "half" pairs dimension `i` with `i + rotary_dim / 2` (Llama), "interleaved" `2 i` with `2 i + 1`.
     layout: Literal["half", "interleaved"] = "half"
+    # (rotary_dim / 2,), longrope only: in a forward that reaches beyond this many tokens, it replaces `inv_freq`.
     long_inv_freq: torch.Tensor | None = None
     original_max_position_embeddings: int | None = None
+    # What `turn_by` was asked last, and its answer.
+    latest_key: tuple = field(default=(), init=False)
+    latest_turn: tuple = field(default=(), init=False)
 
-    # What `turn_by` was asked last, and its answer; no fields.
-    latest_distances = None
-    latest_turn: ClassVar[Any] = ()
+    @functools.cached_property
+    def content(self) -> tuple:
+        """What is equal for two that rotate alike."""
+        tensors = export_frequencies(self)[1].values()
+        return self.layout, self.original_max_position_embeddings, *(tuple(each.tolist()) for each in tensors)
 
     @property
     def rotary_dim(self) -> int:
@@ -62,14 +59,8 @@ class RotaryFrequencies:
 
     def rotate(self, states: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
         """
-        Turn queries or keys by the given angles, in float32 (float64 for float64 states), rounded once.
-
-        Args:
-            states: `(batch, heads, seq, head_dim)`; left as it is.
-            angles: `(batch or 1, heads or 1, seq or 1, rotary_dim / 2)`, usually a difference of two angles.
-
-        Returns:
-            `(batch, heads, seq, head_dim)` in the dtype of `states`.
+        Turns queries or keys `(batch, heads, seq, head_dim)` by angles `(..., rotary_dim / 2)`, which may have a 1 for
+        each of the others. Computes in float32 (float64 for float64 states) and rounds once.
         """
         return self.turn(states, *self.cosine_and_sine(angles, states.dtype))
 
@@ -88,14 +79,13 @@ class RotaryFrequencies:
         was asked last is kept: the layers of a forward pass ask for the same.
         """
         key = (distances, states.dtype, states.device)
-        if not torch.compiler.is_compiling() and self.latest_distances == key:
-            return self.latest_turn
-        angles = self.angles(numbers_on(states.device, distances, torch.int64).view(-1, 1, 1))
-        turn = self.cosine_and_sine(angles, states.dtype)
-        if not torch.compiler.is_compiling():
-            object.__setattr__(self, "latest_distances", key)
-            object.__setattr__(self, "latest_turn", turn)
-        return turn
+        if torch.compiler.is_compiling() or self.latest_key != key:
+            angles = self.angles(numbers_on(states.device, distances, torch.int64).view(-1, 1, 1))
+            turn = self.cosine_and_sine(angles, states.dtype)
+            if torch.compiler.is_compiling():
+                return turn
+            self.latest_key, self.latest_turn = key, turn
+        return self.latest_turn
 
     def turn(self, states: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
         """`rotate` by angles whose `cosine_and_sine` are known."""
@@ -109,14 +99,15 @@ class RotaryFrequencies:
 
 
 def export_frequencies(rotary: RotaryFrequencies | None) -> tuple[dict[str, Any] | None, dict[str, torch.Tensor]]:
-    """Frequencies for a file: what JSON takes, and tensors by the names in `FREQUENCY_TENSORS`."""
-    fields = {} if rotary is None else {name: value for name, value in vars(rotary).items() if value is not None}
-    tensors = {name: fields.pop(name) for name in FREQUENCY_TENSORS if name in fields}
-    return fields or None, tensors
+    """Frequencies for a file: what JSON takes, and tensors by name."""
+    if rotary is None:
+        return None, {}
+    values = {each.name: getattr(rotary, each.name) for each in fields(rotary) if each.init}
+    tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+    return {name: value for name, value in values.items() if value is not None and name not in tensors}, tensors
 
 
 def import_frequencies(numbers: dict[str, Any] | None, tensors: dict[str, torch.Tensor]) -> RotaryFrequencies | None:
     """The frequencies that `export_frequencies` gave, out of the numbers and tensors of a file."""
-    if numbers is None:
-        return None
-    return RotaryFrequencies(**numbers | {name: tensors[name] for name in FREQUENCY_TENSORS if name in tensors})
+    names = {each.name for each in fields(RotaryFrequencies)} & tensors.keys()
+    return None if numbers is None else RotaryFrequencies(**numbers | {name: tensors[name] for name in names})

@@ -9,7 +9,6 @@ import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -24,10 +23,6 @@ from pyramid_cache.engine.rope import SharedFrequencies
 from pyramid_cache.engine.store import SlotStore
 from pyramid_cache.engine.tokens import Tokens
 from pyramid_cache.ops import attention_with_lse, row_lse
-
-
-# How the layers of a model rotate keys: caches that are given a reading ask for it when no layer is running.
-FREQUENCIES: WeakKeyDictionary[PreTrainedModel, SharedFrequencies] = WeakKeyDictionary()
 
 
 def pad_left(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -120,7 +115,7 @@ class Reader:
     def __init__(self, model: PreTrainedModel, ids: torch.Tensor, padding: torch.Tensor | None = None) -> None:
         self.model = model
         self.padding = padding
-        frequencies = FREQUENCIES.setdefault(model, SharedFrequencies())
+        frequencies = SharedFrequencies()
         self.cache = CompressedCache(
             model.config, lambda place, masks: ReadingLayer(place, masks, SlotStore(), frequencies)
         )
