@@ -363,10 +363,7 @@ class CompressedCache(Cache):
     def plot(self, row: int = 0) -> "Figure":
         """
         Draws how many tokens each layer holds, and which positions of a row they have. `pyramid_cache.plot` draws each
-        of the two alone, and more.
-
-        Of a `ShadowKVCache` the figure shows the buffer that a step attends to: the chosen chunks, the outliers and
-        the latest tokens. The other tokens are not lost.
+        of the two alone, and more. Of tokens that the cache brings back, those count that the last step attended to.
 
         Args:
             row (`int`, defaults to 0): The row of the batch.
@@ -392,16 +389,13 @@ class CompressedCache(Cache):
     ) -> "KeptText":
         """
         The text of a row. The colour of a token says how many of the layers that evict hold it in at least one KV
-        head. A notebook shows HTML with tooltips; `print` gives plain text.
-
-        Of a `ShadowKVCache` the tokens of the buffer count, which a step attends to: the chosen chunks, the outliers
-        and the latest tokens. The other tokens are not lost.
+        head. A notebook shows HTML with tooltips; `print` gives plain text. Of tokens that the cache brings back,
+        those count that the last step attended to.
 
         Args:
             tokenizer (`PreTrainedTokenizerBase`): The tokenizer of the model.
-            input_ids (`torch.Tensor`): `(batch, tokens)`, or `(tokens,)` of a single row: all tokens that the cache
-                has seen, or the first of them, such as the prompt. The sequences that `generate` returns fit too: no
-                layer has seen their last token.
+            input_ids (`torch.Tensor`): `(batch, tokens)`, or `(tokens,)` of a single row: the first tokens that the
+                cache has seen, such as the prompt, or the sequences that `generate` returned.
             row (`int`, defaults to 0): The row of the batch.
             attention_mask (`torch.Tensor`, *optional*): `(batch, tokens)`, as the model was given it. Columns behind
                 its last one are tokens. Without a mask, the padding of a row is taken to be in front of it.
