@@ -18,10 +18,8 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from pyramid_cache.engine.budget import read_count, read_number
-from pyramid_cache.engine.cache import config_and_model
-from pyramid_cache.engine.policy import Policy, PromptView, ScoringView
+from pyramid_cache.engine.policy import Policy, PromptView, ScoringView, setting
 from pyramid_cache.engine.policy_cache import DEFAULT_EVICTION_INTERVAL, PolicyCache
-from pyramid_cache.engine.rope import refuse_unsupported_rope
 from pyramid_cache.engine.rotation import RotaryFrequencies
 from pyramid_cache.engine.state import LayerState, row
 
@@ -52,20 +50,18 @@ class ExpectedAttentionPolicy(Policy):
     `ExpectedAttentionCache` for the fields.
     """
 
-    num_future_positions: int = 512
-    num_sink_tokens: int = 4
+    num_future_positions: int = setting(512, read_count, 1)
+    num_sink_tokens: int = setting(4, read_count, 0)
     use_covariance: bool = True
-    epsilon: float = 0.0
+    epsilon: float = setting(0.0, read_number, "[0, inf)")
 
     state_class = QueryStatistics
     needs_rotary = True
 
     def __post_init__(self) -> None:
-        for name, least in (("num_future_positions", 1), ("num_sink_tokens", 0)):
-            object.__setattr__(self, name, read_count(name, getattr(self, name), least=least))
+        super().__post_init__()
         if not isinstance(self.use_covariance, bool):
             raise ValueError(f"`use_covariance={self.use_covariance!r}` must be True or False.")
-        object.__setattr__(self, "epsilon", read_number("epsilon", self.epsilon, "[0, inf)"))
 
     def observe(self, prompt: PromptView) -> None:
         state, (batch_size, heads, num_queries, head_dim) = prompt.state, prompt.query.shape
@@ -228,4 +224,3 @@ class ExpectedAttentionCache(PolicyCache):
     ) -> None:
         policy = ExpectedAttentionPolicy(num_future_positions, num_sink_tokens, use_covariance, epsilon)
         super().__init__(config, budget, policy, eviction_interval=eviction_interval)
-        refuse_unsupported_rope(config_and_model(config)[0])

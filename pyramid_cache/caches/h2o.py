@@ -15,15 +15,15 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from pyramid_cache.engine.budget import floor_of_product, read_number
-from pyramid_cache.engine.policy import Policy, ScoringView
+from pyramid_cache.engine.policy import Policy, ScoringView, setting
 from pyramid_cache.engine.policy_cache import PolicyCache
 from pyramid_cache.engine.state import LayerState, row
 from pyramid_cache.ops.transfer import numbers_on
 
 
 @dataclass(eq=False)
-class H2OState(LayerState):
-    """`num_recent` `(batch, 1, 1)` int32: the size of the recent window, what heavy hitters leave of the budget."""
+class WindowState(LayerState):
+    """`num_recent` `(batch, 1, 1)` int32: the size of the recent window."""
 
     num_recent: torch.Tensor | None = row()
 
@@ -32,15 +32,12 @@ class H2OState(LayerState):
 class H2OPolicy(Policy):
     """A token's score is the attention that all queries so far gave it; the recent window always stays."""
 
-    heavy_ratio: float = 0.5
+    heavy_ratio: float = setting(0.5, read_number, "[0, 1)")
 
     window_size = None
-    state_class = H2OState
+    state_class = WindowState
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "heavy_ratio", read_number("heavy_ratio", self.heavy_ratio, "[0, 1)"))
-
-    def prepare(self, state: H2OState) -> None:
+    def prepare(self, state: WindowState) -> None:
         recent = [kept - floor_of_product(self.heavy_ratio, kept) for kept in state.row_kept]
         state.num_recent = numbers_on(state.next_position.device, recent, torch.int32).view(-1, 1, 1)
 

@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from pyramid_cache.caches.snapkv import SnapKVPolicy
 from pyramid_cache.engine.budget import MAX_TOKENS, Budget, linear_decay, pyramid_schedule, read_number
+from pyramid_cache.engine.policy import setting
 from pyramid_cache.engine.policy_cache import DEFAULT_EVICTION_INTERVAL, PolicyCache
 
 
@@ -27,11 +28,7 @@ from pyramid_cache.engine.policy_cache import DEFAULT_EVICTION_INTERVAL, PolicyC
 class PyramidKVPolicy(SnapKVPolicy):
     """SnapKV's scores, with fewer tokens the deeper the layer. See `PyramidKVCache` for the fields."""
 
-    beta: float = 2.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "beta", read_number("beta", self.beta, f"[1, {MAX_TOKENS}]"))
+    beta: float = setting(2.0, read_number, f"[1, {MAX_TOKENS}]")
 
     def num_tokens(self, prompt_length: int, budget: Budget, depth: int, num_layers: int) -> int:
         mean = budget.num_tokens(prompt_length)

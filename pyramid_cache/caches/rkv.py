@@ -14,8 +14,8 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from pyramid_cache.caches.snapkv import SnapKVPolicy
-from pyramid_cache.engine.budget import read_number
-from pyramid_cache.engine.policy import ScoringView
+from pyramid_cache.engine.budget import read_count, read_number
+from pyramid_cache.engine.policy import ScoringView, kernel_setting, setting
 from pyramid_cache.engine.policy_cache import PolicyCache
 from pyramid_cache.engine.selection import gather_tokens
 
@@ -28,15 +28,10 @@ SIMILARITIES_PER_CHUNK = 1 << 22
 class RKVPolicy(SnapKVPolicy):
     """SnapKV's window; a token's score is its importance less its redundancy. See `RKVCache` for the fields."""
 
-    window_size: int = 8
-    kernel_size: int = 7
-    importance_weight: float = 0.1
-    similarity_threshold: float = 0.5
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("importance_weight", "similarity_threshold"):
-            object.__setattr__(self, name, read_number(name, getattr(self, name), "[0, 1]"))
+    window_size: int = setting(8, read_count, 1)
+    kernel_size: int = kernel_setting(7)
+    importance_weight: float = setting(0.1, read_number, "[0, 1]")
+    similarity_threshold: float = setting(0.5, read_number, "[0, 1]")
 
     def score(self, view: ScoringView) -> torch.Tensor:
         is_recent = view.is_recent(self.window_size)

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from pyramid_cache.engine.budget import read_count, read_kernel_size
-from pyramid_cache.engine.policy import Policy, ScoringView
+from pyramid_cache.engine.budget import read_count
+from pyramid_cache.engine.policy import Policy, ScoringView, kernel_setting, setting
 from pyramid_cache.engine.policy_cache import DEFAULT_EVICTION_INTERVAL, PolicyCache
 
 
@@ -27,12 +27,8 @@ from pyramid_cache.engine.policy_cache import DEFAULT_EVICTION_INTERVAL, PolicyC
 class SnapKVPolicy(Policy):
     """A token's score is the attention of the last queries to it and its neighbours. See `SnapKVCache`."""
 
-    window_size: int = 64
-    kernel_size: int = 5
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "window_size", read_count("window_size", self.window_size, least=1))
-        object.__setattr__(self, "kernel_size", read_kernel_size(self.kernel_size))
+    window_size: int = setting(64, read_count, 1)
+    kernel_size: int = kernel_setting(5)
 
     def score(self, view: ScoringView) -> torch.Tensor:
         is_recent = view.is_recent(self.window_size)

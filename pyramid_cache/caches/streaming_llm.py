@@ -17,10 +17,8 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from pyramid_cache.engine.budget import parse_budget, read_count
-from pyramid_cache.engine.cache import config_and_model
-from pyramid_cache.engine.policy import LayerView, Policy, ScoringView
+from pyramid_cache.engine.policy import LayerView, Policy, ScoringView, setting
 from pyramid_cache.engine.policy_cache import PolicyCache
-from pyramid_cache.engine.rope import refuse_unsupported_rope
 from pyramid_cache.engine.rotation import RotaryFrequencies
 from pyramid_cache.engine.selection import gather_tokens
 from pyramid_cache.engine.state import LayerState, number, row
@@ -51,7 +49,7 @@ class SinkState(LayerState):
 class StreamingLLMPolicy(Policy):
     """The first tokens and the latest ones stay. See `StreamingLLMCache` for the field."""
 
-    num_sink_tokens: int = 4
+    num_sink_tokens: int = setting(4, read_count, 0)
 
     heads_share_tokens = True
     repositions = needs_rotary = True
@@ -197,7 +195,7 @@ class StreamingLLMCache(PolicyCache):
         *,
         eviction_interval: int = 1,
     ) -> None:
-        policy = StreamingLLMPolicy(read_count("num_sink_tokens", num_sink_tokens, least=0))
+        policy = StreamingLLMPolicy(num_sink_tokens)
         parsed = parse_budget(budget)
         if parsed.kind == "tokens" and parsed.amount <= policy.num_sink_tokens:
             raise ValueError(
@@ -205,4 +203,3 @@ class StreamingLLMCache(PolicyCache):
                 f"{num_sink_tokens + 1}, or lower `num_sink_tokens`."
             )
         super().__init__(config, budget, policy, eviction_interval=eviction_interval)
-        refuse_unsupported_rope(config_and_model(config)[0])

@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from pyramid_cache.caches.adakv.ragged_store import RaggedStore
 from pyramid_cache.caches.snapkv import SnapKVPolicy
 from pyramid_cache.engine.budget import read_number
+from pyramid_cache.engine.policy import setting
 from pyramid_cache.engine.policy_cache import DEFAULT_EVICTION_INTERVAL, PolicyCache
 
 
@@ -24,11 +25,7 @@ from pyramid_cache.engine.policy_cache import DEFAULT_EVICTION_INTERVAL, PolicyC
 class AdaKVPolicy(SnapKVPolicy):
     """SnapKV's scores, for heads that compete. See `AdaKVCache` for the fields."""
 
-    floor_ratio: float = 0.2
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "floor_ratio", read_number("floor_ratio", self.floor_ratio, "[0, 1]"))
+    floor_ratio: float = setting(0.2, read_number, "[0, 1]")
 
     def build_store(self) -> RaggedStore:
         return RaggedStore(self.state_class, self.floor_ratio)

@@ -22,10 +22,8 @@ from pyramid_cache.caches.massive_activation.detection import (
     massive_in_keys_and_values,
 )
 from pyramid_cache.caches.snapkv import SnapKVPolicy
-from pyramid_cache.engine.cache import config_and_model
-from pyramid_cache.engine.policy import LayerView, PromptView, ScoringView
+from pyramid_cache.engine.policy import LayerView, PromptView, ScoringView, kernel_setting
 from pyramid_cache.engine.policy_cache import DEFAULT_EVICTION_INTERVAL, PolicyCache
-from pyramid_cache.engine.rope import refuse_unsupported_rope
 from pyramid_cache.engine.selection import gather_tokens
 from pyramid_cache.engine.state import LayerState, counts, row
 from pyramid_cache.ops.transfer import numbers_on
@@ -75,7 +73,7 @@ class MassiveActivationPolicy(SnapKVPolicy):
     norm of its value. Massive tokens never go. See `MassiveActivationCache` for the fields.
     """
 
-    kernel_size: int = 13
+    kernel_size: int = kernel_setting(13)
 
     state_class = MassiveState
     needs_rotary = True
@@ -177,7 +175,6 @@ class MassiveActivationCache(PolicyCache):
     ) -> None:
         policy = MassiveActivationPolicy(window_size, kernel_size)
         super().__init__(config, budget, policy, eviction_interval=eviction_interval)
-        refuse_unsupported_rope(config_and_model(config)[0])
 
     def massive_tokens(self) -> dict[int, list[list[MassiveToken]]]:
         """
