@@ -173,12 +173,9 @@ class ExpectedAttentionCache(PolicyCache):
     `eviction_interval` more: `batch * kv_heads * (budget + eviction_interval) * (2 * head_dim * itemsize + 4)` bytes.
     It also holds statistics of the queries, which a budget in bytes does not count: `batch * 4 * (heads * head_dim *
     (head_dim + 3) / 2 + 2 * head_dim + 1)` bytes. With 32 heads over 8 KV heads of width 128 in bfloat16, they take as
-    much as 260 tokens; without `use_covariance`, as 4 tokens.
+    much as 260 tokens; without `use_covariance`, as 4 tokens. See `PolicyCache` for the other arguments.
 
     Args:
-        config (`PreTrainedConfig` or `PreTrainedModel`): The config of the model, or the model itself.
-        budget (`float`, `int` or `str`, defaults to 0.2): What each layer keeps: a fraction of the prompt, a number of
-            tokens, or bytes for all layers that evict ("256MiB"). 1.0 never evicts.
         num_future_positions (`int`, defaults to 512): Over how many positions behind the last token attention is
             expected. Larger values look further ahead, and depend less on the distance.
         num_sink_tokens (`int`, defaults to 4): The first tokens, which always stay.
@@ -186,7 +183,6 @@ class ExpectedAttentionCache(PolicyCache):
             `False` takes less memory and time.
         epsilon (`float`, defaults to 0.0): Added to each token's share of attention before the share is multiplied
             with the norm. Larger values let the norm decide between tokens that expect little attention.
-        eviction_interval (`int`, defaults to 32): How many generated tokens arrive before as many are evicted.
 
     Raises:
         ValueError: For an argument outside these ranges, or a model that cannot be compressed.

@@ -51,18 +51,12 @@ class H2OCache(PolicyCache):
     https://arxiv.org/abs/2306.14048).
 
     A layer holds `budget` tokens and up to `eviction_interval` more: `batch * kv_heads * (budget + eviction_interval)
-    * (2 * head_dim * itemsize + 8)` bytes.
+    * (2 * head_dim * itemsize + 8)` bytes. See `PolicyCache` for the other arguments and the errors.
 
     Args:
-        config (`PreTrainedConfig` or `PreTrainedModel`): The config of the model, or the model itself.
-        budget (`float`, `int` or `str`, defaults to 0.2): What each layer keeps: a fraction of the prompt, a number of
-            tokens, or bytes for all layers that evict ("256MiB"). 1.0 never evicts.
         heavy_ratio (`float`, defaults to 0.5): The share of the budget for heavy hitters, less than 1. The recent
             window has the rest, at least one token. Larger values remember more of the distant past.
         eviction_interval (`int`, defaults to 1): How many generated tokens wait for an eviction; 1 as in the paper.
-
-    Raises:
-        ValueError: For an argument outside these ranges, or a model that cannot be compressed.
 
     Example:
 

@@ -47,24 +47,13 @@ class PyramidKVCache(PolicyCache):
     in the first layers, few in the last (PyramidKV, https://arxiv.org/abs/2406.02069).
 
     The layers hold `budget` tokens on average, and each up to `eviction_interval` more: `layers * batch
-    * kv_heads * (budget + eviction_interval) * (2 * head_dim * itemsize + 8)` bytes together.
+    * kv_heads * (budget + eviction_interval) * (2 * head_dim * itemsize + 8)` bytes together. See `SnapKVCache` for
+    the other arguments, and `PolicyCache` for the errors.
 
     Args:
-        config (`PreTrainedConfig` or `PreTrainedModel`): The config of the model, or the model itself.
-        budget (`float`, `int` or `str`, defaults to 0.2): What each layer keeps: a fraction of the prompt, a number of
-            tokens, or bytes for all layers that evict ("256MiB"). 1.0 never evicts.
-        window_size (`int`, defaults to 64): How many of the last queries choose. As many of the last tokens always
-            stay, but no more than half of what a layer keeps. Larger values cover a longer question, and leave less
-            room.
-        kernel_size (`int`, defaults to 5): Over how many neighbouring tokens scores are averaged. Odd. Larger values
-            keep fewer and longer passages; 1 scores each token alone.
         beta (`float`, defaults to 2.0): Beside the window, the last layer keeps the layers' average divided by `beta`,
             but not less than `window_size`, if the average allows it. Larger values make the pyramid steeper (20.0 in
             the authors' code). With 1 all layers keep the same.
-        eviction_interval (`int`, defaults to 32): How many generated tokens arrive before as many are evicted.
-
-    Raises:
-        ValueError: For an argument outside these ranges, or a model that cannot be compressed.
 
     Example:
 

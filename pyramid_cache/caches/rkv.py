@@ -70,20 +70,14 @@ class RKVCache(PolicyCache):
 
     A layer holds `budget` tokens and up to `eviction_interval` more: `batch * kv_heads * (budget + eviction_interval)
     * (2 * head_dim * itemsize + 8)` bytes. The time to compare all keys of a prompt grows with its length's square.
+    Long answers need an int as the budget. See `PolicyCache` for the other arguments and the errors.
 
     Args:
-        config (`PreTrainedConfig` or `PreTrainedModel`): The config of the model, or the model itself.
-        budget (`float`, `int` or `str`, defaults to 0.2): What each layer keeps: a fraction of the prompt, a number of
-            tokens, or bytes for all layers that evict ("256MiB"). 1.0 never evicts. Long answers need an int.
         window_size (`int`, defaults to 8): How many of the last queries tell importance. As many of the last tokens
             always stay, but no more than half of the budget.
         kernel_size (`int`, defaults to 7): Over how many neighbouring tokens the largest importance is taken. Odd.
         importance_weight (`float`, defaults to 0.1): The weight of importance, from 0 to 1; redundancy has the rest.
         similarity_threshold (`float`, defaults to 0.5): The cosine, from 0 to 1, above which two keys are alike.
-        eviction_interval (`int`, defaults to 128): How many generated tokens arrive before as many are evicted.
-
-    Raises:
-        ValueError: For an argument outside these ranges, or a model that cannot be compressed.
 
     Example:
 

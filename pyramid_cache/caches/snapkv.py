@@ -9,8 +9,7 @@ Departures from the authors' code: scores are averaged over the query heads of a
 once (theirs selects for each query head). The tokens of the window count as part of the budget. Generated tokens,
 which theirs keeps for ever, are scored too: each query takes over its share of the window. So memory is bounded.
 
-Their settings vary: windows of 16 to 64 queries, kernels of 5 to 13 tokens. A kernel of 5 is the default of their
-code. Wider ones find more in prose, and less where facts are two tokens long.
+Their settings vary: windows of 16 to 64 queries, kernels of 5 to 13 tokens. A kernel of 5 is their code's default.
 """
 
 from dataclasses import dataclass
@@ -43,20 +42,13 @@ class SnapKVCache(PolicyCache):
     (SnapKV, https://arxiv.org/abs/2404.14469).
 
     A layer holds `budget` tokens and up to `eviction_interval` more: `batch * kv_heads * (budget + eviction_interval)
-    * (2 * head_dim * itemsize + 8)` bytes.
+    * (2 * head_dim * itemsize + 8)` bytes. See `PolicyCache` for the other arguments and the errors.
 
     Args:
-        config (`PreTrainedConfig` or `PreTrainedModel`): The config of the model, or the model itself.
-        budget (`float`, `int` or `str`, defaults to 0.2): What each layer keeps: a fraction of the prompt, a number of
-            tokens, or bytes for all layers that evict ("256MiB"). 1.0 never evicts.
         window_size (`int`, defaults to 64): How many of the last queries choose. As many of the last tokens always
             stay, but no more than half of the budget. Larger values cover a longer question, and leave less room.
         kernel_size (`int`, defaults to 5): Over how many neighbouring tokens scores are averaged. Odd. Larger values
             keep fewer and longer passages; 1 scores each token alone.
-        eviction_interval (`int`, defaults to 32): How many generated tokens arrive before as many are evicted.
-
-    Raises:
-        ValueError: For an argument outside these ranges, or a model that cannot be compressed.
 
     Example:
 
@@ -69,9 +61,6 @@ class SnapKVCache(PolicyCache):
     >>> tokens = model.generate(torch.arange(40)[None], past_key_values=cache, max_new_tokens=8, eos_token_id=None)
     >>> cache.get_seq_length(), cache.num_kept_tokens()
     (47, [23, 23])
-    >>> cache.compress()
-    >>> cache.num_kept_tokens()
-    [16, 16]
 
     ```
     """

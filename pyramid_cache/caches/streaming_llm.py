@@ -158,13 +158,10 @@ class StreamingLLMCache(PolicyCache):
     A layer holds `budget` tokens and up to `eviction_interval` more: `batch * kv_heads * (budget + eviction_interval +
     num_sink_tokens / 2) * 2 * head_dim * itemsize` bytes. The cache forgets what lies between the sinks and the
     window, and cannot recall it. With `prefill_chunk_size` of `generate`, a prompt never takes more than the budget
-    and one chunk.
+    and one chunk. See `PolicyCache` for the other arguments.
 
     Args:
-        config (`PreTrainedConfig` or `PreTrainedModel`): Of the model, or the model, whose config is taken.
-        budget (`float`, `int` or `str`): What each layer keeps, the sinks included: a fraction of the prompt, a number
-            of tokens, or bytes for all layers that evict ("256MiB"). 1.0 never evicts.
-        num_sink_tokens (`int`, defaults to 4): Tokens kept from the start.
+        num_sink_tokens (`int`, defaults to 4): Tokens kept from the start, as a part of the budget.
         eviction_interval (`int`, defaults to 1): How many generated tokens wait for an eviction; 1 as in the paper.
 
     Raises:

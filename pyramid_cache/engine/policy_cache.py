@@ -37,7 +37,7 @@ class PolicyCache(CompressedCache):
         masks (`MaskReader`, *optional*): Tells tokens from padding, for a method that has a reader of its own.
 
     Raises:
-        ValueError: For a budget or an interval outside these ranges, or a model that cannot be compressed.
+        ValueError: For an argument outside its range, or a model that cannot be compressed.
 
     Example:
 

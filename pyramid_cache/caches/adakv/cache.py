@@ -39,19 +39,12 @@ class AdaKVCache(PolicyCache):
     A layer holds `budget` tokens per head on average, and up to `eviction_interval` more in each head. It stores them
     without padding: `batch * kv_heads * (budget + eviction_interval) * (2 * head_dim * itemsize + 8)` bytes. While an
     answer grows, rows shorter than the longest may take up to `eviction_interval` slots more.
-    `cache.positions(layer_idx)` shows what each head holds. `cache.num_kept_tokens()` gives the mean over heads.
+    `cache.positions(layer_idx)` shows what each head holds. `cache.num_kept_tokens()` gives the mean over heads. On a
+    GPU, each eviction waits for the device. See `SnapKVCache` and `PolicyCache` for the other arguments.
 
     Args:
-        config (`PreTrainedConfig` or `PreTrainedModel`): The config of the model, or the model itself.
-        budget (`float`, `int` or `str`, defaults to 0.2): What the heads of a layer keep on average: a fraction of the
-            prompt, a number of tokens, or bytes for all layers that evict ("256MiB"). 1.0 never evicts.
         floor_ratio (`float`, defaults to 0.2): The share of the average that every head keeps of its own best tokens.
             Smaller values let heads differ more: with 0 they compete for everything. 1 is SnapKV.
-        window_size (`int`, defaults to 64): How many of the last queries choose. As many of the last tokens always
-            stay in all heads, but no more than half of the budget.
-        kernel_size (`int`, defaults to 5): Over how many neighbouring tokens scores are averaged. Odd.
-        eviction_interval (`int`, defaults to 32): How many generated tokens arrive before as many are evicted. Larger
-            values take more memory and less time: on a GPU, each eviction waits for the device.
 
     Raises:
         ValueError: For an argument outside these ranges, or a model that cannot be compressed.

@@ -128,18 +128,12 @@ class MassiveActivationCache(PolicyCache):
     those with most attention.
 
     A layer holds `budget` tokens and up to `eviction_interval` more: `batch * kv_heads * (budget + eviction_interval)
-    * (2 * head_dim * itemsize + 8)` bytes. Keys and values tell massive tokens, in the prompt and in the answer.
+    * (2 * head_dim * itemsize + 8)` bytes. Keys and values tell massive tokens, in the prompt and in the answer. See
+    `SnapKVCache` and `PolicyCache` for the other arguments.
 
     Args:
-        config (`PreTrainedConfig` or `PreTrainedModel`): The config of the model, or the model itself.
-        budget (`float`, `int` or `str`, defaults to 0.2): What each layer keeps: a fraction of the prompt, a number of
-            tokens, or bytes for all layers that evict ("256MiB"). 1.0 never evicts.
-        window_size (`int`, defaults to 64): How many of the last queries choose. As many of the last tokens always
-            stay, but no more than half of the budget. Each generated token takes over `1 / window_size` of that
-            attention.
         kernel_size (`int`, defaults to 13): Over how many neighbouring tokens attention is averaged. Odd. Larger
             values keep fewer and longer passages; 1 scores each token alone.
-        eviction_interval (`int`, defaults to 32): How many generated tokens arrive before as many are evicted.
 
     Raises:
         ValueError: For an argument outside these ranges, or a model that cannot be compressed.
