@@ -206,7 +206,7 @@ rotary.rotate(keys, «-→»rotary.model_angles(positions[:, None], longest))
 always_stays = is_recent« | view.is_first(self.num_sink_tokens)→»
 self.window_size - 1, (mean - 1) // «2→1»)
 = caches/pyramid/prefill.py: test_pyramid | pruned
-self.columns = «gather_columns(self.columns, indices) if self.columns is not None else →»indices
+indices = «gather_tokens(self.columns, indices)→indices».masked_fill
 kept)«.masked_fill(kept < 0, -1)→»
 elif not is_whole and index + 1 >«=→» state.first_pruned:
 hidden_states«.masked_fill(state.columns[:, 0, :, None] < 0, 0)→»

@@ -1,32 +1,15 @@
 """The slots of ShadowKV beside its shadow: outliers, chunks that steps exchange, and the latest tokens."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from pyramid_cache.caches.shadow_kv.host import HostPlace
+from pyramid_cache.caches.shadow_kv.host import HostPlace, HostValues
 from pyramid_cache.caches.shadow_kv.settings import ShadowSettings
-from pyramid_cache.caches.shadow_kv.store import Shadow
+from pyramid_cache.caches.shadow_kv.store import Shadow, ShadowState
 from pyramid_cache.engine.rotation import export_frequencies
-from pyramid_cache.engine.state import LayerState, counts, number, row
 from pyramid_cache.engine.store import SlotStore
-
-
-@dataclass(eq=False)
-class ShadowState(LayerState):
-    """
-    Attributes:
-        held_chunks (`torch.Tensor`): `(batch, kv_heads, num_sparse_chunks)` int64, the chunk in each place that steps
-            exchange, -1 for none.
-        row_sparse (`list[int]`): Chunks of the shadow that a step of each row attends to.
-        num_croppable (`int`): Columns of which it is known which rows have a token there.
-    """
-
-    held_chunks: torch.Tensor | None = row()
-    row_sparse: list[int] = counts()
-    num_croppable: int = number(0)
 
 
 class ShadowStore(SlotStore):
@@ -40,7 +23,7 @@ class ShadowStore(SlotStore):
 
     def reset(self) -> None:
         super().reset()
-        self.shadow = Shadow(self.settings, self.host)
+        self.shadow = Shadow(self.settings, self.host, self.state)
 
     @property
     def outlier_slots(self) -> slice:
@@ -59,7 +42,7 @@ class ShadowStore(SlotStore):
 
     def outside(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Copies of keys, values and positions `(batch, 1, columns)` of what is not in the shadow."""
-        state, row_shadow = self.state, self.shadow.row_tokens
+        state, row_shadow = self.state, self.state.row_shadow
         slots = slice(self.tail if all(row_shadow) else 0, state.length)
         positions = state.positions[:, :1, slots].clone()
         if slots.start == 0:
@@ -76,26 +59,34 @@ class ShadowStore(SlotStore):
         """Nothing: the shadow is in order, and no slot has room for all of it."""
 
     def map_rows(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Values stay on the host: the function tells which rows it takes, and from where."""
         super().map_rows(function)
-        self.shadow.map_rows(function)
+        if (values := self.shadow.values) is not None:
+            values.select(function(torch.arange(len(values.tensor), device=values.device)))
 
     def leave_inference_mode(self) -> None:
         keys = self.state.keys
         super().leave_inference_mode()
-        if self.state.keys is not keys:
-            self.shadow.map_rows(torch.clone)
+        if self.state.keys is not keys and self.shadow.values is not None:
+            self.shadow.values.select(torch.arange(len(keys), device=self.shadow.values.device))
 
     def held_tensors(self) -> dict[str, torch.Tensor]:
-        return super().held_tensors() | self.shadow.held_tensors()
+        tensors = super().held_tensors()
+        if self.shadow.values is not None:
+            tensors |= {f"keys in {name}": tensors.pop(name) for name in ("factors", "basis", "landmarks")}
+            tensors["host values"] = self.shadow.values.tensor
+        return tensors
 
     def state_dict(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         numbers, tensors = super().state_dict()
         rotary, frequencies = export_frequencies(self.shadow.rotary)
-        numbers |= {"row_shadow": self.shadow.row_tokens, "rotary": rotary}
-        return numbers, tensors | self.shadow.export_tensors() | frequencies
+        trimmed = {} if self.shadow.values is None else self.shadow.trimmed()
+        return numbers | {"rotary": rotary}, tensors | trimmed | frequencies
 
     def load_state_dict(self, numbers: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         known = self.state.names("slot", "row")
         super().load_state_dict(numbers, {name: tensor for name, tensor in tensors.items() if name in known})
-        self.shadow.row_tokens = numbers["row_shadow"]
-        self.shadow.import_tensors(tensors)
+        if "host_values" in tensors:
+            values = tensors["host_values"]
+            self.shadow.values = HostValues(self.host, values)
+            self.shadow.values.add(values, [0] * len(values), [values.shape[2]] * len(values))
