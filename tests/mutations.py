@@ -190,7 +190,7 @@ row_weights = row_weights.«repeat_interleave(kv_heads, dim=0)→repeat(kv_heads
 torch.cat([parts[row] for row in «rows→sorted(rows)»])
 = caches/expected_attention.py: test_expected_attention
 covariance = covariance + «(share * (1 - share))→share»[..., None] * between
-angles = (view.length «→- 1 »+ steps[:, None])
+angles = rotary.angles(view.length «→- 1 »+ torch.arange
 = caches/h2o.py: test_h2o test_properties | hand sequences H2O
 view.positions >«=→» view.length - view.state.num_recent
 = caches/keydiff.py: test_small_faults test_policies
@@ -240,7 +240,7 @@ shift = [evicted« - state.base→» for evicted in
 state.sink_keys = came« if state.shift is None else torch.where(state.shift > 0, state.sink_keys, came)→»
 state.free_slots is not None« and all(num_evicted)→»:
 torch.full_like(view.length, «view.state.base - base→base - view.state.base»))
-states, rotary.angles(positions« - view.state.base→») - rotary
+rotary.angles(positions« - view.state.base→») - rotary
 return state.base > 0« or rotary.long_inv_freq is not None→»
 = caches/tova.py: test_policies
 view.attention«.masked_fill(view.is_recent(1), float("inf"))→»

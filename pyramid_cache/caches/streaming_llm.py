@@ -134,9 +134,8 @@ class StreamingLLMPolicy(Policy):
         rotary = view.rotary
         if rotary is None or not self.has_exact_angles(view.state, rotary):
             return states
-        return rotary.rotate(
-            states, rotary.angles(positions - view.state.base) - rotary.model_angles(positions, longest)
-        )
+        angles = rotary.angles(positions - view.state.base) - rotary.model_angles(positions, longest)
+        return rotary.rotate(states, angles)
 
     def _move_base(self, view: LayerView, rotary: RotaryFrequencies) -> None:
         """Rebases the angles before float32 rounding grows."""

@@ -200,15 +200,10 @@ def _enter_layer(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple
     hidden_states = gather_tokens(hidden_states[:, None], state.columns)[:, 0]
     # Padding is masked, but NaN would come through.
     arguments["hidden_states"] = hidden_states.masked_fill(state.columns[:, 0, :, None] < 0, 0)
+    implementation = state.decoder().config._attn_implementation
     key_mask = state.tokens.positions >= 0 if state.tokens.has_gaps else None
-    arguments["attention_mask"] = causal_mask(
-        state.decoder().config._attn_implementation,
-        key_mask,
-        num_columns,
-        num_columns,
-        hidden_states.dtype,
-        hidden_states.device,
-    )
+    like = hidden_states.dtype, hidden_states.device
+    arguments["attention_mask"] = causal_mask(implementation, key_mask, num_columns, num_columns, *like)
     for name in ("position_ids", "position_embeddings"):
         if arguments.get(name) is not None:
             arguments[name] = tree_map(lambda part: gather_rows(part, state.columns), arguments[name])
