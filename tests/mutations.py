@@ -230,7 +230,7 @@ gram = gram« + basis.float().mT @ gram_matrix(factors) @ basis.float()→»
 ratio = excess.clamp(min=1).log2().«ceil→floor»().exp2()
 = caches/shadow_kv/settings.py: test_small_faults
 return num_chunks * self.chunk_size + self.tail_capacity - «1→2»
-= caches/shadow_kv/slots.py: test_shadow_kv | alone
+= caches/shadow_kv/store.py: test_shadow_kv | alone
 positions[..., : self.tail].masked_fill_(self.per_row(row_shadow) «>→<» 0, -1)
 = caches/snapkv.py: test_policies
 scores = view.attention«.masked_fill(is_recent, 0)→»

@@ -46,10 +46,7 @@ class QueryStatistics(LayerState):
 
 @dataclass(frozen=True)
 class ExpectedAttentionPolicy(Policy):
-    """
-    A token's score is the attention that future queries are expected to give it, times the norm of its value. See
-    `ExpectedAttentionCache` for the fields.
-    """
+    """A token's score is its expected attention times the norm of its value. See `ExpectedAttentionCache`."""
 
     num_future_positions: int = setting(512, read_count, 1)
     num_sink_tokens: int = setting(4, read_count, 0)
@@ -144,11 +141,11 @@ class ExpectedAttentionCache(PolicyCache):
     Keeps, per KV head, the first tokens and those that future queries are expected to attend to (Expected Attention,
     https://arxiv.org/abs/2510.00636).
 
-    It needs no attention weights, but the RoPE of the model. A layer holds `budget` tokens and up to
+    It needs no attention weights, but RoPE that rotates by the position alone. A layer holds `budget` tokens and up to
     `eviction_interval` more: `batch * kv_heads * (budget + eviction_interval) * (2 * head_dim * itemsize + 4)` bytes.
     It also holds statistics of the queries, which a budget in bytes does not count: `batch * 4 * (heads * head_dim *
     (head_dim + 3) / 2 + head_dim / 2 + 1)` bytes. With 32 heads over 8 KV heads of width 128 in bfloat16, they take as
-    much as 260 tokens; without `use_covariance`, as 4 tokens. See `PolicyCache` for the other arguments.
+    much as 260 tokens; without `use_covariance`, as 4 tokens. See `PolicyCache` for the other arguments and errors.
 
     Args:
         num_future_positions (`int`, defaults to 512): Over how many positions behind the last token attention is
@@ -158,11 +155,6 @@ class ExpectedAttentionCache(PolicyCache):
             `False` takes less memory and time.
         epsilon (`float`, defaults to 0.0): Added to each token's share of attention before the share is multiplied
             with the norm. Larger values let the norm decide between tokens that expect little attention.
-
-    Raises:
-        ValueError: For an argument outside these ranges, or a model that cannot be compressed.
-        NotImplementedError: For a model whose RoPE does not rotate by the position alone. It is raised at the first
-            forward pass where the config does not tell.
 
     Example:
 

@@ -9,9 +9,6 @@ Departures from the authors' code: the window counts as part of the budget, and 
 `budget` times their number. Where a prompt is shorter than a layer's share, the other layers get the rest in
 proportion (theirs makes the line flatter). Each layer keeps at least as many other tokens as its window has, if the
 budget allows it in all layers. Else all layers keep the same. The departures of `SnapKVCache` apply too.
-
-Their `beta` is 20, for models of 7 billion parameters and more. The default is 2, because a small model needs more
-tokens in its last layers (docs/caches/pyramidkv.md).
 """
 
 from dataclasses import dataclass

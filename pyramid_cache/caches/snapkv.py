@@ -8,8 +8,6 @@ whole.
 Departures from the authors' code: scores are averaged over the query heads of a KV head, which then stores each token
 once (theirs selects for each query head). The tokens of the window count as part of the budget. Generated tokens,
 which theirs keeps for ever, are scored too: each query takes over its share of the window. So memory is bounded.
-
-Their settings vary: windows of 16 to 64 queries, kernels of 5 to 13 tokens. A kernel of 5 is their code's default.
 """
 
 from dataclasses import dataclass

@@ -99,14 +99,11 @@ class StreamingLLMPolicy(Policy):
         state, rotary = view.state, view.rotary
         if rotary is None:
             return
-        if self.num_sink_tokens:
-            self._remember_sinks(view, rotary)
+        self._remember_sinks(view, rotary)
         self._move_base(view, rotary)
-        if self.num_sink_tokens:
-            shift = [evicted - state.base for evicted in self.num_evicted(view)]
-            cosine, sine = rotary.turn_by(shift, view.key)
-            index = state.sink_slots[..., None].expand_as(state.sink_keys)
-            view.key.scatter_(2, index, rotary.turn(state.sink_keys, cosine, sine))
+        shift = [evicted - state.base for evicted in self.num_evicted(view)]
+        index = state.sink_slots[..., None].expand_as(state.sink_keys)
+        view.key.scatter_(2, index, rotary.turn(state.sink_keys, *rotary.turn_by(shift, view.key)))
 
     def _remember_sinks(self, view: LayerView, rotary: RotaryFrequencies) -> None:
         """Notes where the sinks are, and how they came. Once all rows have evicted, they stay where they are."""
@@ -157,16 +154,14 @@ class StreamingLLMCache(PolicyCache):
     A layer holds `budget` tokens and up to `eviction_interval` more: `batch * kv_heads * (budget + eviction_interval +
     num_sink_tokens / 2) * 2 * head_dim * itemsize` bytes. The cache forgets what lies between the sinks and the
     window, and cannot recall it. With `prefill_chunk_size` of `generate`, a prompt never takes more than the budget
-    and one chunk. See `PolicyCache` for the other arguments.
+    and one chunk. See `PolicyCache` for the other arguments and errors.
 
     Args:
         num_sink_tokens (`int`, defaults to 4): Tokens kept from the start, as a part of the budget.
         eviction_interval (`int`, defaults to 1): How many generated tokens wait for an eviction; 1 as in the paper.
 
     Raises:
-        ValueError: For a budget without room beside the sinks, or a model that cannot be compressed.
-        NotImplementedError: For a model whose rotary embedding depends on the length (dynamic NTK) or has several
-            axes. It is raised at the first forward pass where the config does not tell.
+        ValueError: For a budget without room beside the sinks.
 
     Example:
 

@@ -38,6 +38,8 @@ class PolicyCache(CompressedCache):
 
     Raises:
         ValueError: For an argument outside its range, or a model that cannot be compressed.
+        NotImplementedError: For a policy that needs to know how keys are rotated, and a model whose RoPE depends on
+            the length (dynamic NTK) or has several axes; at the first forward pass where the config does not tell.
 
     Example:
 

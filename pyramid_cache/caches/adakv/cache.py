@@ -40,14 +40,13 @@ class AdaKVCache(PolicyCache):
     without padding: `batch * kv_heads * (budget + eviction_interval) * (2 * head_dim * itemsize + 8)` bytes. While an
     answer grows, rows shorter than the longest may take up to `eviction_interval` slots more.
     `cache.positions(layer_idx)` shows what each head holds. `cache.num_kept_tokens()` gives the mean over heads. On a
-    GPU, each eviction waits for the device. See `SnapKVCache` and `PolicyCache` for the other arguments.
+    GPU, each eviction waits for the device. See `SnapKVCache` and `PolicyCache` for the other arguments and errors.
 
     Args:
         floor_ratio (`float`, defaults to 0.2): The share of the average that every head keeps of its own best tokens.
             Smaller values let heads differ more: with 0 they compete for everything. 1 is SnapKV.
 
     Raises:
-        ValueError: For an argument outside these ranges, or a model that cannot be compressed.
         NotImplementedError: At the first forward pass of a model with learned attention sinks (gpt-oss).
 
     Example:

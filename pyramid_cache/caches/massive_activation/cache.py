@@ -16,13 +16,9 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from pyramid_cache.caches.massive_activation.detection import (
-    NUM_FIRST_TOKENS,
-    MassiveTokens,
-    massive_in_keys_and_values,
-)
+from pyramid_cache.caches.massive_activation import detection
 from pyramid_cache.caches.snapkv import SnapKVPolicy
-from pyramid_cache.engine.policy import LayerView, PromptView, ScoringView, kernel_setting
+from pyramid_cache.engine.policy import LayerView, ScoringView, kernel_setting
 from pyramid_cache.engine.policy_cache import DEFAULT_EVICTION_INTERVAL, PolicyCache
 from pyramid_cache.engine.selection import gather_tokens
 from pyramid_cache.engine.state import LayerState, counts, row
@@ -78,11 +74,8 @@ class MassiveActivationPolicy(SnapKVPolicy):
     state_class = MassiveState
     needs_rotary = True
 
-    def observe(self, prompt: PromptView) -> None:
-        self._look(prompt)
-
     def score(self, view: ScoringView) -> torch.Tensor:
-        self._look(view)
+        self.observe(view)
         is_recent = view.is_recent(self.window_size)
         # The window looks at itself most: its neighbours would be kept for that alone.
         attention = view.attention.masked_fill(is_recent, 0)
@@ -96,14 +89,14 @@ class MassiveActivationPolicy(SnapKVPolicy):
     def is_massive(self, view: ScoringView) -> torch.Tensor:
         """`(batch, kv_heads or 1, tokens)` bool: the tokens that never go."""
         found = view.state.found_positions
-        is_massive = (found[:, :1, None] < 0) & view.is_first(NUM_FIRST_TOKENS)
+        is_massive = (found[:, :1, None] < 0) & view.is_first(detection.NUM_FIRST_TOKENS)
         for position in found.unbind(dim=1):
             is_massive |= view.positions == position[:, None, None]
         return is_massive & view.is_token
 
-    def _look(self, view: LayerView) -> None:
+    def observe(self, prompt: LayerView) -> None:
         """Looks for massive tokens among those that have come since the last look, which all heads still hold."""
-        state, key, value, positions = view.state, view.key, view.value, view.positions
+        state, key, value, positions = prompt.state, prompt.key, prompt.value, prompt.positions
         looked = state.row_looked or [0] * len(state.row_lengths)
         num_new = max(length - before for length, before in zip(state.row_lengths, looked, strict=True))
         if num_new <= 0:
@@ -112,11 +105,12 @@ class MassiveActivationPolicy(SnapKVPolicy):
             latest = positions.argsort(dim=-1)[..., -num_new:]
             key, value, positions = (gather_tokens(tensor, latest) for tensor in (key, value, positions))
         before = numbers_on(key.device, looked, torch.int32).view(-1, 1, 1)
-        positions = positions[:, :1].masked_fill(positions[:, :1] < before, -1)
+        new = key, value, positions[:, :1].masked_fill(positions[:, :1] < before, -1)
         template = None if state.template_key is None else (state.template_key, state.template_norm)
-        found, template = massive_in_keys_and_values(key, value, positions, view.rotary, view.longest, template)
+        found, template = detection.massive_in_keys_and_values(*new, prompt.rotary, prompt.longest, template)
         if state.found_positions is not None:
-            found = MassiveTokens(state.found_positions, state.found_ratios, state.found_cosines).and_later(found)
+            earlier = state.found_positions, state.found_ratios, state.found_cosines
+            found = detection.MassiveTokens(*earlier).and_later(found)
         state.found_positions, state.found_ratios, state.found_cosines = found
         state.template_key, state.template_norm = template
         state.row_looked = list(state.row_lengths)
@@ -128,17 +122,12 @@ class MassiveActivationCache(PolicyCache):
     those with most attention.
 
     A layer holds `budget` tokens and up to `eviction_interval` more: `batch * kv_heads * (budget + eviction_interval)
-    * (2 * head_dim * itemsize + 8)` bytes. Keys and values tell massive tokens, in the prompt and in the answer. See
-    `SnapKVCache` and `PolicyCache` for the other arguments.
+    * (2 * head_dim * itemsize + 8)` bytes. Keys and values tell massive tokens, in the prompt and in the answer. The
+    model's RoPE must rotate by the position alone. See `SnapKVCache` and `PolicyCache` for other arguments and errors.
 
     Args:
         kernel_size (`int`, defaults to 13): Over how many neighbouring tokens attention is averaged. Odd. Larger
             values keep fewer and longer passages; 1 scores each token alone.
-
-    Raises:
-        ValueError: For an argument outside these ranges, or a model that cannot be compressed.
-        NotImplementedError: For a model whose rotary embedding depends on the length (dynamic NTK) or has several
-            axes. It is raised at the first forward pass where the config does not tell.
 
     Example:
 
@@ -186,6 +175,6 @@ def massive_tokens_of(state: MassiveState) -> list[list[MassiveToken]]:
     for length, *numbers in zip(state.row_lengths, *(tensor.tolist() for tensor in tensors), strict=True):
         found = [(position, "keys and values", *told) for position, *told in zip(*numbers, strict=True)]
         if found[0][0] < 0:
-            found = [(position, "first tokens") for position in range(NUM_FIRST_TOKENS)]
+            found = [(position, "first tokens") for position in range(detection.NUM_FIRST_TOKENS)]
         rows.append([MassiveToken(*token) for token in found if 0 <= token[0] < length])
     return rows

@@ -54,10 +54,7 @@ DEFAULT_BUDGET = 0.4
 
 @dataclass(frozen=True)
 class PyramidPolicy(Policy):
-    """
-    A token's score is the attention of the recent window to it and its neighbours, averaged over all heads. See
-    `PyramidCache` for the fields.
-    """
+    """A token's score is the attention of the recent window to it and its neighbours. See `PyramidCache`."""
 
     preset: str | None = None
     recent_ratio: float = setting(0.125, read_number, "[0, 1)")
@@ -116,13 +113,8 @@ class PyramidPolicy(Policy):
         mean = self.mean_kept(prompt_length, budget, num_layers)
         sinks = min(self.num_sink_tokens, mean - recent)
         context = min(self.min_context_length, (mean - recent - sinks) // 2)
-        return pyramid_schedule(
-            prompt_length,
-            self.total_kept(prompt_length, budget, num_layers),
-            tuple(cosine_decay(num_layers, self.decay_ratio)),
-            recent + sinks + context,
-            self.first_pruned_layer,
-        )
+        total, shape = self.total_kept(prompt_length, budget, num_layers), cosine_decay(num_layers, self.decay_ratio)
+        return pyramid_schedule(prompt_length, total, tuple(shape), recent + sinks + context, self.first_pruned_layer)
 
     def total_kept(self, prompt_length: int, budget: Budget, num_layers: int) -> int:
         """The tokens that all layers together keep."""
@@ -263,10 +255,9 @@ class PyramidCache(PolicyCache):
         window = preset, recent_ratio, window_size, kernel_size
         shape = distance_weight, decay_ratio, first_pruned_layer, prefill_depth
         policy = PyramidPolicy(*window, num_sink_tokens, min_context_length, *shape)
-        self.masks = None
-        if model is not None and not parsed_budget.is_unlimited:
-            self.masks = PrunedPrefill(model, policy.prefill_depth)
-        super().__init__(config, budget, policy, eviction_interval=eviction_interval, masks=self.masks)
+        prunes = model is not None and not parsed_budget.is_unlimited
+        masks = PrunedPrefill(model, policy.prefill_depth) if prunes else None
+        super().__init__(config, budget, policy, eviction_interval=eviction_interval, masks=masks)
         places = [layer.place for layer in self.compressed_layers]
         if model is not None and len(places) < len(self.layers):
             raise NotImplementedError(

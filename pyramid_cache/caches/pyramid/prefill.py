@@ -147,9 +147,11 @@ def _state_of(arguments: dict[str, Any]) -> PrunedPrefill | None:
     return state if isinstance(state, PrunedPrefill) else None
 
 
-def _named(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by name."""
-    return dict(inspect.signature(layer.forward).bind_partial(*args).arguments) | kwargs
+def _read_call(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[dict[str, Any], Any, int | None]:
+    """The arguments of a call by name, the state of its cache, and the index of the layer if hidden states go."""
+    arguments = dict(inspect.signature(layer.forward).bind_partial(*args).arguments) | kwargs
+    state = _state_of(arguments)
+    return arguments, state, None if state is None else state.index_of(layer)
 
 
 def _has_nothing_to_prune(args: tuple, kwargs: dict[str, Any]) -> bool:
@@ -166,9 +168,7 @@ def _before_layer(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tupl
 
 @torch.compiler.disable
 def _enter_layer(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-    arguments = _named(layer, args, kwargs)
-    state = _state_of(arguments)
-    index = None if state is None else state.index_of(layer)
+    arguments, state, index = _read_call(layer, args, kwargs)
     if index is None:
         return None
     cache, hidden_states = _cache_of(arguments), arguments["hidden_states"]
@@ -220,10 +220,8 @@ def _after_layer(
 def _leave_layer(
     layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: torch.Tensor | tuple
 ) -> torch.Tensor | tuple | None:
-    arguments = _named(layer, args, kwargs)
-    state = _state_of(arguments)
-    index = None if state is None or state.tokens is None else state.index_of(layer)
-    if index is None:
+    arguments, state, index = _read_call(layer, args, kwargs)
+    if index is None or state.tokens is None:
         return None
     hidden_states = output[0] if isinstance(output, tuple) else output
     if state.columns is not None:

@@ -8,8 +8,7 @@ from torch.nn.functional import pad
 
 from pyramid_cache.caches.shadow_kv.host import HostPlace
 from pyramid_cache.caches.shadow_kv.settings import ShadowSettings
-from pyramid_cache.caches.shadow_kv.slots import ShadowStore
-from pyramid_cache.caches.shadow_kv.store import ShadowState, tokens_of
+from pyramid_cache.caches.shadow_kv.store import ShadowState, ShadowStore, tokens_of
 from pyramid_cache.engine.attention import AttentionCall
 from pyramid_cache.engine.held import LayerPlace
 from pyramid_cache.engine.layer import Arrival, CompressedLayer
@@ -26,8 +25,7 @@ class ShadowKVLayer(CompressedLayer):
     One layer of `ShadowKVCache`. The slots are `num_outlier_chunks` chunks, then `num_sparse_chunks` chunks that steps
     exchange, then the tail. A row whose tokens all fit is exact: they are in the slots as they came, whatever other
     rows do. Of a longer one the first `row_shadow` tokens are in the shadow, the others in the tail, and the slots
-    before it hold some of the shadow's chunks: the outliers as they were, and those of `held_chunks`
-    `(batch, kv_heads, num_sparse_chunks)` int64, -1 for none.
+    before it hold some of the shadow's chunks: the outliers as they were, and those of `held_chunks`.
     """
 
     evicts = False
