@@ -194,7 +194,7 @@ row_weights = row_weights.«repeat_interleave(kv_heads, dim=0)→repeat(kv_heads
 torch.cat([parts[row] for row in «rows→sorted(rows)»])
 = caches/expected_attention.py: test_expected_attention
 covariance = covariance + «(share * (1 - share))→share»[..., None] * between
-angles = (view.length «→- 1 »+ steps[:, None])
+angles = rotary.angles(view.length «→- 1 »+ torch.arange
 = caches/h2o.py: test_h2o test_properties | hand sequences H2O
 view.positions >«=→» view.length - view.state.num_recent
 = caches/keydiff.py: test_small_faults test_policies
@@ -210,7 +210,7 @@ rotary.rotate(keys, «-→»rotary.model_angles(positions[:, None], longest))
 always_stays = is_recent« | view.is_first(self.num_sink_tokens)→»
 self.window_size - 1, (mean - 1) // «2→1»)
 = caches/pyramid/prefill.py: test_pyramid | pruned
-self.columns = «gather_columns(self.columns, indices) if self.columns is not None else →»indices
+indices = «gather_tokens(self.columns, indices)→indices».masked_fill
 kept)«.masked_fill(kept < 0, -1)→»
 elif not is_whole and index + 1 >«=→» state.first_pruned:
 hidden_states«.masked_fill(state.columns[:, 0, :, None] < 0, 0)→»
@@ -234,7 +234,7 @@ gram = gram« + basis.float().mT @ gram_matrix(factors) @ basis.float()→»
 ratio = excess.clamp(min=1).log2().«ceil→floor»().exp2()
 = caches/shadow_kv/settings.py: test_small_faults
 return num_chunks * self.chunk_size + self.tail_capacity - «1→2»
-= caches/shadow_kv/slots.py: test_shadow_kv | alone
+= caches/shadow_kv/store.py: test_shadow_kv | alone
 positions[..., : self.tail].masked_fill_(self.per_row(row_shadow) «>→<» 0, -1)
 = caches/snapkv.py: test_policies
 scores = view.attention«.masked_fill(is_recent, 0)→»
@@ -244,7 +244,7 @@ shift = [evicted« - state.base→» for evicted in
 state.sink_keys = came« if state.shift is None else torch.where(state.shift > 0, state.sink_keys, came)→»
 state.free_slots is not None« and all(num_evicted)→»:
 torch.full_like(view.length, «view.state.base - base→base - view.state.base»))
-states, rotary.angles(positions« - view.state.base→») - rotary
+rotary.angles(positions« - view.state.base→») - rotary
 return state.base > 0« or rotary.long_inv_freq is not None→»
 = caches/tova.py: test_policies
 view.attention«.masked_fill(view.is_recent(1), float("inf"))→»

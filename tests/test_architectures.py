@@ -286,7 +286,7 @@ def check_tight_budget(model: PreTrainedModel, cache: CompressedCache) -> None:
     if isinstance(cache, ShadowKVCache):
         with shadow_within_reach(model.config) as cache:
             check_masked(model, cache, drive(model, cache, rows, continuation), rows)
-        assert all(min(layer.row_shadow) > 0 for layer in cache.compressed_layers)
+        assert all(min(layer.state.row_shadow) > 0 for layer in cache.compressed_layers)
         return
     trace = drive(model, cache, rows, continuation)
     assert max(cache.num_kept_tokens()) < max(LENGTHS)

@@ -169,7 +169,7 @@ def test_tight_budgets_are_the_masked_run(case: CacheCase) -> None:
         if not case.evicts:
             with shadow_within_reach(model_of(name).config) as cache:
                 check_masked(name, cache)
-            assert all(min(layer.row_shadow) > 0 for layer in cache.compressed_layers)
+            assert all(min(layer.state.row_shadow) > 0 for layer in cache.compressed_layers)
         elif case.cache_class is not StreamingLLMCache or name != "moonshine":  # masks do not show keys that move
             check_masked(name, build(case, name))
 

@@ -142,4 +142,4 @@ def test_memory_is_what_the_formula_says() -> None:
                 for name in beside
                 if getattr(layer.state, name) is not None
             ]
-            assert sum(held) == batch * 4 * (statistics + 2 * head_dim + 1)
+            assert sum(held) == batch * 4 * (statistics + head_dim // 2 + 1)

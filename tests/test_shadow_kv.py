@@ -77,7 +77,7 @@ def test_full_rank_and_a_whole_budget_are_the_full_cache(name: str, paddings: li
     model, lengths = tiny_model(name), [70, 32, 9, 20]
     cache = shadow_cache(model, budget=400, rank=FULL_RANK)
     found = conversation(model, cache, paddings, lengths)
-    assert all(min(layer.row_shadow) > 0 for layer in cache.compressed_layers)
+    assert all(min(layer.state.row_shadow) > 0 for layer in cache.compressed_layers)
     expected = conversation(model, DynamicCache(config=model.config), paddings, lengths)
     torch.testing.assert_close(found, expected, atol=2e-4, rtol=0)
 
@@ -221,7 +221,7 @@ def test_steps_are_those_of_the_reference(kv_heads: int, group: int, rank: int, 
         if step:
             assert cache.num_kept_tokens() == [max(len(head) for row in range(2) for head in held_by(cache, 0, row))]
             stayed |= {*(held == layer.state.held_chunks).flatten().tolist()}
-            assert layer.row_shadow == [reference.num_shadow for reference in references]
+            assert layer.state.row_shadow == [reference.num_shadow for reference in references]
     assert stayed == {False, True}
 
 
@@ -237,13 +237,13 @@ def test_rows_do_what_they_do_alone(settings: dict[str, Any]) -> None:
     mask[1, 90:94] = mask[2, 90] = False  # of the second turn
     together = shadow_cache(model, **settings)
     logits = read(model, together, tokens, pieces, mask)
-    assert len({*together.compressed_layers[0].row_shadow}) > 2
+    assert len({*together.compressed_layers[0].state.row_shadow}) > 2
     for row, first in enumerate(mask.int().argmax(dim=1).tolist()):
         alone = shadow_cache(model, **settings)
         own = slice(row, row + 1), slice(first, None)
         found = read(model, alone, tokens[own], [70 - first, *pieces[1:]], mask[own])
         if "quantize" in settings:  # numbers near the middle of two steps may be rounded to either
-            scales = [cache.compressed_layers[0].shadow.landmark_scales for cache in (together, alone)]
+            scales = [cache.compressed_layers[0].state.landmark_scales for cache in (together, alone)]
             torch.testing.assert_close(scales[0][row], scales[1][0], atol=0, rtol=1e-4)
             continue
         torch.testing.assert_close(logits[row, first:], found[0], atol=1e-3, rtol=0)
@@ -266,7 +266,7 @@ def test_rebuilt_keys_are_the_truncated_svd(name: str) -> None:
         cache = shadow_cache(model, rank=given)
         read(model, cache, tokens, [100])
         for layer, full_layer in zip(cache.compressed_layers, full.layers, strict=True):
-            (num_shadow,), rank = layer.row_shadow, layer.shadow.factors.shape[-1]
+            (num_shadow,), rank = layer.state.row_shadow, layer.state.factors.shape[-1]
             rotary = layer.shadow.rotary
             turns = rotary.model_angles(torch.arange(num_shadow)[None, None], 100)
             plain = rotary.rotate(full_layer.keys[:, :, :num_shadow].double(), -turns)
@@ -275,7 +275,7 @@ def test_rebuilt_keys_are_the_truncated_svd(name: str) -> None:
             assert rank == 9 if given == 9 else energy[rank - 1] >= 0.9 > energy[rank - 2]
             truncated = (left[:, :rank] * singular[:rank]) @ right[:rank]
             expected = rotary.rotate(truncated[None].unflatten(2, (plain.shape[1], -1)).transpose(1, 2), turns)
-            layer.shadow.outlier_chunks.fill_(-1)  # which are exact
+            layer.state.outlier_chunks.fill_(-1)  # which are exact
             found = layer.store.in_order()["keys"][:, :, :num_shadow].double()
             assert ((found - expected).norm() / expected.norm()).item() < 1e-5
 
@@ -288,12 +288,12 @@ def test_a_prompt_in_chunks_has_the_basis_of_all_of_it() -> None:
     read(model, caches[0], tokens, [100])
     read(model, caches[1], tokens, [40, 25, 35])
     for layers in zip(*(cache.compressed_layers for cache in caches), strict=True):
-        assert torch.equal(*(layer.shadow.outlier_chunks for layer in layers))
-        torch.testing.assert_close(*(layer.shadow.landmarks for layer in layers), atol=1e-4, rtol=0)
+        assert torch.equal(*(layer.state.outlier_chunks for layer in layers))
+        torch.testing.assert_close(*(layer.state.landmarks for layer in layers), atol=1e-4, rtol=0)
         for layer in layers:
-            layer.shadow.outlier_chunks.fill_(-1)
+            layer.state.outlier_chunks.fill_(-1)
         torch.testing.assert_close(*(layer.store.in_order()["keys"] for layer in layers), atol=1e-3, rtol=0)
-        grams = (gram_matrix(layer.shadow.basis.transpose(1, 2).flatten(2)) for layer in layers)
+        grams = (gram_matrix(layer.state.basis.transpose(1, 2).flatten(2)) for layer in layers)
         torch.testing.assert_close(*grams, rtol=1e-3, atol=1e-2)
 
 
@@ -315,10 +315,10 @@ def test_quantised_keys_are_near() -> None:
                 pairs = zip(each.store.outside(), (key, value, positions.int()), strict=True)
                 each._arrange(*(torch.cat(pair, dim=2) for pair in pairs), [20] * 2)
             layer, other = layers
-            assert layer.shadow.factors.dtype.itemsize == layer.shadow.landmarks.dtype.itemsize == 1
+            assert layer.state.factors.dtype.itemsize == layer.state.landmarks.dtype.itemsize == 1
             for found, expected in (
                 (layer.store.in_order()["keys"], other.store.in_order()["keys"]),
-                (layer.shadow.landmarks.float() * layer.shadow.landmark_scales, other.shadow.landmarks),
+                (layer.state.landmarks.float() * layer.state.landmark_scales, other.state.landmarks),
             ):
                 assert ((found - expected).norm() / expected.norm()).item() < tolerance
 
@@ -422,7 +422,7 @@ def test_no_step_sees_what_was_taken_back() -> None:
         cache = shadow_cache(model, budget=16, rank=FULL_RANK, num_outlier_chunks=5)
         model(tokens[:, :150], past_key_values=cache)
         cache.crop(-num_back)
-        assert (cache.compressed_layers[0].row_shadow == [0]) == is_exact
+        assert (cache.compressed_layers[0].state.row_shadow == [0]) == is_exact
         for layer in cache.compressed_layers:
             is_free = layer.state.positions[..., None] < 0
             layer.keys.masked_fill_(is_free, 1e4)
@@ -500,8 +500,8 @@ def test_a_layer_of_llama_8b_takes_the_bytes_of_the_formula(
             model.run_layer(cache, 0, query, key, value, None)
             if num_new > 1:
                 held = sum(tensor.nbytes for name, tensor in layer.held_tensors().items() if name != "host values")
-                num_shadow = layer.row_shadow[0]
-    assert layer.row_shadow[0] > num_shadow > num_tokens - 40
+                num_shadow = layer.state.row_shadow[0]
+    assert layer.state.row_shadow[0] > num_shadow > num_tokens - 40
     stored_bytes = 1 if quantize else 2
     landmarks = num_shadow // chunk_size * (width + 8 * num_bands)
     shadow = stored_bytes * (num_shadow * rank + landmarks) + 2 * rank * width

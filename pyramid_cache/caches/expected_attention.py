@@ -18,12 +18,10 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from pyramid_cache.engine.budget import read_count, read_number
-from pyramid_cache.engine.cache import config_and_model
-from pyramid_cache.engine.policy import Policy, PromptView, ScoringView
+from pyramid_cache.engine.policy import Policy, PromptView, ScoringView, setting
 from pyramid_cache.engine.policy_cache import DEFAULT_EVICTION_INTERVAL, PolicyCache
-from pyramid_cache.engine.rope import refuse_unsupported_rope
 from pyramid_cache.engine.rotation import RotaryFrequencies
-from pyramid_cache.engine.state import LayerState, row
+from pyramid_cache.engine.state import LayerState, number, row
 
 
 # Queries whose statistics are taken at once: copies in float32 of a long prompt's would be larger than its cache.
@@ -35,37 +33,33 @@ class QueryStatistics(LayerState):
     """
     Describes the queries before RoPE, scaled as attention scales them: their number `query_count` `(batch, 1)`, their
     mean `query_mean` `(batch, heads, head_dim)`, and the upper triangle of their covariance `query_covariance`
-    `(batch, heads, head_dim * (head_dim + 1) / 2)`. `rotation` `(batch, 2, head_dim)` says how the model rotates them;
-    see `rotation_by_dimension`. All are float32.
+    `(batch, heads, head_dim * (head_dim + 1) / 2)`. `frequencies` `(batch, rotary_dim / 2)` and `is_interleaved` say
+    how the model rotates them, see `RotaryFrequencies`. All tensors are float32.
     """
 
     query_count: torch.Tensor | None = row()
     query_mean: torch.Tensor | None = row()
     query_covariance: torch.Tensor | None = row()
-    rotation: torch.Tensor | None = row()
+    frequencies: torch.Tensor | None = row()
+    is_interleaved: int = number(0)
 
 
 @dataclass(frozen=True)
 class ExpectedAttentionPolicy(Policy):
-    """
-    A token's score is the attention that future queries are expected to give it, times the norm of its value. See
-    `ExpectedAttentionCache` for the fields.
-    """
+    """A token's score is its expected attention times the norm of its value. See `ExpectedAttentionCache`."""
 
-    num_future_positions: int = 512
-    num_sink_tokens: int = 4
+    num_future_positions: int = setting(512, read_count, 1)
+    num_sink_tokens: int = setting(4, read_count, 0)
     use_covariance: bool = True
-    epsilon: float = 0.0
+    epsilon: float = setting(0.0, read_number, "[0, inf)")
 
     state_class = QueryStatistics
     needs_rotary = True
 
     def __post_init__(self) -> None:
-        for name, least in (("num_future_positions", 1), ("num_sink_tokens", 0)):
-            object.__setattr__(self, name, read_count(name, getattr(self, name), least=least))
+        super().__post_init__()
         if not isinstance(self.use_covariance, bool):
             raise ValueError(f"`use_covariance={self.use_covariance!r}` must be True or False.")
-        object.__setattr__(self, "epsilon", read_number("epsilon", self.epsilon, "[0, inf)"))
 
     def observe(self, prompt: PromptView) -> None:
         state, (batch_size, heads, num_queries, head_dim) = prompt.state, prompt.query.shape
@@ -97,13 +91,15 @@ class ExpectedAttentionPolicy(Policy):
             count = count + num_new
         state.query_count, state.query_mean = count, mean
         state.query_covariance = None if covariance is None else packed(covariance)
-        state.rotation = rotation_by_dimension(prompt.rotary, prompt.query, prompt.longest)
+        rotary = prompt.rotary or RotaryFrequencies(mean.new_zeros(0))
+        frequencies = rotary.model_angles(mean.new_ones(1), prompt.longest).float()
+        state.frequencies, state.is_interleaved = frequencies.repeat(batch_size, 1), int(rotary.layout != "half")
 
     def score(self, view: ScoringView) -> torch.Tensor:
         key = view.key.float()
         kv_heads, head_dim = key.shape[1], key.shape[3]
         is_first = view.is_first(self.num_sink_tokens)
-        mean = self._turned_to_future(view.state.query_mean, view).unflatten(1, (kv_heads, -1))
+        mean = self._turned_to_future(view.state.query_mean[:, :, None], view).view(len(key), kv_heads, -1, head_dim)
         logits = mean @ key.mT  # (batch, kv_heads, group, tokens)
         if self.use_covariance:
             covariance = unpacked(view.state.query_covariance, head_dim)
@@ -117,40 +113,12 @@ class ExpectedAttentionPolicy(Policy):
         return scores.masked_fill(is_first, float("inf"))
 
     def _turned_to_future(self, vectors: torch.Tensor, view: ScoringView) -> torch.Tensor:
-        """
-        The average of vectors `(batch, heads, head_dim)` or `(batch, heads, any, head_dim)` over turns to each of the
-        positions that come next.
-        """
-        frequencies, partners = view.state.rotation.unbind(dim=1)  # (batch, head_dim)
-        steps = torch.arange(self.num_future_positions, device=vectors.device)
-        angles = (view.length + steps[:, None]).double() * frequencies[:, None].double()
-        shape = (vectors.shape[0], *[1] * (vectors.dim() - 2), vectors.shape[-1])
-        cosine = angles.cos().mean(dim=1).float().view(shape)
-        sine = (angles.sin().mean(dim=1).float() * partners.sign()).view(shape)
-        others = vectors.gather(-1, (partners.abs().long() - 1).view(shape).expand_as(vectors))
-        return vectors * cosine + others * sine
-
-
-def rotation_by_dimension(rotary: RotaryFrequencies | None, query: torch.Tensor, longest: int) -> torch.Tensor:
-    """
-    How a layer turns queries, whatever its layout: by an angle of `f * position`, dimension `d` becomes `cos * x[d] +
-    sin * x[p]` if it is the second of its pair and `cos * x[d] - sin * x[p]` if it is the first.
-
-    Returns:
-        `torch.Tensor`: `(batch, 2, head_dim)` float32. First `f`, which is 0 for what does not turn; then `p + 1`,
-        negative for the first of a pair.
-    """
-    head_dim = query.shape[-1]
-    numbers = torch.arange(1, head_dim + 1, dtype=torch.float32, device=query.device)
-    if rotary is None:
-        rotation = torch.stack([torch.zeros_like(numbers), numbers])
-    else:
-        inv_freq = rotary.model_angles(torch.ones(1, device=query.device), longest)[0].float()
-        zeros, ones = torch.zeros_like(inv_freq), torch.ones_like(inv_freq)
-        frequencies = rotary.turn(torch.ones_like(numbers), inv_freq, zeros)
-        frequencies[rotary.rotary_dim :] = 0
-        rotation = torch.stack([frequencies, rotary.turn(numbers, zeros, ones)])
-    return rotation.repeat(query.shape[0], 1, 1)
+        """The average of vectors `(batch, heads, any, head_dim)` over turns to each of the next positions."""
+        # All rows have the same frequencies.
+        rotary = RotaryFrequencies(view.state.frequencies[0], "interleaved" if view.state.is_interleaved else "half")
+        angles = rotary.angles(view.length + torch.arange(self.num_future_positions, device=vectors.device))
+        cosine, sine = (wave.mean(dim=2, keepdim=True).float() for wave in (angles.cos(), angles.sin()))
+        return rotary.turn(vectors, cosine, sine)
 
 
 def packed(matrices: torch.Tensor) -> torch.Tensor:
@@ -173,16 +141,13 @@ class ExpectedAttentionCache(PolicyCache):
     Keeps, per KV head, the first tokens and those that future queries are expected to attend to (Expected Attention,
     https://arxiv.org/abs/2510.00636).
 
-    It needs no attention weights, but the RoPE of the model. A layer holds `budget` tokens and up to
+    It needs no attention weights, but RoPE that rotates by the position alone. A layer holds `budget` tokens and up to
     `eviction_interval` more: `batch * kv_heads * (budget + eviction_interval) * (2 * head_dim * itemsize + 4)` bytes.
     It also holds statistics of the queries, which a budget in bytes does not count: `batch * 4 * (heads * head_dim *
-    (head_dim + 3) / 2 + 2 * head_dim + 1)` bytes. With 32 heads over 8 KV heads of width 128 in bfloat16, they take as
-    much as 260 tokens; without `use_covariance`, as 4 tokens.
+    (head_dim + 3) / 2 + head_dim / 2 + 1)` bytes. With 32 heads over 8 KV heads of width 128 in bfloat16, they take as
+    much as 260 tokens; without `use_covariance`, as 4 tokens. See `PolicyCache` for the other arguments and errors.
 
     Args:
-        config (`PreTrainedConfig` or `PreTrainedModel`): The config of the model, or the model itself.
-        budget (`float`, `int` or `str`, defaults to 0.2): What each layer keeps: a fraction of the prompt, a number of
-            tokens, or bytes for all layers that evict ("256MiB"). 1.0 never evicts.
         num_future_positions (`int`, defaults to 512): Over how many positions behind the last token attention is
             expected. Larger values look further ahead, and depend less on the distance.
         num_sink_tokens (`int`, defaults to 4): The first tokens, which always stay.
@@ -190,12 +155,6 @@ class ExpectedAttentionCache(PolicyCache):
             `False` takes less memory and time.
         epsilon (`float`, defaults to 0.0): Added to each token's share of attention before the share is multiplied
             with the norm. Larger values let the norm decide between tokens that expect little attention.
-        eviction_interval (`int`, defaults to 32): How many generated tokens arrive before as many are evicted.
-
-    Raises:
-        ValueError: For an argument outside these ranges, or a model that cannot be compressed.
-        NotImplementedError: For a model whose RoPE does not rotate by the position alone. It is raised at the first
-            forward pass where the config does not tell.
 
     Example:
 
@@ -208,9 +167,6 @@ class ExpectedAttentionCache(PolicyCache):
     >>> tokens = model.generate(torch.arange(40)[None], past_key_values=cache, max_new_tokens=8, eos_token_id=None)
     >>> cache.get_seq_length(), cache.num_kept_tokens()
     (47, [23, 23])
-    >>> cache.compress()
-    >>> cache.positions(0)[0, 0].sort().values[:4]
-    tensor([0, 1, 2, 3])
 
     ```
     """
@@ -228,4 +184,3 @@ class ExpectedAttentionCache(PolicyCache):
     ) -> None:
         policy = ExpectedAttentionPolicy(num_future_positions, num_sink_tokens, use_covariance, epsilon)
         super().__init__(config, budget, policy, eviction_interval=eviction_interval)
-        refuse_unsupported_rope(config_and_model(config)[0])

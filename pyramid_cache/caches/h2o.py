@@ -15,15 +15,15 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from pyramid_cache.engine.budget import floor_of_product, read_number
-from pyramid_cache.engine.policy import Policy, ScoringView
+from pyramid_cache.engine.policy import Policy, ScoringView, setting
 from pyramid_cache.engine.policy_cache import PolicyCache
 from pyramid_cache.engine.state import LayerState, row
 from pyramid_cache.ops.transfer import numbers_on
 
 
 @dataclass(eq=False)
-class H2OState(LayerState):
-    """`num_recent` `(batch, 1, 1)` int32: the size of the recent window, what heavy hitters leave of the budget."""
+class WindowState(LayerState):
+    """`num_recent` `(batch, 1, 1)` int32: the size of the recent window."""
 
     num_recent: torch.Tensor | None = row()
 
@@ -32,15 +32,12 @@ class H2OState(LayerState):
 class H2OPolicy(Policy):
     """A token's score is the attention that all queries so far gave it; the recent window always stays."""
 
-    heavy_ratio: float = 0.5
+    heavy_ratio: float = setting(0.5, read_number, "[0, 1)")
 
     window_size = None
-    state_class = H2OState
+    state_class = WindowState
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "heavy_ratio", read_number("heavy_ratio", self.heavy_ratio, "[0, 1)"))
-
-    def prepare(self, state: H2OState) -> None:
+    def prepare(self, state: WindowState) -> None:
         recent = [kept - floor_of_product(self.heavy_ratio, kept) for kept in state.row_kept]
         state.num_recent = numbers_on(state.next_position.device, recent, torch.int32).view(-1, 1, 1)
 
@@ -54,18 +51,12 @@ class H2OCache(PolicyCache):
     https://arxiv.org/abs/2306.14048).
 
     A layer holds `budget` tokens and up to `eviction_interval` more: `batch * kv_heads * (budget + eviction_interval)
-    * (2 * head_dim * itemsize + 8)` bytes.
+    * (2 * head_dim * itemsize + 8)` bytes. See `PolicyCache` for the other arguments and the errors.
 
     Args:
-        config (`PreTrainedConfig` or `PreTrainedModel`): The config of the model, or the model itself.
-        budget (`float`, `int` or `str`, defaults to 0.2): What each layer keeps: a fraction of the prompt, a number of
-            tokens, or bytes for all layers that evict ("256MiB"). 1.0 never evicts.
         heavy_ratio (`float`, defaults to 0.5): The share of the budget for heavy hitters, less than 1. The recent
             window has the rest, at least one token. Larger values remember more of the distant past.
         eviction_interval (`int`, defaults to 1): How many generated tokens wait for an eviction; 1 as in the paper.
-
-    Raises:
-        ValueError: For an argument outside these ranges, or a model that cannot be compressed.
 
     Example:
 

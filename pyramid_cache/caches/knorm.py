@@ -34,15 +34,7 @@ class KnormCache(PolicyCache):
 
     A layer holds `budget` tokens and up to `eviction_interval` more: `batch * kv_heads * (budget + eviction_interval)
     * (2 * head_dim * itemsize + 4)` bytes. The model's own attention runs, and its weights are not read.
-
-    Args:
-        config (`PreTrainedConfig` or `PreTrainedModel`): The config of the model, or the model itself.
-        budget (`float`, `int` or `str`, defaults to 0.2): What each layer keeps: a fraction of the prompt, a number of
-            tokens, or bytes for all layers that evict ("256MiB"). 1.0 never evicts.
-        eviction_interval (`int`, defaults to 32): How many generated tokens arrive before as many are evicted.
-
-    Raises:
-        ValueError: For an argument outside these ranges, or a model that cannot be compressed.
+    See `PolicyCache` for the arguments and the errors.
 
     Example:
 
@@ -53,9 +45,8 @@ class KnormCache(PolicyCache):
     >>> model = LlamaForCausalLM(LlamaConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4))
     >>> cache = KnormCache(model.config, budget=16)
     >>> tokens = model.generate(torch.arange(40)[None], past_key_values=cache, max_new_tokens=8, eos_token_id=None)
-    >>> cache.compress()
     >>> cache.get_seq_length(), cache.num_kept_tokens()
-    (47, [16, 16])
+    (47, [23, 23])
 
     ```
     """

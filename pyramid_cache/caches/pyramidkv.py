@@ -9,9 +9,6 @@ Departures from the authors' code: the window counts as part of the budget, and 
 `budget` times their number. Where a prompt is shorter than a layer's share, the other layers get the rest in
 proportion (theirs makes the line flatter). Each layer keeps at least as many other tokens as its window has, if the
 budget allows it in all layers. Else all layers keep the same. The departures of `SnapKVCache` apply too.
-
-Their `beta` is 20, for models of 7 billion parameters and more. The default is 2, because a small model needs more
-tokens in its last layers (docs/caches/pyramidkv.md).
 """
 
 from dataclasses import dataclass
@@ -20,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from pyramid_cache.caches.snapkv import SnapKVPolicy
 from pyramid_cache.engine.budget import MAX_TOKENS, Budget, linear_decay, pyramid_schedule, read_number
+from pyramid_cache.engine.policy import setting
 from pyramid_cache.engine.policy_cache import DEFAULT_EVICTION_INTERVAL, PolicyCache
 
 
@@ -27,11 +25,7 @@ from pyramid_cache.engine.policy_cache import DEFAULT_EVICTION_INTERVAL, PolicyC
 class PyramidKVPolicy(SnapKVPolicy):
     """SnapKV's scores, with fewer tokens the deeper the layer. See `PyramidKVCache` for the fields."""
 
-    beta: float = 2.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "beta", read_number("beta", self.beta, f"[1, {MAX_TOKENS}]"))
+    beta: float = setting(2.0, read_number, f"[1, {MAX_TOKENS}]")
 
     def num_tokens(self, prompt_length: int, budget: Budget, depth: int, num_layers: int) -> int:
         mean = budget.num_tokens(prompt_length)
@@ -50,24 +44,13 @@ class PyramidKVCache(PolicyCache):
     in the first layers, few in the last (PyramidKV, https://arxiv.org/abs/2406.02069).
 
     The layers hold `budget` tokens on average, and each up to `eviction_interval` more: `layers * batch
-    * kv_heads * (budget + eviction_interval) * (2 * head_dim * itemsize + 8)` bytes together.
+    * kv_heads * (budget + eviction_interval) * (2 * head_dim * itemsize + 8)` bytes together. See `SnapKVCache` for
+    the other arguments, and `PolicyCache` for the errors.
 
     Args:
-        config (`PreTrainedConfig` or `PreTrainedModel`): The config of the model, or the model itself.
-        budget (`float`, `int` or `str`, defaults to 0.2): What each layer keeps: a fraction of the prompt, a number of
-            tokens, or bytes for all layers that evict ("256MiB"). 1.0 never evicts.
-        window_size (`int`, defaults to 64): How many of the last queries choose. As many of the last tokens always
-            stay, but no more than half of what a layer keeps. Larger values cover a longer question, and leave less
-            room.
-        kernel_size (`int`, defaults to 5): Over how many neighbouring tokens scores are averaged. Odd. Larger values
-            keep fewer and longer passages; 1 scores each token alone.
         beta (`float`, defaults to 2.0): Beside the window, the last layer keeps the layers' average divided by `beta`,
             but not less than `window_size`, if the average allows it. Larger values make the pyramid steeper (20.0 in
             the authors' code). With 1 all layers keep the same.
-        eviction_interval (`int`, defaults to 32): How many generated tokens arrive before as many are evicted.
-
-    Raises:
-        ValueError: For an argument outside these ranges, or a model that cannot be compressed.
 
     Example:
 

@@ -14,8 +14,8 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from pyramid_cache.caches.snapkv import SnapKVPolicy
-from pyramid_cache.engine.budget import read_number
-from pyramid_cache.engine.policy import ScoringView
+from pyramid_cache.engine.budget import read_count, read_number
+from pyramid_cache.engine.policy import ScoringView, kernel_setting, setting
 from pyramid_cache.engine.policy_cache import PolicyCache
 from pyramid_cache.engine.selection import gather_tokens
 
@@ -28,15 +28,10 @@ SIMILARITIES_PER_CHUNK = 1 << 22
 class RKVPolicy(SnapKVPolicy):
     """SnapKV's window; a token's score is its importance less its redundancy. See `RKVCache` for the fields."""
 
-    window_size: int = 8
-    kernel_size: int = 7
-    importance_weight: float = 0.1
-    similarity_threshold: float = 0.5
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("importance_weight", "similarity_threshold"):
-            object.__setattr__(self, name, read_number(name, getattr(self, name), "[0, 1]"))
+    window_size: int = setting(8, read_count, 1)
+    kernel_size: int = kernel_setting(7)
+    importance_weight: float = setting(0.1, read_number, "[0, 1]")
+    similarity_threshold: float = setting(0.5, read_number, "[0, 1]")
 
     def score(self, view: ScoringView) -> torch.Tensor:
         is_recent = view.is_recent(self.window_size)
@@ -75,20 +70,14 @@ class RKVCache(PolicyCache):
 
     A layer holds `budget` tokens and up to `eviction_interval` more: `batch * kv_heads * (budget + eviction_interval)
     * (2 * head_dim * itemsize + 8)` bytes. The time to compare all keys of a prompt grows with its length's square.
+    Long answers need an int as the budget. See `PolicyCache` for the other arguments and the errors.
 
     Args:
-        config (`PreTrainedConfig` or `PreTrainedModel`): The config of the model, or the model itself.
-        budget (`float`, `int` or `str`, defaults to 0.2): What each layer keeps: a fraction of the prompt, a number of
-            tokens, or bytes for all layers that evict ("256MiB"). 1.0 never evicts. Long answers need an int.
         window_size (`int`, defaults to 8): How many of the last queries tell importance. As many of the last tokens
             always stay, but no more than half of the budget.
         kernel_size (`int`, defaults to 7): Over how many neighbouring tokens the largest importance is taken. Odd.
         importance_weight (`float`, defaults to 0.1): The weight of importance, from 0 to 1; redundancy has the rest.
         similarity_threshold (`float`, defaults to 0.5): The cosine, from 0 to 1, above which two keys are alike.
-        eviction_interval (`int`, defaults to 128): How many generated tokens arrive before as many are evicted.
-
-    Raises:
-        ValueError: For an argument outside these ranges, or a model that cannot be compressed.
 
     Example:
 

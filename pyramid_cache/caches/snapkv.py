@@ -8,9 +8,6 @@ whole.
 Departures from the authors' code: scores are averaged over the query heads of a KV head, which then stores each token
 once (theirs selects for each query head). The tokens of the window count as part of the budget. Generated tokens,
 which theirs keeps for ever, are scored too: each query takes over its share of the window. So memory is bounded.
-
-Their settings vary: windows of 16 to 64 queries, kernels of 5 to 13 tokens. A kernel of 5 is the default of their
-code. Wider ones find more in prose, and less where facts are two tokens long.
 """
 
 from dataclasses import dataclass
@@ -18,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from pyramid_cache.engine.budget import read_count, read_kernel_size
-from pyramid_cache.engine.policy import Policy, ScoringView
+from pyramid_cache.engine.budget import read_count
+from pyramid_cache.engine.policy import Policy, ScoringView, kernel_setting, setting
 from pyramid_cache.engine.policy_cache import DEFAULT_EVICTION_INTERVAL, PolicyCache
 
 
@@ -27,12 +24,8 @@ from pyramid_cache.engine.policy_cache import DEFAULT_EVICTION_INTERVAL, PolicyC
 class SnapKVPolicy(Policy):
     """A token's score is the attention of the last queries to it and its neighbours. See `SnapKVCache`."""
 
-    window_size: int = 64
-    kernel_size: int = 5
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "window_size", read_count("window_size", self.window_size, least=1))
-        object.__setattr__(self, "kernel_size", read_kernel_size(self.kernel_size))
+    window_size: int = setting(64, read_count, 1)
+    kernel_size: int = kernel_setting(5)
 
     def score(self, view: ScoringView) -> torch.Tensor:
         is_recent = view.is_recent(self.window_size)
@@ -47,20 +40,13 @@ class SnapKVCache(PolicyCache):
     (SnapKV, https://arxiv.org/abs/2404.14469).
 
     A layer holds `budget` tokens and up to `eviction_interval` more: `batch * kv_heads * (budget + eviction_interval)
-    * (2 * head_dim * itemsize + 8)` bytes.
+    * (2 * head_dim * itemsize + 8)` bytes. See `PolicyCache` for the other arguments and the errors.
 
     Args:
-        config (`PreTrainedConfig` or `PreTrainedModel`): The config of the model, or the model itself.
-        budget (`float`, `int` or `str`, defaults to 0.2): What each layer keeps: a fraction of the prompt, a number of
-            tokens, or bytes for all layers that evict ("256MiB"). 1.0 never evicts.
         window_size (`int`, defaults to 64): How many of the last queries choose. As many of the last tokens always
             stay, but no more than half of the budget. Larger values cover a longer question, and leave less room.
         kernel_size (`int`, defaults to 5): Over how many neighbouring tokens scores are averaged. Odd. Larger values
             keep fewer and longer passages; 1 scores each token alone.
-        eviction_interval (`int`, defaults to 32): How many generated tokens arrive before as many are evicted.
-
-    Raises:
-        ValueError: For an argument outside these ranges, or a model that cannot be compressed.
 
     Example:
 
@@ -73,9 +59,6 @@ class SnapKVCache(PolicyCache):
     >>> tokens = model.generate(torch.arange(40)[None], past_key_values=cache, max_new_tokens=8, eos_token_id=None)
     >>> cache.get_seq_length(), cache.num_kept_tokens()
     (47, [23, 23])
-    >>> cache.compress()
-    >>> cache.num_kept_tokens()
-    [16, 16]
 
     ```
     """

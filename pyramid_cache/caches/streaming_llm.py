@@ -17,10 +17,8 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from pyramid_cache.engine.budget import parse_budget, read_count
-from pyramid_cache.engine.cache import config_and_model
-from pyramid_cache.engine.policy import LayerView, Policy, ScoringView
+from pyramid_cache.engine.policy import LayerView, Policy, ScoringView, setting
 from pyramid_cache.engine.policy_cache import PolicyCache
-from pyramid_cache.engine.rope import refuse_unsupported_rope
 from pyramid_cache.engine.rotation import RotaryFrequencies
 from pyramid_cache.engine.selection import gather_tokens
 from pyramid_cache.engine.state import LayerState, number, row
@@ -51,7 +49,7 @@ class SinkState(LayerState):
 class StreamingLLMPolicy(Policy):
     """The first tokens and the latest ones stay. See `StreamingLLMCache` for the field."""
 
-    num_sink_tokens: int = 4
+    num_sink_tokens: int = setting(4, read_count, 0)
 
     heads_share_tokens = True
     repositions = needs_rotary = True
@@ -101,14 +99,11 @@ class StreamingLLMPolicy(Policy):
         state, rotary = view.state, view.rotary
         if rotary is None:
             return
-        if self.num_sink_tokens:
-            self._remember_sinks(view, rotary)
+        self._remember_sinks(view, rotary)
         self._move_base(view, rotary)
-        if self.num_sink_tokens:
-            shift = [evicted - state.base for evicted in self.num_evicted(view)]
-            cosine, sine = rotary.turn_by(shift, view.key)
-            index = state.sink_slots[..., None].expand_as(state.sink_keys)
-            view.key.scatter_(2, index, rotary.turn(state.sink_keys, cosine, sine))
+        shift = [evicted - state.base for evicted in self.num_evicted(view)]
+        index = state.sink_slots[..., None].expand_as(state.sink_keys)
+        view.key.scatter_(2, index, rotary.turn(state.sink_keys, *rotary.turn_by(shift, view.key)))
 
     def _remember_sinks(self, view: LayerView, rotary: RotaryFrequencies) -> None:
         """Notes where the sinks are, and how they came. Once all rows have evicted, they stay where they are."""
@@ -136,9 +131,8 @@ class StreamingLLMPolicy(Policy):
         rotary = view.rotary
         if rotary is None or not self.has_exact_angles(view.state, rotary):
             return states
-        return rotary.rotate(
-            states, rotary.angles(positions - view.state.base) - rotary.model_angles(positions, longest)
-        )
+        angles = rotary.angles(positions - view.state.base) - rotary.model_angles(positions, longest)
+        return rotary.rotate(states, angles)
 
     def _move_base(self, view: LayerView, rotary: RotaryFrequencies) -> None:
         """Rebases the angles before float32 rounding grows."""
@@ -160,19 +154,14 @@ class StreamingLLMCache(PolicyCache):
     A layer holds `budget` tokens and up to `eviction_interval` more: `batch * kv_heads * (budget + eviction_interval +
     num_sink_tokens / 2) * 2 * head_dim * itemsize` bytes. The cache forgets what lies between the sinks and the
     window, and cannot recall it. With `prefill_chunk_size` of `generate`, a prompt never takes more than the budget
-    and one chunk.
+    and one chunk. See `PolicyCache` for the other arguments and errors.
 
     Args:
-        config (`PreTrainedConfig` or `PreTrainedModel`): Of the model, or the model, whose config is taken.
-        budget (`float`, `int` or `str`): What each layer keeps, the sinks included: a fraction of the prompt, a number
-            of tokens, or bytes for all layers that evict ("256MiB"). 1.0 never evicts.
-        num_sink_tokens (`int`, defaults to 4): Tokens kept from the start.
+        num_sink_tokens (`int`, defaults to 4): Tokens kept from the start, as a part of the budget.
         eviction_interval (`int`, defaults to 1): How many generated tokens wait for an eviction; 1 as in the paper.
 
     Raises:
-        ValueError: For a budget without room beside the sinks, or a model that cannot be compressed.
-        NotImplementedError: For a model whose rotary embedding depends on the length (dynamic NTK) or has several
-            axes. It is raised at the first forward pass where the config does not tell.
+        ValueError: For a budget without room beside the sinks.
 
     Example:
 
@@ -197,7 +186,7 @@ class StreamingLLMCache(PolicyCache):
         *,
         eviction_interval: int = 1,
     ) -> None:
-        policy = StreamingLLMPolicy(read_count("num_sink_tokens", num_sink_tokens, least=0))
+        policy = StreamingLLMPolicy(num_sink_tokens)
         parsed = parse_budget(budget)
         if parsed.kind == "tokens" and parsed.amount <= policy.num_sink_tokens:
             raise ValueError(
@@ -205,4 +194,3 @@ class StreamingLLMCache(PolicyCache):
                 f"{num_sink_tokens + 1}, or lower `num_sink_tokens`."
             )
         super().__init__(config, budget, policy, eviction_interval=eviction_interval)
-        refuse_unsupported_rope(config_and_model(config)[0])

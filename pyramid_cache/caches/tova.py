@@ -35,17 +35,11 @@ class TOVACache(PolicyCache):
     https://arxiv.org/abs/2401.06104).
 
     A layer holds `budget` tokens and up to `eviction_interval` more: `batch * (budget + eviction_interval) * (2 *
-    kv_heads * head_dim * itemsize + 8)` bytes.
+    kv_heads * head_dim * itemsize + 8)` bytes. See `PolicyCache` for the other arguments and the errors.
 
     Args:
-        config (`PreTrainedConfig` or `PreTrainedModel`): The config of the model, or the model itself.
-        budget (`float`, `int` or `str`, defaults to 0.2): What each layer keeps: a fraction of the prompt, a number of
-            tokens, or bytes for all layers that evict ("256MiB"). 1.0 never evicts.
         eviction_interval (`int`, defaults to 1): How many generated tokens arrive before as many are evicted; 1 as in
             the paper. Larger values take more memory and less time, and let one query decide about several tokens.
-
-    Raises:
-        ValueError: For an argument outside these ranges, or a model that cannot be compressed.
 
     Example:
 

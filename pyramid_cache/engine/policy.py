@@ -8,13 +8,13 @@ beams, later turns, files and the bound on memory. docs/write-a-policy.md builds
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from torch.nn import functional
 
-from pyramid_cache.engine.budget import Budget
+from pyramid_cache.engine.budget import Budget, read_kernel_size
 from pyramid_cache.engine.rotation import RotaryFrequencies
 from pyramid_cache.engine.state import LayerState
 from pyramid_cache.engine.store import SlotStore
@@ -133,6 +133,16 @@ class PromptView(LayerView):
         return rotary.rotate(self.query, -rotary.model_angles(self.query_positions.clamp(min=0), self.longest))
 
 
+def setting(default: Any, read: Callable[..., Any], *limits: Any) -> Any:
+    """A field of a policy. Its value is what `read(name, value, *limits)` makes of what users give, or raises."""
+    return field(default=default, metadata={"read": lambda name, value: read(name, value, *limits)})
+
+
+def kernel_setting(default: int) -> Any:
+    """A field of a policy: over how many neighbouring tokens `ScoringView.pool` goes."""
+    return setting(default, lambda name, value: read_kernel_size(value))
+
+
 class Policy(ABC):
     """
     The decisions of a method. A subclass is a frozen dataclass whose fields are the method's hyper-parameters.
@@ -154,6 +164,11 @@ class Policy(ABC):
     layers_share_budget: bool = False
     needs_rotary: bool = False
     state_class: type[LayerState] = LayerState
+
+    def __post_init__(self) -> None:
+        for each in fields(self):  # type: ignore[arg-type]
+            if "read" in each.metadata:
+                object.__setattr__(self, each.name, each.metadata["read"](each.name, getattr(self, each.name)))
 
     @abstractmethod
     def score(self, view: ScoringView) -> torch.Tensor:

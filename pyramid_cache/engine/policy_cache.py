@@ -11,7 +11,7 @@ from pyramid_cache.engine.cache import CompressedCache, config_and_model
 from pyramid_cache.engine.evicting import EvictingLayer
 from pyramid_cache.engine.held import LayerPlace
 from pyramid_cache.engine.policy import Policy
-from pyramid_cache.engine.rope import SharedFrequencies
+from pyramid_cache.engine.rope import SharedFrequencies, refuse_unsupported_rope
 from pyramid_cache.engine.sharing import SharedBudget
 from pyramid_cache.engine.tokens import MaskReader
 
@@ -37,7 +37,9 @@ class PolicyCache(CompressedCache):
         masks (`MaskReader`, *optional*): Tells tokens from padding, for a method that has a reader of its own.
 
     Raises:
-        ValueError: For a budget or an interval outside these ranges, or a model that cannot be compressed.
+        ValueError: For an argument outside its range, or a model that cannot be compressed.
+        NotImplementedError: For a policy that needs to know how keys are rotated, and a model whose RoPE depends on
+            the length (dynamic NTK) or has several axes; at the first forward pass where the config does not tell.
 
     Example:
 
@@ -92,6 +94,8 @@ class PolicyCache(CompressedCache):
             # A cache with a constructor of its own takes the fields of its policy as arguments.
             settings = {"budget": budget, **fields_of(policy), "eviction_interval": eviction_interval}
         super().__init__(config, build_layer, settings, masks)
+        if policy.needs_rotary:
+            refuse_unsupported_rope(config)
 
     def activate_past_recording(self) -> None:
         if self.shared is not None:

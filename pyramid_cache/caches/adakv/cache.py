@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from pyramid_cache.caches.adakv.ragged_store import RaggedStore
 from pyramid_cache.caches.snapkv import SnapKVPolicy
 from pyramid_cache.engine.budget import read_number
+from pyramid_cache.engine.policy import setting
 from pyramid_cache.engine.policy_cache import DEFAULT_EVICTION_INTERVAL, PolicyCache
 
 
@@ -24,11 +25,7 @@ from pyramid_cache.engine.policy_cache import DEFAULT_EVICTION_INTERVAL, PolicyC
 class AdaKVPolicy(SnapKVPolicy):
     """SnapKV's scores, for heads that compete. See `AdaKVCache` for the fields."""
 
-    floor_ratio: float = 0.2
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "floor_ratio", read_number("floor_ratio", self.floor_ratio, "[0, 1]"))
+    floor_ratio: float = setting(0.2, read_number, "[0, 1]")
 
     def build_store(self) -> RaggedStore:
         return RaggedStore(self.state_class, self.floor_ratio)
@@ -42,22 +39,14 @@ class AdaKVCache(PolicyCache):
     A layer holds `budget` tokens per head on average, and up to `eviction_interval` more in each head. It stores them
     without padding: `batch * kv_heads * (budget + eviction_interval) * (2 * head_dim * itemsize + 8)` bytes. While an
     answer grows, rows shorter than the longest may take up to `eviction_interval` slots more.
-    `cache.positions(layer_idx)` shows what each head holds. `cache.num_kept_tokens()` gives the mean over heads.
+    `cache.positions(layer_idx)` shows what each head holds. `cache.num_kept_tokens()` gives the mean over heads. On a
+    GPU, each eviction waits for the device. See `SnapKVCache` and `PolicyCache` for the other arguments and errors.
 
     Args:
-        config (`PreTrainedConfig` or `PreTrainedModel`): The config of the model, or the model itself.
-        budget (`float`, `int` or `str`, defaults to 0.2): What the heads of a layer keep on average: a fraction of the
-            prompt, a number of tokens, or bytes for all layers that evict ("256MiB"). 1.0 never evicts.
         floor_ratio (`float`, defaults to 0.2): The share of the average that every head keeps of its own best tokens.
             Smaller values let heads differ more: with 0 they compete for everything. 1 is SnapKV.
-        window_size (`int`, defaults to 64): How many of the last queries choose. As many of the last tokens always
-            stay in all heads, but no more than half of the budget.
-        kernel_size (`int`, defaults to 5): Over how many neighbouring tokens scores are averaged. Odd.
-        eviction_interval (`int`, defaults to 32): How many generated tokens arrive before as many are evicted. Larger
-            values take more memory and less time: on a GPU, each eviction waits for the device.
 
     Raises:
-        ValueError: For an argument outside these ranges, or a model that cannot be compressed.
         NotImplementedError: At the first forward pass of a model with learned attention sinks (gpt-oss).
 
     Example:

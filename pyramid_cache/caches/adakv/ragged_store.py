@@ -190,16 +190,9 @@ class RaggedStore(SlotStore):
     def attend_step(self, call: AttentionCall, scores: bool) -> tuple[tuple[torch.Tensor, torch.Tensor | None], Any]:
         arguments, packed = call.logit_arguments, self.packed
         arguments.pop("sink_logits")
-        output, *sums = decode_packed_attention(
-            call.query,
-            packed.tensors["keys"],
-            packed.tensors["values"],
-            flat(packed.head_lengths),
-            self.in_use("keys"),
-            self.in_use("values"),
-            **arguments,
-            starts=packed.starts,
-        )
+        kept = packed.tensors["keys"], packed.tensors["values"], flat(packed.head_lengths)
+        latest = self.in_use("keys"), self.in_use("values")
+        output, *sums = decode_packed_attention(call.query, *kept, *latest, **arguments, starts=packed.starts)
         return (output, None), [each.detach() for each in sums] if scores else None
 
     def add_attention(

@@ -16,16 +16,10 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from pyramid_cache.caches.massive_activation.detection import (
-    NUM_FIRST_TOKENS,
-    MassiveTokens,
-    massive_in_keys_and_values,
-)
+from pyramid_cache.caches.massive_activation import detection
 from pyramid_cache.caches.snapkv import SnapKVPolicy
-from pyramid_cache.engine.cache import config_and_model
-from pyramid_cache.engine.policy import LayerView, PromptView, ScoringView
+from pyramid_cache.engine.policy import LayerView, ScoringView, kernel_setting
 from pyramid_cache.engine.policy_cache import DEFAULT_EVICTION_INTERVAL, PolicyCache
-from pyramid_cache.engine.rope import refuse_unsupported_rope
 from pyramid_cache.engine.selection import gather_tokens
 from pyramid_cache.engine.state import LayerState, counts, row
 from pyramid_cache.ops.transfer import numbers_on
@@ -75,16 +69,13 @@ class MassiveActivationPolicy(SnapKVPolicy):
     norm of its value. Massive tokens never go. See `MassiveActivationCache` for the fields.
     """
 
-    kernel_size: int = 13
+    kernel_size: int = kernel_setting(13)
 
     state_class = MassiveState
     needs_rotary = True
 
-    def observe(self, prompt: PromptView) -> None:
-        self._look(prompt)
-
     def score(self, view: ScoringView) -> torch.Tensor:
-        self._look(view)
+        self.observe(view)
         is_recent = view.is_recent(self.window_size)
         # The window looks at itself most: its neighbours would be kept for that alone.
         attention = view.attention.masked_fill(is_recent, 0)
@@ -98,14 +89,14 @@ class MassiveActivationPolicy(SnapKVPolicy):
     def is_massive(self, view: ScoringView) -> torch.Tensor:
         """`(batch, kv_heads or 1, tokens)` bool: the tokens that never go."""
         found = view.state.found_positions
-        is_massive = (found[:, :1, None] < 0) & view.is_first(NUM_FIRST_TOKENS)
+        is_massive = (found[:, :1, None] < 0) & view.is_first(detection.NUM_FIRST_TOKENS)
         for position in found.unbind(dim=1):
             is_massive |= view.positions == position[:, None, None]
         return is_massive & view.is_token
 
-    def _look(self, view: LayerView) -> None:
+    def observe(self, prompt: LayerView) -> None:
         """Looks for massive tokens among those that have come since the last look, which all heads still hold."""
-        state, key, value, positions = view.state, view.key, view.value, view.positions
+        state, key, value, positions = prompt.state, prompt.key, prompt.value, prompt.positions
         looked = state.row_looked or [0] * len(state.row_lengths)
         num_new = max(length - before for length, before in zip(state.row_lengths, looked, strict=True))
         if num_new <= 0:
@@ -114,11 +105,12 @@ class MassiveActivationPolicy(SnapKVPolicy):
             latest = positions.argsort(dim=-1)[..., -num_new:]
             key, value, positions = (gather_tokens(tensor, latest) for tensor in (key, value, positions))
         before = numbers_on(key.device, looked, torch.int32).view(-1, 1, 1)
-        positions = positions[:, :1].masked_fill(positions[:, :1] < before, -1)
+        new = key, value, positions[:, :1].masked_fill(positions[:, :1] < before, -1)
         template = None if state.template_key is None else (state.template_key, state.template_norm)
-        found, template = massive_in_keys_and_values(key, value, positions, view.rotary, view.longest, template)
+        found, template = detection.massive_in_keys_and_values(*new, prompt.rotary, prompt.longest, template)
         if state.found_positions is not None:
-            found = MassiveTokens(state.found_positions, state.found_ratios, state.found_cosines).and_later(found)
+            earlier = state.found_positions, state.found_ratios, state.found_cosines
+            found = detection.MassiveTokens(*earlier).and_later(found)
         state.found_positions, state.found_ratios, state.found_cosines = found
         state.template_key, state.template_norm = template
         state.row_looked = list(state.row_lengths)
@@ -130,23 +122,12 @@ class MassiveActivationCache(PolicyCache):
     those with most attention.
 
     A layer holds `budget` tokens and up to `eviction_interval` more: `batch * kv_heads * (budget + eviction_interval)
-    * (2 * head_dim * itemsize + 8)` bytes. Keys and values tell massive tokens, in the prompt and in the answer.
+    * (2 * head_dim * itemsize + 8)` bytes. Keys and values tell massive tokens, in the prompt and in the answer. The
+    model's RoPE must rotate by the position alone. See `SnapKVCache` and `PolicyCache` for other arguments and errors.
 
     Args:
-        config (`PreTrainedConfig` or `PreTrainedModel`): The config of the model, or the model itself.
-        budget (`float`, `int` or `str`, defaults to 0.2): What each layer keeps: a fraction of the prompt, a number of
-            tokens, or bytes for all layers that evict ("256MiB"). 1.0 never evicts.
-        window_size (`int`, defaults to 64): How many of the last queries choose. As many of the last tokens always
-            stay, but no more than half of the budget. Each generated token takes over `1 / window_size` of that
-            attention.
         kernel_size (`int`, defaults to 13): Over how many neighbouring tokens attention is averaged. Odd. Larger
             values keep fewer and longer passages; 1 scores each token alone.
-        eviction_interval (`int`, defaults to 32): How many generated tokens arrive before as many are evicted.
-
-    Raises:
-        ValueError: For an argument outside these ranges, or a model that cannot be compressed.
-        NotImplementedError: For a model whose rotary embedding depends on the length (dynamic NTK) or has several
-            axes. It is raised at the first forward pass where the config does not tell.
 
     Example:
 
@@ -157,9 +138,6 @@ class MassiveActivationCache(PolicyCache):
     >>> model = LlamaForCausalLM(LlamaConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4))
     >>> cache = MassiveActivationCache(model.config, budget=16, window_size=8)
     >>> tokens = model.generate(torch.arange(40)[None], past_key_values=cache, max_new_tokens=8, eos_token_id=None)
-    >>> cache.compress()
-    >>> cache.num_kept_tokens()
-    [16, 16]
     >>> [(token.position, token.reason) for token in cache.massive_tokens()[0][0]]
     [(0, 'first tokens'), (1, 'first tokens'), (2, 'first tokens'), (3, 'first tokens')]
 
@@ -177,7 +155,6 @@ class MassiveActivationCache(PolicyCache):
     ) -> None:
         policy = MassiveActivationPolicy(window_size, kernel_size)
         super().__init__(config, budget, policy, eviction_interval=eviction_interval)
-        refuse_unsupported_rope(config_and_model(config)[0])
 
     def massive_tokens(self) -> dict[int, list[list[MassiveToken]]]:
         """
@@ -198,6 +175,6 @@ def massive_tokens_of(state: MassiveState) -> list[list[MassiveToken]]:
     for length, *numbers in zip(state.row_lengths, *(tensor.tolist() for tensor in tensors), strict=True):
         found = [(position, "keys and values", *told) for position, *told in zip(*numbers, strict=True)]
         if found[0][0] < 0:
-            found = [(position, "first tokens") for position in range(NUM_FIRST_TOKENS)]
+            found = [(position, "first tokens") for position in range(detection.NUM_FIRST_TOKENS)]
         rows.append([MassiveToken(*token) for token in found if 0 <= token[0] < length])
     return rows

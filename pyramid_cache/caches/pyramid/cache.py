@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from pyramid_cache.caches.h2o import WindowState
 from pyramid_cache.caches.pyramid.prefill import PrunedPrefill
 from pyramid_cache.engine.arguments import check_decoder_config
 from pyramid_cache.engine.budget import (
@@ -32,13 +33,11 @@ from pyramid_cache.engine.budget import (
     parse_budget,
     pyramid_schedule,
     read_count,
-    read_kernel_size,
     read_number,
 )
 from pyramid_cache.engine.cache import config_and_model
-from pyramid_cache.engine.policy import Policy, ScoringView
+from pyramid_cache.engine.policy import Policy, ScoringView, kernel_setting, setting
 from pyramid_cache.engine.policy_cache import DEFAULT_EVICTION_INTERVAL, PolicyCache
-from pyramid_cache.engine.state import LayerState, row
 from pyramid_cache.ops.transfer import numbers_on
 
 
@@ -51,34 +50,22 @@ PRESETS = {
     "llama-3-70b": (0.9, 3),
 }
 DEFAULT_BUDGET = 0.4
-COUNTS = {"window_size": 1, "num_sink_tokens": 0, "min_context_length": 0, "first_pruned_layer": 0}
-NUMBERS = {"recent_ratio": "[0, 1)", "decay_ratio": "(0, 1]", "prefill_depth": "[0, 1]"}
-
-
-@dataclass(eq=False)
-class WindowState(LayerState):
-    """`num_recent` `(batch, 1, 1)` int32: the size of the recent window, `R + 1` of the paper."""
-
-    num_recent: torch.Tensor | None = row()
 
 
 @dataclass(frozen=True)
 class PyramidPolicy(Policy):
-    """
-    A token's score is the attention of the recent window to it and its neighbours, averaged over all heads. See
-    `PyramidCache` for the fields.
-    """
+    """A token's score is the attention of the recent window to it and its neighbours. See `PyramidCache`."""
 
     preset: str | None = None
-    recent_ratio: float = 0.125
-    window_size: int = 64
-    kernel_size: int = 13
-    num_sink_tokens: int = 4
-    min_context_length: int = 64
-    distance_weight: float = 1.0
-    decay_ratio: float = 0.6
-    first_pruned_layer: int = 0
-    prefill_depth: float = 2 / 3
+    recent_ratio: float = setting(0.125, read_number, "[0, 1)")
+    window_size: int = setting(64, read_count, 1)
+    kernel_size: int = kernel_setting(13)
+    num_sink_tokens: int = setting(4, read_count, 0)
+    min_context_length: int = setting(64, read_count, 0)
+    distance_weight: float = setting(1.0, read_number, "(0, 1e28]")  # scores sum up to 2^31 queries' in float32
+    decay_ratio: float = setting(0.6, read_number, "(0, 1]")
+    first_pruned_layer: int = setting(0, read_count, 0)
+    prefill_depth: float = setting(2 / 3, read_number, "[0, 1]")
 
     heads_share_tokens = True
     state_class = WindowState
@@ -86,12 +73,7 @@ class PyramidPolicy(Policy):
     def __post_init__(self) -> None:
         if self.preset is not None and (not isinstance(self.preset, str) or self.preset not in PRESETS):
             raise ValueError(f"`preset={self.preset!r}` is unknown: choose one of {sorted(PRESETS)}, or a `budget`.")
-        object.__setattr__(self, "kernel_size", read_kernel_size(self.kernel_size))
-        for name, least in COUNTS.items():
-            object.__setattr__(self, name, read_count(name, getattr(self, name), least))
-        # Scores are float32 sums of up to 2^31 queries' weights.
-        for name, interval in (NUMBERS | {"distance_weight": "(0, 1e28]"}).items():
-            object.__setattr__(self, name, read_number(name, getattr(self, name), interval))
+        super().__post_init__()
 
     @property
     def newest_weight(self) -> float:  # type: ignore[override]
@@ -131,13 +113,8 @@ class PyramidPolicy(Policy):
         mean = self.mean_kept(prompt_length, budget, num_layers)
         sinks = min(self.num_sink_tokens, mean - recent)
         context = min(self.min_context_length, (mean - recent - sinks) // 2)
-        return pyramid_schedule(
-            prompt_length,
-            self.total_kept(prompt_length, budget, num_layers),
-            tuple(cosine_decay(num_layers, self.decay_ratio)),
-            recent + sinks + context,
-            self.first_pruned_layer,
-        )
+        total, shape = self.total_kept(prompt_length, budget, num_layers), cosine_decay(num_layers, self.decay_ratio)
+        return pyramid_schedule(prompt_length, total, tuple(shape), recent + sinks + context, self.first_pruned_layer)
 
     def total_kept(self, prompt_length: int, budget: Budget, num_layers: int) -> int:
         """The tokens that all layers together keep."""
@@ -278,10 +255,9 @@ class PyramidCache(PolicyCache):
         window = preset, recent_ratio, window_size, kernel_size
         shape = distance_weight, decay_ratio, first_pruned_layer, prefill_depth
         policy = PyramidPolicy(*window, num_sink_tokens, min_context_length, *shape)
-        self.masks = None
-        if model is not None and not parsed_budget.is_unlimited:
-            self.masks = PrunedPrefill(model, policy.prefill_depth)
-        super().__init__(config, budget, policy, eviction_interval=eviction_interval, masks=self.masks)
+        prunes = model is not None and not parsed_budget.is_unlimited
+        masks = PrunedPrefill(model, policy.prefill_depth) if prunes else None
+        super().__init__(config, budget, policy, eviction_interval=eviction_interval, masks=masks)
         places = [layer.place for layer in self.compressed_layers]
         if model is not None and len(places) < len(self.layers):
             raise NotImplementedError(

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from transformers import PreTrainedModel
 
 from pyramid_cache.engine.attention import is_asked_for
@@ -40,7 +40,7 @@ class PrunedPrefill(MaskReader):
         NotImplementedError: The decoder has no list of layers.
     """
 
-    def __init__(self, model: PreTrainedModel, depth: float = 0.0) -> None:
+    def __init__(self, model: PreTrainedModel, depth: float) -> None:
         super().__init__()
         decoder = hook_decoder(model)
         self.decoder: weakref.ref[Any] = weakref.ref(decoder)
@@ -50,18 +50,10 @@ class PrunedPrefill(MaskReader):
     def finish(self) -> None:
         """The prompt has been read."""
         self.columns: torch.Tensor | None = None
+        # What the running layer computes; None unless a prompt is being read whose hidden states are pruned.
         self.tokens: Tokens | None = None
         # Whether the first layer has been entered, which only the hooks tell.
         self.is_entered = False
-
-    @property
-    def is_running(self) -> bool:
-        """Whether a prompt is being read whose hidden states are pruned."""
-        return self.tokens is not None
-
-    def start(self, tokens: Tokens) -> None:
-        """The first layer is about to read a prompt."""
-        self.tokens = tokens
 
     def read(
         self,
@@ -82,9 +74,7 @@ class PrunedPrefill(MaskReader):
         return super().read(attention_mask, batch_size, num_queries, num_keys, device)
 
     def index_of(self, layer: nn.Module) -> int | None:
-        """
-        The index of a decoder layer; None if it belongs to another model, such as a copy of this one.
-        """
+        """The index of a decoder layer; None if it belongs to another model, such as a copy of this one."""
         decoder = self.decoder()
         layers = () if decoder is None else decoder.layers
         return next((index for index, other in enumerate(layers) if other is layer), None)
@@ -106,7 +96,9 @@ class PrunedPrefill(MaskReader):
         indices = torch.searchsorted(self.tokens.positions.contiguous(), kept).masked_fill(kept < 0, -1)
         positions = gather_tokens(self.tokens.positions, indices).masked_fill(indices < 0, -1)
         row_present = (indices >= 0).sum(dim=-1).flatten().tolist()
-        self.columns = gather_columns(self.columns, indices) if self.columns is not None else indices
+        if self.columns is not None:
+            indices = gather_tokens(self.columns, indices).masked_fill(indices < 0, -1)
+        self.columns = indices
         self.tokens = Tokens(positions, self.tokens.row_lengths, row_present, self.tokens.num_seen)
 
     def restore(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -118,11 +110,6 @@ class PrunedPrefill(MaskReader):
         result = hidden_states.new_full((batch_size, num_seen + 1, hidden_size), float("nan"))
         columns = torch.where(self.columns >= 0, self.columns, num_seen)[:, 0, :, None].expand_as(hidden_states)
         return result.scatter(1, columns, hidden_states)[:, :num_seen]
-
-
-def gather_columns(columns: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    """`(batch, 1, kept)`: the original columns of the tokens at `indices`, -1 staying -1."""
-    return gather_tokens(columns, indices).masked_fill(indices < 0, -1)
 
 
 def hook_decoder(model: PreTrainedModel) -> nn.Module:
@@ -160,11 +147,11 @@ def _state_of(arguments: dict[str, Any]) -> PrunedPrefill | None:
     return state if isinstance(state, PrunedPrefill) else None
 
 
-def _named(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by name. Where no cache can be among `args`, only those of `kwargs`."""
-    if len(args) <= 1 and _state_of(kwargs) is None:
-        return kwargs
-    return dict(inspect.signature(layer.forward).bind_partial(*args).arguments) | kwargs
+def _read_call(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[dict[str, Any], Any, int | None]:
+    """The arguments of a call by name, the state of its cache, and the index of the layer if hidden states go."""
+    arguments = dict(inspect.signature(layer.forward).bind_partial(*args).arguments) | kwargs
+    state = _state_of(arguments)
+    return arguments, state, None if state is None else state.index_of(layer)
 
 
 def _has_nothing_to_prune(args: tuple, kwargs: dict[str, Any]) -> bool:
@@ -172,7 +159,7 @@ def _has_nothing_to_prune(args: tuple, kwargs: dict[str, Any]) -> bool:
     if len(args) > 1:
         return False
     state = _state_of(kwargs)
-    return state is None or (not state.is_running and _cache_of(kwargs).get_seq_length() > 0)
+    return state is None or (state.tokens is None and _cache_of(kwargs).get_seq_length() > 0)
 
 
 def _before_layer(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
@@ -181,9 +168,7 @@ def _before_layer(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tupl
 
 @torch.compiler.disable
 def _enter_layer(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-    arguments = _named(layer, args, kwargs)
-    state = _state_of(arguments)
-    index = None if state is None else state.index_of(layer)
+    arguments, state, index = _read_call(layer, args, kwargs)
     if index is None:
         return None
     cache, hidden_states = _cache_of(arguments), arguments["hidden_states"]
@@ -200,7 +185,7 @@ def _enter_layer(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple
             batch_size, num_columns = hidden_states.shape[:2]
             check_arguments(layer, arguments, num_columns)
             mask = arguments.get("attention_mask")
-            state.start(state.read(mask, batch_size, num_columns, num_columns, hidden_states.device))
+            state.tokens = state.read(mask, batch_size, num_columns, num_columns, hidden_states.device)
         return None
     if state.columns is None:
         return None
@@ -215,18 +200,13 @@ def _enter_layer(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple
     hidden_states = gather_tokens(hidden_states[:, None], state.columns)[:, 0]
     # Padding is masked, but NaN would come through.
     arguments["hidden_states"] = hidden_states.masked_fill(state.columns[:, 0, :, None] < 0, 0)
+    implementation = state.decoder().config._attn_implementation
     key_mask = state.tokens.positions >= 0 if state.tokens.has_gaps else None
-    arguments["attention_mask"] = causal_mask(
-        state.decoder().config._attn_implementation,
-        key_mask,
-        num_columns,
-        num_columns,
-        hidden_states.dtype,
-        hidden_states.device,
-    )
+    like = hidden_states.dtype, hidden_states.device
+    arguments["attention_mask"] = causal_mask(implementation, key_mask, num_columns, num_columns, *like)
     for name in ("position_ids", "position_embeddings"):
         if arguments.get(name) is not None:
-            arguments[name] = gather_rows(arguments[name], state.columns)
+            arguments[name] = tree_map(lambda part: gather_rows(part, state.columns), arguments[name])
     return (), arguments
 
 
@@ -240,10 +220,8 @@ def _after_layer(
 def _leave_layer(
     layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: torch.Tensor | tuple
 ) -> torch.Tensor | tuple | None:
-    arguments = _named(layer, args, kwargs)
-    state = _state_of(arguments)
-    index = None if state is None or not state.is_running else state.index_of(layer)
-    if index is None:
+    arguments, state, index = _read_call(layer, args, kwargs)
+    if index is None or state.tokens is None:
         return None
     hidden_states = output[0] if isinstance(output, tuple) else output
     if state.columns is not None:
@@ -274,8 +252,7 @@ def check_arguments(layer: nn.Module, arguments: dict[str, Any], num_columns: in
                     f"{type(layer).__name__} is called with `{name}` of shape {tuple(tensor.shape)}, which is not "
                     "known how to prune along with hidden states. Build the cache from `model.config`."
                 )
-    embeddings = arguments.get("position_embeddings")
-    for tensor in embeddings if isinstance(embeddings, (tuple, list)) else (embeddings,):
+    for tensor in tree_leaves(arguments.get("position_embeddings")):
         if tensor is not None and (tensor.dim() != 3 or tensor.shape[1] != num_columns):
             raise NotImplementedError(
                 f"{type(layer).__name__} is called with position embeddings of shape {tuple(tensor.shape)} instead of "
@@ -283,17 +260,12 @@ def check_arguments(layer: nn.Module, arguments: dict[str, Any], num_columns: in
             )
 
 
-def gather_rows(value: torch.Tensor | tuple, columns: torch.Tensor) -> torch.Tensor | tuple:
+def gather_rows(value: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """
     The columns of position ids `(batch or 1, tokens)` or position embeddings `(batch or 1, tokens, rotary_dim)`.
 
     Args:
         columns (`torch.Tensor`): `(batch, 1, kept)`. An index of -1 gives the first column, which is masked.
     """
-    if isinstance(value, (tuple, list)):
-        return type(value)(gather_rows(part, columns) for part in value)
     value = value.expand(columns.shape[0], *value.shape[1:])
-    index = columns[:, 0].clamp(min=0).to(value.device)
-    if value.dim() == 2:
-        return value.gather(1, index)
-    return value.gather(1, index[..., None].expand(-1, -1, value.shape[-1]))
+    return gather_tokens(value[:, None], columns.to(value.device))[:, 0]

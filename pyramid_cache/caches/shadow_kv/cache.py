@@ -133,13 +133,10 @@ class ShadowKVCache(CompressedCache):
         host_budget: int | str | None = None,
     ) -> "ShadowKVCache":
         """
-        Reads a cache that `save` wrote; see `CompressedCache.load`. Values go where the saved cache had them.
+        Reads a cache that `save` wrote. See `CompressedCache.load` for the other arguments and the errors.
 
         Args:
-            path (`str` or `os.PathLike`): The file.
-            config (`PreTrainedConfig` or `PreTrainedModel`): Of the model, or the model.
-            device (`torch.device`, *optional*): Where the cache belongs.
-            host (`str`, *optional*): Where values go instead, as the constructor takes it.
+            host (`str`, *optional*): Where values go, if not where the saved cache had them.
             host_budget (`int` or `str`, *optional*): Bytes they may take there. A `host` that is given comes with its
                 own budget, or none.
         """

@@ -1,6 +1,5 @@
 """What a step of ShadowKV attends to: chunks of the shadow that are brought into slots, and the latest tokens."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -9,8 +8,7 @@ from torch.nn.functional import pad
 
 from pyramid_cache.caches.shadow_kv.host import HostPlace
 from pyramid_cache.caches.shadow_kv.settings import ShadowSettings
-from pyramid_cache.caches.shadow_kv.slots import ShadowState, ShadowStore
-from pyramid_cache.caches.shadow_kv.store import tokens_of
+from pyramid_cache.caches.shadow_kv.store import ShadowState, ShadowStore, tokens_of
 from pyramid_cache.engine.attention import AttentionCall
 from pyramid_cache.engine.held import LayerPlace
 from pyramid_cache.engine.layer import Arrival, CompressedLayer
@@ -27,8 +25,7 @@ class ShadowKVLayer(CompressedLayer):
     One layer of `ShadowKVCache`. The slots are `num_outlier_chunks` chunks, then `num_sparse_chunks` chunks that steps
     exchange, then the tail. A row whose tokens all fit is exact: they are in the slots as they came, whatever other
     rows do. Of a longer one the first `row_shadow` tokens are in the shadow, the others in the tail, and the slots
-    before it hold some of the shadow's chunks: the outliers as they were, and those of `held_chunks`
-    `(batch, kv_heads, num_sparse_chunks)` int64, -1 for none.
+    before it hold some of the shadow's chunks: the outliers as they were, and those of `held_chunks`.
     """
 
     evicts = False
@@ -52,11 +49,6 @@ class ShadowKVLayer(CompressedLayer):
         super()._clear()
         self.shadow = self.store.shadow
 
-    @property
-    def row_shadow(self) -> list[int]:
-        """How many tokens of each row are in the shadow."""
-        return self.shadow.row_tokens
-
     def num_tokens_to_keep(self, row_length: int) -> int:
         return self.settings.max_exact_tokens(row_length)
 
@@ -71,7 +63,8 @@ class ShadowKVLayer(CompressedLayer):
         outside of it.
         """
         moved = []
-        for length, shadow, kept in zip(self.state.row_lengths, self.row_shadow, self.state.row_kept, strict=True):
+        state = self.state
+        for length, shadow, kept in zip(state.row_lengths, state.row_shadow, state.row_kept, strict=True):
             moves = length - shadow >= least if shadow else length > kept
             moved.append(self.settings.num_movable(length - shadow) if moves else 0)
         return moved
@@ -135,8 +128,8 @@ class ShadowKVLayer(CompressedLayer):
     def _mark(self, slots: slice, chunks: torch.Tensor) -> None:
         """Slots of rows that have a shadow hold these chunks of it."""
         positions = tokens_of(chunks, self.settings.chunk_size)
-        if not all(self.row_shadow):
-            has_shadow = self.store.per_row(self.row_shadow) > 0
+        if not all(self.state.row_shadow):
+            has_shadow = self.store.per_row(self.state.row_shadow) > 0
             positions = torch.where(has_shadow, positions, self.state.positions[..., slots])
         self.state.positions[..., slots] = positions
 
@@ -144,7 +137,8 @@ class ShadowKVLayer(CompressedLayer):
     def _absorb_turn(self, call: AttentionCall, tokens: Tokens) -> None:
         """What follows several tokens: rows that have a shadow, or are too long now to be exact, take them into it."""
         if self.state.is_dense:
-            self.shadow.begin(call.key, call.value, self.rotary_of(call.module) or no_rotation())
+            no_rotation = RotaryFrequencies(torch.zeros(0, device="cpu"))
+            self.shadow.begin(call.key, call.value, self.rotary_of(call.module) or no_rotation)
             self.state.column_positions = None
             self._make_slots(call.key, call.value, 0)
         elif self.state.held_chunks.shape[-1] != max(self.state.row_sparse):
@@ -191,21 +185,22 @@ class ShadowKVLayer(CompressedLayer):
             first = order[..., : max(moved)]
             self._move(gather_tokens(key, first), gather_tokens(value, first), moved, refit)
         # The others of a row stand side by side: from its tail on, or from the first slot on if it is exact.
-        counts = [length - shadow for length, shadow in zip(self.state.row_lengths, self.row_shadow, strict=True)]
-        firsts = [self.store.tail if shadow else 0 for shadow in self.row_shadow]
-        self.state.length = max(self.store.tail, *map(sum, zip(firsts, counts, strict=True)))
-        slots = slice(min(firsts), self.state.length)
+        state, tail = self.state, self.store.tail
+        counts = [length - shadow for length, shadow in zip(state.row_lengths, state.row_shadow, strict=True)]
+        firsts = [tail if shadow else 0 for shadow in state.row_shadow]
+        state.length = max(tail, *map(sum, zip(firsts, counts, strict=True)))
+        slots = slice(min(firsts), state.length)
         places = torch.arange(slots.start, slots.stop, device=self.device) - self.store.per_row(firsts)
         is_token = (places >= 0) & (places < self.store.per_row(counts))  # (batch, 1, slots)
         index = order.gather(-1, (places + self.store.per_row(moved)).clamp(0, max(order.shape[-1] - 1, 0)))
-        self.state.positions[..., : self.store.tail].masked_fill_(self.store.per_row(self.row_shadow) == 0, -1)
-        self.state.positions[..., self.store.tail :] = -1
-        for tensor, source in ((self.state.keys, key), (self.state.values, value), (self.state.positions, positions)):
+        state.positions[..., :tail].masked_fill_(self.store.per_row(state.row_shadow) == 0, -1)
+        state.positions[..., tail:] = -1
+        for tensor, source in ((state.keys, key), (state.values, value), (state.positions, positions)):
             mask = is_token[..., None] if tensor.dim() == 4 else is_token
             tensor[:, :, slots] = torch.where(mask, gather_tokens(source, index), tensor[:, :, slots])
         first, size = self.store.outlier_slots.stop, self.settings.chunk_size
-        rows = zip(self.row_shadow, self.state.row_sparse, counts, strict=True)
-        self.state.row_held = [min(shadow, first + sparse * size) + count for shadow, sparse, count in rows]
+        rows = zip(state.row_shadow, state.row_sparse, counts, strict=True)
+        state.row_held = [min(shadow, first + sparse * size) + count for shadow, sparse, count in rows]
 
     def _move(self, key: torch.Tensor, value: torch.Tensor, counts: list[int], refit: bool) -> None:
         """Moves the first `counts` tokens of each row to the shadow; the outliers among them stay in slots as well."""
@@ -215,9 +210,9 @@ class ShadowKVLayer(CompressedLayer):
         for tensor, new in ((self.state.keys, key), (self.state.values, value)):
             candidates = torch.cat([tensor[:, :, slots], new], dim=2)
             tensor[:, :, slots] = gather_tokens(candidates, tokens_of(chosen, size).long())
-        self._mark(slots, self.shadow.outlier_chunks)
+        self._mark(slots, self.state.outlier_chunks)
         # A chunk is not attended to twice.
-        is_outlier = (self.state.held_chunks[..., None] == self.shadow.outlier_chunks[..., None, :]).any(dim=-1)
+        is_outlier = (self.state.held_chunks[..., None] == self.state.outlier_chunks[..., None, :]).any(dim=-1)
         self._mark(self.store.sparse_slots, self.state.held_chunks.masked_fill_(is_outlier, -1))
 
     # All that was seen: several tokens attend to it, and `crop` begins with it.
@@ -245,14 +240,14 @@ class ShadowKVLayer(CompressedLayer):
         if self.state.is_dense:
             super()._crop_held(num_columns)
             return
-        key, value, positions = (self.store.in_order()[name] for name in ("keys", "values", "positions"))
+        key, value, positions = self.store.in_order().values()
         self.state.num_seen -= num_columns
         self.state.row_lengths = [max(length - num_columns, 0) for length in self.state.row_lengths]
         self.state.next_position = self.store.per_row(self.state.row_lengths)
         # Rows of which tokens in the shadow go begin it anew with those that stay, or are exact if these fit.
-        rows = zip(self.state.row_lengths, self.row_shadow, strict=True)
+        rows = zip(self.state.row_lengths, self.state.row_shadow, strict=True)
         self.shadow.forget([row for row, (length, shadow) in enumerate(rows) if length < shadow])
-        shadow = self.store.per_row(self.row_shadow)
+        shadow = self.store.per_row(self.state.row_shadow)
         self.state.held_chunks.masked_fill_(shadow == 0, -1)
         goes = (positions >= self.state.next_position) | (positions < shadow)
         moved = self._movable(self.settings.tail_capacity)
@@ -263,11 +258,6 @@ class ShadowKVLayer(CompressedLayer):
         if not self.state.is_dense and self._move_tail(least=0):
             self._fetch()
 
-    def _map_rows(self, function: Callable[[torch.Tensor], torch.Tensor], rows: list[int] | None = None) -> None:
-        super()._map_rows(function, rows)
-        if rows is not None and self.row_shadow:
-            self.shadow.row_tokens = [self.row_shadow[row] for row in rows]
-
     def held_tensors(self) -> dict[str, torch.Tensor]:
         frequencies = enumerate(self.frequencies.held_tensors())
         return super().held_tensors() | {f"frequencies_{index}": tensor for index, tensor in frequencies}
@@ -275,11 +265,5 @@ class ShadowKVLayer(CompressedLayer):
     def import_state(self, numbers: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         super().import_state(numbers, tensors)
         if not self.state.is_dense:
-            found = import_frequencies(numbers["rotary"], tensors)
-            self.shadow.rotary = self.frequencies.shared(found) if found else no_rotation()
+            self.shadow.rotary = self.frequencies.shared(import_frequencies(numbers["rotary"], tensors))
             self.store.resize(self.max_slots)
-
-
-def no_rotation() -> RotaryFrequencies:
-    """Those of a layer without RoPE, whose keys are turned by nothing."""
-    return RotaryFrequencies(torch.zeros(0, device="cpu"))

@@ -24,7 +24,11 @@ class ShadowSettings:
 
     def __post_init__(self) -> None:
         for name in ("budget", "rank"):
-            setattr(self, name, read_share_or_count(name, getattr(self, name)))
+            number = getattr(self, name)
+            is_count = isinstance(number, Integral) and not isinstance(number, bool)
+            if not is_count and (not is_number(number) or not 0 < number <= 1):
+                raise ValueError(f"`{name}={number!r}` must be a positive integer, or a share: a float in (0, 1].")
+            setattr(self, name, read_count(name, number, least=1) if is_count else float(number))
         for name in ("chunk_size", "num_outlier_chunks", "num_spread_bands", "num_local_tokens", "offload_interval"):
             least = 1 if name in ("chunk_size", "offload_interval") else 0
             setattr(self, name, read_count(name, getattr(self, name), least=least))
@@ -50,12 +54,3 @@ class ShadowSettings:
     def num_movable(self, num_outside: int) -> int:
         """Of so many tokens outside of the shadow those that can move there: full chunks, but for the local tokens."""
         return max((num_outside - self.num_local_tokens) // self.chunk_size, 0) * self.chunk_size
-
-
-def read_share_or_count(name: str, number: int | float) -> int | float:
-    """A number of tokens or dimensions, or a share, as users write it."""
-    if isinstance(number, Integral) and not isinstance(number, bool):
-        return read_count(name, number, least=1)
-    if not is_number(number) or not 0 < number <= 1:
-        raise ValueError(f"`{name}={number!r}` must be a positive integer, or a share: a float from above 0 to 1.")
-    return float(number)
