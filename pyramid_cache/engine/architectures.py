@@ -62,3 +62,21 @@ def attribute_of(config: PreTrainedConfig, name: str) -> Any:
         return getattr(config, name, None)
     except RuntimeError:  # transformers says that the attribute is ambiguous
         return [getattr(layer_config, name, None) for layer_config in config.per_layer_config]
+
+
+def refuse_unsupported_rope(config: PreTrainedConfig) -> None:
+    """Raises NotImplementedError where the config tells of a rotation that keys cannot be moved by."""
+    text_config = config.get_text_config(decoder=True)
+    parameters = getattr(text_config, "rope_parameters", None) or {}
+    for settings in (parameters, *(each for each in parameters.values() if isinstance(each, dict))):
+        if "dynamic" in str(settings.get("rope_type", "")):
+            remedy = "A rope_type like 'yarn' does not."
+            raise rope_refusal(config, f"dynamic NTK scaling, which depends on the length. {remedy}")
+        if text_config is not config and any("mrope" in key for key in settings):
+            remedy = "For text alone, build the cache from `model.config.get_text_config()`."
+            raise rope_refusal(config, f"positions with several axes (mrope) if it is given images. {remedy}")
+
+
+def rope_refusal(owner: Any, reason: str) -> NotImplementedError:
+    way_out = "Use a cache that leaves keys at the positions the model gave them."
+    return NotImplementedError(f"{type(owner).__name__} rotates keys by {reason} {way_out}")

@@ -21,6 +21,7 @@ from pyramid_cache.engine.foreign import require_bounded, require_croppable
 from pyramid_cache.engine.held import LayerPlace
 from pyramid_cache.engine.layer import CompressedLayer
 from pyramid_cache.engine.memory import memory_of, summary_of
+from pyramid_cache.engine.rope import SharedFrequencies
 from pyramid_cache.engine.tokens import MaskReader
 
 
@@ -59,6 +60,7 @@ class CompressedCache(Cache):
         self.architecture = architecture_of(config)
         attention.install()
         self.masks = MaskReader() if masks is None else masks
+        self.frequencies = SharedFrequencies()
         layers = list(DynamicCache(config=config).layers)
         require_bounded(config.model_type, layers)
         # An exact type: layers of other kinds that derive from DynamicLayer have their own way to store.
@@ -70,7 +72,8 @@ class CompressedCache(Cache):
             )
         for depth, index in enumerate(compressed):
             place = LayerPlace(index, depth, len(compressed), len(layers))
-            layers[index] = build_layer(place, self.masks)
+            layers[index] = layer = build_layer(place, self.masks)
+            layer.frequencies = self.frequencies
         self._unused_layers = {
             index: copy.deepcopy(layer) for index, layer in enumerate(layers) if not isinstance(layer, CompressedLayer)
         }
@@ -243,6 +246,7 @@ class CompressedCache(Cache):
     def reset(self) -> None:
         """Forgets everything, so that the cache can be used for another sequence, batch or model."""
         self.masks.forget()
+        self.frequencies.forget()
         for index, layer in enumerate(self.layers):
             if isinstance(layer, CompressedLayer):
                 layer.reset()

@@ -13,10 +13,10 @@ from pyramid_cache.engine.budget import Budget, bytes_to_tokens
 from pyramid_cache.engine.held import LayerPlace
 from pyramid_cache.engine.layer import Arrival, CompressedLayer
 from pyramid_cache.engine.policy import LayerView, Policy, PromptView, ScoringView
-from pyramid_cache.engine.rope import SharedFrequencies
 from pyramid_cache.engine.rotation import RotaryFrequencies
 from pyramid_cache.engine.sharing import SharedBudget, WaitingEviction
 from pyramid_cache.engine.state import grown
+from pyramid_cache.engine.store import expanded
 from pyramid_cache.engine.tokens import MaskReader, Tokens
 from pyramid_cache.ops.reference import decode_probabilities
 
@@ -32,7 +32,6 @@ class EvictingLayer(CompressedLayer):
         budget (`Budget`): How many tokens the layer may keep.
         policy (`Policy`): Scores the tokens.
         eviction_interval (`int`): How many tokens beyond the budget wait for an eviction.
-        frequencies (`SharedFrequencies`): How the model rotates keys. Shared by the layers of a cache.
         shared (`SharedBudget`, *optional*): Of a policy whose layers share a budget.
     """
 
@@ -45,13 +44,12 @@ class EvictingLayer(CompressedLayer):
         budget: Budget,
         policy: Policy,
         eviction_interval: int,
-        frequencies: SharedFrequencies,
         shared: SharedBudget | None = None,
     ) -> None:
         self.budget, self.policy = budget, policy
         self.eviction_interval, self.shared = eviction_interval, shared
         self.score_label, self.needs_rotary = policy.score_label, policy.needs_rotary
-        super().__init__(place, masks, policy.build_store(), frequencies)
+        super().__init__(place, masks, policy.build_store())
         self.store.reuses_slots = eviction_interval == 1
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -368,20 +366,9 @@ class EvictingLayer(CompressedLayer):
         query = self.policy.reposition_new(view, call.query, newest, longest)
         if query is call.query:
             return call
-        slot = (
-            (held == newest)
-            .int()
-            .argmax(dim=-1, keepdim=True)[..., None]
-            .expand(-1, *call.key.shape[1:2], 1, call.key.shape[3])
-        )
+        slot = expanded((held == newest).int().argmax(dim=-1, keepdim=True), call.key)
         call.key.scatter_(2, slot, self.policy.reposition_new(view, call.key.gather(2, slot), newest, longest))
         return replace(call, query=query)
-
-    # What users ask.
-
-    def held_tensors(self) -> dict[str, torch.Tensor]:
-        shared = {f"frequencies_{index}": tensor for index, tensor in enumerate(self.frequencies.held_tensors())}
-        return super().held_tensors() | shared
 
 
 def query_weights(ages: torch.Tensor, window: torch.Tensor, newest_weight: float) -> torch.Tensor:

@@ -15,12 +15,12 @@ import torch
 from pyramid_cache.engine import checks
 from pyramid_cache.engine.arguments import as_tokens_to_remove, check_states
 from pyramid_cache.engine.attention import AttentionCall
-from pyramid_cache.engine.held import LayerPlace, StoredLayer
+from pyramid_cache.engine.held import StoredLayer
 from pyramid_cache.engine.pending import RecordedChunk
 from pyramid_cache.engine.rope import SharedFrequencies
 from pyramid_cache.engine.rotation import RotaryFrequencies
-from pyramid_cache.engine.store import SlotStore, own_storage
-from pyramid_cache.engine.tokens import MaskReader, Tokens
+from pyramid_cache.engine.store import own_storage
+from pyramid_cache.engine.tokens import Tokens
 from pyramid_cache.ops.registration import needs_gradients
 
 
@@ -52,19 +52,12 @@ class Arrival(NamedTuple):
 
 
 class CompressedLayer(StoredLayer):
-    """
-    What all layers of this package have in common. `StoredLayer` has the other arguments.
-
-    Args:
-        frequencies (`SharedFrequencies`): How the model rotates keys. Shared by the layers of a cache.
-    """
+    """What all layers of this package have in common."""
 
     # Whether the method must know how the model rotates keys.
     needs_rotary = False
-
-    def __init__(self, place: LayerPlace, masks: MaskReader, store: SlotStore, frequencies: SharedFrequencies) -> None:
-        self.frequencies = frequencies
-        super().__init__(place, masks, store)
+    # How the model rotates keys. The cache gives it to its layers.
+    frequencies: SharedFrequencies
 
     def _clear(self) -> None:
         super()._clear()
@@ -293,6 +286,10 @@ class CompressedLayer(StoredLayer):
             row_present=[held + count for held, count in zip(self.state.row_held, num_new_tokens, strict=True)],
             is_ascending=min(num_new_tokens) == num_new,
         )
+
+    def held_tensors(self) -> dict[str, torch.Tensor]:
+        shared = enumerate(self.frequencies.held_tensors())
+        return super().held_tensors() | {f"frequencies_{index}": tensor for index, tensor in shared}
 
     # Tokens that may be taken back.
 

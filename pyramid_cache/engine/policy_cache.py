@@ -5,13 +5,13 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from pyramid_cache.engine.architectures import refuse_unsupported_rope
 from pyramid_cache.engine.arguments import check_decoder_config
 from pyramid_cache.engine.budget import parse_budget, read_count
 from pyramid_cache.engine.cache import CompressedCache, config_and_model
 from pyramid_cache.engine.evicting import EvictingLayer
 from pyramid_cache.engine.held import LayerPlace
 from pyramid_cache.engine.policy import Policy
-from pyramid_cache.engine.rope import SharedFrequencies, refuse_unsupported_rope
 from pyramid_cache.engine.sharing import SharedBudget
 from pyramid_cache.engine.tokens import MaskReader
 
@@ -81,18 +81,18 @@ class PolicyCache(CompressedCache):
             raise ValueError(f"`policy={policy!r}` must be an instance of a class that derives from Policy.")
         eviction_interval = read_count("eviction_interval", eviction_interval, least=1)
         self.policy = policy
-        self.frequencies = SharedFrequencies()
         self.shared: SharedBudget | None = None
 
         def build_layer(place: LayerPlace, masks: MaskReader) -> EvictingLayer:
             if policy.layers_share_budget and self.shared is None:
                 self.shared = SharedBudget(place.num_layers)
-            return EvictingLayer(place, masks, parsed_budget, policy, eviction_interval, self.frequencies, self.shared)
+            return EvictingLayer(place, masks, parsed_budget, policy, eviction_interval, self.shared)
 
         settings: dict[str, Any] | None = None
         if type(self).__init__ is not PolicyCache.__init__:
             # A cache with a constructor of its own takes the fields of its policy as arguments.
-            settings = {"budget": budget, **fields_of(policy), "eviction_interval": eviction_interval}
+            own = dataclasses.asdict(policy) if dataclasses.is_dataclass(policy) else {}
+            settings = {"budget": budget, **own, "eviction_interval": eviction_interval}
         super().__init__(config, build_layer, settings, masks)
         if policy.needs_rotary:
             refuse_unsupported_rope(config)
@@ -106,12 +106,6 @@ class PolicyCache(CompressedCache):
         super().activate_past_recording()
 
     def reset(self) -> None:
-        self.frequencies.forget()
         if self.shared is not None:
             self.shared.waiting.clear()
         super().reset()
-
-
-def fields_of(policy: Policy) -> dict[str, Any]:
-    """The hyper-parameters of a policy, by name."""
-    return dataclasses.asdict(policy) if dataclasses.is_dataclass(policy) else {}

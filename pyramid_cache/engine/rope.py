@@ -26,9 +26,10 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdRef
-from transformers import Cache, DynamicCache, PreTrainedConfig
+from transformers import Cache, DynamicCache
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from pyramid_cache.engine.architectures import rope_refusal
 from pyramid_cache.engine.rotation import RotaryFrequencies, export_frequencies
 
 
@@ -84,7 +85,7 @@ class SharedFrequencies:
                 known = findings[module] = _probe(calls, device)
             elif known is None:
                 way_out = "Compile the model after a forward with this cache."
-                raise _refusal(module, f"what is found while it runs. {way_out}")
+                raise rope_refusal(module, f"what is found while it runs. {way_out}")
         return None if known.frequencies is None else self.shared(known.frequencies)
 
     def shared(self, found: RotaryFrequencies) -> RotaryFrequencies:
@@ -100,24 +101,6 @@ class SharedFrequencies:
     def forget(self) -> None:
         """Lets go of it, for another model."""
         self._known: dict[tuple, RotaryFrequencies] = {}
-
-
-def refuse_unsupported_rope(config: PreTrainedConfig) -> None:
-    """Raises NotImplementedError where the config tells of a rotation that keys cannot be moved by."""
-    text_config = config.get_text_config(decoder=True)
-    parameters = getattr(text_config, "rope_parameters", None) or {}
-    for settings in (parameters, *(each for each in parameters.values() if isinstance(each, dict))):
-        if "dynamic" in str(settings.get("rope_type", "")):
-            remedy = "A rope_type like 'yarn' does not."
-            raise _refusal(config, f"dynamic NTK scaling, which depends on the length. {remedy}")
-        if text_config is not config and any("mrope" in key for key in settings):
-            remedy = "For text alone, build the cache from `model.config.get_text_config()`."
-            raise _refusal(config, f"positions with several axes (mrope) if it is given images. {remedy}")
-
-
-def _refusal(owner: Any, reason: str) -> NotImplementedError:
-    way_out = "Use a cache that leaves keys at the positions the model gave them."
-    return NotImplementedError(f"{type(owner).__name__} rotates keys by {reason} {way_out}")
 
 
 def _running_calls(module: nn.Module) -> list[Call]:
@@ -172,13 +155,13 @@ class _Rotary:
             expected = buffer.repeat(len(turned) // len(buffer)).sort().values
             if expected.shape == turned.shape and torch.allclose(expected, turned, rtol=0, atol=1e-6):
                 return buffer.clone()
-        raise _refusal(self.module, "angles that could not be reproduced: none of its buffers gives them.")
+        raise rope_refusal(self.module, "angles that could not be reproduced: none of its buffers gives them.")
 
     def frequencies(self, device: torch.device) -> RotaryFrequencies:
         """Those of forwards below and beyond the length at which longrope switches."""
         short, long, longer = (self.inv_freq(longest, device) for longest in (2, 2**21, 2**22))
         if not torch.equal(long, longer):
-            raise _refusal(self.module, "frequencies which depend on the length of the sequence.")
+            raise rope_refusal(self.module, "frequencies which depend on the length of the sequence.")
         if torch.equal(short, long):
             return RotaryFrequencies(short)
         lengths = range(2**21)
@@ -210,7 +193,7 @@ def _maker(parts: list[torch.Tensor], calls: list[Call]) -> _Rotary:
             makers[tuple(rotary.inv_freq(2, ids.device).tolist())] = rotary
     if len(makers) != 1:
         reason = "angles that could not be reproduced: no single module makes them from the positions of tokens."
-        raise _refusal(module, f"{reason} Start with several tokens, without images.")
+        raise rope_refusal(module, f"{reason} Start with several tokens, without images.")
     return makers.popitem()[1]
 
 
@@ -238,16 +221,16 @@ def _probe(calls: list[Call], device: torch.device) -> Finding:
     except _KeysReached as reached:
         keys, values = reached.args[:2]  # (1, kv_heads, positions, head_dim)
     except Exception as error:
-        raise _refusal(module, f"angles that could not be reproduced: {error!r}.") from error
+        raise rope_refusal(module, f"angles that could not be reproduced: {error!r}.") from error
 
     # A turn rounds cosine, sine, two products and a sum: within a few eps of the largest entry.
     largest = keys.abs().max().item()
     # Models compute cosines and sines in float32 at most.
     tolerance = 8 * max(torch.finfo(keys.dtype).eps, torch.finfo(torch.float32).eps) * largest
     if not 0 < largest < float("inf"):
-        raise _refusal(module, f"what is unknown: they are all {largest}, load the weights first.")
+        raise rope_refusal(module, f"what is unknown: they are all {largest}, load the weights first.")
     if (values - values[:, :, :1]).abs().max() > tolerance:
-        raise _refusal(module, "what is unknown: it caches latents (multi-head latent attention).")
+        raise rope_refusal(module, "what is unknown: it caches latents (multi-head latent attention).")
     # Without a rotary module, the answer depends on the attention module alone.
     finding = Finding(None, *((ref(module), "") if rotary is None else rotary.place))
     finding.dependencies = finding.dependencies_now(module)
@@ -255,7 +238,7 @@ def _probe(calls: list[Call], device: torch.device) -> Finding:
     if (keys - still).abs().max() <= tolerance:
         return finding
     if rotary is None:
-        raise _refusal(module, "angles that could not be reproduced: none of its modules gives them.")
+        raise rope_refusal(module, "angles that could not be reproduced: none of its modules gives them.")
     measured = rotary.frequencies(device)
     layouts: list[Literal["half", "interleaved"]] = ["half", "interleaved"]
     for sign, layout in itertools.product((1, -1), layouts):
@@ -264,4 +247,4 @@ def _probe(calls: list[Call], device: torch.device) -> Finding:
         angles = found.model_angles(positions, PROBE_POSITIONS[-1] + 1)[:, None]
         if found.rotary_dim <= keys.shape[-1] and (found.rotate(still, angles) - keys).abs().max() <= tolerance:
             return replace(finding, frequencies=found)
-    raise _refusal(module, "angles that could not be reproduced.")
+    raise rope_refusal(module, "angles that could not be reproduced.")

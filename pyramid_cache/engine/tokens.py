@@ -48,20 +48,10 @@ class Tokens:
 
     def without_last(self, num_columns: int) -> "Tokens":
         """The tokens without those of the last columns."""
-        positions = self.positions[..., : self.positions.shape[-1] - num_columns]
+        positions, num_left = self.positions, self.positions.shape[-1] - num_columns
         if not self.has_gaps:
-            return Tokens.without_padding(positions.shape[0], positions.shape[-1], positions.device)
-        is_token = positions[:, 0] >= 0
-        lengths = is_token.sum(dim=-1).tolist()
-        ends_in_padding = bool((is_token.any(dim=-1) & ~is_token[:, -1:].any(dim=-1)).any())
-        return replace(
-            self,
-            positions=positions,
-            row_lengths=lengths,
-            row_present=lengths,
-            num_seen=positions.shape[-1],
-            ends_in_padding=ends_in_padding,
-        )
+            return Tokens.without_padding(positions.shape[0], num_left, positions.device)
+        return Tokens.from_validity((positions[:, 0, :num_left] >= 0).cpu(), positions.device)
 
     def map_rows(self, rows: list[int]) -> "Tokens":
         """The tokens with the counts of the rows at these indices. The caller maps `positions`."""

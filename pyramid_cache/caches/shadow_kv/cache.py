@@ -23,10 +23,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from pyramid_cache.caches.shadow_kv.host import read_host
 from pyramid_cache.caches.shadow_kv.layer import ShadowKVLayer
 from pyramid_cache.caches.shadow_kv.settings import ShadowSettings
+from pyramid_cache.engine.architectures import refuse_unsupported_rope
 from pyramid_cache.engine.arguments import check_decoder_config
 from pyramid_cache.engine.cache import CompressedCache, config_and_model
 from pyramid_cache.engine.held import LayerPlace
-from pyramid_cache.engine.rope import SharedFrequencies, refuse_unsupported_rope
 from pyramid_cache.engine.tokens import MaskReader
 
 
@@ -114,11 +114,10 @@ class ShadowKVCache(CompressedCache):
         sizes = (budget, rank, chunk_size, num_outlier_chunks, num_spread_bands, num_local_tokens, offload_interval)
         settings = ShadowSettings(*sizes, quantize, host, host_budget)
         host_place = read_host(host, host_budget)
-        self.frequencies = SharedFrequencies()
 
         def build_layer(place: LayerPlace, masks: MaskReader) -> ShadowKVLayer:
             layer_host = replace(host_place, num_layers=place.num_layers)
-            return ShadowKVLayer(place, masks, settings, layer_host, self.frequencies)
+            return ShadowKVLayer(place, masks, settings, layer_host)
 
         super().__init__(config, build_layer, asdict(settings))
 
@@ -143,7 +142,3 @@ class ShadowKVCache(CompressedCache):
         if host is not None:
             return cls._load(path, config, device, host=host, host_budget=host_budget)
         return cls._load(path, config, device, **({} if host_budget is None else {"host_budget": host_budget}))
-
-    def reset(self) -> None:
-        self.frequencies.forget()
-        super().reset()

@@ -12,7 +12,6 @@ from pyramid_cache.caches.shadow_kv.store import ShadowState, ShadowStore, token
 from pyramid_cache.engine.attention import AttentionCall
 from pyramid_cache.engine.held import LayerPlace
 from pyramid_cache.engine.layer import Arrival, CompressedLayer
-from pyramid_cache.engine.rope import SharedFrequencies
 from pyramid_cache.engine.rotation import RotaryFrequencies, import_frequencies
 from pyramid_cache.engine.selection import gather_tokens
 from pyramid_cache.engine.tokens import MaskReader, Tokens
@@ -34,16 +33,9 @@ class ShadowKVLayer(CompressedLayer):
     store: ShadowStore
     state: ShadowState
 
-    def __init__(
-        self,
-        place: LayerPlace,
-        masks: MaskReader,
-        settings: ShadowSettings,
-        host: HostPlace,
-        frequencies: SharedFrequencies,
-    ) -> None:
+    def __init__(self, place: LayerPlace, masks: MaskReader, settings: ShadowSettings, host: HostPlace) -> None:
         self.settings = settings
-        super().__init__(place, masks, ShadowStore(settings, host), frequencies)
+        super().__init__(place, masks, ShadowStore(settings, host))
 
     def _clear(self) -> None:
         super()._clear()
@@ -257,10 +249,6 @@ class ShadowKVLayer(CompressedLayer):
     def compress(self) -> None:
         if not self.state.is_dense and self._move_tail(least=0):
             self._fetch()
-
-    def held_tensors(self) -> dict[str, torch.Tensor]:
-        frequencies = enumerate(self.frequencies.held_tensors())
-        return super().held_tensors() | {f"frequencies_{index}": tensor for index, tensor in frequencies}
 
     def import_state(self, numbers: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         super().import_state(numbers, tensors)

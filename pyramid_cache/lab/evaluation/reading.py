@@ -19,7 +19,6 @@ from pyramid_cache.engine.attention import AttentionCall
 from pyramid_cache.engine.cache import CompressedCache
 from pyramid_cache.engine.layer import Arrival, CompressedLayer
 from pyramid_cache.engine.pending import RecordedChunk
-from pyramid_cache.engine.rope import SharedFrequencies
 from pyramid_cache.engine.store import SlotStore
 from pyramid_cache.engine.tokens import Tokens
 from pyramid_cache.ops import attention_with_lse, row_lse
@@ -115,10 +114,7 @@ class Reader:
     def __init__(self, model: PreTrainedModel, ids: torch.Tensor, padding: torch.Tensor | None = None) -> None:
         self.model = model
         self.padding = padding
-        frequencies = SharedFrequencies()
-        self.cache = CompressedCache(
-            model.config, lambda place, masks: ReadingLayer(place, masks, SlotStore(), frequencies)
-        )
+        self.cache = CompressedCache(model.config, lambda place, masks: ReadingLayer(place, masks, SlotStore()))
         if len(self.cache.compressed_layers) < len(self.cache.layers):
             raise NotImplementedError(
                 f"A model of type {model.config.model_type!r} has layers of other kinds than full attention, whose "

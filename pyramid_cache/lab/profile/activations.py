@@ -16,7 +16,6 @@ from pyramid_cache.engine.attention import AttentionCall
 from pyramid_cache.engine.cache import CompressedCache
 from pyramid_cache.engine.held import LayerPlace
 from pyramid_cache.engine.layer import CompressedLayer
-from pyramid_cache.engine.rope import SharedFrequencies
 from pyramid_cache.engine.scoring import attend_and_score
 from pyramid_cache.engine.store import SlotStore
 from pyramid_cache.engine.tokens import MaskReader, Tokens
@@ -33,11 +32,11 @@ NUM_LARGEST = 3
 class ProfilingLayer(CompressedLayer):
     """Holds everything, and notes which tokens look massive and what the last queries attended to."""
 
-    def __init__(self, place: LayerPlace, masks: MaskReader, num_queries: int, frequencies: SharedFrequencies) -> None:
+    def __init__(self, place: LayerPlace, masks: MaskReader, num_queries: int) -> None:
         self.num_queries = num_queries
         self.found: massive.MassiveTokens | None = None
         self.attention: torch.Tensor | None = None
-        super().__init__(place, masks, SlotStore(), frequencies)
+        super().__init__(place, masks, SlotStore())
 
     def num_tokens_to_keep(self, row_length: int) -> int:
         return max(row_length, 1)
@@ -113,8 +112,7 @@ def measure_text(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, token_ids: torch.Tensor, window_size: int
 ) -> TextFindings:
     """Reads one text, `(1, tokens)`. The window is that of the last queries, and the tokens that are local to them."""
-    frequencies = SharedFrequencies()
-    cache = CompressedCache(model.config, lambda place, masks: ProfilingLayer(place, masks, window_size, frequencies))
+    cache = CompressedCache(model.config, lambda place, masks: ProfilingLayer(place, masks, window_size))
     outputs: list[OutputFindings] = []
 
     def note(module: nn.Module, args: tuple, output: torch.Tensor | tuple) -> None:
