@@ -91,7 +91,7 @@ class PolicyCache(CompressedCache):
         settings: dict[str, Any] | None = None
         if type(self).__init__ is not PolicyCache.__init__:
             # A cache with a constructor of its own takes the fields of its policy as arguments.
-            own = dataclasses.asdict(policy) if dataclasses.is_dataclass(policy) else {}
+            own: dict[str, Any] = dataclasses.asdict(policy) if dataclasses.is_dataclass(policy) else {}
             settings = {"budget": budget, **own, "eviction_interval": eviction_interval}
         super().__init__(config, build_layer, settings, masks)
         if policy.needs_rotary:
