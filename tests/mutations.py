@@ -46,6 +46,8 @@ steps = state.next_position + torch.arange(-num_steps«, 0→ + 1, 1»,
 and max(row_lost) <= 1« and has_free_slots→»:
 = engine/store.py: test_bad_calls | gives_its_slot
 self.state.positions.scatter_(2, free_slots, «-1→0»)
+= engine/store.py: test_batch_rows | held_whole
+differ = mask is not None and mask.shape[1] >« 1→ 9»
 = engine/store.py: test_remembering
 columns |= {name: getattr(self.state, name) for name in «self.state.own_slots→[]»}
 = engine/evicting.py: test_remembering

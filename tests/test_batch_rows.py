@@ -6,11 +6,21 @@ from typing import Any
 import pytest
 import torch
 from caches import CACHE_CASES, CacheCase, every_cache, parametrize_cases
-from models import drive, left_pad, random_rows, random_tokens, tiny_model
+from models import build_model, drive, left_pad, random_rows, random_tokens, tiny_model
 from modes import Run, held_positions
 from transformers import Cache, DynamicCache
 
-from pyramid_cache import ExpectedAttentionCache, H2OCache, PyramidCache, SnapKVCache, StreamingLLMCache, TOVACache
+from pyramid_cache import (
+    ExpectedAttentionCache,
+    H2OCache,
+    KeyDiffCache,
+    KnormCache,
+    MassiveActivationCache,
+    PyramidCache,
+    SnapKVCache,
+    StreamingLLMCache,
+    TOVACache,
+)
 
 
 LENGTHS = (43, 57, 50)
@@ -21,6 +31,14 @@ def test_some_rows_held_whole_beside_others(cache_class: type[Cache]) -> None:
     """Rows exceed the budget at different steps."""
     run = Run(tiny_model("llama"), lambda model: cache_class(model.config, budget=52))
     run.generate(run.new_cache(), random_rows(LENGTHS, seed=21), max_new_tokens=24)
+    run.verify()
+
+
+@pytest.mark.parametrize("cache_class", [ExpectedAttentionCache, KeyDiffCache, KnormCache, MassiveActivationCache])
+def test_some_rows_held_whole_where_each_head_has_other_empty_slots(cache_class: type[Cache]) -> None:
+    """As on a GPU, where a method that looks at no attention leaves it to the model's own function."""
+    run = Run(build_model("llama").double(), lambda model: cache_class(model.config, budget=52))
+    run.generate(run.new_cache(), random_rows(LENGTHS, seed=21), max_new_tokens=60)
     run.verify()
 
 

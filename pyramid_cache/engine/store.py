@@ -318,7 +318,8 @@ class SlotStore:
         over the query heads of a KV head, come second; else None does.
         """
         mask = self.in_use("positions") >= 0 if self.state.has_empty_slots else None
-        if scores or is_plain_on_cpu(call.query, call.key, call.value, **call.logit_arguments):
+        differ = mask is not None and mask.shape[1] > 1  # heads, in their empty slots: `with_mask` knows one for all
+        if scores or differ or is_plain_on_cpu(call.query, call.key, call.value, **call.logit_arguments):
             output, sums = decode_attention(call.query, call.key, call.value, mask=mask, **call.logit_arguments)
             return (output, None), sums.detach() if scores else None
         return self.with_mask(call, mask).run(), None

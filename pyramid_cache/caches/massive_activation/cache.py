@@ -82,7 +82,7 @@ class MassiveActivationPolicy(SnapKVPolicy):
         attention = attention + view.pool(attention, self.kernel_size)
         # Not infinity: where the budget does not hold both, massive tokens come before recent ones.
         highest = torch.finfo(torch.float32).max
-        norms = torch.linalg.vector_norm(view.value, ord=1, dim=-1, dtype=torch.float32)
+        norms = view.value.to(torch.promote_types(view.value.dtype, torch.float32)).norm(p=1, dim=-1).float()
         scores = (attention * norms).masked_fill(is_recent, highest)
         return scores.masked_fill(self.is_massive(view), float("inf"))
 

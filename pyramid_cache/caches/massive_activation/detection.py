@@ -82,7 +82,7 @@ def massive_in_keys_and_values(
     """
     positions = positions[:, 0]
     is_token = positions >= 0
-    norms = torch.linalg.vector_norm(value, dim=-1, dtype=torch.float32)  # (batch, kv_heads, tokens)
+    norms = value.to(torch.promote_types(value.dtype, torch.float32)).norm(dim=-1).float()  # (batch, kv_heads, tokens)
     if template is None:
         median = norms.masked_fill(~is_token[:, None], float("nan")).nanmedian(dim=-1).values.nan_to_num(0)
         template = norms.new_zeros(*key.shape[:2], key.shape[3]), median
