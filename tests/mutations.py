@@ -86,6 +86,10 @@ value.shape[3], key.dtype, «value→key».dtype, key.device)
 state.column_positions = «seen.positions if seen.has_gaps else →»None
 = engine/layer.py: test_recording test_shadow_kv | taken_back guesses
 state.length -= num_columns«→ - 1»
+= engine/layer.py: test_bad_calls
+«and self._known[4] == torch.is_inference_mode_enabled()→»
+elif self.place.depth «== 0→< 0»:
+is_known = self._known is not None and «self._known[5] is call.function and self.module is call.module→True»
 = engine/layer.py: test_bad_calls | change_nothing
 self.store.take_back(«arrival.num_new→0», arrival.free_slots)
 = engine/checks.py: test_bad_calls | mask change_nothing
@@ -101,7 +105,7 @@ value=self.value[:, :, «:left→-left:»],
 for name in ("«query", "→»key", "value")
 = engine/evicting.py: test_policies
 num_rows = min(max(state.row_windows)«→ - 1», call.num_queries)
-else 1 - «1 / self._window()→0»
+else 1 - «1 / window→0»
 is_due = [held >«=→» kept + interval for
 held = call.«key, call.value→value, call.key», attention
 = engine/evicting.py: test_pyramid | held settings

@@ -537,6 +537,29 @@ def test_calls_that_change_nothing(case: CacheCase) -> None:
     assert_same(*([scene.step(2, start=3)] for scene in scenes))
 
 
+@torch.no_grad()
+def test_steps_like_the_last_one_are_refused_too() -> None:
+    """They skip the checks of what they have in common, and nothing else. The last step is as if none had been tried."""
+    model, last = tiny_model("llama"), []
+    token, bad_mask = random_tokens(2, 1, seed=9), {"attention_mask": torch.ones(2, 7)}
+    for is_disturbed in (False, True):
+        cache = SnapKVCache(model.config, budget=12)
+        with torch.inference_mode():
+            for num_new in (40, 1, 1, 1):
+                model(random_tokens(2, num_new, seed=num_new), past_key_values=cache)
+        model(token, past_key_values=cache)
+        if is_disturbed:
+            with pytest.raises(ValueError, match="attention mask"):
+                model(token, **bad_mask, past_key_values=cache)
+            with pytest.raises(NotImplementedError, match="output_attentions"):
+                model(token, output_attentions=True, past_key_values=cache)
+            with pytest.raises(ValueError, match="filled by another model"):
+                build_model("llama")(token, past_key_values=cache)
+        last.append((model(token, past_key_values=cache).logits, cache.positions(2)))
+    assert all(map(torch.equal, *last))
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("cache_class", [H2OCache, StreamingLLMCache, TOVACache])
 def test_a_refused_step_gives_its_slot_back(cache_class: type[CompressedCache]) -> None:
     """Between steps, the free slot is anywhere among the others."""
@@ -549,8 +572,7 @@ def test_a_refused_step_gives_its_slot_back(cache_class: type[CompressedCache]) 
                 with pytest.raises(ValueError, match="attention mask"):
                     model(random_tokens(2, 1, seed=9), attention_mask=torch.ones(2, 1), past_key_values=cache)
                 assert torch.equal(cache.positions(0), before)
-            with torch.no_grad():
-                logits = model(random_tokens(2, num_new, seed=num_new), past_key_values=cache).logits
+            logits = model(random_tokens(2, num_new, seed=num_new), past_key_values=cache).logits
         last.append((logits, cache.positions(2)))
     assert all(map(torch.equal, *last))
 

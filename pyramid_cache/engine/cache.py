@@ -78,6 +78,7 @@ class CompressedCache(Cache):
             index: copy.deepcopy(layer) for index, layer in enumerate(layers) if not isinstance(layer, CompressedLayer)
         }
         super().__init__(layers=layers)
+        self._by_index = {index: layer for index, layer in enumerate(layers) if isinstance(layer, CompressedLayer)}
         self._is_beside_encoder = config.is_encoder_decoder
         # Linear-attention layers are not told of tokens through `update`.
         self._first_attention = next(i for i, layer in enumerate(layers) if isinstance(layer, CacheLayerMixin))
@@ -92,6 +93,12 @@ class CompressedCache(Cache):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        layer = self._by_index.get(layer_idx)
+        if layer is not None and not torch.compiler.is_compiling() and layer.knows(key_states, value_states):
+            # The first layer asks whether the last one has seen as much: then no forward pass broke off.
+            is_whole = layer_idx != self._first_attention or layer.get_seq_length() == self.layers[-1].get_seq_length()
+            if is_whole and not self.offloading:
+                return layer.update(key_states, value_states, is_known=True)
         if not isinstance(layer_idx, int) or not 0 <= layer_idx < len(self.layers):
             raise ValueError(
                 f"The cache was built for {len(self.layers)} layers, but the model has a layer {layer_idx!r}. Build "

@@ -25,14 +25,7 @@ class EvictingLayer(CompressedLayer):
     """
     A layer of a `PolicyCache`. After a prompt it keeps the tokens of the highest scores. New tokens are stored behind
     them. After `eviction_interval` new tokens all are scored, and those that stay move into the first slots.
-
-    Args:
-        place (`LayerPlace`): Which layer of the model this is.
-        masks (`MaskReader`): Shared by the layers of a cache.
-        budget (`Budget`): How many tokens the layer may keep.
-        policy (`Policy`): Scores the tokens.
-        eviction_interval (`int`): How many tokens beyond the budget wait for an eviction.
-        shared (`SharedBudget`, *optional*): Of a policy whose layers share a budget.
+    `shared` is of a policy whose layers share a budget.
     """
 
     budget: Budget
@@ -110,8 +103,10 @@ class EvictingLayer(CompressedLayer):
     # For `torch.compile`: a layer whose sizes change with every token breaks the graph here.
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, is_known: bool = False, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        if is_known:
+            return super().update(key_states, value_states, is_known=True)
         # Where one token goes for each that comes, the next one takes its slot. What is no tensor is refused below.
         is_step = isinstance(key_states, torch.Tensor) and key_states.dim() == 4 and key_states.shape[2] == 1
         is_steady = self.eviction_interval == 1 and is_step and not self.pending.is_on
@@ -245,16 +240,16 @@ class EvictingLayer(CompressedLayer):
             if policy.newest_weight != 1 or not tokens.is_ascending or len(set(state.row_windows)) > 1:
                 row_weights = (is_in_window * query_weights(ages, window, policy.newest_weight)).float()
         output, sums = self.store.attend_several(call, tokens, num_rows, row_weights)
-        attention = self._mean(sums, call)
+        attention = self._mean(sums, call, None if policy.window_size is None else self._window())
         earlier = self.store.held_attention()
         if earlier is not None:
             attention[..., : earlier.shape[-1]] += share_left * earlier
         return output, attention
 
-    def _mean(self, sums: torch.Tensor, call: AttentionCall) -> torch.Tensor:
+    def _mean(self, sums: torch.Tensor, call: AttentionCall, window: int | torch.Tensor | None) -> torch.Tensor:
         """Sums of probabilities over query groups `(batch, kv_heads, keys)`, as `ScoringView.attention` has them."""
-        if self.policy.window_size is not None:
-            sums = sums * (call.key.shape[1] / call.query.shape[1] / self._window())
+        if window is not None:
+            sums = sums * (call.key.shape[1] / call.query.shape[1] / window)
         return sums.mean(dim=1, keepdim=True) if self.policy.heads_share_tokens else sums
 
     def _observe(self, call: AttentionCall, tokens: Tokens, longest: int) -> None:
@@ -288,8 +283,9 @@ class EvictingLayer(CompressedLayer):
             call = self._repositioned_step(call, longest)
             output, sums = self.store.attend_step(call, scores)
         if sums is not None:
-            share_left = None if self.policy.window_size is None else 1 - 1 / self._window()
-            self.store.add_attention(sums, share_left, lambda each: self._mean(each, call))
+            window = None if self.policy.window_size is None else self._window()
+            share_left = None if window is None else 1 - 1 / window
+            self.store.add_attention(sums, share_left, lambda each: self._mean(each, call, window))
         self._evict_if_due(longest)
         return output
 
@@ -373,11 +369,8 @@ class EvictingLayer(CompressedLayer):
 
 def query_weights(ages: torch.Tensor, window: torch.Tensor, newest_weight: float) -> torch.Tensor:
     """
-    How much each query of a window counts: from 1 for the oldest to `newest_weight`, over the mean of both.
-
-    Args:
-        ages (`torch.Tensor`): `(batch, queries)` int, 0 for the newest token of a row.
-        window (`torch.Tensor`): `(batch, 1)` int, the size of the window.
+    How much each query of a window counts: from 1 for the oldest to `newest_weight`, over the mean of both. `ages`
+    `(batch, queries)` are 0 for the newest token of a row, `window` is `(batch, 1)`.
     """
     slope = (newest_weight - 1) / (window - 1).clamp(min=1)
     return (1 + slope * (window - 1 - ages)) / ((1 + newest_weight) / 2)

@@ -57,9 +57,7 @@ class PendingTokens:
     def settle(self, are_begun: Callable[[], bool]) -> Iterator[tuple["RecordedChunk", bool]]:
         """
         Gives up the chunks in order, each with whether it is a prompt; what is none comes as single tokens.
-
-        Args:
-            are_begun (`Callable`): Whether all rows have tokens that were settled before.
+        `are_begun` tells whether all rows have tokens that were settled before.
         """
         while self.chunks:
             chunk = self.chunks.pop(0)

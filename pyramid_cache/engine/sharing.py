@@ -6,30 +6,20 @@ layer has attended to it, and takes as much memory as in `DynamicCache` until th
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from pyramid_cache.engine.layer import CompressedLayer
 
 
-@dataclass(frozen=True)
-class WaitingEviction:
-    """
-    What one layer would evict.
+class WaitingEviction(NamedTuple):
+    """What one layer would evict."""
 
-    Attributes:
-        layer (`CompressedLayer`): Its `state.row_kept` is what the layer would keep on its own.
-        priority (`torch.Tensor`): `(batch, kv_heads or 1, tokens)` float32, -inf for what is no token.
-        row_present (`list[int]`): How many tokens each row holds.
-        must_evict (`bool`): Whether the layer would evict on its own.
-        evict (`Callable`): Evicts.
-    """
-
-    layer: CompressedLayer
-    priority: torch.Tensor
-    row_present: list[int]
-    must_evict: bool
+    layer: CompressedLayer  # its `state.row_kept` is what it would keep on its own
+    priority: torch.Tensor  # `(batch, kv_heads or 1, tokens)` float32, -inf for what is no token
+    row_present: list[int]  # how many tokens each row holds
+    must_evict: bool  # whether it would evict on its own
     evict: Callable[[], None]
 
 

@@ -27,12 +27,7 @@ MIN_GROWTH = 16
 
 
 class SlotStore:
-    """
-    Tokens in slots: `(batch, kv_heads, slots, head_dim)`, the same number of slots for all heads.
-
-    Args:
-        state_class (`type`): `LayerState`, or a dataclass derived from it.
-    """
+    """Tokens in slots: `(batch, kv_heads, slots, head_dim)`, the same number of slots for all heads."""
 
     # Whether all KV heads of a row hold the same number of tokens.
     heads_keep_equal_numbers = True
@@ -95,20 +90,17 @@ class SlotStore:
 
     def spare_autograd(self) -> None:
         """Copies keys and values that autograd may have saved, before they are written to."""
-        for name in ("keys", "values"):
+        for name in ("keys", "values") if torch.is_grad_enabled() else ():
             tensor = getattr(self.state, name)
-            if tensor is not None and (tensor.requires_grad or self.is_saved) and torch.is_grad_enabled():
+            if tensor is not None and (tensor.requires_grad or self.is_saved):
                 setattr(self.state, name, tensor.clone())
 
     # Tokens come.
 
     def append(self, key: torch.Tensor, value: torch.Tensor, limit: int = 0) -> None:
         """
-        Puts new tokens behind the others; of a store with slots, one token of each row.
-
-        Args:
-            key, value (`torch.Tensor`): `(batch, kv_heads, tokens, head_dim)`.
-            limit (`int`): The largest number of slots that are ever needed.
+        Puts new tokens `(batch, kv_heads, tokens, head_dim)` behind the others; of a store with slots, one of each
+        row. There are never more than `limit` slots.
         """
         state, num_new = self.state, key.shape[2]
         self.spare_autograd()
@@ -154,10 +146,8 @@ class SlotStore:
         mean: Callable[[torch.Tensor], torch.Tensor],
     ) -> None:
         """
-        Adds what a new query gave to a share of `state.attention`, or to all of it.
-
-        Args:
-            sums (`torch.Tensor`): As `attend_step` returned them; `mean` brings them into the form of the attention.
+        Adds what a new query gave to a share of `state.attention`, or to all of it. `mean` brings the sums that
+        `attend_step` returned into the form of the attention.
         """
         held = self.in_use("attention")
         if share_left is not None:
@@ -209,10 +199,7 @@ class SlotStore:
     def evict(self, priority: torch.Tensor, row_left: list[int]) -> None:
         """
         Evicts in place, and closes the gaps: tokens in slots behind the last one that is needed move into free ones.
-
-        Args:
-            priority (`torch.Tensor`): `(batch, kv_heads or 1, slots)`, -inf for empty slots.
-            row_left (`list[int]`): How many tokens of each row stay.
+        Of each row `row_left` tokens stay; `priority` `(batch, kv_heads or 1, slots)` is -inf for empty slots.
         """
         state, num_left = self.state, max(row_left)
         row_lost = [held - left for held, left in zip(state.row_held, row_left, strict=True)]
@@ -289,7 +276,8 @@ class SlotStore:
 
     def attended(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The keys and values of all tokens `(batch, kv_heads, slots, head_dim)`, in tensors of their own."""
-        return self.in_use("keys"), self.in_use("values")
+        state = self.state
+        return state.keys[:, :, : state.length], state.values[:, :, : state.length]
 
     def in_order(self) -> dict[str, torch.Tensor]:
         """Copies of the slots in order of their positions, those that are empty in some rows first, by name."""

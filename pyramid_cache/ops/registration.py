@@ -99,10 +99,10 @@ def check_shape(name: str, tensor: torch.Tensor | None, *shape: int | None, or_o
     """
     if tensor is None:
         return
-    if tensor.dim() != len(shape) or any(
-        wanted is not None and size != wanted and not (size == 1 and dim == or_one)
-        for dim, (size, wanted) in enumerate(zip(tensor.shape, shape, strict=True))
-    ):
+    fits = tensor.ndim == len(shape)  # a loop, since a generator would be half of a step's calls
+    for dim, (size, wanted) in enumerate(zip(tensor.shape, shape, strict=False)):
+        fits = fits and (wanted is None or size == wanted or (size == 1 and dim == or_one))
+    if not fits:
         sizes = ["any" if size is None else str(size) for size in shape]
         if or_one is not None:
             sizes[or_one] += " or 1"
