@@ -117,6 +117,8 @@ state.must_evict« or tokens.row_present != tokens.row_lengths→»
 is_in_window = (positions >= 0) & (ages <«→=» window)
 += «share_left * →»earlier
 state.column_positions is None else self.store.column_tokens().positions >«=→» 0
+= engine/evicting.py: test_recording
+self.state.has_traces |= «self.policy.window_size != 0 or →»type(self.policy).observe
 = engine/evicting.py: test_batch_rows
 row_left = [min(held, kept)« if due else held→» for held, kept, due in rows]
 = engine/evicting.py: test_compress

@@ -539,7 +539,7 @@ def test_calls_that_change_nothing(case: CacheCase) -> None:
 
 @torch.no_grad()
 def test_steps_like_the_last_one_are_refused_too() -> None:
-    """They skip the checks of what they have in common, and nothing else. The last step is as if none had been tried."""
+    """They skip the checks of what they have in common alone. The last step is as if none had been tried."""
     model, last = tiny_model("llama"), []
     token, bad_mask = random_tokens(2, 1, seed=9), {"attention_mask": torch.ones(2, 7)}
     for is_disturbed in (False, True):

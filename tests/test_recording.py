@@ -7,9 +7,9 @@ import torch
 from caches import CACHE_CASES, CacheCase, every_cache
 from models import Trace, build_model, drive, left_pad, random_rows, random_tokens, tiny_model
 from test_masked_dense import assert_is_masked_run
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
-from pyramid_cache import H2OCache, PyramidCache
+from pyramid_cache import ExpectedAttentionCache, H2OCache, KeyDiffCache, PyramidCache, SnapKVCache
 from pyramid_cache.caches import streaming_llm
 from pyramid_cache.engine.cache import CompressedCache
 
@@ -120,6 +120,28 @@ def test_all_that_was_recorded_can_be_taken_back(case: CacheCase) -> None:
         torch.testing.assert_close(output, wanted, atol=1e-5, rtol=0)
         assert_same_state(cache, fresh, 1e-5)
     assert cache.num_kept_tokens() == fresh.num_kept_tokens()
+
+
+@pytest.mark.parametrize("cache_class", [ExpectedAttentionCache, H2OCache, KeyDiffCache, SnapKVCache])
+@torch.no_grad()
+def test_what_was_scored_and_taken_back_has_no_part_in_a_choice(cache_class: type[CompressedCache]) -> None:
+    model, tokens = tiny_model("llama"), random_tokens(1, 80)
+    cache, dynamic = cache_class(model.config, budget=64), DynamicCache(config=model.config)
+    for each in (cache, dynamic):
+        model(tokens[:, :45], past_key_values=each)
+        each.crop(-15)
+    output, wanted = (model(tokens[:, 30:60], past_key_values=each).logits for each in (cache, dynamic))
+    assert torch.equal(output, wanted)
+    if cache_class is KeyDiffCache:  # which looks at keys alone
+        fresh = cache_class(model.config, budget=64)
+        model(tokens[:, :60], past_key_values=fresh)
+        for each in (cache, fresh):
+            model(tokens[:, 60:], past_key_values=each)
+        assert_same_state(cache, fresh, 1e-5)
+    else:
+        with pytest.raises(ValueError, match="has to evict.*`crop`"):
+            model(tokens[:, 60:], past_key_values=cache)
+        assert cache.num_kept_tokens() == [60] * 3
 
 
 @every_cache

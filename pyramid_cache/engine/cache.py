@@ -81,7 +81,7 @@ class CompressedCache(Cache):
         self._by_index = {index: layer for index, layer in enumerate(layers) if isinstance(layer, CompressedLayer)}
         self._is_beside_encoder = config.is_encoder_decoder
         # Linear-attention layers are not told of tokens through `update`.
-        self._first_attention = next(i for i, layer in enumerate(layers) if isinstance(layer, CacheLayerMixin))
+        self._first, *_, self._last = 2 * [i for i, layer in enumerate(layers) if isinstance(layer, CacheLayerMixin)]
 
     layers: list[Any]
 
@@ -96,7 +96,7 @@ class CompressedCache(Cache):
         layer = self._by_index.get(layer_idx)
         if layer is not None and not torch.compiler.is_compiling() and layer.knows(key_states, value_states):
             # The first layer asks whether the last one has seen as much: then no forward pass broke off.
-            is_whole = layer_idx != self._first_attention or layer.get_seq_length() == self.layers[-1].get_seq_length()
+            is_whole = layer_idx != self._first or layer.get_seq_length() == self.get_seq_length(self._last)
             if is_whole and not self.offloading:
                 return layer.update(key_states, value_states, is_known=True)
         if not isinstance(layer_idx, int) or not 0 <= layer_idx < len(self.layers):
@@ -109,7 +109,7 @@ class CompressedCache(Cache):
                 f"Layer {layer_idx} was handed keys of the encoder: an encoder-decoder needs a second cache for them. "
                 f"Pass `{CACHE_ARGUMENT}=EncoderDecoderCache(cache, DynamicCache())` instead."
             )
-        if layer_idx == self._first_attention:
+        if layer_idx == self._first:
             self.require_whole()
         # A layer that never got its queries is noticed by the next layer of the same forward pass.
         for layer in self.layers[max(layer_idx - 1, 0) : layer_idx]:
@@ -145,11 +145,12 @@ class CompressedCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         """
         Takes back the last `-tokens_to_remove` tokens, in all layers or in none. Recorded tokens that stay are then
-        stored and scored, and the evictions that waited happen.
+        stored and scored, and the evictions that waited happen. If tokens go that were scored, the cache holds what
+        its budget allows, and refuses to evict afterwards.
 
         Raises:
             ValueError: A positive number, or more tokens than the cache has seen.
-            NotImplementedError: Tokens that were not recorded have been evicted or scored since.
+            NotImplementedError: Tokens that were not recorded have been evicted since.
         """
         tokens_to_remove = as_tokens_to_remove(tokens_to_remove)
         self.require_whole()

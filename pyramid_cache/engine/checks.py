@@ -201,7 +201,8 @@ def check_traces(layer: "CompressedLayer", row_lengths: list[int]) -> None:
     if not layer.has_room(row_lengths):
         raise ValueError(
             "The cache has to evict, and tokens that the attention mask hides since the last turn, such as padding "
-            f"behind an answer that ended first, would have a part in the choice. Therefore {WAY_WITHOUT_HIDDEN}"
+            "behind an answer that ended first, or that `crop` has taken back, would have a part in the choice. "
+            f"Therefore {WAY_WITHOUT_HIDDEN}"
         )
 
 
@@ -281,7 +282,7 @@ def check_crop(layer: "CompressedLayer", tokens_to_remove: int) -> None:
         raise ValueError(f"`crop({tokens_to_remove})`: only {num_seen} tokens have been seen.")
     if num_columns > layer.pending.num_columns and not layer.is_croppable:
         raise NotImplementedError(
-            f"`crop({tokens_to_remove})`: layer {layer.place.layer_idx} has evicted or scored tokens since, and that "
+            f"`crop({tokens_to_remove})`: layer {layer.place.layer_idx} has evicted tokens since, and that "
             "cannot be undone. Call `cache.activate_past_recording()` before the tokens that may be taken back are "
             "seen."
         )

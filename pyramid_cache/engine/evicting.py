@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -96,6 +95,10 @@ class EvictingLayer(CompressedLayer):
                 new, call.kwargs.get("position_ids"), self.rotary_of(call.module), self.state, num_kept
             )
         return seen
+
+    def _crop_held(self, num_columns: int) -> None:
+        super()._crop_held(num_columns)
+        self.state.has_traces |= self.policy.window_size != 0 or type(self.policy).observe is not Policy.observe
 
     def loses_tokens(self, seen: Tokens) -> bool:
         return not self.budget.is_unlimited and super().loses_tokens(seen)
@@ -199,22 +202,16 @@ class EvictingLayer(CompressedLayer):
             call = self._repositioned(call, tokens, new) if was_dense else call
             held = call.key, call.value, attention
             priority = self._priority(*held, tokens.positions, longest)
-            evict = partial(self._evict_prompt, held, priority, tokens, longest)
+
+            def evict() -> None:
+                self.store.keep(*held, priority, tokens, state.row_kept)
+                self._evicted(longest)
+
             if self.shared is None:
                 evict()
             else:
                 self.shared.add(WaitingEviction(self, priority, tokens.row_present, must_evict, evict))
         return output
-
-    def _evict_prompt(
-        self,
-        held: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
-        priority: torch.Tensor,
-        tokens: Tokens,
-        longest: int,
-    ) -> None:
-        self.store.keep(*held, priority, tokens, self.state.row_kept)
-        self._evicted(longest)
 
     def attend_recorded(self, call: AttentionCall, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor | None]:
         chunks = [(chunk.num_columns, chunk.longest) for chunk in self.pending.chunks]

@@ -375,7 +375,7 @@ class CompressedLayer(StoredLayer):
 
     @property
     def is_croppable(self) -> bool:  # type: ignore[override]
-        """Whether `crop` can take back tokens that were not recorded: only if none was evicted and none scored."""
+        """Whether `crop` can take back tokens that were not recorded: only if none was evicted."""
         return self.state.is_dense
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -384,8 +384,7 @@ class CompressedLayer(StoredLayer):
 
         Raises:
             ValueError: A positive number, or more than the layer has seen.
-            NotImplementedError: Tokens that were not recorded have been evicted or scored since, which cannot be
-                undone.
+            NotImplementedError: Tokens that were not recorded have been evicted since, which cannot be undone.
         """
         tokens_to_remove = as_tokens_to_remove(tokens_to_remove)
         self.require_croppable(tokens_to_remove)
