@@ -354,6 +354,8 @@ def test_each_layer_is_probed_once_until_something_changes(monkeypatch: pytest.M
     check(rounded)
     rotary.inv_freq.mul_(0.5)
     check(rounded / 2)
+    rotary.inv_freq.data.mul_(0.5)
+    check(rounded / 4)
     rotary.inv_freq = exact.inv_freq.clone()
     check(exact.inv_freq)
     kept = model.model.rotary_emb

@@ -55,9 +55,10 @@ class Finding:
         except (AttributeError, TypeError):  # the rotary module is gone
             return (object(),)
         tensors = (*module.parameters(), *module.buffers(), *rotary.buffers())
-        # Tensors of inference mode do not count their changes.
+        # Tensors of inference mode do not count their changes, nor does a change of `.data`.
         versions = [object() if each.is_inference() else each._version for each in tensors]
-        return type(module), versions, [(WeakIdRef(each), each.dtype, each.device) for each in tensors]
+        values = [each.tolist() for each in rotary.buffers() if each.dim() == 1 and not each.is_meta]
+        return type(module), versions, values, [(WeakIdRef(each), each.dtype, each.device) for each in tensors]
 
 
 # What was found last, for as long as the module lives. Caches are also given recorded keys while none is running. It
@@ -223,9 +224,8 @@ def _probe(calls: list[Call], device: torch.device) -> Finding:
     except Exception as error:
         raise rope_refusal(module, f"angles that could not be reproduced: {error!r}.") from error
 
-    # A turn rounds cosine, sine, two products and a sum: within a few eps of the largest entry.
+    # A turn rounds cosine, sine (float32 at most), two products and a sum: within a few eps of the largest entry.
     largest = keys.abs().max().item()
-    # Models compute cosines and sines in float32 at most.
     tolerance = 8 * max(torch.finfo(keys.dtype).eps, torch.finfo(torch.float32).eps) * largest
     if not 0 < largest < float("inf"):
         raise rope_refusal(module, f"what is unknown: they are all {largest}, load the weights first.")
