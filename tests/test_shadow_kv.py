@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import ROPE_VARIANTS, random_tokens, tiny_model
+from models import ROPE_VARIANTS, build_model, random_tokens, tiny_model
 from synthetic import SyntheticModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import Cache, DynamicCache, PreTrainedModel
@@ -508,3 +508,11 @@ def test_a_layer_of_llama_8b_takes_the_bytes_of_the_formula(
     slots = num_outlier_chunks * chunk_size + budget + num_tail
     assert held == pytest.approx(shadow + 2 * 2 * slots * width, rel=0.01)
     assert 2 * 2 * num_tokens * width / held >= least_ratio
+
+
+def test_float64_is_refused_before_anything_is_stored() -> None:
+    model = build_model("llama").double()
+    cache = ShadowKVCache(model.config)
+    with torch.no_grad(), pytest.raises(NotImplementedError, match="not torch.float64: load"):
+        model(random_tokens(1, 40), past_key_values=cache)
+    assert cache.get_seq_length() == 0

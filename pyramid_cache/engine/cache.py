@@ -93,7 +93,7 @@ class CompressedCache(Cache):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        layer = self._by_index.get(layer_idx)
+        layer = self._by_index.get(layer_idx) if type(layer_idx) is int else None
         if layer is not None and not torch.compiler.is_compiling() and layer.knows(key_states, value_states):
             # The first layer asks whether the last one has seen as much: then no forward pass broke off.
             is_whole = layer_idx != self._first or layer.get_seq_length() == self.get_seq_length(self._last)

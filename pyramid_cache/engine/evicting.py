@@ -330,11 +330,9 @@ class EvictingLayer(CompressedLayer):
 
     def _repositioned(self, call: AttentionCall, tokens: Tokens, chunks: list[tuple[int, int]]) -> AttentionCall:
         """
-        The call with keys and queries where the policy wants them.
-
-        Args:
-            chunks (`list[tuple[int, int]]`): For the last columns of the keys, which are as the model rotated them:
-                how many one forward pass brought, and the longest row by then. The queries belong to the last chunk.
+        The call with keys and queries where the policy wants them. Of the last columns of the keys, which are as the
+        model rotated them, each of the `chunks` tells how many one forward pass brought, and the longest row by then.
+        The queries belong to the last chunk.
         """
         if not self.policy.repositions:
             return call

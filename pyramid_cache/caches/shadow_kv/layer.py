@@ -16,7 +16,7 @@ from pyramid_cache.engine.rotation import RotaryFrequencies, import_frequencies
 from pyramid_cache.engine.selection import gather_tokens
 from pyramid_cache.engine.tokens import MaskReader, Tokens
 from pyramid_cache.ops import decode_attention
-from pyramid_cache.ops.registration import needs_gradients
+from pyramid_cache.ops.registration import KERNEL_DTYPES, needs_gradients
 
 
 class ShadowKVLayer(CompressedLayer):
@@ -73,6 +73,10 @@ class ShadowKVLayer(CompressedLayer):
 
     def check(self, call: AttentionCall, arrival: Arrival, is_step: bool) -> None:
         super().check(call, arrival, is_step)
+        if call.key.dtype not in KERNEL_DTYPES:
+            raise NotImplementedError(
+                f"ShadowKVCache takes float16, bfloat16 and float32, not {call.key.dtype}: load the model in one."
+            )
         if not self.state.is_dense and needs_gradients(call.query, call.key, call.value):
             raise NotImplementedError(
                 "Gradients do not pass through keys that are rebuilt and values that come from the host. Call the "
