@@ -201,8 +201,8 @@ class CompressedLayer(StoredLayer):
             self.arrival = arrival._replace(num_new=0) if arrival.put_aside is None else arrival
             raise
         if is_step and not is_known and not self.state.is_dense and not torch.compiler.is_compiling():
-            states = call.key[:, :, :1], call.value[:, :, :1]
-            shapes, dtypes = (each.shape for each in states), (each.dtype for each in states)
+            shapes = ((*each.shape[:2], 1, each.shape[3]) for each in (call.key, call.value))
+            dtypes = call.key.dtype, call.value.dtype
             self._known = (*shapes, *dtypes, torch.is_inference_mode_enabled(), call.function)
         return output
 
