@@ -87,9 +87,9 @@ state.column_positions = «seen.positions if seen.has_gaps else →»None
 = engine/layer.py: test_recording test_shadow_kv | taken_back guesses
 state.length -= num_columns«→ - 1»
 = engine/layer.py: test_bad_calls
-«and self._known[4] == torch.is_inference_mode_enabled()→»
+(key.shape, value.shape, key.dtype, value.dtype, «torch.is_inference_mode_enabled()→self._known[0][4]»)
 elif self.place.depth «== 0→< 0»:
-is_known = self._known is not None and «self._known[5] is call.function and self.module is call.module→True»
+is_known = self._known is not None and «self._known[1] is call.function and self.module is call.module→True»
 = engine/layer.py: test_bad_calls | change_nothing
 self.store.take_back(«arrival.num_new→0», arrival.free_slots)
 = engine/checks.py: test_bad_calls | mask change_nothing

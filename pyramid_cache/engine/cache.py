@@ -81,7 +81,8 @@ class CompressedCache(Cache):
         self._by_index = {index: layer for index, layer in enumerate(layers) if isinstance(layer, CompressedLayer)}
         self._is_beside_encoder = config.is_encoder_decoder
         # Linear-attention layers are not told of tokens through `update`.
-        self._first, *_, self._last = 2 * [i for i, layer in enumerate(layers) if isinstance(layer, CacheLayerMixin)]
+        with_attention = [index for index, layer in enumerate(layers) if isinstance(layer, CacheLayerMixin)]
+        self._first, self._last = with_attention[0], with_attention[-1]
 
     layers: list[Any]
 

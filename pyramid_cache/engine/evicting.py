@@ -115,8 +115,6 @@ class EvictingLayer(CompressedLayer):
         is_steady = self.eviction_interval == 1 and is_step and not self.pending.is_on
         if is_steady or not torch.compiler.is_compiling():
             return super().update(key_states, value_states)
-        if self.state.free_slots is not None and key_states.shape[2] == 1 and not self.pending.is_on:
-            return super().update(key_states, value_states)
         return self._update(key_states, value_states)
 
     @torch.compiler.disable

@@ -7,6 +7,7 @@ Every check of a call comes before the call changes anything. A call that is ref
 
 import weakref
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -63,8 +64,8 @@ class CompressedLayer(StoredLayer):
         super()._clear()
         self._module: weakref.ref | None = None
         self._rotary: tuple[RotaryFrequencies | None] | None = None
-        # What the last step that was checked was given.
-        self._known: tuple | None = None
+        # What the last step that was checked was given, and its attention function.
+        self._known: tuple[tuple, Callable] | None = None
 
     # What a method decides.
 
@@ -106,8 +107,8 @@ class CompressedLayer(StoredLayer):
         """Whether new keys and values are a step like the last one, which was checked. They need no checks then."""
         return (
             self._known is not None
-            and self._known[:4] == (key.shape, value.shape, key.dtype, value.dtype)
-            and self._known[4] == torch.is_inference_mode_enabled()
+            and type(key) is type(value) is torch.Tensor
+            and self._known[0] == (key.shape, value.shape, key.dtype, value.dtype, torch.is_inference_mode_enabled())
             and self.arrival is None
             and not self.pending.is_on
             and not torch.is_grad_enabled()
@@ -179,7 +180,7 @@ class CompressedLayer(StoredLayer):
         # Autograd may save the key. A way from it back to the layer would be a cycle that no collector can free.
         call.key.cache_layer = None  # type: ignore[attr-defined]
         arrival, self.arrival, seen = self.arrival, None, None
-        is_known = self._known is not None and self._known[5] is call.function and self.module is call.module
+        is_known = self._known is not None and self._known[1] is call.function and self.module is call.module
         is_step = is_known or (self._is_step(arrival.num_new) and arrival.put_aside is None)
         try:
             if not is_known:
@@ -202,8 +203,8 @@ class CompressedLayer(StoredLayer):
             raise
         if is_step and not is_known and not self.state.is_dense and not torch.compiler.is_compiling():
             shapes = ((*each.shape[:2], 1, each.shape[3]) for each in (call.key, call.value))
-            dtypes = call.key.dtype, call.value.dtype
-            self._known = (*shapes, *dtypes, torch.is_inference_mode_enabled(), call.function)
+            given = (*shapes, call.key.dtype, call.value.dtype, torch.is_inference_mode_enabled())
+            self._known = given, call.function
         return output
 
     def check(self, call: AttentionCall, arrival: Arrival, is_step: bool) -> None:
