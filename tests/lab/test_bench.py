@@ -3,11 +3,12 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from pyramid_cache.lab.bench import bench_command, gpu_parts, gpu_suite, op_times
+from pyramid_cache.lab.bench import bench_command, decode_times, gpu_parts, gpu_suite, op_times
 from pyramid_cache.lab.bench.op_times import OPS, Shape, build_case, bytes_moved
 from pyramid_cache.lab.cli import main
 
@@ -146,41 +147,105 @@ def test_tests_that_ran_before_an_interrupt_are_told_by_name(tmp_path: Path, mon
     assert any("assert 1 == 2" in line for line in part["output_tail"])
 
 
-@pytest.mark.parametrize("chosen", ["tests,ops,caches,oracle,gather", "oracle, tests"])
-def test_parts_run_in_order_and_all_is_written_after_each(
-    chosen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_kernels_are_tested_first() -> None:
+    command = gpu_suite.command_of("tests", Path(__file__).parents[2], Path("results.xml"), False)
+    files = [word for word in command if word.endswith(".py")]
+    kernels = [f"tests/ops/test_{name}kernels.py" for name in ("", "packed_", "shadow_")]
+    assert {*kernels, "tests/ops/test_lse.py", "tests/test_cuda.py"} <= set(files)
+    assert max(map(files.index, kernels)) < files.index("tests/test_cuda.py")
+
+
+@pytest.fixture
+def imaginary_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("is_available", True), ("current_device", 0), ("get_device_name", "Imaginary GPU")):
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
-    assert sum(gpu_suite.PART_LIMITS.values()) <= 9 * 60
+
+
+# Writes its result, and prints how many parts the record had before it, and what its own file held.
+PART = """
+import pathlib, sys
+result, text, record = pathlib.Path(sys.argv[1]), sys.argv[2], pathlib.Path(sys.argv[3])
+print(record.read_text().count("wall_seconds") if record.exists() else 0, result.exists())
+result.write_text(text)
+"""
+
+
+@pytest.mark.usefixtures("imaginary_gpu")
+def test_a_suite_runs_its_parts_in_order_and_goes_on_where_it_was_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sum(gpu_suite.PART_LIMITS.values()) + gpu_suite.END_SECONDS <= gpu_suite.ALL_SECONDS == 9 * 60
     path = tmp_path / "record.json"
     row = op_times.as_row("decode_scores", small_shape(), ([1.0], [1.5]), None, 1e9)
     case = '<testcase classname="tests.test_a" name="test_b" file="tests/test_a.py" />'
-    # Each part notes what the file held when it began.
-    code = "import pathlib, sys; path = pathlib.Path(sys.argv[1]); path.write_text(sys.argv[2]); "
-    code += "seen = pathlib.Path(sys.argv[3]); print(seen.read_text().count('wall_seconds') if seen.exists() else 0); "
+    ends = {"decode": "sys.exit('stopped')", "oracle": "sys.exit('no such kernel')"}
 
-    def command_of(name: str, root: Path, result_path: Path) -> list[str]:
-        text = f"<testsuites>{case}</testsuites>" if name == "tests" else json.dumps({"rows": [row]})
-        end = "sys.exit('no such kernel')" if name == "oracle" else ""
-        return [sys.executable, "-c", code + end, str(result_path), text, str(path)]
+    def command_of(name: str, root: Path, result_path: Path, is_rehearsal: bool) -> list[str]:
+        texts = {"tests": f"<testsuites>{case}</testsuites>", "ops": json.dumps({"rows": [row]})}
+        text = texts.get(name, json.dumps({"runs": []} if name == "decode" else {"rows": []}))
+        return [sys.executable, "-c", PART + ends.get(name, ""), str(result_path), text, str(path)]
+
+    def run(*options: str) -> tuple[int, dict[str, Any]]:
+        return main(["bench", "--suite", "gpu", "--json", str(path), *options]), json.loads(path.read_text())
 
     monkeypatch.setattr(gpu_suite, "command_of", command_of)
-    assert main(["bench", "--suite", "gpu", "--parts", chosen, "--json", str(path)]) == 1
-    record = json.loads(path.read_text())
-    names = [name for name in ("tests", "ops", "caches", "oracle", "gather") if name in chosen]
-    assert record["chosen_parts"] == list(record["parts"]) == names
-    assert (record["is_complete"], record["device"]) == (True, "Imaginary GPU")
-    assert record["command"] == f"pyramid-cache bench --suite gpu --parts {','.join(names)}"
-    failures = {name: part["failures"] for name, part in record["parts"].items() if part["failures"]}
-    assert failures == {"oracle": ["exit status 1: no such kernel"]}
-    assert record["parts"]["oracle"]["output_tail"] == [str(names.index("oracle")), "no such kernel"]
+    status, record = run("--parts", "decode, tests,ops")
+    assert (status, record["is_complete"], record["device"]) == (1, True, "Imaginary GPU")
+    assert record["chosen_parts"] == list(record["parts"]) == ["decode", "tests", "ops"]
+    assert record["command"] == "pyramid-cache bench --suite gpu --parts decode,tests,ops"
+    assert record["parts"]["decode"]["failures"] == ["exit status 1: stopped"]
     assert record["parts"]["tests"]["result"]["outcomes"] == {"tests/test_a.py::test_b": "passed"}
     printed = capsys.readouterr().out
-    texts = [f"== {name}\n{index}\n" for index, name in enumerate(names)]
-    for text in (*texts, "Imaginary GPU", "1 passed, 0 failed", "s: exit status 1: no such kernel"):
+    for text in ("== decode\n0 False\n", "== tests\n1 False\n", "== ops\n2 False\n"):
         assert text in printed
-    assert ("1.50×" in printed) == ("ops" in names)
+    for text in ("Imaginary GPU", "1 passed, 0 failed", "s: exit status 1: stopped", "1.50×"):
+        assert text in printed
+
+    # There is no time for anything.
+    assert run("--seconds", "25") == (1, record)
+    capsys.readouterr()
+    # What passed is kept. Parts that have not run come first; the rows of decode are there to go on with.
+    del ends["decode"]
+    status, record = run()
+    printed = capsys.readouterr().out
+    names = ["shadow", "pyramid", "oracle", "gather", "decode"]
+    texts = [f"== {name}\n{min(index + 3, 7)} {name == 'decode'}\n" for index, name in enumerate(names)]
+    assert [line for line in printed.splitlines() if line.startswith("== ")] == [f"== {name}" for name in names]
+    assert all(text in printed for text in texts)
+    failures = {name: part["failures"] for name, part in record["parts"].items() if part["failures"]}
+    assert (status, failures) == (1, {"oracle": ["exit status 1: no such kernel"]})
+    assert record["is_complete"] and set(record["parts"]) == set(gpu_suite.PART_LIMITS)
+    assert record["parts"]["oracle"]["output_tail"] == ["5 False", "no such kernel"]
+    # A part that is named runs again.
+    assert run("--parts", "ops")[0] == 1
+    del ends["oracle"]
+    assert run("--parts", "oracle")[0] == 0
+    assert "== oracle\n7 False\n" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("imaginary_gpu")
+def test_a_suite_does_not_go_on_with_another_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "record.json"
+    for text, problem in (
+        ("[]", "is no record"),
+        ('{"parts": {}}', "device was None and is Imaginary GPU"),
+        ('{"parts": {}, "device": "Imaginary GPU", "versions": {}}', "versions was {} and is"),
+    ):
+        path.write_text(text)
+        assert main(["bench", "--suite", "gpu", "--json", str(path)]) == 2
+        assert problem in capsys.readouterr().err and path.read_text() == text
+
+
+@pytest.mark.slow
+def test_a_suite_is_rehearsed_on_the_cpu(tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    assert main(["bench", "--suite", "gpu", "--rehearse", "--json", str(path)]) == 0
+    record = json.loads(path.read_text())
+    assert record["is_complete"] and set(record["parts"]) == set(gpu_suite.PART_LIMITS)
+    for name, part in record["parts"].items():
+        assert not part["failures"]
+        rows = [row for run in part["result"].get("runs", [part["result"]]) for row in run.get("rows", [])]
+        assert (name == "tests") == (not rows)
 
 
 @pytest.mark.parametrize("factor, status", [(1.0, 0), (1.01, 1), (float("nan"), 1)])
@@ -192,35 +257,54 @@ def test_parts_find_wrong_results(factor: float, status: int, tmp_path: Path, mo
         gather(buffer, *rest, chunk_size=chunk_size)
         buffer.mul_(factor)
 
-    small = {"DEVICE": CPU, "ORACLE_CASES": ((96, False), (96, True)), "TIMES": (0.0, 5)}
-    small |= {"HOST_TOKENS": 256, "GATHER_PLACES": (2, 5), "gather_values": gather_values}
-    small["attention_scores"] = lambda *args, **named: scores(*args, **named) * factor
-    for name, value in small.items():
-        monkeypatch.setattr(gpu_parts, name, value)
+    monkeypatch.setattr(gpu_parts, "gather_values", gather_values)
+    monkeypatch.setattr(gpu_parts, "attention_scores", lambda *args, **named: scores(*args, **named) * factor)
     found = {}
     for name in ("oracle", "gather"):
         path = tmp_path / name
-        assert gpu_parts.main(name, path) == status
+        assert gpu_parts.main(name, path, is_rehearsal=True) == status
         found[name] = json.loads(path.read_text())["rows"]
         assert [row["is_right"] for row in found[name]] == [status == 0] * 2
     assert [row["is_weighted"] for row in found["oracle"]] == [False, True]
     assert [row["bytes"] for row in found["gather"]] == [8 * 2 * 8 * 128 * 2, 8 * 5 * 8 * 128 * 2]
 
 
-def test_parts_that_are_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_that_measure_in_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the suite runs, with a small model on the CPU."""
-    chosen = [bench_command.parse(bench_command.add_caches_options, text) for text in bench_command.LONG_PROMPTS]
-    assert [(run.lengths, run.budgets, run.caches) for run in chosen] == [
-        ([61440], [1024], ["shadow"]),
-        ([124928], [2048], ["shadow"]),
-    ]
-    runs = [f"--model tiny --device cpu --caches shadow --budgets 32 --lengths {n} --rounds 1" for n in (300, 320)]
-    monkeypatch.setattr(bench_command, "LONG_PROMPTS", runs)
-    assert gpu_parts.main("caches", tmp_path / "rows.json") == 0
-    record = json.loads((tmp_path / "rows.json").read_text())
-    assert [[row["length"] for row in run["rows"]] for run in record["runs"]] == [[300, 300], [320, 320]]
-    monkeypatch.setattr(gpu_parts, "DEVICE", CPU)
-    monkeypatch.setitem(bench_command.OP_DEFAULTS["cpu"], "lengths", [64])
     monkeypatch.setitem(op_times.BUDGET_SECONDS, "cpu", 0.0)
-    assert gpu_parts.main("ops", tmp_path / "ops.json") == 0
-    assert len(json.loads((tmp_path / "ops.json").read_text())["rows"]) == 2 * len(OPS)
+    monkeypatch.setattr(decode_times, "BACKEND", "eager")
+    results = {}
+    for name in ("decode", "shadow", "pyramid", "ops"):
+        path = tmp_path / name
+        assert gpu_parts.main(name, path, is_rehearsal=True) == 0
+        results[name] = json.loads(path.read_text())
+    runs = results["decode"]["runs"]
+    assert len(runs) == len(gpu_parts.DECODE_RUNS) == 8
+    # Decoded once, and known in the other runs.
+    assert [[row["cache"] for row in run["rows"]] for run in runs] == [["dynamic", "static"]] * 8
+    assert len({tuple(row["step_seconds"]) for run in runs for row in run["rows"]}) == 2
+    assert [row["label"] for row in results["shadow"]["rows"]] == ["DynamicCache", "ShadowKVCache, 0.25"]
+    assert results["shadow"]["rows"][1]["stages"]["select_chunks"] > 0
+    assert [row["label"] for row in results["pyramid"]["rows"]] == ["DynamicCache", "PyramidCache(model), 0.4"]
+    assert len(results["ops"]["rows"]) == 2 * len(OPS)
+
+
+def test_settings_of_the_parts() -> None:
+    """The lengths and batches of `bench decode`, ShadowKV's prompt with 1/60 of it, and table 4 of PyramidInfer."""
+    found = {}
+    for name, (kind, texts, _) in gpu_parts.RUNS.items():
+        add_options = bench_command.add_decode_options if kind == "decode" else bench_command.add_caches_options
+        runs = [bench_command.parse(add_options, text) for text in texts]
+        found[name] = [
+            (run.model, *run.lengths, *run.batch_sizes, *run.budgets, run.rounds, run.caches) for run in runs
+        ]
+    cells = ((8192, 1), (8192, 32), (32768, 8), (128000, 1))
+    assert found == {
+        "decode": [
+            ("llama-3.1-8b", *cell, 0.25, 1, caches)
+            for caches in (["static", "snapkv"], ["static", "h2o", "streaming", "tova"])
+            for cell in cells
+        ],
+        "shadow": [("llama-3.1-8b", 124928, 1, 2048, 1, ["shadow"])],
+        "pyramid": [("llama-2-13b", 512, 32, 0.4, 1, ["pyramid"])],
+    }

@@ -152,7 +152,7 @@ def test_demo_compares_caches(
     assert rows["dynamic"]["kept_tokens"] == [604] * 4
     assert rows["dynamic"]["held_bytes"] == 604 * bytes_per_token
     assert rows["streaming"]["kept_tokens"] == [240] * 4
-    assert 1 <= rows["streaming"]["held_bytes"] / (240 * bytes_per_token) < 1.03  # positions beside keys and values
+    assert 1 <= rows["streaming"]["held_bytes"] / (240 * bytes_per_token) < 1.04  # positions, and more keys of sinks
     kept = rows["pyramid"]["kept_tokens"]
     # The four tokens that were decoded later wait in every layer.
     assert kept[0] > kept[-1] and sum(kept) == pytest.approx(4 * (240 + 4), abs=4)

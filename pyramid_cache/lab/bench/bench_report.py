@@ -42,12 +42,43 @@ CACHES_TABLE = {
     "host\nMiB a row": "{host_mib:,.1f}",
     "peak\nMiB": "{peak_mib:,.0f}",
 }
+DECODE_TABLE = {
+    "cache": "{label:<}",
+    "steps": "{way:<}",
+    "length": "{length:,}",
+    "rows": "{batch_size}",
+    "step\nms": "{step_ms:,.3f}",
+    "Dynamic\nratio": "{step_ratio:.2f}×{step_range}",
+    "Static\nratio": "{static_ratio:.2f}×",
+    "tokens/s": "{tokens_per_second:,.1f}",
+    "read\nMiB": "{floor_bytes_mib:,.1f}",
+    "share of\nfloor": "{floor_fraction:.1%}",
+    "graphs": "{graphs:d}",
+    "compile\ns": "{compile_time:.1f}",
+    "skipped\ngraphs": "{skips:d}",
+}
 STAGES_TABLE = {
     **{header: CACHES_TABLE[header] for header in ("cache", "length", "rows")},
     "from the host\nMiB a step": "{fetched_bytes_mib:,.2f}",
     "what steps take their time for": "{shares:<}",
 }
+HOST_TABLE = {
+    "cache": "{label:<}",
+    "Python\ncalls": "{calls:,.1f}",
+    "\nmore": "{more_calls:+,.1f}",
+    "torch\nops": "{ops:,.1f}",
+    "\nmore ": "{more_ops:+,.1f}",
+    "\nviews": "{views:,.1f}",
+    "\nmore  ": "{more_views:+,.1f}",
+    "\nwaits": "{waits:,.2f}",
+    "\nmore   ": "{more_waits:+,.2f}",
+}
 FOLDS = ("op", "cache", "what steps take their time for")
+HOST_NOTE = (
+    "Of the whole model, divided by its layers; more than DynamicCache. Calls are those of Python functions and of "
+    "functions in C. An op of pyramid_cache counts as one. Waits ask tensors for numbers; with caches of this library "
+    "one a step is a check that only the CPU makes."
+)
 PANELS = {"prefill_ratio": "reading the prompt", "tokens_ratio": "tokens per second", "bytes_ratio": "bytes of a row"}
 
 
@@ -58,9 +89,19 @@ def print_heading(console: Console, record: dict[str, Any], *facts: str) -> None
 
 
 def show(record: dict[str, Any]) -> None:
-    """Prints a record of `bench caches` or `bench ops`."""
+    """Prints a record of `bench caches`, `bench decode`, `bench ops` or `bench host`."""
     console, rows = report_console(), record["rows"]
-    if "model" in record:
+    copies = f"copies {record.get('copy_bytes_per_second', 0) / 1e9:,.0f} GB/s, read and written"
+    if "compile_mode" in record:
+        print_heading(console, record, record["model"], copies, f"compiled in mode {record['compile_mode']}")
+        print_decoding(console, rows)
+        note = (
+            "Means over the timed steps, evictions included, and medians of these over rounds. "
+            f"{record['warm_up_steps']} steps before them, and compilation, are not timed. Ratios are those of times, "
+            "to DynamicCache and to compiled StaticCache. The floor is the time of copies for the bytes that a step "
+            "reads: weights, and what the cache holds."
+        )
+    elif "model" in record:
         print_heading(console, record, record["model"])
         print_caches(console, rows)
         note = (
@@ -68,8 +109,13 @@ def show(record: dict[str, Any]) -> None:
             "brackets have those of single rounds. Prefill is the time of the rows that were read. Bytes are what a "
             "row holds at the end."
         )
+    elif "counts" in record:
+        print_heading(console, record, record["counts"])
+        print_table(console, HOST_TABLE, rows, FOLDS)
+        console.print(Text(HOST_NOTE, style="dim"))
+        return
     else:
-        print_heading(console, record, f"copies {record['copy_bytes_per_second'] / 1e9:,.0f} GB/s, read and written")
+        print_heading(console, record, copies)
         print_table(console, OPS_TABLE, rows, FOLDS)
         rounds = [row["rounds"] for row in rows]
         note = (
@@ -109,6 +155,32 @@ def print_caches(console: Console, rows: list[dict[str, Any]]) -> None:
     print_table(console, STAGES_TABLE, [row for row in found if row["stages"]], FOLDS)
 
 
+def print_decoding(console: Console, rows: list[dict[str, Any]]) -> None:
+    """Prints a row per cache and way, what failed, graphs that came too late, and those without CUDA graphs."""
+    found = []
+    for row in rows:
+        way = "compiled" if row["is_compiled"] else "eager"
+        place = f"{row['label']}, {way}, {row['length']:,} tokens, {row['batch_size']} rows"
+        if row["failure"] is not None:
+            console.print(f"{place} failed: {row['failure']}", style="red", markup=False)
+            continue
+        if row["num_late_graphs"]:
+            text = f"{place}: {row['num_late_graphs']} of the graphs were compiled while steps were timed"
+            console.print(text, style="red", markup=False)
+        for reason in row["skip_reasons"]:
+            console.print(f"{place}: {reason}", style="yellow", markup=False)
+        cells = {
+            "way": way,
+            "step": statistics.median(row["step_seconds"]),
+            "step_range": range_text(row["step_ratio_range"]),
+            "graphs": row["num_graphs"] if row["is_compiled"] else None,
+            "compile_time": row["compile_seconds"] if row["is_compiled"] else None,
+            "skips": row["num_skips"] or None,
+        }
+        found.append(row | cells)
+    print_table(console, DECODE_TABLE, found, FOLDS)
+
+
 def range_text(extremes: list[float] | None) -> str:
     """The least and greatest ratio of a round where they differ."""
     least, greatest = (f"{ratio:.2f}" for ratio in extremes or (1, 1))
@@ -130,10 +202,18 @@ def show_suite(record: dict[str, Any]) -> None:
             console.print("tests marked `cuda`: " + ", ".join(counts))
         elif name == "ops":
             print_table(console, OPS_TABLE, rows, FOLDS)
-        for run in result.get("runs", []):
-            print_caches(console, run["rows"])
-        if name in ("oracle", "gather"):
-            print_table(console, {key: f"{{{key}!s:.9}}" for key in (rows or [{}])[0]}, rows)
+        elif name == "decode":  # later runs repeat what their ratios are to
+            every = [row for run in result.get("runs", []) for row in run["rows"]]
+            keys = ("cache", "is_compiled", "length", "batch_size")
+            print_decoding(console, list({tuple(row[key] for key in keys): row for row in every}.values()))
+        elif name in ("shadow", "pyramid"):
+            print_caches(console, rows)
+        else:
+            rows = [
+                {key: f"{value:.4g}" if isinstance(value, float) else str(value) for key, value in row.items()}
+                for row in rows
+            ]
+            print_table(console, {key: f"{{{key}:>}}" for key in (rows or [{}])[0]}, rows)
 
 
 def draw(record: dict[str, Any], path: Path) -> None:

@@ -1,12 +1,13 @@
 """What a cache costs in a model, beside DynamicCache: reading a prompt, steps of plain `generate`, and bytes."""
 
 import argparse
+import functools
 import itertools
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch.autograd import DeviceType
@@ -15,7 +16,8 @@ from transformers import Cache, PreTrainedModel
 
 from pyramid_cache import ShadowKVCache
 from pyramid_cache.engine.cache import CompressedCache
-from pyramid_cache.lab.demo.timed_answers import generate, layer_tensors, storage_bytes
+from pyramid_cache.lab.demo.timed_answers import generate as generate_timed
+from pyramid_cache.lab.demo.timed_answers import layer_tensors, storage_bytes
 from pyramid_cache.lab.machine import free_memory
 from pyramid_cache.lab.registry import BASELINE, BudgetLike, CacheEntry, Workload, find_entry
 from pyramid_cache.lab.weights import ProgressCallback
@@ -30,6 +32,8 @@ HEADROOM_BYTES = 3 << 29
 TORCH_STAGES = {"aten::linear": "linear layers", "aten::scaled_dot_product_attention": "attention"}
 # The share of the free host memory that caches may take: a machine with more page-locked memory is unusable.
 HOST_SHARE = 0.6
+# On CUDA `generate` would compile steps of some caches. `decode_times` measures those.
+generate = functools.partial(generate_timed, disable_compile=True)
 
 
 class Contender(NamedTuple):
@@ -100,6 +104,7 @@ class Bench:
     options: argparse.Namespace
     progress: ProgressCallback
     note: Callable[[list[dict[str, Any]]], None] = lambda rows: None
+    facts: ClassVar[dict[str, Any]] = {}  # more of the record
 
     def __post_init__(self) -> None:
         model, tokens, options, self.device = self.model, self.tokens, self.options, self.model.device
@@ -109,13 +114,7 @@ class Bench:
         # What comes behind a prompt: at each batch size the warm-up, the timed steps and the first and last token.
         runs = len(options.batch_sizes) + options.largest_batch
         self.num_later = runs * (WARM_UP_STEPS + options.new_tokens + 2) + PROFILED_STEPS + 2
-        longest, final = max(options.lengths), max(options.lengths) + self.num_later
-        limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or final
-        if longest > len(tokens):
-            raise ValueError(f"--lengths {longest} exceeds the {len(tokens):,} tokens that there are to read.")
-        if final > limit:
-            problem = f"--lengths {longest} and the generated tokens are {final:,}"
-            raise ValueError(f"{problem}, but the model was made for {limit:,}.")
+        check_lengths(model, tokens, max(options.lengths), self.num_later)
         for length, contender in itertools.product(options.lengths, self.contenders):
             self._new_cache(contender, length, self.batch_sizes[0])
 
@@ -128,7 +127,7 @@ class Bench:
         warm_up = min(WARM_UP_TOKENS.get(self.device.type, 256), *self.options.lengths)
         for contender in self.contenders:
             self.progress(f"{contender.label}: warming up", 0, None)
-            self._decode(self._read(contender, warm_up, self.batch_sizes[0]))
+            self._decode(self._read(contender, warm_up, self.batch_sizes[0]), num_steps=1)
         rows: list[dict[str, Any]] = []
         for length, rounds_left in itertools.product(self.options.lengths, reversed(range(self.options.rounds))):
             for contender in self.contenders:
@@ -179,9 +178,9 @@ class Bench:
         sequences, stopwatch = generate(self.model, ids, cache, 1)
         return Reading(cache, sequences, len(ids), stopwatch.prefill_seconds, self._peak(before))
 
-    def _decode(self, reading: Reading) -> list[float]:
-        """Decodes by `generate`; returns the seconds of the steps behind the warm-up."""
-        num_steps = WARM_UP_STEPS + self.options.new_tokens
+    def _decode(self, reading: Reading, num_steps: int) -> list[float]:
+        """Decodes by `generate`; returns the seconds of so many steps behind the warm-up."""
+        num_steps += WARM_UP_STEPS
         reading.ids, stopwatch = generate(self.model, reading.ids, reading.cache, num_steps + 1)
         return [later - earlier for earlier, later in itertools.pairwise(stopwatch.stamps[1 + WARM_UP_STEPS :])]
 
@@ -195,7 +194,7 @@ class Bench:
         key = contender.name, length, batch_size
         measured = self.measured.setdefault(key, Measured(contender.name, contender.label, length, batch_size))
         held_before = self._start_peak() - split_bytes(cache)[0]
-        measured.step_seconds.append(statistics.median(self._decode(reading)))
+        measured.step_seconds.append(statistics.median(self._decode(reading, self.options.new_tokens)))
         measured.decode_peak_bytes = self._peak(held_before)
         measured.prefill_seconds.append(reading.seconds)
         measured.prefill_rows, measured.prefill_peak_bytes = reading.num_rows, reading.peak_bytes
@@ -217,6 +216,17 @@ class Bench:
 
     def _peak(self, before: int) -> int | None:
         return torch.cuda.max_memory_allocated(self.device) - before if self.device.type == "cuda" else None
+
+
+def check_lengths(model: PreTrainedModel, tokens: torch.Tensor, longest: int, num_later: int) -> None:
+    """Raises ValueError if the longest prompt and what comes behind it are too long for the tokens or the model."""
+    final = longest + num_later
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or final
+    if longest > len(tokens):
+        raise ValueError(f"--lengths {longest} exceeds the {len(tokens):,} tokens that there are to read.")
+    if final > limit:
+        problem = f"--lengths {longest} and the generated tokens are {final:,}"
+        raise ValueError(f"{problem}, but the model was made for {limit:,}.")
 
 
 def largest_batch(

@@ -1,11 +1,16 @@
-"""The parts of `bench --suite gpu` that measure: `python -m pyramid_cache.lab.bench.gpu_parts PART FILE`."""
+"""
+The parts of `bench --suite gpu` that measure: `python -m pyramid_cache.lab.bench.gpu_parts PART FILE [--rehearse]`.
+
+A rehearsal runs the same code with small models and shapes on the CPU. Its figures mean nothing.
+"""
 
 import functools
+import json
 import statistics
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,32 +25,71 @@ from pyramid_cache.ops.shadow import gather_values
 # The shape of Llama 3 8B.
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 DTYPE = torch.bfloat16
-DEVICE = torch.device("cuda")
-TIMES = (2.0, 50)  # seconds and rounds at most
 
 # The largest error of scores, as a share of the norm of the specification's in float32.
 ORACLE_LIMIT = 1e-3
-# Length, and whether rows have weights and heads stay apart.
-ORACLE_CASES = ((8192, False), (8192, True), (32768, False))
+CHUNK_SIZE = 8  # tokens of a chunk of ShadowKV
 
-# What a layer of ShadowKV reads per step, and far more: tokens on the host, tokens of a chunk, chunks of the buffer.
-HOST_TOKENS = 131072
-CHUNK_SIZE = 8
-GATHER_PLACES = (256, 4096)
+# Options of `bench decode`: first what no cache should be slower than, and one cache, at every length and batch.
+DECODE_RUNS = [
+    f"--model llama-3.1-8b --caches {caches} --budgets 0.25 --lengths {length} --batch-sizes {batch_size} "
+    "--ways compiled --rounds 1"
+    for caches in ("static,snapkv", "static,h2o,streaming,tova")
+    for length, batch_size in ((8192, 1), (8192, 32), (32768, 8), (128000, 1))
+]
+# By part the measurement, its options in each run, and what a rehearsal puts in their place.
+RUNS = {
+    "decode": (
+        "decode",
+        DECODE_RUNS,
+        "--model tiny --device cpu --caches static --lengths 64 --batch-sizes 2 --new-tokens 4",
+    ),
+    "shadow": ("caches", bench.LONG_PROMPTS[1:], "--model tiny --device cpu --budgets 0.25 --lengths 300"),
+    "pyramid": (
+        "caches",
+        [f"{bench.SUITES['paper'][0]} --caches pyramid --rounds 1"],
+        "--model tiny --device cpu --lengths 64 --batch-sizes 2 --new-tokens 4",
+    ),
+}
 
 
-def median_seconds(first: Callable[[], object], second: Callable[[], object]) -> Iterator[float]:
+class Scale(NamedTuple):
+    """The sizes of the parts that measure no model, and the options of `bench ops`."""
+
+    device: torch.device
+    times: tuple[float, int]  # seconds and rounds at most
+    oracle_cases: tuple[tuple[int, bool], ...]  # length, and whether rows have weights
+    host_tokens: int
+    gather_places: tuple[int, ...]  # chunks that are read at once: what a layer of ShadowKV reads per step, and more
+    ops: str
+
+
+GPU = Scale(
+    torch.device("cuda"),
+    (2.0, 50),
+    ((8192, False), (8192, True), (32768, False)),
+    131072,
+    (256, 4096),
+    "--device cuda",
+)
+REHEARSAL = Scale(
+    torch.device("cpu"), (0.0, 5), ((96, False), (96, True)), 256, (2, 5), "--device cpu --lengths 64 --rounds 5"
+)
+
+
+def median_seconds(scale: Scale, first: Callable[[], object], second: Callable[[], object]) -> Iterator[float]:
     """The seconds of two functions that take turns."""
-    return map(statistics.median, time_in_turns(first, second, functools.partial(seconds_of, device=DEVICE), *TIMES))
+    measure = functools.partial(seconds_of, device=scale.device)
+    return map(statistics.median, time_in_turns(first, second, measure, *scale.times))
 
 
-def oracle_rows() -> Iterator[dict[str, Any]]:
+def oracle_rows(scale: Scale) -> Iterator[dict[str, Any]]:
     """Compares the scores of the kernel with those of the specification in float32. Each row gives out 1."""
     scaling = HEAD_DIM**-0.5
-    for length, is_weighted in ORACLE_CASES:
-        query = torch.randn(1, HEADS, length, HEAD_DIM, dtype=DTYPE, device=DEVICE)
-        key, value = (torch.randn(1, KV_HEADS, length, HEAD_DIM, dtype=DTYPE, device=DEVICE) for _ in range(2))
-        weights = torch.rand(1, length, device=DEVICE) if is_weighted else None
+    for length, is_weighted in scale.oracle_cases:
+        query = torch.randn(1, HEADS, length, HEAD_DIM, dtype=DTYPE, device=scale.device)
+        key, value = (torch.randn(1, KV_HEADS, length, HEAD_DIM, dtype=DTYPE, device=scale.device) for _ in range(2))
+        weights = torch.rand(1, length, device=scale.device) if is_weighted else None
         given = attention_with_lse("sdpa", query, key, value, scaling=scaling)
         if given is None:
             raise RuntimeError("torch's attention gives no log-sum-exps for bfloat16 on this device.")
@@ -53,7 +97,7 @@ def oracle_rows() -> Iterator[dict[str, Any]]:
         by_specification = functools.partial(
             reference.attention_scores, query.float(), key.float(), given[1], weights, None, scaling, None
         )
-        specification_seconds, kernel_seconds = median_seconds(by_specification, by_kernel)
+        specification_seconds, kernel_seconds = median_seconds(scale, by_specification, by_kernel)
         scores, expected = by_kernel().double(), by_specification().double()
         given_out = HEADS * (length if weights is None else float(weights.double().sum()))
         error = float((scores - expected).norm() / expected.norm())
@@ -70,19 +114,20 @@ def oracle_rows() -> Iterator[dict[str, Any]]:
         }
 
 
-def gather_rows() -> Iterator[dict[str, Any]]:
+def gather_rows(scale: Scale) -> Iterator[dict[str, Any]]:
     """Bytes per second of chunks that a kernel reads from pinned memory, beside a plain copy of as many bytes."""
-    shape = (1, KV_HEADS, HOST_TOKENS, HEAD_DIM)
-    values = torch.randn(shape, dtype=DTYPE, pin_memory=DEVICE.type == "cuda")
-    for places in GATHER_PLACES:
-        buffer = torch.zeros(1, KV_HEADS, places * CHUNK_SIZE, HEAD_DIM, dtype=DTYPE, device=DEVICE)
-        incoming = torch.rand(1, KV_HEADS, HOST_TOKENS // CHUNK_SIZE).argsort(dim=-1)[..., :places]
+    shape = (1, KV_HEADS, scale.host_tokens, HEAD_DIM)
+    values = torch.randn(shape, dtype=DTYPE, pin_memory=scale.device.type == "cuda")
+    for places in scale.gather_places:
+        buffer = torch.zeros(1, KV_HEADS, places * CHUNK_SIZE, HEAD_DIM, dtype=DTYPE, device=scale.device)
+        incoming = torch.rand(1, KV_HEADS, scale.host_tokens // CHUNK_SIZE).argsort(dim=-1)[..., :places]
         slots = (incoming[..., None] * CHUNK_SIZE + torch.arange(CHUNK_SIZE)).flatten(2)
         expected = values.gather(2, slots[..., None].expand(-1, -1, -1, HEAD_DIM))
         source = values.flatten()[: buffer.numel()].view_as(buffer)  # as many bytes in one piece, pinned as well
         copy_seconds, gather_seconds = median_seconds(
+            scale,
             functools.partial(torch.empty_like(buffer).copy_, source, non_blocking=True),
-            functools.partial(gather_values, buffer, values, incoming.to(DEVICE), chunk_size=CHUNK_SIZE),
+            functools.partial(gather_values, buffer, values, incoming.to(scale.device), chunk_size=CHUNK_SIZE),
         )
         num_bytes = buffer.numel() * buffer.element_size()
         yield {
@@ -97,29 +142,39 @@ def gather_rows() -> Iterator[dict[str, Any]]:
 
 
 @torch.no_grad()
-def main(name: str, path: Path) -> int:
-    """Runs a part, and writes its rows so far after each; returns 1 where a row is not what it must be."""
+def main(name: str, path: Path, is_rehearsal: bool = False) -> int:
+    """
+    Runs a part, and writes its rows so far after each; returns 1 where a row is not what it must be. Decode steps
+    that the file has are not measured again.
+    """
 
     def announce(description: str, *progress: int | None) -> None:
         print(description, flush=True)
 
+    scale = REHEARSAL if is_rehearsal else GPU
     if name == "ops":
-        bench.measure_ops(bench.parse(bench.add_ops_options, f"--device {DEVICE}"), announce, path)
+        bench.measure_ops(bench.parse(bench.add_ops_options, scale.ops), announce, path)
         return 0
     rows: list[dict[str, Any]] = []
-    if name == "caches":
-        runs = [bench.parse(bench.add_caches_options, text) for text in bench.LONG_PROMPTS]
-        rows = [row for record in bench.measure_caches(runs, announce, path) for row in record["rows"]]
+    if name in RUNS:
+        kind, texts, instead = RUNS[name]
+        if is_rehearsal:
+            texts = [f"{text.replace('--largest-batch', '')} {instead}" for text in texts]
+        add_options = bench.add_decode_options if kind == "decode" else bench.add_caches_options
+        earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        runs = [bench.parse(add_options, text) for text in texts]
+        records = bench.measure_caches(runs, announce, path, kind, earlier.get("runs", [earlier]))
+        rows = [row for record in records for row in record["rows"]]
         failures = [f"{row['label']}, {row['length']:,} tokens: {row['failure']}" for row in rows if row["failure"]]
     else:
-        for row in {"oracle": oracle_rows, "gather": gather_rows}[name]():
+        for row in {"oracle": oracle_rows, "gather": gather_rows}[name](scale):
             announce(str(row))
             rows.append(row)
             write_json({"rows": rows}, path)
         failures = [f"This is not right: {row}" for row in rows if not row["is_right"]]
-    print(*failures, sep="\n")
+    print(*dict.fromkeys(failures), sep="\n")
     return int(bool(failures))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], Path(sys.argv[2])))
+    sys.exit(main(sys.argv[1], Path(sys.argv[2]), sys.argv[3:] == ["--rehearse"]))

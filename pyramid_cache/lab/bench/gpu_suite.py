@@ -1,14 +1,18 @@
 """
-`pyramid-cache bench --suite gpu`: everything that needs a GPU, in one run.
+`pyramid-cache bench --suite gpu`: everything that needs a GPU, in nine minutes, the most valuable first.
 
-Each part is a process of its own, which is stopped at its limit and cannot spoil the next.
+Each part is a process of its own, which is stopped at its limit and cannot spoil the next. Started again with the same
+file, the suite goes on: parts that passed are kept. Others run, those first that have not run yet. A part that is
+named runs again in any case.
 """
 
 import collections
 import contextlib
 import functools
 import json
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,34 +30,55 @@ from pyramid_cache.lab.machine import describe_run, load_average
 from pyramid_cache.lab.terminal import command_text, write_json
 
 
-# The parts in their order, and their limits in seconds, nine minutes together.
-PART_LIMITS = {"tests": 235, "ops": 45, "caches": 200, "oracle": 35, "gather": 25}
+# The parts in their order, and their seconds. A part may also take what those before it have left.
+PART_LIMITS = {"decode": 220, "shadow": 100, "pyramid": 50, "tests": 65, "ops": 40, "oracle": 25, "gather": 20}
 # How long an interrupted part may take to end: pytest writes the results of the tests that have run.
 END_SECONDS = 20
+# How long all may take. What does not get the least seconds any more is left for another start.
+ALL_SECONDS, LEAST_SECONDS = 540, 10
 TAIL_LINES = 60
 # The processor compiles kernels, which takes most of the time of the tests. Each process takes a GiB of the device.
 TEST_PROCESSES = min(os.cpu_count() or 1, 12)
 OUTCOMES = {"failure": "failed", "error": "error", "skipped": "skipped"}
 
 
-def run(path: Path | None, chosen: list[str] | None = None) -> dict[str, Any]:
-    """Runs parts of the suite, all by default, and prints the results. The record is written after every part."""
+def run(
+    path: Path | None, chosen: list[str] | None = None, seconds: int | None = None, is_rehearsal: bool = False
+) -> dict[str, Any]:
+    """
+    Runs parts of the suite, by default all that the file has not passed yet, and prints the results. The record is
+    written after every part. A rehearsal has small models and shapes, runs on the CPU, and takes its time.
+    """
     unknown = [name for name in chosen or [] if name not in PART_LIMITS]
     if unknown:
         raise ValueError(f"--parts: {unknown[0]!r} is none of {', '.join(PART_LIMITS)}.")
-    if not torch.cuda.is_available():
+    if not is_rehearsal and not torch.cuda.is_available():
         problem = f"`--suite gpu` needs a CUDA device, and torch {torch.__version__} finds none here"
-        raise ValueError(f"{problem}. `pyramid-cache bench ops` measures on the CPU.")
-    names = [name for name in PART_LIMITS if chosen is None or name in chosen]
-    command = command_text(["bench"], {"suite": "gpu", "parts": chosen and names})
-    record = describe_run(command, torch.device("cuda", torch.cuda.current_device()))
-    record |= {"driver": driver_version(), "cuda": torch.version.cuda, "chosen_parts": names}
-    record |= {"is_complete": False, "parts": {}}
+        raise ValueError(f"{problem}. `--rehearse` runs its parts on the CPU, with small models.")
+    wanted = [name for name in PART_LIMITS if chosen is None or name in chosen]
+    command = command_text(["bench"], {"suite": "gpu", "parts": chosen and wanted, "rehearse": is_rehearsal})
+    device = torch.device("cpu") if is_rehearsal else torch.device("cuda", torch.cuda.current_device())
+    record = describe_run(command, device)
+    record |= {"driver": driver_version(), "cuda": torch.version.cuda, "is_rehearsal": is_rehearsal}
+    record |= {"chosen_parts": wanted, "is_complete": False}
+    parts = record["parts"] = earlier_parts(path, record)
+    names = [name for name in wanted if chosen is not None or name not in parts or parts[name]["failures"]]
+    names.sort(key=parts.__contains__)
     root = Path(pyramid_cache.__file__).resolve().parents[1]
     with tempfile.TemporaryDirectory() as folder:
+        end = start = time.perf_counter()
         for name in names:
-            record["parts"][name] = run_part(name, root, Path(folder) / name, PART_LIMITS[name])
-            record["is_complete"] = name == names[-1]
+            end += PART_LIMITS[name]
+            limit_seconds = min(end, start + (seconds or ALL_SECONDS) - END_SECONDS) - time.perf_counter()
+            if is_rehearsal:
+                limit_seconds = math.inf
+            elif limit_seconds < LEAST_SECONDS:
+                continue
+            result_path = Path(folder) / name
+            if name == "decode" and parts.get(name, {}).get("failures"):  # it goes on behind its last row
+                write_json(parts[name]["result"], result_path)
+            parts[name] = run_part(name, root, result_path, limit_seconds, is_rehearsal)
+            record["is_complete"] = all(each in parts for each in wanted)
             record["machine"]["load_average_after"] = load_average()
             if path is not None:
                 write_json(record, path)
@@ -66,7 +91,28 @@ def run(path: Path | None, chosen: list[str] | None = None) -> dict[str, Any]:
     return record
 
 
-def run_part(name: str, root: Path, result_path: Path, limit_seconds: float) -> dict[str, Any]:
+def earlier_parts(path: Path | None, record: dict[str, Any]) -> dict[str, Any]:
+    """
+    The parts that a file has of an earlier run. Raises ValueError if it is no record of the suite, or of another
+    device or other versions, because one table would then be of two.
+    """
+    if path is None or not path.is_file():
+        return {}
+    try:
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        parts = earlier["parts"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--json {path} is no record of this suite to go on with: name another file.") from error
+    for name in ("device", "versions", "is_rehearsal"):
+        if earlier.get(name) != record[name]:
+            change = f"{name} was {earlier.get(name)} and is {record[name]}"
+            raise ValueError(f"--json {path} is of a run to go on with, but {change}: name another file.")
+    return parts
+
+
+def run_part(
+    name: str, root: Path, result_path: Path, limit_seconds: float, is_rehearsal: bool = False
+) -> dict[str, Any]:
     """
     Runs one part in a process of its own, which writes `result_path`: JSON, or the XML of `pytest --junitxml`. Returns
     its "wall_seconds", "result" and "failures", one line each, and where there are any the "output_tail".
@@ -77,9 +123,9 @@ def run_part(name: str, root: Path, result_path: Path, limit_seconds: float) -> 
     lines: list[str] = []
     result: dict[str, Any] = {"outcomes": {}} if name == "tests" else {}
     try:
-        status, lines = run_process(command_of(name, root, result_path), root, limit_seconds)
+        status, lines = run_process(command_of(name, root, result_path, is_rehearsal), root, limit_seconds)
         if status is None:
-            failures.append(f"stopped after {limit_seconds} s")
+            failures.append(f"stopped after {limit_seconds:.0f} s")
         elif status != 0:
             last = next((line for line in reversed(lines) if line.strip()), "no output")
             failures.append(f"exit status {status}: {last.strip()}")
@@ -98,16 +144,19 @@ def run_part(name: str, root: Path, result_path: Path, limit_seconds: float) -> 
     return part | ({"output_tail": lines} if failures else {})
 
 
-def command_of(name: str, root: Path, result_path: Path) -> list[str]:
-    """The command of a part. Raises FileNotFoundError where there are no tests to run."""
+def command_of(name: str, root: Path, result_path: Path, is_rehearsal: bool) -> list[str]:
+    """The command of a part. Raises FileNotFoundError where there are no tests to run. A rehearsal runs none."""
     if name != "tests":
-        return [sys.executable, "-m", "pyramid_cache.lab.bench.gpu_parts", name, str(result_path)]
-    # The other files may import packages that a GPU machine lacks.
-    files = [path for path in sorted((root / "tests").rglob("test_*.py")) if "mark.cuda" in path.read_text()]
+        command = [sys.executable, "-m", "pyramid_cache.lab.bench.gpu_parts", name, str(result_path)]
+        return command + ["--rehearse"] * is_rehearsal
+    # Tests of kernels first. The files without tests for CUDA may import packages that a GPU machine lacks.
+    kernels, caches = (sorted((root / "tests").glob(pattern)) for pattern in ("ops/test_*.py", "test_*.py"))
+    files = [path for path in kernels + caches if re.search(r"mark\.cuda|kernel_device", path.read_text())]
     if not files:
         raise FileNotFoundError(f"{root / 'tests'} holds no tests marked cuda: run this from the repository.")
     options = f"-m cuda -n{TEST_PROCESSES} --dist=load -v --tb=short --no-header --color=no".split()
     options += ["--continue-on-collection-errors", f"--junitxml={result_path}", "-o", "junit_family=xunit1"]
+    options += ["--collect-only"] * is_rehearsal
     return [sys.executable, "-m", "pytest", *options, *(str(path.relative_to(root)) for path in files)]
 
 

@@ -115,15 +115,21 @@ def generate(
     cache: Cache,
     max_new_tokens: int,
     on_token: Callable[[int], None] = lambda done: None,
+    stopwatch: Stopwatch | None = None,
+    **settings: Any,
 ) -> tuple[torch.Tensor, Stopwatch]:
-    """Decodes greedily from `(batch, tokens)` without padding. Returns all tokens, and when new ones were there."""
-    stopwatch = Stopwatch(model.device, on_token)
+    """
+    Decodes greedily from `(batch, tokens)` without padding. Returns all tokens, and when new ones were there. Settings
+    are those of `model.generate`.
+    """
+    stopwatch = stopwatch or Stopwatch(model.device, on_token)
     sequences = model.generate(
         input_ids,
         attention_mask=torch.ones_like(input_ids),
         **{CACHE_ARGUMENT: cache},
         max_new_tokens=max_new_tokens,
         logits_processor=LogitsProcessorList([stopwatch]),
+        **settings,
     )
     return sequences, stopwatch
 
