@@ -32,13 +32,15 @@ PROCESSES = multiprocessing.get_context("forkserver")
 PRELOADED = ("pytest", "hypothesis", "transformers.generation.utils", "transformers.models.llama.modeling_llama")
 # A file of the package, the test files that are likely to notice its faults, quick ones first, and after | words in
 # the names of tests that are tried before the others. Below it the faults: a text that occurs once in the file, with
-# «what is right→what the fault puts there».
+# «what is right→what the fault puts there». A ¶ stands for a new line of a method.
 FAULTS = """
+= engine/store.py: test_policies
+held.mul_(1 - «1 / window→0»)
 = engine/store.py: test_small_faults test_batch_rows
 setattr(state, name, kept if tensor.dim() == 4 else kept«.masked_fill(indices < 0, state.fill_of(name))→»)
 masked_fill_(~is_kept_before, «-1→0»)
-is_no_choice = (positions < 0)« & (self.per_row(row_lost) > 0)→»
-ages = positions.masked_fill(«is_no_choice→positions < -1», torch
+empty = torch.where(is_over, float("inf"), float("«-→»inf"))
+ages = positions.masked_fill(«is_over & ~is_token→positions < -1», torch
 = engine/store.py: test_small_faults
 return tensor«.clone(memory_format=torch.contiguous_format)→»
 steps = state.next_position + torch.arange(-num_steps«, 0→ + 1, 1»,
@@ -54,9 +56,9 @@ columns |= {name: getattr(self.state, name) for name in «self.state.own_slots�
 state.resize_own_slots(«num_slots→0»)
 = engine/store.py: test_policies test_h2o | held victims hand
 moves = torch.arange(num_moves, device=is_kept.device) <«→=» is_kept_behind
-tensor[:, :, new] = «state.fill_of(name)→tensor[:, :, new]»
-= engine/store.py: test_h2o test_properties | hand sequences H2O
+= engine/store.py: test_remembering
 tensor.scatter_(2, expanded(slots, tensor), «state.fill_of(name)→9.0»)
+= engine/store.py: test_h2o test_properties | hand sequences H2O
 state.free_slots = torch.full_like(indices[..., :1], state.length - «1→2»)
 = engine/store.py: test_batch_rows | second_padded held
 num_filled = «max→min»(self.state.row_held) if self.heads_keep
@@ -87,9 +89,9 @@ state.column_positions = «seen.positions if seen.has_gaps else →»None
 = engine/layer.py: test_recording test_shadow_kv | taken_back guesses
 state.length -= num_columns«→ - 1»
 = engine/layer.py: test_bad_calls
-(key.shape, value.shape, key.dtype, value.dtype, «torch.is_inference_mode_enabled()→self._known[0][4]»)
+(key.shape, value.shape, key.dtype, value.dtype, «modes→self._known[4]»)
 elif self.place.depth «== 0→< 0»:
-is_known = self._known is not None and «self._known[1] is call.function and self.module is call.module→True»
+elif «call.function is not step.function or call.module is not self._module()→False»:
 = engine/layer.py: test_bad_calls | change_nothing
 self.store.take_back(«arrival.num_new→0», arrival.free_slots)
 = engine/checks.py: test_bad_calls | mask change_nothing
@@ -105,7 +107,6 @@ value=self.value[:, :, «:left→-left:»],
 for name in ("«query", "→»key", "value")
 = engine/evicting.py: test_policies
 num_rows = min(max(state.row_windows)«→ - 1», call.num_queries)
-else 1 - «1 / window→0»
 is_due = [held >«=→» kept + interval for
 held = call.«key, call.value→value, call.key», attention
 = engine/evicting.py: test_pyramid | held settings
@@ -127,10 +128,70 @@ state.keys.shape[2] «>→<» state.length:
 «self.layers[index] = copy.deepcopy(self._unused_layers[index])→pass»
 = engine/cache.py: test_small_faults | fewer_layers
 num_run = «1→2» + max(
+= engine/cache.py: test_compile | end_fixed
+tokens_to_remove = as_tokens_to_remove(tokens_to_remove)¶«self.release()→pass»
+«self.release()→pass»¶self.require_whole()¶if any(
+«self.release()→pass»¶super().reorder_cache(
+memo: dict[int, Any]) -> "CompressedCache":¶«self.release()→pass»
+= engine/cache.py: test_compile | not_counted
+self.is_counted = self._is_whole = «False→True»
+= engine/cache.py: test_compile | user_compiles one_graph
+self._num_seen.add_(«1→0»)
+= engine/cache.py: test_compile | refused
+checks.«check_fixed(step.layer, key, value)→check_attended(step.layer)»
+= engine/cache.py: test_compile | modes_that
+all(layer.can_fix« and not layer.record_past→» for layer
+= engine/cache.py: test_bad_calls | broken_off broke break
+if layer_idx != self._first or «layer.get_seq_length() == last.get_seq_length()→True»:
 = engine/foreign.py: test_small_faults
 if is_sliding and layer.get_seq_length() >«=→» layer.sliding_window
 = engine/generation.py: test_small_faults | leaves_its_cache
 used is not None and used is «not →»given
+= engine/generation.py: test_compile | modes_that given_or_refused
+if «given.compiles is not None→False»:
+config.num_beams == 1« and not config.output_attentions→»
+= engine/fixed.py: test_compile | one_graph nothing_moves
+self.cursor.«fill_(state.length)→fill_(state.length - 1)»
+self.is_steady = «self.is_steady or store.is_steady→True»
+mask = state.positions[:, :, : call.num_keys] >= 0 if «self.has_gaps→False» else None
+self.has_gaps = not self.is_steady and (self.evicts« or self.in_graph→» or
+attention.mul_(1 - «1 / self.window→0»)
+tensor.new_tensor(«state.fill_of(name)→9.0»)
+moved = «self.layer.policy.moved_in_graph(self.view)→None»
+cursor.add_(«1→0»)
+= engine/fixed.py: test_compile | base
+elif «layer.policy.moves_between_steps(state)→False»:
+= engine/fixed.py: test_streaming_llm | settings
+state.row_held = [«min(held, kept)→held» for held, kept
+= engine/fixed.py: test_compile | end_fixed
+order = positions«.masked_fill(positions < 0, torch.iinfo(positions.dtype).max)→»
+if «self.was_dense→False»:
+if «not self.was_dense or state.row_held != state.row_lengths→True»:
+if not self.was_dense« or state.row_held != state.row_lengths→»:
+slots = positions« + (num_slots - store.per_row(state.row_lengths))→»
+= engine/fixed.py: test_bad_calls | gives_its_slot change_nothing last_one
+self.state.positions.scatter_(2, self.state.free_slots, «-1→0»)
+self.state.positions[:, :, self.state.length - 1] = «-1→0»
+= engine/fixed.py: test_compile | policy_sees
+self.view.longest = state.next_position.amax() if self.in_graph else max(state.row_lengths)«→ + 1»
+= engine/layer.py: test_compile | end_fixed be_recorded
+self._step = «None→self._step»  # which holds on
+and «not self.pending.is_on→True»
+= engine/layer.py: test_bad_calls | gradients_over
+and «modes[1:] == (False, False)→True»:
+= engine/evicting.py: test_compress test_compile
+self.take_step(«None→self._step»)
+= engine/evicting.py: test_streaming_llm
+newest, move = self.state.next_position« - 1→»,
+= engine/evicting.py: test_compile | everything
+(max_length is not None« and max_length > self.state.num_seen→»)
+= engine/store.py: test_compile | one_graph nothing_moves
+«self.clear_behind(num_left)→pass»
+return max(self.state.row_kept, default=0)« + self.interval→»
+= engine/store.py: test_h2o | different_numbers
+is_full = state.row_held == state.row_kept« and min(state.row_kept) == state.length - 1→»
+= engine/state.py: test_compile | base
+held.copy_(«tensor→held»)
 = engine/cache.py: test_recording
 if name == "«_is_user_defined→is_user_defined»":
 = engine/policy.py: test_policies test_massive_activation
@@ -172,17 +233,18 @@ if known is None« or known.dependencies != known.dependencies_now(module)→»:
 return («object(),→»)
 tensors = (*module.parameters(), *module.buffers(), «*rotary.buffers()→»)
 = engine/rotation.py: test_rope
-first * cosine «- second * sine, second * cosine +→+ second * sine, second * cosine -» first * sine
+torch.cat([«-second, first→second, -first»], dim=-1)
+torch.stack([«-rotated[..., 1::2], →rotated[..., 1::2], -»rotated[..., 0::2]]
 longest >«→=» self.original_max_position_embeddings
 = engine/rotation.py: test_small_faults
-compute_dtype = «torch.float64 if dtype == torch.float64 else torch.float32→dtype»
+compute_dtype = «torch.float64 if states.dtype == torch.float64 else torch.float32→states.dtype»
 = engine/files.py: test_save_load | another_architecture
 if «differences→not saved»:
 = lab/profile/spread.py: lab/test_profile
 is_local[«-num_local→1 - num_local»:] = True
 = engine/attention.py: test_architectures | gpt_oss gemma2
-None« if self.function is sdpa_attention_forward else self.kwargs.get("softcap")→»
-"sink_logits": «self.kwargs.get("s_aux")→None»
+None« if self.function is sdpa_attention_forward else softcap→»
+"sink_logits": «sink_logits→None»
 = engine/arguments.py: test_bad_calls | reorder
 (rows >= -num_rows) & (rows <«→=» num_rows)
 = engine/foreign.py: test_save_load | other_kinds
@@ -195,7 +257,13 @@ shares[layer_idx, max(num_positions - num_latest, 0) «→+ 1 »:] = 1
 = caches/adakv/cache.py: test_adakv
 kernel_size, «floor_ratio→0.2»)
 = caches/adakv/ragged_store.py: test_adakv
-is_empty = offsets <«→=» -lengths[..., None]
+is_empty = offsets <«→=» -lengths
+= caches/adakv/ragged_step.py: test_adakv | fixed_steps
+num_more = 0 if num_packed == state.row_kept else «layer.eviction_interval - 1→0»
+mask = state.positions >= 0 if «self.in_graph→False» else None
+self.packed.starts.copy_(«store→self».packed.starts)
+store.clear_behind(«0→self.state.keys.shape[2]»)
+tensors = {name: tensor«[:num_packed]→» for name
 = caches/adakv/ragged_store.py: test_small_faults | padding_between
 row_weights = row_weights.«repeat_interleave(kv_heads, dim=0)→repeat(kv_heads, 1)»
 = caches/adakv/ragged_store.py: test_small_faults
@@ -222,6 +290,9 @@ indices = «gather_tokens(self.columns, indices)→indices».masked_fill
 kept)«.masked_fill(kept < 0, -1)→»
 elif not is_whole and index + 1 >«=→» state.first_pruned:
 hidden_states«.masked_fill(state.columns[:, 0, :, None] < 0, 0)→»
+= caches/pyramid/prefill.py: test_compile test_bad_calls | hooks
+(«cache.is_compileable or →»cache.layers[0].state.num_seen > 0)
+return «state.tokens is None→True» and (cache.is_compileable
 = caches/pyramidkv.py: test_policies
 least = «max(min(self.window_size, mean - window_size), 1)→1»
 = caches/rkv.py: test_policies | redundancy
@@ -231,7 +302,7 @@ arrives = (incoming >«=→» 0)
 = caches/shadow_kv/host.py: test_small_faults
 twin.tensor = «self._zeros(tuple(self.tensor.shape)).copy_(self.tensor)→self.tensor»
 = caches/shadow_kv/landmarks.py: test_shadow_kv | reference
-in_bands(query.«abs().→»float(), num_bands)
+torch.cat([query, query«.abs()→» @ bands], dim=-1)
 torch.cosine_similarity(chunks, means[..., None, :], dim=-1).«amin→mean»(dim=-1)
 = caches/shadow_kv/layer.py: test_shadow_kv | taken_back taken alone
 goes = (positions >= self.state.next_position)« | (positions < shadow)→»
@@ -242,20 +313,32 @@ gram = gram« + basis.float().mT @ gram_matrix(factors) @ basis.float()→»
 ratio = excess.clamp(min=1).log2().«ceil→floor»().exp2()
 = caches/shadow_kv/settings.py: test_small_faults
 return num_chunks * self.chunk_size + self.tail_capacity - «1→2»
+= caches/shadow_kv/step.py: test_shadow_kv | fixed
+torch.where(self.has_shadow, positions, «views.positions→positions»)
+setattr(self.state, name, «tensor.copy_(new)→tensor»)
+self.cursor.fill_(state.length«→ + 1»)
 = caches/shadow_kv/store.py: test_shadow_kv | alone
 positions[..., : self.tail].masked_fill_(self.per_row(row_shadow) «>→<» 0, -1)
 = caches/snapkv.py: test_policies
 scores = view.attention«.masked_fill(is_recent, 0)→»
 = caches/streaming_llm.py: test_streaming_llm test_small_faults | rows settings base longrope
 masked_fill(view.positions <«→=» self.num_sink_tokens, float
-shift = [evicted« - state.base→» for evicted in
-state.sink_keys = came« if state.shift is None else torch.where(state.shift > 0, state.sink_keys, came)→»
-state.free_slots is not None« and all(num_evicted)→»:
+else [number« - state.base→» for number in evicted]
+keys = came« if state.shift is None else torch.where(state.shift > 0, state.sink_keys, came)→»
+state.is_placed = «int(all(evicted))→1»
 torch.full_like(view.length, «view.state.base - base→base - view.state.base»))
-rotary.angles(positions« - view.state.base→») - rotary
-return state.base > 0« or rotary.long_inv_freq is not None→»
+positions if state.base_position is None else positions« - state.base_position→»
+return state.base_position is not None« or rotary.long_inv_freq is not None→»
+(view.state.base_position is not None« or rotary.long_inv_freq is not None→»)
+masked_fill(is_sink, «MAX_TOKENS).argmin→-1).argmax»(dim=-1
+= caches/streaming_llm.py: test_compile | one_graph nothing_moves base
+angles = rotary.angles(self.from_base(state, evicted«→ - 1»))
+= caches/streaming_llm.py: test_compile | end_fixed
+state.shift.copy_(«evicted[..., None]→state.shift»)
+if min(state.row_lengths) <= «self.num_sink_tokens + 1→0»:
+return min(state.row_kept) > «self.num_sink_tokens→-1»
 = caches/tova.py: test_policies
-view.attention«.masked_fill(view.is_recent(1), float("inf"))→»
+view.attention«.masked_fill(view.positions >= view.length - 1, float("inf"))→»
 = ops/reference.py: ops/test_scores
 sink_logits.float().view(1, «kv_heads, group, 1, 1→group, kv_heads, 1, 1).transpose(1, 2»)
 dtype=torch.bool, device=key.device).triu_(«1→0»)
@@ -263,7 +346,8 @@ probabilities if mask is None else probabilities«.masked_fill(~mask, 0.0)→»
 = ops/lse.py: ops/test_lse
 key_mask[:, None, «key_mask.shape[1] - lse.shape[2] :→: lse.shape[2]»]
 = ops/packed.py: ops/test_packed
-is_behind = torch.arange(longest, device="cpu") >«=→» torch.tensor(lengths, device="cpu")[:, None, None]
+is_packed = (places < «starts[-1]→len(places)»)[:, None]
+is_behind = torch.arange(longest, device="cpu") >«=→» starts.diff()[:, None, None]
 = ops/shadow_reference.py: ops/test_shadow test_shadow_kv | loop alone
 counts = torch.bincount(«rows * kv_heads + heads→heads * batch + rows», minlength
 = ops/shadow_reference.py: ops/test_shadow
@@ -276,6 +360,7 @@ with torch.autocast(device_type, enabled=«False→True»):
 = ops/triton_decode.py: ops/test_kernels
 sums += tl.sum(«tl.where(logits == float("-inf"), 0.0, →(»tl.exp2(logits - lse[:, None])), axis=0)
 = ops/triton_decode.py: ops/test_packed_kernels
+held_end = tl.where(is_latest, end, «begin→end»)
 latest_parts + «(length + part_size - 1)→length» // part_size
 = ops/triton_shadow.py: ops/test_shadow_kernels
 tl.where(quadrant >«=→» 2, -sine, sine)
@@ -289,7 +374,7 @@ class Mutation:
 
     Attributes:
         file (`str`): In the package.
-        old, new (`str`): What stands in one line of it, and what the fault puts there.
+        old, new (`str`): What stands in it, mostly in one line, and what the fault puts there.
         tests (`str`): Names of test files, apart by spaces.
         words (`str`): In the names of tests that are tried before the others.
     """
@@ -308,7 +393,8 @@ def read_faults(table: str) -> list[Mutation]:
         if line.startswith("= "):
             file, tests, words = re.fullmatch(r"= ([^:]+): ([^|]+?)(?: \| (.+))?", line).groups(default="")
             continue
-        before, right, wrong, after = re.fullmatch("(.*)«(.*)→(.*)»(.*)", line).groups()
+        parts = re.fullmatch("(.*)«(.*)→(.*)»(.*)", line).groups()
+        before, right, wrong, after = (part.replace("¶", "\n        ") for part in parts)
         faults.append(Mutation(file, before + right + after, before + wrong + after, tests, words))
     return faults
 

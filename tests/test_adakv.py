@@ -8,10 +8,13 @@ from models import FAMILIES, build_model, drive, random_rows, random_tokens, tin
 from reference import ScoredPolicy, SnapKVScore, attention_implementation, compare_with_policies
 from test_masked_dense import compare_with_masked_dense
 from test_memory import held_bytes
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, PreTrainedConfig
 
 from pyramid_cache import AdaKVCache, Policy, PolicyCache
+from pyramid_cache.caches.adakv.ragged_step import RaggedStep
 from pyramid_cache.caches.adakv.ragged_store import RaggedStore
+from pyramid_cache.engine.budget import Budget
 from pyramid_cache.engine.policy import ScoringView
 
 
@@ -23,6 +26,10 @@ class LopsidedPolicy(Policy):
     """Even heads are worth less than odd ones, which hold many times their number of tokens then."""
 
     window_size: int = 8
+
+    def num_queries(self, prompt_length: int, budget: Budget, num_layers: int) -> int:
+        """Other windows for rows of other lengths."""
+        return min(prompt_length // 6, self.window_size)
 
     def score(self, view: ScoringView) -> torch.Tensor:
         worth = torch.ones(view.key.shape[1])
@@ -121,6 +128,84 @@ def test_bytes_are_those_of_the_budget_although_heads_differ() -> None:
         # With each head padded to the longest, keys and values alone would take more.
         padded = 2 * 2 * int(counts.max()) * 2 * 64 * 4
         assert sum(tensor.nbytes for tensor in cache.compressed_layers[0].store.packed.tensors.values()) < 0.8 * padded
+
+
+# Steps of fixed shapes.
+
+
+class NoReading(TorchDispatchMode):
+    """Raises where the host would wait for a device to read a tensor."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "equal"), name
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def unread_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps may not read tensors."""
+    for name in ("update", "attend"):
+        method = getattr(RaggedStep, name)
+
+        def run(*arguments, method=method):
+            with NoReading():
+                return method(*arguments)
+
+        monkeypatch.setattr(RaggedStep, name, run)
+
+
+def held_by_head(cache: PolicyCache, layer_idx: int = 0) -> list[list[list[int]]]:
+    """For each row and head, the positions of the tokens that it holds."""
+    positions = cache.positions(layer_idx).tolist()
+    return [[sorted(position for position in head if position >= 0) for head in row] for row in positions]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("budget", [9, 0.3, 70])
+def test_fixed_steps_are_other_steps(budget: float, unread_steps: None) -> None:
+    """Of padded rows, in the same tensors all the time; with 70 tokens, before anything is evicted, too."""
+    model, later = tiny_model("llama"), random_tokens(2, 120, seed=4)
+    prompt = torch.cat([random_tokens(2, 60, seed=3), later], dim=1)
+    mask = torch.ones_like(prompt)
+    mask[0, :17] = 0
+    caches = LopsidedCache(model.config, budget), LopsidedCache(model.config, budget)
+
+    def read(start: int, stop: int) -> None:
+        """Reads columns with both caches, which must agree."""
+        logits = [
+            model(
+                prompt[:, start:stop],
+                attention_mask=mask[:, :stop],
+                position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0)[:, start:stop],
+                past_key_values=cache,
+            ).logits
+            for cache in caches
+        ]
+        torch.testing.assert_close(*(each[mask[:, start:stop] == 1] for each in logits), atol=1e-5, rtol=1e-5)
+
+    read(0, 60)
+    for num_steps in (4, 90):  # at first nothing is evicted from a prompt with a budget of 70
+        caches[1].step()
+        steps = list(caches[1]._steps.values())
+        addresses = [tensor.data_ptr() for step in steps for tensor in step.tensors().values()]
+        assert {"keys", "keys packed", "starts packed"} <= steps[0].tensors().keys()
+        start = caches[0].get_seq_length()
+        for column in range(start, start + num_steps):
+            read(column, column + 1)
+            caches[1].step()
+            assert held_by_head(caches[0]) == held_by_head(caches[1])
+        assert steps == list(caches[1]._steps.values()) != []
+        assert addresses == [tensor.data_ptr() for step in steps for tensor in step.tensors().values()]
+        caches[1].release()
+        numbers = [each.compressed_layers[0].state.numbers() for each in caches]
+        assert numbers[0] == numbers[1]
+        for each in caches * 2:  # there and back
+            each.reorder_cache(torch.tensor([1, 0]))
+        start += num_steps
+        read(start, start + 3)
+        assert held_by_head(caches[0]) == held_by_head(caches[1])
+    different_counts(caches[1])
 
 
 # What cannot be.

@@ -158,7 +158,8 @@ def test_nothing_waits_longer_than_it_must(case: CacheCase) -> None:
     assert not any(layer.record_past for layer in cache.layers)
     if case.is_bounded:
         assert case.is_full(held) and case.is_full(cache.num_kept_tokens())
-        assert cache.nbytes <= num_bytes or "eviction_interval" in case.tight
+        cache.compress()  # and lets go of what the steps needed
+        assert cache.nbytes <= num_bytes
     else:
         assert max(cache.num_kept_tokens()) < 100
 

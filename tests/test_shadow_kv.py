@@ -2,6 +2,7 @@
 
 import copy
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,14 @@ import pytest
 import torch
 from models import ROPE_VARIANTS, build_model, random_tokens, tiny_model
 from synthetic import SyntheticModel
+from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import Cache, DynamicCache, PreTrainedModel
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Cache, CompileConfig, DynamicCache, PreTrainedModel
 
 from pyramid_cache import ShadowKVCache
 from pyramid_cache.caches.shadow_kv.host import gather_through_host
-from pyramid_cache.caches.shadow_kv.landmarks import landmarks_of, probe_of
+from pyramid_cache.caches.shadow_kv.landmarks import band_matrix, landmarks_of, probe_of
 from pyramid_cache.caches.shadow_kv.layer import ShadowKVLayer
 from pyramid_cache.caches.shadow_kv.low_rank import gram_matrix
 from pyramid_cache.ops.shadow import gather_values
@@ -178,7 +181,8 @@ def test_spreads_stay_within_float16() -> None:
     """Where the sum over a band of dimensions would not, of queries or of keys; the higher key counts."""
     query = torch.full((1, 1, 1, 256), 2100.0, dtype=torch.float16)
     keys = torch.stack([torch.zeros(256), torch.full((256,), 4000.0)])[None, None, None]
-    probe, landmark = probe_of(query, 4).flatten(), landmarks_of(keys, 4).half().flatten()
+    bands = band_matrix(256, 4, query.dtype, query.device)
+    probe, landmark = probe_of(query, bands).flatten(), landmarks_of(keys, 4).half().flatten()
     assert probe.isfinite().all() and landmark.isfinite().all()
     assert (probe.double() @ landmark.double()).item() == pytest.approx(256 * 2100 * 4000, rel=1e-3)
 
@@ -508,6 +512,125 @@ def test_a_layer_of_llama_8b_takes_the_bytes_of_the_formula(
     slots = num_outlier_chunks * chunk_size + budget + num_tail
     assert held == pytest.approx(shadow + 2 * 2 * slots * width, rel=0.01)
     assert 2 * 2 * num_tokens * width / held >= least_ratio
+
+
+# Steps of fixed shapes.
+
+
+FIXED = {"budget": 16, "rank": 12, "num_outlier_chunks": 2}
+# Prompts of which all rows have a shadow, of one length and of two, of which one row is exact, and of which all are.
+FIXED_CASES = [
+    ([0, 0], 90, {}),
+    ([0, 30], 90, {"rank": 0.99, "budget": 0.2}),
+    ([0, 60], 90, {"quantize": "int8", "num_outlier_chunks": 0}),
+    ([0, 8], 20, {}),
+]
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses ops that read numbers from the device."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert not str(function).startswith(("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select"))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("paddings, num_prompt, settings", FIXED_CASES)
+@torch.no_grad()
+def test_steps_of_fixed_shapes_do_the_same(paddings: list[int], num_prompt: int, settings: dict[str, Any]) -> None:
+    """
+    They read no number from the device, and tensors stay where they are while the tail moves to the shadow. Copies,
+    later turns, and steps beyond the length that was told are right, too.
+    """
+    model, num_steps = tiny_model("llama"), 60
+    tokens = random_tokens(len(paddings), num_prompt + num_steps + 30, seed=6)
+    mask = torch.arange(tokens.shape[1]) >= torch.tensor(paddings)[:, None]
+    expected, told, beyond = (shadow_cache(model, **{**FIXED, **settings}) for _ in range(3))
+    for cache in (expected, told, beyond):
+        read(model, cache, tokens, [num_prompt], mask)
+    told.step(num_prompt + 2 * num_steps)
+    beyond.step()
+    assert told.is_compileable
+    addresses = set()
+    for index in range(num_steps):
+        wanted = read(model, expected, tokens, [1], mask)
+        if index == 40:
+            left, told = told, copy.deepcopy(told)
+            read(model, left, tokens.flip(0), [1], mask)
+            told.step(num_prompt + 2 * num_steps)
+            addresses.clear()
+        steps = [layer._step for layer in told.compressed_layers]
+        addresses.add(tuple(tensor.data_ptr() for step in steps for tensor in step.tensors().values()))
+        with NoWaiting() if index == 5 else nullcontext():
+            found = read(model, told, tokens, [1], mask)
+        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
+        torch.testing.assert_close(read(model, beyond, tokens, [1], mask), wanted, atol=1e-4, rtol=0)
+        told.step()
+        beyond.step()
+        for layer in range(len(model.model.layers)):
+            assert torch.equal(told.positions(layer), expected.positions(layer))
+            assert torch.equal(beyond.positions(layer), expected.positions(layer))
+        assert told.num_kept_tokens() == beyond.num_kept_tokens() == expected.num_kept_tokens()
+    assert len(addresses) == 1 and all(max(layer.state.row_shadow) > 0 for layer in told.compressed_layers)
+    wanted = read(model, expected, tokens, [20, 1, 1, 1], mask)
+    for cache in (told, beyond):
+        torch.testing.assert_close(read(model, cache, tokens, [20, 1, 1, 1], mask), wanted, atol=1e-3, rtol=0)
+
+
+@torch.no_grad()
+def test_without_a_shadow_fixed_shapes_leave_no_trace() -> None:
+    """After them a cache holds all tokens in order again, and gives what DynamicCache gives."""
+    model, tokens, mask = tiny_model("llama"), random_tokens(2, 40, seed=7), torch.ones(2, 40, dtype=torch.bool)
+    mask[0, :5] = False
+    cache, full = shadow_cache(model, budget=40), DynamicCache(config=model.config)
+    wanted = read(model, full, tokens, [20, *[1] * 6, 14], mask)
+    found = [read(model, cache, tokens, [20], mask)]
+    for _ in range(6):
+        cache.step(100)
+        found.append(read(model, cache, tokens, [1], mask))
+    cache.step()
+    cache.release()
+    keys = [layer.keys[:, :, :26] for layer in cache.compressed_layers]
+    torch.testing.assert_close(keys, [layer.keys[:, :, :26] for layer in full.layers], atol=1e-4, rtol=0)
+    assert all(layer.state.is_dense for layer in cache.compressed_layers) and cache.memory().get("host") is None
+    found.append(read(model, cache, tokens, [14], mask))
+    torch.testing.assert_close(torch.cat(found, dim=1), wanted, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_fixed_shapes_need_room_on_the_host() -> None:
+    model, tokens = tiny_model("llama"), random_tokens(1, 90, seed=8)
+    values_of_a_token = 3 * 2 * 16 * 4
+    cache = shadow_cache(model, host_budget=values_of_a_token * 200)
+    read(model, cache, tokens, [60])
+    with pytest.raises(NotImplementedError, match="Steps cannot have fixed shapes"):
+        cache.step(300)
+    cache.step(200)
+    assert cache.is_compileable
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("paddings, num_prompt, settings_of_cache", FIXED_CASES[:2] + FIXED_CASES[3:])
+def test_a_compiled_answer_is_that_without_a_compiler(
+    paddings: list[int], num_prompt: int, settings_of_cache: dict[str, Any]
+) -> None:
+    """In one graph, also where an answer makes the shadow begin."""
+    model = build_model("llama", num_hidden_layers=2)
+    tokens = random_tokens(len(paddings), num_prompt, seed=9)
+    mask = (torch.arange(num_prompt) >= torch.tensor(paddings)[:, None]).long()
+    compiled = CompileConfig(mode="default", fullgraph=True, dynamic=False)
+    compiled._compile_all_devices = True
+    answers, held = [], []
+    for how in ({"disable_compile": True}, {"compile_config": compiled}):
+        torch._dynamo.reset()
+        counters.clear()
+        cache = shadow_cache(model, **{**FIXED, **settings_of_cache})
+        # The embedding of padding is zero, and so is its query, to which all chunks are equal.
+        settings = {"max_new_tokens": 120, "do_sample": False, "suppress_tokens": [0], **how}
+        answers.append(model.generate(tokens, attention_mask=mask, past_key_values=cache, **settings))
+        held.append([cache.positions(layer).sort(dim=-1).values for layer in range(2)])
+    assert torch.equal(*answers) and counters["stats"]["unique_graphs"] == 1
+    assert all(torch.equal(*both) for both in zip(*held, strict=True))
 
 
 def test_float64_is_refused_before_anything_is_stored() -> None:

@@ -50,12 +50,16 @@ def test_settings_lengths_and_turns() -> None:
         cache = check(model, lengths, [1] * 15)
         assert cache.num_kept_tokens() == [12] * 3
         assert cache.get_seq_length() == max(lengths) + 15
-    for budget, num_kept in ((0.5, 20), ("16KiB", 18)):
+    for budget, num_kept in ((0.5, 20), ("16KiB", 16)):
         cache = StreamingLLMCache(model.config, budget=budget)
         drive(model, cache, random_rows((40,)), 0)
         assert cache.num_kept_tokens() == [num_kept] * 3
     state = cache.compressed_layers[0].state
-    assert 3 * sum(tensor.nbytes for tensor in (*state.tensors("slot").values(), state.sink_keys)) <= 16 * 1024
+    assert (
+        3
+        * sum(tensor.nbytes for tensor in (*state.tensors("slot").values(), state.sink_keys, state.sink_quarter_turns))
+        <= 16 * 1024
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "glm4", "llama_yarn"])
@@ -87,6 +91,9 @@ def test_longrope_keeps_the_short_frequencies() -> None:
     torch.testing.assert_close(*logits, atol=1e-4, rtol=0)
     with pytest.raises(ValueError, match="budget=32"), torch.no_grad():
         model(rows[0][None], past_key_values=StreamingLLMCache(model.config, budget=32))
+    cache, later_ids = StreamingLLMCache(model.config, budget=12), torch.arange(3, 26)[None]
+    with pytest.raises(ValueError, match="from 0, padding not counted"), torch.no_grad():
+        model(rows[0][None], position_ids=later_ids, past_key_values=cache)
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from pyramid_cache.engine.budget import read_count, read_number
 from pyramid_cache.engine.policy import Policy, PromptView, ScoringView, setting
 from pyramid_cache.engine.policy_cache import DEFAULT_EVICTION_INTERVAL, PolicyCache
-from pyramid_cache.engine.rotation import RotaryFrequencies
+from pyramid_cache.engine.rotation import RotaryFrequencies, turned
 from pyramid_cache.engine.state import LayerState, number, row
 
 
@@ -117,8 +117,8 @@ class ExpectedAttentionPolicy(Policy):
         # All rows have the same frequencies.
         rotary = RotaryFrequencies(view.state.frequencies[0], "interleaved" if view.state.is_interleaved else "half")
         angles = rotary.angles(view.length + torch.arange(self.num_future_positions, device=vectors.device))
-        cosine, sine = (wave.mean(dim=2, keepdim=True).float() for wave in (angles.cos(), angles.sin()))
-        return rotary.turn(vectors, cosine, sine)
+        cosine, sine = (wave.mean(dim=2, keepdim=True) for wave in rotary.cosine_and_sine(angles, vectors))
+        return turned(vectors, rotary.quarter_turn(vectors), cosine, sine)
 
 
 def packed(matrices: torch.Tensor) -> torch.Tensor:

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from pyramid_cache.engine.budget import parse_budget, read_count
+from pyramid_cache.engine.budget import MAX_TOKENS, parse_budget, read_count
 from pyramid_cache.engine.policy import LayerView, Policy, ScoringView, setting
 from pyramid_cache.engine.policy_cache import PolicyCache
-from pyramid_cache.engine.rotation import RotaryFrequencies
+from pyramid_cache.engine.rotation import RotaryFrequencies, turned
 from pyramid_cache.engine.selection import gather_tokens
 from pyramid_cache.engine.state import LayerState, number, row
 from pyramid_cache.engine.tokens import Tokens
@@ -34,15 +34,19 @@ REBASE_INTERVAL = 1 << 14
 @dataclass(eq=False)
 class SinkState(LayerState):
     """
-    `sink_keys` `(batch, kv_heads, num_sink_tokens, head_dim)` are the sinks as they arrived. The slots `sink_slots`
-    `(batch, 1, num_sink_tokens)` int64 hold them moved by `shift` `(batch, 1, 1, 1)` int32 or more. Keys are rotated
-    by their position minus `base`, if that is not 0.
+    `sink_keys` `(batch, kv_heads, num_sink_tokens, head_dim)` are the sinks as they arrived, and `sink_quarter_turns`
+    those turned by a right angle, of which any turn can be made. The slots `sink_slots` `(batch, 1,
+    num_sink_tokens)` int64 hold them moved by `shift` `(batch, 1, 1, 1)` int32 or more. Keys are rotated
+    by their position minus `base`, once that is not 0; then `base_position` `(batch, 1, 1)` int32 holds it as well.
     """
 
     sink_keys: torch.Tensor | None = row()
+    sink_quarter_turns: torch.Tensor | None = row()
     sink_slots: torch.Tensor | None = row()
     shift: torch.Tensor | None = row()
+    base_position: torch.Tensor | None = row()
     base: int = number(0)
+    is_placed: int = number(0)
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,11 @@ class StreamingLLMPolicy(Policy):
 
     @property
     def num_extra_slots(self) -> int:
-        return (self.num_sink_tokens + 1) // 2  # keys without values
+        return self.num_sink_tokens  # two keys of each, without values
+
+    def first_to_go(self, view: ScoringView) -> torch.Tensor:
+        is_sink = view.positions < self.num_sink_tokens
+        return view.positions.masked_fill(is_sink, MAX_TOKENS).argmin(dim=-1, keepdim=True)
 
     def score(self, view: ScoringView) -> torch.Tensor:
         return view.positions.float().masked_fill(view.positions < self.num_sink_tokens, float("inf"))
@@ -92,51 +100,79 @@ class StreamingLLMPolicy(Policy):
     @staticmethod
     def has_exact_angles(state: SinkState, rotary: RotaryFrequencies) -> bool:
         """Whether stored keys are rotated by exact angles from `base` instead of the model's own."""
-        return state.base > 0 or rotary.long_inv_freq is not None
-
-    def reposition_held(self, view: LayerView) -> None:
-        """Moves the sinks to just before the window."""
-        state, rotary = view.state, view.rotary
-        if rotary is None:
-            return
-        self._remember_sinks(view, rotary)
-        self._move_base(view, rotary)
-        shift = [evicted - state.base for evicted in self.num_evicted(view)]
-        index = state.sink_slots[..., None].expand_as(state.sink_keys)
-        view.key.scatter_(2, index, rotary.turn(state.sink_keys, *rotary.turn_by(shift, view.key)))
-
-    def _remember_sinks(self, view: LayerView, rotary: RotaryFrequencies) -> None:
-        """Notes where the sinks are, and how they came. Once all rows have evicted, they stay where they are."""
-        state, num_evicted = view.state, self.num_evicted(view)
-        if state.sink_slots is not None and state.free_slots is not None and all(num_evicted):
-            return
-        ranks = torch.arange(self.num_sink_tokens, device=view.positions.device)
-        state.sink_slots = (view.positions == ranks[:, None]).int().argmax(dim=-1)[:, None]
-        # Those of a row that has evicted nothing so far are as they came.
-        came = gather_tokens(view.key, state.sink_slots)
-        if state.base:
-            came = rotary.rotate(came, rotary.angles(torch.full_like(view.length, state.base)))
-        state.sink_keys = came if state.shift is None else torch.where(state.shift > 0, state.sink_keys, came)
-        state.shift = numbers_on(came.device, num_evicted, torch.int32).view(-1, 1, 1, 1)
+        return state.base_position is not None or rotary.long_inv_freq is not None
 
     @staticmethod
-    def num_evicted(view: LayerView) -> list[int]:
-        """How many tokens of each row are gone."""
-        return [seen - held for seen, held in zip(view.state.row_lengths, view.state.row_held, strict=True)]
+    def from_base(state: SinkState, positions: torch.Tensor) -> torch.Tensor:
+        """Positions `(batch, 1, any)` as they count from `base`."""
+        return positions if state.base_position is None else positions - state.base_position
+
+    def reposition_held(self, view: LayerView, slots_stay: bool) -> None:
+        """Moves the sinks to just before the window."""
+        rotary, state = view.rotary, view.state
+        if rotary is None:
+            return
+        evicted = [seen - held for seen, held in zip(state.row_lengths, state.row_held, strict=True)]
+        if not slots_stay or not state.is_placed:
+            self._remember_sinks(view, rotary, evicted)
+        self._move_base(view, rotary)
+        shift = evicted if not state.base else [number - state.base for number in evicted]
+        keys = turned(state.sink_keys, state.sink_quarter_turns, *rotary.turn_by(shift, view.key))
+        view.key.scatter_(2, state.sink_slots[..., None].expand_as(keys), keys)
+
+    def moved_in_graph(self, view: LayerView) -> tuple[torch.Tensor, torch.Tensor] | None:
+        rotary, state = view.rotary, view.state
+        if rotary is None:
+            return None
+        evicted = view.length - view.is_token.sum(dim=-1, keepdim=True)
+        state.shift.copy_(evicted[..., None])
+        angles = rotary.angles(self.from_base(state, evicted))
+        turn = rotary.cosine_and_sine(angles, view.key)
+        return state.sink_slots, turned(state.sink_keys, state.sink_quarter_turns, *turn)
+
+    def may_fix(self, state: SinkState) -> bool:
+        return min(state.row_kept) > self.num_sink_tokens  # else sinks go
+
+    def moves_between_steps(self, state: SinkState) -> bool:
+        if min(state.row_lengths) <= self.num_sink_tokens + 1:  # some sinks may have come just now
+            return True
+        return max(state.row_lengths) // REBASE_INTERVAL * REBASE_INTERVAL != state.base
+
+    def _remember_sinks(self, view: LayerView, rotary: RotaryFrequencies, evicted: list[int]) -> None:
+        """
+        Notes where the sinks are, and how they came, when so many tokens of each row are gone. It is done once all
+        rows have evicted, unless other slots are given out.
+        """
+        state = view.state
+        state.is_placed = int(all(evicted))
+        ranks = torch.arange(self.num_sink_tokens, device=view.positions.device)
+        slots = (view.positions == ranks[:, None]).int().argmax(dim=-1)[:, None]
+        # Those of a row that has evicted nothing so far are as they came.
+        came = gather_tokens(view.key, slots)
+        if state.base:
+            came = rotary.rotate(came, rotary.angles(torch.full_like(view.length, state.base)))
+        keys = came if state.shift is None else torch.where(state.shift > 0, state.sink_keys, came)
+        shift = numbers_on(came.device, evicted, torch.int32).view(-1, 1, 1, 1)
+        found = {"slots": slots, "keys": keys, "quarter_turns": rotary.quarter_turn(keys)}
+        for name, tensor in {"shift": shift, **{f"sink_{name}": tensor for name, tensor in found.items()}}.items():
+            state.put(name, tensor)
+
+    def moves_new(self, view: LayerView) -> bool:
+        """Whether keys have exact angles from `base`."""
+        rotary = view.rotary
+        return rotary is not None and (view.state.base_position is not None or rotary.long_inv_freq is not None)
 
     def reposition_new(
-        self, view: LayerView, states: torch.Tensor, positions: torch.Tensor, longest: int
+        self, view: LayerView, states: torch.Tensor, positions: torch.Tensor, longest: int | torch.Tensor
     ) -> torch.Tensor:
-        """Turns states from the angles of the model to exact angles from `base`, once keys have these."""
+        """Turns states from the angles of the model to exact angles from `base`."""
         rotary = view.rotary
-        if rotary is None or not self.has_exact_angles(view.state, rotary):
-            return states
-        angles = rotary.angles(positions - view.state.base) - rotary.model_angles(positions, longest)
+        angles = rotary.angles(self.from_base(view.state, positions)) - rotary.model_angles(positions, longest)
         return rotary.rotate(states, angles)
 
     def _move_base(self, view: LayerView, rotary: RotaryFrequencies) -> None:
         """Rebases the angles before float32 rounding grows."""
-        base = max(view.state.row_lengths) // REBASE_INTERVAL * REBASE_INTERVAL
+        base = view.longest // REBASE_INTERVAL * REBASE_INTERVAL
         if base == view.state.base:
             return
         if self.has_exact_angles(view.state, rotary):
@@ -145,6 +181,7 @@ class StreamingLLMPolicy(Policy):
             angles = rotary.angles(view.positions - base) - rotary.model_angles(view.positions, 0)
         view.key.copy_(rotary.rotate(view.key, angles))
         view.state.base = base
+        view.state.put("base_position", torch.full_like(view.length, base))
 
 
 class StreamingLLMCache(PolicyCache):
@@ -152,7 +189,7 @@ class StreamingLLMCache(PolicyCache):
     Keeps the first tokens and the most recent ones (StreamingLLM, https://arxiv.org/abs/2309.17453).
 
     A layer holds `budget` tokens and up to `eviction_interval` more: `batch * kv_heads * (budget + eviction_interval +
-    num_sink_tokens / 2) * 2 * head_dim * itemsize` bytes. The cache forgets what lies between the sinks and the
+    num_sink_tokens) * 2 * head_dim * itemsize` bytes. The cache forgets what lies between the sinks and the
     window, and cannot recall it. With `prefill_chunk_size` of `generate`, a prompt never takes more than the budget
     and one chunk. See `PolicyCache` for the other arguments and errors.
 

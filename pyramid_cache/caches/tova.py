@@ -26,7 +26,7 @@ class TOVAPolicy(Policy):
     heads_share_tokens = True
 
     def score(self, view: ScoringView) -> torch.Tensor:
-        return view.attention.masked_fill(view.is_recent(1), float("inf"))
+        return view.attention.masked_fill(view.positions >= view.length - 1, float("inf"))
 
 
 class TOVACache(PolicyCache):

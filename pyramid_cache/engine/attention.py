@@ -12,6 +12,7 @@ Nothing here refers to a cache.
 """
 
 import functools
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,7 @@ import torch
 from transformers import AttentionInterface, GenerationMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from pyramid_cache.engine.generation import generate, generate_batch, update_model_kwargs
+from pyramid_cache.engine.generation import generate, generate_batch, may_compile, update_model_kwargs
 
 
 try:
@@ -31,6 +32,7 @@ except ImportError:  # where transformers has moved it, outputs that do not fit 
 
 # The methods that are wrapped, as they were: by class and name.
 _originals: dict[tuple[type, str], Any] = {}
+_lock = threading.Lock()
 
 
 def is_asked_for(name: str) -> bool:
@@ -68,22 +70,33 @@ class AttentionCall:
     @property
     def logit_arguments(self) -> dict[str, Any]:
         """The arguments of the call that decide its logits, by the names that the ops give them."""
+        given = self.kwargs
+        scaling, softcap, sink_logits = (  # without `get`, which a step would call for each
+            given["scaling"] if "scaling" in given else None,
+            given["softcap"] if "softcap" in given else None,
+            given["s_aux"] if "s_aux" in given else None,
+        )
         return {
-            "scaling": self.kwargs.get("scaling") or self.query.shape[-1] ** -0.5,
+            "scaling": scaling or self.query.shape[-1] ** -0.5,
             # transformers' sdpa leaves the cap out (before 5.18) or refuses it.
-            "softcap": None if self.function is sdpa_attention_forward else self.kwargs.get("softcap"),
-            "sink_logits": self.kwargs.get("s_aux"),
+            "softcap": None if self.function is sdpa_attention_forward else softcap,
+            "sink_logits": sink_logits,
         }
 
 
 def install() -> None:
-    """Wraps four methods of transformers; nothing happens if they are wrapped already."""
-    if _originals:
-        return
+    """Wraps methods of transformers; nothing happens if they are wrapped already."""
+    with _lock:
+        if not _originals:
+            _wrap()
+
+
+def _wrap() -> None:
     for owner, name, replacement in (
         (AttentionInterface, "get_interface", _get_interface),
         (GenerationMixin, "generate", generate),
         (GenerationMixin, "generate_batch", generate_batch),
+        (GenerationMixin, "_valid_auto_compile_criteria", may_compile),
         (GenerationMixin, "_update_model_kwargs_for_generation", update_model_kwargs),
     ):
         original = getattr(owner, name)

@@ -5,21 +5,23 @@ The base of all caches. It builds a cache layer for each decoder layer and answe
 import copy
 import os
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
-from pyramid_cache.engine import attention
+from pyramid_cache.engine import attention, checks
 from pyramid_cache.engine.architectures import CACHE_ARGUMENT
 from pyramid_cache.engine.arguments import as_repeats, as_row_indices, as_tokens_to_remove, check_decoder_config
-from pyramid_cache.engine.checks import check_attended
+from pyramid_cache.engine.attention import AttentionCall
 from pyramid_cache.engine.files import CacheType, load_cache, save_cache
 from pyramid_cache.engine.fingerprint import architecture_of
+from pyramid_cache.engine.fixed import FixedStep
 from pyramid_cache.engine.foreign import require_bounded, require_croppable
+from pyramid_cache.engine.generation import modes_of
 from pyramid_cache.engine.held import LayerPlace
-from pyramid_cache.engine.layer import CompressedLayer
+from pyramid_cache.engine.layer import CompressedLayer, OutsideOfGraph
 from pyramid_cache.engine.memory import memory_of, summary_of
 from pyramid_cache.engine.rope import SharedFrequencies
 from pyramid_cache.engine.tokens import MaskReader
@@ -84,6 +86,14 @@ class CompressedCache(Cache):
         with_attention = [index for index, layer in enumerate(layers) if isinstance(layer, CacheLayerMixin)]
         self._first, self._last = with_attention[0], with_attention[-1]
 
+        # The steps of fixed shapes by the index of the layer, once `step` has followed a forward pass.
+        self._steps: dict[int, FixedStep] = {}
+        # Whether all layers took the last of them, and whether `step` followed it.
+        self._is_whole = self.is_counted = True
+        self._modes: tuple | None = None
+        # Whether `generate` may compile: it asks `is_compileable` before it reads the prompt.
+        self.offers_to_compile = False
+
     layers: list[Any]
 
     @property
@@ -94,12 +104,20 @@ class CompressedCache(Cache):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        layer = self._by_index.get(layer_idx) if type(layer_idx) is int else None
-        if layer is not None and not torch.compiler.is_compiling() and layer.knows(key_states, value_states):
+        if self._steps and key_states.shape[2] == 1:
+            return self._update_fixed(key_states, value_states, layer_idx)
+        if torch.compiler.is_dynamo_compiling():
+            return self._update_outside(key_states, value_states, layer_idx)
+        if self._steps:
+            self.release()
+        layer = self._by_index[layer_idx] if type(layer_idx) is int and layer_idx in self._by_index else None
+        if layer_idx == self._first:
+            self._modes = modes_of(key_states.device.type) if type(key_states) is torch.Tensor else None
+        if layer is not None and layer.knows(key_states, value_states, self._modes) and not self.offloading:
             # The first layer asks whether the last one has seen as much: then no forward pass broke off.
-            is_whole = layer_idx != self._first or layer.get_seq_length() == self.get_seq_length(self._last)
-            if is_whole and not self.offloading:
-                return layer.update(key_states, value_states, is_known=True)
+            last = self.layers[self._last]
+            if layer_idx != self._first or layer.get_seq_length() == last.get_seq_length():
+                return layer.update_known(key_states, value_states)
         if not isinstance(layer_idx, int) or not 0 <= layer_idx < len(self.layers):
             raise ValueError(
                 f"The cache was built for {len(self.layers)} layers, but the model has a layer {layer_idx!r}. Build "
@@ -115,8 +133,17 @@ class CompressedCache(Cache):
         # A layer that never got its queries is noticed by the next layer of the same forward pass.
         for layer in self.layers[max(layer_idx - 1, 0) : layer_idx]:
             if isinstance(layer, CompressedLayer):
-                check_attended(layer)
+                checks.check_attended(layer)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    @torch.compiler.disable(
+        reason="call `cache.step()` after each forward pass, that of the prompt included: see docs/compile.md"
+    )
+    def _update_outside(self, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """`update` outside of a graph, whose attention is left as well."""
+        keys, values = self.update(*arguments)
+        keys.cache_layer = OutsideOfGraph(keys.cache_layer)  # type: ignore[attr-defined]
+        return keys, values
 
     def require_whole(self) -> None:
         """
@@ -128,7 +155,7 @@ class CompressedCache(Cache):
         lengths = [layer.get_seq_length() for layer in self.layers if isinstance(layer, CacheLayerMixin)]
         pending = [layer.place.layer_idx for layer in self.compressed_layers if layer.arrival is not None]
         if len(self.layers) == 1:  # no later layer of the same forward pass has asked this
-            check_attended(self.compressed_layers[0])
+            checks.check_attended(self.compressed_layers[0])
         if pending or any(length != lengths[0] for length in lengths):
             where = f" in the attention of layer {pending[0]}" if pending else ""
             error = (
@@ -143,6 +170,139 @@ class CompressedCache(Cache):
                 )
             raise RuntimeError(error)
 
+    # Steps of fixed shapes, for `torch.compile`.
+
+    @property
+    def can_compile(self) -> bool:
+        """Whether decode steps can be compiled: all layers evict, on one device, and no token may be taken back."""
+        layers = self.layers
+        return (
+            len(self._by_index) == len(layers)
+            and not self._is_beside_encoder
+            and not self.offloading
+            and all(layer.can_fix and not layer.record_past for layer in layers)
+            and len({layer.device for layer in layers if layer.is_initialized}) <= 1
+        )
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether the next step has fixed shapes, as while a compiled `generate` runs. See `can_compile`."""
+        return len(self._steps) > 0 or self.offers_to_compile
+
+    def step(self, max_length: int | None = None) -> None:
+        """
+        Gives the next forward pass fixed shapes, if it is of one token in each row, so that a compiled model runs it
+        in one graph. Call this after each forward pass if you compile the model yourself; a compiled `generate` does.
+
+        Such a forward pass takes its tokens as they come: its attention mask and position ids are not checked. Other
+        calls of the cache, and forward passes of several tokens, end it.
+
+        Args:
+            max_length (`int`, *optional*): How many tokens a row may become long, padding included. A cache whose
+                budget is 1.0 needs to know. Beyond it shapes are not fixed.
+
+        Raises:
+            RuntimeError: The last forward pass broke off.
+            NotImplementedError: Steps of this cache cannot have fixed shapes.
+            ValueError: A budget of 1.0 without `max_length`.
+        """
+        if self.is_initialized and not self.advance(max_length):
+            checks.refuse_steps(self, max_length)
+
+    def advance(self, max_length: int | None) -> bool:
+        """Does what `step` does, if it can. Returns whether it could."""
+        if not self.is_counted:
+            self._require_whole_step()
+            for step in self._steps.values():
+                step.count()
+                step.settle()
+            self.is_counted = True
+            if any(step.is_full for step in self._steps.values()):
+                self.release()
+            return True
+        if not self._steps and self.can_compile:
+            self.require_whole()
+            layers = self._by_index
+            if all(layer.may_fix(max_length) and layer.takes_steps for layer in layers.values()):
+                self._fix(max_length)
+        return len(self._steps) > 0
+
+    def _fix(self, max_length: int | None) -> None:
+        layers = self._by_index
+        self._steps = {index: layer.fix(max_length, in_graph=True) for index, layer in layers.items()}
+        self._num_seen = torch.tensor(self.get_seq_length(), device=layers[self._first].device)
+        for index, layer in layers.items():
+            layer.take_step(self._steps[index])
+        tensors = [tensor for step in self._steps.values() for tensor in step.tensors().values()]
+        for tensor in (self._num_seen, *self.frequencies.held_tensors(), *tensors):
+            torch._dynamo.mark_static_address(tensor, guard=False)
+
+    def release(self) -> None:
+        """Ends the steps of fixed shapes."""
+        if self._steps:
+            self._require_counted()
+            steps, self._steps = self._steps, {}
+            for step in steps.values():
+                step.release()
+                step.layer.take_step(None)
+
+    def _require_whole_step(self) -> None:
+        if not self._is_whole:
+            raise RuntimeError(
+                "The last step of fixed shapes broke off in some layer. Call `cache.reset()`, then read the whole "
+                "sequence again."
+            )
+
+    def _require_counted(self) -> None:
+        if not self.is_counted:
+            raise RuntimeError(
+                "Two steps of fixed shapes came one after the other. Call `cache.step()` after each forward pass, as "
+                "docs/compile.md shows; after an interrupted one, call `cache.reset()`."
+            )
+
+    def _update_fixed(
+        self, key: torch.Tensor, value: torch.Tensor, layer_idx: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        step = self._steps[layer_idx]
+        checks.check_fixed(step.layer, key, value)
+        if layer_idx == self._first:
+            self._require_counted()
+            self.is_counted = self._is_whole = False
+            self._num_seen.add_(1)
+        keys, values = step.update(key, value)
+        keys.cache_layer = FixedArrival(self, layer_idx)  # type: ignore[attr-defined]
+        return keys, values
+
+    def attend_fixed(self, layer_idx: int, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The attention of a step of fixed shapes. A call that the first layer refuses leaves no trace."""
+        step = self._steps[layer_idx]
+        try:
+            checks.check_call(step.layer, call, 1)
+            if not torch.compiler.is_dynamo_compiling():
+                checks.check_attentions()
+        except (ValueError, NotImplementedError):
+            step.take_back()
+            if layer_idx == self._first:
+                self.is_counted = True
+                self._num_seen.sub_(1)
+            raise
+        output = step.attend(call)
+        if layer_idx == self._last:
+            self._is_whole = True
+        return output
+
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
+        """How many tokens the layer has seen, padding included; in a graph a tensor."""
+        if self._steps and torch.compiler.is_compiling():
+            return self._num_seen
+        return super().get_seq_length(layer_idx)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """The length of the mask, and its offset."""
+        if self._steps and query_length == 1:
+            return self._steps[layer_idx].num_slots, 0
+        return super().get_mask_sizes(query_length, layer_idx)
+
     def crop(self, tokens_to_remove: int) -> None:
         """
         Takes back the last `-tokens_to_remove` tokens, in all layers or in none. Recorded tokens that stay are then
@@ -154,6 +314,7 @@ class CompressedCache(Cache):
             NotImplementedError: Tokens that were not recorded have been evicted since.
         """
         tokens_to_remove = as_tokens_to_remove(tokens_to_remove)
+        self.release()
         self.require_whole()
         for index, layer in enumerate(self.layers):
             if isinstance(layer, CompressedLayer):
@@ -173,6 +334,7 @@ class CompressedCache(Cache):
         Raises:
             RuntimeError: The last forward pass broke off.
         """
+        self.release()
         self.require_whole()
         if any(getattr(layer, "record_past", False) for layer in self.layers):
             self.crop(0)
@@ -182,14 +344,17 @@ class CompressedCache(Cache):
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Reorders the rows for beam search."""
+        self.release()
         super().reorder_cache(as_row_indices(beam_idx, self.batch_size))  # type: ignore[arg-type]
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keeps the rows at `indices` `(rows,)`, in that order, or those where a bool mask is True."""
+        self.release()
         super().batch_select_indices(as_row_indices(indices, self.batch_size))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats each row `repeats` times, copies side by side."""
+        self.release()
         super().batch_repeat_interleave(as_repeats(repeats))
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -211,6 +376,7 @@ class CompressedCache(Cache):
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, None]]:
         """The keys and values of each layer, as `DynamicCache` gives them, as long as nothing has been evicted."""
+        self.release()
         if not all(layer.state.is_dense for layer in self.compressed_layers):
             raise AttributeError("A cache that has evicted tokens is not iterable. See `cache.positions`.")
         for layer in self.layers:
@@ -226,11 +392,13 @@ class CompressedCache(Cache):
         return super().__reduce_ex__(protocol)
 
     def __copy__(self) -> "CompressedCache":
+        self.release()
         twin = type(self).__new__(type(self))
         twin.__dict__.update(vars(self))
         return twin
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CompressedCache":
+        self.release()
         memo[id(self)] = twin = type(self).__new__(type(self))
         twin.__dict__.update(copy.deepcopy(vars(self), memo))
         return twin
@@ -250,10 +418,12 @@ class CompressedCache(Cache):
                 "Assisted generation and prompt lookup take tokens back, which transformers' EncoderDecoderCache "
                 "does with DynamicCache only. Use `EncoderDecoderCache(DynamicCache(), DynamicCache())` with them."
             )
+        self.release()
         super().activate_past_recording()
 
     def reset(self) -> None:
         """Forgets everything, so that the cache can be used for another sequence, batch or model."""
+        self._steps, self._is_whole, self.is_counted = {}, True, True
         self.masks.forget()
         self.frequencies.forget()
         for index, layer in enumerate(self.layers):
@@ -280,6 +450,7 @@ class CompressedCache(Cache):
                 back.
             NotImplementedError: The model has layers that are neither full, sliding-window nor linear attention.
         """
+        self.release()
         save_cache(self, path)
 
     @classmethod
@@ -354,6 +525,10 @@ class CompressedCache(Cache):
         """How many tokens each layer that evicts holds: the largest number among the rows of the batch."""
         return [max(layer.num_held_per_row, default=0) for layer in self.compressed_layers]
 
+    def held_tensors(self) -> list[torch.Tensor]:
+        """The tensors that the cache refers to beside those of its layers."""
+        return [*self.masks.held_tensors(), *([self._num_seen] if self._steps else [])]
+
     def memory(self) -> dict[str, dict[str, int]]:
         """
         The bytes that the cache holds: the sum of the storages of its tensors.
@@ -421,6 +596,16 @@ class CompressedCache(Cache):
         from pyramid_cache.plot.text import read_kept_text
 
         return read_kept_text(self, tokenizer, input_ids, row, attention_mask)
+
+
+class FixedArrival(NamedTuple):
+    """A token between `update` and the attention of a layer whose steps have fixed shapes."""
+
+    cache: CompressedCache
+    layer_idx: int
+
+    def attend(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return self.cache.attend_fixed(self.layer_idx, call)
 
 
 def config_and_model(source: Any) -> tuple[PreTrainedConfig, PreTrainedModel | None]:

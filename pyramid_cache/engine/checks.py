@@ -1,15 +1,17 @@
 """What a layer checks of the calls of a model and of users, with every text. It asks before anything is counted."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 
 from pyramid_cache.engine.arguments import check_implementation
 from pyramid_cache.engine.attention import AttentionCall, is_asked_for
 from pyramid_cache.engine.tokens import Tokens
+from pyramid_cache.ops.registration import needs_gradients
 
 
 if TYPE_CHECKING:
+    from pyramid_cache.engine.cache import CompressedCache
     from pyramid_cache.engine.evicting import EvictingLayer
     from pyramid_cache.engine.held import StoredLayer
     from pyramid_cache.engine.layer import CompressedLayer
@@ -49,6 +51,41 @@ def check_fit(layer: "CompressedLayer", key: torch.Tensor, value: torch.Tensor) 
     raise ValueError(
         f"The cache holds {held}, but was given {given} by layer {layer.place.layer_idx}. Use a new cache for another "
         "model, or call `cache.reset()`."
+    )
+
+
+def check_fixed(layer: "CompressedLayer", key: torch.Tensor, value: torch.Tensor) -> None:
+    """Raises if new keys and values do not fit, or need gradients, which do not pass through steps of fixed shapes."""
+    check_fit(layer, key, value)
+    if torch.is_autocast_enabled(key.device.type):
+        raise NotImplementedError(
+            "Steps of fixed shapes do not run under autocast. Cast the model instead (`model.to(torch.bfloat16)`), or "
+            "leave `cache.step()` out."
+        )
+    if needs_gradients(key, value):
+        raise NotImplementedError(
+            "Gradients do not pass through steps of fixed shapes. Call the model under `torch.no_grad()`, or leave "
+            "`cache.step()` out."
+        )
+
+
+def refuse_steps(cache: "CompressedCache", max_length: int | None) -> NoReturn:
+    """Raises the reason why steps cannot have fixed shapes."""
+    if not cache.can_compile:
+        raise NotImplementedError(
+            "Steps cannot have fixed shapes: the model has layers without eviction (such as sliding windows) or an "
+            "encoder, or its layers are on several devices or offloaded, or tokens may be taken back. Leave "
+            "`cache.step()` out; compile without `fullgraph=True`, or not at all."
+        )
+    if max_length is None:
+        raise ValueError(
+            "A budget that holds everything needs room for the whole sequence: call `cache.step(max_length=...)` with "
+            "the tokens of the prompt and the answer, or give the cache a smaller budget."
+        )
+    raise NotImplementedError(
+        f"Steps cannot have fixed shapes: the sequence has reached `max_length={max_length}`, the host has no room "
+        "for it (ShadowKVCache), a row has no token yet, or a mask has hidden tokens that were seen. Leave "
+        "`cache.step()` out, or change `max_length`."
     )
 
 
@@ -97,6 +134,9 @@ def check_step(layer: "CompressedLayer", call: AttentionCall) -> None:
     """Raises if a decode step's mask or position ids do not go on with the tokens that were seen."""
     if torch.compiler.is_compiling():  # which cannot read tensors
         return
+    given = call.kwargs
+    if ("dropout" in given and given["dropout"]) or ("position_bias" in given and given["position_bias"] is not None):
+        check_call(layer, call, 1)
     lengths, num_seen = layer.state.row_lengths, layer.state.num_seen + 1
     expected = [length + 1 for length in lengths]
     if layer.place.depth == 0 and layer.state.has_traces:

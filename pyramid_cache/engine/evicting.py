@@ -1,7 +1,9 @@
 """The layer that keeps what a `Policy` scores highest: update, attend, observe, evict."""
 
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,13 +11,13 @@ import torch
 from pyramid_cache.engine import checks
 from pyramid_cache.engine.attention import AttentionCall
 from pyramid_cache.engine.budget import Budget, bytes_to_tokens
+from pyramid_cache.engine.fixed import FixedStep
 from pyramid_cache.engine.held import LayerPlace
 from pyramid_cache.engine.layer import Arrival, CompressedLayer
 from pyramid_cache.engine.policy import LayerView, Policy, PromptView, ScoringView
 from pyramid_cache.engine.rotation import RotaryFrequencies
 from pyramid_cache.engine.sharing import SharedBudget, WaitingEviction
-from pyramid_cache.engine.state import grown
-from pyramid_cache.engine.store import expanded
+from pyramid_cache.engine.state import expanded, grown
 from pyramid_cache.engine.tokens import MaskReader, Tokens
 from pyramid_cache.ops.reference import decode_probabilities
 
@@ -42,7 +44,7 @@ class EvictingLayer(CompressedLayer):
         self.eviction_interval, self.shared = eviction_interval, shared
         self.score_label, self.needs_rotary = policy.score_label, policy.needs_rotary
         super().__init__(place, masks, policy.build_store())
-        self.store.reuses_slots = eviction_interval == 1
+        self.store.interval = eviction_interval
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.layout = self.layout_of(key_states, value_states)
@@ -82,10 +84,6 @@ class EvictingLayer(CompressedLayer):
             for depth in depths
         )
 
-    @property
-    def max_slots(self) -> int:
-        return max(self.state.row_kept, default=0) + self.eviction_interval
-
     def _read(self, call: AttentionCall, arrival: Arrival) -> Tokens:
         seen = super()._read(call, arrival)
         if self.policy.repositions:
@@ -103,32 +101,20 @@ class EvictingLayer(CompressedLayer):
     def loses_tokens(self, seen: Tokens) -> bool:
         return not self.budget.is_unlimited and super().loses_tokens(seen)
 
-    # For `torch.compile`: a layer whose sizes change with every token breaks the graph here.
+    # Steps of fixed shapes.
 
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, is_known: bool = False, **kwargs
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if is_known:
-            return super().update(key_states, value_states, is_known=True)
-        # Where one token goes for each that comes, the next one takes its slot. What is no tensor is refused below.
-        is_step = isinstance(key_states, torch.Tensor) and key_states.dim() == 4 and key_states.shape[2] == 1
-        is_steady = self.eviction_interval == 1 and is_step and not self.pending.is_on
-        if is_steady or not torch.compiler.is_compiling():
-            return super().update(key_states, value_states)
-        return self._update(key_states, value_states)
+    @property
+    def can_fix(self) -> bool:  # type: ignore[override]
+        return self.eviction_interval > 1 or not self.policy.reads_counts
 
-    @torch.compiler.disable
-    def _update(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return super().update(key_states, value_states)
+    def may_fix(self, max_length: int | None = None) -> bool:
+        has_room = not self.budget.is_unlimited or (max_length is not None and max_length > self.state.num_seen)
+        return has_room and self.policy.may_fix(self.state)
 
-    def _attend_next(self, call: AttentionCall, longest: int = 0) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if self.eviction_interval == 1 or not torch.compiler.is_compiling():
-            return super()._attend_next(call, longest)
-        return self._attend_unsteadily(call, longest)
-
-    @torch.compiler.disable
-    def _attend_unsteadily(self, call: AttentionCall, longest: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return super()._attend_next(call, longest)
+    def fix(self, max_length: int | None = None, in_graph: bool = False) -> FixedStep:
+        self.store.leave_inference_mode()
+        num_slots = max_length if self.budget.is_unlimited else self.store.capacity
+        return self.store.build_step(self, num_slots, in_graph)
 
     # Views.
 
@@ -141,13 +127,28 @@ class EvictingLayer(CompressedLayer):
             "length": self.state.next_position,
             "state": self.state,
             "layer_idx": self.place.layer_idx,
-            "find_rotary": self._find_rotary,
+            "find_rotary": partial(find_rotary, weakref.ref(self)),
             "longest": longest,
         }
 
-    def _find_rotary(self) -> RotaryFrequencies | None:
-        checks.check_rotary(self)
-        return self.rotary_of(self.module)
+    def _scoring_view(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        positions: torch.Tensor,
+        attention: torch.Tensor | None,
+        longest: int = 0,
+    ) -> ScoringView:
+        view = self._view(key, value, positions, longest)
+        return ScoringView(**view, num_kept=self.state.num_kept, attention=attention)
+
+    def view_of_slots(self) -> ScoringView:
+        """A view of all slots, which stays right as long as their tensors stay where they are."""
+        state = self.state
+        view = self._scoring_view(state.keys, state.values, state.positions, state.attention)
+        if self.needs_rotary:
+            view.rotary  # noqa: B018 which it remembers
+        return view
 
     def _plainly(self, function: Callable, view: LayerView) -> Any:
         """What a function of the policy returns, without autograd and autocast."""
@@ -165,9 +166,7 @@ class EvictingLayer(CompressedLayer):
         longest: int,
     ) -> torch.Tensor:
         """`(batch, kv_heads or 1, tokens)` float32: the policy's scores, -inf for what is no token."""
-        view = ScoringView(
-            **self._view(key, value, positions, longest), num_kept=self.state.num_kept, attention=attention
-        )
+        view = self._scoring_view(key, value, positions, attention, longest)
         scores = self._plainly(self.policy.score, view)
         checks.check_scores(self, scores, key)
         has_gaps = self.state.is_dense or self.state.has_empty_slots or key.shape[2] != self.state.length
@@ -203,7 +202,7 @@ class EvictingLayer(CompressedLayer):
 
             def evict() -> None:
                 self.store.keep(*held, priority, tokens, state.row_kept)
-                self._evicted(longest)
+                self.reposition(longest)
 
             if self.shared is None:
                 evict()
@@ -235,13 +234,13 @@ class EvictingLayer(CompressedLayer):
             if policy.newest_weight != 1 or not tokens.is_ascending or len(set(state.row_windows)) > 1:
                 row_weights = (is_in_window * query_weights(ages, window, policy.newest_weight)).float()
         output, sums = self.store.attend_several(call, tokens, num_rows, row_weights)
-        attention = self._mean(sums, call, None if policy.window_size is None else self._window())
+        attention = self.mean_of(sums, call, None if policy.window_size is None else self.window())
         earlier = self.store.held_attention()
         if earlier is not None:
             attention[..., : earlier.shape[-1]] += share_left * earlier
         return output, attention
 
-    def _mean(self, sums: torch.Tensor, call: AttentionCall, window: int | torch.Tensor | None) -> torch.Tensor:
+    def mean_of(self, sums: torch.Tensor, call: AttentionCall, window: int | torch.Tensor | None) -> torch.Tensor:
         """Sums of probabilities over query groups `(batch, kv_heads, keys)`, as `ScoringView.attention` has them."""
         if window is not None:
             sums = sums * (call.key.shape[1] / call.query.shape[1] / window)
@@ -275,25 +274,26 @@ class EvictingLayer(CompressedLayer):
                     probabilities = decode_probabilities(call.query, call.key, mask, **call.logit_arguments)
                 sums = probabilities.sum(dim=2)
         else:
-            call = self._repositioned_step(call, longest)
+            view = LayerView(**self._view(call.key, call.value, self.store.in_use("positions"), longest))
+            if self.policy.repositions and self.policy.moves_new(view):
+                call = self.repositioned_step(call, view, longest)
             output, sums = self.store.attend_step(call, scores)
         if sums is not None:
-            window = None if self.policy.window_size is None else self._window()
-            share_left = None if window is None else 1 - 1 / window
-            self.store.add_attention(sums, share_left, lambda each: self._mean(each, call, window))
-        self._evict_if_due(longest)
+            window = None if self.policy.window_size is None else self.window()
+            self.store.add_attention(sums, window, lambda each, window: self.mean_of(each, call, window))
+        self.evict_if_due(longest)
         return output
 
-    def _window(self) -> int | torch.Tensor:
+    def window(self) -> int | torch.Tensor:
         """How many queries count: one number, or one for each row, `(batch, 1, 1)`."""
         windows = self.state.row_windows
         return windows[0] if windows.count(windows[0]) == len(windows) else self.store.per_row(windows)
 
-    def _evict_if_due(self, longest: int, at_once: bool = False) -> None:
+    def evict_if_due(self, longest: int, at_once: bool = False) -> None:
         """Evicts from the rows that have `eviction_interval` tokens beyond their budget, or `at_once` from all."""
         state, interval = self.state, 0 if at_once else self.eviction_interval
         is_due = [held >= kept + interval for held, kept in zip(state.row_held, state.row_kept, strict=True)]
-        if not any(is_due) and (state.is_dense or not self.store.is_full(self.max_slots)):
+        if not any(is_due) and (state.is_dense or not self.store.is_full()):
             return
         rows = zip(state.row_held, state.row_kept, is_due, strict=True)
         row_left = [min(held, kept) if due else held for held, kept, due in rows]
@@ -304,27 +304,30 @@ class EvictingLayer(CompressedLayer):
             self.store.keep(*held, self._priority(*held, tokens.positions, longest), tokens, row_left)
         else:
             self.store.evict(self._priority(*held, self.store.in_use("positions"), longest), row_left)
-        self._evicted(longest)
+        self.reposition(longest)
 
     def compress(self) -> None:
         state = self.state
         if not self.is_initialized or self.budget.is_unlimited:
             return
+        self.take_step(None)
         if self.shared is None or state.is_dense:  # else a prompt has decided for all layers
             self._count_kept()
         if state.must_evict:
             if self.policy.repositions:
-                self._find_rotary()
-            self._evict_if_due(max(state.row_lengths), at_once=True)
+                find_rotary(weakref.ref(self))
+            self.evict_if_due(max(state.row_lengths), at_once=True)
         if not state.is_dense and state.keys.shape[2] > state.length:
             self.store.resize(state.length)  # frees the slots for tokens that would have come in before as many go
 
     # Other positions than the model's.
 
-    def _evicted(self, longest: int) -> None:
+    def reposition(self, longest: int) -> None:
+        """Lets the policy move the keys that stayed."""
         if self.policy.repositions:
             key, value, positions = (self.store.in_use(name) for name in ("keys", "values", "positions"))
-            self._plainly(self.policy.reposition_held, LayerView(**self._view(key, value, positions, longest)))
+            view = LayerView(**self._view(key, value, positions, longest))
+            self._plainly(partial(self.policy.reposition_held, slots_stay=False), view)
 
     def _repositioned(self, call: AttentionCall, tokens: Tokens, chunks: list[tuple[int, int]]) -> AttentionCall:
         """
@@ -332,9 +335,9 @@ class EvictingLayer(CompressedLayer):
         model rotated them, each of the `chunks` tells how many one forward pass brought, and the longest row by then.
         The queries belong to the last chunk.
         """
-        if not self.policy.repositions:
-            return call
         view = LayerView(**self._view(call.key, call.value, tokens.positions, chunks[-1][1]))
+        if not self.policy.repositions or not self.policy.moves_new(view):
+            return call
         stop = call.num_keys - sum(num_columns for num_columns, _ in chunks)
         keys = [call.key[:, :, :stop]]
         for num_columns, longest in chunks:
@@ -346,18 +349,18 @@ class EvictingLayer(CompressedLayer):
         query = self.policy.reposition_new(view, call.query, positions, chunks[-1][1])
         return replace(call, query=query, key=torch.cat(keys, dim=2))
 
-    def _repositioned_step(self, call: AttentionCall, longest: int) -> AttentionCall:
+    def repositioned_step(self, call: AttentionCall, view: LayerView, longest: int | torch.Tensor) -> AttentionCall:
         """The call of a step where the policy wants it; the new key moves as well, in its slot."""
-        if not self.policy.repositions:
-            return call
-        held, newest = self.store.in_use("positions"), self.state.next_position - 1
-        view = LayerView(**self._view(call.key, call.value, held, longest))
-        query = self.policy.reposition_new(view, call.query, newest, longest)
-        if query is call.query:
-            return call
-        slot = expanded((held == newest).int().argmax(dim=-1, keepdim=True), call.key)
-        call.key.scatter_(2, slot, self.policy.reposition_new(view, call.key.gather(2, slot), newest, longest))
-        return replace(call, query=query)
+        newest, move = self.state.next_position - 1, self.policy.reposition_new
+        slot = expanded((view.positions == newest).int().argmax(dim=-1, keepdim=True), call.key)
+        call.key.scatter_(2, slot, move(view, call.key.gather(2, slot), newest, longest))
+        return replace(call, query=move(view, call.query, newest, longest))
+
+
+def find_rotary(layer: weakref.ref[EvictingLayer]) -> RotaryFrequencies | None:
+    """How a layer rotates keys. A view does not hold on to its layer, which may hold on to the view."""
+    checks.check_rotary(layer())
+    return layer().rotary_of(layer().module)
 
 
 def query_weights(ages: torch.Tensor, window: torch.Tensor, newest_weight: float) -> torch.Tensor:

@@ -105,8 +105,8 @@ class StoredLayer(CacheLayerMixin):
 
     def get_seq_length(self) -> int:
         """The number of columns seen, padding included. Position ids and the slicing of inputs go by it."""
-        arrived = 0 if self.arrival is None else self.arrival.num_new
-        return self.state.num_seen + self.pending.num_columns + arrived
+        num_seen = self.state.num_seen if self.arrival is None else self.state.num_seen + self.arrival.num_new
+        return num_seen + self.pending.num_columns if self.pending.chunks else num_seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """The length and the offset of the mask: a column for each column seen. `attend` reads what it needs."""

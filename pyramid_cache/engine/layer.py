@@ -16,6 +16,8 @@ import torch
 from pyramid_cache.engine import checks
 from pyramid_cache.engine.arguments import as_tokens_to_remove, check_states
 from pyramid_cache.engine.attention import AttentionCall
+from pyramid_cache.engine.fixed import FixedStep
+from pyramid_cache.engine.generation import modes_of
 from pyramid_cache.engine.held import StoredLayer
 from pyramid_cache.engine.pending import RecordedChunk
 from pyramid_cache.engine.rope import SharedFrequencies
@@ -27,11 +29,10 @@ from pyramid_cache.ops.registration import needs_gradients
 
 class Arrival(NamedTuple):
     """
-    New tokens between `update` and `attend`. The tensor of keys that `update` returns carries it to the attention
-    function, in its attribute `cache_layer`.
+    New tokens between `update` and `attend`. The tensor of keys that `update` returns carries the layer to the
+    attention function, in its attribute `cache_layer`.
 
     Attributes:
-        layer (`CompressedLayer`): The layer that they came to.
         num_new (`int`): How many there are in each row.
         slot_positions (`torch.Tensor`, *optional*): `(batch, kv_heads or 1, slots)`, of the tokens before them in the
             keys, if these were in slots and have been brought into order.
@@ -41,13 +42,22 @@ class Arrival(NamedTuple):
             free ones among others.
     """
 
-    layer: "CompressedLayer"
     num_new: int
     slot_positions: torch.Tensor | None = None
     put_aside: tuple[torch.Tensor, torch.Tensor] | None = None
     held: dict[str, torch.Tensor] | None = None
     free_slots: torch.Tensor | None = None
 
+
+ONE_TOKEN = Arrival(1)
+
+
+class OutsideOfGraph(NamedTuple):
+    """The layer in the place of which compilers leave their graph."""
+
+    layer: "CompressedLayer"
+
+    @torch.compiler.disable
     def attend(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
         return self.layer.attend(call)
 
@@ -64,8 +74,10 @@ class CompressedLayer(StoredLayer):
         super()._clear()
         self._module: weakref.ref | None = None
         self._rotary: tuple[RotaryFrequencies | None] | None = None
-        # What the last step that was checked was given, and its attention function.
-        self._known: tuple[tuple, Callable] | None = None
+        # What the last step that was checked was given.
+        self._known: tuple | None = None
+        # How such steps are taken, and those of a graph.
+        self._step: FixedStep | None = None
 
     # What a method decides.
 
@@ -91,6 +103,24 @@ class CompressedLayer(StoredLayer):
         """Whether no layer of the cache evicts from rows of these lengths; all layers give the same answer."""
         return all(length <= self.num_tokens_to_keep(length) for length in row_lengths)
 
+    # Steps of fixed shapes.
+
+    # Whether the method has them.
+    can_fix = False
+
+    def may_fix(self, max_length: int | None = None) -> bool:
+        """Whether the next step may have fixed shapes; see `CompressedCache.step`."""
+        return False
+
+    @property
+    def takes_steps(self) -> bool:
+        """Whether each row has seen a token, and no mask has hidden some, which steps of fixed shapes do not ask."""
+        return all(self.state.row_lengths) and not self.state.has_traces
+
+    def fix(self, max_length: int | None = None, in_graph: bool = False) -> FixedStep:
+        """Gives the tensors the sizes that they will need, up to a length of the sequence, and returns the step."""
+        raise NotImplementedError
+
     # The meeting with the model.
 
     @property
@@ -103,26 +133,37 @@ class CompressedLayer(StoredLayer):
         checks.check_module(self, module)
         self._module = weakref.ref(module)
 
-    def knows(self, key: torch.Tensor, value: torch.Tensor) -> bool:
+    def knows(self, key: torch.Tensor, value: torch.Tensor, modes: tuple | None) -> bool:
         """Whether new keys and values are a step like the last one, which was checked. They need no checks then."""
         return (
             self._known is not None
             and type(key) is type(value) is torch.Tensor
-            and self._known[0] == (key.shape, value.shape, key.dtype, value.dtype, torch.is_inference_mode_enabled())
+            and self._known == (key.shape, value.shape, key.dtype, value.dtype, modes)
             and self.arrival is None
             and not self.pending.is_on
-            and not torch.is_grad_enabled()
         )
 
+    def take_step(self, step: FixedStep | None) -> None:
+        """The layer takes steps in this way from now on, until it is given other tokens."""
+        self._known, self._step = None, step
+
+    def update_known(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`update` with keys and values that the layer `knows`."""
+        if self._step is None:
+            self._step = self.fix()
+        keys, values = self._step.update(key, value)
+        self.arrival = ONE_TOKEN
+        keys.cache_layer = self  # type: ignore[attr-defined]
+        return keys, values
+
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, is_known: bool = False, **kwargs
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Stores the new tokens.
 
         Args:
             key_states, value_states (`torch.Tensor`): `(batch, kv_heads, tokens, head_dim)`.
-            is_known (`bool`): Whether the layer `knows` them.
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`: The keys and values that attention sees, `(batch, kv_heads, keys,
@@ -132,34 +173,29 @@ class CompressedLayer(StoredLayer):
             ValueError: The tensors do not fit those that the cache holds.
             RuntimeError: The attention function never got the keys of the last `update`.
         """
-        if not is_known:
-            self._known = None
-            checks.check_attended(self)
-            check_states(key_states, value_states)
-            if not self.is_initialized:
-                self.lazy_initialization(key_states, value_states)
-            checks.check_fit(self, key_states, value_states)
-            self.store.leave_inference_mode()
+        self._known = self._step = None
+        checks.check_attended(self)
+        check_states(key_states, value_states)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        checks.check_fit(self, key_states, value_states)
+        self.store.leave_inference_mode()
         take_in = self._put_aside if self.pending.is_on else self._store
         keys, values, self.arrival = take_in(key_states, value_states)
-        keys.cache_layer = self.arrival  # type: ignore[attr-defined]
+        keys.cache_layer = self  # type: ignore[attr-defined]
         return keys, values
 
     def _store(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Arrival]:
         """Stores new tokens; returns all keys and values that they attend to."""
+        self._step = None
         num_new = key.shape[2]
         if self.state.is_dense or self._is_step(num_new):
             free_slots = self.state.free_slots
-            self.store.append(key, value, self.max_slots)
-            return *self.store.attended(), Arrival(self, num_new, free_slots=free_slots)
+            self.store.append(key, value)
+            return *self.store.attended(), Arrival(num_new, free_slots=free_slots)
         held = self.store.in_order()
         keys, values = torch.cat([held["keys"], key], dim=2), torch.cat([held["values"], value], dim=2)
-        return keys, values, Arrival(self, num_new, held["positions"], held=held)
-
-    @property
-    def max_slots(self) -> int:
-        """How many slots the layer needs once it evicts."""
-        return 0
+        return keys, values, Arrival(num_new, held["positions"], held=held)
 
     def _is_step(self, num_new: int) -> bool:
         """Whether new tokens are a decode step: one token in each row, and none is the first of its row."""
@@ -179,16 +215,18 @@ class CompressedLayer(StoredLayer):
         """
         # Autograd may save the key. A way from it back to the layer would be a cycle that no collector can free.
         call.key.cache_layer = None  # type: ignore[attr-defined]
-        arrival, self.arrival, seen = self.arrival, None, None
-        is_known = self._known is not None and self._known[1] is call.function and self.module is call.module
-        is_step = is_known or (self._is_step(arrival.num_new) and arrival.put_aside is None)
+        arrival, self.arrival, step, seen = self.arrival, None, self._step, None
+        is_step = step is not None or (self._is_step(arrival.num_new) and arrival.put_aside is None)
         try:
-            if not is_known:
+            if step is None:
                 is_step = is_step and not checks.hides_tokens(self, call)
                 self.check(call, arrival, is_step)
                 seen = None if is_step else self._read(call, arrival)
                 # Autograd saves keys that need no gradient, if queries need one, as with adapters on some projections.
                 self.store.is_saved = needs_gradients(call.query, call.key, call.value)
+            elif call.function is not step.function or call.module is not self._module():
+                self.check(call, arrival, is_step=True)
+                step.function = call.function
             elif self.place.depth == 0:  # what may differ from step to step is the same in all layers
                 checks.check_attentions()
                 checks.check_step(self, call)
@@ -196,15 +234,20 @@ class CompressedLayer(StoredLayer):
             self._refuse(arrival)
             raise
         try:
+            if step is not None:
+                step.count()
+                output = step.attend(call)
+                step.settle()
+                return output
             output = self._attend_next(call) if is_step else self._attend_several(call, arrival, seen)
         except BaseException:  # the layer is half changed, as the next call of the model shall notice
             # Tokens that are not put aside have been counted.
             self.arrival = arrival._replace(num_new=0) if arrival.put_aside is None else arrival
             raise
-        if is_step and not is_known and not self.state.is_dense and not torch.compiler.is_compiling():
-            shapes = ((*each.shape[:2], 1, each.shape[3]) for each in (call.key, call.value))
-            given = (*shapes, call.key.dtype, call.value.dtype, torch.is_inference_mode_enabled())
-            self._known = given, call.function
+        modes = modes_of(call.key.device.type)
+        if is_step and self.may_fix() and not self.state.is_dense and modes[1:] == (False, False):
+            shapes = (torch.Size((*each.shape[:2], 1, each.shape[3])) for each in (call.key, call.value))
+            self._known = (*shapes, call.key.dtype, call.value.dtype, modes)
         return output
 
     def check(self, call: AttentionCall, arrival: Arrival, is_step: bool) -> None:
@@ -228,6 +271,9 @@ class CompressedLayer(StoredLayer):
 
     def _refuse(self, arrival: Arrival) -> None:
         """Takes back the tokens of a call that is refused."""
+        if self._step is not None:
+            self._step.take_back()
+            return
         if arrival.put_aside is not None or arrival.slot_positions is not None:
             return
         self.store.take_back(arrival.num_new, arrival.free_slots)
@@ -311,9 +357,14 @@ class CompressedLayer(StoredLayer):
             is_ascending=min(num_new_tokens) == num_new,
         )
 
+    def _map_rows(self, function: Callable[[torch.Tensor], torch.Tensor], rows: list[int] | None = None) -> None:
+        self._step = None  # which holds on to the tensors as they were
+        super()._map_rows(function, rows)
+
     def held_tensors(self) -> dict[str, torch.Tensor]:
         shared = enumerate(self.frequencies.held_tensors())
-        return super().held_tensors() | {f"frequencies_{index}": tensor for index, tensor in shared}
+        own = {} if self._step is None else self._step.own_tensors()
+        return super().held_tensors() | own | {f"frequencies_{index}": tensor for index, tensor in shared}
 
     # Tokens that may be taken back.
 
@@ -349,7 +400,7 @@ class CompressedLayer(StoredLayer):
             parts = [(self.store.in_use("keys"), self.store.in_use("values"))]
         parts += [*((chunk.key, chunk.value) for chunk in self.pending.chunks), new]
         keys, values = (torch.cat(states, dim=2) for states in zip(*parts, strict=True)) if len(parts) > 1 else new
-        return keys[:], values, Arrival(self, key.shape[2], positions, new)
+        return keys[:], values, Arrival(key.shape[2], positions, new)
 
     def attend_recorded(self, call: AttentionCall, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
@@ -391,6 +442,7 @@ class CompressedLayer(StoredLayer):
         self.require_croppable(tokens_to_remove)
         if not self.is_initialized:
             return
+        self._step = None
         self.store.leave_inference_mode()
         if num_left := self.pending.take_back(-tokens_to_remove):
             self._crop_held(num_left)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def memory_of(cache: "CompressedCache") -> dict[str, dict[str, int]]:
     """See `CompressedCache.memory`."""
-    tensors = [("bookkeeping", tensor) for tensor in cache.masks.held_tensors()]
+    tensors = [("bookkeeping", tensor) for tensor in cache.held_tensors()]
     for layer in cache.layers:
         tensors += held_tensors(layer).items()
     held: dict[str, dict[str, int]] = {}

@@ -6,6 +6,7 @@ tokens with the highest scores. A policy sees views of a layer and nothing else.
 beams, later turns, files and the bound on memory. docs/write-a-policy.md builds a policy.
 """
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -16,6 +17,7 @@ from torch.nn import functional
 
 from pyramid_cache.engine.budget import Budget, read_kernel_size
 from pyramid_cache.engine.rotation import RotaryFrequencies
+from pyramid_cache.engine.selection import lowest_token
 from pyramid_cache.engine.state import LayerState
 from pyramid_cache.engine.store import SlotStore
 from pyramid_cache.engine.tokens import Tokens
@@ -44,9 +46,9 @@ class LayerView:
     state: Any
     layer_idx: int
     find_rotary: Callable[[], RotaryFrequencies | None]
-    longest: int
+    longest: Any
 
-    @property
+    @functools.cached_property
     def rotary(self) -> RotaryFrequencies | None:
         """How the layer rotates keys; None for a layer without RoPE. A policy with `needs_rotary` may ask."""
         return self.find_rotary()
@@ -154,6 +156,8 @@ class Policy(ABC):
         heads_share_tokens (`bool`): Whether all heads of a layer keep the same tokens.
         layers_share_budget (`bool`): Whether the tokens of all layers compete, so that a layer keeps as many as are
             among the best of all. Scores must then compare between layers.
+        reads_counts (`bool`): Whether `score` reads numbers of the state that the host counts. With an eviction
+            interval of 1, steps of such a policy are not compiled.
         needs_rotary (`bool`): Whether the policy asks its views how keys are rotated.
         state_class (`type`): What a layer remembers: `LayerState`, or a dataclass derived from it with more fields.
     """
@@ -162,6 +166,7 @@ class Policy(ABC):
     newest_weight: float = 1.0
     heads_share_tokens: bool = False
     layers_share_budget: bool = False
+    reads_counts: bool = False
     needs_rotary: bool = False
     state_class: type[LayerState] = LayerState
 
@@ -180,6 +185,13 @@ class Policy(ABC):
             tokens that must stay. Scores of padding and empty slots are ignored. Of two equal scores, the older token
             goes first.
         """
+
+    def first_to_go(self, view: ScoringView) -> torch.Tensor:
+        """
+        The slot `(batch, kv_heads or 1, 1)` int64 of the token that goes if one goes. No slot is empty. A method that
+        knows it without scores may say so.
+        """
+        return lowest_token(self.score(view).float(), view.positions)
 
     def observe(self, prompt: PromptView) -> None:  # noqa: B027
         """Sets fields of `prompt.state`. Each prompt and each later turn of several tokens calls it before `score`."""
@@ -228,8 +240,12 @@ class Policy(ABC):
             num_kept (`int`): How many tokens the layer may keep.
         """
 
+    def moves_new(self, view: LayerView) -> bool:
+        """Whether `reposition_new` has something to do."""
+        return False
+
     def reposition_new(
-        self, view: LayerView, states: torch.Tensor, positions: torch.Tensor, longest: int
+        self, view: LayerView, states: torch.Tensor, positions: torch.Tensor, longest: int | torch.Tensor
     ) -> torch.Tensor:
         """
         Queries or keys `(batch, any, tokens, head_dim)` of new tokens at `positions` `(batch, 1, tokens)`, as
@@ -237,8 +253,26 @@ class Policy(ABC):
         """
         return states
 
-    def reposition_held(self, view: LayerView) -> None:  # noqa: B027
-        """Moves keys of the slots in place, after each eviction."""
+    def reposition_held(self, view: LayerView, slots_stay: bool) -> None:  # noqa: B027
+        """
+        Moves keys of the slots in place, after each eviction. `slots_stay` says that tokens are in the slots in which
+        they were at the last call.
+        """
+
+    def may_fix(self, state: Any) -> bool:
+        """Whether the next step of a layer may have fixed shapes, as compiled steps have."""
+        return True
+
+    def moved_in_graph(self, view: LayerView) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """
+        What `reposition_held` would have moved after the last token went, for a step in a graph that evicts a token
+        for each that comes: slots `(batch, kv_heads or 1, moved)` and their keys `(batch, kv_heads, moved, head_dim)`.
+        """
+        return None
+
+    def moves_between_steps(self, state: Any) -> bool:
+        """Whether `reposition_held` must follow a step of fixed shapes as well."""
+        return False
 
     @property
     def num_extra_slots(self) -> int:

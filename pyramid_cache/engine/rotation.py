@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import torch
+from torch.nn.functional import pad
 
 from pyramid_cache.ops.transfer import numbers_on
 
@@ -62,12 +63,32 @@ class RotaryFrequencies:
         Turns queries or keys `(batch, heads, seq, head_dim)` by angles `(..., rotary_dim / 2)`, which may have a 1 for
         each of the others. Computes in float32 (float64 for float64 states) and rounds once.
         """
-        return self.turn(states, *self.cosine_and_sine(angles, states.dtype))
+        return turned(states, self.quarter_turn(states), *self.cosine_and_sine(angles, states))
 
-    def cosine_and_sine(self, angles: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of float64 angles, in the precision in which states of `dtype` are turned."""
-        compute_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        return angles.double().cos().to(compute_dtype), angles.double().sin().to(compute_dtype)
+    def cosine_and_sine(self, angles: torch.Tensor, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Of float64 angles, `(..., head_dim)` each, in the precision in which states `(..., head_dim)` are turned. They
+        are 1 and 0 for the dimensions that do not turn.
+        """
+        compute_dtype = torch.float64 if states.dtype == torch.float64 else torch.float32
+        cosine, sine = angles.double().cos().to(compute_dtype), angles.double().sin().to(compute_dtype)
+        return self.full_width(cosine, states, fill=1), self.full_width(sine, states)
+
+    def full_width(self, tensor: torch.Tensor, states: torch.Tensor, fill: float = 0) -> torch.Tensor:
+        """A number for each pair of dimensions `(..., rotary_dim / 2)`, as one for each dimension of states."""
+        both = torch.cat([tensor, tensor], dim=-1) if self.layout == "half" else tensor.repeat_interleave(2, dim=-1)
+        num_still = states.shape[-1] - self.rotary_dim
+        return pad(both, (0, num_still), value=fill) if num_still else both
+
+    def quarter_turn(self, states: torch.Tensor) -> torch.Tensor:
+        """States `(..., head_dim)`, each pair of dimensions turned by a right angle, and 0 where none turns."""
+        rotated, num_still = states[..., : self.rotary_dim], states.shape[-1] - self.rotary_dim
+        if self.layout == "half":
+            first, second = rotated.chunk(2, dim=-1)
+            rotated = torch.cat([-second, first], dim=-1)
+        else:
+            rotated = torch.stack([-rotated[..., 1::2], rotated[..., 0::2]], dim=-1).flatten(-2)
+        return pad(rotated, (0, num_still)) if num_still else rotated
 
     def held_tensors(self) -> list[torch.Tensor]:
         """Every tensor that this refers to."""
@@ -78,24 +99,16 @@ class RotaryFrequencies:
         `cosine_and_sine` that move states `(batch, any, tokens, head_dim)` by these distances, one for each row. What
         was asked last is kept: the layers of a forward pass ask for the same.
         """
-        key = (distances, states.dtype, states.device)
-        if torch.compiler.is_compiling() or self.latest_key != key:
+        key = (distances, states.dtype, states.device, states.shape[-1])
+        if self.latest_key != key:
             angles = self.angles(numbers_on(states.device, distances, torch.int64).view(-1, 1, 1))
-            turn = self.cosine_and_sine(angles, states.dtype)
-            if torch.compiler.is_compiling():
-                return turn
-            self.latest_key, self.latest_turn = key, turn
+            self.latest_key, self.latest_turn = key, self.cosine_and_sine(angles, states)
         return self.latest_turn
 
-    def turn(self, states: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
-        """`rotate` by angles whose `cosine_and_sine` are known."""
-        rotated, rest = states[..., : self.rotary_dim].to(cosine.dtype), states[..., self.rotary_dim :]
-        is_half = self.layout == "half"
-        first, second = rotated.chunk(2, dim=-1) if is_half else (rotated[..., 0::2], rotated[..., 1::2])
-        first, second = first * cosine - second * sine, second * cosine + first * sine
-        rotated = torch.cat([first, second], dim=-1) if is_half else torch.stack([first, second], dim=-1).flatten(-2)
-        rotated = rotated.to(states.dtype)
-        return torch.cat([rotated, rest], dim=-1) if rest.shape[-1] else rotated
+
+def turned(states: torch.Tensor, quarter_turn: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+    """States `(..., head_dim)` turned by angles whose cosines and sines are given, rounded once."""
+    return torch.addcmul(states * cosine, quarter_turn, sine).to(states.dtype)
 
 
 def export_frequencies(rotary: RotaryFrequencies | None) -> tuple[dict[str, Any] | None, dict[str, torch.Tensor]]:

@@ -99,6 +99,13 @@ class LayerState:
         """What the host knows, by name."""
         return {name: getattr(self, name) for name in self.names("counts", "number")}
 
+    def put(self, name: str, tensor: torch.Tensor) -> None:
+        """Sets a tensor; one of its shape that is there already stays where it is, and gets the numbers."""
+        if (held := getattr(self, name)) is None or held.shape != tensor.shape:
+            setattr(self, name, tensor)
+        else:
+            held.copy_(tensor)
+
     def resize_own_slots(self, num_slots: int) -> None:
         """Gives what a method remembers of each token that many slots."""
         for name in self.own_slots:
@@ -141,3 +148,10 @@ def grown(tensor: torch.Tensor, length: int, num_slots: int, fill: float) -> tor
     result[:, :, :length] = tensor[:, :, :length]
     result[:, :, length:] = fill
     return result
+
+
+def expanded(slots: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """Slots `(batch, kv_heads or 1, chosen)` as an index for a tensor `(batch, kv_heads or 1, slots, ...)`."""
+    if tensor.dim() == 4:
+        return slots[..., None].expand(-1, tensor.shape[1], -1, tensor.shape[3])
+    return slots.expand(-1, tensor.shape[1], -1)

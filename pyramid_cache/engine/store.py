@@ -13,16 +13,17 @@ from typing import Any
 import torch
 
 from pyramid_cache.engine.attention import AttentionCall
+from pyramid_cache.engine.fixed import FixedStep, SlotStep
 from pyramid_cache.engine.scoring import attend_and_score
 from pyramid_cache.engine.selection import best_tokens, gather_tokens, lowest_token
-from pyramid_cache.engine.state import LayerState, grown
+from pyramid_cache.engine.state import LayerState, expanded, grown
 from pyramid_cache.engine.tokens import Tokens, causal_mask
 from pyramid_cache.ops import decode_attention
-from pyramid_cache.ops.scores import is_plain_on_cpu
+from pyramid_cache.ops.scores import decode_attention_unchecked, is_plain_on_cpu
 from pyramid_cache.ops.transfer import numbers_on
 
 
-# A store without room for one more token grows by this many slots, or by a 64th of its length if that is more.
+# A dense store without room for one more token grows by this many slots, or by a 64th of its length if that is more.
 MIN_GROWTH = 16
 
 
@@ -34,8 +35,8 @@ class SlotStore:
 
     def __init__(self, state_class: type[LayerState] = LayerState) -> None:
         self.state_class = state_class
-        # Whether one token goes for each that comes, so that the next one takes its slot.
-        self.reuses_slots = False
+        # How many tokens beyond their budget rows may hold. If it is one, a token takes the slot of one that went.
+        self.interval = 0
         self.reset()
 
     def reset(self) -> None:
@@ -62,30 +63,38 @@ class SlotStore:
     def unpack(self) -> None:
         """Brings all tokens into slots. Other stores have tokens elsewhere."""
 
-    def is_full(self, max_slots: int) -> bool:
+    @property
+    def capacity(self) -> int:
+        """How many slots the rows need at most."""
+        return max(self.state.row_kept, default=0) + self.interval
+
+    def build_step(self, layer: Any, num_slots: int, in_graph: bool) -> FixedStep:
+        """The step of a layer whose tensors stay where they are, with so many slots."""
+        return SlotStep(layer, num_slots, in_graph)
+
+    def is_full(self) -> bool:
         """Whether there is no slot for the next token."""
-        return self.state.length >= max_slots
+        return self.state.length >= self.capacity
 
     def resize(self, num_slots: int) -> None:
         """Moves the used slots into tensors of `num_slots` slots."""
         for name, tensor in self.state.tensors("slot").items():
             setattr(self.state, name, grown(tensor, self.state.length, num_slots, self.state.fill_of(name)))
 
-    def _reserve(self, num_slots: int, limit: int) -> None:
-        """Makes room. A store that grows by a token at a time gets some more slots, up to `limit`."""
-        length = self.state.length
-        if num_slots <= self.state.keys.shape[2]:
+    def _make_room(self, num_new: int) -> None:
+        """Gets slots for new tokens: all that the rows will need, or some more if a dense store gets one."""
+        length, capacity = self.state.length, self.capacity
+        if not self.state.is_dense:
+            self.resize(max(capacity, length + num_new))
             return
-        if num_slots == length + 1:
-            growth = max(MIN_GROWTH, length // 64)
-            num_slots = length + growth if limit < num_slots else min(length + growth, limit)
-        self.resize(num_slots)
+        num_slots = length + (max(MIN_GROWTH, length // 64) if num_new == 1 else num_new)
+        self.resize(min(num_slots, capacity) if length + num_new <= capacity else num_slots)
 
     def leave_inference_mode(self) -> None:
         """Copies tensors that were made in inference mode: torch does not allow writes to them outside of it."""
         if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
             return
-        if self.state.keys is not None and self.state.keys.is_inference():
+        if any(tensor.is_inference() for tensor in self.state.tensors().values()):
             self.state.map_tensors(torch.clone)
 
     def spare_autograd(self) -> None:
@@ -97,26 +106,30 @@ class SlotStore:
 
     # Tokens come.
 
-    def append(self, key: torch.Tensor, value: torch.Tensor, limit: int = 0) -> None:
+    def append(self, key: torch.Tensor, value: torch.Tensor) -> None:
         """
         Puts new tokens `(batch, kv_heads, tokens, head_dim)` behind the others; of a store with slots, one of each
-        row. There are never more than `limit` slots.
+        row.
         """
         state, num_new = self.state, key.shape[2]
-        self.spare_autograd()
+        if torch.is_grad_enabled():
+            self.spare_autograd()
         if state.free_slots is not None:
-            self._overwrite(state.free_slots, key, value)
+            self.overwrite(state.free_slots, key, value)
             state.free_slots = None
             return
         if state.keys is None:
             state.keys, state.values = own_storage(key), own_storage(value)
         else:
-            self._reserve(state.length + num_new, limit)
+            if state.length + num_new > state.keys.shape[2]:
+                self._make_room(num_new)
             new = slice(state.length, state.length + num_new)
             state.keys[:, :, new], state.values[:, :, new] = key, value
             if state.positions is not None:
                 state.positions[:, :, new] = state.next_position
-            for name in ("attention", *state.own_slots):
+            if state.attention is not None:
+                state.attention[:, :, new] = 0
+            for name in state.own_slots:
                 if (tensor := getattr(state, name)) is not None:
                     tensor[:, :, new] = state.fill_of(name)
         state.length += num_new
@@ -129,30 +142,27 @@ class SlotStore:
             self.state.positions.scatter_(2, free_slots, -1)
             self.state.free_slots = free_slots
 
-    def _overwrite(self, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+    def overwrite(self, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
         """Puts one token of each row into the slots `(batch, kv_heads or 1, 1)`."""
-        state = self.state
-        state.keys.scatter_(2, expanded(slots, key), key)
-        state.values.scatter_(2, expanded(slots, value), value)
+        state, index = self.state, slots[..., None]
+        state.keys.scatter_(2, index.expand_as(key), key)
+        state.values.scatter_(2, index.expand_as(value), value)
         state.positions.scatter_(2, slots, state.next_position.expand_as(slots))
-        for name in ("attention", *state.own_slots):
+        if state.attention is not None:
+            state.attention.scatter_(2, slots, 0)
+        for name in state.own_slots:
             if (tensor := getattr(state, name)) is not None:
                 tensor.scatter_(2, expanded(slots, tensor), state.fill_of(name))
 
-    def add_attention(
-        self,
-        sums: torch.Tensor,
-        share_left: float | torch.Tensor | None,
-        mean: Callable[[torch.Tensor], torch.Tensor],
-    ) -> None:
+    def add_attention(self, sums: Any, window: int | torch.Tensor | None, mean: Callable) -> None:
         """
-        Adds what a new query gave to a share of `state.attention`, or to all of it. `mean` brings the sums that
-        `attend_step` returned into the form of the attention.
+        Adds what a new query gave to `state.attention`, of which it takes over its share of the window. `mean` brings
+        the sums that `attend_step` returned into the form of the attention; it is given the window too.
         """
         held = self.in_use("attention")
-        if share_left is not None:
-            held.mul_(share_left)
-        held.add_(mean(sums))
+        if window is not None:
+            held.mul_(1 - 1 / window)
+        held.add_(mean(sums, window))
 
     # Tokens go.
 
@@ -183,9 +193,9 @@ class SlotStore:
             setattr(state, name, kept if tensor.dim() == 4 else kept.masked_fill(indices < 0, state.fill_of(name)))
         state.column_positions = state.free_slots = None
         state.length, state.row_held = indices.shape[-1], row_left
-        if self.reuses_slots:
-            self.resize(max(row_kept) + 1)
-            state.length = max(row_kept) + 1
+        if self.interval == 1:
+            self.resize(self.capacity)
+            state.length = self.capacity
             state.free_slots = torch.full_like(indices[..., :1], state.length - 1)
 
     def _columns(
@@ -203,11 +213,13 @@ class SlotStore:
         """
         state, num_left = self.state, max(row_left)
         row_lost = [held - left for held, left in zip(state.row_held, row_left, strict=True)]
-        self.spare_autograd()
+        if torch.is_grad_enabled():
+            self.spare_autograd()
         # A row that loses none gives an empty slot, if it has one: it may hold more since its budget has grown.
         has_free_slots = all(lost or left < state.length for lost, left in zip(row_lost, row_left, strict=True))
-        if self.reuses_slots and max(row_lost) <= 1 and has_free_slots:
-            self._evict_one(priority, row_lost)
+        if self.interval == 1 and max(row_lost) <= 1 and has_free_slots:
+            state.free_slots = self.next_to_free(priority)
+            state.positions.scatter_(-1, state.free_slots, -1)
         else:
             state.free_slots = None
             positions = self.in_use("positions")
@@ -220,16 +232,26 @@ class SlotStore:
             state.length = num_left
         state.row_held = row_left
 
-    def _evict_one(self, priority: torch.Tensor, row_lost: list[int]) -> None:
-        """Frees the slot of the worst token in rows that lose one, and an empty slot in the others."""
-        positions = ages = self.in_use("positions")
-        if self.state.has_empty_slots:
-            # Other tokens may have the highest priority too, and older ones go first.
-            is_no_choice = (positions < 0) & (self.per_row(row_lost) > 0)
-            priority = priority.masked_fill(is_no_choice, float("inf"))
-            ages = positions.masked_fill(is_no_choice, torch.iinfo(positions.dtype).max)
-        self.state.free_slots = lowest_token(priority, ages)
-        positions.scatter_(-1, self.state.free_slots, -1)
+    def next_to_free(self, scores: torch.Tensor) -> torch.Tensor:
+        """
+        The slot of each row that the next token takes, `(batch, kv_heads or 1, 1)` int64: that of the worst token if
+        the row holds more than it may, else an empty one. `scores` are `(batch, kv_heads or 1, slots)` float32, of
+        empty slots any.
+        """
+        state, positions = self.state, self.state.positions
+        is_token = positions >= 0
+        is_over = is_token.sum(dim=-1, keepdim=True) > state.num_kept
+        empty = torch.where(is_over, float("inf"), float("-inf"))
+        # Other tokens may have the highest score too, and older ones go first.
+        ages = positions.masked_fill(is_over & ~is_token, torch.iinfo(positions.dtype).max)
+        return lowest_token(torch.where(is_token, scores, empty), ages)
+
+    @property
+    def is_steady(self) -> bool:
+        """Whether each token that comes takes the slot of one that goes, in all rows."""
+        state = self.state
+        is_full = state.row_held == state.row_kept and min(state.row_kept) == state.length - 1
+        return self.interval == 1 and state.free_slots is not None and is_full
 
     def _move(self, is_kept: torch.Tensor, num_left: int) -> None:
         """Moves the kept tokens, marked in `is_kept` `(batch, kv_heads or 1, slots)`, into the first slots."""
@@ -242,6 +264,13 @@ class SlotStore:
         self.state.positions[..., :num_left].masked_fill_(~is_kept_before, -1)
         for name, tensor in self.state.tensors("slot").items():
             self._scatter(name, tensor, expanded(free, tensor), gather_tokens(tensor, source))
+        self.clear_behind(num_left)
+
+    def clear_behind(self, length: int) -> None:
+        """Makes the slots behind the first ones what new slots are."""
+        for name in ("positions", "attention", *self.state.own_slots):
+            if (tensor := getattr(self.state, name)) is not None:
+                tensor[:, :, length:] = self.state.fill_of(name)
 
     def _scatter(self, name: str, tensor: torch.Tensor, index: torch.Tensor, source: torch.Tensor) -> None:
         if tensor.requires_grad:  # autograd has saved it for what was read
@@ -307,8 +336,10 @@ class SlotStore:
         """
         mask = self.in_use("positions") >= 0 if self.state.has_empty_slots else None
         differ = mask is not None and mask.shape[1] > 1  # heads, in their empty slots: `with_mask` knows one for all
-        if scores or differ or is_plain_on_cpu(call.query, call.key, call.value, **call.logit_arguments):
-            output, sums = decode_attention(call.query, call.key, call.value, mask=mask, **call.logit_arguments)
+        arguments = call.logit_arguments
+        if scores or differ or is_plain_on_cpu(call.query, call.key, call.value, **arguments):
+            run = decode_attention if torch.is_grad_enabled() else decode_attention_unchecked
+            output, sums = run(call.query, call.key, call.value, mask=mask, **arguments)
             return (output, None), sums.detach() if scores else None
         return self.with_mask(call, mask).run(), None
 
@@ -380,10 +411,3 @@ def own_storage(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.untyped_storage().nbytes() == tensor.numel() * tensor.itemsize:
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)
-
-
-def expanded(slots: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """Slots `(batch, kv_heads or 1, chosen)` as an index for a tensor `(batch, kv_heads or 1, slots, ...)`."""
-    if tensor.dim() == 4:
-        return slots[..., None].expand(-1, tensor.shape[1], -1, tensor.shape[3])
-    return slots.expand(-1, tensor.shape[1], -1)

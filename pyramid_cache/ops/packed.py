@@ -1,15 +1,15 @@
 """
 Decoding over heads that hold different numbers of tokens, stored one behind the other without padding.
 
-A *segment* is what one KV head of one row holds: `lengths` are those of the segments, row by row and head by head.
-Beside the packed tokens there are the latest ones, of which every head has all.
+A *segment* is what one KV head of one row holds. Segments lie row by row and head by head, one right behind the other;
+`starts` tells on the device where each begins. Beside the packed tokens there are the latest ones, in slots.
 """
 
 import itertools
+import operator
 
 import torch
 
-from pyramid_cache.ops.reference import decode_in_float32
 from pyramid_cache.ops.registration import check_dtype, check_query, check_shape, kernels, needs_gradients, register
 from pyramid_cache.ops.transfer import numbers_on
 
@@ -18,143 +18,173 @@ def decode_packed_attention(
     query: torch.Tensor,
     packed_key: torch.Tensor,
     packed_value: torch.Tensor,
-    lengths: list[int],
+    starts: torch.Tensor,
+    longest: int,
     key: torch.Tensor,
     value: torch.Tensor,
     *,
     scaling: float,
     softcap: float | None = None,
-    starts: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    Attention of one query per row over packed tokens and the latest ones, with the probabilities that it used.
+    Attention of one query per row over packed tokens and the latest ones, with the probabilities that it used. It is
+    differentiable, and does not wait for the device.
 
     Args:
         query (`torch.Tensor`): `(batch, heads, 1, head_dim)`.
-        packed_key, packed_value (`torch.Tensor`): `(sum of lengths, head_dim)` and `(sum of lengths, value_dim)`.
-        lengths (`list[int]`): Of the segments: `batch * kv_heads` numbers, which may be 0.
+        packed_key, packed_value (`torch.Tensor`): `(tokens, head_dim)` and `(tokens, value_dim)`. What lies behind the
+            last segment must be finite.
+        starts (`torch.Tensor`): `(batch * kv_heads + 1,)` int64, where each segment begins, and where the last one
+            ends. Segments may be empty.
+        longest (`int`): At least the length of the longest segment; a much larger number costs time.
         key, value (`torch.Tensor`): `(batch, kv_heads, latest, head_dim)` and `(batch, kv_heads, latest, value_dim)`:
             at least one token, that of the query.
         scaling, softcap: As in `attention_scores`.
-        starts (`torch.Tensor`, *optional*): What `segment_starts` makes of `lengths`, which is not looked at again.
-            Left out, it is made at every call, and a CUDA device is waited for.
+        mask (`torch.Tensor`, *optional*): bool `(batch, kv_heads or 1, latest)`, False for a slot of the latest tokens
+            that is empty; what it holds must be finite.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: the output `(batch, 1, heads, value_dim)`; and probabilities
-        in float32, summed over the query heads that share a KV head: `(sum of lengths,)` of the packed tokens and
-        `(batch, kv_heads, latest)` of the latest.
+        in float32, summed over the query heads that share a KV head: `(tokens,)` of the packed tokens, of which those
+        behind the last segment may be anything, and `(batch, kv_heads, latest)` of the latest.
 
     Raises:
         ValueError: For shapes and dtypes that do not fit.
     """
     check_query(query, key, rows=1)
     check_shape("value", value, *key.shape[:3], None)
-    batch, head_dim = query.shape[0], query.shape[3]
-    if len(lengths) != batch * key.shape[1] or not key.shape[2]:
-        raise ValueError(
-            f"`lengths` has {len(lengths)} numbers for {batch} rows of {key.shape[1]} KV heads, and `key` "
-            f"{key.shape[2]} tokens: give a number for each head of each row, and at least the token of the query."
-        )
-    check_shape("packed_key", packed_key, sum(lengths), head_dim)
-    check_shape("packed_value", packed_value, sum(lengths), value.shape[3])
+    if not key.shape[2]:
+        raise ValueError("`key` holds no token. Give at least the token of the query.")
+    check_shape("packed_key", packed_key, None, query.shape[3])
+    check_shape("packed_value", packed_value, packed_key.shape[0], value.shape[3])
     check_dtype("packed_key", packed_key, key.dtype)
     check_dtype("packed_value", packed_value, value.dtype)
-    check_shape("starts", starts, len(lengths) + 1)
+    check_shape("starts", starts, query.shape[0] * key.shape[1] + 1)
     check_dtype("starts", starts, torch.int64)
-    starts = segment_starts(lengths, key.device) if starts is None else starts
-    arguments = (query, packed_key, packed_value, lengths, key, value, scaling, softcap, starts)
-    return decode_padded(*arguments) if needs_gradients(*arguments) else _decode_packed_attention(*arguments)
+    check_shape("mask", mask, *key.shape[:3], or_one=1)
+    check_dtype("mask", mask, torch.bool)
+    arguments = (query, packed_key, packed_value, starts, longest, key, value, scaling, softcap, mask)
+    run = decode_by_segments if needs_gradients(*arguments) else decode_packed_unchecked
+    return run(*arguments)
 
 
 def segment_starts(lengths: list[int], device: torch.device) -> torch.Tensor:
-    """`(segments + 1,)` int64 on the device: where each segment begins, and where the last one ends."""
+    """The `starts` of segments of these lengths."""
     return numbers_on(device, [*itertools.accumulate(lengths, initial=0)], torch.int64)
 
 
-def decode_padded(
+def decode_by_segments(
     query: torch.Tensor,
     packed_key: torch.Tensor,
     packed_value: torch.Tensor,
-    lengths: list[int],
+    starts: torch.Tensor,
+    longest: int,
     key: torch.Tensor,
     value: torch.Tensor,
     scaling: float,
     softcap: float | None,
-    starts: torch.Tensor,
+    mask: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """In float32, as `decode_attention` of segments that are padded to the longest."""
-    counts, longest = starts.diff().view(*key.shape[:2], 1), max(lengths)
-    offsets = torch.arange(longest, device=key.device)
-    is_held = offsets < counts
-    index = (starts[:-1].view_as(counts) + offsets).masked_fill(~is_held, 0)
-    padded_key, padded_value = (
-        packed[index].masked_fill(~is_held[..., None], 0.0) for packed in (packed_key, packed_value)
+    """
+    In float32 and in shapes that no number on the device decides. Each packed token meets the queries of its segment,
+    and what it gives is added to that of its segment. Compilers make one loop of it; uncompiled it takes the memory of
+    the keys once for each query head of a group.
+    """
+    batch, heads, _, head_dim = query.shape
+    kv_heads, num_latest, dtype = key.shape[1], key.shape[2], value.dtype
+    num_segments, group = batch * kv_heads, heads // kv_heads
+    query, packed_key, packed_value, key, value = (
+        each.float() for each in (query, packed_key, packed_value, key, value)
     )
-    keys, values = torch.cat([padded_key, key], dim=2), torch.cat([padded_value, value], dim=2)
-    mask = torch.nn.functional.pad(is_held, (0, key.shape[2]), value=True)
-    output, sums = decode_in_float32(query, keys, values, mask, None, scaling, softcap)
-    packed_sums = sums.new_zeros(len(packed_key)).index_add(0, index.flatten(), sums[..., :longest].flatten())
-    return output, packed_sums, sums[..., longest:]
+    query = query.reshape(num_segments, group, head_dim) * scaling
+    places = torch.arange(packed_key.shape[0], device=key.device)
+    is_packed = (places < starts[-1])[:, None]
+    segments = torch.searchsorted(starts[1:], places, right=True).clamp(max=num_segments - 1)
+    packed_logits = (query[segments] * packed_key[:, None]).sum(dim=-1)  # (tokens, group)
+    logits = query @ key.reshape(num_segments, num_latest, head_dim).mT  # (segments, group, latest)
+    if softcap:
+        packed_logits, logits = (torch.tanh(each / softcap) * softcap for each in (packed_logits, logits))
+    packed_logits = packed_logits.masked_fill(~is_packed, float("-inf"))
+    if mask is not None:
+        is_latest = mask.expand(-1, kv_heads, -1).reshape(num_segments, 1, num_latest)
+        logits = logits.masked_fill(~is_latest, float("-inf"))
+    with torch.no_grad():
+        index = segments[:, None].expand(-1, group)
+        highest = logits.amax(dim=-1).scatter_reduce(0, index, packed_logits, "amax")  # (segments, group)
+    packed_weights, weights = torch.exp(packed_logits - highest[segments]), torch.exp(logits - highest[..., None])
+    totals = weights.sum(dim=-1).index_add(0, segments, packed_weights)
+    packed_shares, shares = packed_weights / totals[segments], weights / totals[..., None]
+    output = shares @ value.reshape(num_segments, num_latest, -1)
+    output = output.index_add(0, segments, packed_shares[..., None] * packed_value[:, None])
+    sums = packed_shares.sum(dim=1), shares.sum(dim=1).view(batch, kv_heads, num_latest)
+    return output.view(batch, 1, heads, -1).to(dtype), *sums
 
 
 def decode_one_by_one(
     query: torch.Tensor,
     packed_key: torch.Tensor,
     packed_value: torch.Tensor,
-    lengths: list[int],
+    starts: torch.Tensor,
+    longest: int,
     key: torch.Tensor,
     value: torch.Tensor,
     scaling: float,
     softcap: float | None,
-    starts: torch.Tensor,
+    mask: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
     On the CPU: the products of one segment after the other, with views of what is stored, and all else of all segments
-    at once. Products are in the precision of the inputs, as `decode_attention` makes them there. The lengths say
-    enough; `starts` is not needed.
+    at once. Products are in the precision of the inputs, as `decode_attention` makes them there.
     """
     batch, heads, _, head_dim = query.shape
     kv_heads, group, num_latest = key.shape[1], heads // key.shape[1], key.shape[2]
-    num_segments, longest = batch * kv_heads, max(lengths)
+    num_segments, ends = batch * kv_heads, starts.tolist()
+    longest = max(map(operator.sub, ends[1:], ends))
     queries = (query * scaling).reshape(num_segments, group, head_dim)
-    keys, values = packed_key.split(lengths), packed_value.split(lengths)
     # Minus infinity behind the end of a segment, and the latest tokens behind that of the longest.
     logits = query.new_full((num_segments, group, longest + num_latest), float("-inf"))
     logits[..., longest:] = queries @ key.reshape(num_segments, num_latest, head_dim).mT
-    for segment_query, segment_key, segment_logits in zip(queries, keys, logits, strict=True):
-        torch.mm(segment_query, segment_key.T, out=segment_logits[:, : len(segment_key)])
+    for segment in range(num_segments):
+        start, end = ends[segment], ends[segment + 1]
+        torch.mm(queries[segment], packed_key[start:end].T, out=logits[segment, :, : end - start])
     logits = logits.float()
     if softcap:
         logits = torch.tanh(logits / softcap) * softcap
-        is_behind = torch.arange(longest, device="cpu") >= torch.tensor(lengths, device="cpu")[:, None, None]
+        is_behind = torch.arange(longest, device="cpu") >= starts.diff()[:, None, None]
         logits[..., :longest].masked_fill_(is_behind, float("-inf"))
+    if mask is not None:
+        is_latest = mask.expand(-1, kv_heads, -1).reshape(num_segments, 1, num_latest)
+        logits[..., longest:].masked_fill_(~is_latest, float("-inf"))
     probabilities = torch.softmax(logits, dim=-1)  # (segments, group, longest + latest)
     shares = probabilities.to(value.dtype)
     output = shares[..., longest:] @ value.reshape(num_segments, num_latest, -1)
-    for segment_shares, segment_value, segment_output in zip(shares, values, output, strict=True):
-        segment_output.addmm_(segment_shares[:, : len(segment_value)], segment_value)
     sums = probabilities.sum(dim=1)
-    packed_sums = torch.cat([of_segment[:length] for of_segment, length in zip(sums, lengths, strict=True)])
+    packed_sums = sums.new_zeros(packed_key.shape[0])
+    for segment in range(num_segments):
+        start, end = ends[segment], ends[segment + 1]
+        output[segment].addmm_(shares[segment, :, : end - start], packed_value[start:end])
+        packed_sums[start:end] = sums[segment, : end - start]
     latest_sums = sums[:, longest:].reshape(batch, kv_heads, num_latest).clone()
     return output.view(batch, 1, heads, -1), packed_sums, latest_sums
 
 
-def _on_cuda(query, packed_key, packed_value, lengths, key, value, *rest):
+def _on_cuda(query, packed_key, packed_value, starts, longest, key, value, *rest):
     # Packed tensors may be empty, which the kernels take.
     module = kernels("triton_decode", query, key, value)
-    run = decode_padded if module is None else module.decode_packed_attention
-    return run(query, packed_key, packed_value, lengths, key, value, *rest)
+    run = decode_by_segments if module is None else module.decode_packed_attention
+    return run(query, packed_key, packed_value, starts, longest, key, value, *rest)
 
 
-def _fake(query, packed_key, packed_value, lengths, key, value, *rest):
+def _fake(query, packed_key, packed_value, starts, longest, key, value, *rest):
     output = value.new_empty(query.shape[0], 1, query.shape[1], value.shape[3])
     sums = (states.new_empty(states.shape[:-1], dtype=torch.float32) for states in (packed_key, key))
     return output, *sums
 
 
-_decode_packed_attention = register(
-    "decode_packed_attention(Tensor query, Tensor packed_key, Tensor packed_value, int[] lengths, Tensor key, Tensor "
-    "value, float scaling, float? softcap, Tensor starts) -> (Tensor, Tensor, Tensor)",
+decode_packed_unchecked = register(
+    "decode_packed_attention(Tensor query, Tensor packed_key, Tensor packed_value, Tensor starts, int longest, Tensor "
+    "key, Tensor value, float scaling, float? softcap, Tensor? mask) -> (Tensor, Tensor, Tensor)",
     cpu=decode_one_by_one,
     cuda=_on_cuda,
     fake=_fake,

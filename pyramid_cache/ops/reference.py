@@ -28,8 +28,8 @@ def grouped_logits(query: torch.Tensor, key: torch.Tensor, scaling: float, softc
     batch, heads, rows, head_dim = query.shape
     kv_heads = key.shape[1]
     # Scaled before the product, which would overflow in float16 otherwise.
-    query = query.reshape(batch, kv_heads, heads // kv_heads * rows, head_dim) * scaling
-    logits = torch.matmul(query, key.transpose(-1, -2))
+    query = query.reshape(batch * kv_heads, heads // kv_heads * rows, head_dim) * scaling
+    logits = torch.bmm(query, key.flatten(0, 1).mT)
     logits = logits.view(batch, kv_heads, heads // kv_heads, rows, -1).float()
     return torch.tanh(logits / softcap) * softcap if softcap else logits
 
@@ -203,8 +203,13 @@ def decode_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """With products in the precision of the inputs, as transformers' eager attention makes them."""
     probabilities = decode_probabilities(query, key, mask, sink_logits, scaling=scaling, softcap=softcap)
-    output = torch.matmul(probabilities.to(value.dtype), value)  # (batch, kv_heads, group, value_dim)
-    return output.view(query.shape[0], 1, query.shape[1], value.shape[-1]), probabilities.sum(dim=2)
+    return weighted(value, probabilities), probabilities.sum(dim=2)
+
+
+def weighted(value: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
+    """The output `(batch, 1, heads, value_dim)` of attention with probabilities `(batch, kv_heads, group, slots)`."""
+    output = torch.bmm(probabilities.to(value.dtype).flatten(0, 1), value.flatten(0, 1))
+    return output.view(len(value), 1, -1, value.shape[-1])
 
 
 def decode_in_float32(

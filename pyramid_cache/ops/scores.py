@@ -100,7 +100,11 @@ def decode_attention(
     check_shape("mask", mask, *key.shape[:3], or_one=1)
     check_dtype("mask", mask, torch.bool)
     arguments = (query, key, value, mask, sink_logits, scaling, softcap)
-    return reference.decode_in_float32(*arguments) if needs_gradients(*arguments) else _decode_attention(*arguments)
+    return (
+        reference.decode_in_float32(*arguments)
+        if needs_gradients(*arguments)
+        else decode_attention_unchecked(*arguments)
+    )
 
 
 def is_plain_on_cpu(
@@ -155,7 +159,7 @@ _attention_scores = register(
     cuda=_scores_on_cuda,
     fake=_fake_scores,
 )
-_decode_attention = register(
+decode_attention_unchecked = register(
     "decode_attention(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? sink_logits, float scaling, "
     "float? softcap) -> (Tensor, Tensor)",
     cpu=reference.decode_attention,

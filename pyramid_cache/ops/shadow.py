@@ -60,7 +60,7 @@ def select_chunks(
         raise ValueError(f"`num_chunks` must be at least 1, but is {num_chunks}.")
     check_shape("mask", mask, *landmarks.shape[:3])
     check_dtype("mask", mask, torch.bool)
-    return _select_chunks(query, landmarks, mask, num_chunks, scaling)
+    return select_chunks_unchecked(query, landmarks, mask, num_chunks, scaling)
 
 
 def plan_chunks(held: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
@@ -86,7 +86,7 @@ def plan_chunks(held: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     check_dtype("held", held, torch.int64)
     check_dtype("wanted", wanted, torch.int64)
     _check_device(held.device, wanted=wanted)
-    return _plan_chunks(held, wanted)
+    return plan_chunks_unchecked(held, wanted)
 
 
 def reconstruct_keys(
@@ -135,7 +135,7 @@ def reconstruct_keys(
     check_dtype("low_rank", low_rank, basis.dtype, *QUANTIZED_DTYPES)
     check_dtype("inverse_frequencies", inverse_frequencies, torch.float32)
     _check_device(buffer.device, low_rank=low_rank, basis=basis, inverse_frequencies=inverse_frequencies)
-    _reconstruct_keys(buffer, low_rank, basis, incoming, inverse_frequencies, interleaved, chunk_size)
+    reconstruct_keys_unchecked(buffer, low_rank, basis, incoming, inverse_frequencies, interleaved, chunk_size)
 
 
 def gather_values(buffer: torch.Tensor, values: torch.Tensor, incoming: torch.Tensor, *, chunk_size: int) -> None:
@@ -161,7 +161,7 @@ def gather_values(buffer: torch.Tensor, values: torch.Tensor, incoming: torch.Te
     check_dtype("values", values, buffer.dtype)
     if values.device.type != "cpu":
         _check_device(buffer.device, values=values)
-    _gather_values(buffer, values, incoming, chunk_size)
+    gather_values_unchecked(buffer, values, incoming, chunk_size)
 
 
 def _check_buffer(buffer: torch.Tensor, incoming: torch.Tensor, chunk_size: int) -> tuple[int, int]:
@@ -206,7 +206,7 @@ def _gather_values_cuda(buffer: torch.Tensor, values: torch.Tensor, incoming: to
     _on_cuda("gather_values")(buffer, values, incoming, chunk_size)
 
 
-_select_chunks = register(
+select_chunks_unchecked = register(
     "select_chunks(Tensor query, Tensor landmarks, Tensor mask, SymInt num_chunks, float scaling) -> Tensor",
     cpu=shadow_reference.select_chunks,
     cuda=shadow_reference.select_chunks,
@@ -214,20 +214,20 @@ _select_chunks = register(
         *mask.shape[:2], num_chunks, dtype=torch.int64
     ),
 )
-_plan_chunks = register(
+plan_chunks_unchecked = register(
     "plan_chunks(Tensor(a!) held, Tensor wanted) -> Tensor",
     cpu=shadow_reference.plan_chunks,
     cuda=_on_cuda("plan_chunks"),
     fake=lambda held, wanted: wanted.new_empty(wanted.shape),
 )
-_reconstruct_keys = register(
+reconstruct_keys_unchecked = register(
     "reconstruct_keys(Tensor(a!) buffer, Tensor low_rank, Tensor basis, Tensor incoming, Tensor inverse_frequencies, "
     "bool interleaved, SymInt chunk_size) -> ()",
     cpu=shadow_reference.reconstruct_keys,
     cuda=_on_cuda("reconstruct_keys"),
     fake=lambda *arguments: None,
 )
-_gather_values = register(
+gather_values_unchecked = register(
     "gather_values(Tensor(a!) buffer, Tensor values, Tensor incoming, SymInt chunk_size) -> ()",
     cpu=shadow_reference.gather_values,
     cuda=_gather_values_cuda,

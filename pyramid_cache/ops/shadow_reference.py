@@ -1,24 +1,26 @@
 """
 The ops of `pyramid_cache.ops.shadow` in plain PyTorch, for the CPU and for devices without Triton kernels.
 
-A chunk that need not be loaded costs nothing here, as it would not in a kernel: chunks to load are found with
-`nonzero`, which on CUDA waits for the device. Arithmetic is done in float32, and rounded once to what is written.
+Of a chunk that need not be loaded nothing is read, as in a kernel: what to load is found with `nonzero`, which on CUDA
+waits for the device. Arithmetic is done in float32, and rounded once to what is written.
 """
 
 import torch
 
-from pyramid_cache.ops.reference import grouped_logits, softmax_of_logits
+from pyramid_cache.ops.reference import grouped_logits
 
 
 def select_chunks(
     query: torch.Tensor, landmarks: torch.Tensor, mask: torch.Tensor, num_chunks: int, scaling: float
 ) -> torch.Tensor:
+    is_hidden, missing = ~mask, num_chunks - landmarks.shape[2]
     logits = grouped_logits(query, landmarks.to(query.dtype), scaling, None)
+    probabilities = torch.softmax(logits.masked_fill(is_hidden[:, :, None, None], float("-inf")), dim=-1)
     # (batch, kv_heads, chunks); what may be taken has 0 or more.
-    scores = softmax_of_logits(logits, mask[:, :, None, None]).squeeze(3).amax(dim=2).masked_fill(~mask, -1.0)
-    selected = scores.topk(min(num_chunks, landmarks.shape[2]), dim=-1).indices
-    selected = selected.masked_fill(~mask.gather(-1, selected), -1)
-    return torch.nn.functional.pad(selected, (0, num_chunks - selected.shape[-1]), value=-1)
+    scores = probabilities.squeeze(3).amax(dim=2).masked_fill(is_hidden, -1.0)
+    selected = scores.topk(num_chunks if missing < 0 else landmarks.shape[2], dim=-1).indices
+    selected = selected.masked_fill(is_hidden.gather(-1, selected), -1)
+    return selected if missing <= 0 else torch.nn.functional.pad(selected, (0, missing), value=-1)
 
 
 def plan_chunks(held: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
@@ -49,7 +51,7 @@ def reconstruct_keys(
     (rows, heads, slots), tokens = loaded(incoming, chunk_size, low_rank.shape[1])
     # In order of rows and heads, each of which has a basis of its own.
     counts = torch.bincount(rows * kv_heads + heads, minlength=batch * kv_heads).tolist()
-    factors = low_rank[rows, tokens].float().split(counts)
+    factors = low_rank[rows, tokens].float().split_with_sizes(counts)
     bases = basis.flatten(0, 1).float().unbind(0)
     keys = torch.cat([part @ base for part, base in zip(factors, bases, strict=True) if part.shape[0]] or [factors[0]])
     if not keys.shape[0]:
@@ -62,21 +64,21 @@ def reconstruct_keys(
 
 def gather_values(buffer: torch.Tensor, values: torch.Tensor, incoming: torch.Tensor, chunk_size: int) -> None:
     (rows, heads, slots), tokens = loaded(incoming, chunk_size, values.shape[2])
-    source = values[tuple(index.to(values.device) for index in (rows, heads, tokens))]
-    buffer[rows, heads, slots] = source.to(buffer.device)
+    source = rows, heads, tokens
+    if values.device != buffer.device:
+        source = rows.to(values.device), heads.to(values.device), tokens.to(values.device)
+    buffer[rows, heads, slots] = values[source].to(buffer.device)
 
 
 def loaded(
     incoming: torch.Tensor, chunk_size: int, num_tokens: int
 ) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
     """The slots that incoming chunks are loaded into, as rows, heads and slots, and the tokens that go there."""
-    rows, heads, places = incoming.ge(0).nonzero(as_tuple=True)
     offsets = torch.arange(chunk_size, device=incoming.device)
-    tokens = incoming[rows, heads, places][:, None] * chunk_size + offsets
-    slots = places[:, None] * chunk_size + offsets
-    exists = tokens < num_tokens
-    rows, heads = (index[:, None].expand_as(tokens)[exists] for index in (rows, heads))
-    return (rows, heads, slots[exists]), tokens[exists]
+    # (batch, kv_heads, places * chunk_size), below 0 where there is no chunk.
+    tokens = torch.add(offsets, incoming[..., None], alpha=chunk_size).flatten(2)
+    rows, heads, slots = ((tokens >= 0) & (tokens < num_tokens)).nonzero(as_tuple=True)
+    return (rows, heads, slots), tokens[rows, heads, slots]
 
 
 def rotate(keys: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, interleaved: bool) -> torch.Tensor:

@@ -148,7 +148,10 @@ def attend_kernel(
     if held_ptr is not None:
         held_ptr += batch * stride_hb + kv_head * stride_hh
         tokens = begin + tl.arange(0, BLOCK_N)
-        held = tl.load(held_ptr + tokens.to(tl.int64) * stride_hn, mask=tokens < end, other=0)
+        held_end = end
+        if starts_ptr is not None:
+            held_end = tl.where(is_latest, end, begin)  # of packed tokens none is missing
+        held = tl.load(held_ptr + tokens.to(tl.int64) * stride_hn, mask=tokens < held_end, other=1)
     for first in range(begin, end, BLOCK_N):
         tokens = first + tl.arange(0, BLOCK_N)
         is_token = tokens < end
@@ -157,7 +160,7 @@ def attend_kernel(
             is_used = is_used & (held != 0)
             # One step ahead: the compiler does not start loads early that wait for another one of the same step.
             behind = tokens + BLOCK_N
-            held = tl.load(held_ptr + behind.to(tl.int64) * stride_hn, mask=behind < end, other=0)
+            held = tl.load(held_ptr + behind.to(tl.int64) * stride_hn, mask=behind < held_end, other=1)
         key = tl.load(
             key_ptr + tokens[:, None].to(tl.int64) * stride_kn + dims[None, :].to(tl.int64) * stride_kd,
             mask=is_token[:, None] & is_dim[None, :],
@@ -297,7 +300,7 @@ def part_tiles(
 
     Args:
         num_packed (`int`): Packed tokens of all segments.
-        longest (`int`): Packed tokens of the longest.
+        longest (`int`): Packed tokens of the longest, at most.
         num_latest (`int`): Latest tokens of each.
         num_segments (`int`): How many there are.
         num_chunks (`int`): Programs for each part.
@@ -318,23 +321,23 @@ def decode_packed_attention(
     query: torch.Tensor,
     packed_key: torch.Tensor | None,
     packed_value: torch.Tensor | None,
-    lengths: list[int],
+    starts: torch.Tensor | None,
+    longest: int,
     key: torch.Tensor,
     value: torch.Tensor,
     scaling: float,
     softcap: float | None,
-    starts: torch.Tensor | None,
-    mask: torch.Tensor | None = None,
+    mask: torch.Tensor | None,
     sink_logits: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """With a mask of the latest tokens and with sinks, too, and with None where no head packs any token."""
+    """With sinks, too, and with None where no head packs any token."""
     batch, heads, _, head_dim = query.shape
     kv_heads, num_latest, value_dim = key.shape[1], key.shape[2], value.shape[3]
     group, num_segments, device = heads // kv_heads, batch * kv_heads, key.device
-    num_packed, longest = 0, 0
+    num_packed = 0
     packed_strides: tuple[int, ...] = (0, 0, 0, 0)
     if packed_key is not None and packed_value is not None:
-        num_packed, longest = packed_key.shape[0], max(lengths)
+        num_packed = packed_key.shape[0]
         packed_strides = (*packed_key.stride(), *packed_value.stride())
         starts = starts.contiguous()
     block_dim, block_value_dim = padded(head_dim), padded(value_dim)
@@ -395,6 +398,6 @@ def decode_attention(
     softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     output, _, probabilities = decode_packed_attention(
-        query, None, None, [], key, value, scaling, softcap, None, mask, sink_logits
+        query, None, None, None, 0, key, value, scaling, softcap, mask, sink_logits
     )
     return output, probabilities

@@ -11,7 +11,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from models import random_tokens, tiny_model
+from models import build_model, random_tokens, tiny_model
 from pages import DOCS, ROOT, import_example, run_example, run_page
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -235,7 +235,7 @@ def test_requests_are_read_and_answers_come_in_their_order() -> None:
 
 
 # Pages whose code is run: here, that of plots.md in test_show.py. Those of caches are in test_docs.py.
-PAGES = {"evaluation.md", "index.md", "ops.md", "plots.md", "write-a-policy.md"}
+PAGES = {"compile.md", "evaluation.md", "index.md", "ops.md", "plots.md", "write-a-policy.md"}
 
 
 @pytest.fixture(autouse=True)
@@ -250,6 +250,14 @@ def test_every_page_with_code_is_run() -> None:
     with_code = {path.name for path in DOCS.glob("*.md") if re.search(r"^```python$", path.read_text(), re.MULTILINE)}
     assert with_code == PAGES
     assert "received" in run_page(DOCS / "ops.md", shows_output=False)
+
+
+@pytest.mark.slow
+def test_the_page_of_compiled_steps_runs() -> None:
+    model = build_model("llama", num_hidden_layers=2)
+    inputs = {"input_ids": random_tokens(1, 700), "attention_mask": torch.ones(1, 700, dtype=torch.long)}
+    names = run_page(DOCS / "compile.md", {"model": model, "inputs": inputs}, shows_output=False)
+    assert names["output"].shape == (1, 732) and names["cache"].get_seq_length() == 800
 
 
 @pytest.mark.slow

@@ -117,14 +117,23 @@ def run_decode(dtype: torch.dtype, head_dim: int, slots: int, group: int = 4, ma
     triton_decode.decode_attention(*states, is_held, sinks, 0.1, None)
 
 
-def run_packed(dtype: torch.dtype, head_dim: int, longest: int, group: int = 4, softcap: float | None = None) -> None:
-    """The latest tokens are in some of 64 slots."""
+def run_packed(
+    dtype: torch.dtype,
+    head_dim: int,
+    longest: int,
+    group: int = 4,
+    softcap: float | None = None,
+    mask: bool = False,
+) -> None:
+    """The latest tokens are in some of 64 slots; with a mask there is a place for each of these, as when compiled."""
     lengths = [longest, longest // 7, 0, 17]
     packed_key, packed_value = (empty(sum(lengths), head_dim, dtype=dtype) for _ in range(2))
     query, key, value = decode_states(dtype, head_dim, 64, group)
-    latest = (tensor[:, :, : 1 + longest % 64] for tensor in (key, value))
-    starts = empty(5, dtype=torch.int64)
-    triton_decode.decode_packed_attention(query, packed_key, packed_value, lengths, *latest, 0.1, softcap, starts)
+    latest = (tensor[:, :, : 64 if mask else 1 + longest % 64] for tensor in (key, value))
+    starts, is_held = empty(5, dtype=torch.int64), empty(2, 2, 64, dtype=torch.bool) if mask else None
+    triton_decode.decode_packed_attention(
+        query, packed_key, packed_value, starts, longest, *latest, 0.1, softcap, is_held
+    )
 
 
 def run_shadow(dtype: torch.dtype, head_dim: int, tokens: int) -> None:
@@ -142,6 +151,7 @@ CALLS: dict[str, tuple[Callable, int, dict[str, Any]]] = {
     "window": (run_scores, 2000, {"rows": 24, "weights": True, "start": True}),
     "decode": (run_decode, 3000, {"mask": True}),
     "packed decode": (run_packed, 9000, {}),
+    "packed decode with a mask": (run_packed, 9000, {"mask": True}),
     "shadow": (run_shadow, 9000, {}),
 }
 # Kernels that are no different for other dtypes, and rare options.

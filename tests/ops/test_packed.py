@@ -1,12 +1,14 @@
 """Decoding over packed heads, against a softmax in float64 over each head's tokens on their own."""
 
+from collections.abc import Callable
+
 import exact
 import pytest
 import torch
 
 from pyramid_cache.caches.adakv.ragged_store import PackedTokens, flat
-from pyramid_cache.ops import decode_packed_attention, packed
-from pyramid_cache.ops.packed import decode_padded, segment_starts
+from pyramid_cache.ops import decode_packed_attention
+from pyramid_cache.ops.packed import decode_by_segments, segment_starts
 
 
 # Rows x KV heads, the lengths of their segments, query heads per KV head, widths of keys and values, latest tokens.
@@ -32,34 +34,60 @@ def build(name: str, dtype: torch.dtype = torch.float32) -> tuple:
     return query, *of_all, lengths, *(states(batch, kv_heads, latest, width) for width in (head_dim, value_dim))
 
 
-def starts_of(arguments: tuple) -> torch.Tensor:
-    return segment_starts(arguments[3], torch.device("cpu"))
+def for_op(arguments: tuple) -> tuple:
+    """The arguments with what the op takes instead of lengths."""
+    lengths = arguments[3]
+    return *arguments[:3], segment_starts(lengths, torch.device("cpu")), max(lengths), *arguments[4:]
 
 
+def by_segments(*arguments, scaling: float, softcap: float | None = None, mask: torch.Tensor | None = None) -> tuple:
+    return decode_by_segments(*arguments, scaling, softcap, mask)
+
+
+both_ways = pytest.mark.parametrize("decode", [decode_packed_attention, by_segments])
+
+
+@both_ways
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-def test_equals_softmax_head_by_head(dtype: torch.dtype) -> None:
+def test_equals_softmax_head_by_head(dtype: torch.dtype, decode: Callable) -> None:
     for name in SHAPES:
         arguments = build(name, dtype)
         scaling = arguments[0].shape[-1] ** -0.5
         for softcap in (None, 1.5):
             wanted = exact.packed_decode(*arguments, scaling, softcap)
-            for found in (
-                decode_packed_attention(*arguments, scaling=scaling, softcap=softcap),
-                decode_padded(*arguments, scaling, softcap, starts_of(arguments)),
-            ):
-                assert found[0].dtype == dtype and found[1].dtype == found[2].dtype == torch.float32
-                for ours, theirs in zip(found, wanted, strict=True):
-                    torch.testing.assert_close(ours.double(), theirs, atol=TOLERANCES[dtype], rtol=TOLERANCES[dtype])
+            found = decode(*for_op(arguments), scaling=scaling, softcap=softcap)
+            assert found[0].dtype == dtype and found[1].dtype == found[2].dtype == torch.float32
+            for ours, theirs in zip(found, wanted, strict=True):
+                torch.testing.assert_close(ours.double(), theirs, atol=TOLERANCES[dtype], rtol=TOLERANCES[dtype])
 
 
-def test_logits_beyond_the_range_of_exponentials() -> None:
+@both_ways
+def test_logits_beyond_the_range_of_exponentials(decode: Callable) -> None:
     arguments = [tensor * 40 if isinstance(tensor, torch.Tensor) else tensor for tensor in build("grouped")]
-    for found in (
-        decode_packed_attention(*arguments, scaling=1.0),
-        decode_padded(*arguments, 1.0, None, starts_of(arguments)),
-    ):
-        assert all(tensor.isfinite().all() for tensor in found)
-        torch.testing.assert_close(found[1].sum() + found[2].sum(), torch.tensor(12.0))
+    found = decode(*for_op(arguments), scaling=1.0)
+    assert all(tensor.isfinite().all() for tensor in found)
+    torch.testing.assert_close(found[1].sum() + found[2].sum(), torch.tensor(12.0))
+
+
+@both_ways
+def test_room_behind_and_empty_slots_change_nothing(decode: Callable) -> None:
+    """As in steps of fixed shapes: more packed tokens than segments have, a bound on them, and slots to come."""
+    for name in SHAPES:
+        arguments = for_op(build(name))
+        query, packed_key, packed_value, starts, longest, key, value = arguments
+        for softcap in (None, 1.5):
+            wanted = decode(*arguments, scaling=0.3, softcap=softcap)
+            room = [torch.cat([each, torch.randn(5, each.shape[1])]) for each in (packed_key, packed_value)]
+            # An empty slot comes first, not last: the mask alone says which are empty.
+            latest = [torch.cat([torch.randn_like(each[:, :, :1]), each], dim=2) for each in (key, value)]
+            for heads in {1, key.shape[1]}:
+                mask = (torch.arange(latest[0].shape[2]) >= 1).expand(key.shape[0], heads, -1)
+                found = decode(query, *room, starts, longest + 9, *latest, scaling=0.3, softcap=softcap, mask=mask)
+                for ours, theirs in zip(
+                    (found[0], found[1][: len(packed_key)], found[2][..., 1:]), wanted, strict=True
+                ):
+                    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
+                assert not found[2][..., :1].any()
 
 
 def test_gradients_are_those_of_the_definition() -> None:
@@ -68,7 +96,7 @@ def test_gradients_are_those_of_the_definition() -> None:
     found, wanted = (
         torch.autograd.grad(output.square().sum(), tensors)
         for output in (
-            decode_packed_attention(*arguments, scaling=0.3)[0],
+            decode_packed_attention(*for_op(arguments), scaling=0.3)[0],
             exact.packed_decode(*arguments, 0.3)[0],
         )
     )
@@ -76,23 +104,12 @@ def test_gradients_are_those_of_the_definition() -> None:
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
-def test_starts_that_are_given_are_those_that_would_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step whose starts are given does not send its lengths to the device."""
-    arguments = build("grouped")
-    assert starts_of(arguments).tolist() == [0, 3, 3, 10, 11, 16, 18]
-    arguments[0].requires_grad_()
-    wanted = decode_packed_attention(*arguments, scaling=0.3)
-    given = starts_of(arguments)
-    monkeypatch.setattr(packed, "segment_starts", None)
-    found = decode_packed_attention(*arguments, scaling=0.3, starts=given)
-    assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
-
-
 def test_packed_tokens_know_where_their_segments_begin() -> None:
     is_kept = torch.tensor([[[1, 0, 1], [0, 0, 0]], [[1, 1, 1], [0, 1, 0]]], dtype=torch.bool)
     tokens = PackedTokens.of({"positions": torch.arange(12).view(2, 2, 3)}, is_kept)
     for same in (tokens, tokens.map_rows(lambda tensor: tensor)):
         assert flat(same.head_lengths) == [2, 0, 3, 1] and same.starts.tolist() == [0, 2, 2, 5, 6]
+        assert same._per_token(torch.tensor([[[7]], [[9]]])).tolist() == [7, 7, 9, 9, 9, 9]
     moved = tokens.map_rows(lambda tensor: tensor[[1, 1, 0]])
     assert flat(moved.head_lengths) == [3, 1, 3, 1, 2, 0] and moved.starts.tolist() == [0, 3, 4, 7, 8, 10, 10]
     assert moved.tensors["positions"].tolist() == [6, 7, 8, 10, 6, 7, 8, 10, 0, 2]
@@ -101,18 +118,19 @@ def test_packed_tokens_know_where_their_segments_begin() -> None:
 
 def test_shapes_that_do_not_fit() -> None:
     for changes, message in (
-        ({3: [3, 0, 7]}, "`lengths` has 3 numbers for 2 rows of 3 KV heads"),
-        ({3: [3, 0, 7, 1, 5, 3]}, r"`packed_key` must have the shape \(19, 8\), but has \(18, 8\)"),
-        ({4: torch.zeros(2, 3, 0, 8), 5: torch.zeros(2, 3, 0, 6)}, "at least the token of the query"),
+        ({1: torch.zeros(19, 8)}, r"`packed_value` must have the shape \(19, 6\), but has \(18, 6\)"),
+        ({5: torch.zeros(2, 3, 0, 8), 6: torch.zeros(2, 3, 0, 6)}, "at least the token of the query"),
         ({0: torch.zeros(2, 4, 1, 8)}, "4 query heads cannot share 3 KV heads"),
         ({2: torch.zeros(18, 5)}, r"`packed_value` must have the shape \(18, 6\)"),
         ({1: torch.zeros(18, 8).half()}, "`packed_key` must be torch.float32, but is torch.float16"),
         ({2: torch.zeros(18, 6).half()}, "`packed_value` must be torch.float32"),
-        ({6: torch.zeros(6, dtype=torch.int64)}, r"`starts` must have the shape \(7\), but has \(6,\)"),
-        ({6: torch.zeros(7, dtype=torch.int32)}, "`starts` must be torch.int64, but is torch.int32"),
+        ({3: torch.zeros(6, dtype=torch.int64)}, r"`starts` must have the shape \(7\), but has \(6,\)"),
+        ({3: torch.zeros(7, dtype=torch.int32)}, "`starts` must be torch.int64, but is torch.int32"),
+        ({7: torch.zeros(2, 2, 4, dtype=torch.bool)}, r"`mask` must have the shape \(2, 3 or 1, 4\)"),
+        ({7: torch.zeros(2, 3, 4)}, "`mask` must be torch.bool"),
     ):
-        arguments = [*build("grouped"), None]
+        arguments = [*for_op(build("grouped")), None]
         for index, value in changes.items():
             arguments[index] = value
         with pytest.raises(ValueError, match=message):
-            decode_packed_attention(*arguments[:6], scaling=0.3, starts=arguments[6])
+            decode_packed_attention(*arguments[:7], scaling=0.3, mask=arguments[7])

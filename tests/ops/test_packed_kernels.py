@@ -35,13 +35,20 @@ def arguments_of(
     )
 
 
-def run(arguments: tuple, scaling: float, softcap: float | None = None) -> tuple[torch.Tensor, ...]:
+def for_op(arguments: tuple, device: str = DEVICE) -> tuple:
+    """The arguments with what the op takes instead of lengths."""
+    query, packed_key, packed_value, lengths, *latest = arguments
+    return query, packed_key, packed_value, segment_starts(lengths, torch.device(device)), max(lengths), *latest
+
+
+def run(
+    arguments: tuple, scaling: float, softcap: float | None = None, mask: torch.Tensor | None = None
+) -> tuple[torch.Tensor, ...]:
     """Fills what `torch.empty` gives with NaN: it is seen if something is read that was not written."""
-    starts = segment_starts(arguments[3], torch.device(DEVICE))
     torch.use_deterministic_algorithms(True)
     try:
         assert torch.empty(1).isnan()
-        return triton_decode.decode_packed_attention(*arguments, scaling, softcap, starts)
+        return triton_decode.decode_packed_attention(*for_op(arguments), scaling, softcap, mask)
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -50,8 +57,8 @@ def check(found: tuple[torch.Tensor, ...], arguments: tuple, scaling: float, sof
     """Tensor cores, which add half precision, cut a digit off sums; only the output is rounded to the dtype."""
     dtype, eager = arguments[0].dtype, None
     if dtype != F32:
-        on_cpu = (one.cpu() if isinstance(one, torch.Tensor) else one for one in arguments)
-        eager = decode_one_by_one(*on_cpu, scaling, softcap, None)[0].to(DEVICE)
+        on_cpu = tuple(one.cpu() if isinstance(one, torch.Tensor) else one for one in arguments)
+        eager = decode_one_by_one(*for_op(on_cpu, "cpu"), scaling, softcap, None)[0].to(DEVICE)
     assert [one.dtype for one in found] == [dtype, F32, F32]
     wanted = exact.packed_decode(*arguments, scaling, softcap)
     for one, other, plain in zip(found, wanted, (eager, None, None), strict=True):
@@ -82,6 +89,26 @@ def test_decode(case: tuple) -> None:
         arguments[4:] = (states.transpose(1, 3).contiguous().transpose(1, 3) for states in arguments[4:])
     scaling, softcap = head_dim**-0.5, 5.0 if "softcap" in options else None
     check(run(tuple(arguments), scaling, softcap), tuple(arguments), scaling, softcap)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_room_behind_and_empty_slots_change_nothing(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in steps of fixed shapes. Room and empty slots hold NaN keys; only values must be finite."""
+    monkeypatch.setitem(DECODE_BLOCKS, (4, 64), DecodeBlocks(16, num_warps=4, num_stages=2))
+    query, *packed_states, lengths, key, value = arguments_of(F32, [0, 90, 17, 40], 2, 16, 16, 5, batch=2)
+    wanted = run((query, *packed_states, lengths, key, value), 0.25)
+    room = [torch.cat([each, each.new_full((70, 16), float("nan"))]) for each in packed_states]
+    latest = [torch.cat([each, each.new_zeros(2, 2, 40, 16), each[:, :, :2]], dim=2) for each in (key, value)]
+    latest = [each[:, :, [*range(5, 45), 0, 1, 2, 3, 4, 45, 46]] for each in latest]
+    mask = torch.zeros(2, heads, 47, dtype=torch.bool, device=DEVICE)
+    mask[..., 40:45] = True
+    starts = segment_starts(lengths, torch.device(DEVICE))
+    output, packed_sums, sums = triton_decode.decode_packed_attention(
+        query, *room, starts, 130, *latest, 0.25, None, mask
+    )
+    for one, other in zip((output, packed_sums[:147], sums[..., 40:45]), wanted, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-6)
+    assert not sums[..., :40].any() and not sums[..., 45:].any()
 
 
 def test_any_number_of_splits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,5 +189,5 @@ def test_strides_beyond_31_bits() -> None:
 def test_what_the_kernels_do_not_take() -> None:
     arguments = arguments_of(F32, [3, 0], 1, 8, 8, 2)
     doubles = tuple(one.double() if isinstance(one, torch.Tensor) else one for one in arguments)
-    output, _, _ = packed._on_cuda(*doubles, 0.3, None, segment_starts(arguments[3], torch.device(DEVICE)))
+    output, _, _ = packed._on_cuda(*for_op(doubles), 0.3, None, None)
     torch.testing.assert_close(output, exact.packed_decode(*doubles, 0.3)[0], rtol=1e-5, atol=1e-5)

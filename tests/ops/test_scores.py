@@ -116,12 +116,13 @@ def op_samples(device: str = "cpu"):
     yield scores._attention_scores, (query, key, lse, weights, start, 0.25, 4.0)
     yield scores._attention_scores, (query, key, lse, None, None, 0.25, None)
     mask, sinks = torch.ones(2, 1, 9, dtype=torch.bool, device=device), some(6)
-    yield scores._decode_attention, (some(2, 6, 1, 16), key, value, mask, sinks, 0.25, None)
-    yield scores._decode_attention, (some(2, 6, 1, 16), key, value, None, None, 0.25, 2.0)
+    yield scores.decode_attention_unchecked, (some(2, 6, 1, 16), key, value, mask, sinks, 0.25, None)
+    yield scores.decode_attention_unchecked, (some(2, 6, 1, 16), key, value, None, None, 0.25, 2.0)
     known = torch.ops.pyramid_cache
-    packed = (some(2, 6, 1, 16), some(5, 16), some(5, 8), [3, 0, 1, 1], some(2, 2, 4, 16), some(2, 2, 4, 8), 0.3, 2.0)
-    for starts in (None, torch.tensor([0, 3, 3, 4, 5], device=device)):
-        yield known.decode_packed_attention.default, (*packed, starts)
+    starts, latest = torch.tensor([0, 3, 3, 4, 5], device=device), (some(2, 2, 9, 16), some(2, 2, 9, 8))
+    packed = (some(2, 6, 1, 16), some(5, 16), some(5, 8), starts, 3, *latest, 0.3, 2.0)
+    for is_held in (None, mask):
+        yield known.decode_packed_attention.default, (*packed, is_held)
     tensors, incoming = shadow_step.step_tensors(device), torch.tensor([[[5, -1, 0], [-1, -1, 3]]] * 2, device=device)
     buffer, chunk_mask = tensors["keys_buffer"].narrow(2, 4, 24), tensors["mask"]
     rotation = (tensors["inverse_frequencies"], False, 8)

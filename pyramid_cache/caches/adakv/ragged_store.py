@@ -2,27 +2,29 @@
 A store of heads that keep different numbers of tokens, without padding.
 
 The tokens that heads keep are packed: one head behind the other. The latest tokens, which all heads hold, are in slots
-as in any layer. A step attends to both at once (`pyramid_cache.ops.decode_packed_attention`). A forward pass of
-several tokens, and an eviction, unpack the tokens into slots, some of which are empty. The next step packs them again.
+as in any layer. A step attends to both at once (`pyramid_cache.ops.decode_packed_attention`); only the latest are in
+the keys and values that `update` returns. A forward pass of several tokens, and an eviction, unpack the tokens into
+slots, some of which are empty. The next step packs them again.
 """
 
 import copy
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map
 
+from pyramid_cache.caches.adakv.ragged_step import RaggedStep
 from pyramid_cache.engine.attention import AttentionCall
 from pyramid_cache.engine.budget import floor_of_product
+from pyramid_cache.engine.fixed import FixedStep
 from pyramid_cache.engine.selection import best_tokens
 from pyramid_cache.engine.state import LayerState
 from pyramid_cache.engine.store import SlotStore
 from pyramid_cache.engine.tokens import Tokens
 from pyramid_cache.ops import decode_packed_attention
-from pyramid_cache.ops.packed import segment_starts
+from pyramid_cache.ops.packed import decode_by_segments, decode_packed_unchecked, segment_starts
 from pyramid_cache.ops.transfer import numbers_on
 
 
@@ -33,6 +35,7 @@ class PackedTokens:
 
     Attributes:
         tensors (`dict[str, torch.Tensor]`): By the names of slot tensors, each with the tokens in its first dimension.
+            In steps of fixed shapes there is room behind them.
         head_lengths (`list[list[int]]`): For each row, how many tokens each KV head holds.
         starts (`torch.Tensor`): `(segments + 1,)` int64 on the device: where each segment begins, and where the last
             one ends.
@@ -41,6 +44,20 @@ class PackedTokens:
     tensors: dict[str, torch.Tensor]
     head_lengths: list[list[int]]
     starts: torch.Tensor
+
+    @cached_property
+    def longest(self) -> int:
+        """How many tokens the longest segment has."""
+        return max(flat(self.head_lengths), default=0)
+
+    @cached_property
+    def row_sizes(self) -> list[int]:
+        """How many tokens all heads of each row hold."""
+        return [sum(row) for row in self.head_lengths]
+
+    def held_tensors(self) -> dict[str, torch.Tensor]:
+        """All tensors by names whose first word is their role."""
+        return {f"{name} packed": tensor for name, tensor in (self.tensors | {"starts": self.starts}).items()}
 
     @staticmethod
     def of(slots: dict[str, torch.Tensor], is_kept: torch.Tensor) -> "PackedTokens":
@@ -55,18 +72,56 @@ class PackedTokens:
 
     def in_slots(self) -> dict[str, torch.Tensor]:
         """The tensors with as many slots as the longest segment has tokens. Shorter ones begin with empty slots."""
-        positions = self.tensors["positions"]
-        lengths = numbers_on(positions.device, self.head_lengths, torch.int64)  # (batch, kv_heads)
-        ends = lengths.flatten().cumsum(dim=0).view_as(lengths)[..., None]
-        longest = max(flat(self.head_lengths))
-        offsets = torch.arange(-longest, 0, device=positions.device)
-        is_empty = offsets < -lengths[..., None]
+        lengths, ends = (
+            each.view(len(self.head_lengths), -1, 1) for each in (self.starts.diff(), self.starts[1:])
+        )  # (batch, kv_heads, 1)
+        offsets = torch.arange(-self.longest, 0, device=self.starts.device)
+        is_empty = offsets < -lengths
         index = (ends + offsets).masked_fill(is_empty, 0)
         slots = {name: tensor[index] for name, tensor in self.tensors.items()}
         slots["positions"] = slots["positions"].masked_fill(is_empty, -1)
         if "attention" in slots:
             slots["attention"] = slots["attention"].masked_fill(is_empty, 0)
         return slots
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        longest: int,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        *,
+        scaling: float,
+        softcap: float | None,
+        sink_logits: None,
+    ) -> tuple[torch.Tensor, ...]:
+        """`decode_packed_attention` with the `logit_arguments` of a call. On a CPU compilers see what it computes."""
+        kept = self.tensors["keys"], self.tensors["values"], self.starts, longest
+        is_compiled = torch.compiler.is_compiling()
+        if torch.is_grad_enabled() and not is_compiled:
+            output, *sums = decode_packed_attention(
+                query, *kept, key, value, scaling=scaling, softcap=softcap, mask=mask
+            )
+            return output, *(each.detach() for each in sums)
+        run = decode_by_segments if is_compiled and key.device.type == "cpu" else decode_packed_unchecked
+        return run(query, *kept, key, value, scaling, softcap, mask)
+
+    def add_attention(
+        self, latest: torch.Tensor, sums: list[torch.Tensor], window: int | torch.Tensor | None, mean: Callable
+    ) -> None:
+        """`SlotStore.add_attention` for packed tokens and the latest ones, whose attention is given."""
+        windows = self._per_token(window) if isinstance(window, torch.Tensor) else window
+        for attention, given, each in zip((self.tensors["attention"], latest), sums, (windows, window), strict=True):
+            if each is not None:
+                attention.mul_(1 - 1 / each)
+            attention.add_(mean(given, each))
+
+    def _per_token(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Numbers of the rows `(batch, 1, 1)` as one for each token."""
+        batch_size, places = len(numbers), torch.arange(len(self.tensors["positions"]), device=numbers.device)
+        row_starts = self.starts[:: (len(self.starts) - 1) // batch_size]
+        return numbers.flatten()[torch.searchsorted(row_starts[1:-1], places, right=True)]
 
     def map_rows(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "PackedTokens":
         """The result of a function that selects, repeats or moves the rows of tensors."""
@@ -76,31 +131,11 @@ class PackedTokens:
         rows = indices.tolist()
         if rows == list(range(len(self.head_lengths))):
             return PackedTokens(tensors, self.head_lengths, self.starts.to(device))
-        row_sizes = [sum(row) for row in self.head_lengths]
         for name, tensor in tensors.items():
-            parts = tensor.split(row_sizes)
+            parts = tensor.split(self.row_sizes)
             tensors[name] = torch.cat([parts[row] for row in rows]) if rows else tensor[:0]
         head_lengths = [self.head_lengths[row] for row in rows]
         return PackedTokens(tensors, head_lengths, segment_starts(flat(head_lengths), device))
-
-
-class HeldTokens(torch.Tensor):
-    """Keys or values `(batch, kv_heads, tokens, head_dim)`, unpacked when something reads them. Attention does not."""
-
-    make: Callable[[], torch.Tensor]
-
-    @staticmethod
-    def __new__(cls, shape: tuple[int, ...], like: torch.Tensor, make: Callable[[], torch.Tensor]) -> "HeldTokens":
-        tensor = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
-        tensor.make = make
-        return tensor
-
-    @classmethod
-    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
-        def unpacked(value: Any) -> Any:
-            return value.make() if isinstance(value, HeldTokens) else value
-
-        return function(*tree_map(unpacked, args), **tree_map(unpacked, kwargs or {}))
 
 
 class RaggedStore(SlotStore):
@@ -130,6 +165,11 @@ class RaggedStore(SlotStore):
                 "keep equal numbers, such as SnapKVCache."
             )
 
+    def build_step(self, layer: Any, num_slots: int, in_graph: bool) -> FixedStep:
+        if layer.budget.is_unlimited:
+            return super().build_step(layer, num_slots, in_graph)
+        return RaggedStep(layer, in_graph)
+
     def _pack(self, slots: dict[str, torch.Tensor], is_kept: torch.Tensor) -> None:
         """Packs the kept slots. Afterwards no slot is in use."""
         slots = {name: tensor.expand(-1, is_kept.shape[1], *tensor.shape[2:]) for name, tensor in slots.items()}
@@ -146,15 +186,22 @@ class RaggedStore(SlotStore):
                 setattr(self.state, name, torch.cat([packed[name], tensor], dim=2))
             self.state.length, self.packed = self.state.positions.shape[-1], None
 
-    def append(self, key: torch.Tensor, value: torch.Tensor, limit: int = 0) -> None:
-        if not self.state.is_dense:
-            if self.packed is None:  # as files have them
-                self._pack(self.slots(), self.in_use("positions") >= 0)
-            limit -= max(self.state.row_kept)
-        super().append(key, value, limit)
+    def pack_all(self) -> None:
+        """Packs all tokens that are in slots, unless some are packed."""
+        state = self.state
+        if self.packed is None:
+            tokens = self.column_tokens().positions if state.is_dense else self.in_use("positions")
+            columns = self.slots() | {"positions": tokens}
+            self._pack(columns, (tokens >= 0).expand(-1, state.keys.shape[1], -1))
 
-    def is_full(self, max_slots: int) -> bool:
-        return super().is_full(max_slots if self.packed is None else max_slots - max(self.state.row_kept))
+    @property
+    def capacity(self) -> int:
+        return super().capacity if self.packed is None else self.interval
+
+    def append(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        if self.packed is None and not self.state.is_dense:  # a refused call has unpacked them
+            self.pack_all()
+        super().append(key, value)
 
     def keep(
         self,
@@ -175,33 +222,16 @@ class RaggedStore(SlotStore):
         self.state.row_held = row_left
         self._pack(self.slots(), best_of_all_heads(priority, row_left, self.floor_ratio))
 
-    def attended(self) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.packed is None:
-            return super().attended()
-        num_tokens = max(flat(self.packed.head_lengths)) + self.state.length
-        made = functools.cache(lambda: self._unpacked().slots())
-
-        def held(name: str) -> HeldTokens:
-            tensor = getattr(self.state, name)
-            return HeldTokens((*tensor.shape[:2], num_tokens, tensor.shape[3]), tensor, lambda: made()[name])
-
-        return held("keys"), held("values")
-
     def attend_step(self, call: AttentionCall, scores: bool) -> tuple[tuple[torch.Tensor, torch.Tensor | None], Any]:
-        arguments, packed = call.logit_arguments, self.packed
-        arguments.pop("sink_logits")
-        kept = packed.tensors["keys"], packed.tensors["values"], flat(packed.head_lengths)
         latest = self.in_use("keys"), self.in_use("values")
-        output, *sums = decode_packed_attention(call.query, *kept, *latest, **arguments, starts=packed.starts)
-        return (output, None), [each.detach() for each in sums] if scores else None
+        output, *sums = self.packed.attend(call.query, self.packed.longest, *latest, None, **call.logit_arguments)
+        return (output, None), sums if scores else None
 
-    def add_attention(
-        self, sums: Any, share_left: float | torch.Tensor | None, mean: Callable[[torch.Tensor], torch.Tensor]
-    ) -> None:
-        if not self.state.is_dense:
-            packed_sums, sums = sums
-            self.packed.tensors["attention"].mul_(share_left).add_(mean(packed_sums))
-        super().add_attention(sums, share_left, mean)
+    def add_attention(self, sums: Any, window: int | torch.Tensor | None, mean: Callable) -> None:
+        if self.packed is None:
+            super().add_attention(sums, window, mean)
+        else:
+            self.packed.add_attention(self.in_use("attention"), sums, window, mean)
 
     def attend_several(
         self, call: AttentionCall, tokens: Tokens, num_rows: int = 0, row_weights: torch.Tensor | None = None
@@ -263,11 +293,10 @@ class RaggedStore(SlotStore):
     def load_state_dict(self, numbers: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         super().load_state_dict(numbers, tensors)
         if not self.state.is_dense:
-            self._pack(self.slots(), self.in_use("positions") >= 0)
+            self.pack_all()
 
     def held_tensors(self) -> dict[str, torch.Tensor]:
-        packed = {} if self.packed is None else self.packed.tensors | {"starts": self.packed.starts}
-        return super().held_tensors() | {f"{name} packed": tensor for name, tensor in packed.items()}
+        return super().held_tensors() | ({} if self.packed is None else self.packed.held_tensors())
 
 
 def flat(head_lengths: list[list[int]]) -> list[int]:

@@ -72,7 +72,7 @@ class MassiveActivationPolicy(SnapKVPolicy):
     kernel_size: int = kernel_setting(13)
 
     state_class = MassiveState
-    needs_rotary = True
+    needs_rotary = reads_counts = True
 
     def score(self, view: ScoringView) -> torch.Tensor:
         self.observe(view)
@@ -111,8 +111,9 @@ class MassiveActivationPolicy(SnapKVPolicy):
         if state.found_positions is not None:
             earlier = state.found_positions, state.found_ratios, state.found_cosines
             found = detection.MassiveTokens(*earlier).and_later(found)
-        state.found_positions, state.found_ratios, state.found_cosines = found
-        state.template_key, state.template_norm = template
+        names = "found_positions", "found_ratios", "found_cosines", "template_key", "template_norm"
+        for name, tensor in zip(names, (*found, *template), strict=True):
+            state.put(name, tensor)
         state.row_looked = list(state.row_lengths)
 
 

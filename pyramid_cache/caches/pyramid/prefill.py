@@ -138,7 +138,10 @@ def hook_decoder(model: PreTrainedModel) -> nn.Module:
 
 def _cache_of(arguments: dict[str, Any]) -> Any:
     """The cache that a decoder layer is called with, by whatever name."""
-    return next((arguments[name] for name in CACHE_ARGUMENTS if arguments.get(name) is not None), None)
+    for name in CACHE_ARGUMENTS:
+        if name in arguments and arguments[name] is not None:
+            return arguments[name]
+    return None
 
 
 def _state_of(arguments: dict[str, Any]) -> PrunedPrefill | None:
@@ -156,10 +159,14 @@ def _read_call(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[d
 
 def _has_nothing_to_prune(args: tuple, kwargs: dict[str, Any]) -> bool:
     """Whether a layer is surely not called to read a prompt. Compilers trace this, and break the graph otherwise."""
-    if len(args) > 1:
+    if args[1:]:
         return False
-    state = _state_of(kwargs)
-    return state is None or (state.tokens is None and _cache_of(kwargs).get_seq_length() > 0)
+    cache = _cache_of(kwargs)
+    state = getattr(cache, "masks", None)
+    if type(state) is not PrunedPrefill:
+        return True
+    # In a graph numbers that change are not read.
+    return state.tokens is None and (cache.is_compileable or cache.layers[0].state.num_seen > 0)
 
 
 def _before_layer(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:

@@ -1,1 +1,4 @@
-"""ShadowKV: `cache` for users, `layer` what a step attends to, `store` all the rest, in a form that takes less."""
+"""
+ShadowKV: `cache` for users, `layer` what a layer attends to, `step` its decode step, `store` all the rest, in a form
+that takes less.
+"""

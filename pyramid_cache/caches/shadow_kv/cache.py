@@ -44,7 +44,8 @@ class ShadowKVCache(CompressedCache):
 
     On the host it holds `tokens * kv_heads * head_dim * itemsize` bytes. `cache.memory()` lists the host apart. Later
     turns attend to everything: keys are rebuilt and values fetched for one layer at a time, which takes that layer's
-    full memory. `num_kept_tokens` and `positions` describe what a step attends to.
+    full memory. `num_kept_tokens` and `positions` describe what a step attends to. While a compiled `generate` runs,
+    factors, landmarks and values have room for the longest answer that it may give.
 
     Args:
         config (`PreTrainedConfig` or `PreTrainedModel`): The config of the model, or the model itself.

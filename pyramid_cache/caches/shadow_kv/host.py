@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from pyramid_cache.engine.budget import parse_budget
-from pyramid_cache.ops.shadow import gather_values
+from pyramid_cache.ops.shadow import gather_values_unchecked
 
 
 DISK = "disk:"
@@ -39,6 +39,14 @@ class HostPlace:
     budget: int | None = None
     num_layers: int = 1
 
+    def bytes_of(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+        """How many bytes tensors of this size take for all layers."""
+        return math.prod(shape) * dtype.itemsize * self.num_layers
+
+    def has_room(self, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+        """Whether the budget allows tensors of this size for all layers."""
+        return self.budget is None or self.bytes_of(shape, dtype) <= self.budget
+
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """
         A tensor of zeros for values of a device. Its file has no name, and is gone with the tensor.
@@ -48,8 +56,8 @@ class HostPlace:
             OSError: There is no room for the file.
         """
         numel = math.prod(shape)
-        needed = numel * dtype.itemsize * self.num_layers
-        if self.budget is not None and needed > self.budget:
+        if not self.has_room(shape, dtype):
+            needed = self.bytes_of(shape, dtype)
             rows, _, tokens, _ = shape
             other = "" if self.folder is not None else f", or `host='{DISK}PATH'` with a budget for the disk"
             raise ValueError(
@@ -129,6 +137,15 @@ def wait_for_host(device: torch.device) -> None:
         second_stream(device).synchronize()
 
 
+class PinnedBytes:
+    """Pinned memory of the host as CUDA sees it, at the address that both share. `torch.as_tensor` takes it."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        data = tensor.data_ptr(), False
+        self.tensor = tensor  # lives as long as what is made of this
+        self.__cuda_array_interface__ = {"shape": (tensor.nbytes,), "typestr": "|u1", "data": data, "version": 3}
+
+
 class HostValues:
     """
     The values of a layer, `tensor` `(batch, kv_heads, tokens, value_dim)`, none at first.
@@ -141,6 +158,8 @@ class HostValues:
     def __init__(self, place: HostPlace, value: torch.Tensor) -> None:
         self.place, self.device, self.dtype = place, value.device, value.dtype
         self.tensor = self._zeros((*value.shape[:2], 0, value.shape[3]))
+        # The values for a graph, once there are steps of fixed shapes.
+        self.seen: torch.Tensor | None = None
 
     def _zeros(self, shape: tuple[int, ...]) -> torch.Tensor:
         """Room for values that the host copies: what the device has still to write or to read is done."""
@@ -154,11 +173,31 @@ class HostValues:
 
     def load(self, buffer: torch.Tensor, incoming: torch.Tensor, chunk_size: int) -> None:
         """`gather_values` into a buffer, which is ready after `join`."""
+        if self.device.type == "cpu":
+            gather_values_unchecked(buffer, self.tensor, incoming, chunk_size)
+            return
         with beside(self.device):
-            if self.device.type == "cpu" or self.tensor.is_pinned():
-                gather_values(buffer, self.tensor, incoming, chunk_size=chunk_size)
-            else:
-                gather_through_host(buffer, self.tensor, incoming, chunk_size)
+            gather = gather_values_unchecked if self.tensor.is_pinned() else gather_through_host
+            gather(buffer, self.tensor, incoming, chunk_size)
+
+    def reserve(self, num_tokens: int) -> None:
+        """Gets room for so many tokens in all."""
+        self.tensor = with_room(self.tensor, num_tokens, self._zeros)
+        self.show()
+
+    def show(self) -> None:
+        """
+        Makes `seen` of the tensor, if it is another one: a tensor of the device, which reads pinned memory of the
+        host. CUDA graphs take no tensors of the host. Where CUDA has pinned the memory for another device, `seen` is
+        the tensor itself.
+        """
+        if self.seen is not None and self.seen.data_ptr() == self.tensor.data_ptr():
+            return
+        self.seen = self.tensor
+        if self.device.type == "cuda" and self.tensor.is_pinned():
+            seen = torch.as_tensor(PinnedBytes(self.tensor))
+            if seen.device == self.device:
+                self.seen = seen.view(self.dtype).view(self.tensor.shape)
 
     def on_host(self, num_tokens: int) -> torch.Tensor:
         """The first values themselves, all written."""
@@ -181,6 +220,7 @@ class HostValues:
         memo[id(self)] = twin = copy.copy(self)
         # A plain copy of the tensor would be neither pinned nor in a file.
         twin.tensor = self._zeros(tuple(self.tensor.shape)).copy_(self.tensor)
+        twin.seen = None
         return twin
 
 
@@ -197,13 +237,23 @@ def extended(
     """
     size, needed = held.shape[-2], max(map(sum, zip(starts, counts, strict=True)))
     if needed > size:
-        shape = (*held.shape[:-2], max(needed, size + size // GROWTH), held.shape[-1])
-        larger = held.new_zeros(shape) if zeros is None else zeros(shape)
-        larger[..., :size, :] = held
-        held = larger
+        held = with_room(held, max(needed, size + size // GROWTH), zeros)
     for row, (start, count) in enumerate(zip(starts, counts, strict=True)):
         held[row, ..., start : start + count, :].copy_(new[row, ..., :count, :], non_blocking=True)
     return held
+
+
+def with_room(
+    held: torch.Tensor, num_tokens: int, zeros: Callable[[tuple[int, ...]], torch.Tensor] | None = None
+) -> torch.Tensor:
+    """`(batch, ..., tokens, width)` with room for so many tokens: the tensor itself if it has that, else a copy."""
+    size = held.shape[-2]
+    if size >= num_tokens:
+        return held
+    shape = (*held.shape[:-2], num_tokens, held.shape[-1])
+    larger = held.new_zeros(shape) if zeros is None else zeros(shape)
+    larger[..., :size, :] = held
+    return larger
 
 
 def gather_through_host(buffer: torch.Tensor, values: torch.Tensor, incoming: torch.Tensor, chunk_size: int) -> None:
@@ -212,7 +262,7 @@ def gather_through_host(buffer: torch.Tensor, values: torch.Tensor, incoming: to
     said which chunks it wants.
     """
     staging = torch.zeros(buffer.shape, dtype=buffer.dtype, device="cpu")
-    gather_values(staging, values, incoming.cpu(), chunk_size=chunk_size)
+    gather_values_unchecked(staging, values, incoming.cpu(), chunk_size)
     # The last chunk is a full one here.
     arrives = (incoming >= 0).repeat_interleave(chunk_size, dim=-1)[..., None]
     buffer.copy_(torch.where(arrives, staging.to(buffer.device), buffer))

@@ -33,9 +33,17 @@ def lowest_cosines(chunks: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
     return torch.cosine_similarity(chunks, means[..., None, :], dim=-1).amin(dim=-1).nan_to_num(nan=-1.0)
 
 
-def probe_of(query: torch.Tensor, num_bands: int) -> torch.Tensor:
-    """The vectors `(..., head_dim + num_bands)` by which queries `(..., head_dim)` multiply landmarks."""
-    return torch.cat([query, in_bands(query.abs().float(), num_bands).to(query.dtype)], dim=-1)
+def probe_of(query: torch.Tensor, bands: torch.Tensor) -> torch.Tensor:
+    """
+    The vectors `(..., head_dim + num_bands)` by which queries `(..., head_dim)` multiply landmarks. `bands` is the
+    `band_matrix`.
+    """
+    return torch.cat([query, query.abs() @ bands], dim=-1)
+
+
+def band_matrix(head_dim: int, num_bands: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The matrix `(head_dim, num_bands)` by which `in_bands` multiplies."""
+    return in_bands(torch.eye(head_dim, device=device), num_bands).to(dtype)
 
 
 def in_bands(numbers: torch.Tensor, num_bands: int) -> torch.Tensor:

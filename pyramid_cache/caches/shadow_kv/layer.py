@@ -8,15 +8,17 @@ from torch.nn.functional import pad
 
 from pyramid_cache.caches.shadow_kv.host import HostPlace
 from pyramid_cache.caches.shadow_kv.settings import ShadowSettings
+from pyramid_cache.caches.shadow_kv.step import ShadowStep
 from pyramid_cache.caches.shadow_kv.store import ShadowState, ShadowStore, tokens_of
 from pyramid_cache.engine.attention import AttentionCall
+from pyramid_cache.engine.fixed import FixedStep
 from pyramid_cache.engine.held import LayerPlace
 from pyramid_cache.engine.layer import Arrival, CompressedLayer
 from pyramid_cache.engine.rotation import RotaryFrequencies, import_frequencies
 from pyramid_cache.engine.selection import gather_tokens
 from pyramid_cache.engine.tokens import MaskReader, Tokens
 from pyramid_cache.ops import decode_attention
-from pyramid_cache.ops.registration import KERNEL_DTYPES, needs_gradients
+from pyramid_cache.ops.registration import KERNEL_DTYPES, kernels_of, needs_gradients
 
 
 class ShadowKVLayer(CompressedLayer):
@@ -29,6 +31,7 @@ class ShadowKVLayer(CompressedLayer):
 
     evicts = False
     needs_rotary = True
+    can_fix = True
 
     store: ShadowStore
     state: ShadowState
@@ -40,6 +43,8 @@ class ShadowKVLayer(CompressedLayer):
     def _clear(self) -> None:
         super()._clear()
         self.shadow = self.store.shadow
+        # The query heads, and the factor on their logits, known from the first call of the model on.
+        self.num_query_heads, self.scaling = 0, 1.0
 
     def num_tokens_to_keep(self, row_length: int) -> int:
         return self.settings.max_exact_tokens(row_length)
@@ -48,6 +53,14 @@ class ShadowKVLayer(CompressedLayer):
     def max_slots(self) -> int:
         state = self.state
         return max(state.row_kept, default=0) + 1 if state.is_dense else self.store.tail + self.settings.tail_capacity
+
+    @property
+    def num_steps_left(self) -> int:
+        """How many tokens of each row may come until some move to the shadow, or the slots are full."""
+        state, capacity = self.state, self.settings.tail_capacity
+        rows = zip(state.row_lengths, state.row_shadow, state.row_kept, strict=True)
+        room = [(capacity if shadow else kept + 1) + shadow - length for length, shadow, kept in rows]
+        return min(*room, self.max_slots - state.length)
 
     def _movable(self, least: int) -> list[int]:
         """
@@ -73,6 +86,7 @@ class ShadowKVLayer(CompressedLayer):
 
     def check(self, call: AttentionCall, arrival: Arrival, is_step: bool) -> None:
         super().check(call, arrival, is_step)
+        self.num_query_heads, self.scaling = call.query.shape[1], call.logit_arguments["scaling"]
         if call.key.dtype not in KERNEL_DTYPES:
             raise NotImplementedError(
                 f"ShadowKVCache takes float16, bfloat16 and float32, not {call.key.dtype}: load the model in one."
@@ -96,30 +110,22 @@ class ShadowKVLayer(CompressedLayer):
             if self.state.must_evict:
                 self._absorb_turn(call, self.store.column_tokens())
             return output
-        arguments = call.logit_arguments
-        self._fetch(call.query, arguments["scaling"])
+        self.fetch(call.query)
         mask = self.store.in_use("positions") >= 0 if self.state.has_empty_slots else None
-        output = decode_attention(call.query, call.key, call.value, mask=mask, **arguments)[0], None
-        if self._move_tail(self.settings.tail_capacity):
-            self._fetch(call.query, arguments["scaling"])  # which may be attended to again
+        output = decode_attention(call.query, call.key, call.value, mask=mask, **call.logit_arguments)[0], None
+        if self.move_tail():
+            self.fetch(call.query)  # which may be attended to again
         return output
 
     @torch.no_grad()
-    def _fetch(self, query: torch.Tensor | None = None, scaling: float = 1.0) -> None:
+    def fetch(self, query: torch.Tensor | None = None) -> None:
         """
         Brings the chunks that a query `(batch, heads, 1, head_dim)` attends to most into the slots. Without a query
         the latest ones, which the next one is free to exchange.
         """
-        if not self.shadow.num_tokens:
-            return
-        state, sparse = self.state, self.store.sparse_slots
-        places = state.held_chunks.shape[-1]
-        wanted = self.shadow.latest(places) if query is None else self.shadow.select(query, scaling, places)
-        if min(state.row_sparse) < places:
-            is_beyond = torch.arange(places, device=self.device) >= self.store.per_row(state.row_sparse)
-            wanted = wanted.masked_fill(is_beyond, -1)
-        self.shadow.load(state.keys[:, :, sparse], state.values[:, :, sparse], state.held_chunks, wanted)
-        self._mark(sparse, state.held_chunks)
+        if self.shadow.num_tokens:
+            with torch.autocast(self.device.type, enabled=False):
+                ShadowStep(self).fetch(query)
 
     def _mark(self, slots: slice, chunks: torch.Tensor) -> None:
         """Slots of rows that have a shadow hold these chunks of it."""
@@ -133,16 +139,20 @@ class ShadowKVLayer(CompressedLayer):
     def _absorb_turn(self, call: AttentionCall, tokens: Tokens) -> None:
         """What follows several tokens: rows that have a shadow, or are too long now to be exact, take them into it."""
         if self.state.is_dense:
-            no_rotation = RotaryFrequencies(torch.zeros(0, device="cpu"))
-            self.shadow.begin(call.key, call.value, self.rotary_of(call.module) or no_rotation)
-            self.state.column_positions = None
+            self._begin_shadow(call.key, call.value, call.module)
             self._make_slots(call.key, call.value, 0)
         elif self.state.held_chunks.shape[-1] != max(self.state.row_sparse):
             self._make_slots(self.state.keys, self.state.values, self.store.outlier_slots.stop)
         first = self.shadow.num_tokens
         outside = call.key[:, :, first:], call.value[:, :, first:], tokens.positions[..., first:]
         self._arrange(*outside, self._movable(0), refit=True)
-        self._fetch(call.query[:, :, -1:], call.logit_arguments["scaling"])
+        self.fetch(call.query[:, :, -1:])
+
+    def _begin_shadow(self, key: torch.Tensor, value: torch.Tensor, module: torch.nn.Module) -> None:
+        """An empty shadow of a dense layer, which makes slots next."""
+        no_rotation = RotaryFrequencies(torch.zeros(0, device="cpu"))
+        self.shadow.begin(key, value, self.rotary_of(module) or no_rotation)
+        self.state.column_positions = None
 
     def _make_slots(self, key: torch.Tensor, value: torch.Tensor, num_kept: int) -> None:
         """Slots for the chunks that rows ask for, which hold none yet, and for the tail; the first ones are kept."""
@@ -154,11 +164,12 @@ class ShadowKVLayer(CompressedLayer):
         state.positions = pad(positions[..., :num_kept], (0, missing), value=-1)
 
     @torch.no_grad()
-    def _move_tail(self, least: int) -> bool:
+    def move_tail(self, least: int | None = None) -> bool:
         """
-        Moves tokens to the shadow, of rows with `least` outside of it and of exact rows whose slots are full.
-        Returns whether there are such rows; they do not hold yet what has moved.
+        Moves tokens to the shadow, of rows with `least` outside of it, by default as many as the tail has slots, and
+        of exact rows whose slots are full. Returns whether there are such rows; they do not hold yet what has moved.
         """
+        least = self.settings.tail_capacity if least is None else least
         moved = self._movable(least)
         if any(moved) or self.state.length == self.max_slots:
             self._arrange(*self.store.outside(), moved)
@@ -211,6 +222,49 @@ class ShadowKVLayer(CompressedLayer):
         is_outlier = (self.state.held_chunks[..., None] == self.state.outlier_chunks[..., None, :]).any(dim=-1)
         self._mark(self.store.sparse_slots, self.state.held_chunks.masked_fill_(is_outlier, -1))
 
+    # Steps of fixed shapes.
+
+    def may_fix(self, max_length: int | None = None) -> bool:
+        """
+        Needs a call of the model before, memory of the host that the device reads itself, and room there for all
+        values. Without `max_length` tensors get no room for later tokens: they grow as these come.
+        """
+        if not self.num_query_heads or self.module is None:
+            return False
+        host, layout = self.store.host, self.layout
+        has_kernels = self.device.type == "cuda" and kernels_of("triton_shadow", self.device) is not None
+        if self.device.type != "cpu" and (host.folder is not None or not has_kernels):
+            return False
+        shape = layout.batch_size, layout.kv_heads, self._num_movable_in(max_length), layout.value_dim
+        return host.has_room(shape, layout.value_dtype)
+
+    def fix(self, max_length: int | None = None, in_graph: bool = False) -> FixedStep:
+        if not in_graph:
+            return ShadowStep(self)
+        self.store.leave_inference_mode()
+        was_dense = self.state.is_dense
+        if was_dense:
+            self._open_slots()
+        self.shadow.reserve(self._num_movable_in(max_length))
+        return ShadowStep(self, in_graph, was_dense)
+
+    def _num_movable_in(self, max_length: int | None) -> int:
+        """How many tokens of a sequence of this length, by default of the one so far, move to the shadow."""
+        return self.settings.num_movable(self.get_seq_length() if max_length is None else max_length)
+
+    def _open_slots(self) -> None:
+        """Puts the tokens of a dense layer into slots, where rows are exact: in columns as they are, if these fit."""
+        state = self.state
+        key, value = self.store.in_use("keys"), self.store.in_use("values")
+        positions = self.store.column_tokens().positions
+        self._begin_shadow(key, value, self.module)
+        self._make_slots(key, value, 0)
+        if state.length < self.max_slots:
+            for tensor, columns in ((state.keys, key), (state.values, value), (state.positions, positions)):
+                tensor[:, :, : state.length] = columns
+        else:
+            self._arrange(key, value, positions, [0] * self.batch_size)
+
     # All that was seen: several tokens attend to it, and `crop` begins with it.
 
     def _behind_slots(self, seen: Tokens, slot_positions: torch.Tensor, num_new: int) -> Tokens:
@@ -231,6 +285,10 @@ class ShadowKVLayer(CompressedLayer):
                 f"{-tokens_to_remove - num_columns + self.state.num_croppable}."
             )
 
+    def crop(self, tokens_to_remove: int) -> None:
+        self.take_step(None)
+        super().crop(tokens_to_remove)
+
     def _crop_held(self, num_columns: int) -> None:
         self.state.num_croppable = max(self.state.num_croppable - num_columns, 0)
         if self.state.is_dense:
@@ -248,11 +306,12 @@ class ShadowKVLayer(CompressedLayer):
         goes = (positions >= self.state.next_position) | (positions < shadow)
         moved = self._movable(self.settings.tail_capacity)
         self._arrange(key, value, positions.masked_fill(goes, -1), moved)
-        self._fetch()
+        self.fetch()
 
     def compress(self) -> None:
-        if not self.state.is_dense and self._move_tail(least=0):
-            self._fetch()
+        self.take_step(None)
+        if not self.state.is_dense and self.move_tail(least=0):
+            self.fetch()
 
     def import_state(self, numbers: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         super().import_state(numbers, tensors)

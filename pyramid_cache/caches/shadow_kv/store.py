@@ -10,15 +10,14 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
-from pyramid_cache.caches.shadow_kv.host import HostPlace, HostValues, extended, join
-from pyramid_cache.caches.shadow_kv.landmarks import landmarks_of, lowest_cosines, probe_of
+from pyramid_cache.caches.shadow_kv.host import HostPlace, HostValues, extended, with_room
+from pyramid_cache.caches.shadow_kv.landmarks import landmarks_of, lowest_cosines
 from pyramid_cache.caches.shadow_kv.low_rank import add_keys
 from pyramid_cache.caches.shadow_kv.quantization import QUANTIZE, add_scaled, stored
 from pyramid_cache.caches.shadow_kv.settings import ShadowSettings
 from pyramid_cache.engine.rotation import RotaryFrequencies, export_frequencies
 from pyramid_cache.engine.state import LayerState, counts, number, row
 from pyramid_cache.engine.store import SlotStore
-from pyramid_cache.ops.shadow import plan_chunks, reconstruct_keys, select_chunks
 from pyramid_cache.ops.transfer import numbers_on
 
 
@@ -163,6 +162,27 @@ class Shadow:
         state.basis = joint.unflatten(2, (key.shape[1], key.shape[3])).transpose(1, 2).contiguous()
         state.factors = extended(state.factors, factors, state.row_shadow, counts)
 
+    def end(self) -> None:
+        """Undoes `begin`, as long as nothing has moved here."""
+        for name in {*self.state.names("row")} - {*LayerState().names("row")}:
+            setattr(self.state, name, None)
+        self.state.row_shadow, self.rotary, self.values = [], None, None  # type: ignore[assignment]
+
+    def reserve(self, num_tokens: int) -> None:
+        """
+        Room for so many tokens of each row, so that tensors stay where they are when tokens come. A rank that is a
+        share of the sum of squares is known only once there are keys.
+        """
+        state, num_chunks = self.state, num_tokens // self.settings.chunk_size
+        if not state.basis.shape[2]:
+            _, kv_heads, _, head_dim = state.basis.shape
+            rank = self.settings.rank
+            missing = min(rank, kv_heads * head_dim) if isinstance(rank, int) else 1
+            state.basis, state.factors = pad(state.basis, (0, 0, 0, missing)), pad(state.factors, (0, missing))
+        state.factors, state.landmarks = with_room(state.factors, num_tokens), with_room(state.landmarks, num_chunks)
+        state.is_selectable = pad(state.is_selectable, (0, state.landmarks.shape[2] - state.is_selectable.shape[2]))
+        self.values.reserve(num_tokens)
+
     def forget(self, rows: list[int]) -> None:
         """Empties these rows."""
         state = self.state
@@ -172,39 +192,12 @@ class Shadow:
             state.is_selectable[index] = False
             state.outlier_chunks[index], state.outlier_cosines[index] = -1, float("inf")
 
-    def select(self, query: torch.Tensor, scaling: float, num_chunks: int) -> torch.Tensor:
-        """
-        The chunks `(batch, kv_heads, num_chunks)` int64 that a query `(batch, heads, 1, head_dim)` attends to most, -1
-        for none.
-        """
-        state = self.state
-        probe = probe_of(query, self.num_bands)
-        if state.landmark_scales is not None:
-            group = query.shape[1] // state.landmarks.shape[1]
-            probe = (probe * state.landmark_scales.repeat_interleave(group, dim=1)).to(query.dtype)
-        landmarks, mask = state.landmarks[:, :, : self.num_chunks], state.is_selectable[..., : self.num_chunks]
-        return select_chunks(probe, landmarks, num_chunks=num_chunks, scaling=scaling, mask=mask)
-
     def latest(self, num_chunks: int) -> torch.Tensor:
         """The latest chunks `(batch, kv_heads, num_chunks)` int64 that are no outliers, -1 for none."""
         is_selectable = self.state.is_selectable[..., : self.num_chunks]
         chunks = torch.where(is_selectable, torch.arange(self.num_chunks, device=is_selectable.device), -1)
         chunks = chunks.sort(dim=-1, descending=True).values[..., :num_chunks]
         return pad(chunks, (0, num_chunks - chunks.shape[-1]), value=-1)
-
-    def load(self, keys: torch.Tensor, values: torch.Tensor, held: torch.Tensor, wanted: torch.Tensor) -> None:
-        """
-        Brings wanted chunks `(batch, kv_heads, places)` int64, -1 for none, into places, which hold the chunks `held`
-        `(batch, kv_heads, places)`. Writes to `held`, and to the places' keys and values `(batch, kv_heads, places *
-        chunk_size, head_dim)`.
-        """
-        size = self.settings.chunk_size
-        incoming = plan_chunks(held, wanted)
-        self.values.load(values, incoming, size)
-        frequencies, is_interleaved = self.rotary.inv_freq.to(keys.device), self.rotary.layout == "interleaved"
-        low_rank = keys, self.state.factors, self.state.basis, incoming, frequencies
-        reconstruct_keys(*low_rank, chunk_size=size, interleaved=is_interleaved)
-        join(keys.device)
 
     def everything(self, outlier_keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
@@ -314,6 +307,6 @@ class ShadowStore(SlotStore):
 
 
 def tokens_of(chunks: torch.Tensor, chunk_size: int) -> torch.Tensor:
-    """The tokens `(batch, kv_heads, chunks * chunk_size)` int32 of chunks, -1 for those of none."""
+    """The tokens `(batch, kv_heads, chunks * chunk_size)` int32 of chunks, -1 for those of none, which is -1."""
     tokens = chunks[..., None] * chunk_size + torch.arange(chunk_size, device=chunks.device)
-    return tokens.masked_fill(chunks[..., None] < 0, -1).flatten(2).int()
+    return tokens.clamp(min=-1).flatten(2).int()
