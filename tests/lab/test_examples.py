@@ -80,7 +80,7 @@ def test_chat_answers_as_a_cache_that_is_given_each_turn(tmp_path: Path) -> None
         assert answer.strip() == expected
         seen, kept, num_bytes = map(count, numbers)
         assert (seen, kept) == (len(ids) - 1, 48)  # the last token has not been read yet
-        assert 1 <= num_bytes / (48 * BYTES_PER_TOKEN) < 1.1  # positions beside keys and values
+        assert 1 <= num_bytes / (48 * BYTES_PER_TOKEN) < 1.12  # 49 slots, 4 sinks twice more, positions
         # An answer that was cut off is ended by the template.
         text = "\n" if ids[-1] == tokenizer.convert_tokens_to_ids(END) else f"{END}\n"
 

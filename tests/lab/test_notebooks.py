@@ -49,7 +49,7 @@ def check_quickstart(text: str) -> None:
 def check_compare_caches(text: str) -> None:
     held = counts(r"^(\w+Cache) +([\d,]+) bytes  (?:right|wrong):", text)
     assert len(held) == 8 and re.search(r"^DynamicCache .* right:", text, re.MULTILINE)
-    assert all(0.24 < count / held["DynamicCache"] < 0.3 for name, count in held.items() if name != "DynamicCache")
+    assert all(0.24 < count / held["DynamicCache"] < 0.32 for name, count in held.items() if name != "DynamicCache")
 
 
 def check_pyramid_shape_ablation(text: str) -> None:

@@ -86,7 +86,6 @@ class ShadowKVLayer(CompressedLayer):
 
     def check(self, call: AttentionCall, arrival: Arrival, is_step: bool) -> None:
         super().check(call, arrival, is_step)
-        self.num_query_heads, self.scaling = call.query.shape[1], call.logit_arguments["scaling"]
         if call.key.dtype not in KERNEL_DTYPES:
             raise NotImplementedError(
                 f"ShadowKVCache takes float16, bfloat16 and float32, not {call.key.dtype}: load the model in one."
@@ -98,12 +97,14 @@ class ShadowKVLayer(CompressedLayer):
             )
 
     def attend_prompt(self, call: AttentionCall, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self._remember(call)
         output = self.attend_recorded(call, tokens)
         if not self.state.is_dense or self.state.must_evict:
             self._absorb_turn(call, tokens)
         return output
 
     def attend_step(self, call: AttentionCall, longest: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self._remember(call)
         self.state.num_croppable += 1
         if self.state.is_dense:
             output = call.run()
@@ -116,6 +117,9 @@ class ShadowKVLayer(CompressedLayer):
         if self.move_tail():
             self.fetch(call.query)  # which may be attended to again
         return output
+
+    def _remember(self, call: AttentionCall) -> None:
+        self.num_query_heads, self.scaling = call.query.shape[1], call.logit_arguments["scaling"]
 
     @torch.no_grad()
     def fetch(self, query: torch.Tensor | None = None) -> None:
