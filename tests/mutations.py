@@ -133,11 +133,11 @@ tokens_to_remove = as_tokens_to_remove(tokens_to_remove)¶«self.release()→pas
 «self.release()→pass»¶self.require_whole()¶if any(
 «self.release()→pass»¶super().reorder_cache(
 memo: dict[int, Any]) -> "CompressedCache":¶«self.release()→pass»
-= engine/cache.py: test_compile | not_counted
-self.is_counted = self._is_whole = «False→True»
-= engine/cache.py: test_compile | user_compiles one_graph
-self._num_seen.add_(«1→0»)
-= engine/cache.py: test_compile | refused
+= engine/graph_steps.py: test_compile | not_counted
+self.is_counted = self.is_whole = «False→True»
+= engine/graph_steps.py: test_compile | user_compiles one_graph
+self.num_seen.add_(«1→0»)
+= engine/graph_steps.py: test_compile | refused
 checks.«check_fixed(step.layer, key, value)→check_attended(step.layer)»
 = engine/cache.py: test_compile | modes_that
 all(layer.can_fix« and not layer.record_past→» for layer
@@ -329,7 +329,6 @@ state.is_placed = «int(all(evicted))→1»
 torch.full_like(view.length, «view.state.base - base→base - view.state.base»))
 positions if state.base_position is None else positions« - state.base_position→»
 return state.base_position is not None« or rotary.long_inv_freq is not None→»
-(view.state.base_position is not None« or rotary.long_inv_freq is not None→»)
 masked_fill(is_sink, «MAX_TOKENS).argmin→-1).argmax»(dim=-1
 = caches/streaming_llm.py: test_compile | one_graph nothing_moves base
 angles = rotary.angles(self.from_base(state, evicted«→ - 1»))

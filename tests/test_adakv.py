@@ -187,7 +187,7 @@ def test_fixed_steps_are_other_steps(budget: float, unread_steps: None) -> None:
     read(0, 60)
     for num_steps in (4, 90):  # at first nothing is evicted from a prompt with a budget of 70
         caches[1].step()
-        steps = list(caches[1]._steps.values())
+        steps = list(caches[1]._graph.by_layer.values())
         addresses = [tensor.data_ptr() for step in steps for tensor in step.tensors().values()]
         assert {"keys", "keys packed", "starts packed"} <= steps[0].tensors().keys()
         start = caches[0].get_seq_length()
@@ -195,7 +195,7 @@ def test_fixed_steps_are_other_steps(budget: float, unread_steps: None) -> None:
             read(column, column + 1)
             caches[1].step()
             assert held_by_head(caches[0]) == held_by_head(caches[1])
-        assert steps == list(caches[1]._steps.values()) != []
+        assert steps == list(caches[1]._graph.by_layer.values()) != []
         assert addresses == [tensor.data_ptr() for step in steps for tensor in step.tensors().values()]
         caches[1].release()
         numbers = [each.compressed_layers[0].state.numbers() for each in caches]

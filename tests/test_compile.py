@@ -137,7 +137,7 @@ class Steps:
 def addresses(cache: Any) -> dict[str, int]:
     return {
         f"{index} {name}": tensor.data_ptr()
-        for index, step in cache._steps.items()
+        for index, step in cache._graph.by_layer.items()
         for name, tensor in step.tensors().items()
     }
 

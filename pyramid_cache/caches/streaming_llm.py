@@ -160,7 +160,7 @@ class StreamingLLMPolicy(Policy):
     def moves_new(self, view: LayerView) -> bool:
         """Whether keys have exact angles from `base`."""
         rotary = view.rotary
-        return rotary is not None and (view.state.base_position is not None or rotary.long_inv_freq is not None)
+        return rotary is not None and self.has_exact_angles(view.state, rotary)
 
     def reposition_new(
         self, view: LayerView, states: torch.Tensor, positions: torch.Tensor, longest: int | torch.Tensor

@@ -5,7 +5,7 @@ The base of all caches. It builds a cache layer for each decoder layer and answe
 import copy
 import os
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -14,12 +14,11 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from pyramid_cache.engine import attention, checks
 from pyramid_cache.engine.architectures import CACHE_ARGUMENT
 from pyramid_cache.engine.arguments import as_repeats, as_row_indices, as_tokens_to_remove, check_decoder_config
-from pyramid_cache.engine.attention import AttentionCall
 from pyramid_cache.engine.files import CacheType, load_cache, save_cache
 from pyramid_cache.engine.fingerprint import architecture_of
-from pyramid_cache.engine.fixed import FixedStep
 from pyramid_cache.engine.foreign import require_bounded, require_croppable
 from pyramid_cache.engine.generation import modes_of
+from pyramid_cache.engine.graph_steps import GraphSteps
 from pyramid_cache.engine.held import LayerPlace
 from pyramid_cache.engine.layer import CompressedLayer, OutsideOfGraph
 from pyramid_cache.engine.memory import memory_of, summary_of
@@ -86,10 +85,8 @@ class CompressedCache(Cache):
         with_attention = [index for index, layer in enumerate(layers) if isinstance(layer, CacheLayerMixin)]
         self._first, self._last = with_attention[0], with_attention[-1]
 
-        # The steps of fixed shapes by the index of the layer, once `step` has followed a forward pass.
-        self._steps: dict[int, FixedStep] = {}
-        # Whether all layers took the last of them, and whether `step` followed it.
-        self._is_whole = self.is_counted = True
+        # The steps of fixed shapes, once `step` has followed a forward pass.
+        self._graph: GraphSteps | None = None
         self._modes: tuple | None = None
         # Whether `generate` may compile: it asks `is_compileable` before it reads the prompt.
         self.offers_to_compile = False
@@ -104,12 +101,11 @@ class CompressedCache(Cache):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if self._steps and key_states.shape[2] == 1:
-            return self._update_fixed(key_states, value_states, layer_idx)
+        if self._graph is not None and key_states.shape[2] == 1:
+            return self._graph.update(key_states, value_states, layer_idx)
         if torch.compiler.is_dynamo_compiling():
             return self._update_outside(key_states, value_states, layer_idx)
-        if self._steps:
-            self.release()
+        self.release()
         layer = self._by_index[layer_idx] if type(layer_idx) is int and layer_idx in self._by_index else None
         if layer_idx == self._first:
             self._modes = modes_of(key_states.device.type) if type(key_states) is torch.Tensor else None
@@ -187,7 +183,7 @@ class CompressedCache(Cache):
     @property
     def is_compileable(self) -> bool:
         """Whether the next step has fixed shapes, as while a compiled `generate` runs. See `can_compile`."""
-        return len(self._steps) > 0 or self.offers_to_compile
+        return self._graph is not None or self.offers_to_compile
 
     def step(self, max_length: int | None = None) -> None:
         """
@@ -211,96 +207,40 @@ class CompressedCache(Cache):
 
     def advance(self, max_length: int | None) -> bool:
         """Does what `step` does, if it can. Returns whether it could."""
-        if not self.is_counted:
-            self._require_whole_step()
-            for step in self._steps.values():
-                step.count()
-                step.settle()
-            self.is_counted = True
-            if any(step.is_full for step in self._steps.values()):
+        graph = self._graph
+        if graph is not None and not graph.is_counted:
+            if not graph.count():
                 self.release()
             return True
-        if not self._steps and self.can_compile:
+        if graph is None and self.can_compile:
             self.require_whole()
             layers = self._by_index
             if all(layer.may_fix(max_length) and layer.takes_steps for layer in layers.values()):
-                self._fix(max_length)
-        return len(self._steps) > 0
+                self._graph = GraphSteps(layers, self.get_seq_length(), max_length)
+        return self._graph is not None
 
-    def _fix(self, max_length: int | None) -> None:
-        layers = self._by_index
-        self._steps = {index: layer.fix(max_length, in_graph=True) for index, layer in layers.items()}
-        self._num_seen = torch.tensor(self.get_seq_length(), device=layers[self._first].device)
-        for index, layer in layers.items():
-            layer.take_step(self._steps[index])
-        tensors = [tensor for step in self._steps.values() for tensor in step.tensors().values()]
-        for tensor in (self._num_seen, *self.frequencies.held_tensors(), *tensors):
-            torch._dynamo.mark_static_address(tensor, guard=False)
+    @property
+    def is_counted(self) -> bool:
+        """Whether `step` followed the last forward pass of fixed shapes."""
+        return self._graph is None or self._graph.is_counted
 
     def release(self) -> None:
         """Ends the steps of fixed shapes."""
-        if self._steps:
-            self._require_counted()
-            steps, self._steps = self._steps, {}
-            for step in steps.values():
-                step.release()
-                step.layer.take_step(None)
-
-    def _require_whole_step(self) -> None:
-        if not self._is_whole:
-            raise RuntimeError(
-                "The last step of fixed shapes broke off in some layer. Call `cache.reset()`, then read the whole "
-                "sequence again."
-            )
-
-    def _require_counted(self) -> None:
-        if not self.is_counted:
-            raise RuntimeError(
-                "Two steps of fixed shapes came one after the other. Call `cache.step()` after each forward pass, as "
-                "docs/compile.md shows; after an interrupted one, call `cache.reset()`."
-            )
-
-    def _update_fixed(
-        self, key: torch.Tensor, value: torch.Tensor, layer_idx: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        step = self._steps[layer_idx]
-        checks.check_fixed(step.layer, key, value)
-        if layer_idx == self._first:
-            self._require_counted()
-            self.is_counted = self._is_whole = False
-            self._num_seen.add_(1)
-        keys, values = step.update(key, value)
-        keys.cache_layer = FixedArrival(self, layer_idx)  # type: ignore[attr-defined]
-        return keys, values
-
-    def attend_fixed(self, layer_idx: int, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The attention of a step of fixed shapes. A call that the first layer refuses leaves no trace."""
-        step = self._steps[layer_idx]
-        try:
-            checks.check_call(step.layer, call, 1)
-            if not torch.compiler.is_dynamo_compiling():
-                checks.check_attentions()
-        except (ValueError, NotImplementedError):
-            step.take_back()
-            if layer_idx == self._first:
-                self.is_counted = True
-                self._num_seen.sub_(1)
-            raise
-        output = step.attend(call)
-        if layer_idx == self._last:
-            self._is_whole = True
-        return output
+        if self._graph is not None:
+            self._graph.require_counted()
+            graph, self._graph = self._graph, None
+            graph.release()
 
     def get_seq_length(self, layer_idx: int = 0) -> Any:
         """How many tokens the layer has seen, padding included; in a graph a tensor."""
-        if self._steps and torch.compiler.is_compiling():
-            return self._num_seen
+        if self._graph is not None and torch.compiler.is_compiling():
+            return self._graph.num_seen
         return super().get_seq_length(layer_idx)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """The length of the mask, and its offset."""
-        if self._steps and query_length == 1:
-            return self._steps[layer_idx].num_slots, 0
+        if self._graph is not None and query_length == 1:
+            return self._graph.by_layer[layer_idx].num_slots, 0
         return super().get_mask_sizes(query_length, layer_idx)
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -423,7 +363,7 @@ class CompressedCache(Cache):
 
     def reset(self) -> None:
         """Forgets everything, so that the cache can be used for another sequence, batch or model."""
-        self._steps, self._is_whole, self.is_counted = {}, True, True
+        self._graph = None
         self.masks.forget()
         self.frequencies.forget()
         for index, layer in enumerate(self.layers):
@@ -527,7 +467,7 @@ class CompressedCache(Cache):
 
     def held_tensors(self) -> list[torch.Tensor]:
         """The tensors that the cache refers to beside those of its layers."""
-        return [*self.masks.held_tensors(), *([self._num_seen] if self._steps else [])]
+        return [*self.masks.held_tensors(), *([] if self._graph is None else [self._graph.num_seen])]
 
     def memory(self) -> dict[str, dict[str, int]]:
         """
@@ -596,16 +536,6 @@ class CompressedCache(Cache):
         from pyramid_cache.plot.text import read_kept_text
 
         return read_kept_text(self, tokenizer, input_ids, row, attention_mask)
-
-
-class FixedArrival(NamedTuple):
-    """A token between `update` and the attention of a layer whose steps have fixed shapes."""
-
-    cache: CompressedCache
-    layer_idx: int
-
-    def attend(self, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return self.cache.attend_fixed(self.layer_idx, call)
 
 
 def config_and_model(source: Any) -> tuple[PreTrainedConfig, PreTrainedModel | None]:

@@ -92,7 +92,7 @@ def test_the_api_page_is_of_all_that_is_public() -> None:
         if not name.startswith("_") and (inspect.isroutine(member) or isinstance(member, property | classmethod))
     }
     inner = {"update", "require_whole", "is_croppable", "is_initialized", "compressed_layers"}
-    inner |= {"get_mask_sizes", "is_compileable", "release", "held_tensors", "advance", "attend_fixed"}
+    inner |= {"get_mask_sizes", "is_compileable", "release", "held_tensors", "advance", "is_counted"}
     assert public - members == inner
     assert members <= public
     page_of_ops = (DOCS / "ops.md").read_text()
