@@ -294,6 +294,18 @@ def test_other_kinds_of_attention_are_refused() -> None:
     check_refused("Start with several tokens", model_of("granite_swa"), num_tokens=1)
 
 
+def test_rounding_of_values_is_measured_by_values() -> None:
+    """A projection may sum the entries of equal rows in other orders: rows then differ by some eps of the values."""
+    model = build_model("llama")
+    for module in attention_modules(model):
+        module.k_proj.weight.data *= 0.01
+        module.v_proj.register_forward_hook(
+            lambda module, args, output: output * (1 + 1e-6 * torch.arange(output.shape[1])[:, None].remainder(2))
+        )
+    found = found_in(model)
+    assert len(found) == 3 and all(each is not None for each in found.values())
+
+
 def test_rotations_that_cannot_be_reproduced_are_refused() -> None:
     model = build_model("llama")
     module = attention_modules(model)[0]

@@ -1,4 +1,4 @@
-"""The decode steps of a whole cache while their shapes are fixed: those of its layers, and what holds them together."""
+"""The decode steps of a whole cache while their shapes are fixed: those of its layers, and what joins them."""
 
 from typing import Any, NamedTuple
 

@@ -16,6 +16,7 @@ import contextlib
 import copy
 import inspect
 import itertools
+import math
 import traceback
 from bisect import bisect
 from dataclasses import dataclass, replace
@@ -224,12 +225,15 @@ def _probe(calls: list[Call], device: torch.device) -> Finding:
     except Exception as error:
         raise rope_refusal(module, f"angles that could not be reproduced: {error!r}.") from error
 
-    # A turn rounds cosine, sine (float32 at most), two products and a sum: within a few eps of the largest entry.
-    largest = keys.abs().max().item()
-    tolerance = 8 * max(torch.finfo(keys.dtype).eps, torch.finfo(torch.float32).eps) * largest
+    # The projections sum in float32, in an order that may differ from row to row. A turn rounds cosine, sine (float32
+    # at most), two products and a sum. Each is within a few eps of the largest entry.
+    eps = torch.finfo(torch.float32).eps
+    largest, largest_value = keys.abs().max().item(), values.abs().max().item()
+    share = 8 * max(torch.finfo(keys.dtype).eps, eps) + eps * math.sqrt(states.shape[-1])
+    tolerance = share * largest
     if not 0 < largest < float("inf"):
         raise rope_refusal(module, f"what is unknown: they are all {largest}, load the weights first.")
-    if (values - values[:, :, :1]).abs().max() > tolerance:
+    if (values - values[:, :, :1]).abs().max() > share * largest_value:
         raise rope_refusal(module, "what is unknown: it caches latents (multi-head latent attention).")
     # Without a rotary module, the answer depends on the attention module alone.
     finding = Finding(None, *((ref(module), "") if rotary is None else rotary.place))
