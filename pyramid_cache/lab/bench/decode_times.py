@@ -225,7 +225,7 @@ class DecodeBench:
         num_steps, before = self.options.new_tokens, counters["stats"]["unique_graphs"]
         skips_before = counters["inductor"]["cudagraph_skips"]
         clock = BlockClock(self.device, num_steps)
-        settings = {"compile_config": self.compile_config} if decoded.is_compiled else {"disable_compile": True}
+        settings = {"compile_config": self.compile_config, "disable_compile": False} if decoded.is_compiled else {}
         with SkipReasons() as skips:
             num_tokens = WARM_UP_STEPS + num_steps + 1
             generate(self.model, reading.ids, reading.cache, num_tokens, stopwatch=clock, **settings)

@@ -120,7 +120,7 @@ def generate(
 ) -> tuple[torch.Tensor, Stopwatch]:
     """
     Decodes greedily from `(batch, tokens)` without padding. Returns all tokens, and when new ones were there. Settings
-    are those of `model.generate`.
+    are those of `model.generate`. Steps are not compiled: their times would hold the compilation.
     """
     stopwatch = stopwatch or Stopwatch(model.device, on_token)
     sequences = model.generate(
@@ -129,7 +129,7 @@ def generate(
         **{CACHE_ARGUMENT: cache},
         max_new_tokens=max_new_tokens,
         logits_processor=LogitsProcessorList([stopwatch]),
-        **settings,
+        **{"disable_compile": True, **settings},
     )
     return sequences, stopwatch
 
