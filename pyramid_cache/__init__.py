@@ -1,14 +1,18 @@
 """KV-cache compression for plain `model.generate`: `transformers.Cache` subclasses that keep what attention needs."""
 
-from pyramid_cache.caches.adakv.cache import AdaKVCache
+from pyramid_cache.caches.adakv import AdaKVCache
+from pyramid_cache.caches.critical_kv import CriticalKVCache, CriticalPolicy
+from pyramid_cache.caches.defensive_kv import DefensiveKVCache, LayerDefensiveKVCache
 from pyramid_cache.caches.expected_attention import ExpectedAttentionCache
 from pyramid_cache.caches.h2o import H2OCache
 from pyramid_cache.caches.keydiff import KeyDiffCache
 from pyramid_cache.caches.knorm import KnormCache
+from pyramid_cache.caches.kvzip import KVzipCache, KVzipPlusCache, ReplayTexts
 from pyramid_cache.caches.massive_activation.cache import MassiveActivationCache
 from pyramid_cache.caches.pyramid.cache import PyramidCache
 from pyramid_cache.caches.pyramidkv import PyramidKVCache
 from pyramid_cache.caches.rkv import RKVCache
+from pyramid_cache.caches.scissorhands import ScissorhandsCache
 from pyramid_cache.caches.shadow_kv.cache import ShadowKVCache
 from pyramid_cache.caches.snapkv import SnapKVCache
 from pyramid_cache.caches.streaming_llm import StreamingLLMCache
@@ -19,16 +23,24 @@ from pyramid_cache.engine.policy_cache import PolicyCache
 
 __all__ = [
     "AdaKVCache",
+    "CriticalKVCache",
+    "CriticalPolicy",
+    "DefensiveKVCache",
     "ExpectedAttentionCache",
     "H2OCache",
     "KeyDiffCache",
+    "KVzipCache",
+    "KVzipPlusCache",
     "KnormCache",
+    "LayerDefensiveKVCache",
     "MassiveActivationCache",
     "Policy",
     "PolicyCache",
     "PyramidCache",
     "PyramidKVCache",
     "RKVCache",
+    "ReplayTexts",
+    "ScissorhandsCache",
     "ShadowKVCache",
     "SnapKVCache",
     "StreamingLLMCache",

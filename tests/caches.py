@@ -4,18 +4,20 @@ A new cache is covered by one row here and, where it keeps tokens by a rule of i
 (for a `Policy` of the package a `ReferenceScore` there, which serves every test that needs a reference).
 """
 
+import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from pyramid_cache import AdaKVCache, PyramidCache, ShadowKVCache
+from pyramid_cache import AdaKVCache, DefensiveKVCache, KVzipPlusCache, PolicyCache, PyramidCache, ShadowKVCache
 from pyramid_cache.caches.shadow_kv.layer import ShadowKVLayer
 from pyramid_cache.engine.cache import CompressedCache
+from pyramid_cache.engine.policy_cache import CommonOptions, EvictionOptions
 from pyramid_cache.lab.registry import CACHES
 
 
@@ -33,6 +35,8 @@ class CacheCase:
             layer class have in common is tested on one of them.
         has_own_reference: Whether what it keeps is worked out in a test file of its own alone, because it depends on
             more than `HeldTokens` of reference.py.
+        always: Settings whatever the budget.
+        records: Whether tokens may be taken back, as assisted generation does.
     """
 
     short_name: str
@@ -42,6 +46,8 @@ class CacheCase:
     evicts: bool = True
     tier: str = "slow"
     has_own_reference: bool = False
+    always: dict[str, Any] = field(default_factory=dict)
+    records: bool = True
 
     @property
     def cache_class(self) -> type[CompressedCache]:
@@ -57,7 +63,7 @@ class CacheCase:
     @property
     def large(self) -> dict[str, Any]:
         """Settings under which nothing is evicted from prompts and answers of tests: as `DynamicCache`."""
-        return {"budget": 4096, **CACHES[self.short_name].settings}
+        return {"budget": 4096, **CACHES[self.short_name].settings, **self.always}
 
     def is_full(self, num_kept: list[int]) -> bool:
         """
@@ -74,26 +80,40 @@ class CacheCase:
         return self.cache_class is PyramidCache and self.from_model
 
     @property
+    def reads_again(self) -> bool:
+        """Whether prompts are read a second time, for which token ids are needed and no encoder."""
+        return self.cache_class is KVzipPlusCache
+
+    @property
     def has_one_graph(self) -> bool:
         """Whether `torch.compile` makes one graph of a decode step, because no size changes with it."""
         return self.is_bounded and self.tight.get("eviction_interval", 1) == 1
+
+    @property
+    def heads_compete(self) -> bool:
+        """Whether heads share what their layer holds, which then keep different numbers of tokens."""
+        return issubclass(self.cache_class, (AdaKVCache, DefensiveKVCache, KVzipPlusCache))
 
     def most_waits(self, num_layers: int, num_steps: int) -> int:
         """
         How often the host may ask the device for numbers in decode steps: never, but for heads that share a budget.
         How many tokens each of them keeps is asked once by each layer at each eviction.
         """
-        if self.cache_class is not AdaKVCache:
+        if not self.heads_compete:
             return 0
         return num_layers * (num_steps // self.tight["eviction_interval"] + 1)
 
     def build(self, model: PreTrainedModel, budget: str = "tight") -> CompressedCache:
         """A new cache for a model, `budget` being "large" or "tight"."""
-        return self.build_from(model if self.from_model else model.config, budget)
+        return self.make(model, getattr(self, budget))
+
+    def make(self, model: PreTrainedModel, settings: dict[str, Any]) -> CompressedCache:
+        """A new cache for a model with settings of one's own."""
+        return self.cache_class(model if self.from_model else model.config, **{**settings, **self.always})
 
     def build_from(self, source: PreTrainedConfig | PreTrainedModel, budget: str = "tight") -> CompressedCache:
         """A new cache from what the constructor is given."""
-        return self.cache_class(source, **getattr(self, budget))
+        return self.cache_class(source, **{**getattr(self, budget), **self.always})
 
 
 TWELVE = {"budget": 12}
@@ -107,6 +127,9 @@ CACHE_CASES = (
     CacheCase("streaming", TWELVE, tier="quick"),
     CacheCase("snapkv", BY_ATTENTION, tier="quick"),
     CacheCase("adakv", BY_ATTENTION, has_own_reference=True),
+    CacheCase("critical", BY_ATTENTION, has_own_reference=True),
+    CacheCase("defensive", BY_ATTENTION, has_own_reference=True),
+    CacheCase("layer-defensive", BY_ATTENTION, has_own_reference=True, records=False),
     CacheCase("pyramidkv", {**TWELVE, "window_size": 4, "beta": 3.0, "eviction_interval": 2}),
     CacheCase("tova", {**TWELVE, "eviction_interval": 1}),
     CacheCase("keydiff", {**TWELVE, "eviction_interval": 4}),
@@ -114,8 +137,23 @@ CACHE_CASES = (
     CacheCase("expected-attention", {**TWELVE, "eviction_interval": 3}, has_own_reference=True),
     CacheCase("massive", BY_ATTENTION, has_own_reference=True),
     CacheCase("rkv", {**BY_ATTENTION, "eviction_interval": 4}),
+    CacheCase(
+        "kvzip-plus",
+        {**TWELVE, "chunk_size": 16, "eviction_interval": 3},
+        from_model=True,
+        has_own_reference=True,
+        always={"texts": ((5, 6), (5, 7), (8,))},
+        records=False,
+    ),
+    CacheCase(
+        "scissorhands",
+        {**TWELVE, "window_size": 8, "num_recent": 3, "eviction_interval": 3},
+        has_own_reference=True,
+    ),
     CacheCase("shadow", {"budget": 4, **BY_CHUNKS}, is_bounded=False, evicts=False, has_own_reference=True),
 )
+RECORDING_CASES = tuple(case for case in CACHE_CASES if case.records)
+PLAIN_CASES = tuple(case for case in CACHE_CASES if not case.reads_again)
 QUICK_CASES = tuple(case for case in CACHE_CASES if case.tier == "quick")
 BUDGETS = ("large", "tight")
 
@@ -163,6 +201,18 @@ def pair_with_caches(
         if (place, case.name) in chosen or (place + column) % period == 0
     ]
     return pytest.mark.parametrize(f"{name}, case", parameters)
+
+
+OPTIONS = {name for each in (CommonOptions, EvictionOptions) for name in each.__annotations__}
+PASSED_ON = {name: each for name, each in inspect.signature(PolicyCache).parameters.items() if name in OPTIONS}
+
+
+def parameters_of(cache_class: type[CompressedCache]) -> dict[str, inspect.Parameter]:
+    """The arguments of a constructor by name, those included that it passes on as `**options`."""
+    own = dict(inspect.signature(cache_class).parameters)
+    if own.pop("options", None) is None:
+        return own
+    return own | {name: each for name, each in PASSED_ON.items() if name not in own}
 
 
 every_cache = parametrize_cases(CACHE_CASES)

@@ -53,7 +53,7 @@ differ = mask is not None and mask.shape[1] >« 1→ 9»
 = engine/store.py: test_remembering
 columns |= {name: getattr(self.state, name) for name in «self.state.own_slots→[]»}
 = engine/evicting.py: test_remembering
-state.resize_own_slots(«num_slots→0»)
+state.resize_own_slots(«view.key.shape[2]→0»)
 = engine/store.py: test_policies test_h2o | held victims hand
 moves = torch.arange(num_moves, device=is_kept.device) <«→=» is_kept_behind
 = engine/store.py: test_remembering
@@ -66,9 +66,36 @@ num_filled = «max→min»(self.state.row_held) if self.heads_keep
 setattr(self.state, name, tensor«.clone()→»)
 = engine/store.py: test_save_load
 setattr(self.state, name, «→None if name == "column_positions" else »tensors.get(name))
+= engine/sharing.py: test_protect | share
+num_own = max([1«, *protected[row : row + 1]→»])¶num_best
+if protected«→ and False»:
+= engine/protection.py: test_protect | hand forms may_take repeats other_rows
+return priority«.clamp(max=torch.finfo(priority.dtype).max)→».masked_fill
+tuple(sorted(«set(row)→row»)) for row
+return [] if rest else [span for «span in spans for _ in range(repeats)→_ in range(repeats) for span in spans»]
+*[«MAX_TOKENS→0»] * (longest
+= engine/evicting.py: test_protect | refus other_rows fit
+self.state.row_protected = [len(span) for span in spans«→[:1]»]
+checks.check_protected(self, «seen→self.state».row_lengths)
+«checks.check_protected(self, self.state.row_lengths)→pass»
+super().check_lengths(row_lengths)¶«checks.check_protected(self, row_lengths)→pass»
+= engine/fixed.py: test_protect | rank may_take
+if self.is_steady« and state.protected is None→»:
+= engine/checks.py: test_protect | fit
+if (least := «min→max»(kept)) < number:
+= engine/policy_cache.py: test_protect | forms
+given |= {"protect": plain_setting(spans)} if spans«→ and False» else {}
+= caches/streaming_llm.py: test_protect | at_once Streaming
+num_sinks, parsed = max(policy.num_sink_tokens«, num_protected→, 0»)
+if any(«len(span) != num_protected or →»span[num
+or span[num_protected - 1] >«= num→ 99 + num»_protected for
 = engine/sharing.py: test_layers_share
-numbers[row] = min(count // num_heads« + 1→», each.row
-num_best = sum((numbers[row]« - 1→») * num_heads
+// heads« + num_own→»).tolist()
+num_best = sum((numbers[row]« - num_own→») * num for
+numbers[row] = «min(count, before[row])→count»
+«if not must_evict:→if False:»  # the scores
+* min(self.left[row] / («num_layers * →»present), 1)
+most = min(max(count, own), «most→present»)
 = engine/state.py: test_properties test_recording | sequences
 result[:, :, length:] = «fill→0»
 setattr(self, name, «→tensor if name == "values" else »function(tensor))
@@ -254,20 +281,37 @@ layer.recurrent_states[i].«copy_(recurrent→zero_(»)
 if found is None or found.«digest == self.digest→module == self.module»:
 = plot/held.py: test_plot test_show
 shares[layer_idx, max(num_positions - num_latest, 0) «→+ 1 »:] = 1
-= caches/adakv/cache.py: test_adakv
+= caches/adakv.py: test_adakv
 kernel_size, «floor_ratio→0.2»)
-= caches/adakv/ragged_store.py: test_adakv
+= engine/ragged_store.py: test_adakv
 is_empty = offsets <«→=» -lengths
-= caches/adakv/ragged_step.py: test_adakv | fixed_steps
+= engine/ragged_step.py: test_adakv | fixed_steps
 num_more = 0 if num_packed == state.row_kept else «layer.eviction_interval - 1→0»
 mask = state.positions >= 0 if «self.in_graph→False» else None
 self.packed.starts.copy_(«store→self».packed.starts)
 store.clear_behind(«0→self.state.keys.shape[2]»)
 tensors = {name: tensor«[:num_packed]→» for name
-= caches/adakv/ragged_store.py: test_small_faults | padding_between
+= engine/ragged_store.py: test_small_faults | padding_between
 row_weights = row_weights.«repeat_interleave(kv_heads, dim=0)→repeat(kv_heads, 1)»
-= caches/adakv/ragged_store.py: test_small_faults
+= engine/ragged_store.py: test_small_faults
 torch.cat([parts[row] for row in «rows→sorted(rows)»])
+= caches/critical_kv.py: test_critical_kv | each_token
+.topk(min(num_new«→ - 1», view.positions.shape[-1])
+= caches/critical_kv.py: test_critical_kv | reference
+ordered = scores.gather(-1, «order→order.flip(-1)»)
+if view.ranking == "«head→»":
+return ((scores + «self.epsilon→0.1») * weigh_values(view)
+= caches/defensive_kv.py: test_defensive_kv | reference
+earlier.masked_fill(num_new >«=→» self.window_size, 0)
+positions < prompt.length[:, 0] - «self.window_size→1»)
+pooled *= given.sum(dim=-1, keepdim=True) / «pooled→given».sum(
+scores = (torch.maximum(scores, «means→0 * means») * weights)
+= caches/defensive_kv.py: test_defensive_kv | reference hand
+(ranks <«→=» view.num_kept - num_recent)
+view.positions.expand_as(given).argsort(dim=-1, descending=«True→False»)
+is_near = view.positions >= view.length - «2→1» * self.window_size
+= engine/evicting.py: test_critical_kv | refused_before
+if self.policy.weighs_values and «self.module is None→False»:
 = caches/expected_attention.py: test_expected_attention
 covariance = covariance + «(share * (1 - share))→share»[..., None] * between
 angles = rotary.angles(view.length «→- 1 »+ torch.arange
@@ -277,6 +321,15 @@ view.positions >«=→» view.length - view.state.num_recent
 directions = directions.masked_fill(«~view.is_token[..., None]→view.positions[..., None] < -1», 0)
 = caches/knorm.py: test_policies
 return -(torch.linalg.vector_norm(view.«key→value».float(), dim=-1)
+= caches/kvzip.py: test_kvzip
+always_stays = «(importance < 0) & →»view.is_recent
+view.is_recent(self.num_recent) | view.is_first(«NUM_SINK_TOKENS→0»)
+is_sink = (positions < NUM_SINK_TOKENS)« & (positions < starts[:, None, None])→»
+[gather_tokens(view.key[:, head : head + 1], indices), view.key[:, «head : head + 1→:1», num_held:]]
+is_before = torch.arange(num_queries, device=device) «<=→<» queries
+found.masked_fill((queries >«=→ 99 +» num_asking[:, None])
+self.ids.gather(1, is_token.int().argsort(dim=1, stable=True«)→, descending=True)»
+num_leading = «min(NUM_LEADING_TOKENS, self.chunk_size) if number else →»0
 = caches/massive_activation/cache.py: test_massive_activation | reference generated eight
 scores«.masked_fill(self.is_massive(view), float("inf"))→»
 latest = positions.argsort(dim=-1)[..., «-num_new:→:num_new»]
@@ -336,6 +389,26 @@ angles = rotary.angles(self.from_base(state, evicted«→ - 1»))
 state.shift.copy_(«evicted[..., None]→state.shift»)
 if min(state.row_lengths) <= «self.num_sink_tokens + 1→0»:
 return min(state.row_kept) > «self.num_sink_tokens→-1»
+= caches/scissorhands.py: test_scissorhands
+return (probabilities * «num_visible→9» >= 1).float()
+«view.is_recent(self.num_recent)→view.is_recent(1)»
+= engine/scoring.py: test_scissorhands
+measured = measure(probabilities«.mean→.amax»(dim=1), is_visible
+chunk = slice(start, min(start + rows_per_chunk«→ - 1», num_rows))
+measured = measured * row_weights[:, «chunk→:», None]
+slice(num_queries - num_rows + chunk.start, num_queries« - num_rows + chunk.stop→»)
+= engine/evicting.py: test_scissorhands
+return self.policy.measure(sums« / group→», num_visible) * group
+= engine/store.py: test_scissorhands
+return measure(sums, «(self.in_use("positions") >= 0).sum(dim=-1, keepdim=True)→self.state.next_position»)
+return measure(sums, «self.state.next_position→sums.shape[-1]»)
+= engine/fixed.py: test_scissorhands
+num_visible = call.num_keys if mask is None else «mask.sum(dim=-1, keepdim=True)→call.num_keys»
+= engine/ragged_store.py: test_scissorhands
+.view(len(self.head_lengths), -1, 1) + «num_latest→0»
+starts = self.starts[:: (len(self.starts) - 1) // «numbers.numel()→len(numbers)»]
+= engine/ragged_step.py: test_scissorhands
+num_latest = call.num_keys if mask is None else «mask.sum(dim=-1, keepdim=True)→call.num_keys»
 = caches/tova.py: test_policies
 view.attention«.masked_fill(view.positions >= view.length - 1, float("inf"))→»
 = ops/reference.py: ops/test_scores

@@ -51,6 +51,8 @@ class BareAttention(torch.nn.Module):
         self.config = config
         self.layer_idx = layer_idx
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        width = config.num_attention_heads * config.head_dim
+        self.o_proj = torch.nn.Linear(width, width)
         findings[self] = Finding(None)  # no forward runs that could be probed, and keys are not rotated
 
 

@@ -12,10 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, PreTrainedConfig
 
 from pyramid_cache import AdaKVCache, Policy, PolicyCache
-from pyramid_cache.caches.adakv.ragged_step import RaggedStep
-from pyramid_cache.caches.adakv.ragged_store import RaggedStore
 from pyramid_cache.engine.budget import Budget
 from pyramid_cache.engine.policy import ScoringView
+from pyramid_cache.engine.ragged_step import RaggedStep
 
 
 SETTINGS = {"window_size": 8, "kernel_size": 3, "eviction_interval": 5}
@@ -26,6 +25,8 @@ class LopsidedPolicy(Policy):
     """Even heads are worth less than odd ones, which hold many times their number of tokens then."""
 
     window_size: int = 8
+    ranking = "layer"
+    floor_ratio = 0.2
 
     def num_queries(self, prompt_length: int, budget: Budget, num_layers: int) -> int:
         """Other windows for rows of other lengths."""
@@ -35,9 +36,6 @@ class LopsidedPolicy(Policy):
         worth = torch.ones(view.key.shape[1])
         worth[::2] = 0.1
         return (view.attention * worth[:, None]).masked_fill(view.is_recent(2), float("inf"))
-
-    def build_store(self) -> RaggedStore:
-        return RaggedStore(self.state_class, floor_ratio=0.2)
 
 
 class LopsidedCache(PolicyCache):

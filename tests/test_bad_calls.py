@@ -4,7 +4,6 @@ user may do to a model is no bad call.
 """
 
 import copy
-import inspect
 import io
 import math
 import re
@@ -20,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from caches import CACHE_CASES, CacheCase, every_cache, parametrize_cases
+from caches import CACHE_CASES, PLAIN_CASES, RECORDING_CASES, CacheCase, every_cache, parameters_of, parametrize_cases
 from models import build_config, build_model, generate, left_pad, random_rows, random_tokens, tiny_model
 from reference import attention_implementation
 from transformers import Cache, DynamicCache, PreTrainedModel
@@ -64,14 +63,21 @@ IMPOSSIBLE: dict[str, list[Any]] = {
     "min_context_length": NO_COUNTS,
     "first_pruned_layer": [*NO_COUNTS, 3, 2],
     "window_size": NO_POSITIVE_COUNTS,
+    "num_recent": NO_POSITIVE_COUNTS,
     "kernel_size": [*NO_POSITIVE_COUNTS, 4],
     "eviction_interval": NO_POSITIVE_COUNTS,
+    "ranking": ["heads", "", 1, True, ("head",)],
+    "protect": [
+        *("12", b"12", {"tokens": 12}, True, np.bool_(True), 1.5, math.nan, -1, 2**31, int, torch.tensor(0.5)),
+        *([1.5], [0, -1], [True], [2**31 - 1], [[0], 1], [[0], [None]], torch.tensor([True]), np.array([0.5])),
+    ],
     "num_future_positions": NO_POSITIVE_COUNTS,
     "heavy_ratio": [*NO_SHARES, 1.0],
     "recent_ratio": [*NO_SHARES, 1.0],
     "decay_ratio": [*NO_SHARES, 0, 0.0],
     "prefill_depth": NO_SHARES,
     "floor_ratio": NO_SHARES,
+    "first_ratio": NO_SHARES,
     "importance_weight": NO_SHARES,
     "similarity_threshold": NO_SHARES,
     "distance_weight": [*NO_NUMBERS, 0, 0.0, -1.2, 1e300],
@@ -86,7 +92,7 @@ ALSO_IMPOSSIBLE: dict[tuple[type[CompressedCache], str], list[Any]] = {
     (StreamingLLMCache, "num_sink_tokens"): [12, 13],
 }
 # Two caches test their settings in files of their own.
-CLASSES = {case.cache_class for case in CACHE_CASES} - {MassiveActivationCache, ShadowKVCache}
+CLASSES = {case.cache_class for case in PLAIN_CASES} - {MassiveActivationCache, ShadowKVCache}
 every_class = pytest.mark.parametrize("cache_class", sorted(CLASSES, key=str))
 REQUIRED: dict[type[CompressedCache], dict[str, Any]] = {StreamingLLMCache: {"budget": 12}}
 
@@ -123,7 +129,7 @@ def test_impossible_settings(cache_class: type[CompressedCache]) -> None:
             f"(?=.*`{argument}\\b)(?=.*{shown(value)})",
             ValueError,
         )
-        for argument, parameter in list(inspect.signature(cache_class).parameters.items())[1:]
+        for argument, parameter in list(parameters_of(cache_class).items())[1:]
         for value in IMPOSSIBLE[argument] + ALSO_IMPOSSIBLE.get((cache_class, argument), [])
         if value is not None or parameter.default is not None
     ]
@@ -517,7 +523,7 @@ FATAL: Calls = {
 }
 
 
-@every_cache
+@parametrize_cases(PLAIN_CASES)
 def test_calls_that_change_nothing(case: CacheCase) -> None:
     """One cache goes through all of them, and then on as one that never saw them."""
     for on in ("fresh", "filled", "large", "padded"):
@@ -634,7 +640,7 @@ def test_generate_that_was_broken_off_can_be_taken_up_again(case: CacheCase) -> 
     assert torch.equal(model.generate(history, past_key_values=cache, max_new_tokens=5), whole)
 
 
-@every_cache
+@parametrize_cases(RECORDING_CASES)
 def test_assistants_that_are_refused(case: CacheCase) -> None:
     """transformers refuses after it has asked the cache to record: the next `generate` is a plain one again."""
     scenes = [scene_of(case, "filled") for _ in range(2)]

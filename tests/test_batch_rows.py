@@ -55,7 +55,7 @@ def test_a_budget_in_bytes_is_filled_and_kept(case: CacheCase) -> None:
     """With one token more in each layer of each row it would be exceeded."""
     model, budget = tiny_model("llama"), 60_000
     settings = {**case.tight, "budget": f"{budget}B"}
-    cache = case.cache_class(model if case.from_model else model.config, **settings)
+    cache = case.make(model, settings)
     # PyramidCache says that rows of different length, whose layers fall otherwise, may take some more.
     shortest = 60 if case.cache_class is PyramidCache else 55
     drive(model, cache, random_rows((60, 60, shortest)), 6 if case.is_bounded else 0)
@@ -162,7 +162,7 @@ def test_answers_that_end_apart_in_a_budget_that_evicts(case: CacheCase, budget:
     model = tiny_model("llama")
 
     def new_cache() -> Cache:
-        return case.cache_class(model if case.from_model else model.config, **case.tight | {"budget": budget})
+        return case.make(model, case.tight | {"budget": budget})
 
     cache = new_cache()
     try:

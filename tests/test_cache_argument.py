@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from caches import CacheCase, every_cache
+from caches import PLAIN_CASES, CacheCase, parametrize_cases
 from models import random_tokens, tiny_model
 from test_encoder_decoder import decoder_prompts, encoder_inputs, model_of
 from transformers import Cache, DynamicCache, EncoderDecoderCache, LlamaForCausalLM, PreTrainedModel
@@ -39,7 +39,7 @@ def assert_same_state(cache: Cache, other: Cache) -> None:
 
 
 @named_cache
-@every_cache
+@parametrize_cases(PLAIN_CASES)
 @torch.no_grad()
 def test_both_names(case: CacheCase) -> None:
     """Of `generate`, and of the model."""
@@ -69,7 +69,7 @@ def run_layers(model: PreTrainedModel, tokens: torch.Tensor, cache: Cache) -> to
     return decoder.norm(hidden_states)
 
 
-@every_cache
+@parametrize_cases(PLAIN_CASES)
 def test_layers_that_are_called_by_position(case: CacheCase) -> None:
     """With hooks too: those that prune hidden states, and those that look at them."""
     model = tiny_model("llama")

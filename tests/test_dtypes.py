@@ -4,7 +4,7 @@ import itertools
 from functools import cache as remember
 
 import torch
-from caches import BUDGETS, CacheCase, pair_with_caches
+from caches import BUDGETS, PLAIN_CASES, CacheCase, pair_with_caches
 from models import build_model, generate, left_pad, random_rows
 from transformers import DynamicCache, PreTrainedModel
 
@@ -54,7 +54,9 @@ def spoiled_embeddings(model: PreTrainedModel, value: float | None, column: int)
     return {"inputs_embeds": embeddings, "attention_mask": attention_mask}
 
 
-@pair_with_caches("spoilt", itertools.product([(NAN, 0), (INFINITY, 20), (NAN, -1)], BUDGETS, ["sdpa", "eager"]))
+@pair_with_caches(
+    "spoilt", itertools.product([(NAN, 0), (INFINITY, 20), (NAN, -1)], BUDGETS, ["sdpa", "eager"]), PLAIN_CASES
+)
 def test_a_spoiled_row_stays_alone(spoilt: tuple[tuple[float, int], str, str], case: CacheCase) -> None:
     """The other rows give the logits and hold the positions that they do beside a clean row."""
     (value, column), budget, attention = spoilt

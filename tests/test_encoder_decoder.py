@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from caches import CACHE_CASES, CacheCase, every_cache, shadow_within_reach
+from caches import CACHE_CASES, PLAIN_CASES, CacheCase, parametrize_cases, shadow_within_reach
 from models import COMMON, HYBRID, drive, random_tokens
 from reference import masks_of
 from test_architectures import run_masked
@@ -120,7 +120,7 @@ def turns_of(case: CacheCase, names: list[str]) -> list[str]:
     return names if case.tier == "slow" else names[CACHE_CASES.index(case) % 2 :: 2]
 
 
-@every_cache
+@parametrize_cases(PLAIN_CASES)
 def test_modes_of_generate(case: CacheCase) -> None:
     """A large budget gives the tokens of two `DynamicCache`. A tight one evicts, and the cache can be used again."""
     for turn, name in enumerate(turns_of(case, list(MODELS))):
@@ -163,7 +163,7 @@ def check_masked(name: str, cache: CompressedCache) -> None:
     torch.testing.assert_close(trace.logits, wanted[:, PROMPT_LENGTH - 1 :], atol=1e-4, rtol=0)
 
 
-@every_cache
+@parametrize_cases(PLAIN_CASES)
 def test_tight_budgets_are_the_masked_run(case: CacheCase) -> None:
     for name in turns_of(case, ["bart", "moonshine", "marian", "whisper"]):
         if not case.evicts:
@@ -186,7 +186,7 @@ def test_an_assistant_is_refused_and_leaves_no_recording_on() -> None:
     assert cache.self_attention_cache.num_kept_tokens() == [6, 6, 6]
 
 
-@every_cache
+@parametrize_cases(PLAIN_CASES)
 def test_refusals(case: CacheCase) -> None:
     """A cache alone would take the encoder's keys for the decoder's: transformers wraps only caches that it makes."""
     for name in ("bart", "whisper"):

@@ -1,5 +1,7 @@
-"""Policies whose layers share a budget: which layer keeps how much, and that nothing else changes."""
+"""Layers whose tokens compete for one budget: which layer and head keeps what, and that nothing else changes."""
 
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -8,7 +10,9 @@ from models import left_pad, random_rows, random_tokens, tiny_model
 from test_masked_dense import compare_with_masked_dense
 from transformers import DynamicCache
 
-from pyramid_cache import Policy, PolicyCache
+from pyramid_cache import H2OCache, Policy, PolicyCache, StreamingLLMCache, TOVACache
+from pyramid_cache.caches.keydiff import KeyDiffPolicy
+from pyramid_cache.caches.snapkv import SnapKVPolicy
 from pyramid_cache.engine.policy import ScoringView
 
 
@@ -17,65 +21,144 @@ class LargestValues(Policy):
     """The values of later layers are multiplied by `slope` for each layer, so that these layers keep more."""
 
     slope: float = 1.5
-    layers_share_budget: bool = True
+    ranking = "model"
 
     def score(self, view: ScoringView) -> torch.Tensor:
         return view.value.norm(dim=-1) * self.slope**view.layer_idx
 
 
-def test_a_layer_keeps_as_many_as_are_among_the_best_of_all() -> None:
-    """Against a ranking written as a loop: a token of each layer is its own, the others go to the best."""
+Scores = list[list[list[float]]]  # by layer, KV head and token
+
+
+def scores_of(row: torch.Tensor, slope: float) -> Scores:
+    model, dense = tiny_model("llama"), DynamicCache()
+    with torch.no_grad():
+        model(row[None], past_key_values=dense)
+    return [(layer.values[0].norm(dim=-1) * slope**index).tolist() for index, layer in enumerate(dense.layers)]
+
+
+def slow_shares(scores: Scores, budget: int) -> list[int]:
+    """A token of each head is its own, and the others go to the best of all."""
+    num_layers, kv_heads = len(scores), len(scores[0])
+    every = [(score, index) for index, heads in enumerate(scores) for tokens in heads for score in tokens]
+    best = [index for _, index in sorted(every, reverse=True)[: num_layers * (budget - 1) * kv_heads]]
+    return [min(best.count(index) // kv_heads + 1, len(scores[0][0])) for index in range(num_layers)]
+
+
+def slow_online_shares(scores: Scores, budget: int) -> list[int]:
+    """Each layer in turn keeps what is among the best so far, by the share of later tokens that is left."""
+    num_layers, kv_heads, num_tokens = len(scores), len(scores[0]), len(scores[0][0])
+    left, shares, seen = num_layers * budget, [], []
+    for index, heads in enumerate(scores):
+        own = [score for tokens in heads for score in tokens]
+        seen += own
+        later = num_layers - index - 1
+        wanted = left
+        if later:
+            threshold = sorted(seen, reverse=True)[int(len(seen) * left / ((later + 1) * num_tokens)) - 1]
+            wanted = max(sum(score >= threshold for score in own) // kv_heads, 1)
+        shares.append(min(wanted, left - later, num_tokens))
+        left -= shares[-1]
+    return shares
+
+
+def slow_positions(scores: list[list[float]], share: int) -> list[list[int]]:
+    """The best tokens of all heads of a layer, by head."""
+    every = [(score, head, place) for head, tokens in enumerate(scores) for place, score in enumerate(tokens)]
+    best = sorted(every, reverse=True)[: share * len(scores)]
+    return [sorted(place for _, head, place in best if head == own) for own in range(len(scores))]
+
+
+@pytest.mark.parametrize(("ranking", "slow"), [("model", slow_shares), ("model-online", slow_online_shares)])
+def test_what_each_layer_and_head_keeps(ranking: str, slow: Callable[[Scores, int], list[int]]) -> None:
+    """Against rankings written as loops, for rows of different length."""
     model, rows = tiny_model("llama"), random_rows((23, 40), seed=3)
-    dense, cache = DynamicCache(config=model.config), PolicyCache(model.config, 16, LargestValues())
-    input_ids, attention_mask = left_pad(rows)
-    for each in (dense, cache):
+    for slope in (1.5, 0.7):
+        cache = PolicyCache(model.config, 16, LargestValues(slope), ranking=ranking)
+        input_ids, attention_mask = left_pad(rows)
         with torch.no_grad():
             position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-            model(input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=each)
-    num_layers, kv_heads = len(dense.layers), dense.layers[0].values.shape[1]
-    kept = []
-    for row, tokens in enumerate(rows):
-        scores = []
-        for index, layer in enumerate(dense.layers):
-            norms = layer.values[row, :, -len(tokens) :].norm(dim=-1) * 1.5**index
-            scores += [(norm, index) for norm in norms.flatten().tolist()]
-        best = [index for _, index in sorted(scores, reverse=True)[: num_layers * 15 * kv_heads]]
-        kept.append([best.count(index) // kv_heads + 1 for index in range(num_layers)])
-    assert [layer.num_held_per_row for layer in cache.layers] == [list(numbers) for numbers in zip(*kept, strict=True)]
-    assert all(sum(numbers) <= 16 * num_layers and len(set(numbers)) > 1 for numbers in kept)
+            model(input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=cache)
+        for row, tokens in enumerate(rows):
+            scores = scores_of(tokens, slope)
+            shares = slow(scores, 16)
+            assert sum(shares) <= 16 * len(shares) and len(set(shares)) > 1
+            for index, share in enumerate(shares):
+                held = [[place for place in head if place >= 0] for head in cache.positions(index)[row].tolist()]
+                assert [sorted(head) for head in held] == slow_positions(scores[index], share)
+                assert cache.layers[index].num_held_per_row[row] == share
 
 
-def test_what_they_hold_is_attended_to_and_nothing_else() -> None:
+@pytest.mark.parametrize("ranking", ["layer", "model", "model-online"])
+def test_what_they_hold_is_attended_to_and_nothing_else(ranking: str) -> None:
     model = tiny_model("llama")
-    compare_with_masked_dense(model, PolicyCache(model.config, 12, LargestValues()), (23, 41, 32), [1] * 34)
-    compare_with_masked_dense(model, PolicyCache(model.config, 12, LargestValues()), (41, 41), [1, 9, 1, 13, 1])
+    for policy in (LargestValues(), SnapKVPolicy(4, 3), KeyDiffPolicy()):
+        for lengths, calls in (((23, 41, 32), [1] * 34), ((41, 41), [1, 9, 1, 13, 1])):
+            compare_with_masked_dense(model, PolicyCache(model.config, 12, policy, ranking=ranking), lengths, calls)
 
 
-def test_a_budget_that_holds_everything_evicts_nothing() -> None:
+@pytest.mark.parametrize("ranking", ["model", "model-online"])
+def test_a_budget_that_holds_everything_evicts_nothing(ranking: str) -> None:
     model, tokens = tiny_model("llama"), random_tokens(2, 30)
+    caches = DynamicCache(config=model.config), PolicyCache(model.config, 64, LargestValues(), ranking=ranking)
     answers = [
         model.generate(tokens, past_key_values=cache, max_new_tokens=9, do_sample=False, eos_token_id=None)
-        for cache in (DynamicCache(config=model.config), PolicyCache(model.config, 64, LargestValues()))
+        for cache in caches
     ]
     assert torch.equal(*answers)
 
 
-def test_later_turns_share_anew_and_steps_keep_to_their_layer() -> None:
+@pytest.mark.parametrize("ranking", ["model", "model-online"])
+def test_later_turns_share_anew_and_steps_keep_to_their_layer(ranking: str) -> None:
     model = tiny_model("llama")
-    cache = PolicyCache(model.config, 12, LargestValues(), eviction_interval=4)
+    cache = PolicyCache(model.config, 12, LargestValues(), eviction_interval=4, ranking=ranking)
     for num_new in (40, 1, 1, 17, *[1] * 20):
         with torch.no_grad():
             model(random_tokens(1, num_new), past_key_values=cache)
         row_kept = [layer.state.row_kept[0] for layer in cache.layers]
-        assert sum(row_kept) <= 12 * len(row_kept)
+        assert sum(row_kept) <= 12 * len(row_kept) and len(set(row_kept)) > 1
         assert all(held <= kept + 3 for held, kept in zip(cache.num_kept_tokens(), row_kept, strict=True))
     cache.compress()
     assert cache.num_kept_tokens() == row_kept
 
 
-def test_tokens_are_not_taken_back() -> None:
+def test_bytes_are_those_of_the_budget() -> None:
+    """Of a prompt, within 3 %: what layers lose by rounding is a few tokens."""
+    model, tokens = tiny_model("llama"), random_tokens(1, 800)
+    held = {}
+    for ranking in ("head", "layer", "model", "model-online"):
+        cache = PolicyCache(model.config, 0.25, LargestValues(1.2), ranking=ranking)
+        with torch.no_grad():
+            model(tokens, past_key_values=cache)
+        held[ranking] = cache.memory()["cpu"]["keys"]
+    assert all(0.97 * held["head"] <= num_bytes <= held["head"] for num_bytes in held.values()), held
+
+
+@pytest.mark.parametrize("ranking", ["model", "model-online"])
+def test_tokens_are_not_taken_back(ranking: str) -> None:
     model = tiny_model("llama")
-    cache = PolicyCache(model.config, 12, LargestValues())
-    with pytest.raises(NotImplementedError, match="layers_share_budget"):
+    cache = PolicyCache(model.config, 12, LargestValues(), ranking=ranking)
+    with pytest.raises(NotImplementedError, match='Use `ranking="layer"`'):
         model.generate(random_tokens(1, 9), past_key_values=cache, prompt_lookup_num_tokens=2, max_new_tokens=3)
     assert cache.get_seq_length() == 0
+
+
+def test_rankings_that_cannot_be_are_refused() -> None:
+    config = tiny_model("llama").config
+    with pytest.raises(ValueError, match="`ranking='heads'` is unknown"):
+        PolicyCache(config, 12, LargestValues(), ranking="heads")
+    for cache in (TOVACache, StreamingLLMCache):
+        with pytest.raises(ValueError, match="all heads keep the same tokens"):
+            PolicyCache(config, 12, cache(config, 12).policy, ranking="layer")
+    assert H2OCache(config, 12).policy.ranking == "head"
+
+
+def test_a_copy_goes_on_as_the_cache_does() -> None:
+    model = tiny_model("llama")
+    cache = PolicyCache(model.config, 12, LargestValues())
+    with torch.no_grad():
+        model(random_tokens(1, 40), past_key_values=cache)
+        twin = copy.deepcopy(cache)
+        for each in (cache, twin):
+            model(random_tokens(1, 9, seed=5), past_key_values=each)
+    assert all(torch.equal(cache.positions(index), twin.positions(index)) for index in range(len(cache.layers)))

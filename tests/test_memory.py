@@ -29,7 +29,7 @@ every_cache = parametrize_cases(QUICK_CASES)
 def build(case: CacheCase, model: PreTrainedModel, length: int) -> Cache:
     """A cache that keeps a quarter of a prompt of this length."""
     budget = length // 4 if case.cache_class is StreamingLLMCache else 0.25
-    return case.cache_class(model if case.from_model else model.config, **{**case.large, "budget": budget})
+    return case.make(model, {**case.large, "budget": budget})
 
 
 def reachable_tensors(root: object) -> Iterator[torch.Tensor]:

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from caches import CACHE_CASES, CacheCase, every_cache
+from caches import CACHE_CASES, RECORDING_CASES, CacheCase, parametrize_cases
 from models import Trace, build_model, drive, left_pad, random_rows, random_tokens, tiny_model
 from test_masked_dense import assert_is_masked_run
 from transformers import DynamicCache, PreTrainedModel
@@ -84,7 +84,7 @@ def assert_same_state(cache: CompressedCache, other: CompressedCache, tolerance:
     assert cache.get_seq_length() == other.get_seq_length()
 
 
-@every_cache
+@parametrize_cases(RECORDING_CASES)
 def test_what_stays_is_treated_as_if_it_had_come_alone(case: CacheCase, monkeypatch: pytest.MonkeyPatch) -> None:
     """
     In a model of one layer, whose keys depend on nothing but their tokens, the caches end up the same.
@@ -99,7 +99,7 @@ def test_what_stays_is_treated_as_if_it_had_come_alone(case: CacheCase, monkeypa
         assert_same_state(guessed, plain, 1e-5)
 
 
-@every_cache
+@parametrize_cases(RECORDING_CASES)
 @torch.no_grad()
 def test_all_that_was_recorded_can_be_taken_back(case: CacheCase) -> None:
     """Over several forward passes, and the very first tokens too."""
@@ -144,7 +144,7 @@ def test_what_was_scored_and_taken_back_has_no_part_in_a_choice(cache_class: typ
         assert cache.num_kept_tokens() == [60] * 3
 
 
-@every_cache
+@parametrize_cases(RECORDING_CASES)
 @torch.no_grad()
 def test_nothing_waits_longer_than_it_must(case: CacheCase) -> None:
     """`generate` never ends a recording that it began: the next one does, and so does `record_past = False`."""
@@ -173,7 +173,7 @@ def test_nothing_waits_longer_than_it_must(case: CacheCase) -> None:
     assert waiting.num_kept_tokens() == plain.num_kept_tokens() and waiting.nbytes < full
 
 
-@every_cache
+@parametrize_cases(RECORDING_CASES)
 @torch.no_grad()
 def test_rows_and_copies_carry_what_is_recorded(case: CacheCase) -> None:
     """Selecting rows before a crop is selecting them after it; a copy goes its own way."""

@@ -9,10 +9,8 @@ from models import left_pad, random_rows, random_tokens, tiny_model
 from transformers import PreTrainedConfig
 
 from pyramid_cache import Policy, PolicyCache
-from pyramid_cache.caches.adakv.ragged_store import RaggedStore
 from pyramid_cache.engine.policy import PromptView, ScoringView
 from pyramid_cache.engine.state import LayerState, slot
-from pyramid_cache.engine.store import SlotStore
 
 
 @dataclass(eq=False)
@@ -26,6 +24,7 @@ class Marks(LayerState):
 class SmallestKeys(Policy):
     ragged: bool = False
     state_class = Marks
+    floor_ratio = 0.2
 
     def observe(self, prompt: PromptView) -> None:
         num_new, marks = prompt.query.shape[2], prompt.remembered("marks")
@@ -38,9 +37,6 @@ class SmallestKeys(Policy):
         assert (view.remembered("marks").shape[2]) == view.key.shape[2]
         return -view.key.norm(dim=-1)
 
-    def build_store(self) -> SlotStore:
-        return RaggedStore(self.state_class, 0.2) if self.ragged else super().build_store()
-
 
 class SmallestKeysCache(PolicyCache):
     def __init__(
@@ -51,7 +47,9 @@ class SmallestKeysCache(PolicyCache):
         ragged: bool = False,
         eviction_interval: int = 4,
     ) -> None:
-        super().__init__(config, budget, SmallestKeys(ragged=ragged), eviction_interval=eviction_interval)
+        ranking = "layer" if ragged else "head"
+        policy = SmallestKeys(ragged=ragged)
+        super().__init__(config, budget, policy, eviction_interval=eviction_interval, ranking=ranking)
 
 
 def assert_marks(cache: PolicyCache, alone: set[int]) -> None:

@@ -17,6 +17,7 @@ from pyramid_cache import (
     KeyDiffCache,
     MassiveActivationCache,
     PyramidCache,
+    ScissorhandsCache,
     ShadowKVCache,
     SnapKVCache,
     StreamingLLMCache,
@@ -38,6 +39,7 @@ CACHES = (
     (StreamingLLMCache, {}),
     (PyramidCache, {}),
     (AdaKVCache, POLICY_SETTINGS),
+    (ScissorhandsCache, {"window_size": 4, "eviction_interval": 3}),
 )
 
 

@@ -4,13 +4,12 @@ At checkpoints neither the cache nor the process may hold more than before.
 """
 
 import gc
-import inspect
 import os
 from pathlib import Path
 
 import pytest
 import torch
-from caches import CACHE_CASES, CacheCase, parametrize_cases
+from caches import CACHE_CASES, CacheCase, parameters_of, parametrize_cases
 from models import build_model, left_pad, random_rows
 from test_properties import Run, Setup
 from transformers import LogitsProcessor
@@ -23,7 +22,7 @@ def soak(case: CacheCase, lengths: tuple[int, ...], checkpoints: list[int]) -> l
     tokens held at each fifth. Returns for each checkpoint the bytes of the cache, the living tensors and the bytes of
     the process.
     """
-    arguments = inspect.signature(case.cache_class).parameters.values()
+    arguments = parameters_of(case.cache_class).values()
     defaults = {one.name: one.default for one in arguments if one.default is not one.empty}
     setup = Setup(
         case.cache_class,

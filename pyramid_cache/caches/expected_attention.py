@@ -16,10 +16,11 @@ from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
+from typing_extensions import Unpack
 
 from pyramid_cache.engine.budget import read_count, read_number
 from pyramid_cache.engine.policy import Policy, PromptView, ScoringView, setting
-from pyramid_cache.engine.policy_cache import DEFAULT_EVICTION_INTERVAL, PolicyCache
+from pyramid_cache.engine.policy_cache import EvictionOptions, PolicyCache
 from pyramid_cache.engine.rotation import RotaryFrequencies, turned
 from pyramid_cache.engine.state import LayerState, number, row
 
@@ -180,7 +181,7 @@ class ExpectedAttentionCache(PolicyCache):
         num_sink_tokens: int = 4,
         use_covariance: bool = True,
         epsilon: float = 0.0,
-        eviction_interval: int = DEFAULT_EVICTION_INTERVAL,
+        **options: Unpack[EvictionOptions],
     ) -> None:
         policy = ExpectedAttentionPolicy(num_future_positions, num_sink_tokens, use_covariance, epsilon)
-        super().__init__(config, budget, policy, eviction_interval=eviction_interval)
+        super().__init__(config, budget, policy, **options)

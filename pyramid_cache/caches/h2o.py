@@ -13,10 +13,11 @@ from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
+from typing_extensions import Unpack
 
 from pyramid_cache.engine.budget import floor_of_product, read_number
 from pyramid_cache.engine.policy import Policy, ScoringView, setting
-from pyramid_cache.engine.policy_cache import PolicyCache
+from pyramid_cache.engine.policy_cache import CommonOptions, PolicyCache
 from pyramid_cache.engine.state import LayerState, row
 from pyramid_cache.ops.transfer import numbers_on
 
@@ -80,5 +81,6 @@ class H2OCache(PolicyCache):
         heavy_ratio: float = 0.5,
         *,
         eviction_interval: int = 1,
+        **options: Unpack[CommonOptions],
     ) -> None:
-        super().__init__(config, budget, H2OPolicy(heavy_ratio), eviction_interval=eviction_interval)
+        super().__init__(config, budget, H2OPolicy(heavy_ratio), eviction_interval=eviction_interval, **options)

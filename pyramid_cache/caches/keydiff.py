@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 from transformers import PreTrainedConfig, PreTrainedModel
+from typing_extensions import Unpack
 
 from pyramid_cache.engine.policy import Policy, ScoringView
-from pyramid_cache.engine.policy_cache import DEFAULT_EVICTION_INTERVAL, PolicyCache
+from pyramid_cache.engine.policy_cache import EvictionOptions, PolicyCache
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,6 @@ class KeyDiffCache(PolicyCache):
         self,
         config: PreTrainedConfig | PreTrainedModel,
         budget: float | int | str = 0.2,
-        *,
-        eviction_interval: int = DEFAULT_EVICTION_INTERVAL,
+        **options: Unpack[EvictionOptions],
     ) -> None:
-        super().__init__(config, budget, KeyDiffPolicy(), eviction_interval=eviction_interval)
+        super().__init__(config, budget, KeyDiffPolicy(), **options)

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
+from typing_extensions import Unpack
 
 from pyramid_cache.engine.policy import Policy, ScoringView
-from pyramid_cache.engine.policy_cache import DEFAULT_EVICTION_INTERVAL, PolicyCache
+from pyramid_cache.engine.policy_cache import EvictionOptions, PolicyCache
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,6 @@ class KnormCache(PolicyCache):
         self,
         config: PreTrainedConfig | PreTrainedModel,
         budget: float | int | str = 0.2,
-        *,
-        eviction_interval: int = DEFAULT_EVICTION_INTERVAL,
+        **options: Unpack[EvictionOptions],
     ) -> None:
-        super().__init__(config, budget, KnormPolicy(), eviction_interval=eviction_interval)
+        super().__init__(config, budget, KnormPolicy(), **options)

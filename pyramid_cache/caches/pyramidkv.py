@@ -14,11 +14,12 @@ budget allows it in all layers. Else all layers keep the same. The departures of
 from dataclasses import dataclass
 
 from transformers import PreTrainedConfig, PreTrainedModel
+from typing_extensions import Unpack
 
 from pyramid_cache.caches.snapkv import SnapKVPolicy
 from pyramid_cache.engine.budget import MAX_TOKENS, Budget, linear_decay, pyramid_schedule, read_number
 from pyramid_cache.engine.policy import setting
-from pyramid_cache.engine.policy_cache import DEFAULT_EVICTION_INTERVAL, PolicyCache
+from pyramid_cache.engine.policy_cache import EvictionOptions, PolicyCache
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class PyramidKVCache(PolicyCache):
         window_size: int = 64,
         kernel_size: int = 5,
         beta: float = 2.0,
-        eviction_interval: int = DEFAULT_EVICTION_INTERVAL,
+        **options: Unpack[EvictionOptions],
     ) -> None:
         policy = PyramidKVPolicy(window_size, kernel_size, beta)
-        super().__init__(config, budget, policy, eviction_interval=eviction_interval)
+        super().__init__(config, budget, policy, **options)

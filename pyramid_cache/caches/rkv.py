@@ -12,11 +12,12 @@ from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
+from typing_extensions import Unpack
 
 from pyramid_cache.caches.snapkv import SnapKVPolicy
 from pyramid_cache.engine.budget import read_count, read_number
 from pyramid_cache.engine.policy import ScoringView, kernel_setting, setting
-from pyramid_cache.engine.policy_cache import PolicyCache
+from pyramid_cache.engine.policy_cache import CommonOptions, PolicyCache
 from pyramid_cache.engine.selection import gather_tokens
 
 
@@ -104,6 +105,7 @@ class RKVCache(PolicyCache):
         importance_weight: float = 0.1,
         similarity_threshold: float = 0.5,
         eviction_interval: int = 128,
+        **options: Unpack[CommonOptions],
     ) -> None:
         policy = RKVPolicy(window_size, kernel_size, importance_weight, similarity_threshold)
-        super().__init__(config, budget, policy, eviction_interval=eviction_interval)
+        super().__init__(config, budget, policy, eviction_interval=eviction_interval, **options)

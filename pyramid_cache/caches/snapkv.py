@@ -14,10 +14,11 @@ from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
+from typing_extensions import Unpack
 
 from pyramid_cache.engine.budget import read_count
 from pyramid_cache.engine.policy import Policy, ScoringView, kernel_setting, setting
-from pyramid_cache.engine.policy_cache import DEFAULT_EVICTION_INTERVAL, PolicyCache
+from pyramid_cache.engine.policy_cache import EvictionOptions, PolicyCache
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class SnapKVCache(PolicyCache):
         *,
         window_size: int = 64,
         kernel_size: int = 5,
-        eviction_interval: int = DEFAULT_EVICTION_INTERVAL,
+        **options: Unpack[EvictionOptions],
     ) -> None:
         policy = SnapKVPolicy(window_size, kernel_size)
-        super().__init__(config, budget, policy, eviction_interval=eviction_interval)
+        super().__init__(config, budget, policy, **options)

@@ -11,14 +11,17 @@ by the number of evicted tokens (the *sink shift*). The scores are the same. As 
 forward pass attend to each other and to what the cache held before, and then the window is cut.
 """
 
-from dataclasses import dataclass
+import reprlib
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
+from typing_extensions import Unpack
 
 from pyramid_cache.engine.budget import MAX_TOKENS, parse_budget, read_count
 from pyramid_cache.engine.policy import LayerView, Policy, ScoringView, setting
-from pyramid_cache.engine.policy_cache import PolicyCache
+from pyramid_cache.engine.policy_cache import CommonOptions, PolicyCache
+from pyramid_cache.engine.protection import read_protect
 from pyramid_cache.engine.rotation import RotaryFrequencies, turned
 from pyramid_cache.engine.selection import gather_tokens
 from pyramid_cache.engine.state import LayerState, number, row
@@ -194,11 +197,13 @@ class StreamingLLMCache(PolicyCache):
     and one chunk. See `PolicyCache` for the other arguments and errors.
 
     Args:
-        num_sink_tokens (`int`, defaults to 4): Tokens kept from the start, as a part of the budget.
+        num_sink_tokens (`int`, defaults to 4): Tokens kept from the start, as a part of the budget. `protect=N` makes
+            them at least N.
         eviction_interval (`int`, defaults to 1): How many generated tokens wait for an eviction; 1 as in the paper.
 
     Raises:
         ValueError: For a budget without room beside the sinks.
+        NotImplementedError: For protected tokens that are not the first ones of each row.
 
     Example:
 
@@ -222,12 +227,22 @@ class StreamingLLMCache(PolicyCache):
         num_sink_tokens: int = 4,
         *,
         eviction_interval: int = 1,
+        **options: Unpack[CommonOptions],
     ) -> None:
-        policy = StreamingLLMPolicy(num_sink_tokens)
-        parsed = parse_budget(budget)
-        if parsed.kind == "tokens" and parsed.amount <= policy.num_sink_tokens:
-            raise ValueError(
-                f"`budget={budget}` includes the {num_sink_tokens} sink tokens and must exceed them: give at least "
-                f"{num_sink_tokens + 1}, or lower `num_sink_tokens`."
+        spans = read_protect(options.get("protect"))
+        num_protected = len(spans[0]) if spans else 0
+        if any(len(span) != num_protected or span[num_protected - 1] >= num_protected for span in spans):
+            raise NotImplementedError(
+                f"`protect={reprlib.repr(options['protect'])}`: StreamingLLMCache keeps the first tokens of each row, "
+                "as many in all rows, and no others. Give their number (`protect=N` or `num_sink_tokens=N`), or use "
+                "another cache."
             )
-        super().__init__(config, budget, policy, eviction_interval=eviction_interval)
+        policy = StreamingLLMPolicy(num_sink_tokens)
+        num_sinks, parsed = max(policy.num_sink_tokens, num_protected), parse_budget(budget)
+        if parsed.kind == "tokens" and parsed.amount <= num_sinks:
+            raise ValueError(
+                f"`budget={budget}` includes the {num_sinks} sink tokens and must exceed them: give at least "
+                f"{num_sinks + 1}, or lower `num_sink_tokens` or `protect`."
+            )
+        policy = replace(policy, num_sink_tokens=num_sinks)
+        super().__init__(config, budget, policy, eviction_interval=eviction_interval, **options)

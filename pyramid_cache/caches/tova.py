@@ -13,9 +13,10 @@ from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
+from typing_extensions import Unpack
 
 from pyramid_cache.engine.policy import Policy, ScoringView
-from pyramid_cache.engine.policy_cache import PolicyCache
+from pyramid_cache.engine.policy_cache import CommonOptions, PolicyCache
 
 
 @dataclass(frozen=True)
@@ -62,5 +63,6 @@ class TOVACache(PolicyCache):
         budget: float | int | str = 0.2,
         *,
         eviction_interval: int = 1,
+        **options: Unpack[CommonOptions],
     ) -> None:
-        super().__init__(config, budget, TOVAPolicy(), eviction_interval=eviction_interval)
+        super().__init__(config, budget, TOVAPolicy(), eviction_interval=eviction_interval, **options)

@@ -11,9 +11,10 @@ pass through the same method, so eager is served like sdpa and flash-attention.
 Nothing here refers to a cache.
 """
 
+import contextlib
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +40,19 @@ def is_asked_for(name: str) -> bool:
     """Whether the running forward pass collects "attentions" or "hidden_states": attention functions are not told."""
     collector = None if output_capturing is None else output_capturing._active_collector.get()
     return collector is not None and name in collector
+
+
+@contextlib.contextmanager
+def without_collectors() -> Iterator[None]:
+    """A forward pass within another one, whose attentions and hidden states are not the user's."""
+    if output_capturing is None:
+        yield
+        return
+    token = output_capturing._active_collector.set(None)
+    try:
+        yield
+    finally:
+        output_capturing._active_collector.reset(token)
 
 
 @dataclass(frozen=True)

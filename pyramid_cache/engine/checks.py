@@ -92,6 +92,31 @@ def refuse_steps(cache: "CompressedCache", max_length: int | None) -> NoReturn:
 # `attend`.
 
 
+def check_protected(layer: "EvictingLayer", row_lengths: list[int]) -> None:
+    """Raises unless every layer of the cache may keep the protected tokens of rows of these lengths."""
+    place, protected = layer.place, layer.state.row_protected
+    if not layer.protect or place.depth:  # one layer speaks for all
+        return
+    if not protected:
+        raise ValueError(
+            f"`protect` has positions for {len(layer.protect)} rows, but the model was given {layer.batch_size}. Give "
+            "one list for each row of the batch, or one for all."
+        )
+    for row, (number, length) in enumerate(zip(protected, row_lengths, strict=True)):
+        if layer.budget.is_unlimited or not length:
+            continue
+        kept = [
+            max(layer.policy.num_tokens(length, layer.token_budget, depth, place.num_layers), 1)
+            for depth in range(place.num_layers)
+        ]
+        if (least := min(kept)) < number:
+            kind = "" if place.num_layers == place.model_depth else " of those that evict"
+            raise ValueError(
+                f"Layer {kept.index(least)}{kind} keeps {least} of the {length} tokens of row {row}, but {number} are "
+                "protected. Raise `budget`, or protect fewer tokens (`protect`)."
+            )
+
+
 def check_module(layer: "CompressedLayer", module: torch.nn.Module) -> None:
     """Raises if a layer that no attention module has filled so far cannot serve this one."""
     if not getattr(module, "is_causal", True):
@@ -334,8 +359,7 @@ def check_crop(layer: "CompressedLayer", tokens_to_remove: int) -> None:
     if layer.pending.chunks and not any(layer.state.row_lengths):
         chunk, *later = layer.pending.chunks
         num_taken = min(max(num_columns - sum(each.num_columns for each in later), 0), chunk.num_columns)
-        for length in chunk.seen.without_last(num_taken).row_lengths:
-            layer.num_tokens_to_keep(length)  # a budget without room for so long a prompt says so
+        layer.check_lengths(chunk.seen.without_last(num_taken).row_lengths)
     check_settleable(layer)
 
 

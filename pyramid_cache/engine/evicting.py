@@ -1,12 +1,13 @@
 """The layer that keeps what a `Policy` scores highest: update, attend, observe, evict."""
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from pyramid_cache.engine import checks
 from pyramid_cache.engine.attention import AttentionCall
@@ -15,9 +16,14 @@ from pyramid_cache.engine.fixed import FixedStep
 from pyramid_cache.engine.held import LayerPlace
 from pyramid_cache.engine.layer import Arrival, CompressedLayer
 from pyramid_cache.engine.policy import LayerView, Policy, PromptView, ScoringView
+from pyramid_cache.engine.projection import find_projection
+from pyramid_cache.engine.protection import protected_first, protected_positions, spans_of_rows
+from pyramid_cache.engine.ragged_store import RaggedStore
 from pyramid_cache.engine.rotation import RotaryFrequencies
-from pyramid_cache.engine.sharing import SharedBudget, WaitingEviction
+from pyramid_cache.engine.scoring import sum_of_measures
+from pyramid_cache.engine.sharing import OnlineBudget, SharedBudget
 from pyramid_cache.engine.state import expanded, grown
+from pyramid_cache.engine.store import SlotStore
 from pyramid_cache.engine.tokens import MaskReader, Tokens
 from pyramid_cache.ops.reference import decode_probabilities
 
@@ -25,8 +31,8 @@ from pyramid_cache.ops.reference import decode_probabilities
 class EvictingLayer(CompressedLayer):
     """
     A layer of a `PolicyCache`. After a prompt it keeps the tokens of the highest scores. New tokens are stored behind
-    them. After `eviction_interval` new tokens all are scored, and those that stay move into the first slots.
-    `shared` is of a policy whose layers share a budget.
+    them. After `eviction_interval` new tokens all are scored, and those that stay move into the first slots. Layers
+    that share a budget have `shared` in common. `protect` is what `read_protect` gives.
     """
 
     budget: Budget
@@ -38,13 +44,22 @@ class EvictingLayer(CompressedLayer):
         budget: Budget,
         policy: Policy,
         eviction_interval: int,
-        shared: SharedBudget | None = None,
+        ranking: str = "head",
+        shared: SharedBudget | OnlineBudget | None = None,
+        protect: tuple[Sequence[int], ...] = (),
     ) -> None:
-        self.budget, self.policy = budget, policy
-        self.eviction_interval, self.shared = eviction_interval, shared
+        self.budget, self.policy, self.protect = budget, policy, protect
+        self.eviction_interval, self.ranking, self.shared = eviction_interval, ranking, shared
         self.score_label, self.needs_rotary = policy.score_label, policy.needs_rotary
-        super().__init__(place, masks, policy.build_store())
+        heads_compete = ranking != "head"
+        store = RaggedStore(policy.state_class, policy.floor_ratio) if heads_compete else SlotStore(policy.state_class)
+        super().__init__(place, masks, store)
         self.store.interval = eviction_interval
+
+    def _clear(self) -> None:
+        super()._clear()
+        # What watches tokens that are read again, and then forgotten.
+        self.replay: Any = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.layout = self.layout_of(key_states, value_states)
@@ -57,6 +72,9 @@ class EvictingLayer(CompressedLayer):
                 self.eviction_interval + self.policy.num_extra_slots,
             )
         super().lazy_initialization(key_states, value_states)
+        if self.protect and (spans := spans_of_rows(self.protect, self.batch_size)):  # else `_read` raises
+            self.state.row_protected = [len(span) for span in spans]
+            self.state.protected = protected_positions(spans, self.device)
 
     @property
     def token_budget(self) -> Budget:
@@ -67,7 +85,7 @@ class EvictingLayer(CompressedLayer):
     def bytes_per_token(self) -> int:
         """Keys, values and bookkeeping of one token of one row."""
         layout = self.layout
-        bookkeeping = 4 if self.policy.window_size == 0 else 8
+        bookkeeping = 4 * (1 + (self.policy.window_size != 0) + len(self.state.own_slots))
         return layout.kv_heads * (layout.key_dim + layout.value_dim) * layout.dtype.itemsize + bookkeeping * (
             1 if self.policy.heads_share_tokens else layout.kv_heads
         )
@@ -84,8 +102,14 @@ class EvictingLayer(CompressedLayer):
             for depth in depths
         )
 
+    def check(self, call: AttentionCall, arrival: Arrival, is_step: bool) -> None:
+        if self.policy.weighs_values and self.module is None:
+            find_projection(call.module, *call.value.shape[1::2])
+        super().check(call, arrival, is_step)
+
     def _read(self, call: AttentionCall, arrival: Arrival) -> Tokens:
         seen = super()._read(call, arrival)
+        checks.check_protected(self, seen.row_lengths)
         if self.policy.repositions:
             new = replace(seen, positions=seen.positions[..., -call.num_queries :])
             num_kept = max(map(self.num_tokens_to_keep, seen.row_lengths))
@@ -97,6 +121,18 @@ class EvictingLayer(CompressedLayer):
     def _crop_held(self, num_columns: int) -> None:
         super()._crop_held(num_columns)
         self.state.has_traces |= self.policy.window_size != 0 or type(self.policy).observe is not Policy.observe
+
+    def check_lengths(self, row_lengths: list[int]) -> None:
+        super().check_lengths(row_lengths)
+        checks.check_protected(self, row_lengths)
+
+    def _row_totals(self) -> list[int]:
+        """What all layers together keep of each row."""
+        num_tokens, depths = self.policy.num_tokens, range(self.place.num_layers)
+        return [
+            sum(max(num_tokens(length, self.token_budget, depth, len(depths)), 1) for depth in depths)
+            for length in self.state.row_lengths
+        ]
 
     def loses_tokens(self, seen: Tokens) -> bool:
         return not self.budget.is_unlimited and super().loses_tokens(seen)
@@ -127,6 +163,7 @@ class EvictingLayer(CompressedLayer):
             "length": self.state.next_position,
             "state": self.state,
             "layer_idx": self.place.layer_idx,
+            "find_module": partial(find_module, weakref.ref(self)),
             "find_rotary": partial(find_rotary, weakref.ref(self)),
             "longest": longest,
         }
@@ -140,7 +177,7 @@ class EvictingLayer(CompressedLayer):
         longest: int = 0,
     ) -> ScoringView:
         view = self._view(key, value, positions, longest)
-        return ScoringView(**view, num_kept=self.state.num_kept, attention=attention)
+        return ScoringView(**view, num_kept=self.state.num_kept, attention=attention, ranking=self.ranking)
 
     def view_of_slots(self) -> ScoringView:
         """A view of all slots, which stays right as long as their tensors stay where they are."""
@@ -169,12 +206,19 @@ class EvictingLayer(CompressedLayer):
         view = self._scoring_view(key, value, positions, attention, longest)
         scores = self._plainly(self.policy.score, view)
         checks.check_scores(self, scores, key)
+        scores = self.protected_scores(scores.float(), positions)
         has_gaps = self.state.is_dense or self.state.has_empty_slots or key.shape[2] != self.state.length
-        return scores.float().masked_fill(positions < 0, float("-inf")) if has_gaps else scores.float()
+        return scores.masked_fill(positions < 0, float("-inf")) if has_gaps else scores
+
+    def protected_scores(self, scores: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Float scores in which those of protected tokens are the highest."""
+        protected = self.state.protected
+        return scores if protected is None else protected_first(scores, positions, protected)
 
     # Several tokens.
 
     def _count_kept(self) -> None:
+        checks.check_protected(self, self.state.row_lengths)
         super()._count_kept()
         if self.policy.window_size:
             self.state.row_windows = [
@@ -190,34 +234,38 @@ class EvictingLayer(CompressedLayer):
         new = [(call.num_queries, longest)]
         was_dense = state.is_dense
         call = call if was_dense else self._repositioned(call, tokens, new)
-        output, attention = self._attend_and_score(call, tokens)
-        self._observe(call, tokens, longest)
+        view = self._prompt_view(call, tokens, longest)
+        output, attention = self._attend_and_score(call, tokens, view)
+        self._observe(view)
         if attention is not None and was_dense:
             state.attention = grown(attention, state.length, state.keys.shape[2], fill=0)
-        must_evict = not was_dense or state.must_evict or tokens.row_present != tokens.row_lengths
-        if must_evict or self.shared is not None:
-            call = self._repositioned(call, tokens, new) if was_dense else call
-            held = call.key, call.value, attention
+        held, shared = (call.key, call.value, attention), self.shared
+        if isinstance(shared, SharedBudget):
+            if not was_dense:  # all tokens go back into slots
+                any_order = torch.where(tokens.positions >= 0, 0.0, float("-inf"))
+                self.store.keep(*held, any_order, tokens, tokens.row_present)
+            shared.add(self, longest)
+        elif not was_dense or state.must_evict or tokens.row_present != tokens.row_lengths:
+            if was_dense:
+                call = self._repositioned(call, tokens, new)
+                held = call.key, call.value, attention
             priority = self._priority(*held, tokens.positions, longest)
-
-            def evict() -> None:
-                self.store.keep(*held, priority, tokens, state.row_kept)
-                self.reposition(longest)
-
-            if self.shared is None:
-                evict()
-            else:
-                self.shared.add(WaitingEviction(self, priority, tokens.row_present, must_evict, evict))
+            if shared is not None:
+                self.set_kept(shared.take(priority, tokens.row_present, self._row_totals(), state.row_protected))
+            self.store.keep(*held, priority, tokens, state.row_kept)
+            self.reposition(longest)
         return output
 
     def attend_recorded(self, call: AttentionCall, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor | None]:
         chunks = [(chunk.num_columns, chunk.longest) for chunk in self.pending.chunks]
-        return super().attend_recorded(
-            self._repositioned(call, tokens, [*chunks, (call.num_queries, max(tokens.row_lengths))]), tokens
-        )
+        longest = max(tokens.row_lengths)
+        call = self._repositioned(call, tokens, [*chunks, (call.num_queries, longest)])
+        if self.replay is not None:
+            self._plainly(self.replay.observe, self._prompt_view(call, tokens, longest))
+        return super().attend_recorded(call, tokens)
 
     def _attend_and_score(
-        self, call: AttentionCall, tokens: Tokens
+        self, call: AttentionCall, tokens: Tokens, view: PromptView
     ) -> tuple[tuple[torch.Tensor, torch.Tensor | None], torch.Tensor | None]:
         """The output of attention, and `ScoringView.attention` of all keys."""
         policy, state = self.policy, self.state
@@ -233,7 +281,12 @@ class EvictingLayer(CompressedLayer):
             share_left = 1 - (is_in_window.sum(dim=-1, keepdim=True) / window)[..., None]
             if policy.newest_weight != 1 or not tokens.is_ascending or len(set(state.row_windows)) > 1:
                 row_weights = (is_in_window * query_weights(ages, window, policy.newest_weight)).float()
-        output, sums = self.store.attend_several(call, tokens, num_rows, row_weights)
+        if policy.measure is None:
+            output, sums = self.store.attend_several(call, tokens, num_rows, row_weights)
+        else:
+            output, _ = self.store.attend_several(call, tokens)
+            given = {"num_rows": num_rows, "row_weights": row_weights, "measure": policy.measure}
+            sums = self._plainly(partial(sum_of_measures, **given), view)
         attention = self.mean_of(sums, call, None if policy.window_size is None else self.window())
         earlier = self.store.held_attention()
         if earlier is not None:
@@ -246,17 +299,24 @@ class EvictingLayer(CompressedLayer):
             sums = sums * (call.key.shape[1] / call.query.shape[1] / window)
         return sums.mean(dim=1, keepdim=True) if self.policy.heads_share_tokens else sums
 
-    def _observe(self, call: AttentionCall, tokens: Tokens, longest: int) -> None:
-        view = PromptView(
+    def _prompt_view(self, call: AttentionCall, tokens: Tokens, longest: int) -> PromptView:
+        return PromptView(
             **self._view(call.key, call.value, tokens.positions, longest),
             query=call.query,
             query_positions=tokens.positions[:, :1, -call.num_queries :],
-            scaling=call.logit_arguments["scaling"],
+            **call.logit_arguments,
         )
-        state, num_slots = self.state, call.num_keys
-        state.resize_own_slots(num_slots)
+
+    def measured(self, call: AttentionCall, sums: torch.Tensor, num_visible: int | torch.Tensor) -> torch.Tensor:
+        """Sums of the probabilities of one query over query groups, with the policy's `measure` of their mean."""
+        group = call.query.shape[1] // call.key.shape[1]
+        return self.policy.measure(sums / group, num_visible) * group
+
+    def _observe(self, view: PromptView) -> None:
+        state = self.state
+        state.resize_own_slots(view.key.shape[2])
         self._plainly(self.policy.observe, view)
-        checks.check_own_slots(self, call.key)
+        checks.check_own_slots(self, view.key)
         if state.is_dense:  # whose tensors have room for later tokens
             state.resize_own_slots(state.keys.shape[2])
 
@@ -279,6 +339,8 @@ class EvictingLayer(CompressedLayer):
                 call = self.repositioned_step(call, view, longest)
             output, sums = self.store.attend_step(call, scores)
         if sums is not None:
+            if self.policy.measure is not None:
+                sums = self.store.measured(sums, partial(self.measured, call))
             window = None if self.policy.window_size is None else self.window()
             self.store.add_attention(sums, window, lambda each, window: self.mean_of(each, call, window))
         self.evict_if_due(longest)
@@ -297,14 +359,24 @@ class EvictingLayer(CompressedLayer):
             return
         rows = zip(state.row_held, state.row_kept, is_due, strict=True)
         row_left = [min(held, kept) if due else held for held, kept, due in rows]
+        self.evict_to(row_left, self.priority_of_held(longest), longest)
+
+    def priority_of_held(self, longest: int) -> torch.Tensor:
+        """The priority `(batch, kv_heads or 1, slots)` of all tokens that the layer holds, as they are in slots."""
         self.store.unpack()
-        held = self.store.in_use("keys"), self.store.in_use("values"), self.store.in_use("attention")
-        if state.is_dense:
-            tokens = self.store.column_tokens()
-            self.store.keep(*held, self._priority(*held, tokens.positions, longest), tokens, row_left)
+        positions = self.store.column_tokens().positions if self.state.is_dense else self.store.in_use("positions")
+        return self._priority(*self._held(), positions, longest)
+
+    def evict_to(self, row_left: list[int], priority: torch.Tensor, longest: int) -> None:
+        """Keeps so many tokens of each row, by the `priority_of_held`."""
+        if self.state.is_dense:
+            self.store.keep(*self._held(), priority, self.store.column_tokens(), row_left)
         else:
-            self.store.evict(self._priority(*held, self.store.in_use("positions"), longest), row_left)
+            self.store.evict(priority, row_left)
         self.reposition(longest)
+
+    def _held(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        return self.store.in_use("keys"), self.store.in_use("values"), self.store.in_use("attention")
 
     def compress(self) -> None:
         state = self.state
@@ -357,8 +429,13 @@ class EvictingLayer(CompressedLayer):
         return replace(call, query=move(view, call.query, newest, longest))
 
 
+def find_module(layer: weakref.ref[EvictingLayer]) -> nn.Module:
+    """The attention module of a layer. A view does not hold on to its layer, which may hold on to the view."""
+    return layer().module
+
+
 def find_rotary(layer: weakref.ref[EvictingLayer]) -> RotaryFrequencies | None:
-    """How a layer rotates keys. A view does not hold on to its layer, which may hold on to the view."""
+    """How a layer rotates keys."""
     checks.check_rotary(layer())
     return layer().rotary_of(layer().module)
 

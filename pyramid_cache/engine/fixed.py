@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pyramid_cache.engine.attention import AttentionCall
-from pyramid_cache.engine.selection import gather_tokens
+from pyramid_cache.engine.selection import gather_tokens, lowest_token
 from pyramid_cache.engine.state import grown
 from pyramid_cache.ops.reference import decode_probabilities, weighted
 from pyramid_cache.ops.scores import decode_attention_unchecked
@@ -259,6 +259,9 @@ class SlotStep(FixedStep):
             attended, sums = attend_to_slots(call, mask, self.scores)
             output = attended, None
         if self.scores:
+            if layer.policy.measure is not None:
+                num_visible = call.num_keys if mask is None else mask.sum(dim=-1, keepdim=True)
+                sums = layer.measured(call, sums, num_visible)
             attention = state.attention[:, :, : call.num_keys]
             if self.window is not None:
                 attention.mul_(1 - 1 / self.window)
@@ -270,10 +273,11 @@ class SlotStep(FixedStep):
     def _evict_one(self) -> None:
         policy, state = self.layer.policy, self.state
         self.view.longest = state.next_position.amax() if self.in_graph else max(state.row_lengths)
-        if self.is_steady:
+        if self.is_steady and state.protected is None:
             slots = policy.first_to_go(self.view)
         else:
-            slots = self.store.next_to_free(policy.score(self.view).float())
+            scores = self.layer.protected_scores(policy.score(self.view).float(), state.positions)
+            slots = lowest_token(scores, state.positions) if self.is_steady else self.store.next_to_free(scores)
         if self.in_graph:
             put_tokens(state.positions, slots, state.positions.new_tensor(-1))
             state.free_slots.copy_(slots)

@@ -103,6 +103,11 @@ class CompressedLayer(StoredLayer):
         """Whether no layer of the cache evicts from rows of these lengths; all layers give the same answer."""
         return all(length <= self.num_tokens_to_keep(length) for length in row_lengths)
 
+    def check_lengths(self, row_lengths: list[int]) -> None:
+        """Raises if the budget has no room for prompts of these lengths."""
+        for length in row_lengths:
+            self.num_tokens_to_keep(length)
+
     # Steps of fixed shapes.
 
     # Whether the method has them.

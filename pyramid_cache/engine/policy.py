@@ -7,20 +7,23 @@ beams, later turns, files and the bound on memory. docs/write-a-policy.md builds
 """
 
 import functools
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
 from torch.nn import functional
 
 from pyramid_cache.engine.budget import Budget, read_kernel_size
+from pyramid_cache.engine.projection import projected_norms
+from pyramid_cache.engine.rope import running_calls
 from pyramid_cache.engine.rotation import RotaryFrequencies
-from pyramid_cache.engine.selection import lowest_token
-from pyramid_cache.engine.state import LayerState
-from pyramid_cache.engine.store import SlotStore
+from pyramid_cache.engine.selection import gather_tokens, lowest_token
+from pyramid_cache.engine.state import LayerState, grown
 from pyramid_cache.engine.tokens import Tokens
+from pyramid_cache.ops.reference import grouped_logits, softmax_of_logits
 
 
 @dataclass
@@ -37,6 +40,7 @@ class LayerView:
         layer_idx (`int`): Which layer of the model this is.
         find_rotary (`Callable`): Gives the rotary frequencies of the layer; see `rotary`.
         longest (`int`): The length of the longest row in the forward pass that the latest tokens are of.
+        find_module (`Callable`): Gives the attention module of the layer.
     """
 
     key: torch.Tensor
@@ -47,6 +51,7 @@ class LayerView:
     layer_idx: int
     find_rotary: Callable[[], RotaryFrequencies | None]
     longest: Any
+    find_module: Callable[[], Any] = field(default=lambda: None, kw_only=True)
 
     @functools.cached_property
     def rotary(self) -> RotaryFrequencies | None:
@@ -57,6 +62,21 @@ class LayerView:
         """A `slot()` field of the state `(batch, kv_heads or 1, tokens)` in the order of the keys; None if not set."""
         tensor = getattr(self.state, name)
         return None if tensor is None else tensor[:, :, : self.key.shape[2]]
+
+    def remember(self, name: str, tensor: torch.Tensor) -> None:
+        """Sets a `slot()` field of the state to a tensor `(batch, kv_heads or 1, tokens)` in the order of the keys."""
+        state = self.state
+        setattr(
+            state, name, grown(tensor, tensor.shape[2], max(state.keys.shape[2], tensor.shape[2]), state.fill_of(name))
+        )
+
+    def projected_value_norms(self, order: int, tokens: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        `(batch, heads, tokens)` float32: the norms `‖v W_O‖` of order 1 or 2 for each query head, of all tokens or of
+        those at `tokens` `(batch, kv_heads or 1, chosen)`. NotImplementedError if the output projection is not known.
+        """
+        value = self.value if tokens is None else gather_tokens(self.value, tokens)
+        return projected_norms(self.find_module(), value, order)
 
     @property
     def is_token(self) -> torch.Tensor:
@@ -75,11 +95,14 @@ class ScoringView(LayerView):
             the last `window_size` queries attended to each token, over the query heads of a KV head. A generated
             token scales it by `1 - 1 / window_size`, and adds its own attention times `1 / window_size`. If heads
             share tokens, it is the mean over all heads, `(batch, 1, tokens)`. If `window_size` is None, it is the sum
-            over all queries and over the query heads of a KV head. None if `window_size` is 0.
+            over all queries and over the query heads of a KV head. None if `window_size` is 0. A policy with a
+            `measure` gets the mean or the sum of what it makes of each query's probabilities.
+        ranking (`str`): Which tokens compete; see `PolicyCache`.
     """
 
     num_kept: torch.Tensor
     attention: torch.Tensor | None
+    ranking: str = "head"
 
     def is_recent(self, num_recent: int | torch.Tensor) -> torch.Tensor:
         """
@@ -121,11 +144,48 @@ class PromptView(LayerView):
         query (`torch.Tensor`): `(batch, heads, queries, head_dim)`, the queries of the new tokens, with RoPE.
         query_positions (`torch.Tensor`): `(batch, 1, queries)` int32, -1 for padding.
         scaling (`float`): The factor of attention on its logits.
+        softcap (`float`, *optional*): Logits become `softcap * tanh(logits / softcap)`, as in Gemma 2.
+        sink_logits (`torch.Tensor`, *optional*): `(heads,)` learned attention sinks, as in gpt-oss.
     """
 
     query: torch.Tensor
     query_positions: torch.Tensor
     scaling: float
+    softcap: float | None
+    sink_logits: torch.Tensor | None
+
+    def remember(self, name: str, tensor: torch.Tensor) -> None:
+        setattr(self.state, name, tensor)  # the layer makes room for later tokens
+
+    def window_attention(self, num_queries: int) -> Iterator[torch.Tensor]:
+        """
+        The attention of the last queries, for each KV head in turn: `(batch, group, queries, tokens)` float32, the
+        probabilities of each query head of the group. Rows of padding are 0. No more than one KV head's are held.
+        """
+        queries = slice(max(self.query.shape[2] - num_queries, 0), None)
+        for head in range(self.key.shape[1]):
+            yield self.head_attention(head, queries)[0]
+
+    def head_attention(self, head: int, queries: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        The attention of some queries to the keys of one KV head, `(batch, group, queries, tokens)` float32, and which
+        of them each query sees, `(batch, queries, tokens)` bool.
+        """
+        group = self.query.shape[1] // self.key.shape[1]
+        members = slice(head * group, (head + 1) * group)
+        key = self.key[:, head : head + 1].float()
+        logits = grouped_logits(self.query[:, members, queries].float(), key, self.scaling, self.softcap)
+        rows = self.query_positions[:, 0, queries, None]
+        columns = self.positions[:, head if self.positions.shape[1] > 1 else 0, None]
+        is_visible = (columns >= 0) & (columns <= rows)
+        sinks = None if self.sink_logits is None else self.sink_logits[members]
+        return softmax_of_logits(logits, is_visible[:, None, None], sinks)[:, 0], is_visible
+
+    def hidden_norms(self) -> torch.Tensor:
+        """`(batch, queries)` float32: the Euclidean norms of the hidden states that the attention layer is given."""
+        module, given = running_calls(self.find_module())[0]
+        name = next(iter(inspect.signature(module.forward).parameters))
+        return given[name].float().norm(dim=-1)
 
     def unrotated_query(self) -> torch.Tensor:
         """The queries `(batch, heads, queries, head_dim)` without RoPE."""
@@ -153,21 +213,32 @@ class Policy(ABC):
         window_size (`int` or None): How many of the last queries `ScoringView.attention` is the mean of; 0 for a
             method that does not look at attention, None for the sum over all queries.
         newest_weight (`float`): How much more the newest query of the window counts than the oldest.
+        measure (`Callable`, *optional*): Called as `measure(probabilities, num_visible)`. It turns the probabilities
+            of a query, means over the query heads of a KV head, into what `ScoringView.attention` is the mean of. It
+            works on each number alone, returns float32, and 0 for 0. `num_visible` is how many keys the query sees: a
+            number, or a tensor that broadcasts. By default probabilities count as they are.
         heads_share_tokens (`bool`): Whether all heads of a layer keep the same tokens.
-        layers_share_budget (`bool`): Whether the tokens of all layers compete, so that a layer keeps as many as are
-            among the best of all. Scores must then compare between layers.
+        ranking (`str`): Which tokens compete; see `PolicyCache`. Scores must compare between those that do.
+        floor_ratio (`float`): Where heads compete, each keeps at least its own best tokens, this share of the mean.
+        waits (`bool`): Whether tokens stay until the cache settles all layers, which it does after each prompt.
         reads_counts (`bool`): Whether `score` reads numbers of the state that the host counts. With an eviction
             interval of 1, steps of such a policy are not compiled.
         needs_rotary (`bool`): Whether the policy asks its views how keys are rotated.
+        weighs_values (`bool`): Whether the policy asks its views for `projected_value_norms`. Models whose output
+            projection is not known are refused then.
         state_class (`type`): What a layer remembers: `LayerState`, or a dataclass derived from it with more fields.
     """
 
     window_size: int | None = 0
     newest_weight: float = 1.0
+    measure: Callable[..., torch.Tensor] | None = None
     heads_share_tokens: bool = False
-    layers_share_budget: bool = False
+    ranking: str = "head"
+    floor_ratio: float = 0.0
+    waits: bool = False
     reads_counts: bool = False
     needs_rotary: bool = False
+    weighs_values: bool = False
     state_class: type[LayerState] = LayerState
 
     def __post_init__(self) -> None:
@@ -215,9 +286,10 @@ class Policy(ABC):
     def prepare(self, state: Any) -> None:  # noqa: B027
         """Sets fields of `state` that follow from its `row_lengths` and `row_kept`, when these are counted anew."""
 
-    def build_store(self) -> SlotStore:
-        """The store of a layer."""
-        return SlotStore(self.state_class)
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the constructor of a cache calls the fields, by name, for files."""
+        return asdict(self) if is_dataclass(self) else {}
 
     # Methods that attend at other positions than the model's.
 

@@ -1,7 +1,7 @@
 """The cache that keeps what a `Policy` scores highest."""
 
-import dataclasses
-from typing import Any
+import inspect
+from typing import Any, TypedDict
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -12,11 +12,26 @@ from pyramid_cache.engine.cache import CompressedCache, config_and_model
 from pyramid_cache.engine.evicting import EvictingLayer
 from pyramid_cache.engine.held import LayerPlace
 from pyramid_cache.engine.policy import Policy
-from pyramid_cache.engine.sharing import SharedBudget
+from pyramid_cache.engine.protection import Protect, plain_setting, read_protect
+from pyramid_cache.engine.sharing import OnlineBudget, SharedBudget
 from pyramid_cache.engine.tokens import MaskReader
 
 
 DEFAULT_EVICTION_INTERVAL = 32
+RANKINGS = ("head", "layer", "model", "model-online")
+
+
+class CommonOptions(TypedDict, total=False):
+    """Arguments that all caches pass on to `PolicyCache`, which explains them."""
+
+    ranking: str | None
+    protect: Protect
+
+
+class EvictionOptions(CommonOptions, total=False):
+    """These, of caches with the default interval."""
+
+    eviction_interval: int
 
 
 class PolicyCache(CompressedCache):
@@ -34,10 +49,20 @@ class PolicyCache(CompressedCache):
         policy (`Policy`): Scores the tokens.
         eviction_interval (`int`, defaults to 32): How many generated tokens wait for an eviction. Larger values take
             more memory and less time.
+        ranking (`str`, *optional*): Which tokens compete for the budget: those of each "head", of all heads of a
+            "layer", or of all heads of all layers of the "model". By default what the policy says. Where heads
+            compete, a layer holds as many tokens in all, and each head those of its own that are among the best. With
+            "model", a prompt stays whole until the last layer has read it. With "model-online", each layer evicts
+            when it has read it, by a threshold from the layers below. While an answer grows, each layer keeps its
+            share.
+        protect (`int`, `Sequence` or `torch.Tensor`, *optional*): Tokens that are never evicted, as a part of the
+            budget: how many at the start of each row, a list of positions (padding not counted), or a list of such
+            lists, one for each row of the batch. More of them leave less room for the others.
         masks (`MaskReader`, *optional*): Tells tokens from padding, for a method that has a reader of its own.
 
     Raises:
-        ValueError: For an argument outside its range, or a model that cannot be compressed.
+        ValueError: For an argument outside its range, or a model that cannot be compressed. At a forward pass and at
+            `compress`, if a layer would keep fewer tokens than are protected.
         NotImplementedError: For a policy that needs to know how keys are rotated, and a model whose RoPE depends on
             the length (dynamic NTK) or has several axes; at the first forward pass where the config does not tell.
 
@@ -72,6 +97,8 @@ class PolicyCache(CompressedCache):
         policy: Policy,
         *,
         eviction_interval: int = DEFAULT_EVICTION_INTERVAL,
+        ranking: str | None = None,
+        protect: Protect = None,
         masks: MaskReader | None = None,
     ) -> None:
         config, _ = config_and_model(config)
@@ -80,19 +107,32 @@ class PolicyCache(CompressedCache):
         if not isinstance(policy, Policy):
             raise ValueError(f"`policy={policy!r}` must be an instance of a class that derives from Policy.")
         eviction_interval = read_count("eviction_interval", eviction_interval, least=1)
+        ranking = read_ranking(ranking, policy)
+        spans = read_protect(protect)
+        num_protected = max(map(len, spans), default=0)
+        if parsed_budget.kind == "tokens" and num_protected > parsed_budget.amount:
+            raise ValueError(
+                f"`budget={budget}` has no room for the {num_protected} tokens of `protect`, which count in it. Raise "
+                "`budget`, or protect fewer tokens."
+            )
         self.policy = policy
-        self.shared: SharedBudget | None = None
+        self.shared: SharedBudget | OnlineBudget | None = None
 
         def build_layer(place: LayerPlace, masks: MaskReader) -> EvictingLayer:
-            if policy.layers_share_budget and self.shared is None:
-                self.shared = SharedBudget(place.num_layers)
-            return EvictingLayer(place, masks, parsed_budget, policy, eviction_interval, self.shared)
+            if self.shared is None:
+                self.shared = shared_budget(ranking, policy, place.num_layers)
+            return EvictingLayer(place, masks, parsed_budget, policy, eviction_interval, ranking, self.shared, spans)
 
         settings: dict[str, Any] | None = None
         if type(self).__init__ is not PolicyCache.__init__:
             # A cache with a constructor of its own takes the fields of its policy as arguments.
-            own: dict[str, Any] = dataclasses.asdict(policy) if dataclasses.is_dataclass(policy) else {}
-            settings = {"budget": budget, **own, "eviction_interval": eviction_interval}
+            settings = {"budget": budget, **policy.settings, "eviction_interval": eviction_interval}
+            given: dict[str, Any] = {"ranking": ranking} if ranking != policy.ranking else {}
+            given |= {"protect": plain_setting(spans)} if spans else {}
+            # What a constructor does not take, it has chosen itself.
+            taken = inspect.signature(type(self).__init__).parameters.values()
+            names = [each.name for each in taken if each.kind is not each.VAR_KEYWORD]
+            settings |= given if len(names) < len(taken) else {name: given[name] for name in names if name in given}
         super().__init__(config, build_layer, settings, masks)
         if policy.needs_rotary:
             refuse_unsupported_rope(config)
@@ -101,11 +141,38 @@ class PolicyCache(CompressedCache):
         if self.shared is not None:
             raise NotImplementedError(
                 "Assisted generation and prompt lookup take tokens back in one layer after the other, which layers "
-                "that share a budget cannot follow. Use a policy without `layers_share_budget` with them."
+                'that share a budget cannot follow. Use `ranking="layer"` or `ranking="head"` with them.'
             )
         super().activate_past_recording()
 
     def reset(self) -> None:
         if self.shared is not None:
-            self.shared.waiting.clear()
+            self.shared.forget()
         super().reset()
+
+
+def read_ranking(ranking: str | None, policy: Policy) -> str:
+    """Which tokens compete. Raises ValueError unless it is one of `RANKINGS`, and possible for the policy."""
+    ranking = policy.ranking if ranking is None else ranking
+    if ranking not in RANKINGS:
+        raise ValueError(f"`ranking={ranking!r}` is unknown: choose one of {RANKINGS}.")
+    if ranking == "model-online" and policy.waits:
+        raise ValueError(
+            f"`ranking={ranking!r}` evicts from each layer in turn, but {type(policy).__name__} scores all layers "
+            'after the prompt. Give `ranking="model"`.'
+        )
+    if ranking != "head" and (policy.heads_share_tokens or policy.repositions):
+        reason = "all heads keep the same tokens" if policy.heads_share_tokens else "keys move within their slots"
+        raise ValueError(
+            f"`ranking={ranking!r}` lets heads keep different numbers of tokens, but with {type(policy).__name__} "
+            f'{reason}. Leave `ranking="head"`.'
+        )
+    return ranking
+
+
+def shared_budget(ranking: str, policy: Policy, num_layers: int) -> SharedBudget | OnlineBudget | None:
+    """What the layers of a cache have in common; None if each evicts on its own."""
+    if ranking == "model-online":
+        return OnlineBudget(num_layers)
+    shares = ranking == "model"
+    return SharedBudget(num_layers, shares, policy.waits) if shares or policy.waits else None

@@ -82,7 +82,7 @@ class SharedFrequencies:
         """
         known = findings.get(module)
         if known is None or known.dependencies != known.dependencies_now(module):
-            if calls := _running_calls(module):
+            if calls := running_calls(module):
                 findings.pop(module, None)
                 known = findings[module] = _probe(calls, device)
             elif known is None:
@@ -105,7 +105,7 @@ class SharedFrequencies:
         self._known: dict[tuple, RotaryFrequencies] = {}
 
 
-def _running_calls(module: nn.Module) -> list[Call]:
+def running_calls(module: nn.Module) -> list[Call]:
     """The modules whose forward is running, from `module` outwards; none if that is not."""
     calls: list[Call] = []
     for frame, _ in traceback.walk_stack(None):

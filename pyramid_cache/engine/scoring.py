@@ -5,13 +5,17 @@ The attention that the user chose runs once. Scores are computed from its log-su
 it gives neither, the log-sum-exps of the scoring rows are computed beside it.
 """
 
+from collections.abc import Callable
+
 import torch
 from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from pyramid_cache.engine.attention import AttentionCall
+from pyramid_cache.engine.policy import PromptView
 from pyramid_cache.engine.tokens import Tokens
 from pyramid_cache.ops import attention_scores, attention_with_lse, row_lse
+from pyramid_cache.ops.reference import CHUNK_ELEMENTS
 
 
 def attend_and_score(
@@ -106,3 +110,27 @@ def sum_of_probabilities(probabilities: torch.Tensor, kv_heads: int, row_weights
         per_row = torch.where(row_weights[..., None] != 0, per_row * row_weights[..., None], 0.0)
         scores.append(per_row.sum(dim=1))
     return torch.stack(scores, dim=1)
+
+
+def sum_of_measures(
+    prompt: PromptView, num_rows: int, row_weights: torch.Tensor | None, measure: Callable[..., torch.Tensor]
+) -> torch.Tensor:
+    """
+    The scores of `attend_and_score` where `measure` turns each query's mean over the query heads of a KV head into
+    another number. Attention is computed again, some queries of one KV head at a time.
+    """
+    batch, kv_heads, num_keys = prompt.key.shape[:3]
+    heads, num_queries = prompt.query.shape[1:3]
+    group = heads // kv_heads
+    scores = torch.zeros(batch, kv_heads, num_keys, dtype=torch.float32, device=prompt.key.device)
+    rows_per_chunk = max(CHUNK_ELEMENTS // (batch * group * num_keys), 1)
+    for start in range(0, num_rows, rows_per_chunk):
+        chunk = slice(start, min(start + rows_per_chunk, num_rows))
+        queries = slice(num_queries - num_rows + chunk.start, num_queries - num_rows + chunk.stop)
+        for head in range(kv_heads):
+            probabilities, is_visible = prompt.head_attention(head, queries)
+            measured = measure(probabilities.mean(dim=1), is_visible.sum(dim=-1, keepdim=True))
+            if row_weights is not None:
+                measured = measured * row_weights[:, chunk, None]
+            scores[:, head] += measured.sum(dim=1)
+    return scores * group

@@ -4,6 +4,9 @@ Which tokens to keep: pure functions on tensors. Ties are broken by age: of two 
 
 import torch
 
+from pyramid_cache.engine.budget import floor_of_product
+from pyramid_cache.ops.transfer import numbers_on
+
 
 def best_tokens(priority: torch.Tensor, num_kept: torch.Tensor, max_kept: int) -> torch.Tensor:
     """
@@ -28,6 +31,36 @@ def best_tokens(priority: torch.Tensor, num_kept: torch.Tensor, max_kept: int) -
     is_kept = torch.arange(indices.shape[-1], device=priority.device) < num_kept[:, None, None]
     indices = torch.where(is_token & is_kept, indices, num_tokens).sort(dim=-1).values
     return torch.where(indices < num_tokens, indices, -1)
+
+
+def best_of_all_heads(priority: torch.Tensor, row_kept: list[int], floor_ratio: float) -> torch.Tensor:
+    """
+    Which tokens stay if heads share a budget.
+
+    Args:
+        priority (`torch.Tensor`): `(batch, kv_heads, tokens)`, as for `best_tokens`. Of equal scores of two heads, the
+            one of the later head stays.
+        row_kept (`list[int]`): How many tokens the heads of each row keep on average.
+        floor_ratio (`float`): Each head keeps at least this share of that number.
+
+    Returns:
+        `torch.Tensor`: `(batch, kv_heads, tokens)` bool. In each row `kv_heads * row_kept` are True, or all tokens if
+            there are fewer.
+    """
+    kv_heads, num_tokens = priority.shape[1:]
+    device = priority.device
+    num_safe = [floor_of_product(floor_ratio, kept) for kept in row_kept]
+    safe = best_tokens(priority, numbers_on(device, num_safe, torch.int64), max(num_safe))
+    priority = priority.masked_fill(is_index(safe, num_tokens), float("inf"))
+    totals = numbers_on(device, [kv_heads * kept for kept in row_kept], torch.int64)
+    best = best_tokens(priority.flatten(1)[:, None], totals, kv_heads * max(row_kept))
+    return is_index(best, kv_heads * num_tokens).view_as(priority)
+
+
+def is_index(indices: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """`(batch, heads, num_tokens)` bool: whether a token is among the indices `(batch, heads, kept)`; -1 is none."""
+    found = torch.zeros(*indices.shape[:2], num_tokens + 1, dtype=torch.bool, device=indices.device)
+    return found.scatter_(-1, indices.masked_fill(indices < 0, num_tokens), True)[..., :num_tokens]
 
 
 def lowest_token(priority: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

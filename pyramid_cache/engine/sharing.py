@@ -1,64 +1,150 @@
 """
-Layers that share a budget: the tokens of all layers compete, and a layer keeps as many as are among the best of all.
+Layers that share a budget: the tokens of all heads of all layers compete, and a layer keeps as many as are among the
+best of all.
 
-The scores of all layers must be known before any layer evicts. So a prompt stays whole in each layer until the last
-layer has attended to it, and takes as much memory as in `DynamicCache` until then.
+Either the scores of all layers are known before any layer evicts (`SharedBudget`). A prompt then stays whole in each
+layer until the last one has attended to it, and takes as much memory as in `DynamicCache` until then. Or each layer
+evicts as soon as it has been scored (`OnlineBudget`), by a threshold that earlier layers have left.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 
-from pyramid_cache.engine.layer import CompressedLayer
 
-
-class WaitingEviction(NamedTuple):
-    """What one layer would evict."""
-
-    layer: CompressedLayer  # its `state.row_kept` is what it would keep on its own
-    priority: torch.Tensor  # `(batch, kv_heads or 1, tokens)` float32, -inf for what is no token
-    row_present: list[int]  # how many tokens each row holds
-    must_evict: bool  # whether it would evict on its own
-    evict: Callable[[], None]
+if TYPE_CHECKING:
+    from pyramid_cache.engine.evicting import EvictingLayer
 
 
 class SharedBudget:
-    """The evictions of the layers of one cache."""
+    """
+    The layers of one cache that wait until all of them have been scored.
+
+    Args:
+        shares (`bool`): Whether their tokens compete. Otherwise each layer keeps what it would on its own.
+        waits (`bool`): Whether they wait until the cache settles them, and not only for the last layer.
+    """
+
+    def __init__(self, num_layers: int, shares: bool = True, waits: bool = False) -> None:
+        self.num_layers, self.shares, self.waits = num_layers, shares, waits
+        self.forget()
+
+    def forget(self) -> None:
+        """No layer waits."""
+        self.waiting: list[tuple[EvictingLayer, int]] = []
+
+    def add(self, layer: "EvictingLayer", longest: int) -> None:
+        """Lets a layer wait that holds all its tokens. After the last one they all evict."""
+        self.waiting.append((layer, longest))
+        if len(self.waiting) == self.num_layers and not self.waits:
+            self.settle()
+
+    def settle(self) -> None:
+        """Lets all layers evict."""
+        waiting = self.waiting
+        self.forget()
+        must_evict = any(layer.state.must_evict for layer, _ in waiting)
+        if not must_evict and not self.waits:
+            return
+        priorities = [layer.priority_of_held(longest) for layer, longest in waiting]
+        if not must_evict:  # the scores are remembered
+            return
+        held, kept = ([getattr(layer.state, name) for layer, _ in waiting] for name in ("row_held", "row_kept"))
+        shared = share(priorities, held, kept, waiting[0][0].state.row_protected) if self.shares else kept
+        for (layer, longest), priority, row_kept in zip(waiting, priorities, shared, strict=True):
+            layer.set_kept(row_kept)
+            layer.evict_to([min(pair) for pair in zip(layer.state.row_held, row_kept, strict=True)], priority, longest)
+
+
+def share(
+    priorities: list[torch.Tensor], held: list[list[int]], kept: list[list[int]], protected: list[int]
+) -> list[list[int]]:
+    """
+    How many tokens each head of a layer keeps on average: as many as are among the best of all layers, rounded down.
+
+    Args:
+        priorities (`list[torch.Tensor]`): Of each layer, `(batch, kv_heads, tokens)` float32, -inf for what is no
+            token.
+        held, kept (`list[list[int]]`): How many tokens of each row a layer holds, and would keep on its own.
+        protected (`list[int]`): How many tokens of each row have a priority of inf in all heads of all layers; none if
+            it is empty.
+
+    Returns:
+        `list[list[int]]`: For each layer and row, one token at least, and together no more than `kept` has.
+    """
+    heads = torch.tensor([priority.shape[1] for priority in priorities], device="cpu")
+    sizes = torch.tensor([priority[0].numel() for priority in priorities], device="cpu")
+    layer_of = torch.arange(len(priorities), device="cpu").repeat_interleave(sizes)
+    shared = [list(numbers) for numbers in kept]
+    for row in range(len(kept[0])):
+        if all(numbers[row] <= most[row] for numbers, most in zip(held, kept, strict=True)):
+            continue
+        # One token of each head is its own, or those that are protected; the others go to the best.
+        num_own = max([1, *protected[row : row + 1]])
+        num_best = sum((numbers[row] - num_own) * num for numbers, num in zip(kept, heads.tolist(), strict=True))
+        # Layers may be on different devices.
+        scores = torch.cat([numbered(priority[row]).to(priorities[0].device) for priority in priorities])
+        if protected:
+            scores = scores.masked_fill(scores == float("inf"), float("-inf"))
+        best = scores.topk(min(num_best, len(scores))).indices.cpu()
+        counts = (torch.bincount(layer_of[best], minlength=len(priorities)) // heads + num_own).tolist()
+        for numbers, before, count in zip(shared, held, counts, strict=True):
+            numbers[row] = min(count, before[row])
+    return shared
+
+
+class OnlineBudget:
+    """
+    The budget of the layers of one cache, of which each takes its part in turn.
+
+    A layer keeps its tokens that are among the best of all layers so far, as large a share of them as the budget that
+    is left is of the tokens to come. So the threshold corrects itself: what a layer takes beyond its equal share,
+    later ones have less.
+    """
 
     def __init__(self, num_layers: int) -> None:
         self.num_layers = num_layers
-        self.waiting: list[WaitingEviction] = []
+        self.forget()
 
-    def add(self, eviction: WaitingEviction) -> None:
-        """Lets an eviction wait for those of the other layers. That of the last layer starts them all."""
-        self.waiting.append(eviction)
-        if len(self.waiting) < self.num_layers:
-            return
-        waiting, self.waiting = self.waiting, []
-        if any(each.must_evict for each in waiting):
-            for each, row_kept in zip(waiting, share(waiting), strict=True):
-                each.layer.set_kept(row_kept)
-                each.evict()
+    def forget(self) -> None:
+        """The next layer is the first."""
+        self.scores: list[torch.Tensor] = []
+        self.left: list[int] = []
+
+    def take(
+        self, priority: torch.Tensor, row_present: list[int], row_totals: list[int], protected: list[int]
+    ) -> list[int]:
+        """
+        How many tokens each head of the next layer keeps on average, for each row.
+
+        Args:
+            priority (`torch.Tensor`): `(batch, kv_heads, tokens)` float32, -inf for what is no token.
+            row_present (`list[int]`): How many tokens each row holds.
+            row_totals (`list[int]`): What all layers together may keep of each row, per head.
+            protected (`list[int]`): How many tokens of each row every head keeps; none if it is empty.
+        """
+        if not self.scores:
+            self.left = list(row_totals)
+        device = self.scores[0].device if self.scores else priority.device
+        self.scores.append(numbered(priority).view(priority.shape[0], -1).to(device))
+        num_layers, kept = self.num_layers - len(self.scores) + 1, []
+        for row, present in enumerate(row_present):
+            own = max([1, *protected[row : row + 1]])
+            most = max(min(self.left[row] - own * (num_layers - 1), present), own)
+            if num_layers > 1:
+                scores = torch.cat([each[row] for each in self.scores])
+                num_best = int((scores > float("-inf")).sum() * min(self.left[row] / (num_layers * present), 1))
+                threshold = scores.topk(max(num_best, 1)).values[-1]
+                count = int((self.scores[-1][row] >= threshold).sum()) // priority.shape[1]
+                most = min(max(count, own), most)
+            self.left[row] -= most
+            kept.append(most)
+        if num_layers == 1:
+            self.forget()
+        return kept
 
 
-def share(waiting: list[WaitingEviction]) -> list[list[int]]:
-    """
-    How many tokens of each row stay in each layer: at least one, and together no more than the layers would keep each
-    on its own. Heads of a layer keep equal numbers: as many as its best tokens make on average.
-    """
-    kept = [list(each.layer.state.row_kept) for each in waiting]
-    for row in range(len(kept[0])):
-        if all(each.row_present[row] <= each.layer.state.row_kept[row] for each in waiting):
-            continue
-        scores = [each.priority[row].flatten() for each in waiting]
-        heads = [each.priority.shape[1] for each in waiting]
-        sizes = torch.tensor([len(each) for each in scores], device="cpu")
-        layer_of = torch.arange(len(waiting), device="cpu").repeat_interleave(sizes)
-        # One token of each layer is its own; the others go to the best.
-        num_best = sum((numbers[row] - 1) * num_heads for numbers, num_heads in zip(kept, heads, strict=True))
-        best = torch.cat(scores).topk(num_best).indices.cpu()
-        counts = torch.bincount(layer_of[best], minlength=len(waiting)).tolist()
-        for each, numbers, count, num_heads in zip(waiting, kept, counts, heads, strict=True):
-            numbers[row] = min(count // num_heads + 1, each.row_present[row])
-    return kept
+def numbered(priority: torch.Tensor) -> torch.Tensor:
+    """Priorities in one dimension. NaN is the lowest that a token can have."""
+    infinity = float("inf")
+    return priority.flatten().nan_to_num(torch.finfo(priority.dtype).min, posinf=infinity, neginf=-infinity)

@@ -46,8 +46,11 @@ class LayerState:
         column_positions (`torch.Tensor`): `(batch, 1, columns)` int32, of a dense prompt with padding; else None.
         free_slots (`torch.Tensor`): `(batch, kv_heads or 1, 1)` int64, where the next token of each head goes. None
             if it goes behind the used slots.
+        protected (`torch.Tensor`): `(batch, any)` int32, the positions of tokens that never go, ascending, and filled
+            up with `MAX_TOKENS`. None if there are none.
         row_lengths, row_held, row_kept (`list[int]`): Tokens seen, tokens held, tokens that may be held.
         row_windows (`list[int]`): How many of the last queries `attention` is the mean of.
+        row_protected (`list[int]`): How many tokens never go, those that have not come included.
         length (`int`): How many slots are in use.
         num_seen (`int`): Columns seen, padding included.
         budget_tokens (`int`): The tokens that a budget in bytes pays for, known from the first tokens on.
@@ -63,10 +66,12 @@ class LayerState:
     num_kept: torch.Tensor | None = row()
     column_positions: torch.Tensor | None = row()
     free_slots: torch.Tensor | None = row()
+    protected: torch.Tensor | None = row()
     row_lengths: list[int] = counts()
     row_held: list[int] = counts()
     row_kept: list[int] = counts()
     row_windows: list[int] = counts()
+    row_protected: list[int] = counts()
     length: int = number(0)
     num_seen: int = number(0)
     budget_tokens: int = number(0)

@@ -164,6 +164,12 @@ class SlotStore:
             held.mul_(1 - 1 / window)
         held.add_(mean(sums, window))
 
+    def measured(self, sums: Any, measure: Callable) -> Any:
+        """What `measure(sums, num_visible)` makes of the sums that `attend_step` returned."""
+        if self.state.is_dense:
+            return measure(sums, self.state.next_position)
+        return measure(sums, (self.in_use("positions") >= 0).sum(dim=-1, keepdim=True))
+
     # Tokens go.
 
     def keep(

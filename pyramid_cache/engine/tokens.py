@@ -89,6 +89,11 @@ class MaskReader:
         self._tokens: Tokens | None = None
         self._row_lengths: list[int] | None = None
 
+    @property
+    def columns_read(self) -> torch.Tensor | None:
+        """`(batch, 1, columns)` int32: positions in the columns of the last forward pass; None if all are tokens."""
+        return None if self._tokens is None else self._tokens.positions
+
     def held_tensors(self) -> list[torch.Tensor]:
         """The tensors that the reader refers to."""
         return [] if self._tokens is None else [self._tokens.positions]

@@ -12,6 +12,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from models import build_model, random_tokens, tiny_model
+from modes import tiny_tokenizer
 from pages import DOCS, ROOT, import_example, run_example, run_page
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -102,8 +103,10 @@ def test_a_later_turn_begins_where_the_answer_ended() -> None:
         chat.turn_ids(Mock(chat_template=None), "Hi", is_first=True)
 
 
-def test_caches_are_built_as_options_say() -> None:
+def test_caches_are_built_as_options_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")
+    tiny_tokenizer().save_pretrained(tmp_path)  # for caches that read a context again, behind an instruction
+    monkeypatch.setattr(model.config, "_name_or_path", str(tmp_path))
     parser = argparse.ArgumentParser(exit_on_error=False)
     script_options.add_cache_options(parser, "SnapKVCache", "0.5")
 
@@ -235,7 +238,7 @@ def test_requests_are_read_and_answers_come_in_their_order() -> None:
 
 
 # Pages whose code is run: here, that of plots.md in test_show.py. Those of caches are in test_docs.py.
-PAGES = {"compile.md", "evaluation.md", "index.md", "ops.md", "plots.md", "write-a-policy.md"}
+PAGES = {"compile.md", "evaluation.md", "index.md", "ops.md", "plots.md", "protect.md", "write-a-policy.md"}
 
 
 @pytest.fixture(autouse=True)
@@ -258,6 +261,17 @@ def test_the_page_of_compiled_steps_runs() -> None:
     inputs = {"input_ids": random_tokens(1, 700), "attention_mask": torch.ones(1, 700, dtype=torch.long)}
     names = run_page(DOCS / "compile.md", {"model": model, "inputs": inputs}, shows_output=False)
     assert names["output"].shape == (1, 732) and names["cache"].get_seq_length() == 800
+
+
+@pytest.mark.slow
+def test_the_page_of_protected_tokens_runs() -> None:
+    model, tokenizer = default_model()
+    known = {"model": model, "tokenizer": tokenizer, "text": read_text()[:2500]}
+    names = run_page(DOCS / "protect.md", known, shows_output=False)
+    span = torch.arange(names["system"].shape[1])
+    assert all(
+        torch.isin(span, names["cache"].positions(layer)[0, head]).all() for layer in (0, 29) for head in (0, 2)
+    )
 
 
 @pytest.mark.slow

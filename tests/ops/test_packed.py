@@ -6,7 +6,7 @@ import exact
 import pytest
 import torch
 
-from pyramid_cache.caches.adakv.ragged_store import PackedTokens, flat
+from pyramid_cache.engine.ragged_store import PackedTokens, flat
 from pyramid_cache.ops import decode_packed_attention
 from pyramid_cache.ops.packed import decode_by_segments, segment_starts
 

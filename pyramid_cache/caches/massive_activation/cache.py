@@ -15,11 +15,12 @@ from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
+from typing_extensions import Unpack
 
 from pyramid_cache.caches.massive_activation import detection
 from pyramid_cache.caches.snapkv import SnapKVPolicy
 from pyramid_cache.engine.policy import LayerView, ScoringView, kernel_setting
-from pyramid_cache.engine.policy_cache import DEFAULT_EVICTION_INTERVAL, PolicyCache
+from pyramid_cache.engine.policy_cache import EvictionOptions, PolicyCache
 from pyramid_cache.engine.selection import gather_tokens
 from pyramid_cache.engine.state import LayerState, counts, row
 from pyramid_cache.ops.transfer import numbers_on
@@ -152,10 +153,10 @@ class MassiveActivationCache(PolicyCache):
         *,
         window_size: int = 64,
         kernel_size: int = 13,
-        eviction_interval: int = DEFAULT_EVICTION_INTERVAL,
+        **options: Unpack[EvictionOptions],
     ) -> None:
         policy = MassiveActivationPolicy(window_size, kernel_size)
-        super().__init__(config, budget, policy, eviction_interval=eviction_interval)
+        super().__init__(config, budget, policy, **options)
 
     def massive_tokens(self) -> dict[int, list[list[MassiveToken]]]:
         """

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
+from typing_extensions import Unpack
 
 from pyramid_cache.caches.h2o import WindowState
 from pyramid_cache.caches.pyramid.prefill import PrunedPrefill
@@ -37,7 +38,7 @@ from pyramid_cache.engine.budget import (
 )
 from pyramid_cache.engine.cache import config_and_model
 from pyramid_cache.engine.policy import Policy, ScoringView, kernel_setting, setting
-from pyramid_cache.engine.policy_cache import DEFAULT_EVICTION_INTERVAL, PolicyCache
+from pyramid_cache.engine.policy_cache import EvictionOptions, PolicyCache
 from pyramid_cache.ops.transfer import numbers_on
 
 
@@ -174,7 +175,8 @@ class PyramidCache(PolicyCache):
     https://arxiv.org/abs/2405.12532).
 
     Of a prompt, the cache holds `budget * num_layers * batch * prompt * (2 * kv_heads * head_dim * itemsize + 8)`
-    bytes, and while an answer is generated up to `eviction_interval` tokens more in each layer.
+    bytes, and while an answer is generated up to `eviction_interval` tokens more in each layer. See `PolicyCache` for
+    the other arguments.
 
     Args:
         config (`PreTrainedConfig` or `PreTrainedModel`): With the config of a model, each layer reads the whole
@@ -204,7 +206,6 @@ class PyramidCache(PolicyCache):
         prefill_depth (`float`, *optional*): With a model, the share of its layers that compute the whole prompt,
             though each prunes its own keys and values. Smaller values read prompts faster, and find less. Two thirds
             by default; 0, as in the paper, with a preset.
-        eviction_interval (`int`, defaults to 32): How many generated tokens arrive before as many are evicted.
 
     Raises:
         ValueError: For values outside these ranges, or a number of tokens without room for sinks and a recent token.
@@ -240,7 +241,7 @@ class PyramidCache(PolicyCache):
         decay_ratio: float = 0.6,
         first_pruned_layer: int = 0,
         prefill_depth: float | None = None,
-        eviction_interval: int = DEFAULT_EVICTION_INTERVAL,
+        **options: Unpack[EvictionOptions],
     ) -> None:
         config, model = config_and_model(config)
         check_decoder_config(config)
@@ -257,7 +258,7 @@ class PyramidCache(PolicyCache):
         policy = PyramidPolicy(*window, num_sink_tokens, min_context_length, *shape)
         prunes = model is not None and not parsed_budget.is_unlimited
         masks = PrunedPrefill(model, policy.prefill_depth) if prunes else None
-        super().__init__(config, budget, policy, eviction_interval=eviction_interval, masks=masks)
+        super().__init__(config, budget, policy, **options, masks=masks)
         places = [layer.place for layer in self.compressed_layers]
         if model is not None and len(places) < len(self.layers):
             raise NotImplementedError(

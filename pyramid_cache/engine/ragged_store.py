@@ -15,17 +15,15 @@ from typing import Any
 
 import torch
 
-from pyramid_cache.caches.adakv.ragged_step import RaggedStep
 from pyramid_cache.engine.attention import AttentionCall
-from pyramid_cache.engine.budget import floor_of_product
 from pyramid_cache.engine.fixed import FixedStep
-from pyramid_cache.engine.selection import best_tokens
+from pyramid_cache.engine.ragged_step import RaggedStep
+from pyramid_cache.engine.selection import best_of_all_heads
 from pyramid_cache.engine.state import LayerState
 from pyramid_cache.engine.store import SlotStore
 from pyramid_cache.engine.tokens import Tokens
 from pyramid_cache.ops import decode_packed_attention
 from pyramid_cache.ops.packed import decode_by_segments, decode_packed_unchecked, segment_starts
-from pyramid_cache.ops.transfer import numbers_on
 
 
 @dataclass(frozen=True)
@@ -117,11 +115,16 @@ class PackedTokens:
                 attention.mul_(1 - 1 / each)
             attention.add_(mean(given, each))
 
+    def measured(self, sums: list[torch.Tensor], num_latest: int | torch.Tensor, measure: Callable) -> Any:
+        """`SlotStore.measured` for packed tokens and the latest ones, of which each head holds so many."""
+        num_visible = self.starts.diff().view(len(self.head_lengths), -1, 1) + num_latest
+        return measure(sums[0], self._per_token(num_visible)), measure(sums[1], num_visible)
+
     def _per_token(self, numbers: torch.Tensor) -> torch.Tensor:
-        """Numbers of the rows `(batch, 1, 1)` as one for each token."""
-        batch_size, places = len(numbers), torch.arange(len(self.tensors["positions"]), device=numbers.device)
-        row_starts = self.starts[:: (len(self.starts) - 1) // batch_size]
-        return numbers.flatten()[torch.searchsorted(row_starts[1:-1], places, right=True)]
+        """Numbers of the rows `(batch, 1, 1)`, or of all heads `(batch, kv_heads, 1)`, as one for each token."""
+        places = torch.arange(len(self.tensors["positions"]), device=numbers.device)
+        starts = self.starts[:: (len(self.starts) - 1) // numbers.numel()]
+        return numbers.flatten()[torch.searchsorted(starts[1:-1], places, right=True)]
 
     def map_rows(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "PackedTokens":
         """The result of a function that selects, repeats or moves the rows of tensors."""
@@ -233,6 +236,11 @@ class RaggedStore(SlotStore):
         else:
             self.packed.add_attention(self.in_use("attention"), sums, window, mean)
 
+    def measured(self, sums: Any, measure: Callable) -> Any:
+        if self.packed is None:
+            return super().measured(sums, measure)
+        return self.packed.measured(sums, self.state.length, measure)
+
     def attend_several(
         self, call: AttentionCall, tokens: Tokens, num_rows: int = 0, row_weights: torch.Tensor | None = None
     ) -> tuple[tuple[torch.Tensor, torch.Tensor | None], torch.Tensor | None]:
@@ -302,33 +310,3 @@ class RaggedStore(SlotStore):
 def flat(head_lengths: list[list[int]]) -> list[int]:
     """Numbers per row and head as one number per segment."""
     return [length for row in head_lengths for length in row]
-
-
-def best_of_all_heads(priority: torch.Tensor, row_kept: list[int], floor_ratio: float) -> torch.Tensor:
-    """
-    Which tokens stay if heads share a budget.
-
-    Args:
-        priority (`torch.Tensor`): `(batch, kv_heads, tokens)`, as for `best_tokens`. Of equal scores of two heads, the
-            one of the later head stays.
-        row_kept (`list[int]`): How many tokens the heads of each row keep on average.
-        floor_ratio (`float`): Each head keeps at least this share of that number.
-
-    Returns:
-        `torch.Tensor`: `(batch, kv_heads, tokens)` bool. In each row `kv_heads * row_kept` are True, or all tokens if
-            there are fewer.
-    """
-    kv_heads, num_tokens = priority.shape[1:]
-    device = priority.device
-    num_safe = [floor_of_product(floor_ratio, kept) for kept in row_kept]
-    safe = best_tokens(priority, numbers_on(device, num_safe, torch.int64), max(num_safe))
-    priority = priority.masked_fill(is_index(safe, num_tokens), float("inf"))
-    totals = numbers_on(device, [kv_heads * kept for kept in row_kept], torch.int64)
-    best = best_tokens(priority.flatten(1)[:, None], totals, kv_heads * max(row_kept))
-    return is_index(best, kv_heads * num_tokens).view_as(priority)
-
-
-def is_index(indices: torch.Tensor, num_tokens: int) -> torch.Tensor:
-    """`(batch, heads, num_tokens)` bool: whether a token is among the indices `(batch, heads, kept)`; -1 is none."""
-    found = torch.zeros(*indices.shape[:2], num_tokens + 1, dtype=torch.bool, device=indices.device)
-    return found.scatter_(-1, indices.masked_fill(indices < 0, num_tokens), True)[..., :num_tokens]

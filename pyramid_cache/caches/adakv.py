@@ -13,12 +13,12 @@ are evicted. With grouped-query attention, KV heads compete.
 from dataclasses import dataclass
 
 from transformers import PreTrainedConfig, PreTrainedModel
+from typing_extensions import Unpack
 
-from pyramid_cache.caches.adakv.ragged_store import RaggedStore
 from pyramid_cache.caches.snapkv import SnapKVPolicy
 from pyramid_cache.engine.budget import read_number
 from pyramid_cache.engine.policy import setting
-from pyramid_cache.engine.policy_cache import DEFAULT_EVICTION_INTERVAL, PolicyCache
+from pyramid_cache.engine.policy_cache import EvictionOptions, PolicyCache
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,7 @@ class AdaKVPolicy(SnapKVPolicy):
 
     floor_ratio: float = setting(0.2, read_number, "[0, 1]")
 
-    def build_store(self) -> RaggedStore:
-        return RaggedStore(self.state_class, self.floor_ratio)
+    ranking = "layer"
 
 
 class AdaKVCache(PolicyCache):
@@ -73,7 +72,7 @@ class AdaKVCache(PolicyCache):
         floor_ratio: float = 0.2,
         window_size: int = 64,
         kernel_size: int = 5,
-        eviction_interval: int = DEFAULT_EVICTION_INTERVAL,
+        **options: Unpack[EvictionOptions],
     ) -> None:
         policy = AdaKVPolicy(window_size, kernel_size, floor_ratio)
-        super().__init__(config, budget, policy, eviction_interval=eviction_interval)
+        super().__init__(config, budget, policy, **options)

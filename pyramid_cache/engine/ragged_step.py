@@ -6,6 +6,7 @@ where heads begin is a tensor, and evictions between steps move the tokens that 
 """
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,8 +16,8 @@ from pyramid_cache.engine.fixed import FixedStep, SlotStep
 
 
 if TYPE_CHECKING:
-    from pyramid_cache.caches.adakv.ragged_store import RaggedStore
     from pyramid_cache.engine.evicting import EvictingLayer
+    from pyramid_cache.engine.ragged_store import RaggedStore
 
 
 class RaggedStep(SlotStep):
@@ -91,6 +92,9 @@ class RaggedStep(SlotStep):
         mask = state.positions >= 0 if self.in_graph else None
         output, *sums = packed.attend(call.query, self.longest, call.key, call.value, mask, **call.logit_arguments)
         if self.scores:
+            if layer.policy.measure is not None:
+                num_latest = call.num_keys if mask is None else mask.sum(dim=-1, keepdim=True)
+                sums = packed.measured(sums, num_latest, partial(layer.measured, call))
             latest = state.attention[:, :, : call.key.shape[2]]
             packed.add_attention(latest, sums, self.window, lambda given, window: layer.mean_of(given, call, window))
         return output, None
