@@ -33,9 +33,10 @@ from transformers import (
 
 
 FULL = "DynamicCache"
-# ObservedAttention needs attention as a matrix, which sdpa does not give.
+# ObservedAttention needs attention as a matrix, which sdpa does not give. KVzip takes the last tokens
+# that the model read for its context; after `generate` that is one token.
 MEASURED: dict[str, Callable[[float], BasePress | None]] = {FULL: lambda ratio: None} | {
-    name: build for name, build in PRESSES.items() if name != "ObservedAttention"
+    name: build for name, build in PRESSES.items() if name not in ("ObservedAttention", "KVzip", "KVzip+")
 }
 WARM_UP_STEPS = 2
 

@@ -19,14 +19,23 @@ A press compresses a layer in a hook, once the layer has attended to the whole p
 by the layers above, and one dense reading of a prompt serves all presses and budgets: each gets the same hidden
 states, keys and values. `--check` compares that with kvpress's own `with press(model)`, key by key.
 
+KVzip reads the prompt once more: it has the model repeat the prompt on the full cache, and scores each key by the
+attention that it gets then. The repetition is dropped again. One serves KVzip, KVzip+ and all budgets. The template of
+the tokenizer in the model's folder tells KVzip where the context starts. In the protocol `question` the question is
+repeated too, as it is under `with press(model)`. The authors of KVzip mean it for contexts alone.
+
+AdaKV, CriticalAdaKV and KVzip mask keys and keep them in memory: `kept_fraction` counts keys that are attended to,
+`bytes` what lies in memory while answers are read.
+
 Tokens after the prompt keep their true positions, as in kvpress's pipeline. PyramidKV leaves layers with different
 lengths; transformers 5.2 makes one mask for all layers, of the first one's length, and fails on a question of more
 than one token. Each layer gets a mask of its own length here, or PyramidKV could not be measured.
 """
 
 import argparse
-import dataclasses
+import inspect
 import json
+import logging
 import platform
 import statistics
 import time
@@ -41,9 +50,12 @@ from typing import Any
 import torch
 from kvpress import (
     AdaKVPress,
+    CriticalAdaKVPress,
+    CriticalKVPress,
     ExpectedAttentionPress,
     KeyDiffPress,
     KnormPress,
+    KVzipPress,
     ObservedAttentionPress,
     PyramidKVPress,
     SnapKVPress,
@@ -69,7 +81,12 @@ PRESSES: dict[str, Callable[[float], BasePress]] = {
     "StreamingLLM": lambda ratio: StreamingLLMPress(compression_ratio=ratio),
     "ObservedAttention": lambda ratio: ObservedAttentionPress(compression_ratio=ratio),
     "AdaKV(SnapKV)": lambda ratio: AdaKVPress(SnapKVPress(compression_ratio=ratio)),
+    "CriticalKV(SnapKV)": lambda ratio: CriticalKVPress(SnapKVPress(compression_ratio=ratio)),
+    "CriticalAdaKV(SnapKV)": lambda ratio: CriticalAdaKVPress(SnapKVPress(compression_ratio=ratio)),
+    "KVzip": lambda ratio: KVzipPress(compression_ratio=ratio),
+    "KVzip+": lambda ratio: KVzipPress(compression_ratio=ratio, kvzip_plus_normalization=True),
 }
+WRAPPERS = (AdaKVPress, CriticalKVPress, CriticalAdaKVPress)  # the press in `press` scores keys
 PROTOCOLS = ("context", "question")
 FULL = ("full", 1.0)
 QUERY_BLOCK = 512  # attention of 512 queries on 4,096 keys by 9 heads is 75 MB in float32; of all queries it is 604 MB
@@ -108,13 +125,22 @@ class Compressed:
 class Dense:
     """A prompt as a model reads it without a press: what presses look at, layer by layer, and the last logits."""
 
-    tokens: int
+    ids: list[int]
     keys: list[torch.Tensor] = field(default_factory=list)  # (1, kv_heads, tokens, head_dim)
     values: list[torch.Tensor] = field(default_factory=list)  # (1, kv_heads, tokens, head_dim)
     hidden_states: list[torch.Tensor] = field(default_factory=list)  # (1, tokens, hidden), inputs of attention
     attention: list[torch.Tensor] = field(default_factory=list)  # (1, heads, 1, tokens), summed over queries
     position_embeddings: tuple[torch.Tensor, ...] = ()  # cosines and sines, (1, tokens, head_dim)
     logits: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # (vocabulary,), after the last token
+
+    @property
+    def tokens(self) -> int:
+        """Length of the prompt."""
+        return len(self.ids)
+
+    def to_cache(self) -> DynamicCache:
+        """A cache that starts from these keys and values and appends to copies."""
+        return DynamicCache(list(zip(self.keys, self.values, strict=True)))
 
 
 def attention_layers(model: PreTrainedModel) -> list[nn.Module]:
@@ -167,8 +193,8 @@ def read(model: PreTrainedModel, ids: Sequence[int], before: Dense | None = None
     Returns:
         The whole prompt, with what came before.
     """
-    cache = DynamicCache() if before is None else DynamicCache(list(zip(before.keys, before.values, strict=True)))
-    dense = Dense(tokens=len(ids) + (before.tokens if before else 0))
+    cache = DynamicCache() if before is None else before.to_cache()
+    dense = Dense(ids=[*(before.ids if before else ()), *ids])
 
     def record(module: nn.Module, _: tuple[()], kwargs: dict[str, Any], __: tuple[torch.Tensor, ...]) -> None:
         layer = cache.layers[module.layer_idx]
@@ -192,6 +218,47 @@ def read(model: PreTrainedModel, ids: Sequence[int], before: Dense | None = None
     return dense
 
 
+def repeat(model: PreTrainedModel, dense: Dense, settings: Sequence[Setting]) -> dict[Setting, Compressed]:
+    """Have KVzip repeat a prompt once, and choose keys in each setting by the scores of that.
+
+    Args:
+        model: Language model that read the prompt, from a folder with its tokenizer.
+        dense: The prompt. Its keys and values stand for the prefill that KVzip waits for.
+        settings: KVzip or KVzip+ by name, with budgets: fractions of the keys of all layers to keep.
+
+    Returns:
+        What each setting keeps: all keys and values, of which some are masked.
+    """
+    modules, press = attention_layers(model), KVzipPress(compression_ratio=0.5)
+    normalised = {name: PRESSES[name](0.5).kvzip_plus_normalization for name, _ in settings}
+    attend, score, choose = press._compute_cross_attention, press.score_kvzip, press.compress_post
+    scores: dict[str, torch.Tensor] = {}  # by press, (layers, 1, kv_heads, tokens)
+    compressed: dict[Setting, Compressed] = {}
+
+    def score_for_each_press(
+        module: nn.Module, hidden_states: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *rest: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        attention = attend(module, hidden_states, keys, rest[-1])
+        press._compute_cross_attention = lambda *_: attention
+        for name, press.kvzip_plus_normalization in normalised.items():
+            press.score_val = scores.setdefault(name, torch.zeros_like(press.score_val))
+            kept = score(module, hidden_states, keys, values, *rest)
+        return kept
+
+    def choose_in_each_setting(model: PreTrainedModel) -> None:
+        for name, budget in settings:
+            press.compression_ratio, press.score_val = 1 - budget, scores[name].clone()  # choosing writes into it
+            choose(model)
+            masked = [vars(module).pop("masked_key_indices", None) for module in modules]
+            compressed[name, budget] = Compressed(dense.keys, dense.values, masked)
+
+    press.score_kvzip, press.compress_post = score_for_each_press, choose_in_each_setting
+    with press(model):
+        press._context_ids = torch.tensor([dense.ids], device=model.device)
+        press._cache = dense.to_cache()
+    return compressed
+
+
 @torch.no_grad()
 def compress(model: PreTrainedModel, dense: Dense, settings: Sequence[Setting]) -> dict[Setting, Compressed]:
     """Compress a prompt with each press to each budget.
@@ -206,6 +273,10 @@ def compress(model: PreTrainedModel, dense: Dense, settings: Sequence[Setting]) 
     """
     compressed = {setting: Compressed() for setting in settings}
     presses = {(name, budget): PRESSES[name](1 - budget) for name, budget in settings}
+    repeating = [setting for setting, press in presses.items() if isinstance(press, KVzipPress)]
+    if repeating:
+        compressed |= repeat(model, dense, repeating)
+        presses = {setting: press for setting, press in presses.items() if setting not in repeating}
     for module, keys, values, hidden_states, attention in zip(
         attention_layers(model), dense.keys, dense.values, dense.hidden_states, dense.attention, strict=True
     ):
@@ -213,7 +284,7 @@ def compress(model: PreTrainedModel, dense: Dense, settings: Sequence[Setting]) 
         kwargs = {"position_embeddings": dense.position_embeddings}
         scores: dict[Callable[..., torch.Tensor], torch.Tensor] = {}
         for setting, press in list(presses.items()):
-            scorer = press.press if isinstance(press, AdaKVPress) else press
+            scorer = press.press if isinstance(press, WRAPPERS) else press
             attentions = attention.to(keys.dtype) if isinstance(scorer, ObservedAttentionPress) else None
             tensors = (module, hidden_states, keys, values, attentions, kwargs)
             try:
@@ -370,6 +441,7 @@ def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 if later
                 else None,
                 "kept_fraction": statistics.mean(row["kept_fraction"] for row in group),
+                "bytes": statistics.mean(row["bytes"] for row in group),
                 "bytes_fraction": statistics.mean(row["bytes"] / row["bytes_full"] for row in group),
                 "read_one_by_one": sum(row["one_by_one"] for row in group),
             }
@@ -390,7 +462,8 @@ def check(
         settings: Presses and budgets.
 
     Returns:
-        For each setting the largest difference of keys or values in any layer, and the share of kept keys in common.
+        For each setting the largest difference of keys or values in any layer, and the share of kept keys in common;
+        of masked keys where the press masks.
         ObservedAttention's probabilities come from eager attention there, and round differently.
     """
     ids, dense = context["ids"], read(model, context["ids"])
@@ -415,12 +488,12 @@ def check(
                     set(zip(*(x.tolist() for x in indices), strict=True)) for indices in (mine.masked[i], mask)
                 )
                 common, total = common + len(own & other), total + len(other)
-                continue
-            # Eager and fused attention round differently, so a kept key is the same if it is near.
-            distance = torch.cdist(
-                mine.keys[i][0].float(), layer.keys[0].float(), compute_mode="donot_use_mm_for_euclid_dist"
-            ).amin(-1)  # (kv_heads, kept)
-            common, total = common + int((distance < 1e-2).sum()), total + distance.numel()
+            else:
+                # Eager and fused attention round differently, so a kept key is the same if it is near.
+                distance = torch.cdist(
+                    mine.keys[i][0].float(), layer.keys[0].float(), compute_mode="donot_use_mm_for_euclid_dist"
+                ).amin(-1)  # (kv_heads, kept)
+                common, total = common + int((distance < 1e-2).sum()), total + distance.numel()
             if layer.keys.shape == mine.keys[i].shape:
                 difference = max(difference, float((layer.keys - mine.keys[i]).abs().max()))
                 difference = max(difference, float((layer.values - mine.values[i]).abs().max()))
@@ -435,22 +508,22 @@ def check(
 def describe(press: BasePress) -> dict[str, Any]:
     """Class and hyper-parameters of a press, of the one that it wraps too; not the ratio, which is the budget's."""
     described: dict[str, Any] = {"class": type(press).__name__}
-    for parameter in dataclasses.fields(press):
-        value = getattr(press, parameter.name)
-        if parameter.name != "compression_ratio":
-            described[parameter.name] = describe(value) if isinstance(value, BasePress) else value
+    for name in inspect.signature(type(press)).parameters:
+        value = getattr(press, name)
+        if name != "compression_ratio":
+            described[name] = describe(value) if isinstance(value, BasePress) else value
     return described
 
 
 def print_table(summary: Sequence[dict[str, Any]]) -> None:
     """Print the means, best first within a task, protocol and budget."""
     print(
-        f"{'task':<22}{'protocol':<10}{'budget':>6}  {'press':<18}{'exact':>7}{'tokens':>8}{'loglik':>8}{'bytes':>7}"
+        f"{'task':<22}{'protocol':<10}{'budget':>6}  {'press':<22}{'exact':>7}{'tokens':>8}{'loglik':>8}{'bytes':>7}"
     )
     order = sorted(summary, key=lambda row: (row["task"], row["protocol"], -row["budget"], -row["log_likelihood"]))
     for row in order:
         print(
-            f"{row['task']:<22}{row['protocol']:<10}{row['budget']:>6}  {row['press']:<18}{row['exact_match']:>7.3f}"
+            f"{row['task']:<22}{row['protocol']:<10}{row['budget']:>6}  {row['press']:<22}{row['exact_match']:>7.3f}"
             f"{row['token_accuracy']:>8.3f}{row['log_likelihood']:>8.3f}{row['bytes_fraction']:>7.3f}"
         )
 
@@ -495,6 +568,7 @@ def main() -> None:
     arguments = parse_arguments()
     torch.set_num_threads(arguments.threads)
     disable_progress_bar()
+    logging.getLogger("kvpress.presses.kvzip_press").setLevel(logging.ERROR)  # it warns that it is slow, each time
     contexts = chosen_contexts(arguments.cases, arguments.tasks, arguments.limit)
     model = AutoModelForCausalLM.from_pretrained(
         arguments.model, dtype=getattr(torch, arguments.dtype), attn_implementation="sdpa"

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from pyramid_cache import KVzipCache
 from pyramid_cache.engine.cache import CompressedCache
 from pyramid_cache.lab import loaded_model
 from pyramid_cache.lab.registry import CACHES, BudgetLike, find_entry, read_budget
@@ -107,7 +108,8 @@ def new_cache(options: argparse.Namespace, model: PreTrainedModel) -> Cache:
 
 def build_cache(name: str, model: PreTrainedModel, budget: BudgetLike | None = None, **settings: Any) -> Cache:
     """
-    A new cache for a model, built from its config: whichever cache it is, `generate` sees all logits of a prompt.
+    A new cache for a model, built from its config if it can be: whichever cache it is, `generate` sees all logits of a
+    prompt.
 
     Args:
         name (`str`): One of `CACHE_NAMES`.
@@ -123,8 +125,9 @@ def build_cache(name: str, model: PreTrainedModel, budget: BudgetLike | None = N
         if settings:
             raise ValueError(f"{FULL_CACHE} keeps everything: leave out budget and settings, or name another cache.")
         return DynamicCache(config=model.config)
+    reads_again = issubclass(CACHE_CLASSES[name], KVzipCache)
     try:
-        return CACHE_CLASSES[name](model.config, **settings)
+        return CACHE_CLASSES[name](model if reads_again else model.config, **settings)
     except TypeError as error:  # an argument is missing, or the class has none of that name
         raise ValueError(f"{name} cannot be built from {settings}: {error}") from error
 
