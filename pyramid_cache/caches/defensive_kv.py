@@ -140,6 +140,8 @@ class DefensiveKVCache(PolicyCache):
     ```
     """
 
+    default_ranking = "layer"
+
     def __init__(
         self,
         config: PreTrainedConfig | PreTrainedModel,
@@ -150,7 +152,7 @@ class DefensiveKVCache(PolicyCache):
         **options: Unpack[EvictionOptions],
     ) -> None:
         policy = DefensivePolicy(window_size, kernel_size)
-        super().__init__(config, budget, policy, **options)
+        super().__init__(config, budget, policy, **{"ranking": self.default_ranking, **options})
 
 
 class LayerDefensiveKVCache(DefensiveKVCache):
@@ -176,14 +178,4 @@ class LayerDefensiveKVCache(DefensiveKVCache):
     ```
     """
 
-    def __init__(
-        self,
-        config: PreTrainedConfig | PreTrainedModel,
-        budget: float | int | str = 0.2,
-        *,
-        window_size: int = 32,
-        kernel_size: int = 5,
-        **options: Unpack[EvictionOptions],
-    ) -> None:
-        options = {"ranking": "model", **options}
-        super().__init__(config, budget, window_size=window_size, kernel_size=kernel_size, **options)
+    default_ranking = "model"
