@@ -184,6 +184,13 @@ def test_bad_calls() -> None:
         KVzipCache(model.config, 12, texts=TEXTS)
     with pytest.raises(ValueError, match="Give `tokenizer=`, or the ids"):
         KVzipCache(model, 12)
+    for texts in (5, ((1,),), ((1,), (2,), (3,), (4,), (5,)), (("a",), (), ()), (5, 6, 7), ((True,), (), ())):
+        with pytest.raises(ValueError, match="must be a ReplayTexts, or its three or four sequences"):
+            KVzipCache(model, 12, texts=texts)
+    with pytest.raises(ValueError, match="outside of the 101 that the model has"):
+        KVzipCache(model, 12, texts=((101,), (), ()))
+    with pytest.raises(ValueError, match="`tokenizer=3` is no tokenizer"):
+        KVzipCache(model, 12, tokenizer=3)
     with pytest.raises(ValueError, match='Give `ranking="model"`'):
         KVzipCache(model, 12, texts=TEXTS, ranking="model-online")
     cache = KVzipCache(model, 12, texts=TEXTS)

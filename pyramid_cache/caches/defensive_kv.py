@@ -152,7 +152,8 @@ class DefensiveKVCache(PolicyCache):
         **options: Unpack[EvictionOptions],
     ) -> None:
         policy = DefensivePolicy(window_size, kernel_size)
-        super().__init__(config, budget, policy, **{"ranking": self.default_ranking, **options})
+        options.setdefault("ranking", self.default_ranking)
+        super().__init__(config, budget, policy, **options)
 
 
 class LayerDefensiveKVCache(DefensiveKVCache):

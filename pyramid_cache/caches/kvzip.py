@@ -217,7 +217,8 @@ class KVzipCache(PolicyCache):
         num_recent (`int`, defaults to 128): How many of the latest generated tokens stay, at most half of the budget.
 
     Raises:
-        ValueError: Neither a tokenizer nor texts, and none was saved with the model; or it is given a config.
+        ValueError: Neither a tokenizer nor texts, and none was saved with the model; ids that the model has not; or it
+            is given a config.
         NotImplementedError: The model has an encoder, or a prompt is given as embeddings or has images.
 
     Example:
@@ -417,9 +418,24 @@ def read_texts(
     tokenizer: PreTrainedTokenizerBase | None,
     texts: ReplayTexts | Sequence[Sequence[int]] | None,
 ) -> ReplayTexts:
-    """The ids of a replay, as users tell them. Raises ValueError if they do not, and no tokenizer is found."""
+    """The ids of a replay, as users tell them. Raises ValueError if they cannot be, or no tokenizer is found."""
     if texts is not None:
-        return texts if isinstance(texts, ReplayTexts) else ReplayTexts(*(tuple(each) for each in texts))
+        given = dataclasses.astuple(texts) if isinstance(texts, ReplayTexts) else texts
+        num_ids: Any = model.get_input_embeddings().num_embeddings
+        are_sequences = isinstance(given, list | tuple) and all(isinstance(each, list | tuple) for each in given)
+        if (
+            not are_sequences
+            or len(given) not in (3, 4)
+            or {type(number) for each in given for number in each} - {int}
+        ):
+            raise ValueError(
+                f"`texts={texts!r}` must be a ReplayTexts, or its three or four sequences of token ids (integers)."
+            )
+        if any(not 0 <= number < num_ids for each in given for number in each):
+            raise ValueError(f"`texts={texts!r}` has a token id outside of the {num_ids} that the model has.")
+        return ReplayTexts(*(tuple(each) for each in given))
+    if not isinstance(tokenizer, PreTrainedTokenizerBase | None):
+        raise ValueError(f"`tokenizer={tokenizer!r}` is no tokenizer of transformers. Give one, or `texts=`.")
     if tokenizer is None:
         try:
             tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
