@@ -26,6 +26,7 @@ def decode_packed_attention(
     scaling: float,
     softcap: float | None = None,
     mask: torch.Tensor | None = None,
+    packed_bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
     Attention of one query per row over packed tokens and the latest ones, with the probabilities that it used. It is
@@ -43,6 +44,8 @@ def decode_packed_attention(
         scaling, softcap: As in `attention_scores`.
         mask (`torch.Tensor`, *optional*): bool `(batch, kv_heads or 1, latest)`, False for a slot of the latest tokens
             that is empty; what it holds must be finite.
+        packed_bias (`torch.Tensor`, *optional*): `(tokens,)` float32, added to the capped logits of the packed tokens,
+            as `bias` of `decode_attention`. The latest tokens have none.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: the output `(batch, 1, heads, value_dim)`; and probabilities
@@ -64,7 +67,9 @@ def decode_packed_attention(
     check_dtype("starts", starts, torch.int64)
     check_shape("mask", mask, *key.shape[:3], or_one=1)
     check_dtype("mask", mask, torch.bool)
-    arguments = (query, packed_key, packed_value, starts, longest, key, value, scaling, softcap, mask)
+    check_shape("packed_bias", packed_bias, packed_key.shape[0])
+    check_dtype("packed_bias", packed_bias, torch.float32)
+    arguments = (query, packed_key, packed_value, starts, longest, key, value, scaling, softcap, mask, packed_bias)
     run = decode_by_segments if needs_gradients(*arguments) else decode_packed_unchecked
     return run(*arguments)
 
@@ -85,6 +90,7 @@ def decode_by_segments(
     scaling: float,
     softcap: float | None,
     mask: torch.Tensor | None,
+    packed_bias: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
     In float32 and in shapes that no number on the device decides. Each packed token meets the queries of its segment,
@@ -105,6 +111,8 @@ def decode_by_segments(
     logits = query @ key.reshape(num_segments, num_latest, head_dim).mT  # (segments, group, latest)
     if softcap:
         packed_logits, logits = (torch.tanh(each / softcap) * softcap for each in (packed_logits, logits))
+    if packed_bias is not None:
+        packed_logits = packed_logits + packed_bias[:, None]
     packed_logits = packed_logits.masked_fill(~is_packed, float("-inf"))
     if mask is not None:
         is_latest = mask.expand(-1, kv_heads, -1).reshape(num_segments, 1, num_latest)
@@ -132,6 +140,7 @@ def decode_one_by_one(
     scaling: float,
     softcap: float | None,
     mask: torch.Tensor | None,
+    packed_bias: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
     On the CPU: the products of one segment after the other, with views of what is stored, and all else of all segments
@@ -153,6 +162,10 @@ def decode_one_by_one(
         logits = torch.tanh(logits / softcap) * softcap
         is_behind = torch.arange(longest, device="cpu") >= starts.diff()[:, None, None]
         logits[..., :longest].masked_fill_(is_behind, float("-inf"))
+    if packed_bias is not None:
+        for segment in range(num_segments):
+            start, end = ends[segment], ends[segment + 1]
+            logits[segment, :, : end - start] += packed_bias[start:end]
     if mask is not None:
         is_latest = mask.expand(-1, kv_heads, -1).reshape(num_segments, 1, num_latest)
         logits[..., longest:].masked_fill_(~is_latest, float("-inf"))
@@ -184,7 +197,7 @@ def _fake(query, packed_key, packed_value, starts, longest, key, value, *rest):
 
 decode_packed_unchecked = register(
     "decode_packed_attention(Tensor query, Tensor packed_key, Tensor packed_value, Tensor starts, int longest, Tensor "
-    "key, Tensor value, float scaling, float? softcap, Tensor? mask) -> (Tensor, Tensor, Tensor)",
+    "key, Tensor value, float scaling, float? softcap, Tensor? mask, Tensor? packed_bias) -> (Tensor, Tensor, Tensor)",
     cpu=decode_one_by_one,
     cuda=_on_cuda,
     fake=_fake,

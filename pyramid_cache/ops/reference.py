@@ -183,13 +183,17 @@ def decode_probabilities(
     *,
     scaling: float,
     softcap: float | None = None,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     The probabilities `(batch, kv_heads, group, slots)` float32 of `decode_attention`, head by head. Products are made
     in the precision of the inputs.
     """
+    logits = grouped_logits(query, key, scaling, softcap)
+    if bias is not None:
+        logits = logits + bias[:, :, None, None, :]
     mask = None if mask is None else mask[:, :, None, None, :]
-    return softmax_of_logits(grouped_logits(query, key, scaling, softcap), mask, sink_logits).squeeze(3)
+    return softmax_of_logits(logits, mask, sink_logits).squeeze(3)
 
 
 def decode_attention(
@@ -197,12 +201,13 @@ def decode_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     mask: torch.Tensor | None,
+    bias: torch.Tensor | None,
     sink_logits: torch.Tensor | None,
     scaling: float,
     softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """With products in the precision of the inputs, as transformers' eager attention makes them."""
-    probabilities = decode_probabilities(query, key, mask, sink_logits, scaling=scaling, softcap=softcap)
+    probabilities = decode_probabilities(query, key, mask, sink_logits, scaling=scaling, softcap=softcap, bias=bias)
     return weighted(value, probabilities), probabilities.sum(dim=2)
 
 

@@ -69,6 +69,7 @@ def decode_attention(
     *,
     scaling: float,
     mask: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
     softcap: float | None = None,
     sink_logits: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -82,6 +83,9 @@ def decode_attention(
         scaling, softcap: As in `attention_scores`.
         mask (`torch.Tensor`, *optional*): bool `(batch, kv_heads or 1, slots)`, False for a slot that is empty; what
             it holds must be finite.
+        bias (`torch.Tensor`, *optional*): `(batch, kv_heads or 1, slots)` float32, added to the capped logits of the
+            slots. The logarithm of `n` makes a slot count as `n` tokens with its key and value. That of an empty slot
+            may be any finite number.
         sink_logits (`torch.Tensor`, *optional*): `(heads,)` learned attention sinks, as in gpt-oss: they take part in
             the normalisation and are then dropped.
 
@@ -99,7 +103,9 @@ def decode_attention(
     check_shape("sink_logits", sink_logits, query.shape[1])
     check_shape("mask", mask, *key.shape[:3], or_one=1)
     check_dtype("mask", mask, torch.bool)
-    arguments = (query, key, value, mask, sink_logits, scaling, softcap)
+    check_shape("bias", bias, *key.shape[:3], or_one=1)
+    check_dtype("bias", bias, torch.float32)
+    arguments = (query, key, value, mask, bias, sink_logits, scaling, softcap)
     return (
         reference.decode_in_float32(*arguments)
         if needs_gradients(*arguments)
@@ -160,8 +166,8 @@ _attention_scores = register(
     fake=_fake_scores,
 )
 decode_attention_unchecked = register(
-    "decode_attention(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? sink_logits, float scaling, "
-    "float? softcap) -> (Tensor, Tensor)",
+    "decode_attention(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? bias, Tensor? sink_logits, float "
+    "scaling, float? softcap) -> (Tensor, Tensor)",
     cpu=reference.decode_attention,
     cuda=_decode_on_cuda,
     fake=_fake_decode,

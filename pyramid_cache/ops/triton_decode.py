@@ -80,18 +80,19 @@ def _part_of(split, segment, starts_ptr, padded_packed, num_latest, padded_lates
 
 @triton.jit(
     do_not_specialize=(
-        "starts_ptr held_ptr stride_hb stride_hh kv_heads group num_chunks num_segments num_splits num_latest "
-        "latest_parts"
+        "starts_ptr held_ptr bias_ptr stride_hb stride_hh stride_bb stride_bh kv_heads group num_chunks num_segments "
+        "num_splits num_latest latest_parts"
     ).split()
 )
 def attend_kernel(
-    query_ptr, packed_key_ptr, packed_value_ptr, starts_ptr, key_ptr, value_ptr, held_ptr, scratch_ptr,
+    query_ptr, packed_key_ptr, packed_value_ptr, starts_ptr, key_ptr, value_ptr, held_ptr, bias_ptr, scratch_ptr,
     stride_qb, stride_qh, stride_qd,
     stride_pkn, stride_pkd,
     stride_pvn, stride_pvd,
     stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd,
     stride_hb, stride_hh, stride_hn,
+    stride_bb, stride_bh, stride_bn,
     kv_heads, group, num_chunks, num_segments, num_splits, padded_packed, num_latest, padded_latest, latest_parts,
     part_size, factor, softcap,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -99,7 +100,8 @@ def attend_kernel(
 ):  # fmt: skip
     """
     Attention of up to `ROWS` heads of a group over one part of a segment: output, log-sum-exp, and the logits
-    themselves, minus infinity where nothing is held.
+    themselves, minus infinity where nothing is held. The bias is that of packed tokens, or of slots where no head
+    packs any token.
 
     The first parts of all segments come first, so that programs without a part are the last to start. The scratch is
     logits (group, padded_packed + num_segments * padded_latest), outputs (segments, splits, group, VALUE_DIM) and
@@ -145,13 +147,21 @@ def attend_kernel(
     highest = tl.full([ROWS], float("-inf"), dtype=tl.float32)
     total = tl.zeros([ROWS], dtype=tl.float32)
     output = tl.zeros([ROWS, BLOCK_DV], dtype=tl.float32)
+    tokens = begin + tl.arange(0, BLOCK_N)
     if held_ptr is not None:
         held_ptr += batch * stride_hb + kv_head * stride_hh
-        tokens = begin + tl.arange(0, BLOCK_N)
         held_end = end
         if starts_ptr is not None:
             held_end = tl.where(is_latest, end, begin)  # of packed tokens none is missing
         held = tl.load(held_ptr + tokens.to(tl.int64) * stride_hn, mask=tokens < held_end, other=1)
+    if bias_ptr is not None:
+        if starts_ptr is None:
+            bias_ptr += batch * stride_bb + kv_head * stride_bh
+            bias_end = end
+        else:
+            bias_ptr += start * stride_bn
+            bias_end = tl.where(is_latest, begin, end)  # of latest tokens none has a bias
+        bias = tl.load(bias_ptr + tokens.to(tl.int64) * stride_bn, mask=tokens < bias_end, other=0.0)
     for first in range(begin, end, BLOCK_N):
         tokens = first + tl.arange(0, BLOCK_N)
         is_token = tokens < end
@@ -169,6 +179,10 @@ def attend_kernel(
         logits = tl.dot(query, tl.trans(key), input_precision="ieee") * factor
         if softcap is not None:
             logits = _capped(logits, softcap)
+        if bias_ptr is not None:
+            logits += (bias * LOG2E)[None, :]
+            behind = tokens + BLOCK_N
+            bias = tl.load(bias_ptr + behind.to(tl.int64) * stride_bn, mask=behind < bias_end, other=0.0)
         logits = tl.where(is_used[None, :], logits, float("-inf"))
         tl.store(logits_ptr[:, None] + tokens[None, :], logits, mask=is_row[:, None] & (tokens < logits_end)[None, :])
         before = highest
@@ -317,6 +331,12 @@ def part_tiles(
     return max(ceil_div(num_packed + num_segments * num_latest, num_programs * tile), ceil_div(fewest, MAX_SPLITS - 1))
 
 
+def slot_strides(numbers: torch.Tensor) -> tuple[int, int, int]:
+    """Of `(batch, kv_heads or 1, slots)`, for any KV head."""
+    batch, head, slot = numbers.stride()
+    return batch, 0 if numbers.shape[1] == 1 else head, slot
+
+
 def decode_packed_attention(
     query: torch.Tensor,
     packed_key: torch.Tensor | None,
@@ -328,9 +348,10 @@ def decode_packed_attention(
     scaling: float,
     softcap: float | None,
     mask: torch.Tensor | None,
+    bias: torch.Tensor | None,
     sink_logits: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """With sinks, too, and with None where no head packs any token."""
+    """With sinks, too, and with None where no head packs any token: `bias` is then that of `decode_attention`."""
     batch, heads, _, head_dim = query.shape
     kv_heads, num_latest, value_dim = key.shape[1], key.shape[2], value.shape[3]
     group, num_segments, device = heads // kv_heads, batch * kv_heads, key.device
@@ -356,9 +377,10 @@ def decode_packed_attention(
     output = torch.empty(batch, 1, heads, value_dim, dtype=value.dtype, device=device)
     packed_sums = torch.empty(num_packed, dtype=torch.float32, device=device)
     latest_sums = torch.empty(batch, kv_heads, num_latest, dtype=torch.float32, device=device)
-    mask_strides = (0, 0, 0) if mask is None else mask.stride()
-    if mask is not None and mask.shape[1] == 1:
-        mask_strides = (mask_strides[0], 0, mask_strides[2])
+    mask_strides = (0, 0, 0) if mask is None else slot_strides(mask)
+    bias_strides: tuple[int | None, ...] = (None, None, None)  # which the compiled kernel then does not take
+    if bias is not None:
+        bias_strides = slot_strides(bias) if starts is None else (0, 0, bias.stride(0))
     sizes = (num_segments, num_splits, padded_packed, num_latest, padded_latest, latest_parts, part_size)
     # Heads whose logits the second kernel takes in at once, and tokens.
     merged_rows = min(padded(group, 1), 16)
@@ -366,12 +388,13 @@ def decode_packed_attention(
     num_tiles = ceil_div(part_size, merged_tokens)
     with on_device(device):
         attend_kernel[num_splits * num_segments * num_chunks,](
-            query, packed_key, packed_value, starts, key, value, mask, scratch,
+            query, packed_key, packed_value, starts, key, value, mask, bias, scratch,
             query.stride(0), query.stride(1), query.stride(3),
             *packed_strides,
             *key.stride(),
             *value.stride(),
             *mask_strides,
+            *bias_strides,
             kv_heads, group, num_chunks, *sizes, scaling if softcap else scaling * LOG2E.value, softcap or None,
             HEAD_DIM=head_dim, VALUE_DIM=value_dim, BLOCK_D=block_dim, BLOCK_DV=block_value_dim,
             ROWS=HEADS_PER_PROGRAM, BLOCK_N=blocks.slots,
@@ -393,11 +416,12 @@ def decode_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     mask: torch.Tensor | None,
+    bias: torch.Tensor | None,
     sink_logits: torch.Tensor | None,
     scaling: float,
     softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     output, _, probabilities = decode_packed_attention(
-        query, None, None, None, 0, key, value, scaling, softcap, mask, sink_logits
+        query, None, None, None, 0, key, value, scaling, softcap, mask, bias, sink_logits
     )
     return output, probabilities

@@ -19,15 +19,18 @@ def attention(
     allowed: torch.Tensor,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Probabilities `(batch, heads, rows, keys)` and log-sum-exps `(batch, heads, rows)`, of which the sinks `(heads,)`
-    take a part; zeros and minus infinity for a row without keys.
+    take a part; zeros and minus infinity for a row without keys. A bias, like `allowed`, is broadcast to the logits.
     """
     key = key.double().repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     logits = torch.einsum("bhqd,bhkd->bhqk", query.double(), key) * scaling
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
+    if bias is not None:
+        logits = logits + bias.double()
     logits = logits.masked_fill(~allowed, float("-inf"))
     lse = logits.logsumexp(dim=-1)
     if sinks is not None:
@@ -53,6 +56,7 @@ def decode(
     key: torch.Tensor,
     value: torch.Tensor,
     mask: torch.Tensor | None,
+    bias: torch.Tensor | None,
     sinks: torch.Tensor | None,
     scaling: float,
     softcap: float | None,
@@ -60,9 +64,12 @@ def decode(
     """What `decode_attention` returns: output, sums of probabilities of each group."""
     kv_heads = key.shape[1]
     allowed = key.new_ones(1, 1, key.shape[2], dtype=torch.bool) if mask is None else mask
-    if allowed.shape[1] != 1:
-        allowed = allowed.repeat_interleave(query.shape[1] // kv_heads, dim=1)
-    probabilities, _ = attention(query, key, scaling, allowed[:, :, None], softcap, sinks)
+    added = key.new_zeros(1, 1, key.shape[2]) if bias is None else bias
+    allowed, added = (
+        of_slots if of_slots.shape[1] == 1 else of_slots.repeat_interleave(query.shape[1] // kv_heads, dim=1)
+        for of_slots in (allowed, added)
+    )
+    probabilities, _ = attention(query, key, scaling, allowed[:, :, None], softcap, sinks, added[:, :, None])
     return output_of(probabilities, value), scores_of(probabilities, kv_heads)
 
 
@@ -75,16 +82,20 @@ def packed_decode(
     value: torch.Tensor,
     scaling: float,
     softcap: float | None = None,
+    packed_bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What `decode_packed_attention` returns, segment by segment."""
     kv_heads, group = key.shape[1], query.shape[1] // key.shape[1]
     outputs, packed_sums, latest_sums = [], [], []
-    segments = zip(packed_key.split(lengths), packed_value.split(lengths), strict=True)
-    for segment, (packed_keys, packed_values) in enumerate(segments):
+    if packed_bias is None:
+        packed_bias = packed_key.new_zeros(len(packed_key))
+    segments = zip(*(packed.split(lengths) for packed in (packed_key, packed_value, packed_bias)), strict=True)
+    for segment, (packed_keys, packed_values, biases) in enumerate(segments):
         row, head = divmod(segment, kv_heads)
         keys, values = torch.cat([packed_keys, key[row, head]]), torch.cat([packed_values, value[row, head]])
         queries = query[row : row + 1, head * group : (head + 1) * group]
-        output, sums = decode(queries, keys[None, None], values[None, None], None, None, scaling, softcap)
+        bias = torch.cat([biases, biases.new_zeros(key.shape[2])])[None, None]
+        output, sums = decode(queries, keys[None, None], values[None, None], None, bias, None, scaling, softcap)
         outputs.append(output[0, 0])
         packed_sums.append(sums[0, 0, : lengths[segment]])
         latest_sums.append(sums[0, 0, lengths[segment] :])

@@ -111,10 +111,13 @@ def decode_states(dtype: torch.dtype, head_dim: int, slots: int, group: int = 4)
     return [empty(2, 2 * group, 1, head_dim, dtype=dtype), *(empty(2, 2, slots, head_dim, dtype=dtype) for _ in "kv")]
 
 
-def run_decode(dtype: torch.dtype, head_dim: int, slots: int, group: int = 4, mask: bool = False) -> None:
+def run_decode(
+    dtype: torch.dtype, head_dim: int, slots: int, group: int = 4, mask: bool = False, bias: bool = False
+) -> None:
     states = decode_states(dtype, head_dim, slots, group)
     is_held, sinks = (empty(2, 1, slots, dtype=torch.bool), empty(2 * group)) if mask else (None, None)
-    triton_decode.decode_attention(*states, is_held, sinks, 0.1, None)
+    biases = empty(2, 2, slots) if bias else None
+    triton_decode.decode_attention(*states, is_held, biases, sinks, 0.1, None)
 
 
 def run_packed(
@@ -124,6 +127,7 @@ def run_packed(
     group: int = 4,
     softcap: float | None = None,
     mask: bool = False,
+    bias: bool = False,
 ) -> None:
     """The latest tokens are in some of 64 slots; with a mask there is a place for each of these, as when compiled."""
     lengths = [longest, longest // 7, 0, 17]
@@ -131,8 +135,9 @@ def run_packed(
     query, key, value = decode_states(dtype, head_dim, 64, group)
     latest = (tensor[:, :, : 64 if mask else 1 + longest % 64] for tensor in (key, value))
     starts, is_held = empty(5, dtype=torch.int64), empty(2, 2, 64, dtype=torch.bool) if mask else None
+    biases = empty(sum(lengths)) if bias else None
     triton_decode.decode_packed_attention(
-        query, packed_key, packed_value, starts, longest, *latest, 0.1, softcap, is_held
+        query, packed_key, packed_value, starts, longest, *latest, 0.1, softcap, is_held, biases
     )
 
 
@@ -150,8 +155,10 @@ CALLS: dict[str, tuple[Callable, int, dict[str, Any]]] = {
     "all rows": (run_scores, 9000, {}),
     "window": (run_scores, 2000, {"rows": 24, "weights": True, "start": True}),
     "decode": (run_decode, 3000, {"mask": True}),
+    "decode with a bias": (run_decode, 3000, {"mask": True, "bias": True}),
     "packed decode": (run_packed, 9000, {}),
     "packed decode with a mask": (run_packed, 9000, {"mask": True}),
+    "packed decode with a mask and a bias": (run_packed, 9000, {"mask": True, "bias": True}),
     "shadow": (run_shadow, 9000, {}),
 }
 # Kernels that are no different for other dtypes, and rare options.

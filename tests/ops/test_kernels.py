@@ -74,16 +74,17 @@ def test_rows_that_do_not_count_add_nothing_whatever_they_hold() -> None:
     "case",
     [
         (F32, 2, 2, 1, 64, 64, ""),
-        (F32, 6, 2, 333, 96, 64, "mask sinks"),
+        (F32, 6, 2, 333, 96, 64, "mask bias sinks"),
         (F32, 4, 2, 90, 64, 40, "softcap shared_mask dims_first high_sinks"),
+        (F16, 4, 2, 70, 64, 64, "softcap shared_bias"),
         (F16, 3, 1, 257, 80, 256, "sinks softcap heads_last"),
         on_gpu((F32, 40, 1, 50, 64, 40, "softcap shared_mask dims_first")),
         on_gpu((F16, 8, 2, 1100, 128, 128, "shared_mask")),
-        on_gpu((BF16, 8, 2, 1025, 128, 128, "mask sinks softcap")),
+        on_gpu((BF16, 8, 2, 1025, 128, 128, "mask bias sinks softcap")),
         on_gpu((BF16, 3, 3, 77, 256, 256, "")),
         on_gpu((BF16, 48, 1, 300, 96, 64, "shared_mask heads_last")),
         on_gpu((BF16, 32, 8, 70_001, 128, 128, "mask")),
-        on_gpu((F32, 9, 3, 20_000, 64, 64, "sinks")),
+        on_gpu((F32, 9, 3, 20_000, 64, 64, "shared_bias sinks")),
     ],
 )
 def test_decode(case: tuple) -> None:
@@ -96,10 +97,13 @@ def test_decode(case: tuple) -> None:
         mask = (torch.rand(2, 1 if "shared_mask" in options else kv_heads, slots) > 0.3).to(DEVICE)
         if "heads_last" in options:
             mask = mask.transpose(1, 2).contiguous().transpose(1, 2)
+    # Slot by slot, and the heads of a slot side by side.
+    of_heads = 1 if "shared_bias" in options else kv_heads
+    bias = 2 * random(2, slots, of_heads).transpose(1, 2) if "bias" in options else None
     sinks = random(heads) if "sinks" in options else None
     if "high_sinks" in options:
         sinks += 500  # whose exponentials are no float32
-    arguments = (query, key, value, mask, sinks, head_dim**-0.5, 5.0 if "softcap" in options else None)
+    arguments = (query, key, value, mask, bias, sinks, head_dim**-0.5, 5.0 if "softcap" in options else None)
     found, eager = triton_decode.decode_attention(*arguments), reference.decode_in_float32(*arguments)
     for one, wanted, plain in zip(found, exact.decode(*arguments), eager, strict=True):
         assert one.dtype == plain.dtype
@@ -113,10 +117,10 @@ def test_empty_slots_and_empty_heads(head_blocks: tuple[int, ...] | None, monkey
     mask[0, :, 20:150] = mask[1, 1] = False  # whole splits are empty, and a whole head
     if head_blocks is not None:
         monkeypatch.setitem(triton_decode.DECODE_BLOCKS, (4, 64), triton_decode.DecodeBlocks(*head_blocks))
-    expected = exact.decode(query, key, value, mask, None, 0.125, None)
+    expected = exact.decode(query, key, value, mask, None, None, 0.125, None)
     empty = torch.where(torch.rand(2, 2, 200, 1) > 0.5, NAN, INFINITY).to(DEVICE)
     key, value = (torch.where(mask[..., None], tensor, empty) for tensor in (key, value))
-    found = triton_decode.decode_attention(query, key, value, mask, None, 0.125, None)
+    found = triton_decode.decode_attention(query, key, value, mask, None, None, 0.125, None)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5)
     assert (found[0][1, :, 3:] == 0).all() and (found[1][1, 1] == 0).all()
@@ -124,9 +128,9 @@ def test_empty_slots_and_empty_heads(head_blocks: tuple[int, ...] | None, monkey
 
 def test_a_head_that_is_not_a_number_leaves_the_others_alone() -> None:
     query, key, value = random(2, 6, 1, 64), random(2, 2, 100, 64), random(2, 2, 100, 64)
-    expected = triton_decode.decode_attention(query, key, value, None, None, 0.125, None)
+    expected = triton_decode.decode_attention(query, key, value, None, None, None, 0.125, None)
     query[1, 4] = NAN
-    found = triton_decode.decode_attention(query, key, value, None, None, 0.125, None)
+    found = triton_decode.decode_attention(query, key, value, None, None, None, 0.125, None)
     # The output of the head, and the probabilities of its group.
     for one, other, place in zip(found, expected, ((1, 0, 4), (1, 1)), strict=True):
         assert one[place].isnan().all()
@@ -142,6 +146,6 @@ def test_strides_beyond_31_bits() -> None:
         found = triton_scores.attention_scores(*layout, lse, None, None, 0.125, None)
         assert torch.equal(found, triton_scores.attention_scores(near, near, lse, None, None, 0.125, None))
     query = random(1, 2, 1, 64, dtype=F16)
-    expected = triton_decode.decode_attention(query, near, near, None, None, 0.125, None)
-    found = triton_decode.decode_attention(query, far, far, None, None, 0.125, None)
+    expected = triton_decode.decode_attention(query, near, near, None, None, None, 0.125, None)
+    found = triton_decode.decode_attention(query, far, far, None, None, None, 0.125, None)
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))

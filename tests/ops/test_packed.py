@@ -1,5 +1,6 @@
 """Decoding over packed heads, against a softmax in float64 over each head's tokens on their own."""
 
+import itertools
 from collections.abc import Callable
 
 import exact
@@ -40,8 +41,18 @@ def for_op(arguments: tuple) -> tuple:
     return *arguments[:3], segment_starts(lengths, torch.device("cpu")), max(lengths), *arguments[4:]
 
 
-def by_segments(*arguments, scaling: float, softcap: float | None = None, mask: torch.Tensor | None = None) -> tuple:
-    return decode_by_segments(*arguments, scaling, softcap, mask)
+def by_segments(
+    *arguments,
+    scaling: float,
+    softcap: float | None = None,
+    mask: torch.Tensor | None = None,
+    packed_bias: torch.Tensor | None = None,
+) -> tuple:
+    return decode_by_segments(*arguments, scaling, softcap, mask, packed_bias)
+
+
+def bias_of(arguments: tuple) -> torch.Tensor:
+    return 2 * torch.randn(len(arguments[1]), generator=torch.Generator().manual_seed(1))
 
 
 both_ways = pytest.mark.parametrize("decode", [decode_packed_attention, by_segments])
@@ -53,9 +64,9 @@ def test_equals_softmax_head_by_head(dtype: torch.dtype, decode: Callable) -> No
     for name in SHAPES:
         arguments = build(name, dtype)
         scaling = arguments[0].shape[-1] ** -0.5
-        for softcap in (None, 1.5):
-            wanted = exact.packed_decode(*arguments, scaling, softcap)
-            found = decode(*for_op(arguments), scaling=scaling, softcap=softcap)
+        for softcap, bias in itertools.product((None, 1.5), (None, bias_of(arguments))):
+            wanted = exact.packed_decode(*arguments, scaling, softcap, bias)
+            found = decode(*for_op(arguments), scaling=scaling, softcap=softcap, packed_bias=bias)
             assert found[0].dtype == dtype and found[1].dtype == found[2].dtype == torch.float32
             for ours, theirs in zip(found, wanted, strict=True):
                 torch.testing.assert_close(ours.double(), theirs, atol=TOLERANCES[dtype], rtol=TOLERANCES[dtype])
@@ -76,13 +87,15 @@ def test_room_behind_and_empty_slots_change_nothing(decode: Callable) -> None:
         arguments = for_op(build(name))
         query, packed_key, packed_value, starts, longest, key, value = arguments
         for softcap in (None, 1.5):
-            wanted = decode(*arguments, scaling=0.3, softcap=softcap)
+            options = {"scaling": 0.3, "softcap": softcap, "packed_bias": bias_of(arguments)}
+            wanted = decode(*arguments, **options)
+            options["packed_bias"] = torch.cat([options["packed_bias"], torch.randn(5)])
             room = [torch.cat([each, torch.randn(5, each.shape[1])]) for each in (packed_key, packed_value)]
             # An empty slot comes first, not last: the mask alone says which are empty.
             latest = [torch.cat([torch.randn_like(each[:, :, :1]), each], dim=2) for each in (key, value)]
             for heads in {1, key.shape[1]}:
                 mask = (torch.arange(latest[0].shape[2]) >= 1).expand(key.shape[0], heads, -1)
-                found = decode(query, *room, starts, longest + 9, *latest, scaling=0.3, softcap=softcap, mask=mask)
+                found = decode(query, *room, starts, longest + 9, *latest, mask=mask, **options)
                 for ours, theirs in zip(
                     (found[0], found[1][: len(packed_key)], found[2][..., 1:]), wanted, strict=True
                 ):
@@ -92,12 +105,13 @@ def test_room_behind_and_empty_slots_change_nothing(decode: Callable) -> None:
 
 def test_gradients_are_those_of_the_definition() -> None:
     arguments = [tensor.double() if isinstance(tensor, torch.Tensor) else tensor for tensor in build("grouped")]
-    tensors = [argument.requires_grad_() for argument in arguments if isinstance(argument, torch.Tensor)]
+    bias = bias_of(arguments)
+    tensors = [argument.requires_grad_() for argument in (*arguments, bias) if isinstance(argument, torch.Tensor)]
     found, wanted = (
         torch.autograd.grad(output.square().sum(), tensors)
         for output in (
-            decode_packed_attention(*for_op(arguments), scaling=0.3)[0],
-            exact.packed_decode(*arguments, 0.3)[0],
+            decode_packed_attention(*for_op(arguments), scaling=0.3, packed_bias=bias)[0],
+            exact.packed_decode(*arguments, 0.3, None, bias)[0],
         )
     )
     for ours, theirs in zip(found, wanted, strict=True):
@@ -128,9 +142,11 @@ def test_shapes_that_do_not_fit() -> None:
         ({3: torch.zeros(7, dtype=torch.int32)}, "`starts` must be torch.int64, but is torch.int32"),
         ({7: torch.zeros(2, 2, 4, dtype=torch.bool)}, r"`mask` must have the shape \(2, 3 or 1, 4\)"),
         ({7: torch.zeros(2, 3, 4)}, "`mask` must be torch.bool"),
+        ({8: torch.zeros(17)}, r"`packed_bias` must have the shape \(18\)"),
+        ({8: torch.zeros(18).double()}, "`packed_bias` must be torch.float32"),
     ):
-        arguments = [*for_op(build("grouped")), None]
+        arguments = [*for_op(build("grouped")), None, None]
         for index, value in changes.items():
             arguments[index] = value
         with pytest.raises(ValueError, match=message):
-            decode_packed_attention(*arguments[:7], scaling=0.3, mask=arguments[7])
+            decode_packed_attention(*arguments[:7], scaling=0.3, mask=arguments[7], packed_bias=arguments[8])

@@ -42,25 +42,32 @@ def for_op(arguments: tuple, device: str = DEVICE) -> tuple:
 
 
 def run(
-    arguments: tuple, scaling: float, softcap: float | None = None, mask: torch.Tensor | None = None
+    arguments: tuple, scaling: float, softcap: float | None = None, bias: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, ...]:
     """Fills what `torch.empty` gives with NaN: it is seen if something is read that was not written."""
     torch.use_deterministic_algorithms(True)
     try:
         assert torch.empty(1).isnan()
-        return triton_decode.decode_packed_attention(*for_op(arguments), scaling, softcap, mask)
+        return triton_decode.decode_packed_attention(*for_op(arguments), scaling, softcap, None, bias)
     finally:
         torch.use_deterministic_algorithms(False)
 
 
-def check(found: tuple[torch.Tensor, ...], arguments: tuple, scaling: float, softcap: float | None = None) -> None:
+def check(
+    found: tuple[torch.Tensor, ...],
+    arguments: tuple,
+    scaling: float,
+    softcap: float | None = None,
+    bias: torch.Tensor | None = None,
+) -> None:
     """Tensor cores, which add half precision, cut a digit off sums; only the output is rounded to the dtype."""
     dtype, eager = arguments[0].dtype, None
     if dtype != F32:
         on_cpu = tuple(one.cpu() if isinstance(one, torch.Tensor) else one for one in arguments)
-        eager = decode_one_by_one(*for_op(on_cpu, "cpu"), scaling, softcap, None)[0].to(DEVICE)
+        bias_on_cpu = None if bias is None else bias.cpu()
+        eager = decode_one_by_one(*for_op(on_cpu, "cpu"), scaling, softcap, None, bias_on_cpu)[0].to(DEVICE)
     assert [one.dtype for one in found] == [dtype, F32, F32]
-    wanted = exact.packed_decode(*arguments, scaling, softcap)
+    wanted = exact.packed_decode(*arguments, scaling, softcap, bias)
     for one, other, plain in zip(found, wanted, (eager, None, None), strict=True):
         assert_near(one, other, plain, rtol=3e-6 if dtype == F32 else 1e-5)
 
@@ -70,14 +77,14 @@ def check(found: tuple[torch.Tensor, ...], arguments: tuple, scaling: float, sof
     [
         (F32, 2, [0, 333, 70, 1], 1, 64, 64, 1, ""),
         (F32, 2, [0, 0, 0, 0], 8, 64, 64, 3, ""),
-        (F32, 2, [400, 3], 3, 256, 80, 70, "heads_last"),
+        (F32, 2, [400, 3], 3, 256, 80, 70, "bias heads_last"),
         (F32, 1, [130], 20, 64, 40, 2, "softcap"),
-        (F16, 1, [257, 90, 31, 64], 3, 96, 256, 33, "softcap heads_last"),
+        (F16, 1, [257, 90, 31, 64], 3, 96, 256, 33, "bias softcap heads_last"),
         on_gpu((F16, 1, [1100, 10], 4, 128, 128, 5, "")),
-        on_gpu((BF16, 2, [1025, 0, 77, 300], 3, 128, 128, 40, "softcap")),
+        on_gpu((BF16, 2, [1025, 0, 77, 300], 3, 128, 128, 40, "bias softcap")),
         on_gpu((BF16, 2, [999, 64], 8, 64, 256, 3, "heads_last")),
         on_gpu((BF16, 1, [70_001, 3, 0, 9000, 20_000, 1, 12, 500], 4, 128, 128, 64, "")),
-        on_gpu((F32, 1, [30_000, 64, 7000], 3, 64, 64, 9, "")),
+        on_gpu((F32, 1, [30_000, 64, 7000], 3, 64, 64, 9, "bias")),
     ],
 )
 def test_decode(case: tuple) -> None:
@@ -88,15 +95,18 @@ def test_decode(case: tuple) -> None:
         # The same numbers, laid out as `(batch, dim, tokens, heads)`.
         arguments[4:] = (states.transpose(1, 3).contiguous().transpose(1, 3) for states in arguments[4:])
     scaling, softcap = head_dim**-0.5, 5.0 if "softcap" in options else None
-    check(run(tuple(arguments), scaling, softcap), tuple(arguments), scaling, softcap)
+    bias = 2 * random(sum(lengths), 1, dtype=F32)[:, 0] if "bias" in options else None
+    check(run(tuple(arguments), scaling, softcap, bias), tuple(arguments), scaling, softcap, bias)
 
 
 @pytest.mark.parametrize("heads", [1, 2])
 def test_room_behind_and_empty_slots_change_nothing(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in steps of fixed shapes. Room and empty slots hold NaN keys; only values must be finite."""
+    """As in steps of fixed shapes. Room and empty slots hold NaN keys, room biases; only values must be finite."""
     monkeypatch.setitem(DECODE_BLOCKS, (4, 64), DecodeBlocks(16, num_warps=4, num_stages=2))
     query, *packed_states, lengths, key, value = arguments_of(F32, [0, 90, 17, 40], 2, 16, 16, 5, batch=2)
-    wanted = run((query, *packed_states, lengths, key, value), 0.25)
+    bias = random(147, 1, dtype=F32)[:, 0]
+    wanted = run((query, *packed_states, lengths, key, value), 0.25, None, bias)
+    bias = torch.cat([bias, bias.new_full((70,), float("nan"))])
     room = [torch.cat([each, each.new_full((70, 16), float("nan"))]) for each in packed_states]
     latest = [torch.cat([each, each.new_zeros(2, 2, 40, 16), each[:, :, :2]], dim=2) for each in (key, value)]
     latest = [each[:, :, [*range(5, 45), 0, 1, 2, 3, 4, 45, 46]] for each in latest]
@@ -104,7 +114,7 @@ def test_room_behind_and_empty_slots_change_nothing(heads: int, monkeypatch: pyt
     mask[..., 40:45] = True
     starts = segment_starts(lengths, torch.device(DEVICE))
     output, packed_sums, sums = triton_decode.decode_packed_attention(
-        query, *room, starts, 130, *latest, 0.25, None, mask
+        query, *room, starts, 130, *latest, 0.25, None, mask, bias
     )
     for one, other in zip((output, packed_sums[:147], sums[..., 40:45]), wanted, strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-6)
@@ -189,5 +199,5 @@ def test_strides_beyond_31_bits() -> None:
 def test_what_the_kernels_do_not_take() -> None:
     arguments = arguments_of(F32, [3, 0], 1, 8, 8, 2)
     doubles = tuple(one.double() if isinstance(one, torch.Tensor) else one for one in arguments)
-    output, _, _ = packed._on_cuda(*for_op(doubles), 0.3, None, None)
+    output, _, _ = packed._on_cuda(*for_op(doubles), 0.3, None, None, None)
     torch.testing.assert_close(output, exact.packed_decode(*doubles, 0.3)[0], rtol=1e-5, atol=1e-5)

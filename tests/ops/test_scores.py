@@ -80,19 +80,34 @@ def test_decode_attention_is_attention_of_the_whole_matrix(dtype) -> None:
         value = torch.randn(2, kv_heads, slots, value_dim).to(dtype)
         mask = torch.rand(2, kv_heads, slots) < 0.7
         mask[1, 0] = False  # a head that holds nothing
-        shared_mask = mask[:1, :1].repeat(2, 1, 1)
-        for mask, softcap, sinks in (  # noqa: B020
-            (None, None, None),
-            (mask, None, None),
-            (shared_mask, 3.0, None),
-            (None, None, torch.randn(heads)),
+        shared_mask, bias = mask[:1, :1].repeat(2, 1, 1), 2 * torch.randn(2, kv_heads, slots)
+        for mask, bias, softcap, sinks in (  # noqa: B020
+            (None, None, None, None),
+            (mask, None, None, None),
+            (shared_mask, bias, 3.0, None),
+            (None, None, None, torch.randn(heads)),
+            (mask, bias[:, :1], 3.0, torch.randn(heads)),
         ):
             output, probabilities = ops.decode_attention(
-                query, key, value, scaling=scaling, mask=mask, softcap=softcap, sink_logits=sinks
+                query, key, value, scaling=scaling, mask=mask, bias=bias, softcap=softcap, sink_logits=sinks
             )
-            expected = exact.decode(query, key, value, mask, sinks, scaling, softcap)
+            expected = exact.decode(query, key, value, mask, bias, sinks, scaling, softcap)
             assert output.dtype == dtype and (output - expected[0]).abs().max() <= limit
             assert (probabilities - expected[1]).abs().max() <= limit * heads // kv_heads + limit
+
+
+def test_a_slot_biased_by_the_logarithm_of_a_number_counts_as_so_many() -> None:
+    query, key, value = states(6, 2, 16, 1, 9, torch.float32)
+    numbers = torch.tensor([1, 4, 2, 1, 1, 7, 1, 3, 1])
+    slots = torch.arange(9).repeat_interleave(numbers)
+    options = {"scaling": 0.25, "softcap": 3.0, "sink_logits": torch.randn(6)}
+    repeated = (tensor[:, :, slots] for tensor in (key, value))
+    wanted, probabilities = ops.decode_attention(query, *repeated, **options)
+    for heads in (1, 2):
+        bias = numbers.log().expand(2, heads, -1)
+        output, sums = ops.decode_attention(query, key, value, bias=bias, **options)
+        torch.testing.assert_close(output, wanted)
+        torch.testing.assert_close(sums, torch.zeros_like(sums).index_add(2, slots, probabilities))
 
 
 def test_without_a_kernel_cuda_computes_as_the_cpu_does(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,8 +118,8 @@ def test_without_a_kernel_cuda_computes_as_the_cpu_does(monkeypatch: pytest.Monk
     assert torch.equal(found, ops.attention_scores(query, key, lse, scaling=0.25))
     monkeypatch.setattr(registration, "kernels_of", lambda module, device: None)
     call = (query[:, :, -1:].bfloat16(), key.bfloat16(), value.bfloat16())
-    found = scores._decode_on_cuda(*call, None, None, 0.25, None)
-    for one, wanted in zip(found, exact.decode(*call, None, None, 0.25, None), strict=True):
+    found = scores._decode_on_cuda(*call, None, None, None, 0.25, None)
+    for one, wanted in zip(found, exact.decode(*call, None, None, None, 0.25, None), strict=True):
         torch.testing.assert_close(one, wanted.to(one.dtype), rtol=2**-8 if one is found[0] else 1e-5, atol=1e-6)
 
 
@@ -115,14 +130,14 @@ def op_samples(device: str = "cpu"):
     weights, start = some(2, 5), torch.zeros(2, dtype=torch.int32, device=device)
     yield scores._attention_scores, (query, key, lse, weights, start, 0.25, 4.0)
     yield scores._attention_scores, (query, key, lse, None, None, 0.25, None)
-    mask, sinks = torch.ones(2, 1, 9, dtype=torch.bool, device=device), some(6)
-    yield scores.decode_attention_unchecked, (some(2, 6, 1, 16), key, value, mask, sinks, 0.25, None)
-    yield scores.decode_attention_unchecked, (some(2, 6, 1, 16), key, value, None, None, 0.25, 2.0)
+    mask, bias, sinks = torch.ones(2, 1, 9, dtype=torch.bool, device=device), some(2, 2, 9), some(6)
+    yield scores.decode_attention_unchecked, (some(2, 6, 1, 16), key, value, mask, bias, sinks, 0.25, None)
+    yield scores.decode_attention_unchecked, (some(2, 6, 1, 16), key, value, None, None, None, 0.25, 2.0)
     known = torch.ops.pyramid_cache
     starts, latest = torch.tensor([0, 3, 3, 4, 5], device=device), (some(2, 2, 9, 16), some(2, 2, 9, 8))
     packed = (some(2, 6, 1, 16), some(5, 16), some(5, 8), starts, 3, *latest, 0.3, 2.0)
-    for is_held in (None, mask):
-        yield known.decode_packed_attention.default, (*packed, is_held)
+    for options in ((None, None), (mask, some(5))):
+        yield known.decode_packed_attention.default, (*packed, *options)
     tensors, incoming = shadow_step.step_tensors(device), torch.tensor([[[5, -1, 0], [-1, -1, 3]]] * 2, device=device)
     buffer, chunk_mask = tensors["keys_buffer"].narrow(2, 4, 24), tensors["mask"]
     rotation = (tensors["inverse_frequencies"], False, 8)
@@ -163,15 +178,17 @@ def test_scores_and_decoding_are_one_graph_at_any_length(backend: str) -> None:
 
 
 def test_gradients_take_the_specification_and_ops_refuse_them() -> None:
-    query, key, value = (tensor.clone().requires_grad_() for tensor in states(4, 2, 16, 1, 7, torch.float32))
-    output, probabilities = ops.decode_attention(query, key, value, scaling=0.25)
+    given = *states(4, 2, 16, 1, 7, torch.float32), torch.rand(2, 2, 7)
+    query, key, value, bias = (tensor.clone().requires_grad_() for tensor in given)
+    output, probabilities = ops.decode_attention(query, key, value, scaling=0.25, bias=bias)
     (output.sum() + probabilities.square().sum()).backward()
-    assert all(tensor.grad is not None and tensor.grad.abs().sum() > 0 for tensor in (query, key, value))
+    assert all(tensor.grad is not None and tensor.grad.abs().sum() > 0 for tensor in (query, key, value, bias))
+    assert ops.decode_attention(*given[:3], scaling=0.25, bias=bias)[0].requires_grad
     with pytest.raises(NotImplementedError, match="has no gradient.*torch.no_grad"):
-        torch.ops.pyramid_cache.decode_attention(query, key, value, None, None, 0.25, None)
+        torch.ops.pyramid_cache.decode_attention(query, key, value, None, bias, None, 0.25, None)
     with torch.no_grad():
         assert torch.equal(
-            torch.ops.pyramid_cache.decode_attention(query, key, value, None, None, 0.25, None)[0], output
+            torch.ops.pyramid_cache.decode_attention(query, key, value, None, bias, None, 0.25, None)[0], output
         )
 
 
@@ -221,6 +238,8 @@ def test_shapes_and_dtypes_that_do_not_fit_are_refused() -> None:
         (decode, {"mask": torch.ones(2, 2, 9)}, "`mask` must be torch.bool"),
         (decode, {"value": value[:, :, :8]}, r"`value` must have the shape \(2, 2, 9, any\)"),
         (decode, {"mask": torch.ones(2, 3, 9).bool()}, r"`mask` must have the shape \(2, 2 or 1, 9\)"),
+        (decode, {"bias": torch.ones(2, 3, 9)}, r"`bias` must have the shape \(2, 2 or 1, 9\)"),
+        (decode, {"bias": torch.ones(2, 1, 9).half()}, "`bias` must be torch.float32"),
         (decode, {"sink_logits": torch.zeros(2)}, r"`sink_logits` must have the shape \(6\)"),
     ):
         with pytest.raises(ValueError, match=message):
