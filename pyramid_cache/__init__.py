@@ -1,13 +1,15 @@
 """KV-cache compression for plain `model.generate`: `transformers.Cache` subclasses that keep what attention needs."""
 
 from pyramid_cache.caches.adakv import AdaKVCache
+from pyramid_cache.caches.attention_matching import AttentionMatchingCache
 from pyramid_cache.caches.critical_kv import CriticalKVCache, CriticalPolicy
 from pyramid_cache.caches.defensive_kv import DefensiveKVCache, LayerDefensiveKVCache
 from pyramid_cache.caches.expected_attention import ExpectedAttentionCache
 from pyramid_cache.caches.h2o import H2OCache
 from pyramid_cache.caches.keydiff import KeyDiffCache
 from pyramid_cache.caches.knorm import KnormCache
-from pyramid_cache.caches.kvzip import KVzipCache, KVzipPlusCache, ReplayTexts
+from pyramid_cache.caches.kv_merger import KVMergerCache
+from pyramid_cache.caches.kvzip import KVzipCache, KVzipPlusCache
 from pyramid_cache.caches.massive_activation.cache import MassiveActivationCache
 from pyramid_cache.caches.pyramid.cache import PyramidCache
 from pyramid_cache.caches.pyramidkv import PyramidKVCache
@@ -19,16 +21,19 @@ from pyramid_cache.caches.streaming_llm import StreamingLLMCache
 from pyramid_cache.caches.tova import TOVACache
 from pyramid_cache.engine.policy import Policy
 from pyramid_cache.engine.policy_cache import PolicyCache
+from pyramid_cache.engine.replay import ReplayTexts
 
 
 __all__ = [
     "AdaKVCache",
+    "AttentionMatchingCache",
     "CriticalKVCache",
     "CriticalPolicy",
     "DefensiveKVCache",
     "ExpectedAttentionCache",
     "H2OCache",
     "KeyDiffCache",
+    "KVMergerCache",
     "KVzipCache",
     "KVzipPlusCache",
     "KnormCache",

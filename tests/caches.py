@@ -14,10 +14,11 @@ from unittest.mock import patch
 import pytest
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from pyramid_cache import AdaKVCache, DefensiveKVCache, KVzipPlusCache, PolicyCache, PyramidCache, ShadowKVCache
+from pyramid_cache import AdaKVCache, DefensiveKVCache, PolicyCache, PyramidCache, ShadowKVCache
 from pyramid_cache.caches.shadow_kv.layer import ShadowKVLayer
 from pyramid_cache.engine.cache import CompressedCache
 from pyramid_cache.engine.policy_cache import CommonOptions, EvictionOptions
+from pyramid_cache.engine.replay import ReplayingCache
 from pyramid_cache.lab.registry import CACHES
 
 
@@ -37,6 +38,7 @@ class CacheCase:
             more than `HeldTokens` of reference.py.
         always: Settings whatever the budget.
         records: Whether tokens may be taken back, as assisted generation does.
+        compacts: Whether tokens that stay are changed to stand for those that go.
     """
 
     short_name: str
@@ -48,6 +50,7 @@ class CacheCase:
     has_own_reference: bool = False
     always: dict[str, Any] = field(default_factory=dict)
     records: bool = True
+    compacts: bool = False
 
     @property
     def cache_class(self) -> type[CompressedCache]:
@@ -82,7 +85,7 @@ class CacheCase:
     @property
     def reads_again(self) -> bool:
         """Whether prompts are read a second time, for which token ids are needed and no encoder."""
-        return self.cache_class is KVzipPlusCache
+        return issubclass(self.cache_class, ReplayingCache)
 
     @property
     def has_one_graph(self) -> bool:
@@ -92,7 +95,7 @@ class CacheCase:
     @property
     def heads_compete(self) -> bool:
         """Whether heads share what their layer holds, which then keep different numbers of tokens."""
-        return issubclass(self.cache_class, (AdaKVCache, DefensiveKVCache, KVzipPlusCache))
+        return issubclass(self.cache_class, (AdaKVCache, DefensiveKVCache, ReplayingCache))
 
     def most_waits(self, num_layers: int, num_steps: int) -> int:
         """
@@ -136,6 +139,9 @@ CACHE_CASES = (
     CacheCase("knorm", {**TWELVE, "eviction_interval": 3}),
     CacheCase("expected-attention", {**TWELVE, "eviction_interval": 3}, has_own_reference=True),
     CacheCase("massive", BY_ATTENTION, has_own_reference=True),
+    CacheCase(
+        "kv-merger", {**TWELVE, "threshold": 0.3, "eviction_interval": 3}, has_own_reference=True, compacts=True
+    ),
     CacheCase("rkv", {**BY_ATTENTION, "eviction_interval": 4}),
     CacheCase(
         "kvzip-plus",
@@ -144,6 +150,15 @@ CACHE_CASES = (
         has_own_reference=True,
         always={"texts": ((5, 6), (5, 7), (8,))},
         records=False,
+    ),
+    CacheCase(
+        "matching",
+        {**TWELVE, "chunk_size": 16, "num_references": 64, "eviction_interval": 3},
+        from_model=True,
+        has_own_reference=True,
+        always={"texts": ((5, 6), (5, 7), (8,))},
+        records=False,
+        compacts=True,
     ),
     CacheCase(
         "scissorhands",

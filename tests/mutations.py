@@ -80,7 +80,7 @@ checks.check_protected(self, «seen→self.state».row_lengths)
 «checks.check_protected(self, self.state.row_lengths)→pass»
 super().check_lengths(row_lengths)¶«checks.check_protected(self, row_lengths)→pass»
 = engine/fixed.py: test_protect | rank may_take
-if self.is_steady« and state.protected is None→»:
+if self.is_steady« and state.protected is None→» and self.store.ranks
 = engine/checks.py: test_protect | fit
 if (least := «min→max»(kept)) < number:
 = engine/policy_cache.py: test_protect | forms
@@ -89,7 +89,25 @@ given |= {"protect": plain_setting(spans)} if spans«→ and False» else {}
 num_sinks, parsed = max(policy.num_sink_tokens«, num_protected→, 0»)
 if any(«len(span) != num_protected or →»span[num
 or span[num_protected - 1] >«= num→ 99 + num»_protected for
+= engine/replay.py: test_kvzip
+return num_new > 1 or «not row_lengths or not all(row_lengths)→False»
+self.ids.gather(1, is_token.int().argsort(dim=1, stable=True«)→, descending=True)»
+num_leading = «min(NUM_LEADING_TOKENS, self.chunk_size) if number else →»0
+= engine/compaction.py: test_bias
+masses = torch.ones_like(positions, dtype=torch.float32) if bias is None else «bias.exp()→torch.ones_like(bias)»
+nearest = cosines«.masked_fill_(~is_known[:, :, None], float("-inf"))→».argmax(dim=-1)
+unit = «functional.normalize(key.float(), dim=-1)→key.float()»
+= engine/scoring.py: test_bias
+softmax_of_logits(logits« + bias[..., :visible]→», is_visible
+= engine/fixed.py: test_bias
+if layer.compactor is not None and «state.bias is None→False»:
+= engine/ragged_store.py: test_bias
+bias = «self.tensors["bias"] if "bias" in self.tensors else →»None
+= engine/layer.py: test_bias
+«grown(self.bias, self.bias.shape[2], call.num_keys, fill=0)→None»)
 = engine/sharing.py: test_layers_share
+best = scores.sort(descending=True, stable=True).indices[«:num_best→-num_best:»].cpu()
+if «fits[row]→False»:
 // heads« + num_own→»).tolist()
 num_best = sum((numbers[row]« - num_own→») * num for
 numbers[row] = «min(count, before[row])→count»
@@ -140,13 +158,13 @@ held = call.«key, call.value→value, call.key», attention
 or not tokens.is_ascending« or len(set(state.row_windows)) > 1→»:
 return (1 + slope * («window - 1 - →»ages)) /
 = engine/evicting.py: test_pyramid | pruned
-state.must_evict« or tokens.row_present != tokens.row_lengths→»
+state.must_evict or takes_share« or tokens.row_present != tokens.row_lengths→»
 = engine/evicting.py: test_small_faults
 is_in_window = (positions >= 0) & (ages <«→=» window)
 += «share_left * →»earlier
 state.column_positions is None else self.store.column_tokens().positions >«=→» 0
 = engine/evicting.py: test_recording
-self.state.has_traces |= «self.policy.window_size != 0 or →»type(self.policy).observe
+self.state.has_traces |= «self.policy.window_size != 0 or →»observes
 = engine/evicting.py: test_batch_rows
 row_left = [min(held, kept)« if due else held→» for held, kept, due in rows]
 = engine/evicting.py: test_compress
@@ -167,7 +185,7 @@ self.num_seen.add_(«1→0»)
 = engine/graph_steps.py: test_compile | refused
 checks.«check_fixed(step.layer, key, value)→check_attended(step.layer)»
 = engine/cache.py: test_compile | modes_that
-all(layer.can_fix« and not layer.record_past→» for layer
+all(layer.can_fix« and not layer.record_past→» and layer.store.ranks
 = engine/cache.py: test_bad_calls | broken_off broke break
 if layer_idx != self._first or «layer.get_seq_length() == last.get_seq_length()→True»:
 = engine/foreign.py: test_small_faults
@@ -311,16 +329,33 @@ scores = (torch.maximum(scores, «means→0 * means») * weights)
 view.positions.expand_as(given).argsort(dim=-1, descending=«True→False»)
 is_near = view.positions >= view.length - «2→1» * self.window_size
 = engine/evicting.py: test_critical_kv | refused_before
-if self.policy.weighs_values and «self.module is None→False»:
+if «self.module is None→False» and self.policy.weighs_values:
 = caches/expected_attention.py: test_expected_attention
 covariance = covariance + «(share * (1 - share))→share»[..., None] * between
 angles = rotary.angles(view.length «→- 1 »+ torch.arange
 = caches/h2o.py: test_h2o test_properties | hand sequences H2O
 view.positions >«=→» view.length - view.state.num_recent
+= caches/attention_matching.py: test_attention_matching
+columns = num_queries[:, None] - 1 - places * num_queries[:, None] // taken[:, None].clamp(min=1)«→ * 0»
+positions = view.query_positions[:, 0].gather(1, columns)«.masked_fill(~is_query, -1)→»
+is_kept = stays« & ~is_fixed→»
+probabilities = probabilities«.masked_fill(is_other, 0)→»
+biases[places] += «weights.log()→weights»
+masses = attended.sum(dim=-1, keepdim=True)« + others→»
+(positions[:, None] <= «references.positions[rows, :, None]→99999»)
+missing = attended.mT @ (wanted - attended @ «old→torch.zeros_like(old)»)
+«is_matched(chunk.turn_starts, chunk.turn_lengths) * →»shares.clamp(min=1)
 = caches/keydiff.py: test_small_faults test_policies
 directions = directions.masked_fill(«~view.is_token[..., None]→view.positions[..., None] < -1», 0)
 = caches/knorm.py: test_policies
 return -(torch.linalg.vector_norm(view.«key→value».float(), dim=-1)
+= caches/kv_merger.py: test_kv_merger
+follows = may_join & «functional.pad(may_join[..., :-1], (1, 0), value=False)→may_join» & (cosines >= self.threshold)
+«totals→highest».gather(-1, sets), ordered - ordered.amax
+candidates = places.masked_fill(ordered «<→>» highest.gather(-1, sets), -1)
+is_single = is_single |« is_protected(view.positions, view.state.protected)→ False»
+weights = masses * «torch.exp(-squares / (2 * widths.gather(-1, target)).clamp(min=tiny))→1»
+joins = «~is_kept & →»(positions >= 0)
 = caches/kvzip.py: test_kvzip
 always_stays = «(importance < 0) & →»view.is_recent
 view.is_recent(self.num_recent) | view.is_first(«NUM_SINK_TOKENS→0»)
@@ -328,8 +363,6 @@ is_sink = (positions < NUM_SINK_TOKENS)« & (positions < starts[:, None, None])�
 [gather_tokens(view.key[:, head : head + 1], indices), view.key[:, «head : head + 1→:1», num_held:]]
 is_before = torch.arange(num_queries, device=device) «<=→<» queries
 found.masked_fill((queries >«=→ 99 +» num_asking[:, None])
-self.ids.gather(1, is_token.int().argsort(dim=1, stable=True«)→, descending=True)»
-num_leading = «min(NUM_LEADING_TOKENS, self.chunk_size) if number else →»0
 = caches/massive_activation/cache.py: test_massive_activation | reference generated eight
 scores«.masked_fill(self.is_massive(view), float("inf"))→»
 latest = positions.argsort(dim=-1)[..., «-num_new:→:num_new»]
@@ -420,6 +453,7 @@ key_mask[:, None, «key_mask.shape[1] - lse.shape[2] :→: lse.shape[2]»]
 = ops/packed.py: ops/test_packed
 is_packed = (places < «starts[-1]→len(places)»)[:, None]
 is_behind = torch.arange(longest, device="cpu") >«=→» starts.diff()[:, None, None]
+logits[segment, :, : end - start] += packed_bias[«start:end→: end - start»]
 = ops/shadow_reference.py: ops/test_shadow test_shadow_kv | loop alone
 counts = torch.bincount(«rows * kv_heads + heads→heads * batch + rows», minlength
 = ops/shadow_reference.py: ops/test_shadow
@@ -431,8 +465,11 @@ with torch.autocast(device_type, enabled=«False→True»):
 «tl.where(keys >= start, sums, 0.0)→sums»
 = ops/triton_decode.py: ops/test_kernels
 sums += tl.sum(«tl.where(logits == float("-inf"), 0.0, →(»tl.exp2(logits - lse[:, None])), axis=0)
+logits += (bias« * LOG2E→»)[None, :]
+return batch, «0 if numbers.shape[1] == 1 else →»head, slot
 = ops/triton_decode.py: ops/test_packed_kernels
 held_end = tl.where(is_latest, end, «begin→end»)
+bias_end = tl.where(is_latest, «begin→end», end)
 latest_parts + «(length + part_size - 1)→length» // part_size
 = ops/triton_shadow.py: ops/test_shadow_kernels
 tl.where(quadrant >«=→» 2, -sine, sine)

@@ -84,6 +84,8 @@ IMPOSSIBLE: dict[str, list[Any]] = {
     "beta": [*NO_NUMBERS, 0, 0.5, -2, 2**31, 10**30],
     "epsilon": [*NO_NUMBERS, -0.1],
     "use_covariance": NO_BOOLS,
+    "merge": NO_BOOLS,
+    "threshold": [*NO_NUMBERS, -1.1, 1.1],
 }
 # What one cache refuses besides.
 ALSO_IMPOSSIBLE: dict[tuple[type[CompressedCache], str], list[Any]] = {

@@ -11,8 +11,9 @@ from reference import HoldingPolicy, best, compare_with_policies
 from test_masked_dense import compare_with_masked_dense
 from transformers import PreTrainedModel
 
-from pyramid_cache import CriticalKVCache, CriticalPolicy, PolicyCache, SnapKVCache
+from pyramid_cache import CriticalKVCache, CriticalPolicy, DefensiveKVCache, PolicyCache, SnapKVCache
 from pyramid_cache.caches.h2o import H2OPolicy
+from pyramid_cache.caches.scissorhands import ScissorhandsPolicy
 from pyramid_cache.caches.snapkv import SnapKVPolicy
 from pyramid_cache.caches.streaming_llm import StreamingLLMPolicy
 from pyramid_cache.caches.tova import TOVAPolicy
@@ -253,3 +254,11 @@ def test_policies_that_cannot_be_weighed_are_refused() -> None:
     for settings in ({"inner": "snapkv"}, {"first_ratio": 1.5}, {"epsilon": -1.0}):
         with pytest.raises(ValueError, match=f"`{next(iter(settings))}="):
             CriticalPolicy(**{"inner": SnapKVPolicy(), **settings})
+
+
+def test_policies_that_weigh_values_are_refused() -> None:
+    config = tiny_model("llama").config
+    for cache_class in (CriticalKVCache, DefensiveKVCache):
+        with pytest.raises(ValueError, match=r"weighs values itself.*such as SnapKVPolicy"):
+            CriticalPolicy(cache_class(config).policy)
+    assert CriticalPolicy(ScissorhandsPolicy()).measure is not None

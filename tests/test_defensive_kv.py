@@ -1,7 +1,9 @@
 """DefensiveKV against loops over rows, heads and queries, and its first stage by hand."""
 
+import itertools
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -138,3 +140,15 @@ def test_learned_sinks_are_refused() -> None:
     model = build_model("gpt_oss", attention="eager")
     with pytest.raises(NotImplementedError, match="learned attention sinks .* SnapKVCache"):
         model(random_tokens(1, 20), past_key_values=DefensiveKVCache(model.config, **SETTINGS))
+
+
+@torch.no_grad()
+def test_the_ranking_is_saved(tmp_path: Path) -> None:
+    """That of the class as well as another one."""
+    model, caches = tiny_model("llama"), (DefensiveKVCache, LayerDefensiveKVCache)
+    for cache_class, ranking in itertools.product(caches, ("head", "layer", "model")):
+        cache = cache_class(model.config, 16, ranking=ranking)
+        model(random_tokens(1, 40), past_key_values=cache)
+        cache.save(tmp_path / "cache.safetensors")
+        loaded = cache_class.load(tmp_path / "cache.safetensors", model)
+        assert [layer.ranking for layer in loaded.layers] == [ranking] * len(loaded.layers)

@@ -163,7 +163,8 @@ def check_masked(name: str, cache: CompressedCache) -> None:
     torch.testing.assert_close(trace.logits, wanted[:, PROMPT_LENGTH - 1 :], atol=1e-4, rtol=0)
 
 
-@parametrize_cases(PLAIN_CASES)
+# Masks do not show what tokens have become that stand for others.
+@parametrize_cases(case for case in PLAIN_CASES if not case.compacts)
 def test_tight_budgets_are_the_masked_run(case: CacheCase) -> None:
     for name in turns_of(case, ["bart", "moonshine", "marian", "whisper"]):
         if not case.evicts:

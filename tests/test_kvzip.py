@@ -1,5 +1,7 @@
 """KVzip: the scores of a replay, what stays of a context, and that nothing of the replay does."""
 
+import copy
+
 import pytest
 import torch
 from models import build_model, left_pad, random_rows, random_tokens, tiny_model
@@ -8,8 +10,9 @@ from test_masked_dense import compare_with_masked_dense
 from text_tokenizers import byte_tokenizer
 from transformers import DynamicCache, PreTrainedModel
 
-from pyramid_cache import KVzipCache, KVzipPlusCache, ReplayTexts
-from pyramid_cache.caches.kvzip import NUM_LEADING_TOKENS, NUM_SINK_TOKENS
+from pyramid_cache import KVzipCache, KVzipPlusCache, PolicyCache, ReplayTexts
+from pyramid_cache.caches.kvzip import NUM_SINK_TOKENS, KVzipPolicy
+from pyramid_cache.engine.replay import NUM_LEADING_TOKENS
 
 
 TEXTS = ReplayTexts((5, 6, 7), (5, 8), (9,))
@@ -201,3 +204,89 @@ def test_bad_calls() -> None:
     assert cache.get_seq_length() == 0
     with pytest.raises(NotImplementedError, match="is an encoder-decoder"):
         KVzipCache(model_of("bart"), 12, texts=TEXTS)
+
+
+def kept_positions(cache: KVzipCache) -> list[torch.Tensor]:
+    return [cache.positions(index) for index in range(len(cache.layers))]
+
+
+@torch.no_grad()
+def test_a_prompt_of_one_token_is_read_again_as_well() -> None:
+    """Else its layers would wait for ever, and evict twice at the next turn."""
+    model, first, later = tiny_model("llama"), random_tokens(1, 1, seed=1), random_tokens(1, 40, seed=2)
+    for ranking in ("head", "model"):
+        cache = KVzipCache(model, 12, texts=TEXTS, ranking=ranking)
+        model(first, past_key_values=cache)
+        assert not cache.shared.waiting
+        model(later, past_key_values=cache)
+        assert sum(cache.num_kept_tokens()) <= 12 * len(cache.layers) and cache.get_seq_length() == 41
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("where", ["replay", "norm"])
+def test_a_replay_that_broke_off_is_made_up_for(where: str) -> None:
+    """By whatever comes next: a step, a turn, `compress`, copies of rows."""
+    model, prompt = build_model("llama"), random_tokens(1, 40, seed=3)
+    whole = KVzipCache(model, 12, texts=TEXTS)
+    model(prompt, past_key_values=whole)
+    calls = {
+        "step": lambda cache: model(random_tokens(1, 1), past_key_values=cache),
+        "turn": lambda cache: model(random_tokens(1, 3), past_key_values=cache),
+        "compress": lambda cache: cache.compress(),
+        "repeat": lambda cache: cache.batch_repeat_interleave(2),
+    }
+    for name, call in calls.items():
+        cache, count = KVzipCache(model, 12, texts=TEXTS), [0]
+
+        def fail(*args: object, count: list[int] = count) -> None:
+            count[0] += 1
+            if where == "norm" or count[0] == 2:
+                raise MemoryError
+
+        hook = (model.model.norm if where == "norm" else model.model.layers[1]).register_forward_hook(fail)
+        with pytest.raises(MemoryError):
+            model(prompt, past_key_values=cache)
+        hook.remove()
+        call(cache)
+        wanted = copy.deepcopy(whole)
+        call(wanted)
+        pairs = zip(kept_positions(cache), kept_positions(wanted), strict=True)
+        assert all(torch.equal(*pair) for pair in pairs), name
+
+
+@torch.no_grad()
+def test_tokens_that_were_replayed_cannot_be_taken_back_without_a_trace() -> None:
+    model = tiny_model("llama")
+    cache = KVzipCache(model, 30, texts=TEXTS)
+    model(random_tokens(1, 20), past_key_values=cache)
+    cache.crop(-5)
+    with pytest.raises(ValueError, match="crop"):
+        model(random_tokens(1, 30, seed=9), past_key_values=cache)
+
+
+@torch.no_grad()
+def test_second_turns_with_an_interval_of_one() -> None:
+    model = tiny_model("llama")
+    cache = KVzipCache(model, 16, texts=TEXTS, ranking="head", eviction_interval=1)
+    for turn in range(3):
+        model(random_tokens(1, 40, seed=turn), past_key_values=cache)
+        model(random_tokens(1, 1), past_key_values=cache)
+        assert cache.num_kept_tokens() == [16] * len(cache.layers)
+
+
+def test_its_policy_needs_a_replay() -> None:
+    with pytest.raises(ValueError, match=r"second reading of the prompt, which PolicyCache does not do"):
+        PolicyCache(tiny_model("llama").config, 12, KVzipPolicy())
+
+
+@torch.no_grad()
+def test_models_that_end_with_another_kind_of_layer() -> None:
+    """The replay waits for it."""
+    kinds = ["full_attention", "full_attention", "sliding_attention"]
+    model, prompt = build_model("gemma3", layer_types=kinds), random_tokens(1, 40)
+    cache = KVzipCache(model, 12, texts=TEXTS)
+    model(prompt, past_key_values=cache)
+    assert sum(cache.num_kept_tokens()) <= 2 * 12 and cache.get_seq_length() == 40
+    large = KVzipCache(model, 100, texts=TEXTS)
+    found, wanted = (model.generate(prompt, past_key_values=each, max_new_tokens=5) for each in (large, None))
+    assert torch.equal(found, wanted)

@@ -10,7 +10,16 @@ from models import left_pad, random_rows, random_tokens, tiny_model
 from test_masked_dense import compare_with_masked_dense
 from transformers import DynamicCache
 
-from pyramid_cache import H2OCache, Policy, PolicyCache, StreamingLLMCache, TOVACache
+from pyramid_cache import (
+    H2OCache,
+    Policy,
+    PolicyCache,
+    PyramidKVCache,
+    ScissorhandsCache,
+    SnapKVCache,
+    StreamingLLMCache,
+    TOVACache,
+)
 from pyramid_cache.caches.keydiff import KeyDiffPolicy
 from pyramid_cache.caches.snapkv import SnapKVPolicy
 from pyramid_cache.engine.policy import ScoringView
@@ -162,3 +171,45 @@ def test_a_copy_goes_on_as_the_cache_does() -> None:
         for each in (cache, twin):
             model(random_tokens(1, 9, seed=5), past_key_values=each)
     assert all(torch.equal(cache.positions(index), twin.positions(index)) for index in range(len(cache.layers)))
+
+
+@torch.no_grad()
+def test_short_and_empty_rows_keep_their_own_budget_online() -> None:
+    """A row that fits is not cut to its prompt, and one without tokens is none: rows as they are alone."""
+    model, rows = tiny_model("llama"), random_rows((40, 8), seed=5)
+    ids, mask = left_pad(rows)
+    settings = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None}
+    for extra in ({}, {"prefill_chunk_size": 16}):
+        cache, alone = (
+            SnapKVCache(model.config, 16, window_size=4, ranking="model-online", eviction_interval=1) for _ in range(2)
+        )
+        model.generate(ids, attention_mask=mask, past_key_values=cache, **settings, **extra)
+        model.generate(rows[1][None], past_key_values=alone, **settings)
+        assert [layer.num_held_per_row[1] for layer in cache.layers] == [16] * len(cache.layers)
+        for index in range(len(cache.layers)):
+            found, wanted = cache.positions(index)[1], alone.positions(index)[0]
+            assert all(
+                set(one.tolist()) - {-1} == set(other.tolist()) for one, other in zip(found, wanted, strict=True)
+            )
+
+
+@torch.no_grad()
+def test_layers_of_which_some_lose_nothing_share_online() -> None:
+    """Early layers of a pyramid hold the whole prompt; what one prompt left is not there for the next."""
+    model = tiny_model("llama")
+    cache = PyramidKVCache(model.config, 0.9, window_size=4, ranking="model-online")
+    for turn in range(2):
+        model(random_tokens(1, 41, seed=turn), past_key_values=cache)
+        assert sum(cache.num_kept_tokens()) <= 0.9 * 41 * (turn + 1) * len(cache.layers)
+        assert not cache.shared.scores
+
+
+@torch.no_grad()
+def test_equal_scores_do_not_depend_on_padding() -> None:
+    model, rows = tiny_model("llama"), random_rows((40, 23), seed=4)
+    ids, mask = left_pad(rows)
+    settings = {"window_size": 8, "num_recent": 3, "ranking": "model"}
+    cache, alone = (ScissorhandsCache(model.config, 12, **settings) for _ in range(2))
+    model(ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), past_key_values=cache)
+    model(rows[1][None], past_key_values=alone)
+    assert [layer.state.row_kept[1] for layer in cache.layers] == [layer.state.row_kept[0] for layer in alone.layers]

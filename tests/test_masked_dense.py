@@ -16,7 +16,10 @@ TURNS = [1, 1, 1, 9, 1, 1, 13, 2, 1, 1]
 MASKED_CASES = [
     case
     for case in CACHE_CASES
-    if case.evicts and not case.prunes_prefill and not issubclass(case.cache_class, StreamingLLMCache)
+    if case.evicts
+    and not case.prunes_prefill
+    and not case.compacts
+    and not issubclass(case.cache_class, StreamingLLMCache)
 ]
 
 

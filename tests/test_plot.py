@@ -39,7 +39,7 @@ MAPS = {
     0: [[1, 0, 0.5, 0, 0, 0.5, 1], [0, 0, 0, 0, 0, 0, 1]],
     1: [[0.5, 0, 0, 0, 0.5, 0, 1], [0, 0, 0, 0, 0, 0, 1]],
 }
-WITHOUT_SCORES = ("KVzip", "StreamingLLM", "KeyDiff", "Knorm", "ExpectedAttention", "ShadowKV")
+WITHOUT_SCORES = ("AttentionMatching", "KVzip", "StreamingLLM", "KeyDiff", "Knorm", "ExpectedAttention", "ShadowKV")
 
 
 def bars(axes: Axes) -> list[tuple[float, float]]:

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
@@ -10,7 +11,16 @@ import torch
 from models import FAMILIES, Trace, drive, random_rows, random_tokens, tiny_model
 from reference import ScoredPolicy, compare_with_policies, score_of
 
-from pyramid_cache import KeyDiffCache, KnormCache, PolicyCache, PyramidKVCache, RKVCache, SnapKVCache, TOVACache
+from pyramid_cache import (
+    KeyDiffCache,
+    KnormCache,
+    Policy,
+    PolicyCache,
+    PyramidKVCache,
+    RKVCache,
+    SnapKVCache,
+    TOVACache,
+)
 from pyramid_cache.caches import rkv
 from pyramid_cache.caches.pyramidkv import PyramidKVPolicy
 from pyramid_cache.engine.budget import Budget
@@ -132,3 +142,23 @@ def test_neighbours_are_those_in_the_sequence() -> None:
         pooled = view.pool(scores, 3, kind)
         for position, score in zip(positions.flatten().tolist(), pooled.flatten().tolist(), strict=True):
             assert position < 0 or score == pytest.approx(expected[position])
+
+
+def test_scores_that_are_none_and_norms_of_another_order_are_refused() -> None:
+    @dataclass(frozen=True)
+    class NoWindow(Policy):
+        def score(self, view: ScoringView) -> torch.Tensor:
+            return view.attention
+
+    @dataclass(frozen=True)
+    class Cubes(Policy):
+        def score(self, view: ScoringView) -> torch.Tensor:
+            return view.projected_value_norms(3)
+
+    model = tiny_model("llama")
+    for policy, match in (
+        (NoWindow(), "`NoWindow.score` returned None.*`view.attention` is None unless .*`window_size`"),
+        (Cubes(), "`order=3`.*1 .*or 2"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            model(random_tokens(1, 20), past_key_values=PolicyCache(model.config, 12, policy))

@@ -250,7 +250,10 @@ def test_a_prompt_whose_protected_tokens_do_not_fit_is_refused() -> None:
     model = tiny_model("llama")
     for cache, match in (
         (H2OCache(model.config, 0.25, protect=11), "Layer 0 keeps 10 of the 40 tokens of row 0, but 11 are protected"),
-        (PyramidCache(model, 0.4, protect=14), "Layer 2 keeps 13 of the 40 .*Raise `budget`, or protect fewer"),
+        (
+            PyramidCache(model, 0.4, protect=14),
+            "Layer 2 keeps 13 of the 40 .*until this .* at least 14, or protect fewer",
+        ),
         (SnapKVCache(model.config, "60KiB", protect=6), "Layer 0 keeps 5 .*, but 6 are protected"),
     ):
         with pytest.raises(ValueError, match=match):

@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 
 from pyramid_cache import Policy, PolicyCache
 from pyramid_cache.engine.policy import PromptView, ScoringView
-from pyramid_cache.engine.state import LayerState, slot
+from pyramid_cache.engine.state import LayerState, row, slot
 
 
 @dataclass(eq=False)
@@ -108,3 +108,35 @@ def test_a_policy_that_asks_for_rotations_says_so() -> None:
     model = tiny_model("llama")
     with pytest.raises(ValueError, match="`Unsaid` asks .* `needs_rotary = True`"):
         model(random_tokens(1, 20), past_key_values=PolicyCache(model.config, 12, Unsaid()))
+
+
+@dataclass(eq=False)
+class Noted(LayerState):
+    noted: torch.Tensor | None = row()
+
+
+def test_a_field_that_is_not_declared_is_refused() -> None:
+    """Else it would not go with its tokens."""
+
+    @dataclass(frozen=True)
+    class InPrompt(Policy):
+        def observe(self, prompt: PromptView) -> None:
+            prompt.remember("noted", prompt.key.norm(dim=-1))
+
+        def score(self, view: ScoringView) -> torch.Tensor:
+            return view.remembered("noted")
+
+    @dataclass(frozen=True)
+    class InScore(InPrompt):
+        state_class = Noted  # of another kind
+
+        def observe(self, prompt: PromptView) -> None:
+            pass
+
+        def score(self, view: ScoringView) -> torch.Tensor:
+            view.remember("noted", view.key.norm(dim=-1))
+
+    model = tiny_model("llama")
+    for policy, name in ((InPrompt(), "LayerState"), (InScore(), "Noted")):
+        with pytest.raises(ValueError, match=rf"`remember\('noted'\)`: {name}, .*no `slot\(\)` field"):
+            model(random_tokens(1, 20), past_key_values=PolicyCache(model.config, 12, policy))

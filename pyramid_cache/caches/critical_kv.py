@@ -54,7 +54,7 @@ def weigh_values(view: LayerView, normalise: bool = False) -> torch.Tensor:
 
     Args:
         view (`LayerView`): Its state derives from `WeighedState`.
-        normalise (`bool`): Divides by the sum over the KV heads.
+        normalise (`bool`): Divides by the mean over the KV heads.
 
     Returns:
         `torch.Tensor`: `(batch, kv_heads, tokens)` float32.
@@ -69,7 +69,7 @@ def weigh_values(view: LayerView, normalise: bool = False) -> torch.Tensor:
         latest = view.positions.topk(min(num_new, view.positions.shape[-1]), dim=-1).indices
     new = view.projected_value_norms(1, latest).unflatten(1, (view.key.shape[1], -1)).mean(dim=2)
     if normalise:
-        new = new / new.sum(dim=1, keepdim=True).clamp(min=torch.finfo(new.dtype).tiny)
+        new = new / view.mean_over_heads(new).clamp(min=torch.finfo(new.dtype).tiny)
     state.row_weighed = list(state.row_lengths)
     if latest is None:
         view.remember("value_weights", new)
@@ -131,7 +131,13 @@ class CriticalPolicy(Policy):
                 f"{type(inner).__name__} {reason}, but values are weighed for each head. Use a policy that scores "
                 "each head alone and leaves keys where they are, such as SnapKVPolicy."
             )
-        for name in ("window_size", "newest_weight", "ranking", "floor_ratio", "needs_rotary"):
+        if inner.weighs_values:
+            raise ValueError(
+                f"{type(inner).__name__} weighs values itself. Use a policy that scores by attention or keys alone, "
+                "such as SnapKVPolicy."
+            )
+        copied = "window_size", "newest_weight", "measure", "ranking", "floor_ratio", "needs_rotary", "needs_replay"
+        for name in copied:
             object.__setattr__(self, name, getattr(inner, name))
         object.__setattr__(self, "state_class", weighed(inner.state_class))  # type: ignore[arg-type]
 

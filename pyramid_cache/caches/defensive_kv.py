@@ -94,7 +94,7 @@ class DefensivePolicy(Policy):
         """
         given = view.attention.masked_fill(~is_before, 0)
         is_near = view.positions >= view.length - 2 * self.window_size
-        near_mass = given.masked_fill(~is_near, 0).sum(dim=-1, keepdim=True).mean(dim=1, keepdim=True)
+        near_mass = view.mean_over_heads(given.masked_fill(~is_near, 0).sum(dim=-1, keepdim=True))
         newest_first = view.positions.expand_as(given).argsort(dim=-1, descending=True)
         by_attention = given.gather(-1, newest_first).argsort(dim=-1, descending=True, stable=True)
         order = newest_first.gather(-1, by_attention)

@@ -68,6 +68,8 @@ class AttentionCall:
     kwargs: dict[str, Any]  # whatever else the model passes
     # (batch, heads, num_queries) float32: the log-sum-exps of the queries over these keys, if they are known
     lse: torch.Tensor | None = None
+    # (batch, kv_heads, num_keys) float32, which is added to the logits of each key, where slots stand for more tokens
+    bias: torch.Tensor | None = None
 
     def run(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The output `(batch, num_queries, heads, value_dim)`, and attention weights where the function gives them."""

@@ -170,13 +170,16 @@ class CompressedCache(Cache):
 
     @property
     def can_compile(self) -> bool:
-        """Whether decode steps can be compiled: all layers evict, on one device, and no token may be taken back."""
+        """
+        Whether decode steps can be compiled: all layers evict, on one device of one process, and no token may be taken
+        back.
+        """
         layers = self.layers
         return (
             len(self._by_index) == len(layers)
             and not self._is_beside_encoder
             and not self.offloading
-            and all(layer.can_fix and not layer.record_past for layer in layers)
+            and all(layer.can_fix and not layer.record_past and layer.store.ranks is None for layer in layers)
             and len({layer.device for layer in layers if layer.is_initialized}) <= 1
         )
 
@@ -269,7 +272,8 @@ class CompressedCache(Cache):
 
         A prompt, or a later turn, is compressed as soon as it is read. Generated tokens wait for the next
         `eviction_interval`, and recorded ones for `crop`. Call this before a cache is saved, or copied for several
-        questions: it is then as small as it gets.
+        questions: it is then as small as it gets. Which tokens a fraction counts depends on the `ranking`; see
+        `PolicyCache`.
 
         Raises:
             RuntimeError: The last forward pass broke off.
@@ -462,7 +466,10 @@ class CompressedCache(Cache):
         return layer.held_positions()
 
     def num_kept_tokens(self) -> list[int]:
-        """How many tokens each layer that evicts holds: the largest number among the rows of the batch."""
+        """
+        How many tokens each layer that evicts holds per KV head: the largest number among the rows of the batch. Where
+        heads keep different numbers, it is the mean over the heads.
+        """
         return [max(layer.num_held_per_row, default=0) for layer in self.compressed_layers]
 
     def held_tensors(self) -> list[torch.Tensor]:
@@ -485,7 +492,7 @@ class CompressedCache(Cache):
         return sum(sum(roles.values()) for roles in self.memory().values())
 
     def summary(self) -> str:
-        """A table of what each layer holds."""
+        """A table of what each layer holds: tokens per KV head, as `num_kept_tokens` counts them, and bytes."""
         return summary_of(self)
 
     def plot(self, row: int = 0) -> "Figure":

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pyramid_cache.engine.evicting import EvictingLayer
     from pyramid_cache.engine.held import StoredLayer
     from pyramid_cache.engine.layer import CompressedLayer
+    from pyramid_cache.engine.ranks import HeadRanks
 
 
 WAY_WITHOUT_HIDDEN = (
@@ -113,7 +114,8 @@ def check_protected(layer: "EvictingLayer", row_lengths: list[int]) -> None:
             kind = "" if place.num_layers == place.model_depth else " of those that evict"
             raise ValueError(
                 f"Layer {kept.index(least)}{kind} keeps {least} of the {length} tokens of row {row}, but {number} are "
-                "protected. Raise `budget`, or protect fewer tokens (`protect`)."
+                f"protected. Raise `budget` until this layer keeps at least {number}, or protect fewer tokens "
+                "(`protect`)."
             )
 
 
@@ -132,6 +134,22 @@ def check_module(layer: "CompressedLayer", module: torch.nn.Module) -> None:
         )
     if layer.expected_weights is not None:
         layer.expected_weights.require_same(module)
+
+
+def check_ranks(layer: "CompressedLayer", ranks: "HeadRanks | None") -> None:
+    """Raises unless the layer can hold its part of heads that several ranks share."""
+    rank, num_ranks = (0, 1) if ranks is None else (ranks.rank, ranks.size)
+    state = layer.state
+    if any(state.row_lengths) and (state.rank, state.num_ranks) != (rank, num_ranks):  # it comes from a file
+        raise ValueError(
+            f"The cache was saved by rank {state.rank} of {state.num_ranks}, but this is rank {rank} of {num_ranks}. "
+            "Load the file of the same rank, of a run with as many ranks."
+        )
+    if ranks is not None and layer.needs_whole_layers:
+        raise NotImplementedError(
+            f"The model is split over {num_ranks} ranks (tensor parallelism), and this cache compares all heads of a "
+            "layer. Use one that does not, such as SnapKVCache, LayerDefensiveKVCache or TOVACache."
+        )
 
 
 def check_call(layer: "CompressedLayer", call: AttentionCall, num_new: int) -> None:
@@ -280,8 +298,13 @@ def check_left_padding(tokens: Tokens, need: str) -> None:
         )
 
 
-def check_scores(layer: "EvictingLayer", scores: torch.Tensor, key: torch.Tensor) -> None:
+def check_scores(layer: "EvictingLayer", scores: torch.Tensor | None, key: torch.Tensor) -> None:
     """Raises unless a policy's scores have one number for each token."""
+    if scores is None:
+        raise ValueError(
+            f"`{type(layer.policy).__name__}.score` returned None. It must return a tensor. `view.attention` is None "
+            "unless the policy has a `window_size`."
+        )
     is_shared = layer.policy.heads_share_tokens
     expected = (key.shape[0], 1 if is_shared else key.shape[1], key.shape[2])
     if scores.shape != expected:
@@ -294,7 +317,7 @@ def check_scores(layer: "EvictingLayer", scores: torch.Tensor, key: torch.Tensor
 def check_own_slots(layer: "EvictingLayer", key: torch.Tensor) -> None:
     """Raises unless what a policy remembers of each token has a place for each."""
     heads = (1,) if layer.policy.heads_share_tokens else (1, key.shape[1])
-    for name in layer.state.own_slots:
+    for name in set(layer.state.own_slots) - {"bias"}:
         tensor = getattr(layer.state, name)
         if tensor is not None and tuple(tensor.shape[:3]) not in [(key.shape[0], num, key.shape[2]) for num in heads]:
             raise ValueError(

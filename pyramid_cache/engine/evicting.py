@@ -12,6 +12,7 @@ from torch import nn
 from pyramid_cache.engine import checks
 from pyramid_cache.engine.attention import AttentionCall
 from pyramid_cache.engine.budget import Budget, bytes_to_tokens
+from pyramid_cache.engine.compaction import Compactor
 from pyramid_cache.engine.fixed import FixedStep
 from pyramid_cache.engine.held import LayerPlace
 from pyramid_cache.engine.layer import Arrival, CompressedLayer
@@ -23,7 +24,7 @@ from pyramid_cache.engine.rotation import RotaryFrequencies
 from pyramid_cache.engine.scoring import sum_of_measures
 from pyramid_cache.engine.sharing import OnlineBudget, SharedBudget
 from pyramid_cache.engine.state import expanded, grown
-from pyramid_cache.engine.store import SlotStore
+from pyramid_cache.engine.store import Compaction, SlotStore
 from pyramid_cache.engine.tokens import MaskReader, Tokens
 from pyramid_cache.ops.reference import decode_probabilities
 
@@ -47,8 +48,9 @@ class EvictingLayer(CompressedLayer):
         ranking: str = "head",
         shared: SharedBudget | OnlineBudget | None = None,
         protect: tuple[Sequence[int], ...] = (),
+        compactor: Compactor | None = None,
     ) -> None:
-        self.budget, self.policy, self.protect = budget, policy, protect
+        self.budget, self.policy, self.protect, self.compactor = budget, policy, protect, compactor
         self.eviction_interval, self.ranking, self.shared = eviction_interval, ranking, shared
         self.score_label, self.needs_rotary = policy.score_label, policy.needs_rotary
         heads_compete = ranking != "head"
@@ -63,18 +65,21 @@ class EvictingLayer(CompressedLayer):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.layout = self.layout_of(key_states, value_states)
-        if self.budget.kind == "bytes":  # raises if the bytes pay for no token, and changes nothing then
-            self.state.budget_tokens = bytes_to_tokens(
-                int(self.budget.amount),
-                self.place.num_layers,
-                self.batch_size,
-                self.bytes_per_token,
-                self.eviction_interval + self.policy.num_extra_slots,
-            )
+        self._read_byte_budget()  # raises if the bytes pay for no token, and changes nothing then
         super().lazy_initialization(key_states, value_states)
         if self.protect and (spans := spans_of_rows(self.protect, self.batch_size)):  # else `_read` raises
             self.state.row_protected = [len(span) for span in spans]
             self.state.protected = protected_positions(spans, self.device)
+
+    def _read_byte_budget(self) -> None:
+        if self.budget.kind == "bytes":  # those of all ranks
+            self.state.budget_tokens = bytes_to_tokens(
+                int(self.budget.amount),
+                self.place.num_layers,
+                self.batch_size,
+                self.bytes_per_token * self.state.num_ranks,
+                self.eviction_interval + self.policy.num_extra_slots,
+            )
 
     @property
     def token_budget(self) -> Budget:
@@ -85,10 +90,11 @@ class EvictingLayer(CompressedLayer):
     def bytes_per_token(self) -> int:
         """Keys, values and bookkeeping of one token of one row."""
         layout = self.layout
-        bookkeeping = 4 * (1 + (self.policy.window_size != 0) + len(self.state.own_slots))
-        return layout.kv_heads * (layout.key_dim + layout.value_dim) * layout.dtype.itemsize + bookkeeping * (
-            1 if self.policy.heads_share_tokens else layout.kv_heads
-        )
+        # Of positions, attention, and what the method remembers. The bias belongs to each head.
+        bookkeeping = 4 * (1 + (self.policy.window_size != 0) + len(self.state.own_slots) - 1)
+        bytes_per_head = (layout.key_dim + layout.value_dim) * layout.dtype.itemsize + 4 * (self.compactor is not None)
+        heads_apart = 1 if self.policy.heads_share_tokens else layout.kv_heads
+        return layout.kv_heads * bytes_per_head + bookkeeping * heads_apart
 
     def num_tokens_to_keep(self, row_length: int) -> int:
         place = self.place
@@ -103,9 +109,14 @@ class EvictingLayer(CompressedLayer):
         )
 
     def check(self, call: AttentionCall, arrival: Arrival, is_step: bool) -> None:
-        if self.policy.weighs_values and self.module is None:
+        if self.module is None and self.policy.weighs_values:
             find_projection(call.module, *call.value.shape[1::2])
         super().check(call, arrival, is_step)
+
+    def find_ranks(self, module: nn.Module) -> None:
+        super().find_ranks(module)
+        if self.store.ranks is not None:
+            self._read_byte_budget()
 
     def _read(self, call: AttentionCall, arrival: Arrival) -> Tokens:
         seen = super()._read(call, arrival)
@@ -120,7 +131,9 @@ class EvictingLayer(CompressedLayer):
 
     def _crop_held(self, num_columns: int) -> None:
         super()._crop_held(num_columns)
-        self.state.has_traces |= self.policy.window_size != 0 or type(self.policy).observe is not Policy.observe
+        observes = type(self.policy).observe is not Policy.observe or self.compactor is not None
+        reads_again = isinstance(self.shared, SharedBudget) and self.shared.waits
+        self.state.has_traces |= self.policy.window_size != 0 or observes or reads_again
 
     def check_lengths(self, row_lengths: list[int]) -> None:
         super().check_lengths(row_lengths)
@@ -206,9 +219,20 @@ class EvictingLayer(CompressedLayer):
         view = self._scoring_view(key, value, positions, attention, longest)
         scores = self._plainly(self.policy.score, view)
         checks.check_scores(self, scores, key)
-        scores = self.protected_scores(scores.float(), positions)
-        has_gaps = self.state.is_dense or self.state.has_empty_slots or key.shape[2] != self.state.length
-        return scores.masked_fill(positions < 0, float("-inf")) if has_gaps else scores
+        scores = self.protected_scores(self.shared_scores(scores.float()), positions)
+        state = self.state
+        has_gaps = state.is_dense or state.has_empty_slots or key.shape[2] != state.length or state.num_ranks > 1
+        return self._of_all_ranks(scores.masked_fill(positions < 0, float("-inf")) if has_gaps else scores)
+
+    def shared_scores(self, scores: torch.Tensor) -> torch.Tensor:
+        """Scores that heads share are means over the heads of all ranks."""
+        ranks = self.store.ranks
+        return scores if ranks is None or not self.policy.heads_share_tokens else ranks.sum(scores) / ranks.size
+
+    def _of_all_ranks(self, priority: torch.Tensor) -> torch.Tensor:
+        """Where heads compete, the priorities of those of other ranks as well."""
+        ranks = self.store.ranks
+        return priority if ranks is None or self.ranking == "head" else ranks.gathered(priority)
 
     def protected_scores(self, scores: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Float scores in which those of protected tokens are the highest."""
@@ -243,18 +267,31 @@ class EvictingLayer(CompressedLayer):
         if isinstance(shared, SharedBudget):
             if not was_dense:  # all tokens go back into slots
                 any_order = torch.where(tokens.positions >= 0, 0.0, float("-inf"))
-                self.store.keep(*held, any_order, tokens, tokens.row_present)
+                self.store.keep(*held, self._of_all_ranks(any_order), tokens, tokens.row_present)
             shared.add(self, longest)
-        elif not was_dense or state.must_evict or tokens.row_present != tokens.row_lengths:
+            return output
+        totals = [] if shared is None else self._row_totals()
+        takes_share = shared is not None and not all(shared.fits(totals, state.row_lengths))
+        if not was_dense or state.must_evict or takes_share or tokens.row_present != tokens.row_lengths:
             if was_dense:
                 call = self._repositioned(call, tokens, new)
                 held = call.key, call.value, attention
             priority = self._priority(*held, tokens.positions, longest)
-            if shared is not None:
-                self.set_kept(shared.take(priority, tokens.row_present, self._row_totals(), state.row_protected))
-            self.store.keep(*held, priority, tokens, state.row_kept)
+            if takes_share:
+                self.set_kept(shared.take(priority, tokens.row_present, totals, state, self.place.depth))
+            self.store.keep(*held, priority, tokens, state.row_kept, self.compaction(longest))
             self.reposition(longest)
+        self.forget_prompt()
         return output
+
+    def break_off(self) -> None:
+        """The layer is half changed, as the next call of the cache shall notice."""
+        self.arrival = Arrival(0)
+
+    def forget_prompt(self) -> None:
+        """Forgets what served the eviction after a prompt alone."""
+        if self.compactor is not None:
+            self.compactor.forget()
 
     def attend_recorded(self, call: AttentionCall, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor | None]:
         chunks = [(chunk.num_columns, chunk.longest) for chunk in self.pending.chunks]
@@ -304,6 +341,7 @@ class EvictingLayer(CompressedLayer):
             **self._view(call.key, call.value, tokens.positions, longest),
             query=call.query,
             query_positions=tokens.positions[:, :1, -call.num_queries :],
+            bias=call.bias,
             **call.logit_arguments,
         )
 
@@ -316,6 +354,8 @@ class EvictingLayer(CompressedLayer):
         state = self.state
         state.resize_own_slots(view.key.shape[2])
         self._plainly(self.policy.observe, view)
+        if self.compactor is not None:
+            self._plainly(self.compactor.observe, view)
         checks.check_own_slots(self, view.key)
         if state.is_dense:  # whose tensors have room for later tokens
             state.resize_own_slots(state.keys.shape[2])
@@ -369,11 +409,23 @@ class EvictingLayer(CompressedLayer):
 
     def evict_to(self, row_left: list[int], priority: torch.Tensor, longest: int) -> None:
         """Keeps so many tokens of each row, by the `priority_of_held`."""
+        compact = self.compaction(longest)
         if self.state.is_dense:
-            self.store.keep(*self._held(), priority, self.store.column_tokens(), row_left)
+            self.store.keep(*self._held(), priority, self.store.column_tokens(), row_left, compact)
         else:
-            self.store.evict(priority, row_left)
+            self.store.evict(priority, row_left, compact)
         self.reposition(longest)
+
+    def compaction(self, longest: int) -> Compaction | None:
+        """How the tokens that stay come to stand for those that go; None if these leave nothing behind."""
+        return None if self.compactor is None else partial(self._compacted, longest)
+
+    def _compacted(
+        self, longest: int, slots: dict[str, torch.Tensor], is_kept: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        view = LayerView(**self._view(slots["keys"], slots["values"], slots["positions"], longest))
+        with torch.autocast(self.device.type, enabled=False):  # gradients pass
+            return self.compactor.compact(view, is_kept, slots.get("bias"))
 
     def _held(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         return self.store.in_use("keys"), self.store.in_use("values"), self.store.in_use("attention")

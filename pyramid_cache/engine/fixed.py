@@ -139,6 +139,7 @@ class SlotStep(FixedStep):
                 positions = self._padding_last(positions)
             state.positions = grown(positions, state.length, state.keys.shape[2], fill=-1)
             state.column_positions = None
+        self.make_bias()
         num_slots = max(num_slots, state.length + (state.free_slots is None))
         if state.keys.shape[2] != num_slots or not state.positions.is_contiguous():
             store.resize(num_slots)
@@ -165,6 +166,12 @@ class SlotStep(FixedStep):
         for name, tensor in self.store.slots().items():
             setattr(state, name, gather_tokens(tensor, order))
         return positions.gather(-1, order)
+
+    def make_bias(self) -> None:
+        """Makes the bias, if there will be one: an eviction between steps of a graph cannot bring a new tensor."""
+        layer, state = self.layer, self.state
+        if layer.compactor is not None and state.bias is None:
+            state.bias = torch.zeros(state.keys.shape[:3], dtype=torch.float32, device=state.keys.device)
 
     def remember_columns(self) -> None:
         """Remembers how the tokens of a dense store came; afterwards its columns are slots like any others."""
@@ -251,12 +258,13 @@ class SlotStep(FixedStep):
         if layer.policy.repositions and layer.policy.moves_new(self.view):
             longest = state.next_position.amax() if self.in_graph else max(state.row_lengths)
             call = layer.repositioned_step(call, self.view, longest)
-        is_plain = call.key.device.type == "cpu" and call.key.dtype == torch.float32
-        if not self.scores and not self.has_gaps and not is_plain:
+        needs_op = self.scores or self.has_gaps or state.bias is not None
+        if not needs_op and (call.key.device.type != "cpu" or call.key.dtype != torch.float32):
             output, sums = replace(call, mask=None).run(), None
         else:
             mask = state.positions[:, :, : call.num_keys] >= 0 if self.has_gaps else None
-            attended, sums = attend_to_slots(call, mask, self.scores)
+            bias = None if state.bias is None else state.bias[:, :, : call.num_keys]
+            attended, sums = attend_to_slots(call, mask, bias, self.scores)
             output = attended, None
         if self.scores:
             if layer.policy.measure is not None:
@@ -273,10 +281,11 @@ class SlotStep(FixedStep):
     def _evict_one(self) -> None:
         policy, state = self.layer.policy, self.state
         self.view.longest = state.next_position.amax() if self.in_graph else max(state.row_lengths)
-        if self.is_steady and state.protected is None:
+        if self.is_steady and state.protected is None and self.store.ranks is None:
             slots = policy.first_to_go(self.view)
         else:
-            scores = self.layer.protected_scores(policy.score(self.view).float(), state.positions)
+            scores = self.layer.shared_scores(policy.score(self.view).float())
+            scores = self.layer.protected_scores(scores, state.positions)
             slots = lowest_token(scores, state.positions) if self.is_steady else self.store.next_to_free(scores)
         if self.in_graph:
             put_tokens(state.positions, slots, state.positions.new_tensor(-1))
@@ -323,15 +332,15 @@ def put_tokens(tensor: torch.Tensor, slots: torch.Tensor, values: torch.Tensor) 
 
 
 def attend_to_slots(
-    call: AttentionCall, mask: torch.Tensor | None, scores: bool
+    call: AttentionCall, mask: torch.Tensor | None, bias: torch.Tensor | None, scores: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """
-    `decode_attention` with a mask `(batch, kv_heads or 1, slots)`; the sums only with `scores`. On a CPU compilers
-    see what it computes.
+    `decode_attention` with a mask and a bias `(batch, kv_heads or 1, slots)`; the sums only with `scores`. On a CPU
+    compilers see what it computes.
     """
     arguments = call.logit_arguments
     if call.key.device.type != "cpu":
         given = arguments["sink_logits"], arguments["scaling"], arguments["softcap"]
-        return decode_attention_unchecked(call.query, call.key, call.value, mask, *given)
-    probabilities = decode_probabilities(call.query, call.key, mask, **arguments)
+        return decode_attention_unchecked(call.query, call.key, call.value, mask, bias, *given)
+    probabilities = decode_probabilities(call.query, call.key, mask, bias=bias, **arguments)
     return weighted(call.value, probabilities), probabilities.sum(dim=2) if scores else None

@@ -53,7 +53,7 @@ def may_compile(original: Callable, model: PreTrainedModel, model_kwargs: dict[s
     if given.compiles is not None:  # it asks again before it reads chunks of the prompt
         return False
     is_plain = config.num_beams == 1 and not config.output_attentions
-    is_plain = is_plain and not modes_of(model.device.type)[2]
+    is_plain = is_plain and not modes_of(model.device.type)[2] and getattr(model, "_tp_size", None) in (None, 1)
     cache.offers_to_compile = is_plain and getattr(cache, "can_compile", False)
     given.compiles = original(model, model_kwargs, config)
     given.max_length, given.max_new_tokens = config.max_length, config.max_new_tokens

@@ -52,6 +52,8 @@ class StoredLayer(CacheLayerMixin):
 
     # Whether tokens that are not held are lost. ShadowKV brings them back when they are attended to.
     evicts = True
+    # Whether a choice needs the keys and values of all heads, which tensor parallelism splits.
+    needs_whole_layers = False
     # How many tokens the layer may keep. A method with a limit of its own has none.
     budget: Budget | None = None
     # The name and the unit of `held_scores`, None for a method without scores.

@@ -20,8 +20,10 @@ from pyramid_cache.engine.fixed import FixedStep
 from pyramid_cache.engine.generation import modes_of
 from pyramid_cache.engine.held import StoredLayer
 from pyramid_cache.engine.pending import RecordedChunk
+from pyramid_cache.engine.ranks import ranks_of
 from pyramid_cache.engine.rope import SharedFrequencies
 from pyramid_cache.engine.rotation import RotaryFrequencies
+from pyramid_cache.engine.state import grown
 from pyramid_cache.engine.store import own_storage
 from pyramid_cache.engine.tokens import Tokens
 from pyramid_cache.ops.registration import needs_gradients
@@ -40,6 +42,7 @@ class Arrival(NamedTuple):
         held (`dict`, *optional*): The slots in that order, for the store once the call is known to be right.
         free_slots (`torch.Tensor`, *optional*): `(batch, kv_heads or 1, 1)`, the slots that they took, if these were
             free ones among others.
+        bias (`torch.Tensor`, *optional*): `(batch, kv_heads, slots)`, of the slots in that order.
     """
 
     num_new: int
@@ -47,6 +50,13 @@ class Arrival(NamedTuple):
     put_aside: tuple[torch.Tensor, torch.Tensor] | None = None
     held: dict[str, torch.Tensor] | None = None
     free_slots: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+
+    def with_bias(self, call: AttentionCall) -> AttentionCall:
+        """The call with the bias of the slots before the new tokens, which have none."""
+        if self.bias is None:
+            return call
+        return replace(call, bias=grown(self.bias, self.bias.shape[2], call.num_keys, fill=0))
 
 
 ONE_TOKEN = Arrival(1)
@@ -200,7 +210,7 @@ class CompressedLayer(StoredLayer):
             return *self.store.attended(), Arrival(num_new, free_slots=free_slots)
         held = self.store.in_order()
         keys, values = torch.cat([held["keys"], key], dim=2), torch.cat([held["values"], value], dim=2)
-        return keys, values, Arrival(num_new, held["positions"], held=held)
+        return keys, values, Arrival(num_new, held["positions"], held=held, bias=held.get("bias"))
 
     def _is_step(self, num_new: int) -> bool:
         """Whether new tokens are a decode step: one token in each row, and none is the first of its row."""
@@ -258,6 +268,7 @@ class CompressedLayer(StoredLayer):
     def check(self, call: AttentionCall, arrival: Arrival, is_step: bool) -> None:
         """Raises unless the layer can attend; nothing has been counted so far."""
         if self.module is None:
+            self.find_ranks(call.module)
             self.module = call.module
             if self.needs_rotary:
                 self.rotary_of(call.module)  # which tells it only while it runs
@@ -267,6 +278,14 @@ class CompressedLayer(StoredLayer):
         self.store.check_call(call)
         if is_step:
             checks.check_step(self, call)
+
+    def find_ranks(self, module: torch.nn.Module) -> None:
+        """Looks which ranks share the heads of the layer."""
+        ranks = ranks_of(module)
+        checks.check_ranks(self, ranks)
+        self.store.ranks = ranks
+        if ranks is not None:
+            self.state.rank, self.state.num_ranks = ranks.rank, ranks.size
 
     def rotary_of(self, module: torch.nn.Module) -> RotaryFrequencies | None:
         """How the attention module rotates keys. The first call finds out, in a few milliseconds."""
@@ -308,6 +327,7 @@ class CompressedLayer(StoredLayer):
         self, call: AttentionCall, arrival: Arrival, seen: Tokens
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attends to a prompt, or to tokens that may be taken back. Compilers break the graph here, not in steps."""
+        call = arrival.with_bias(call)
         if arrival.put_aside is None:
             return self.attend_prompt(call, self._take_in(seen, arrival))
         num_new = call.num_keys - (0 if arrival.slot_positions is None else arrival.slot_positions.shape[-1])
@@ -397,15 +417,15 @@ class CompressedLayer(StoredLayer):
     def _put_aside(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Arrival]:
         """Keys and values for attention: the held, the recorded and the new ones, which wait for `attend`."""
         new = own_storage(key), own_storage(value)
-        parts, positions = [], None
+        parts, positions, bias = [], None, None
         if not self.state.is_dense:
             held = self.store.in_order()
-            parts, positions = [(held["keys"], held["values"])], held["positions"]
+            parts, positions, bias = [(held["keys"], held["values"])], held["positions"], held.get("bias")
         elif self.state.keys is not None:
             parts = [(self.store.in_use("keys"), self.store.in_use("values"))]
         parts += [*((chunk.key, chunk.value) for chunk in self.pending.chunks), new]
         keys, values = (torch.cat(states, dim=2) for states in zip(*parts, strict=True)) if len(parts) > 1 else new
-        return keys[:], values, Arrival(key.shape[2], positions, new)
+        return keys[:], values, Arrival(key.shape[2], positions, new, bias=bias)
 
     def attend_recorded(self, call: AttentionCall, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
@@ -419,7 +439,7 @@ class CompressedLayer(StoredLayer):
         checks.check_settleable(self)
         for piece, is_prompt in self.pending.settle(lambda: all(self.state.row_lengths)):
             *states, arrival = self._store(piece.key, piece.value)
-            call = piece.call(self.module, *states)
+            call = arrival.with_bias(piece.call(self.module, *states))
             if is_prompt:
                 self.attend_prompt(call, self._take_in(replace(piece.seen, longest=piece.longest), arrival))
             else:

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from pyramid_cache.engine.budget import Budget, read_kernel_size
 from pyramid_cache.engine.projection import projected_norms
+from pyramid_cache.engine.ranks import ranks_of
 from pyramid_cache.engine.rope import running_calls
 from pyramid_cache.engine.rotation import RotaryFrequencies
 from pyramid_cache.engine.selection import gather_tokens, lowest_token
@@ -59,16 +60,22 @@ class LayerView:
         return self.find_rotary()
 
     def remembered(self, name: str) -> torch.Tensor | None:
-        """A `slot()` field of the state `(batch, kv_heads or 1, tokens)` in the order of the keys; None if not set."""
+        """
+        A `slot()` field of the state `(batch, kv_heads or 1, tokens)` in the order of the keys; None if not set. A
+        generated token has the `fill` of the field, 0 by default, until the policy sets it.
+        """
         tensor = getattr(self.state, name)
         return None if tensor is None else tensor[:, :, : self.key.shape[2]]
 
     def remember(self, name: str, tensor: torch.Tensor) -> None:
-        """Sets a `slot()` field of the state to a tensor `(batch, kv_heads or 1, tokens)` in the order of the keys."""
+        """
+        Sets a `slot()` field of the state to a tensor `(batch, kv_heads or 1, tokens)` in the order of the keys.
+        ValueError if the `state_class` declares no such field.
+        """
         state = self.state
-        setattr(
-            state, name, grown(tensor, tensor.shape[2], max(state.keys.shape[2], tensor.shape[2]), state.fill_of(name))
-        )
+        state.require_slot(name)
+        num_slots = max(state.keys.shape[2], tensor.shape[2])
+        state.put(name, grown(tensor, tensor.shape[2], num_slots, state.fill_of(name)))
 
     def projected_value_norms(self, order: int, tokens: torch.Tensor | None = None) -> torch.Tensor:
         """
@@ -77,6 +84,14 @@ class LayerView:
         """
         value = self.value if tokens is None else gather_tokens(self.value, tokens)
         return projected_norms(self.find_module(), value, order)
+
+    def mean_over_heads(self, tensor: torch.Tensor) -> torch.Tensor:
+        """
+        The mean of `(batch, kv_heads, ...)` over all KV heads of the layer, `(batch, 1, ...)`. Where several processes
+        share the heads, those of all.
+        """
+        ranks, mean = ranks_of(self.find_module()), tensor.mean(dim=1, keepdim=True)
+        return mean if ranks is None else ranks.sum(mean) / ranks.size
 
     @property
     def is_token(self) -> torch.Tensor:
@@ -146,6 +161,8 @@ class PromptView(LayerView):
         scaling (`float`): The factor of attention on its logits.
         softcap (`float`, *optional*): Logits become `softcap * tanh(logits / softcap)`, as in Gemma 2.
         sink_logits (`torch.Tensor`, *optional*): `(heads,)` learned attention sinks, as in gpt-oss.
+        bias (`torch.Tensor`, *optional*): `(batch, kv_heads, tokens)` float32, added to the logits, where slots stand
+            for more tokens than their own.
     """
 
     query: torch.Tensor
@@ -153,8 +170,10 @@ class PromptView(LayerView):
     scaling: float
     softcap: float | None
     sink_logits: torch.Tensor | None
+    bias: torch.Tensor | None = None
 
     def remember(self, name: str, tensor: torch.Tensor) -> None:
+        self.state.require_slot(name)
         setattr(self.state, name, tensor)  # the layer makes room for later tokens
 
     def window_attention(self, num_queries: int) -> Iterator[torch.Tensor]:
@@ -175,6 +194,8 @@ class PromptView(LayerView):
         members = slice(head * group, (head + 1) * group)
         key = self.key[:, head : head + 1].float()
         logits = grouped_logits(self.query[:, members, queries].float(), key, self.scaling, self.softcap)
+        if self.bias is not None:
+            logits = logits + self.bias[:, head, None, None, None]
         rows = self.query_positions[:, 0, queries, None]
         columns = self.positions[:, head if self.positions.shape[1] > 1 else 0, None]
         is_visible = (columns >= 0) & (columns <= rows)
@@ -220,9 +241,9 @@ class Policy(ABC):
         heads_share_tokens (`bool`): Whether all heads of a layer keep the same tokens.
         ranking (`str`): Which tokens compete; see `PolicyCache`. Scores must compare between those that do.
         floor_ratio (`float`): Where heads compete, each keeps at least its own best tokens, this share of the mean.
-        waits (`bool`): Whether tokens stay until the cache settles all layers, which it does after each prompt.
         reads_counts (`bool`): Whether `score` reads numbers of the state that the host counts. With an eviction
             interval of 1, steps of such a policy are not compiled.
+        needs_replay (`bool`): Whether scores come from a second reading of each prompt, which few caches do.
         needs_rotary (`bool`): Whether the policy asks its views how keys are rotated.
         weighs_values (`bool`): Whether the policy asks its views for `projected_value_norms`. Models whose output
             projection is not known are refused then.
@@ -235,8 +256,8 @@ class Policy(ABC):
     heads_share_tokens: bool = False
     ranking: str = "head"
     floor_ratio: float = 0.0
-    waits: bool = False
     reads_counts: bool = False
+    needs_replay: bool = False
     needs_rotary: bool = False
     weighs_values: bool = False
     state_class: type[LayerState] = LayerState

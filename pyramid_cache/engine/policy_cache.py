@@ -1,6 +1,7 @@
 """The cache that keeps what a `Policy` scores highest."""
 
 import inspect
+from collections.abc import Callable
 from typing import Any, TypedDict
 
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -9,6 +10,7 @@ from pyramid_cache.engine.architectures import refuse_unsupported_rope
 from pyramid_cache.engine.arguments import check_decoder_config
 from pyramid_cache.engine.budget import parse_budget, read_count
 from pyramid_cache.engine.cache import CompressedCache, config_and_model
+from pyramid_cache.engine.compaction import Compactor, Merging
 from pyramid_cache.engine.evicting import EvictingLayer
 from pyramid_cache.engine.held import LayerPlace
 from pyramid_cache.engine.policy import Policy
@@ -26,6 +28,7 @@ class CommonOptions(TypedDict, total=False):
 
     ranking: str | None
     protect: Protect
+    merge: bool
 
 
 class EvictionOptions(CommonOptions, total=False):
@@ -52,13 +55,19 @@ class PolicyCache(CompressedCache):
         ranking (`str`, *optional*): Which tokens compete for the budget: those of each "head", of all heads of a
             "layer", or of all heads of all layers of the "model". By default what the policy says. Where heads
             compete, a layer holds as many tokens in all, and each head those of its own that are among the best. With
-            "model", a prompt stays whole until the last layer has read it. With "model-online", each layer evicts
-            when it has read it, by a threshold from the layers below. While an answer grows, each layer keeps its
-            share.
+            "model", a prompt stays whole until the last layer has read it. With "model-online", each layer evicts as
+            soon as it has read it, by a threshold from the layers below. The prompt is then never whole in all layers.
+            With these two, each layer keeps its share while an answer grows. `compress` then takes a fraction of the
+            tokens of the last prompt or turn, and with the other two one of all tokens seen.
         protect (`int`, `Sequence` or `torch.Tensor`, *optional*): Tokens that are never evicted, as a part of the
             budget: how many at the start of each row, a list of positions (padding not counted), or a list of such
             lists, one for each row of the batch. More of them leave less room for the others.
+        merge (`bool`, defaults to `False`): Whether a token that goes joins the token of its head that stays and has
+            the most similar key, by cosine. That slot then holds means of keys and values, and counts in attention as
+            often as it has tokens. Protected tokens take none; where a head keeps no other, tokens are evicted. It
+            takes 4 bytes more per slot and head.
         masks (`MaskReader`, *optional*): Tells tokens from padding, for a method that has a reader of its own.
+        compactor (`type`, *optional*): What becomes of tokens that go, for a method that has a `Compactor` of its own.
 
     Raises:
         ValueError: For an argument outside its range, or a model that cannot be compressed. At a forward pass and at
@@ -90,6 +99,9 @@ class PolicyCache(CompressedCache):
     ```
     """
 
+    # Whether tokens stay until `settle` of `shared`, which is then called after each prompt.
+    waits = False
+
     def __init__(
         self,
         config: PreTrainedConfig | PreTrainedModel,
@@ -99,15 +111,31 @@ class PolicyCache(CompressedCache):
         eviction_interval: int = DEFAULT_EVICTION_INTERVAL,
         ranking: str | None = None,
         protect: Protect = None,
+        merge: bool = False,
         masks: MaskReader | None = None,
+        compactor: Callable[[], Compactor] | None = None,
     ) -> None:
         config, _ = config_and_model(config)
         check_decoder_config(config)
         parsed_budget = parse_budget(budget)
         if not isinstance(policy, Policy):
             raise ValueError(f"`policy={policy!r}` must be an instance of a class that derives from Policy.")
+        if policy.needs_replay and not self.waits:
+            raise ValueError(
+                f"{type(policy).__name__} scores tokens by a second reading of the prompt, which "
+                f"{type(self).__name__} does not do. Use KVzipCache, KVzipPlusCache or AttentionMatchingCache."
+            )
         eviction_interval = read_count("eviction_interval", eviction_interval, least=1)
-        ranking = read_ranking(ranking, policy)
+        ranking = read_ranking(ranking, policy, self.waits)
+        if not isinstance(merge, bool):
+            raise ValueError(f"`merge={merge!r}` must be True or False.")
+        if merge and compactor is not None:
+            raise ValueError(
+                f"`merge=True`: {type(self).__name__} has a way of its own with the tokens that go. Leave `merge` out."
+            )
+        compactor = Merging if merge else compactor
+        if compactor is not None and compactor().merges_generated:
+            refuse_merging(policy, eviction_interval)
         spans = read_protect(protect)
         num_protected = max(map(len, spans), default=0)
         if parsed_budget.kind == "tokens" and num_protected > parsed_budget.amount:
@@ -120,15 +148,19 @@ class PolicyCache(CompressedCache):
 
         def build_layer(place: LayerPlace, masks: MaskReader) -> EvictingLayer:
             if self.shared is None:
-                self.shared = shared_budget(ranking, policy, place.num_layers)
-            return EvictingLayer(place, masks, parsed_budget, policy, eviction_interval, ranking, self.shared, spans)
+                self.shared = shared_budget(ranking, self.waits, place.num_layers)
+            own = compactor() if compactor is not None and not parsed_budget.is_unlimited else None
+            return EvictingLayer(
+                place, masks, parsed_budget, policy, eviction_interval, ranking, self.shared, spans, own
+            )
 
         settings: dict[str, Any] | None = None
         if type(self).__init__ is not PolicyCache.__init__:
             # A cache with a constructor of its own takes the fields of its policy as arguments.
             settings = {"budget": budget, **policy.settings, "eviction_interval": eviction_interval}
-            given: dict[str, Any] = {"ranking": ranking} if ranking != policy.ranking else {}
+            given: dict[str, Any] = {"ranking": ranking}
             given |= {"protect": plain_setting(spans)} if spans else {}
+            given |= {"merge": True} if merge else {}
             # What a constructor does not take, it has chosen itself.
             taken = inspect.signature(type(self).__init__).parameters.values()
             names = [each.name for each in taken if each.kind is not each.VAR_KEYWORD]
@@ -139,9 +171,10 @@ class PolicyCache(CompressedCache):
 
     def activate_past_recording(self) -> None:
         if self.shared is not None:
+            way_out = "another cache" if self.waits else '`ranking="layer"` or `ranking="head"`'
             raise NotImplementedError(
                 "Assisted generation and prompt lookup take tokens back in one layer after the other, which layers "
-                'that share a budget cannot follow. Use `ranking="layer"` or `ranking="head"` with them.'
+                f"that evict together cannot follow. Use {way_out} with them."
             )
         super().activate_past_recording()
 
@@ -151,15 +184,29 @@ class PolicyCache(CompressedCache):
         super().reset()
 
 
-def read_ranking(ranking: str | None, policy: Policy) -> str:
+def refuse_merging(policy: Policy, eviction_interval: int) -> None:
+    """Raises ValueError unless a policy's tokens can be merged."""
+    if policy.repositions:
+        raise ValueError(
+            f"`merge=True` gives a slot the mean of several keys, which {type(policy).__name__} cannot move. Leave "
+            "`merge` out."
+        )
+    if eviction_interval == 1:
+        raise ValueError(
+            "`eviction_interval=1`: tokens are merged when a layer evicts several of them, but these go one by one. "
+            "Give 2 or more."
+        )
+
+
+def read_ranking(ranking: str | None, policy: Policy, waits: bool) -> str:
     """Which tokens compete. Raises ValueError unless it is one of `RANKINGS`, and possible for the policy."""
     ranking = policy.ranking if ranking is None else ranking
     if ranking not in RANKINGS:
         raise ValueError(f"`ranking={ranking!r}` is unknown: choose one of {RANKINGS}.")
-    if ranking == "model-online" and policy.waits:
+    if ranking == "model-online" and waits:
         raise ValueError(
-            f"`ranking={ranking!r}` evicts from each layer in turn, but {type(policy).__name__} scores all layers "
-            'after the prompt. Give `ranking="model"`.'
+            f"`ranking={ranking!r}` evicts from each layer in turn, but all layers are scored after the prompt, which "
+            'is read a second time. Give `ranking="model"`.'
         )
     if ranking != "head" and (policy.heads_share_tokens or policy.repositions):
         reason = "all heads keep the same tokens" if policy.heads_share_tokens else "keys move within their slots"
@@ -170,9 +217,9 @@ def read_ranking(ranking: str | None, policy: Policy) -> str:
     return ranking
 
 
-def shared_budget(ranking: str, policy: Policy, num_layers: int) -> SharedBudget | OnlineBudget | None:
+def shared_budget(ranking: str, waits: bool, num_layers: int) -> SharedBudget | OnlineBudget | None:
     """What the layers of a cache have in common; None if each evicts on its own."""
     if ranking == "model-online":
         return OnlineBudget(num_layers)
     shares = ranking == "model"
-    return SharedBudget(num_layers, shares, policy.waits) if shares or policy.waits else None
+    return SharedBudget(num_layers, shares, waits) if shares or waits else None

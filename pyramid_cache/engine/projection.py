@@ -26,8 +26,11 @@ def projected_norms(module: nn.Module, value: torch.Tensor, order: int) -> torch
             state if all its attention goes to the token.
 
     Raises:
+        ValueError: For another order.
         NotImplementedError: See `find_projection`.
     """
+    if order not in (1, 2):
+        raise ValueError(f"`order={order!r}`: the norms of values are of order 1 (sum of absolutes) or 2 (Euclidean).")
     batch_size, kv_heads, num_tokens, value_dim = value.shape
     projection = find_projection(module, kv_heads, value_dim)
     num_heads = input_width(projection) // value_dim
@@ -62,6 +65,9 @@ def find_projection(module: nn.Module, kv_heads: int, value_dim: int) -> Any:
 
 def input_width(projection: Any) -> int:
     """The width of what a linear layer takes; 0 if it does not say."""
+    weight = getattr(projection, "weight", None)
+    if hasattr(weight, "to_local"):  # of a `DTensor` each rank has a part
+        return weight.to_local().shape[1]
     if hasattr(projection, "in_features"):
         return int(projection.in_features)
     return projection.weight.shape[0] if hasattr(projection, "nf") else 0  # GPT-2's Conv1D
@@ -74,7 +80,8 @@ def weight_of_head(projection: Any, head: int, value_dim: int, like: torch.Tenso
     """
     columns = slice(head * value_dim, (head + 1) * value_dim)
     if type(projection) is nn.Linear and projection.weight.device == like.device:
-        return projection.weight[:, columns].mT.float()
+        weight: Any = projection.weight
+        return (weight.to_local() if hasattr(weight, "to_local") else weight)[:, columns].mT.float()
     units = like.new_zeros(value_dim + 1, input_width(projection))
     units[:value_dim, columns] = torch.eye(value_dim, dtype=like.dtype, device=like.device)
     # Not `projection(...)`: hooks, which may count or capture calls, must not see this.

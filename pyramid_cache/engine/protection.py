@@ -72,7 +72,12 @@ def protected_first(priority: torch.Tensor, positions: torch.Tensor, protected: 
         positions (`torch.Tensor`): `(batch, heads or 1, tokens)` int32.
         protected (`torch.Tensor`): `(batch, any)` int32, see `protected_positions`.
     """
+    is_safe = is_protected(positions, protected)
+    return priority.clamp(max=torch.finfo(priority.dtype).max).masked_fill(is_safe, float("inf"))
+
+
+def is_protected(positions: torch.Tensor, protected: torch.Tensor) -> torch.Tensor:
+    """Which of the `positions` `(batch, heads or 1, tokens)` are among those of `protected_positions`, as bool."""
     flat = positions.flatten(1).contiguous()
     places = torch.searchsorted(protected, flat).clamp(max=protected.shape[1] - 1)
-    is_protected = (protected.gather(1, places) == flat).view(positions.shape)
-    return priority.clamp(max=torch.finfo(priority.dtype).max).masked_fill(is_protected, float("inf"))
+    return (protected.gather(1, places) == flat).view(positions.shape)

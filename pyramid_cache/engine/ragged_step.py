@@ -36,6 +36,8 @@ class RaggedStep(SlotStep):
         self.window = layer.window() if layer.policy.window_size else None
         self.remember_columns()
         self.is_steady = False
+        if store.packed is None:
+            self.make_bias()
         store.pack_all()
         if in_graph:
             self.begin_counting()
@@ -76,6 +78,11 @@ class RaggedStep(SlotStep):
             self._make_slots()
             return
         for name, tensor in store.packed.tensors.items():
+            if name not in self.packed.tensors:
+                raise ValueError(
+                    f"`{name}` was remembered for the first time while steps have fixed shapes. Let the policy "
+                    "remember it in `observe`."
+                )
             self.packed.tensors[name][: len(tensor)] = tensor
         self.packed.starts.copy_(store.packed.starts)
         self.packed = store.packed = replace(store.packed, tensors=self.packed.tensors, starts=self.packed.starts)

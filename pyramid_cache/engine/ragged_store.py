@@ -20,7 +20,7 @@ from pyramid_cache.engine.fixed import FixedStep
 from pyramid_cache.engine.ragged_step import RaggedStep
 from pyramid_cache.engine.selection import best_of_all_heads
 from pyramid_cache.engine.state import LayerState
-from pyramid_cache.engine.store import SlotStore
+from pyramid_cache.engine.store import Compaction, SlotStore
 from pyramid_cache.engine.tokens import Tokens
 from pyramid_cache.ops import decode_packed_attention
 from pyramid_cache.ops.packed import decode_by_segments, decode_packed_unchecked, segment_starts
@@ -96,14 +96,15 @@ class PackedTokens:
     ) -> tuple[torch.Tensor, ...]:
         """`decode_packed_attention` with the `logit_arguments` of a call. On a CPU compilers see what it computes."""
         kept = self.tensors["keys"], self.tensors["values"], self.starts, longest
+        bias = self.tensors["bias"] if "bias" in self.tensors else None
         is_compiled = torch.compiler.is_compiling()
         if torch.is_grad_enabled() and not is_compiled:
             output, *sums = decode_packed_attention(
-                query, *kept, key, value, scaling=scaling, softcap=softcap, mask=mask
+                query, *kept, key, value, scaling=scaling, softcap=softcap, mask=mask, packed_bias=bias
             )
             return output, *(each.detach() for each in sums)
         run = decode_by_segments if is_compiled and key.device.type == "cpu" else decode_packed_unchecked
-        return run(query, *kept, key, value, scaling, softcap, mask)
+        return run(query, *kept, key, value, scaling, softcap, mask, bias)
 
     def add_attention(
         self, latest: torch.Tensor, sums: list[torch.Tensor], window: int | torch.Tensor | None, mean: Callable
@@ -164,8 +165,8 @@ class RaggedStore(SlotStore):
     def check_call(self, call: AttentionCall) -> None:
         if call.logit_arguments["sink_logits"] is not None:
             raise NotImplementedError(
-                "Heads with learned attention sinks cannot hold different numbers of tokens. Use a cache whose heads "
-                "keep equal numbers, such as SnapKVCache."
+                "Heads with learned attention sinks cannot hold different numbers of tokens. Give the cache "
+                '`ranking="head"`, or use one whose heads keep equal numbers, such as SnapKVCache.'
             )
 
     def build_step(self, layer: Any, num_slots: int, in_graph: bool) -> FixedStep:
@@ -214,16 +215,24 @@ class RaggedStore(SlotStore):
         priority: torch.Tensor,
         tokens: Tokens,
         row_kept: list[int],
+        compact: Compaction | None = None,
     ) -> None:
         state = self.state
         state.row_held = [min(held, kept) for held, kept in zip(state.row_held, row_kept, strict=True)]
-        is_kept = best_of_all_heads(priority, state.row_held, self.floor_ratio)
-        self._pack(self._columns(key, value, attention, tokens), is_kept)
+        is_kept = self._best(priority, state.row_held, key.shape[2])
+        columns = self._columns(key, value, attention, tokens)
+        self._pack(columns if compact is None else columns | compact(columns, is_kept), is_kept)
         state.column_positions = None
 
-    def evict(self, priority: torch.Tensor, row_left: list[int]) -> None:
+    def evict(self, priority: torch.Tensor, row_left: list[int], compact: Compaction | None = None) -> None:
         self.state.row_held = row_left
-        self._pack(self.slots(), best_of_all_heads(priority, row_left, self.floor_ratio))
+        slots, is_kept = self.slots(), self._best(priority, row_left, self.state.length)
+        self._pack(slots if compact is None else slots | compact(slots, is_kept), is_kept)
+
+    def _best(self, priority: torch.Tensor, row_kept: list[int], num_slots: int) -> torch.Tensor:
+        """Which slots stay, `(batch, kv_heads, slots)` bool. Priorities are those of the heads of all ranks."""
+        is_kept = best_of_all_heads(priority, row_kept, self.floor_ratio)
+        return is_kept if self.ranks is None else self.ranks.own(is_kept, num_slots)
 
     def attend_step(self, call: AttentionCall, scores: bool) -> tuple[tuple[torch.Tensor, torch.Tensor | None], Any]:
         latest = self.in_use("keys"), self.in_use("values")
@@ -261,6 +270,7 @@ class RaggedStore(SlotStore):
             query=call.query.unflatten(1, (kv_heads, -1)).flatten(0, 1),
             key=call.key.flatten(0, 1)[:, None],
             value=call.value.flatten(0, 1)[:, None],
+            bias=None if call.bias is None else call.bias.flatten(0, 1)[:, None],
             kwargs={name: value for name, value in call.kwargs.items() if name != "position_ids"},
         )
         if row_weights is not None:

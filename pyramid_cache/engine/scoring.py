@@ -15,7 +15,7 @@ from pyramid_cache.engine.attention import AttentionCall
 from pyramid_cache.engine.policy import PromptView
 from pyramid_cache.engine.tokens import Tokens
 from pyramid_cache.ops import attention_scores, attention_with_lse, row_lse
-from pyramid_cache.ops.reference import CHUNK_ELEMENTS
+from pyramid_cache.ops.reference import CHUNK_ELEMENTS, causal_mask, grouped_logits, softmax_of_logits
 
 
 def attend_and_score(
@@ -93,6 +93,40 @@ def run_with_lse(
         row_present=None if is_token is None else row_present,
         **arguments,
     )
+
+
+def attend_with_bias(
+    call: AttentionCall, tokens: Tokens, num_rows: int, row_weights: torch.Tensor | None = None
+) -> tuple[tuple[torch.Tensor, torch.Tensor | None], torch.Tensor | None]:
+    """
+    `attend_and_score` where keys have a bias, which the attention functions of models do not know. It computes in
+    float32, some queries at a time. There are no scores if `num_rows` is 0.
+    """
+    arguments = call.logit_arguments
+    sink_logits = arguments.pop("sink_logits")
+    batch, heads, num_queries, _ = call.query.shape
+    kv_heads, num_keys = call.key.shape[1:3]
+    key, value, first_row = call.key.float(), call.value.float(), num_queries - num_rows
+    is_token, bias = tokens.positions >= 0, call.bias[:, :, None, None]
+    sums = torch.zeros(batch, kv_heads, num_keys, dtype=torch.float32, device=key.device) if num_rows else None
+    outputs, rows_per_chunk = [], max(CHUNK_ELEMENTS // (batch * heads * num_keys), 1)
+    for start in range(0, num_queries, rows_per_chunk):
+        stop = min(start + rows_per_chunk, num_queries)
+        is_visible = is_token[..., None, : num_keys - num_queries + stop]
+        is_visible = is_visible & causal_mask(start, stop, num_queries, num_keys, key.device)
+        visible = is_visible.shape[-1]
+        logits = grouped_logits(call.query[:, :, start:stop].float(), key[:, :, :visible], **arguments)
+        probabilities = softmax_of_logits(logits + bias[..., :visible], is_visible[:, :, None], sink_logits)
+        output = probabilities @ value[:, :, None, :visible]  # (batch, kv_heads, group, rows, value_dim)
+        outputs.append(output.flatten(1, 2).transpose(1, 2).to(call.value.dtype))
+        if sums is not None and stop > first_row:
+            first = max(start, first_row)
+            weights = is_token[..., num_keys - num_queries + first : visible].float()
+            if row_weights is not None:
+                weights = weights * row_weights[:, None, first - first_row : stop - first_row]
+            counted = probabilities.detach()[..., first - start :, :].sum(dim=2)
+            sums[..., :visible] += (weights[..., None] * counted).sum(dim=2)
+    return (torch.cat(outputs, dim=1), None), sums
 
 
 def sum_of_probabilities(probabilities: torch.Tensor, kv_heads: int, row_weights: torch.Tensor | None) -> torch.Tensor:

@@ -10,10 +10,16 @@ evicts as soon as it has been scored (`OnlineBudget`), by a threshold that earli
 from typing import TYPE_CHECKING
 
 import torch
+from transformers.utils import logging
 
 
 if TYPE_CHECKING:
     from pyramid_cache.engine.evicting import EvictingLayer
+    from pyramid_cache.engine.state import LayerState
+
+
+# Compactors of longer prompts show their progress.
+MAX_SILENT_TOKENS = 8192
 
 
 class SharedBudget:
@@ -43,6 +49,16 @@ class SharedBudget:
         """Lets all layers evict."""
         waiting = self.waiting
         self.forget()
+        try:
+            self._evict(waiting)
+        except BaseException:
+            for layer, _ in waiting:
+                layer.break_off()
+            raise
+        for layer, _ in waiting:
+            layer.forget_prompt()
+
+    def _evict(self, waiting: list[tuple["EvictingLayer", int]]) -> None:
         must_evict = any(layer.state.must_evict for layer, _ in waiting)
         if not must_evict and not self.waits:
             return
@@ -51,7 +67,10 @@ class SharedBudget:
             return
         held, kept = ([getattr(layer.state, name) for layer, _ in waiting] for name in ("row_held", "row_kept"))
         shared = share(priorities, held, kept, waiting[0][0].state.row_protected) if self.shares else kept
-        for (layer, longest), priority, row_kept in zip(waiting, priorities, shared, strict=True):
+        first, num_tokens = waiting[0]
+        is_silent = first.compactor is None or num_tokens <= MAX_SILENT_TOKENS
+        rows = list(zip(waiting, priorities, shared, strict=True))
+        for (layer, longest), priority, row_kept in logging.tqdm(rows, desc="compress", disable=is_silent):
             layer.set_kept(row_kept)
             layer.evict_to([min(pair) for pair in zip(layer.state.row_held, row_kept, strict=True)], priority, longest)
 
@@ -86,7 +105,8 @@ def share(
         scores = torch.cat([numbered(priority[row]).to(priorities[0].device) for priority in priorities])
         if protected:
             scores = scores.masked_fill(scores == float("inf"), float("-inf"))
-        best = scores.topk(min(num_best, len(scores))).indices.cpu()
+        # Of equals the first: an order that padding does not change.
+        best = scores.sort(descending=True, stable=True).indices[:num_best].cpu()
         counts = (torch.bincount(layer_of[best], minlength=len(priorities)) // heads + num_own).tolist()
         for numbers, before, count in zip(shared, held, counts, strict=True):
             numbers[row] = min(count, before[row])
@@ -111,24 +131,40 @@ class OnlineBudget:
         self.scores: list[torch.Tensor] = []
         self.left: list[int] = []
 
+    def fits(self, row_totals: list[int], row_lengths: list[int]) -> list[bool]:
+        """
+        Whether the layers together may keep all tokens that each row has seen, which all layers answer alike.
+        `row_totals` are what they may keep, per head.
+        """
+        rows = zip(row_totals, row_lengths, strict=True)
+        return [total >= self.num_layers * length for total, length in rows]
+
     def take(
-        self, priority: torch.Tensor, row_present: list[int], row_totals: list[int], protected: list[int]
+        self, priority: torch.Tensor, row_present: list[int], row_totals: list[int], state: "LayerState", depth: int
     ) -> list[int]:
         """
-        How many tokens each head of the next layer keeps on average, for each row.
+        How many tokens each head of a layer keeps on average, for each row. All layers ask in turn, if one row does
+        not fit.
 
         Args:
             priority (`torch.Tensor`): `(batch, kv_heads, tokens)` float32, -inf for what is no token.
             row_present (`list[int]`): How many tokens each row holds.
-            row_totals (`list[int]`): What all layers together may keep of each row, per head.
-            protected (`list[int]`): How many tokens of each row every head keeps; none if it is empty.
+            row_totals (`list[int]`): See `fits`.
+            state (`LayerState`): Of the layer, which knows what it would keep on its own, and how many tokens every
+                head keeps.
+            depth (`int`): The rank of the layer.
         """
-        if not self.scores:
+        if depth == 0:
+            self.forget()
             self.left = list(row_totals)
         device = self.scores[0].device if self.scores else priority.device
         self.scores.append(numbered(priority).view(priority.shape[0], -1).to(device))
-        num_layers, kept = self.num_layers - len(self.scores) + 1, []
+        num_layers, kept, protected = self.num_layers - depth, [], state.row_protected
+        fits = self.fits(row_totals, state.row_lengths)
         for row, present in enumerate(row_present):
+            if fits[row]:
+                kept.append(state.row_kept[row])
+                continue
             own = max([1, *protected[row : row + 1]])
             most = max(min(self.left[row] - own * (num_layers - 1), present), own)
             if num_layers > 1:

@@ -41,6 +41,8 @@ class LayerState:
         keys, values (`torch.Tensor`): `(batch, kv_heads, slots, head_dim)`.
         positions (`torch.Tensor`): `(batch, kv_heads or 1, slots)` int32, -1 for empty slots. None while dense.
         attention (`torch.Tensor`): `(batch, kv_heads or 1, slots)` float32, see `ScoringView.attention`.
+        bias (`torch.Tensor`): `(batch, kv_heads, slots)` float32, what is added to the logits of each slot. None while
+            each slot stands for its own token alone.
         next_position (`torch.Tensor`): `(batch, 1, 1)` int32, how many tokens each row has seen.
         num_kept (`torch.Tensor`): `(batch, 1, 1)` int32, how many tokens of each row may be held.
         column_positions (`torch.Tensor`): `(batch, 1, columns)` int32, of a dense prompt with padding; else None.
@@ -56,12 +58,14 @@ class LayerState:
         budget_tokens (`int`): The tokens that a budget in bytes pays for, known from the first tokens on.
         columns_ascend (`int`): Whether the columns of each dense row are in order of their positions.
         has_traces (`int`): Whether a mask has hidden tokens that an earlier one showed.
+        rank, num_ranks (`int`): Of which of the processes that share the heads these are, and how many there are.
     """
 
     keys: torch.Tensor | None = slot()
     values: torch.Tensor | None = slot()
     positions: torch.Tensor | None = slot(fill=-1)
     attention: torch.Tensor | None = slot()
+    bias: torch.Tensor | None = slot()
     next_position: torch.Tensor | None = row()
     num_kept: torch.Tensor | None = row()
     column_positions: torch.Tensor | None = row()
@@ -77,12 +81,14 @@ class LayerState:
     budget_tokens: int = number(0)
     columns_ascend: int = number(1)
     has_traces: int = number(0)
+    rank: int = number(0)
+    num_ranks: int = number(1)
 
     def __post_init__(self) -> None:
         # Dictionaries, since compilers do not trace dataclasses.
         self._kinds = {each.name: each.metadata["kind"] for each in dataclasses.fields(self)}
         self._fills = {each.name: each.metadata.get("fill", 0) for each in dataclasses.fields(self)}
-        # What a method remembers of each token.
+        # What new tokens have none of: the bias, and what a method remembers of each token.
         self.own_slots = [
             name for name in self.names("slot") if name not in ("keys", "values", "positions", "attention")
         ]
@@ -94,6 +100,14 @@ class LayerState:
     def fill_of(self, name: str) -> float:
         """What new slots of a field hold."""
         return self._fills[name]
+
+    def require_slot(self, name: str) -> None:
+        """Raises ValueError unless a `slot()` field has this name."""
+        if self._kinds.get(name) != "slot":
+            raise ValueError(
+                f"`remember({name!r})`: {type(self).__name__}, the policy's `state_class`, declares no `slot()` field "
+                "of that name. Derive a dataclass from LayerState that does: see docs/write-a-policy.md, Remembering."
+            )
 
     def tensors(self, *kinds: str) -> dict[str, torch.Tensor]:
         """The tensors of these kinds, "slot" and "row", by name; all by default."""
@@ -112,7 +126,7 @@ class LayerState:
             held.copy_(tensor)
 
     def resize_own_slots(self, num_slots: int) -> None:
-        """Gives what a method remembers of each token that many slots."""
+        """Gives the bias, and what a method remembers of each token, that many slots."""
         for name in self.own_slots:
             if (tensor := getattr(self, name)) is not None:
                 length = min(tensor.shape[2], num_slots)

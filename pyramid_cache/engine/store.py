@@ -11,11 +11,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from pyramid_cache.engine.attention import AttentionCall
 from pyramid_cache.engine.fixed import FixedStep, SlotStep
-from pyramid_cache.engine.scoring import attend_and_score
-from pyramid_cache.engine.selection import best_tokens, gather_tokens, lowest_token
+from pyramid_cache.engine.ranks import HeadRanks
+from pyramid_cache.engine.scoring import attend_and_score, attend_with_bias
+from pyramid_cache.engine.selection import best_tokens, gather_tokens, is_index, lowest_token
 from pyramid_cache.engine.state import LayerState, expanded, grown
 from pyramid_cache.engine.tokens import Tokens, causal_mask
 from pyramid_cache.ops import decode_attention
@@ -25,6 +27,8 @@ from pyramid_cache.ops.transfer import numbers_on
 
 # A dense store without room for one more token grows by this many slots, or by a 64th of its length if that is more.
 MIN_GROWTH = 16
+
+Compaction = Callable[[dict[str, torch.Tensor], torch.Tensor], dict[str, torch.Tensor]]
 
 
 class SlotStore:
@@ -42,6 +46,8 @@ class SlotStore:
     def reset(self) -> None:
         """Forgets everything and frees the tensors."""
         self.state = self.state_class()
+        # The ranks that share the heads of the layer, once the model has shown them.
+        self.ranks: HeadRanks | None = None
         # Whether autograd may have saved the keys and values.
         self.is_saved = False
 
@@ -180,6 +186,7 @@ class SlotStore:
         priority: torch.Tensor,
         tokens: Tokens,
         row_kept: list[int],
+        compact: Compaction | None = None,
     ) -> None:
         """
         Copies the tokens of highest priority into new slots, in order of their positions. The old ones are freed.
@@ -190,16 +197,22 @@ class SlotStore:
             priority (`torch.Tensor`): `(batch, kv_heads or 1, columns)`, -inf for what is no token.
             tokens (`Tokens`): In these columns.
             row_kept (`list[int]`): How many tokens of each row stay.
+            compact (`Callable`, *optional*): Lets the tokens that stay stand for those that go. It is given all slot
+                tensors by name, and which tokens stay `(batch, kv_heads or 1, columns)` bool. It returns the tensors
+                that it changes, of the same shapes.
         """
         state = self.state
         row_left = [min(held, kept) for held, kept in zip(state.row_held, row_kept, strict=True)]
         indices = best_tokens(priority, self.per_row(row_left).flatten(), max(row_left))
-        for name, tensor in self._columns(key, value, attention, tokens).items():
+        columns = self._columns(key, value, attention, tokens)
+        if compact is not None:
+            columns |= compact(columns, is_index(indices, key.shape[2]))
+        for name, tensor in columns.items():
             kept = gather_tokens(tensor.expand(-1, max(indices.shape[1], tensor.shape[1]), *tensor.shape[2:]), indices)
             setattr(state, name, kept if tensor.dim() == 4 else kept.masked_fill(indices < 0, state.fill_of(name)))
         state.column_positions = state.free_slots = None
         state.length, state.row_held = indices.shape[-1], row_left
-        if self.interval == 1:
+        if self.interval == 1 and state.length < self.capacity:  # else the tokens wait
             self.resize(self.capacity)
             state.length = self.capacity
             state.free_slots = torch.full_like(indices[..., :1], state.length - 1)
@@ -212,10 +225,11 @@ class SlotStore:
         columns |= {name: getattr(self.state, name) for name in self.state.own_slots}
         return {name: tensor[:, :, : key.shape[2]] for name, tensor in columns.items() if tensor is not None}
 
-    def evict(self, priority: torch.Tensor, row_left: list[int]) -> None:
+    def evict(self, priority: torch.Tensor, row_left: list[int], compact: Compaction | None = None) -> None:
         """
         Evicts in place, and closes the gaps: tokens in slots behind the last one that is needed move into free ones.
-        Of each row `row_left` tokens stay; `priority` `(batch, kv_heads or 1, slots)` is -inf for empty slots.
+        Of each row `row_left` tokens stay; `priority` `(batch, kv_heads or 1, slots)` is -inf for empty slots. See
+        `keep` for `compact`.
         """
         state, num_left = self.state, max(row_left)
         row_lost = [held - left for held, left in zip(state.row_held, row_left, strict=True)]
@@ -234,9 +248,23 @@ class SlotStore:
             # One more slot takes the indices that are -1.
             slots = torch.where(indices < 0, state.length, order.gather(-1, indices.clamp(min=0)))
             is_kept = torch.zeros(*positions.shape[:2], state.length + 1, dtype=torch.bool, device=positions.device)
-            self._move(is_kept.scatter_(-1, slots, True)[..., : state.length], num_left)
+            is_kept = is_kept.scatter_(-1, slots, True)[..., : state.length]
+            if compact is not None:
+                self._take(compact(self.slots(), is_kept))
+            self._move(is_kept, num_left)
             state.length = num_left
+            if state.keys.shape[2] > self.capacity:  # a turn has waited here as a whole
+                self.resize(self.capacity)
         state.row_held = row_left
+
+    def _take(self, changed: dict[str, torch.Tensor]) -> None:
+        """Writes tensors of the used slots, by name, into those that are held."""
+        state = self.state
+        for name, tensor in changed.items():
+            if getattr(state, name) is None:
+                setattr(state, name, grown(tensor, state.length, state.keys.shape[2], state.fill_of(name)))
+            else:
+                self.in_use(name).copy_(tensor)
 
     def next_to_free(self, scores: torch.Tensor) -> torch.Tensor:
         """
@@ -342,10 +370,10 @@ class SlotStore:
         """
         mask = self.in_use("positions") >= 0 if self.state.has_empty_slots else None
         differ = mask is not None and mask.shape[1] > 1  # heads, in their empty slots: `with_mask` knows one for all
-        arguments = call.logit_arguments
-        if scores or differ or is_plain_on_cpu(call.query, call.key, call.value, **arguments):
+        arguments, bias = call.logit_arguments, self.in_use("bias")
+        if scores or differ or bias is not None or is_plain_on_cpu(call.query, call.key, call.value, **arguments):
             run = decode_attention if torch.is_grad_enabled() else decode_attention_unchecked
-            output, sums = run(call.query, call.key, call.value, mask=mask, **arguments)
+            output, sums = run(call.query, call.key, call.value, mask=mask, bias=bias, **arguments)
             return (output, None), sums.detach() if scores else None
         return self.with_mask(call, mask).run(), None
 
@@ -356,13 +384,21 @@ class SlotStore:
         Attention of several queries over the held tokens in order and new ones behind them. Second, if `num_rows` is
         not 0, come the sums `(batch, kv_heads, keys)` of the probabilities that the last `num_rows` queries give.
         """
+        if call.bias is not None and (num_rows or not takes_bias(call)):
+            return attend_with_bias(call, tokens, num_rows, row_weights)
         if not self.state.is_dense:
             call = self.with_mask(call, tokens.positions >= 0 if tokens.has_gaps else None)
         return attend_and_score(call, tokens, num_rows, row_weights) if num_rows else (call.run(), None)
 
     @staticmethod
     def with_mask(call: AttentionCall, is_token: torch.Tensor | None) -> AttentionCall:
-        """The call with a causal mask over keys; `is_token` is `(batch, any, keys)` bool, the same for all heads."""
+        """
+        The call with a causal mask over keys, and its bias in that; `is_token` is `(batch, any, keys)` bool, the same
+        for all heads.
+        """
+        bias = call.bias
+        if bias is not None:
+            bias = bias.repeat_interleave(call.query.shape[1] // bias.shape[1], dim=1)
         mask = causal_mask(
             call.module.config._attn_implementation,
             None if is_token is None else is_token[:, :1],
@@ -370,6 +406,7 @@ class SlotStore:
             call.num_keys,
             call.query.dtype,
             call.query.device,
+            bias,
         )
         return dataclasses.replace(call, mask=mask, lse=None)
 
@@ -395,8 +432,12 @@ class SlotStore:
         slots, known = self.state.names("slot"), self.state.names("slot", "row")
         for name, tensor in tensors.items():
             shapes = [(batch_size, heads, length)[: 3 if name in slots else 1] for heads in (1, kv_heads)]
-            dtype = {"positions": torch.int32, "attention": torch.float32}.get(name, tensor.dtype)
-            if name not in known or tuple(tensor.shape[: len(shapes[0])]) not in shapes:
+            types = {"positions": torch.int32, "attention": torch.float32, "bias": torch.float32}
+            dtype, is_bias = types.get(name, tensor.dtype), name == "bias"
+            if is_bias:  # of each head
+                shapes = shapes[1:]
+            shape = tuple(tensor.shape) if is_bias else tuple(tensor.shape[: len(shapes[0])])
+            if name not in known or shape not in shapes:
                 raise ValueError(
                     f"`{name}` has the shape {tuple(tensor.shape)} in {length} slots of {batch_size} rows"
                 )
@@ -410,6 +451,11 @@ class SlotStore:
     def held_tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor that the store refers to, by a name whose first word is its role."""
         return self.state.tensors()
+
+
+def takes_bias(call: AttentionCall) -> bool:
+    """Whether the attention function of a call takes an additive mask."""
+    return call.function is sdpa_attention_forward or call.module.config._attn_implementation == "eager"
 
 
 def own_storage(tensor: torch.Tensor) -> torch.Tensor:

@@ -210,26 +210,29 @@ def causal_mask(
     num_keys: int,
     dtype: torch.dtype,
     device: torch.device,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
     """
     The mask that an attention function of transformers takes: causal, bottom-right aligned.
 
     Args:
         implementation (`str`, *optional*): The model's `attn_implementation`.
-        key_mask (`torch.Tensor`, *optional*): `(batch, 1, num_keys)` bool, False for keys that no query may see.
+        key_mask (`torch.Tensor`, *optional*): `(batch, 1 or heads, num_keys)` bool, False for keys that no query may
+            see.
+        bias (`torch.Tensor`, *optional*): `(batch, heads, num_keys)`, which is added to the logits of each key.
 
     Returns:
-        `torch.Tensor` or None: 2-D for flash-attention, additive 4-D in `dtype` for eager, bool 4-D otherwise; None
-        where the function makes the right mask itself.
+        `torch.Tensor` or None: 2-D for flash-attention, additive 4-D in `dtype` for eager and where there is a bias,
+        bool 4-D otherwise; None where the function makes the right mask itself.
     """
     if implementation is not None and "flash" in implementation:
         return None if key_mask is None else key_mask[:, 0]
-    if key_mask is None and implementation != "eager" and num_queries in (1, num_keys):
+    if key_mask is None and bias is None and implementation != "eager" and num_queries in (1, num_keys):
         return None
     allowed = torch.ones(1, 1, num_queries, num_keys, dtype=torch.bool, device=device).tril_(num_keys - num_queries)
     if key_mask is not None:
         allowed = allowed & key_mask[:, :, None]
-    if implementation == "eager":
-        lowest = torch.finfo(dtype).min
-        return torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill_(~allowed, lowest)
+    if implementation == "eager" or bias is not None:
+        given = torch.zeros((), dtype=dtype, device=device) if bias is None else bias[:, :, None].to(dtype)
+        return given.masked_fill(~allowed, torch.finfo(dtype).min)
     return allowed

@@ -108,7 +108,9 @@ class MassiveActivationPolicy(SnapKVPolicy):
         before = numbers_on(key.device, looked, torch.int32).view(-1, 1, 1)
         new = key, value, positions[:, :1].masked_fill(positions[:, :1] < before, -1)
         template = None if state.template_key is None else (state.template_key, state.template_norm)
-        found, template = detection.massive_in_keys_and_values(*new, prompt.rotary, prompt.longest, template)
+        found, template = detection.massive_in_keys_and_values(
+            *new, prompt.rotary, prompt.longest, template, lambda tensor: prompt.mean_over_heads(tensor)[:, 0]
+        )
         if state.found_positions is not None:
             earlier = state.found_positions, state.found_ratios, state.found_cosines
             found = detection.MassiveTokens(*earlier).and_later(found)

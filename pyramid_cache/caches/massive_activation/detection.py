@@ -9,6 +9,7 @@ without hidden states: a value much shorter than others, and a key in the direct
 docs/massive-activations.md compares this with the definition.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -59,6 +60,7 @@ def massive_in_keys_and_values(
     rotary: RotaryFrequencies | None,
     longest: int,
     template: tuple[torch.Tensor, torch.Tensor] | None = None,
+    mean_over_heads: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor.mean(dim=1),
 ) -> tuple[MassiveTokens, tuple[torch.Tensor, torch.Tensor]]:
     """
     The tokens that look massive to one layer: values shorter than half of the median, and un-rotated keys in the
@@ -76,6 +78,7 @@ def massive_in_keys_and_values(
         template (`tuple`, *optional*): What later tokens are compared with, both float32: the un-rotated key `(batch,
             kv_heads, head_dim)` of a token whose value is short, and the median norm of the prompt's values `(batch,
             kv_heads)`. A row whose key is zero has none yet, and takes it from these tokens.
+        mean_over_heads (`Callable`): Gives the mean of `(batch, kv_heads, ...)` over all KV heads.
 
     Returns:
         `tuple`: The `MassiveTokens`, and the template for later ones.
@@ -87,7 +90,7 @@ def massive_in_keys_and_values(
         median = norms.masked_fill(~is_token[:, None], float("nan")).nanmedian(dim=-1).values.nan_to_num(0)
         template = norms.new_zeros(*key.shape[:2], key.shape[3]), median
     template_key, median = template
-    ratios = (norms / median[..., None].clamp(min=torch.finfo(torch.float32).tiny)).mean(dim=1)
+    ratios = mean_over_heads(norms / median[..., None].clamp(min=torch.finfo(torch.float32).tiny))
     # Stable: of equals the first one, whatever the device.
     ratios, columns = ratios.masked_fill(~is_token, float("inf")).sort(dim=1, stable=True)
     ratios, columns = ratios[:, :NUM_CANDIDATES], columns[:, :NUM_CANDIDATES]
@@ -103,7 +106,7 @@ def massive_in_keys_and_values(
     has_key = template_key.ne(0).flatten(1).any(dim=1)
     template_key = torch.where(has_key[:, None, None], template_key, own_key)
 
-    cosines = cosine_similarity(keys, template_key[:, :, None], dim=-1).mean(dim=1)
+    cosines = mean_over_heads(cosine_similarity(keys, template_key[:, :, None], dim=-1))
     is_massive = is_short & (cosines > LEAST_COSINE)
     # Those that were found come first and keep their order.
     order = (~is_massive).byte().argsort(dim=1, stable=True)[:, :MAX_MASSIVE_TOKENS]

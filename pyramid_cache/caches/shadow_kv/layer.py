@@ -30,6 +30,7 @@ class ShadowKVLayer(CompressedLayer):
     """
 
     evicts = False
+    needs_whole_layers = True
     needs_rotary = True
     can_fix = True
 

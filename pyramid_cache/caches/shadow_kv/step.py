@@ -122,7 +122,7 @@ class ShadowStep(FixedStep):
         if state.landmarks.shape[2]:
             self.fetch(call.query)
         mask = state.positions[:, :, : call.num_keys] >= 0 if self.has_gaps else None
-        return attend_to_slots(call, mask, False)[0], None
+        return attend_to_slots(call, mask, None, False)[0], None
 
     def fetch(self, query: torch.Tensor | None) -> None:
         """See `ShadowKVLayer.fetch`."""
