@@ -8,6 +8,8 @@ Answers are printed as they are generated. A line after each answer has the toke
 that the fullest layer holds, and the bytes of the cache. /reset begins a new conversation; /exit or an end of input
 ends.
 
+`--setting protect=N` keeps the first N tokens, such as the system prompt of the chat template.
+
 The cache gets each token once. `generate` is given the whole history as token ids, and processes only the tokens that
 the cache has not seen. Later turns cannot use what was evicted. Only StreamingLLMCache goes on beyond the length that
 a model was trained for, because it counts positions within its window.

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from pyramid_cache import KVzipCache
 from pyramid_cache.engine.cache import CompressedCache
+from pyramid_cache.engine.replay import ReplayingCache
 from pyramid_cache.lab import loaded_model
 from pyramid_cache.lab.registry import CACHES, BudgetLike, find_entry, read_budget
 from pyramid_cache.lab.terminal import device, one_budget, positive_int
@@ -125,7 +125,7 @@ def build_cache(name: str, model: PreTrainedModel, budget: BudgetLike | None = N
         if settings:
             raise ValueError(f"{FULL_CACHE} keeps everything: leave out budget and settings, or name another cache.")
         return DynamicCache(config=model.config)
-    reads_again = issubclass(CACHE_CLASSES[name], KVzipCache)
+    reads_again = issubclass(CACHE_CLASSES[name], ReplayingCache)
     try:
         return CACHE_CLASSES[name](model if reads_again else model.config, **settings)
     except TypeError as error:  # an argument is missing, or the class has none of that name

@@ -12,6 +12,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel, QuantizedCache, S
 
 import pyramid_cache as library
 from pyramid_cache.engine.budget import bytes_to_tokens, floor_of_product, parse_budget
+from pyramid_cache.engine.replay import ReplayingCache
 
 
 BudgetLike = float | int | str
@@ -26,6 +27,7 @@ class Workload:
     num_tokens: int  # tokens of the prompt, of which a fraction is taken
     batch_size: int = 1
     num_later: int = 0  # tokens that come behind the prompt at most: StaticCache has room for them from the start
+    has_tokenizer: bool = True  # of the model; else caches that replay prompts put no instruction in front of them
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ class CacheEntry:
         if self.cache_class is library.ShadowKVCache and parse_budget(budget).kind != "tokens":
             budget, tail = shadow_settings(tokens_of_budget(budget, model, workload))
             settings = tail | settings
+        if not workload.has_tokenizer and issubclass(self.cache_class, ReplayingCache):
+            settings["texts"] = library.ReplayTexts((), (), ())
         return build(model if self.from_model else model.config, budget, **settings)
 
 
@@ -114,12 +118,23 @@ CACHES = {
     for entry in (
         CacheEntry("h2o", "H2OCache", library.H2OCache),
         CacheEntry("snapkv", "SnapKVCache", library.SnapKVCache),
+        CacheEntry("h2o-merge", "H2OCache(merge)", library.H2OCache, {"merge": True, "eviction_interval": 8}),
+        CacheEntry("snapkv-merge", "SnapKVCache(merge)", library.SnapKVCache, {"merge": True}),
         CacheEntry("pyramidkv", "PyramidKVCache", library.PyramidKVCache),
         CacheEntry("adakv", "AdaKVCache", library.AdaKVCache),
         CacheEntry("critical", "CriticalKVCache", library.CriticalKVCache),
         CacheEntry("critical-ada", "CriticalKVCache(layer)", library.CriticalKVCache, {"ranking": "layer"}),
         CacheEntry("defensive", "DefensiveKVCache", library.DefensiveKVCache),
         CacheEntry("layer-defensive", "LayerDefensiveKVCache", library.LayerDefensiveKVCache),
+        CacheEntry(
+            "layer-defensive-merge", "LayerDefensiveKVCache(merge)", library.LayerDefensiveKVCache, {"merge": True}
+        ),
+        CacheEntry(
+            "layer-defensive-online",
+            "LayerDefensiveKVCache(model-online)",
+            library.LayerDefensiveKVCache,
+            {"ranking": "model-online"},
+        ),
         CacheEntry("tova", "TOVACache", library.TOVACache),
         CacheEntry("keydiff", "KeyDiffCache", library.KeyDiffCache),
         CacheEntry("knorm", "KnormCache", library.KnormCache),
@@ -127,8 +142,10 @@ CACHES = {
         CacheEntry("rkv", "RKVCache", library.RKVCache),
         CacheEntry("scissorhands", "ScissorhandsCache", library.ScissorhandsCache),
         CacheEntry("massive", "MassiveActivationCache", library.MassiveActivationCache),
+        CacheEntry("kv-merger", "KVMergerCache", library.KVMergerCache),
         CacheEntry("kvzip", "KVzipCache", library.KVzipCache, from_model=True),
         CacheEntry("kvzip-plus", "KVzipPlusCache", library.KVzipPlusCache, from_model=True),
+        CacheEntry("matching", "AttentionMatchingCache", library.AttentionMatchingCache, from_model=True),
         CacheEntry("pyramid-config", "PyramidCache(config)", library.PyramidCache),
         CacheEntry("pyramid", "PyramidCache(model)", library.PyramidCache, from_model=True),
         CacheEntry("shadow", "ShadowKVCache", library.ShadowKVCache, reads_answers_by_step=True, takes_batches=False),

@@ -81,7 +81,7 @@ def test_the_api_page_is_of_all_that_is_public() -> None:
     shown = re.findall(r"^::: (\S+)$", text, re.MULTILINE)
     assert len(shown) == len(set(shown))
     expected = {f"{module.__name__}.{name}" for module in (pyramid_cache, ops, plot) for name in module.__all__}
-    beside = {"cache.CompressedCache", "policy.ScoringView", "policy.PromptView"}
+    beside = {"cache.CompressedCache", "policy.LayerView", "policy.ScoringView", "policy.PromptView"}
     assert set(shown) == expected | {f"pyramid_cache.engine.{name}" for name in beside}
     for name in shown:
         module, _, attribute = name.rpartition(".")
@@ -145,6 +145,7 @@ SHARE_A_BUDGET: dict[str, dict[str, Any]] = {
     "LayerDefensiveKVCache": {},
     "KVzipCache": {"texts": ((), (), ())},
     "KVzipPlusCache": {"texts": ((), (), ())},
+    "AttentionMatchingCache": {"texts": ((), (), ())},
 }
 # What all layers of a cache share: rotary frequencies, and turns of sinks.
 MAX_SHARED_BYTES = 1024
@@ -507,11 +508,36 @@ def with_counts(page: str) -> str:
     return re.sub(r"<!-- counts: (.*?) -->\n.*?<!-- end of counts -->", marked, page, flags=re.DOTALL)
 
 
+def with_answers(page: str) -> str:
+    """
+    A page with tables of records of `eval`. A marker names a score, a protocol and records; a line has a cache, a cell
+    what it scored in a task at each budget.
+    """
+
+    def marked(match: re.Match[str]) -> str:
+        score, protocol, *names = match[1].split()
+        records = [json.loads((DOCS / "results" / name).read_text()) for name in names]
+        rows = [row for record in records for row in record["rows"] if row["protocol"] == protocol]
+        tasks = list(dict.fromkeys(row["task"] for row in rows))
+        found = {(row["label"], row["task"], row["budget"]): f"{row[score]:.2f}" for row in rows}
+        budgets = sorted({budget for _, _, budget in found if budget < 1}, reverse=True)
+        lines = [f"| cache | {' | '.join(tasks)} |", "|---" * (len(tasks) + 1) + "|"]
+        for label in dict.fromkeys(row["label"] for row in rows):
+            own = [1.0] if (label, tasks[0], 1.0) in found else budgets
+            cells = [[found[label, task, each] for each in own if (label, task, each) in found] for task in tasks]
+            lines.append(f"| {label} | {' | '.join(' / '.join(numbers) or '–' for numbers in cells)} |")
+        text = "\n".join(lines)
+        return f"<!-- answers: {match[1]} -->\n\n{text}\n\n<!-- end of answers -->"
+
+    return re.sub(r"<!-- answers: (.*?) -->\n.*?<!-- end of answers -->", marked, page, flags=re.DOTALL)
+
+
 def test_tables_are_those_of_the_records() -> None:
-    page = SPEED.read_text()
-    assert (len(MARKED.findall(page)), page.count("<!-- counts: ")) == (2, 1)
+    page, quality = SPEED.read_text(), QUALITY.read_text()
+    assert (len(MARKED.findall(page)), page.count("<!-- counts: "), quality.count("<!-- answers: ")) == (3, 1, 6)
     assert with_counts(with_times(page)) == page, f"{SPEED.name} is not what the records have. Run `{COMMAND}`."
+    assert with_answers(quality) == quality, f"{QUALITY.name} is not what the records have. Run `{COMMAND}`."
 
 
 if __name__ == "__main__":
-    rewrite([*PAGES.values(), SPEED], lambda text: with_counts(with_times(with_results(text))))
+    rewrite([*PAGES.values(), SPEED, QUALITY], lambda text: with_answers(with_counts(with_times(with_results(text)))))

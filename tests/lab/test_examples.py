@@ -238,7 +238,16 @@ def test_requests_are_read_and_answers_come_in_their_order() -> None:
 
 
 # Pages whose code is run: here, that of plots.md in test_show.py. Those of caches are in test_docs.py.
-PAGES = {"compile.md", "evaluation.md", "index.md", "ops.md", "plots.md", "protect.md", "write-a-policy.md"}
+PAGES = {
+    "compile.md",
+    "evaluation.md",
+    "index.md",
+    "merge.md",
+    "ops.md",
+    "plots.md",
+    "protect.md",
+    "write-a-policy.md",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -263,11 +272,17 @@ def test_the_page_of_compiled_steps_runs() -> None:
     assert names["output"].shape == (1, 732) and names["cache"].get_seq_length() == 800
 
 
+def test_the_page_of_merged_tokens_runs() -> None:
+    model = build_model("llama", num_hidden_layers=2)
+    inputs = {"input_ids": random_tokens(1, 200), "attention_mask": torch.ones(1, 200, dtype=torch.long)}
+    cache = run_page(DOCS / "merge.md", {"model": model, "inputs": inputs}, shows_output=False)["cache"]
+    # As many tokens as were seen, but for those that waited.
+    assert all(layer.state.bias.exp().sum(dim=-1).amin() > 200 for layer in cache.layers)
+
+
 @pytest.mark.slow
 def test_the_page_of_protected_tokens_runs() -> None:
-    model, tokenizer = default_model()
-    known = {"model": model, "tokenizer": tokenizer, "text": read_text()[:2500]}
-    names = run_page(DOCS / "protect.md", known, shows_output=False)
+    names = run_page(DOCS / "protect.md", shows_output=False)
     span = torch.arange(names["system"].shape[1])
     assert all(
         torch.isin(span, names["cache"].positions(layer)[0, head]).all() for layer in (0, 29) for head in (0, 2)

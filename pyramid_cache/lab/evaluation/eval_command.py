@@ -129,7 +129,9 @@ def run(options: argparse.Namespace) -> None:
     caches = {name: CACHES[name] for name in options.caches}
     results: list[Result] = []
     for own in prepared:
-        evaluation = Evaluation(own.model, caches, options.budgets, options.protocols, store, options.batch_size)
+        evaluation = Evaluation(
+            own.model, caches, options.budgets, options.protocols, store, options.batch_size, own.decode is not None
+        )
         with terminal.ProgressBar(messages) as progress:
             evaluation.measure(own.contexts, progress, team.process, team.num_processes)
         team.share(store)

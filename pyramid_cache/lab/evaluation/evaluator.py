@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from pyramid_cache.engine.architectures import CACHE_ARGUMENT
+from pyramid_cache.engine.replay import ReplayingCache
 from pyramid_cache.lab.evaluation.asking import Score, Thread, ask
 from pyramid_cache.lab.evaluation.cells import ALL_QUESTIONS, Cell, CellKey, CellStore
 from pyramid_cache.lab.evaluation.reading import Reader, Reading, full_cache, pad_left, padding_arguments, replay
@@ -67,6 +68,7 @@ class Evaluation:
     protocols: Sequence[str] = PROTOCOLS
     store: CellStore = field(default_factory=CellStore)  # what it holds already is not measured again
     batch_size: int = 1  # how many contexts of a task are read at a time, padded on the left
+    has_tokenizer: bool = True  # of the model
 
     def run(self, contexts: Sequence[Context], progress: ProgressCallback) -> list[Result]:
         """Asks all questions. There is a result per task, protocol, cache and budget, the full cache first."""
@@ -191,11 +193,18 @@ class Evaluation:
             return full_cache(self.model, reading), reading.logits
         name, budget = setting
         entry = self.caches[name]
-        cache: Any = entry.build(self.model, budget, Workload(reading.num_tokens, len(prompts)))
-        if not entry.from_model:
-            replay(cache, reading)
-            return cache, reading.logits
+        workload = Workload(reading.num_tokens, len(prompts), has_tokenizer=self.has_tokenizer)
+        cache: Any = entry.build(self.model, budget, workload)
         ids, padding = pad_left(prompts, self.model.device)
+        replays_once = isinstance(cache, ReplayingCache) and padding is None
+        if not entry.from_model or replays_once:
+            replay(cache, reading)
+            if replays_once and cache.replays:
+                if name not in reading.replays:
+                    cache.begin(ids, [0] * len(ids))
+                    reading.replays[name] = cache.read_again()
+                cache.settle_with(*reading.replays[name])
+            return cache, reading.logits
         arguments = padding_arguments(padding, 0, ids.shape[1])
         return cache, self.model(ids, **{CACHE_ARGUMENT: cache}, logits_to_keep=1, **arguments).logits[:, -1]
 

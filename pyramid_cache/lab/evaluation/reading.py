@@ -7,7 +7,7 @@ once, and every cache evicts from what each layer got. Prompts of several length
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -47,6 +47,8 @@ class Reading:
     layers: list[tuple[nn.Module, RecordedChunk]]  # attention modules, and the queries, keys, values that they had
     logits: torch.Tensor  # (batch, vocabulary), of the last token
     padding: torch.Tensor | None = None  # see `pad_left`
+    # What caches have seen that read the prompt a second time, by the names of the caches. It depends on no budget.
+    replays: dict[str, Any] = field(default_factory=dict)
 
     @property
     def num_tokens(self) -> int:
