@@ -2,8 +2,8 @@
 Heads that several processes share: tensor parallelism (`tp_plan="auto"`).
 
 Each process, a rank, holds some of the KV heads of every layer. What a head keeps by its own scores needs no other
-rank. What heads choose together is chosen from the scores of all ranks: one collective for each eviction, and none
-for other steps.
+rank. What heads choose together is chosen from the scores of all ranks: they exchange them at each eviction, and
+nothing in other steps.
 """
 
 from dataclasses import dataclass

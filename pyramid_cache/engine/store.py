@@ -433,11 +433,9 @@ class SlotStore:
         for name, tensor in tensors.items():
             shapes = [(batch_size, heads, length)[: 3 if name in slots else 1] for heads in (1, kv_heads)]
             types = {"positions": torch.int32, "attention": torch.float32, "bias": torch.float32}
-            dtype, is_bias = types.get(name, tensor.dtype), name == "bias"
-            if is_bias:  # of each head
-                shapes = shapes[1:]
-            shape = tuple(tensor.shape) if is_bias else tuple(tensor.shape[: len(shapes[0])])
-            if name not in known or shape not in shapes:
+            dtype, num_dims = types.get(name, tensor.dtype), tensor.dim() if name in types else len(shapes[0])
+            # A bias is of each head.
+            if name not in known or tuple(tensor.shape[:num_dims]) not in shapes[name == "bias" :]:
                 raise ValueError(
                     f"`{name}` has the shape {tuple(tensor.shape)} in {length} slots of {batch_size} rows"
                 )
