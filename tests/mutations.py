@@ -34,6 +34,29 @@ PRELOADED = ("pytest", "hypothesis", "transformers.generation.utils", "transform
 # the names of tests that are tried before the others. Below it the faults: a text that occurs once in the file, with
 # «what is right→what the fault puts there». A ¶ stands for a new line of a method.
 FAULTS = """
+= serving/request.py: test_serving
+rows = self.rows[:«num_slots→num_slots - 1»]
+self.queries[layer_idx] = query[:, :, «-self.num_queries→-1» :] if self.num_queries else query
+has_moved = «was_dense != state.is_dense or →»state.length != length + (free is None)
+if has_moved« or layer.policy.repositions→»:
+slots = torch.tensor([«length→length - 1»], device=keys.device) if free is None else free[0, :, 0]
+return 0 if «sees_all→False» else max(policy.window_size or 0, 2)
+is_visible = is_visible.tril(«num_keys - call.num_queries→0»)[None, None]
+other.layers, other.queries = copy.deepcopy(self.layers), «dict(self.queries)→{}»
+= serving/paged.py: test_serving
+return request.num_slots if request is not None and request.is_compressed else «past_length→0»
+request«.unpark(self.pages_of(request_id))→»
+del table[«num_blocks→num_blocks + 1»:]
+return 0 if request is None or request.parked is None else «request.num_seen→0»
+elif request is not None and request.parked is not None and «not request.waits→True»:
+if is_last and each.ends_prompt«→ and False»:
+ends_prompt = «not self.states[request_id].remaining_prefill_tokens→True»
+= serving/manager.py: test_serving
+self.begun_layer.check_lengths([«len(input_ids)→10**4»])
+«delattr(model, name)→pass»
+differs = any(«→False and »
+= engine/rope.py: test_serving | streaming
+or (name == CACHE_ARGUMENT and «value is not None→False»)
 = engine/store.py: test_policies
 held.mul_(1 - «1 / window→0»)
 = engine/store.py: test_small_faults test_batch_rows

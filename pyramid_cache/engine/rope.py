@@ -30,7 +30,7 @@ from torch.utils.weak import WeakIdRef
 from transformers import Cache, DynamicCache
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from pyramid_cache.engine.architectures import rope_refusal
+from pyramid_cache.engine.architectures import CACHE_ARGUMENT, rope_refusal
 from pyramid_cache.engine.rotation import RotaryFrequencies, export_frequencies
 
 
@@ -210,7 +210,7 @@ def _probe(calls: list[Call], device: torch.device) -> Finding:
     rotary = next(iter(_rotaries(module, module)), None)
     for name, value in given.items():
         parts = list(value) if isinstance(value, tuple) else [value]
-        if isinstance(value, Cache):
+        if isinstance(value, Cache) or (name == CACHE_ARGUMENT and value is not None):  # a paged one is no `Cache`
             given[name] = _Recorder()
         elif name in replaced:
             given[name] = None if value is None else replaced[name]

@@ -5,6 +5,7 @@ import re
 import sys
 from collections.abc import Sequence
 
+from pyramid_cache.lab import serve_command
 from pyramid_cache.lab.bench import bench_command
 from pyramid_cache.lab.demo import demo_command
 from pyramid_cache.lab.evaluation import eval_command
@@ -12,9 +13,11 @@ from pyramid_cache.lab.profile import profile_command
 
 
 # What the subcommands import beyond the core dependencies, and the extra that it comes with.
-OPTIONAL_PACKAGES = dict.fromkeys(("accelerate", "filelock", "gguf", "matplotlib", "rich"), "demo") | {
-    "datasets": "eval"
-}
+OPTIONAL_PACKAGES = (
+    dict.fromkeys(("accelerate", "filelock", "gguf", "matplotlib", "rich"), "demo")
+    | {"datasets": "eval"}
+    | dict.fromkeys(("fastapi", "openai", "uvicorn"), "serving")
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -23,7 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="pyramid-cache", description="Key-value caches for transformers that keep only the tokens that matter."
     )
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (demo_command, bench_command, eval_command, profile_command):
+    for command in (demo_command, bench_command, eval_command, profile_command, serve_command):
         command.add_parser(subparsers)
     return parser
 

@@ -42,7 +42,7 @@ REFUSED = (
     ("profile {model} --device cpu --out p.json --tokens 9000", "9000 tokens exceed the 8192 positions"),
     ("profile {model} --device cpu --out p.json --tokens 8000 --text short.txt", "Give fewer, or a longer --text"),
     ("", "the following arguments are required: COMMAND"),
-    ("bench", "give `caches`, `decode`, `ops`, `host` or --suite"),
+    ("bench", "give `caches`, `decode`, `ops`, `host`, `serving` or --suite"),
     ("bench --suite cpu --json x caches", "give --suite or caches, not both"),
     ("bench --suite cpu --parts ops", "--parts, --seconds and --rehearse are for `bench --suite gpu`"),
     ("bench --rehearse --suite paper", "--parts, --seconds and --rehearse are for `bench --suite gpu`"),

@@ -82,8 +82,9 @@ def test_the_api_page_is_of_all_that_is_public() -> None:
     assert len(shown) == len(set(shown))
     expected = {f"{module.__name__}.{name}" for module in (pyramid_cache, ops, plot) for name in module.__all__}
     beside = {"cache.CompressedCache", "policy.LayerView", "policy.ScoringView", "policy.PromptView"}
-    assert set(shown) == expected | {f"pyramid_cache.engine.{name}" for name in beside}
-    for name in shown:
+    served = {"pyramid_cache.serving.compressed"}  # which older versions of transformers cannot import
+    assert set(shown) == expected | served | {f"pyramid_cache.engine.{name}" for name in beside}
+    for name in set(shown) - served:
         module, _, attribute = name.rpartition(".")
         assert inspect.getdoc(getattr(importlib.import_module(module), attribute))
     # What all caches can be asked, but what models and layers call, and what is transformers' own.

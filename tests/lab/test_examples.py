@@ -6,6 +6,7 @@ import json
 import re
 from functools import cache as remember
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -246,6 +247,7 @@ PAGES = {
     "ops.md",
     "plots.md",
     "protect.md",
+    "serving.md",
     "write-a-policy.md",
 }
 
@@ -278,6 +280,14 @@ def test_the_page_of_merged_tokens_runs() -> None:
     cache = run_page(DOCS / "merge.md", {"model": model, "inputs": inputs}, shows_output=False)["cache"]
     # As many tokens as were seen, but for those that waited.
     assert all(layer.state.bias.exp().sum(dim=-1).amin() > 200 for layer in cache.layers)
+
+
+def test_the_page_of_serving_runs() -> None:
+    pytest.importorskip("pyramid_cache.serving", exc_type=ImportError)
+    texts = random_tokens(2, 60).tolist()
+    known = {"model": build_model("llama"), "texts": texts, "tokenizer": lambda ids: SimpleNamespace(input_ids=ids)}
+    answers = run_page(DOCS / "serving.md", known, shows_output=False)["answers"]
+    assert [len(answer) for answer in answers] == [8, 8]
 
 
 @pytest.mark.slow

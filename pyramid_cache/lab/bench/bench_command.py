@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedModel
 
 from pyramid_cache.lab import terminal
-from pyramid_cache.lab.bench import gpu_suite, host_costs
+from pyramid_cache.lab.bench import gpu_suite, host_costs, serving_loads
 from pyramid_cache.lab.bench.cache_times import Bench, contenders_of
 from pyramid_cache.lab.bench.decode_times import WAYS, DecodeBench
 from pyramid_cache.lab.bench.op_times import LEAST_ROUNDS, SIZES, build_shapes, copy_bandwidth, measure_op
@@ -77,6 +77,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         description="`bench caches` measures prefill, decode steps and bytes of caches in a model. `bench decode` "
         "times decode steps, compiled and not. `bench ops` times "
         "attention with scores beside attention alone. `bench host` counts what decode steps ask of the host. "
+        "`bench serving` serves many requests with the same blocks, compressed and not. "
         "`bench --suite cpu` measures every cache in a real model, in "
         "about ten minutes on two cores. `--suite paper` measures published settings on a device with enough memory. "
         "`--suite gpu` runs everything that needs a GPU in nine minutes: `bench decode` in an 8B model, a long prompt "
@@ -93,7 +94,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     figures = "write the figures to FILE, also after each part. `--suite gpu` goes on with what FILE has"
     parser.add_argument("--json", type=Path, metavar="FILE", help=figures)
     parser.set_defaults(run=run, measurement=None)
-    measurements = parser.add_subparsers(title="measurements", metavar="caches|decode|ops|host")
+    measurements = parser.add_subparsers(title="measurements", metavar="caches|decode|ops|host|serving")
     for name, add_options, text, description in (
         (
             "caches",
@@ -122,6 +123,13 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
             "Python calls, torch ops and waits of a decode step, counted",
             "Counts what uncompiled decode steps of a small model on the CPU ask of the host with each cache, beside "
             "DynamicCache. Counts differ between versions of torch, transformers and Python, but not with load.",
+        ),
+        (
+            "serving",
+            add_serving_options,
+            "requests of continuous batching, compressed and not",
+            "Serves the same requests by transformers' continuous batching with the same number of blocks: as they "
+            "are, and compressed by each cache. Shows how many hold blocks at a time, and tokens per second.",
         ),
     ):
         measurement = measurements.add_parser(name, help=text, description=description)
@@ -219,13 +227,38 @@ def add_host_options(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="seed of weights and tokens (default: %(default)s)")
 
 
+def add_serving_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that `measure_serving` reads."""
+    add = parser.add_argument
+    add(
+        "--model",
+        help=f"folder or hub id, or a shape with random weights: {', '.join(SHAPES)} (default: {MODEL_NAME})",
+    )
+    caches = "short names or class names; requests as they are, dynamic, are always served (default: %(default)s)"
+    add("--caches", type=terminal.cache_names, default="snapkv", metavar="NAME,NAME,...", help=caches)
+    amounts = "fractions of the prompt or tokens per layer (default: %(default)s)"
+    add("--budgets", type=terminal.budgets, default="0.25", metavar="B,B,...", help=amounts)
+    number: dict[str, Any] = {"metavar": "N", "type": terminal.positive_int}
+    add("--requests", default=64, help="requests, which come all at once (default: %(default)s)", **number)
+    add("--prompt-tokens", default=2000, help="tokens of each prompt (default: %(default)s)", **number)
+    add("--new-tokens", default=64, help="tokens of each answer (default: %(default)s)", **number)
+    blocks = "blocks of the paged cache (default: those of eight requests and a bit)"
+    add("--blocks", help=blocks, **number)
+    add("--page-size", default=16, help="tokens of a block (default: %(default)s)", **number)
+    add("--max-batch-tokens", default=512, help="tokens of a forward pass (default: %(default)s)", **number)
+    add("--seed", type=int, default=0, help="seed of random weights and tokens (default: %(default)s)")
+    terminal.add_machine_options(parser)
+
+
 def run(options: argparse.Namespace) -> int:
     """Runs a measurement or a suite and prints the results; returns 1 if a part of a suite failed."""
     suite, parts, measurement = options.suite, options.parts, options.measurement
     if measurement is not None and suite is not None:
         raise ValueError(f"`bench --suite {suite}` has its own settings: give --suite or {measurement}, not both.")
     if measurement is None and suite is None:
-        raise ValueError("Nothing to measure: give `caches`, `decode`, `ops`, `host` or --suite. See `bench --help`.")
+        raise ValueError(
+            "Nothing to measure: give `caches`, `decode`, `ops`, `host`, `serving` or --suite. See `bench --help`."
+        )
     if suite != "gpu" and (parts or options.seconds or options.rehearse):
         raise ValueError("--parts, --seconds and --rehearse are for `bench --suite gpu`: give it, or leave them out.")
     terminal.check_output("--json", options.json)
@@ -237,7 +270,7 @@ def run(options: argparse.Namespace) -> int:
     elif measurement == "caches":
         terminal.check_picture("--plot", options.plot)
         terminal.check_output("--save-tokens", options.save_tokens)
-    if measurement in KINDS:
+    if measurement in KINDS or measurement == "serving":
         if options.threads is not None:
             torch.set_num_threads(options.threads)
         runs = [options]
@@ -248,6 +281,8 @@ def run(options: argparse.Namespace) -> int:
             records = [measure_ops(options, progress, options.json)]
         elif measurement == "host":
             records = [measure_host(options, progress, options.json)]
+        elif measurement == "serving":
+            records = [measure_serving(options, progress, options.json)]
         elif measurement == "caches" and options.save_tokens is not None:
             _, tokens = build_model(options.model, torch.device("cpu"), "float32", options.seed, progress)
             options.save_tokens.write_text(json.dumps(tokens[: max(options.lengths)].tolist()), encoding="utf-8")
@@ -387,6 +422,34 @@ def measure_host(options: argparse.Namespace, progress: ProgressCallback, path: 
         progress(f"{contender.label}: counting", index, len(contenders))
         baseline = record["rows"][0] if index else None
         row = host_costs.measure_cache(model, contender, tokens[:num_tokens], options.steps, baseline)
+        record["rows"].append(row)
+        write_record(record, path)
+    return record
+
+
+def measure_serving(
+    options: argparse.Namespace, progress: ProgressCallback, path: Path | None = None
+) -> dict[str, Any]:
+    """The record of `bench serving`: "rows" of `serving_loads.serve` and what `describe_run` has."""
+    target = options.device or terminal.default_device()
+    dtype = options.dtype or terminal.default_dtype(target)
+    names = "model caches budgets requests prompt_tokens new_tokens blocks page_size max_batch_tokens seed threads"
+    if options.blocks is None:  # the scheduler keeps 15 % of them free
+        options.blocks = 10 * -(-(options.prompt_tokens + options.new_tokens) // options.page_size)
+    settings = {name: getattr(options, name) for name in names.split()} | {"device": target, "dtype": dtype}
+    record = describe_run(terminal.command_text(["bench", "serving"], settings), target)
+    record |= {"model": options.model or MODEL_NAME, "num_blocks": options.blocks, "page_size": options.page_size}
+    record["rows"] = []
+    progress("Loading the model", 0, None)
+    model, tokens = build_model(options.model, target, dtype, options.seed, progress)
+    prompts = serving_loads.requests_of(tokens, options.requests, options.prompt_tokens)
+    contenders = contenders_of(options.caches, options.budgets)
+    for index, contender in enumerate(contenders):
+        progress(f"{contender.label}: {options.requests} requests", index, len(contenders))
+        row = serving_loads.serve(model, contender, prompts, options)
+        baseline = record["rows"][0] if record["rows"] else row
+        for name in ("tokens_per_second", "most_in_flight"):
+            row[f"{name}_ratio"] = row[name] / baseline[name]
         record["rows"].append(row)
         write_record(record, path)
     return record

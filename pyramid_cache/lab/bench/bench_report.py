@@ -73,7 +73,17 @@ HOST_TABLE = {
     "\nwaits": "{waits:,.2f}",
     "\nmore   ": "{more_waits:+,.2f}",
 }
-FOLDS = ("op", "cache", "what steps take their time for")
+SERVING_TABLE = {
+    "requests": "{label:<}",
+    "most in\nflight": "{most_in_flight:,}",
+    "\nratio": "{most_in_flight_ratio:.2f}x",
+    "mean in\nflight": "{mean_in_flight:,.1f}",
+    "forward\npasses": "{num_passes:,}",
+    "\nseconds": "{seconds:,.0f}",
+    "tokens\nper second": "{tokens_per_second:,.0f}",
+    "\nratio ": "{tokens_per_second_ratio:.2f}x",
+}
+FOLDS = ("op", "requests", "cache", "what steps take their time for")
 HOST_NOTE = (
     "Of the whole model, divided by its layers; more than DynamicCache. Calls are those of Python functions and of "
     "functions in C. An op of pyramid_cache counts as one. Waits ask tensors for numbers; with caches of this library "
@@ -89,7 +99,7 @@ def print_heading(console: Console, record: dict[str, Any], *facts: str) -> None
 
 
 def show(record: dict[str, Any]) -> None:
-    """Prints a record of `bench caches`, `bench decode`, `bench ops` or `bench host`."""
+    """Prints a record of `bench caches`, `bench decode`, `bench ops`, `bench host` or `bench serving`."""
     console, rows = report_console(), record["rows"]
     copies = f"copies {record.get('copy_bytes_per_second', 0) / 1e9:,.0f} GB/s, read and written"
     if "compile_mode" in record:
@@ -100,6 +110,18 @@ def show(record: dict[str, Any]) -> None:
             f"{record['warm_up_steps']} steps before them, and compilation, are not timed. Ratios are those of times, "
             "to DynamicCache and to compiled StaticCache. The floor is the time of copies for the bytes that a step "
             "reads: weights, and what the cache holds."
+        )
+    elif "num_blocks" in record:
+        print_heading(
+            console, record, record["model"], f"{record['num_blocks']:,} blocks of {record['page_size']} tokens"
+        )
+        print_table(console, SERVING_TABLE, rows, FOLDS)
+        for row in rows:
+            for error in row["errors"]:
+                console.print(f"{row['label']}: {error}", style="red", markup=False)
+        note = (
+            "Requests in flight hold blocks in a forward pass. Tokens are those read and generated. Ratios are to the "
+            "requests as they are."
         )
     elif "model" in record:
         print_heading(console, record, record["model"])

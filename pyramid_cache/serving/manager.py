@@ -1,0 +1,199 @@
+"""Continuous batching whose requests are compressed."""
+
+import contextlib
+import copy
+import threading
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, cast
+
+import torch
+from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
+from transformers.generation.continuous_batching import cache as paged_cache
+from transformers.generation.continuous_batching import continuous_api
+from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
+from transformers.generation.continuous_batching.requests import RequestState
+from transformers.generation.continuous_batching.utils import find_head_dim, find_num_key_value_heads
+
+from pyramid_cache.engine.evicting import EvictingLayer
+from pyramid_cache.engine.policy_cache import PolicyCache
+from pyramid_cache.serving.paged import CompressedAllocator, CompressedPagedCache
+
+
+_building = threading.Lock()
+
+
+@contextlib.contextmanager
+def compressed(model: PreTrainedModel, cache: PolicyCache) -> Iterator[None]:
+    """
+    Within it, continuous batching of `model` compresses each request as `cache` would: `model.generate_batch`,
+    `model.continuous_batching_context_manager`, and managers of `model.init_continuous_batching`.
+
+    A request holds its prompt until this has been read. Then it keeps what `cache` keeps, and frees its other blocks
+    for other requests. Its tokens are those of `model.generate(..., past_key_values=cache)` alone.
+
+    Args:
+        model (`PreTrainedModel`): Any model that transformers can batch, all of whose layers have full attention.
+        cache (`PolicyCache`): An empty cache, of which each request gets a copy. A budget in bytes is for one request.
+
+    Raises:
+        ValueError: `cache` has seen tokens, or is no cache that evicts by scores.
+        NotImplementedError: Its heads or layers keep different numbers of tokens, or change them in another way than
+            requests allow; the model has layers of other kinds.
+
+    Example:
+
+    ```python
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from pyramid_cache import SnapKVCache
+    >>> from pyramid_cache.serving import compressed
+
+    >>> config = LlamaConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=99)
+    >>> model = LlamaForCausalLM(config)
+    >>> with compressed(model, SnapKVCache(model.config, budget=16, window_size=8)):
+    ...     outputs = model.generate_batch([list(range(3, 50)), list(range(9))], max_new_tokens=8)
+    >>> [len(output.generated_tokens) for output in outputs.values()]
+    [8, 8]
+
+    ```
+    """
+    check_template(model, cache)
+    name = "init_continuous_batching"
+    if name in vars(model):
+        raise ValueError("`compressed` is active for this model already. Leave one of the two out.")
+    setattr(model, name, partial(init_continuous_batching, model, cache))
+    try:
+        yield
+    finally:
+        delattr(model, name)
+        if isinstance(getattr(model, "_cached_continuous_batching_manager", None), CompressedManager):
+            cast(Any, model).destroy_cached_continuous_batching_manager()
+
+
+def init_continuous_batching(
+    model: PreTrainedModel,
+    template: PolicyCache,
+    generation_config: GenerationConfig | None = None,
+    continuous_batching_config: ContinuousBatchingConfig | None = None,
+    workload_hints: Any = None,
+) -> "CompressedManager":
+    """`ContinuousMixin.init_continuous_batching` of a model whose requests are compressed."""
+    known = getattr(model, "_cached_continuous_batching_manager", None)
+    if isinstance(known, CompressedManager):
+        known.switch_to_cb_friendly_attn(cast(Any, model), known.continuous_batching_config.auto_switch_to_flash)
+        return known
+    if isinstance(known, ContinuousBatchingManager):
+        raise ValueError(
+            "The model keeps a manager of requests that are not compressed (`persistent_manager=True`). Call "
+            "`model.destroy_cached_continuous_batching_manager()` first."
+        )
+    generation = copy.copy(generation_config or model.generation_config)
+    if generation.eos_token_id is None:
+        generation.eos_token_id = -1
+    batching = copy.copy(continuous_batching_config or ContinuousBatchingConfig())
+    check_batching(batching)
+    batching.use_async_batching, batching.use_cuda_graph, batching.allow_block_sharing = False, False, False
+    return CompressedManager(template, model, generation, batching, workload_hints)
+
+
+class CompressedManager(ContinuousBatchingManager):
+    """transformers' manager of requests, which are compressed."""
+
+    def __init__(self, template: PolicyCache, *args: Any) -> None:
+        self.template = template
+        super().__init__(*args)
+        self.begun_layer = begun_layer(cast(Any, self.model), template)
+        if self.distributed_helper.tp_size > 1:
+            raise NotImplementedError(
+                "Requests of a model that several processes share (tensor parallelism) are not compressed. Load the "
+                "model on one device, or leave `compressed` out."
+            )
+
+    def add_request(
+        self, input_ids: list[int], request_id: str | None = None, *args: Any, **kwargs: Any
+    ) -> str | None:
+        """A prompt that the cache refuses gives an output with an `error`, as all that fails here."""
+        try:
+            self.begun_layer.check_lengths([len(input_ids)])
+        except ValueError as error:
+            if request_id is None:
+                with self._request_lock:
+                    request_id, self._request_counter = f"req_{self._request_counter}", self._request_counter + 1
+            self.output_router.fail_and_deliver(RequestState(request_id, list(input_ids)), error)
+            return request_id
+        return super().add_request(input_ids, request_id, *args, **kwargs)
+
+    def _create_batch_processor(self) -> Any:
+        build = partial(CompressedPagedCache, self.template)
+        allocators = {"full_attention": CompressedAllocator}
+        with _building, replaced(continuous_api, "PagedAttentionCache", build):
+            with replaced(paged_cache, "ATTN_TYPE_TO_ALLOCATOR", allocators):
+                return super()._create_batch_processor()
+
+
+@contextlib.contextmanager
+def replaced(module: Any, name: str, value: Any) -> Iterator[None]:
+    """A name of a module that refers to something else for a while."""
+    original = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, original)
+
+
+def check_template(model: PreTrainedModel, cache: PolicyCache) -> None:
+    """Raises unless requests can be compressed as the cache says."""
+    if not isinstance(cache, PolicyCache):
+        raise ValueError(
+            f"`cache` must be a cache that evicts by scores, such as SnapKVCache, but it is a {type(cache).__name__}."
+        )
+    if cache.get_seq_length():
+        raise ValueError("`cache` has seen tokens. Give an empty one: each request gets a copy of it.")
+    name = type(cache).__name__
+    if not all(type(layer) is EvictingLayer for layer in cache.layers):
+        raise NotImplementedError(
+            f"{type(model).__name__} has layers with a sliding window or without attention, or {name} treats some "
+            "layers in another way. Requests are compressed where all layers have full attention."
+        )
+    if cache.waits:
+        raise NotImplementedError(
+            f"{name} reads the prompt a second time, which requests do not allow. Use a cache that scores tokens as "
+            "it reads them, such as SnapKVCache."
+        )
+    layer, depths = begun_layer(model, cache), range(len(cache.layers))
+    differs = any(
+        len({cache.policy.num_tokens(length, layer.token_budget, depth, len(depths)) for depth in depths}) > 1
+        for length in (1, 10, 100, 1_000, 10_000, 100_000)
+    )
+    if differs or layer.ranking != "head":
+        raise NotImplementedError(
+            f"Heads or layers of {name} keep different numbers of tokens, but those of a request share blocks. Use a "
+            'cache whose layers keep equal numbers, such as SnapKVCache, with `ranking="head"`.'
+        )
+
+
+def begun_layer(model: PreTrainedModel, cache: PolicyCache) -> EvictingLayer:
+    """A layer that knows shapes, and so its budget and its protected tokens. ValueError if the budget is too small."""
+    layer, config = copy.deepcopy(cache.layers[0]), model.config.get_text_config()
+    shape = 1, find_num_key_value_heads(config), 1, find_head_dim(config)
+    layer.lazy_initialization(*[torch.zeros(shape, dtype=model.dtype)] * 2)
+    return layer
+
+
+def check_batching(config: ContinuousBatchingConfig) -> None:
+    """Raises for what compressed requests cannot do."""
+    wanted = {
+        "use_async_batching": config.use_async_batching,
+        "use_cuda_graph": any(config.cuda_graph_booleans),
+        "varlen_compile_config": config.varlen_compile_config,
+        "decode_compile_config": config.decode_compile_config,
+        "default_compile_level": config.default_compile_level,
+        "cpu_offload_space": config.cpu_offload_space != 0.0,
+    }
+    for name, value in wanted.items():
+        if value:
+            raise NotImplementedError(
+                f"`{name}` does not work with compressed requests, which evict between forward passes. Leave it out."
+                + (" Requests that have to wait are put aside anyway." if name == "cpu_offload_space" else "")
+            )
