@@ -49,7 +49,7 @@ request«.unpark(self.pages_of(request_id))→»
 del table[«num_blocks→num_blocks + 1»:]
 return 0 if request is None or request.parked is None else «request.num_seen→0»
 elif request is not None and request.parked is not None and «not request.waits→True»:
-if is_last and each.ends_prompt«→ and False»:
+if each.ends_prompt and «depth == len(allocator.layer_indices) - 1→False»:
 ends_prompt = «not self.states[request_id].remaining_prefill_tokens→True»
 = serving/manager.py: test_serving
 self.begun_layer.check_lengths([«len(input_ids)→10**4»])

@@ -172,20 +172,19 @@ class BatchLayer:
         """Attends for all requests, the tokens of which are one behind the other in the call."""
         allocator, outputs, start = self.cache.allocator, [], 0
         kwargs = {name: value for name, value in call.kwargs.items() if name not in PagedAttentionArgs.__annotations__}
-        is_last = self.layer_idx == allocator.layer_indices[-1]
+        depth = allocator.layer_indices.index(self.layer_idx)
         for each in self.cache.batch:
             request = allocator.requests.get(each.request_id)
-            if request is None or not each.num_seen:
-                request = allocator.requests[each.request_id] = request or Request(self.cache.template)
+            if request is None:
+                request = allocator.requests[each.request_id] = Request(self.cache.template)
             if each.pages is None:
                 each.pages = allocator.pages_of(each.request_id)
             new = slice(start, start + each.num_new)
             query, key, value = (states[:, :, new] for states in (call.query, call.key, call.value))
             own = replace(call, query=query, key=key, value=value, mask=None, kwargs=kwargs)
-            depth = allocator.layer_indices.index(self.layer_idx)
             outputs.append(request.attend(own, depth, each.num_seen, each.ends_prompt, each.pages[depth]))
             start += each.num_new
-            if is_last and each.ends_prompt:
+            if each.ends_prompt and depth == len(allocator.layer_indices) - 1:
                 request.is_compressed = True
                 allocator.free_behind(each.request_id)
         return torch.cat(outputs, dim=1), None
