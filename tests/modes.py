@@ -9,6 +9,7 @@ are taken back, and `Run.verify` does the comparison. What a mode promises beyon
 import contextlib
 import copy
 import itertools
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache as remember
@@ -19,6 +20,7 @@ import pytest
 import torch
 from caches import CACHE_CASES, QUICK_CASES, CacheCase
 from models import VOCAB_SIZE, build_model, drive, generate, left_pad, random_rows, random_tokens, tiny_model
+from places import FIRST, OFFLOADS, two_devices
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -385,6 +387,35 @@ def assisted(settings_of: Callable[[Run], dict[str, Any]], new_tokens: int = 20)
     return function
 
 
+# Weights that are elsewhere.
+
+
+def offloaded(name: str) -> Callable[[Run], None]:
+    """A model whose weights wait elsewhere gives the tokens of one whose weights have stayed."""
+
+    def function(run: Run) -> None:
+        wanted = run.plain(prompts(), 8)
+        run.model = OFFLOADS[name](copy.deepcopy(run.model), offload_folder().name)
+        assert torch.equal(run.generate(run.new_cache(), prompts(), max_new_tokens=8), wanted)
+
+    return function
+
+
+@remember
+def offload_folder() -> tempfile.TemporaryDirectory:
+    """Where weights wait until the tests end."""
+    return tempfile.TemporaryDirectory()
+
+
+def on_two_devices(run: Run) -> None:
+    wanted, (input_ids, mask) = run.plain(prompts(), 8), left_pad(prompts())
+    with two_devices(copy.deepcopy(run.model)) as model:
+        settings = {"attention_mask": mask.to(FIRST), "past_key_values": run.make_cache(model), "max_new_tokens": 8}
+        tokens = model.generate(input_ids.to(FIRST), do_sample=False, **settings).tolist()
+    run.sequences.append(torch.tensor(tokens))
+    assert torch.equal(run.sequences[0], wanted)
+
+
 @dataclass(frozen=True)
 class Mode:
     """
@@ -445,6 +476,8 @@ MODES = (
     Mode("prompt lookup", assisted(lambda run: {"prompt_lookup_num_tokens": 3})),
     Mode("`use_cache=False`", generates(40, new_tokens=4, use_cache=False), never_fits=True),
     Mode("`cache_implementation` as well", generates(new_tokens=4, cache_implementation="dynamic"), never_fits=True),
+    *(Mode(name, offloaded(name)) for name in OFFLOADS),
+    Mode("`device_map`: layers on two devices", on_two_devices),
 )
 
 

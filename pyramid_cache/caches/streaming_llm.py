@@ -58,7 +58,7 @@ class StreamingLLMPolicy(Policy):
 
     num_sink_tokens: int = setting(4, read_count, 0)
 
-    heads_share_tokens = True
+    heads_share_tokens = scores_positions = True
     repositions = needs_rotary = True
     state_class = SinkState
 

@@ -20,6 +20,7 @@ from pyramid_cache.engine.policy import LayerView, Policy, PromptView, ScoringVi
 from pyramid_cache.engine.projection import find_projection
 from pyramid_cache.engine.protection import protected_first, protected_positions, spans_of_rows
 from pyramid_cache.engine.ragged_store import RaggedStore
+from pyramid_cache.engine.ranks import HeadRanks
 from pyramid_cache.engine.rotation import RotaryFrequencies
 from pyramid_cache.engine.scoring import sum_of_measures
 from pyramid_cache.engine.sharing import OnlineBudget, SharedBudget
@@ -110,12 +111,12 @@ class EvictingLayer(CompressedLayer):
 
     def check(self, call: AttentionCall, arrival: Arrival, is_step: bool) -> None:
         if self.module is None and self.policy.weighs_values:
-            find_projection(call.module, *call.value.shape[1::2])
+            find_projection(call.module, call.value.shape[1], call.value.shape[3], call.query.shape[1])
         super().check(call, arrival, is_step)
 
-    def find_ranks(self, module: nn.Module) -> None:
-        super().find_ranks(module)
-        if self.store.ranks is not None:
+    def set_ranks(self, ranks: HeadRanks | None) -> None:
+        super().set_ranks(ranks)
+        if ranks is not None:
             self._read_byte_budget()
 
     def _read(self, call: AttentionCall, arrival: Arrival) -> Tokens:
@@ -178,6 +179,7 @@ class EvictingLayer(CompressedLayer):
             "layer_idx": self.place.layer_idx,
             "find_module": partial(find_module, weakref.ref(self)),
             "find_rotary": partial(find_rotary, weakref.ref(self)),
+            "ranks": self.store.ranks,
             "longest": longest,
         }
 
@@ -226,8 +228,9 @@ class EvictingLayer(CompressedLayer):
 
     def shared_scores(self, scores: torch.Tensor) -> torch.Tensor:
         """Scores that heads share are means over the heads of all ranks."""
-        ranks = self.store.ranks
-        return scores if ranks is None or not self.policy.heads_share_tokens else ranks.sum(scores) / ranks.size
+        ranks, policy = self.store.ranks, self.policy
+        has_all = ranks is None or not policy.heads_share_tokens or policy.scores_positions
+        return scores if has_all else ranks.mean(scores)
 
     def _of_all_ranks(self, priority: torch.Tensor) -> torch.Tensor:
         """Where heads compete, the priorities of those of other ranks as well."""

@@ -20,7 +20,7 @@ from pyramid_cache.engine.fixed import FixedStep
 from pyramid_cache.engine.generation import modes_of
 from pyramid_cache.engine.held import StoredLayer
 from pyramid_cache.engine.pending import RecordedChunk
-from pyramid_cache.engine.ranks import ranks_of
+from pyramid_cache.engine.ranks import HeadRanks, ranks_of
 from pyramid_cache.engine.rope import SharedFrequencies
 from pyramid_cache.engine.rotation import RotaryFrequencies
 from pyramid_cache.engine.state import grown
@@ -268,7 +268,7 @@ class CompressedLayer(StoredLayer):
     def check(self, call: AttentionCall, arrival: Arrival, is_step: bool) -> None:
         """Raises unless the layer can attend; nothing has been counted so far."""
         if self.module is None:
-            self.find_ranks(call.module)
+            self.set_ranks(ranks_of(call.module, call.query.shape[1], call.key.shape[1]))
             self.module = call.module
             if self.needs_rotary:
                 self.rotary_of(call.module)  # which tells it only while it runs
@@ -279,9 +279,8 @@ class CompressedLayer(StoredLayer):
         if is_step:
             checks.check_step(self, call)
 
-    def find_ranks(self, module: torch.nn.Module) -> None:
-        """Looks which ranks share the heads of the layer."""
-        ranks = ranks_of(module)
+    def set_ranks(self, ranks: HeadRanks | None) -> None:
+        """Says which ranks share the heads of the layer."""
         checks.check_ranks(self, ranks)
         self.store.ranks = ranks
         if ranks is not None:

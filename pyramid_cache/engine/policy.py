@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from pyramid_cache.engine.budget import Budget, read_kernel_size
 from pyramid_cache.engine.projection import projected_norms
-from pyramid_cache.engine.ranks import ranks_of
+from pyramid_cache.engine.ranks import HeadRanks
 from pyramid_cache.engine.rope import running_calls
 from pyramid_cache.engine.rotation import RotaryFrequencies
 from pyramid_cache.engine.selection import gather_tokens, lowest_token
@@ -42,6 +42,7 @@ class LayerView:
         find_rotary (`Callable`): Gives the rotary frequencies of the layer; see `rotary`.
         longest (`int`): The length of the longest row in the forward pass that the latest tokens are of.
         find_module (`Callable`): Gives the attention module of the layer.
+        ranks (`HeadRanks`, *optional*): The processes that share the heads of the layer; see `mean_over_heads`.
     """
 
     key: torch.Tensor
@@ -53,6 +54,7 @@ class LayerView:
     find_rotary: Callable[[], RotaryFrequencies | None]
     longest: Any
     find_module: Callable[[], Any] = field(default=lambda: None, kw_only=True)
+    ranks: HeadRanks | None = field(default=None, kw_only=True)
 
     @functools.cached_property
     def rotary(self) -> RotaryFrequencies | None:
@@ -90,8 +92,8 @@ class LayerView:
         The mean of `(batch, kv_heads, ...)` over all KV heads of the layer, `(batch, 1, ...)`. Where several processes
         share the heads, those of all.
         """
-        ranks, mean = ranks_of(self.find_module()), tensor.mean(dim=1, keepdim=True)
-        return mean if ranks is None else ranks.sum(mean) / ranks.size
+        mean = tensor.mean(dim=1, keepdim=True)
+        return mean if self.ranks is None else self.ranks.mean(mean)
 
     @property
     def is_token(self) -> torch.Tensor:
@@ -239,6 +241,8 @@ class Policy(ABC):
             works on each number alone, returns float32, and 0 for 0. `num_visible` is how many keys the query sees: a
             number, or a tensor that broadcasts. By default probabilities count as they are.
         heads_share_tokens (`bool`): Whether all heads of a layer keep the same tokens.
+        scores_positions (`bool`): Whether scores follow from positions alone. Processes that share the heads of a
+            layer then need not exchange them.
         ranking (`str`): Which tokens compete; see `PolicyCache`. Scores must compare between those that do.
         floor_ratio (`float`): Where heads compete, each keeps at least its own best tokens, this share of the mean.
         reads_counts (`bool`): Whether `score` reads numbers of the state that the host counts. With an eviction
@@ -254,6 +258,7 @@ class Policy(ABC):
     newest_weight: float = 1.0
     measure: Callable[..., torch.Tensor] | None = None
     heads_share_tokens: bool = False
+    scores_positions: bool = False
     ranking: str = "head"
     floor_ratio: float = 0.0
     reads_counts: bool = False

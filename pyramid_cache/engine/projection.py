@@ -48,17 +48,19 @@ def projected_norms(module: nn.Module, value: torch.Tensor, order: int) -> torch
     return norms
 
 
-def find_projection(module: nn.Module, kv_heads: int, value_dim: int) -> Any:
+def find_projection(module: nn.Module, kv_heads: int, value_dim: int, query_heads: int | None = None) -> Any:
     """
     The output projection of an attention layer. Raises NotImplementedError if it has none under a known name, or one
-    whose width does not fit so many KV heads of this width.
+    whose width does not fit so many KV heads of this width, or so many query heads if they are given.
     """
     projection = next((getattr(module, name) for name in NAMES if hasattr(module, name)), None)
     width = 0 if projection is None else input_width(projection)
-    if not width or width % (kv_heads * value_dim):
+    head_width = (kv_heads if query_heads is None else query_heads) * value_dim
+    if not width or width % (kv_heads * value_dim) or (query_heads is not None and width != head_width):
         raise NotImplementedError(
             f"{type(module).__name__} has no output projection that is known ({', '.join(NAMES)}), whose width "
-            f"({width}) is a multiple of that of its {kv_heads} KV heads. Use a cache that does not weigh values."
+            f"({width}) fits that of its heads ({head_width}). If processes have parts of it and all heads (`tp_plan` "
+            "of Phi-3 or OLMo 2), it does not. Use a cache that does not weigh values."
         )
     return projection
 

@@ -37,11 +37,13 @@ class PackedTokens:
         head_lengths (`list[list[int]]`): For each row, how many tokens each KV head holds.
         starts (`torch.Tensor`): `(segments + 1,)` int64 on the device: where each segment begins, and where the last
             one ends.
+        least_slots (`int`): How many slots `in_slots` gives at least. Ranks that share heads agree on it.
     """
 
     tensors: dict[str, torch.Tensor]
     head_lengths: list[list[int]]
     starts: torch.Tensor
+    least_slots: int = 0
 
     @cached_property
     def longest(self) -> int:
@@ -58,7 +60,7 @@ class PackedTokens:
         return {f"{name} packed": tensor for name, tensor in (self.tensors | {"starts": self.starts}).items()}
 
     @staticmethod
-    def of(slots: dict[str, torch.Tensor], is_kept: torch.Tensor) -> "PackedTokens":
+    def of(slots: dict[str, torch.Tensor], is_kept: torch.Tensor, least_slots: int = 0) -> "PackedTokens":
         """Packs the slots `(batch, kv_heads, slots, ...)` that `is_kept` `(batch, kv_heads, slots)` marks."""
         _, kv_heads, num_slots = is_kept.shape
         # The only wait for the device: how many tokens each head keeps is known there alone.
@@ -66,14 +68,14 @@ class PackedTokens:
         index = torch.nonzero_static(is_kept.flatten(), size=sum(flat(head_lengths))).squeeze(1)
         places = (index // (kv_heads * num_slots), index // num_slots % kv_heads, index % num_slots)
         tensors = {name: tensor[places] for name, tensor in slots.items()}
-        return PackedTokens(tensors, head_lengths, segment_starts(flat(head_lengths), is_kept.device))
+        return PackedTokens(tensors, head_lengths, segment_starts(flat(head_lengths), is_kept.device), least_slots)
 
     def in_slots(self) -> dict[str, torch.Tensor]:
         """The tensors with as many slots as the longest segment has tokens. Shorter ones begin with empty slots."""
         lengths, ends = (
             each.view(len(self.head_lengths), -1, 1) for each in (self.starts.diff(), self.starts[1:])
         )  # (batch, kv_heads, 1)
-        offsets = torch.arange(-self.longest, 0, device=self.starts.device)
+        offsets = torch.arange(-max(self.longest, self.least_slots), 0, device=self.starts.device)
         is_empty = offsets < -lengths
         index = (ends + offsets).masked_fill(is_empty, 0)
         slots = {name: tensor[index] for name, tensor in self.tensors.items()}
@@ -134,12 +136,12 @@ class PackedTokens:
         tensors = {name: tensor.to(device) for name, tensor in self.tensors.items()}
         rows = indices.tolist()
         if rows == list(range(len(self.head_lengths))):
-            return PackedTokens(tensors, self.head_lengths, self.starts.to(device))
+            return replace(self, tensors=tensors, starts=self.starts.to(device))
         for name, tensor in tensors.items():
             parts = tensor.split(self.row_sizes)
             tensors[name] = torch.cat([parts[row] for row in rows]) if rows else tensor[:0]
         head_lengths = [self.head_lengths[row] for row in rows]
-        return PackedTokens(tensors, head_lengths, segment_starts(flat(head_lengths), device))
+        return PackedTokens(tensors, head_lengths, segment_starts(flat(head_lengths), device), self.least_slots)
 
 
 class RaggedStore(SlotStore):
@@ -174,10 +176,10 @@ class RaggedStore(SlotStore):
             return super().build_step(layer, num_slots, in_graph)
         return RaggedStep(layer, in_graph)
 
-    def _pack(self, slots: dict[str, torch.Tensor], is_kept: torch.Tensor) -> None:
+    def _pack(self, slots: dict[str, torch.Tensor], is_kept: torch.Tensor, least_slots: int = 0) -> None:
         """Packs the kept slots. Afterwards no slot is in use."""
         slots = {name: tensor.expand(-1, is_kept.shape[1], *tensor.shape[2:]) for name, tensor in slots.items()}
-        self.packed = PackedTokens.of(slots, is_kept)
+        self.packed = PackedTokens.of(slots, is_kept, least_slots)
         for name, tensor in slots.items():
             setattr(self.state, name, tensor.new_empty(*is_kept.shape[:2], 0, *tensor.shape[3:]))
         self.state.length = 0
@@ -196,7 +198,8 @@ class RaggedStore(SlotStore):
         if self.packed is None:
             tokens = self.column_tokens().positions if state.is_dense else self.in_use("positions")
             columns = self.slots() | {"positions": tokens}
-            self._pack(columns, (tokens >= 0).expand(-1, state.keys.shape[1], -1))
+            least_slots = tokens.shape[-1] if state.num_ranks > 1 else 0
+            self._pack(columns, (tokens >= 0).expand(-1, state.keys.shape[1], -1), least_slots)
 
     @property
     def capacity(self) -> int:
@@ -219,20 +222,23 @@ class RaggedStore(SlotStore):
     ) -> None:
         state = self.state
         state.row_held = [min(held, kept) for held, kept in zip(state.row_held, row_kept, strict=True)]
-        is_kept = self._best(priority, state.row_held, key.shape[2])
-        columns = self._columns(key, value, attention, tokens)
-        self._pack(columns if compact is None else columns | compact(columns, is_kept), is_kept)
+        self._pack_best(self._columns(key, value, attention, tokens), priority, state.row_held, compact)
         state.column_positions = None
 
     def evict(self, priority: torch.Tensor, row_left: list[int], compact: Compaction | None = None) -> None:
         self.state.row_held = row_left
-        slots, is_kept = self.slots(), self._best(priority, row_left, self.state.length)
-        self._pack(slots if compact is None else slots | compact(slots, is_kept), is_kept)
+        self._pack_best(self.slots(), priority, row_left, compact)
 
-    def _best(self, priority: torch.Tensor, row_kept: list[int], num_slots: int) -> torch.Tensor:
-        """Which slots stay, `(batch, kv_heads, slots)` bool. Priorities are those of the heads of all ranks."""
-        is_kept = best_of_all_heads(priority, row_kept, self.floor_ratio)
-        return is_kept if self.ranks is None else self.ranks.own(is_kept, num_slots)
+    def _pack_best(
+        self, slots: dict[str, torch.Tensor], priority: torch.Tensor, row_kept: list[int], compact: Compaction | None
+    ) -> None:
+        """Packs the slots that stay. Priorities are those of the heads of all ranks."""
+        is_kept, least_slots = best_of_all_heads(priority, row_kept, self.floor_ratio), 0
+        if self.ranks is not None:
+            # As many slots on each rank: so their next priorities are gathered without asking for sizes.
+            least_slots = int(is_kept.sum(dim=-1).max())
+            is_kept = self.ranks.own(is_kept)
+        self._pack(slots if compact is None else slots | compact(slots, is_kept), is_kept, least_slots)
 
     def attend_step(self, call: AttentionCall, scores: bool) -> tuple[tuple[torch.Tensor, torch.Tensor | None], Any]:
         latest = self.in_use("keys"), self.in_use("values")
@@ -290,7 +296,7 @@ class RaggedStore(SlotStore):
         if self.packed is None or torch.is_inference_mode_enabled() or not self.packed.starts.is_inference():
             return
         tensors = {name: tensor.clone() for name, tensor in self.packed.tensors.items()}
-        self.packed = PackedTokens(tensors, self.packed.head_lengths, self.packed.starts.clone())
+        self.packed = replace(self.packed, tensors=tensors, starts=self.packed.starts.clone())
 
     def _unpacked(self) -> SlotStore:
         """A store with all tokens in slots. It shares the other tensors with this one."""

@@ -6,12 +6,12 @@ rank. What heads choose together is chosen from the scores of all ranks: they ex
 nothing in other steps.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import distributed, nn
-from torch.nn import functional
 
 
 @dataclass(frozen=True)
@@ -26,35 +26,35 @@ class HeadRanks:
         """Process groups are not copied."""
         return self
 
+    def _parts(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """The tensors of all ranks, of one shape, in order."""
+        parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.size)]
+        distributed.all_gather(parts, tensor.contiguous(), group=self.group)
+        return parts
+
     def gathered(self, priority: torch.Tensor) -> torch.Tensor:
+        """Priorities `(batch, heads, slots)` of this rank as `(batch, size * heads, slots)` of all."""
+        return torch.cat(self._parts(priority), dim=1)
+
+    def own(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What is this rank's of `(batch, size * heads, slots)`."""
+        return tensor.chunk(self.size, dim=1)[self.rank]
+
+    def mean(self, tensor: torch.Tensor) -> torch.Tensor:
         """
-        Priorities `(batch, heads, slots)` of this rank as `(batch, size * heads, most slots)` of all. Ranks with fewer
-        slots have -inf behind them.
+        The mean over all ranks. It is added up in one order: `all_reduce` has another for each piece of a tensor, and
+        scores that are equal would differ by a rounding.
         """
-        most = torch.tensor(priority.shape[2], device=priority.device)
-        distributed.all_reduce(most, distributed.ReduceOp.MAX, group=self.group)
-        priority = functional.pad(priority, (0, int(most) - priority.shape[2]), value=float("-inf")).contiguous()
-        parts = [torch.empty_like(priority) for _ in range(self.size)]
-        distributed.all_gather(parts, priority, group=self.group)
-        return torch.cat(parts, dim=1)
-
-    def own(self, tensor: torch.Tensor, num_slots: int) -> torch.Tensor:
-        """What is this rank's of `(batch, size * heads, most slots)`."""
-        return tensor.chunk(self.size, dim=1)[self.rank][..., :num_slots]
-
-    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum over all ranks."""
-        total = tensor.clone(memory_format=torch.contiguous_format)
-        distributed.all_reduce(total, group=self.group)
-        return total
+        return functools.reduce(torch.add, self._parts(tensor)) / self.size
 
 
-def ranks_of(module: nn.Module) -> HeadRanks | None:
+def ranks_of(module: nn.Module, query_heads: int, kv_heads: int) -> HeadRanks | None:
     """
-    The ranks among which an attention layer is split; None if it is whole.
+    The ranks among which the heads of an attention layer are split, whose attention is given so many heads here. None
+    if each rank has all heads: the weights are whole, or the model gathers the heads (Phi-3, OLMo 2).
 
     Raises:
-        NotImplementedError: Its weights are split in a way that does not tell which heads a rank has.
+        NotImplementedError: The weights are split in a way that does not tell which heads a rank has.
     """
     if not (distributed.is_available() and distributed.is_initialized()):
         return None
@@ -62,11 +62,17 @@ def ranks_of(module: nn.Module) -> HeadRanks | None:
     meshes = {each.device_mesh for each in parameters if is_split(each)}
     if not meshes:
         return None
+    num_heads = getattr(getattr(module, "config", None), "num_attention_heads", 0)
+    has_whole_groups = query_heads == kv_heads * getattr(module, "num_key_value_groups", 1)
+    if has_whole_groups and query_heads == num_heads:
+        return None
     mesh = meshes.pop()
-    if meshes or mesh.ndim != 1:
+    if meshes or mesh.ndim != 1 or not has_whole_groups or query_heads * mesh.size() != num_heads:
         raise NotImplementedError(
-            f"The weights of {type(module).__name__} are split over {mesh.ndim} dimensions of a device mesh, which "
-            "does not tell which heads a process has. Split them over one (`tp_plan='auto'`), or use DynamicCache."
+            f"A process has {query_heads} query heads and {kv_heads} KV heads of {type(module).__name__}, whose "
+            f"{num_heads or 'unknown number of'} query heads are split over a device mesh of shape "
+            f"{tuple(mesh.shape)}. That does not tell which heads it has. Split queries, keys and values over one "
+            "dimension (`tp_plan='auto'`), or use DynamicCache."
         )
     return HeadRanks(mesh.get_group(), mesh.get_local_rank(), mesh.size())
 

@@ -15,9 +15,11 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from caches import CACHE_CASES, CacheCase, parametrize_cases
 from models import build_model, random_tokens, tiny_model
 from modes import tiny_tokenizer
+from packaging import version
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from pyramid_cache.lab.cli import main
@@ -281,6 +283,46 @@ def test_processes_share_an_evaluation(tmp_path: Path) -> None:
     assert len(names) == 7  # answers, two reports, and four pictures
     for name in names:
         assert (folder / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+
+
+def run_with_torchrun(num_processes: int, arguments: list[str]) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
+    command += ["-m", "pyramid_cache.lab.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(version.parse(transformers.__version__) < version.parse("5.24"), reason="knows no copies of ranks")
+def test_models_of_two_ranks_share_an_evaluation(model_folder: Path, tmp_path: Path) -> None:
+    """Four processes are two models. Each has half of the contexts, and what it finds is what one process finds."""
+    arguments = [
+        "eval",
+        "--model",
+        str(model_folder),
+        "--tasks",
+        "passkey-300,recall-64",
+        "--caches",
+        "adakv,tova,knorm",
+    ]
+    arguments += ["--samples", "3", "--budgets", "0.25", "--device", "cpu", "--threads", "1"]
+    wanted, found, folder = rows_of(arguments, tmp_path / "one.json"), tmp_path / "four.json", tmp_path / "four"
+    shared = [*arguments, "--tensor-parallel", "2", "--out", str(folder), "--json", str(found)]
+    for _ in range(2):  # the second time there is nothing left to measure
+        run = run_with_torchrun(4, shared)
+        assert run.returncode == 0, run.stderr
+        assert run.stdout.count("Exact match") == 1
+        for row, expected in zip(json.loads(found.read_text())["rows"], wanted, strict=True):
+            for name, numbers in row.pop("cases").items():
+                assert numbers == pytest.approx(expected["cases"][name], abs=2e-4)
+            for name, numbers in row.items():
+                # Each rank has the positions of tokens that heads share.
+                tolerance = 0.02 if "held" in name else 2e-4
+                assert numbers == pytest.approx(expected[name], abs=tolerance), (row, name)
+    names = sorted(path.name for path in folder.glob("cells*"))
+    assert names == ["cells.2.jsonl", "cells.jsonl"]  # of the first rank of each model
+    assert sum(len((folder / name).read_text().splitlines()) for name in names) == 36
+    run = run_with_torchrun(3, shared)
+    assert run.returncode != 0 and "--tensor-parallel 2 does not divide the 3 processes" in run.stderr
 
 
 def test_measurements_do_not_warn_of_what_their_users_never_wrote() -> None:

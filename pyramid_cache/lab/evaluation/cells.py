@@ -205,21 +205,36 @@ def read_lines(
 
 
 class Team:
-    """The processes of one evaluation: which one this is, from 0 on, and its device, a GPU by default or the CPU."""
+    """
+    The processes of one evaluation. Each `num_ranks` of them, with numbers in a row, hold one model.
 
-    def __init__(self, device: torch.device | None = None) -> None:
-        self.process, self.num_processes = 0, 1
+    Attributes:
+        rank (`int`): Which process this is, from 0 on.
+        process, num_processes (`int`): Which model this is, and how many there are, which share the contexts.
+        leads (`bool`): Whether this process is the one of its model that writes.
+        device (`torch.device`): A GPU by default, or the CPU.
+    """
+
+    def __init__(self, device: torch.device | None = None, num_ranks: int = 1) -> None:
+        self.rank, self.size = 0, 1
         self.device = device or default_device()
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             from accelerate import PartialState
 
             state = PartialState(cpu=self.device.type == "cpu", timeout=PATIENCE)
-            self.process, self.num_processes = state.process_index, state.num_processes
+            self.rank, self.size = state.process_index, state.num_processes
             self.device = device or state.device
+        if self.size % num_ranks:
+            raise ValueError(
+                f"--tensor-parallel {num_ranks} does not divide the {self.size} processes. Start as many, or a "
+                f"multiple: `torchrun --nproc_per_node {num_ranks}`."
+            )
+        self.process, self.num_processes = self.rank // num_ranks, self.size // num_ranks
+        self.leads = self.rank % num_ranks == 0
 
     def share(self, store: CellStore) -> None:
         """Waits for the others, and gives each the cells of all."""
-        if self.num_processes == 1:
+        if self.size == 1:
             return
         from accelerate.utils import gather_object
 
@@ -228,7 +243,7 @@ class Team:
 
     def leave(self) -> None:
         """Ends what connects the processes, which some backends do not survive at exit."""
-        if self.num_processes > 1:
+        if self.size > 1:
             from accelerate import PartialState
 
             PartialState().destroy_process_group()

@@ -63,6 +63,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     add("--batch-size", size, type=terminal.positive_int, default=1, metavar="N")
     add("--seed", "chooses the cases (default: 0)", type=int, default=0)
     terminal.add_machine_options(parser)
+    ranks = "processes that hold one model, each a part of its heads; models share the contexts, and --out gets "
+    ranks += "answers without reports (default: 1)"
+    add("--tensor-parallel", ranks, type=terminal.positive_int, default=1, metavar="N")
     out = "write each answer there at once, and answers.csv, pictures and reports at the end; the same command goes "
     out += "on from what is there, and `accelerate launch` or `torchrun` share the contexts between processes"
     for name, metavar, text in (
@@ -102,16 +105,20 @@ def run(options: argparse.Namespace) -> None:
     check_options(options)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    team = Team(options.device)
+    team = Team(options.device, options.tensor_parallel)
     options.device = team.device
-    messages = terminal.message_console(quiet=team.process > 0)
+    messages = terminal.message_console(quiet=team.rank > 0)
     machine = describe_machine(team.device)
     announce = functools.partial(terminal.say, messages)
-    store = CellStore(options.out, settings_of_store(options, team), team.process, announce)
-    folder = None if options.out is None else ResultFolder(options.out, announce)
+    store = CellStore(options.out, settings_of_store(options, team), team.rank, announce)
+    if not team.leads:
+        store.path = None
+    # Reports ask the model once more, which one of several ranks cannot.
+    has_reports = options.out is not None and options.tensor_parallel == 1
+    folder = ResultFolder(options.out, announce) if has_reports else None
     kinds = list(dict.fromkeys(task.is_for_recall_model for task in options.tasks))
     saved_to = options.save_cases or options.save_data
-    if saved_to is not None and team.process > 0:
+    if saved_to is not None and team.rank > 0:
         return
     # All of them before anything is measured: what is wrong with a task or its model comes to light at once.
     prepared = [prepare(is_recall, options, team.device, messages) for is_recall in kinds]
@@ -136,16 +143,16 @@ def run(options: argparse.Namespace) -> None:
             evaluation.measure(own.contexts, progress, team.process, team.num_processes)
         team.share(store)
         results += evaluation.results(own.contexts)
-        if folder is not None and team.process == 0:
+        if folder is not None and team.rank == 0:
             folder.take(evaluation, own.contexts, own.decode)
     team.leave()
-    if team.process > 0:
+    if team.rank > 0:
         return
     record = {
         "rows": [as_row(result) for result in results],
         "settings": settings | {"seed": options.seed, "samples": options.samples, "batch_size": options.batch_size},
         "command": command_of(options),
-        **describe_end(machine | {"processes": team.num_processes}),
+        **describe_end(machine | {"processes": team.size}),
     }
     written = [] if folder is None else folder.write(record)
     if options.json is not None:
@@ -210,6 +217,7 @@ def settings_of_store(options: argparse.Namespace, team: Team) -> dict[str, Any]
         "dtype": options.dtype or terminal.default_dtype(team.device),
         "device": team.device.type,
         "seed": options.seed,
+        **({"tensor_parallel": options.tensor_parallel} if options.tensor_parallel > 1 else {}),
         **{f"versions.{name}": version for name, version in describe_versions().items()},
     }
 
@@ -217,5 +225,6 @@ def settings_of_store(options: argparse.Namespace, team: Team) -> dict[str, Any]
 def command_of(options: argparse.Namespace) -> str:
     """The command that measures the same, with nothing left to defaults but where to run."""
     values = vars(options) | {"tasks": [task.name for task in options.tasks]}
-    names = "model caches budgets tasks protocols data samples batch_size seed dtype threads"
+    values["tensor_parallel"] = options.tensor_parallel if options.tensor_parallel > 1 else None
+    names = "model caches budgets tasks protocols data samples batch_size seed dtype threads tensor_parallel"
     return terminal.command_text(["eval"], {name: values[name] for name in names.split()})

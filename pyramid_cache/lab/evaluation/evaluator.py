@@ -169,7 +169,7 @@ class Evaluation:
         reading = find_reading()
         for setting, places in missing.items():
             cache, logits = self.read(setting, prompts, reading)
-            held_share = (reading.nbytes if setting == FULL else cache.nbytes) / reading.nbytes
+            held_share = 1.0 if setting == FULL else reading.share_of(cache.nbytes)
             by_step = setting != FULL and self.caches[setting[0]].reads_answers_by_step
             first_logits = logits if protocol == "question" else None
             found = ask(self.model, cache, threads, by_step, first_logits, reading.padding)

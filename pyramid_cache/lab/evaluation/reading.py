@@ -19,6 +19,7 @@ from pyramid_cache.engine.attention import AttentionCall
 from pyramid_cache.engine.cache import CompressedCache
 from pyramid_cache.engine.layer import Arrival, CompressedLayer
 from pyramid_cache.engine.pending import RecordedChunk
+from pyramid_cache.engine.ranks import HeadRanks
 from pyramid_cache.engine.store import SlotStore
 from pyramid_cache.engine.tokens import Tokens
 from pyramid_cache.ops import attention_with_lse, row_lse
@@ -49,6 +50,7 @@ class Reading:
     padding: torch.Tensor | None = None  # see `pad_left`
     # What caches have seen that read the prompt a second time, by the names of the caches. It depends on no budget.
     replays: dict[str, Any] = field(default_factory=dict)
+    ranks: HeadRanks | None = None  # which share the heads of all layers
 
     @property
     def num_tokens(self) -> int:
@@ -59,12 +61,17 @@ class Reading:
         """What the full cache takes for the prompt."""
         return sum(chunk.key.nbytes + chunk.value.nbytes for _, chunk in self.layers)
 
+    def share_of(self, num_bytes: int) -> float:
+        """What so many bytes are of those of the full cache; the mean of all ranks that share the heads."""
+        share = num_bytes / self.nbytes
+        return share if self.ranks is None else float(self.ranks.mean(torch.tensor(share, device=self.logits.device)))
+
     def followed_by(self, later: "Reading") -> "Reading":
         """Both, as if they had been read in one forward pass."""
         layers = [
             (module, joined(first, last)) for (_, first), (module, last) in zip(self.layers, later.layers, strict=True)
         ]
-        return Reading(layers, later.logits, later.padding)
+        return replace(later, layers=layers)
 
 
 def joined(first: RecordedChunk, last: RecordedChunk) -> RecordedChunk:
@@ -80,6 +87,7 @@ def replay(cache: CompressedCache, reading: Reading) -> None:
     for layer, (module, chunk) in zip(cache.compressed_layers, reading.layers, strict=True):
         layer.module = module
         layer.lazy_initialization(chunk.key, chunk.value)
+        layer.set_ranks(reading.ranks)
         layer.activate_past_recording()
         layer.pending.chunks.append(chunk)
     cache.crop(0)
@@ -137,7 +145,7 @@ class Reader:
         arguments = padding_arguments(self.padding, self.cache.get_seq_length(), ids.shape[1])
         logits = self.model(ids, **{CACHE_ARGUMENT: self.cache}, logits_to_keep=1, **arguments).logits[:, -1]
         recorded = [(layer.module, layer.pending.chunks[-1]) for layer in self.cache.compressed_layers]
-        return Reading(recorded, logits, self.padding)
+        return Reading(recorded, logits, self.padding, ranks=self.cache.compressed_layers[0].store.ranks)
 
     def with_question(self, ids: torch.Tensor) -> Reading:
         """The context and a question `(batch, tokens)` behind it."""
