@@ -214,20 +214,25 @@ def test_a_kept_manager_goes_with_its_context() -> None:
 
 
 def test_a_prompt_that_is_refused_fails_alone() -> None:
-    """The budget has no room for what is protected of a short prompt."""
+    """The budget has no room for what is protected of a short prompt; a long one takes more blocks than there are."""
     model, prompts = build_model("llama"), prompts_of([6, 60])
     with serving.compressed(model, library.SnapKVCache(model.config, 0.25, window_size=2, protect=4)):
         short, long = answers(model, prompts, 4, batching(100, 100))
     assert "`protect`" in short.error and not short.generated_tokens
     assert long.error is None and len(long.generated_tokens) == 4
+    with serving.compressed(model, BUILD["snapkv"](model)):
+        short, long = answers(model, prompts, 4, batching(14, 100))
+    assert "takes 15 blocks of 4 tokens, but there are 14" in long.error
+    assert short.generated_tokens == alone(model, prompts[0], BUILD["snapkv"](model), 4)
 
 
 @pytest.mark.parametrize(
     ("build", "error", "text"),
     [
-        (lambda model: DynamicCache(config=model.config), ValueError, "evicts by scores"),
-        (lambda model: library.ShadowKVCache(model.config), ValueError, "evicts by scores"),
-        (lambda model: library.AdaKVCache(model.config, 16), NotImplementedError, "different numbers"),
+        (lambda model: DynamicCache(config=model.config), ValueError, "cannot have"),
+        (lambda model: library.ShadowKVCache(model.config), ValueError, "cannot have"),
+        (lambda model: library.SnapKVCache, ValueError, "the class SnapKVCache"),
+        (lambda model: library.AdaKVCache(model.config, 16), NotImplementedError, 'Give AdaKVCache `ranking="head"`'),
         (lambda model: library.PyramidCache(model.config, 16), NotImplementedError, "different numbers"),
         (lambda model: library.PyramidKVCache(model.config, "200KB"), NotImplementedError, "different numbers"),
         (

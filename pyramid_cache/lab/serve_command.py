@@ -22,8 +22,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     add("--model", help=f"folder or hub id of a causal language model (default: {MODEL_NAME})")
     known = f"short or class name: {', '.join(CACHES)} (default: %(default)s)"
     add("--cache", default="snapkv", metavar="NAME", help=known)
-    amount = "what a request keeps of its prompt: a fraction, tokens per layer, or bytes (default: %(default)s)"
-    add("--budget", type=terminal.one_budget, default="0.25", metavar="B", help=amount)
+    amount = "what a request keeps: tokens per layer, a fraction of its prompt, or bytes (default: %(default)s)"
+    add("--budget", type=terminal.one_budget, default="1024", metavar="B", help=amount)
     number: dict[str, Any] = {"metavar": "N", "type": terminal.positive_int}
     add("--blocks", help="blocks of the paged cache (default: what memory allows)", **number)
     add("--max-batch-tokens", help="tokens of a forward pass (default: what transformers chooses)", **number)
@@ -34,9 +34,13 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def run(options: argparse.Namespace) -> None:
-    """Serves until it is interrupted."""
+    """Serves until it is interrupted, by Ctrl-C or SIGTERM."""
+    import signal
+    import time
+
     import torch
     import uvicorn  # noqa: F401  # transformers would say that it lacks it in an ImportError of its own
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.cli.serve import Serve
     from transformers.generation.continuous_batching.continuous_api import ContinuousMixin
 
@@ -51,10 +55,19 @@ def run(options: argparse.Namespace) -> None:
     def build(model: PreTrainedModel) -> Cache:
         return entry.build(model, options.budget, Workload(1))
 
-    def init(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        return init_continuous_batching(model, build(model), *args, **kwargs)  # type: ignore[arg-type]
+    managers: list[Any] = []
 
+    def init(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        managers.append(init_continuous_batching(model, build(model), *args, **kwargs))  # type: ignore[arg-type]
+        return managers[-1]
+
+    if options.port > 65535:
+        raise ValueError(f"`--port {options.port}`: ports end at 65535.")
     folder = str(fetch_default_model() if options.model in (None, MODEL_NAME) else options.model)
+    with torch.device("meta"):  # what cannot be served is refused before any weights are loaded
+        empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    check_template(empty, build(empty))  # type: ignore[arg-type]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with replaced(ContinuousMixin, "init_continuous_batching", init):
         server: Any = Serve(
             force_model=folder,
@@ -68,9 +81,11 @@ def run(options: argparse.Namespace) -> None:
             non_blocking=True,
         )
         try:
-            for loaded in server._model_manager.loaded_models.values():
-                check_template(loaded.model, build(loaded.model))  # type: ignore[arg-type]
             terminal.say(terminal.message_console(), f"Serving {folder} at http://{options.host}:{options.port}/v1")
-            server._thread.join()
+            while server._thread.is_alive():  # Python takes a thread whose `join` is interrupted for ended
+                time.sleep(0.2)
         finally:
+            for manager in managers:
+                if manager.is_running():
+                    manager.stop(hard_stop=True, timeout=10)
             server.kill_server()

@@ -112,9 +112,10 @@ class CompressedManager(ContinuousBatchingManager):
     def add_request(
         self, input_ids: list[int], request_id: str | None = None, *args: Any, **kwargs: Any
     ) -> str | None:
-        """A prompt that the cache refuses gives an output with an `error`, as all that fails here."""
+        """A prompt that the cache or the blocks refuse gives an output with an `error`, as all that fails here."""
         try:
             self.begun_layer.check_lengths([len(input_ids)])
+            self.check_blocks(len(input_ids), kwargs.get("max_new_tokens"))
         except ValueError as error:
             if request_id is None:
                 with self._request_lock:
@@ -122,6 +123,19 @@ class CompressedManager(ContinuousBatchingManager):
             self.output_router.fail_and_deliver(RequestState(request_id, list(input_ids)), error)
             return request_id
         return super().add_request(input_ids, request_id, *args, **kwargs)
+
+    def check_blocks(self, prompt_length: int, max_new_tokens: int | None) -> None:
+        """Raises ValueError if a request needs more blocks than there are, for which the others would end too."""
+        config, layer = self.continuous_batching_config, self.begun_layer
+        num_new = self.generation_config.max_new_tokens if max_new_tokens is None else max_new_tokens
+        most = layer.num_tokens_to_keep(prompt_length) + layer.eviction_interval
+        num_slots = max(prompt_length, min(prompt_length + (num_new or most), most))
+        num_blocks = -(-num_slots // config.page_size)
+        if config.num_blocks is not None and num_blocks > config.num_blocks:
+            raise ValueError(
+                f"A prompt of {prompt_length:,} tokens takes {num_blocks:,} blocks of {config.page_size} tokens, but "
+                f"there are {config.num_blocks:,}. Raise `num_blocks`."
+            )
 
     def _create_batch_processor(self) -> Any:
         build = partial(CompressedPagedCache, self.template)
@@ -145,8 +159,10 @@ def replaced(module: Any, name: str, value: Any) -> Iterator[None]:
 def check_template(model: PreTrainedModel, cache: PolicyCache) -> None:
     """Raises unless requests can be compressed as the cache says."""
     if not isinstance(cache, PolicyCache):
+        given = f"the class {cache.__name__}" if isinstance(cache, type) else f"a {type(cache).__name__}"
         raise ValueError(
-            f"`cache` must be a cache that evicts by scores, such as SnapKVCache, but it is a {type(cache).__name__}."
+            f"`cache` is {given}, which requests cannot have. Give a cache that evicts by scores, such as "
+            "`SnapKVCache(model.config, budget=1024)`."
         )
     if cache.get_seq_length():
         raise ValueError("`cache` has seen tokens. Give an empty one: each request gets a copy of it.")
@@ -166,10 +182,15 @@ def check_template(model: PreTrainedModel, cache: PolicyCache) -> None:
         len({cache.policy.num_tokens(length, layer.token_budget, depth, len(depths)) for depth in depths}) > 1
         for length in (1, 10, 100, 1_000, 10_000, 100_000)
     )
-    if differs or layer.ranking != "head":
+    if layer.ranking != "head":
         raise NotImplementedError(
-            f"Heads or layers of {name} keep different numbers of tokens, but those of a request share blocks. Use a "
-            'cache whose layers keep equal numbers, such as SnapKVCache, with `ranking="head"`.'
+            f"Heads of {name} keep different numbers of tokens (`ranking={layer.ranking!r}`), but those of a request "
+            f'share blocks. Give {name} `ranking="head"`, or use another cache, such as SnapKVCache.'
+        )
+    if differs:
+        raise NotImplementedError(
+            f"Layers of {name} keep different numbers of tokens, but those of a request share blocks. Use a cache "
+            "whose layers keep equal numbers, such as SnapKVCache."
         )
 
 

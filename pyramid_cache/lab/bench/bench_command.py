@@ -242,7 +242,7 @@ def add_serving_options(parser: argparse.ArgumentParser) -> None:
     add("--requests", default=64, help="requests, which come all at once (default: %(default)s)", **number)
     add("--prompt-tokens", default=2000, help="tokens of each prompt (default: %(default)s)", **number)
     add("--new-tokens", default=64, help="tokens of each answer (default: %(default)s)", **number)
-    blocks = "blocks of the paged cache (default: those of eight requests and a bit)"
+    blocks = "blocks of the paged cache (default: those that a quarter of the requests takes as they are)"
     add("--blocks", help=blocks, **number)
     add("--page-size", default=16, help="tokens of a block (default: %(default)s)", **number)
     add("--max-batch-tokens", default=512, help="tokens of a forward pass (default: %(default)s)", **number)
@@ -434,8 +434,13 @@ def measure_serving(
     target = options.device or terminal.default_device()
     dtype = options.dtype or terminal.default_dtype(target)
     names = "model caches budgets requests prompt_tokens new_tokens blocks page_size max_batch_tokens seed threads"
+    least = -(-(options.prompt_tokens + options.new_tokens) // options.page_size)
     if options.blocks is None:  # the scheduler keeps 15 % of them free
-        options.blocks = 10 * -(-(options.prompt_tokens + options.new_tokens) // options.page_size)
+        options.blocks = int(max(options.requests // 4, 1) * least / 0.85) + 1
+    if options.blocks < least:
+        raise ValueError(
+            f"A request takes {least:,} blocks of {options.page_size} tokens: give --blocks {least} or more."
+        )
     settings = {name: getattr(options, name) for name in names.split()} | {"device": target, "dtype": dtype}
     record = describe_run(terminal.command_text(["bench", "serving"], settings), target)
     record |= {"model": options.model or MODEL_NAME, "num_blocks": options.blocks, "page_size": options.page_size}
@@ -444,6 +449,8 @@ def measure_serving(
     model, tokens = build_model(options.model, target, dtype, options.seed, progress)
     prompts = serving_loads.requests_of(tokens, options.requests, options.prompt_tokens)
     contenders = contenders_of(options.caches, options.budgets)
+    for contender in contenders:
+        serving_loads.check(model, contender, options.prompt_tokens)
     for index, contender in enumerate(contenders):
         progress(f"{contender.label}: {options.requests} requests", index, len(contenders))
         row = serving_loads.serve(model, contender, prompts, options)

@@ -20,6 +20,15 @@ def requests_of(tokens: torch.Tensor, num_requests: int, length: int) -> list[li
     return [tokens[start * step : start * step + length].tolist() for start in range(num_requests)]
 
 
+def check(model: PreTrainedModel, contender: Contender, length: int) -> None:
+    """Raises unless requests can have the cache, for prompts of this length."""
+    from pyramid_cache.serving.manager import check_template
+
+    if contender.entry.has_budget:
+        cache: Any = contender.entry.build(model, contender.budget, Workload(length))
+        check_template(model, cache)
+
+
 def serve(
     model: PreTrainedModel, contender: Contender, prompts: list[list[int]], options: argparse.Namespace
 ) -> dict[str, Any]:
