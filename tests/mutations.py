@@ -40,6 +40,7 @@ self.queries[layer_idx] = query[:, :, «-self.num_queries→-1» :] if self.num_
 has_moved = «was_dense != state.is_dense or →»state.length != length + (free is None)
 if has_moved« or layer.policy.repositions→»:
 slots = torch.tensor([«length→length - 1»], device=keys.device) if free is None else free[0, :, 0]
+sees_all = policy.window_size is None or «watches→False» or layer
 return 0 if «sees_all→False» else max(policy.window_size or 0, 2)
 is_visible = is_visible.tril(«num_keys - call.num_queries→0»)[None, None]
 other.layers, other.queries = copy.deepcopy(self.layers), «dict(self.queries)→{}»
@@ -50,9 +51,12 @@ del table[«num_blocks→num_blocks + 1»:]
 return 0 if request is None or request.parked is None else «request.num_seen→0»
 elif request is not None and request.parked is not None and «not request.waits→True»:
 if each.ends_prompt and «depth == len(allocator.layer_indices) - 1→False»:
+«self.allocator.requests.clear()→pass»  # those
 ends_prompt = «not self.states[request_id].remaining_prefill_tokens→True»
 = serving/manager.py: test_serving
-self.begun_layer.check_lengths([«len(input_ids)→10**4»])
+layer.check_lengths([«length→10**4»])
+whole = length + (num_new or 1) - «1→9»  # the
+return lambda *args, **kwargs: (build if «threading.get_ident() == thread→True» else
 «delattr(model, name)→pass»
 differs = any(«→False and »
 = engine/rope.py: test_serving | streaming

@@ -4,8 +4,10 @@ import copy
 import random
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +160,7 @@ def test_cancelled_requests_free_their_blocks() -> None:
 
 
 def test_a_cancelled_request_that_waits_frees_what_was_put_aside() -> None:
-    model, config = build_model("llama"), GenerationConfig(do_sample=False, eos_token_id=-1, max_new_tokens=400)
+    model, config = build_model("llama"), GenerationConfig(do_sample=False, eos_token_id=-1, max_new_tokens=60)
     with serving.compressed(model, library.SnapKVCache(model.config, 1.0)):  # which grow until one has to wait
         manager = model.init_continuous_batching(config, batching(20, 64))
         manager.batch_processor = processor = manager._create_batch_processor()
@@ -213,6 +215,79 @@ def test_a_kept_manager_goes_with_its_context() -> None:
     assert dense == alone(model, prompts[0], None, 12) != first[0].generated_tokens
 
 
+def test_another_thread_gets_its_own_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that is not compressed, whose paged cache is built while that of another one is."""
+    model, other, prompts = build_model("llama"), build_model("qwen3"), prompts_of([40])
+    original, is_building = CompressedPagedCache.__init__, threading.Event()
+
+    def build(self: CompressedPagedCache, *args: Any, **kwargs: Any) -> None:
+        is_building.set()
+        time.sleep(0.5)
+        original(self, *args, **kwargs)
+
+    monkeypatch.setattr(CompressedPagedCache, "__init__", build)
+    with serving.compressed(model, BUILD["snapkv"](model)):
+        thread = threading.Thread(target=answers, args=(model, prompts, 4, batching(100, 64)))
+        thread.start()
+        is_building.wait()
+        found = answers(other, prompts, 12, batching(100, 64))[0].generated_tokens
+        thread.join()
+    assert found == alone(other, prompts[0], None, 12)
+
+
+def test_a_copy_of_the_model_is_not_compressed() -> None:
+    model, prompts = build_model("llama"), prompts_of([40])
+    with serving.compressed(model, BUILD["snapkv"](model)):
+        other = copy.deepcopy(model)
+    assert answers(other, prompts, 12, batching(100, 64))[0].generated_tokens == alone(model, prompts[0], None, 12)
+
+
+def test_a_hard_stop_forgets_requests_that_wait() -> None:
+    model, config = build_model("llama"), GenerationConfig(do_sample=False, eos_token_id=-1, max_new_tokens=12)
+    prompts = prompts_of([20, 20, 20])
+    with serving.compressed(model, library.SnapKVCache(model.config, 1.0)):
+        manager = model.init_continuous_batching(config, batching(20, 64))
+        manager.batch_processor = processor = manager._create_batch_processor()
+        for index, prompt in enumerate(prompts):
+            manager.add_request(prompt, request_id=str(index), max_new_tokens=55)
+        requests = processor.cache.allocator.requests
+        while not any(each.parked for each in requests.values()):
+            processor.prepare_next_batch()
+            manager._generation_step()
+            processor.update_batch()
+        processor.reset()
+        assert not requests and not processor.cache.states
+
+
+def test_policies_that_look_at_more_queries_than_their_window() -> None:
+    """They are given all queries of a prompt that comes in chunks."""
+
+    @dataclass(frozen=True)
+    class Half(library.Policy):
+        window_size: int = 4
+
+        def num_queries(self, prompt_length: int, budget: Any, num_layers: int) -> int:
+            return max(prompt_length // 2, 1)
+
+        def score(self, view: Any) -> torch.Tensor:
+            return view.attention
+
+    model, prompts = build_model("llama"), prompts_of([40, 29])
+    wanted = [alone(model, prompt, library.PolicyCache(model.config, 16, Half()), 12) for prompt in prompts]
+    with serving.compressed(model, library.PolicyCache(model.config, 16, Half())):
+        found = answers(model, prompts, 12, batching(100, 12))
+    assert [each.generated_tokens for each in found] == wanted
+
+
+def test_adapters() -> None:
+    peft = pytest.importorskip("peft")
+    settings = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    model, prompts = peft.get_peft_model(copy.deepcopy(build_model("llama")), settings).eval(), prompts_of([40])
+    wanted = alone(model.get_base_model(), prompts[0], BUILD["snapkv"](model), 12)
+    with serving.compressed(model, BUILD["snapkv"](model)):
+        assert answers(model, prompts, 12, batching(100, 64))[0].generated_tokens == wanted
+
+
 def test_a_prompt_that_is_refused_fails_alone() -> None:
     """The budget has no room for what is protected of a short prompt; a long one takes more blocks than there are."""
     model, prompts = build_model("llama"), prompts_of([6, 60])
@@ -222,7 +297,14 @@ def test_a_prompt_that_is_refused_fails_alone() -> None:
     assert long.error is None and len(long.generated_tokens) == 4
     with serving.compressed(model, BUILD["snapkv"](model)):
         short, long = answers(model, prompts, 4, batching(14, 100))
-    assert "takes 15 blocks of 4 tokens, but there are 14" in long.error
+    assert "take 15 blocks of 4 tokens, but there are 14" in long.error
+    with serving.compressed(model, library.SnapKVCache(model.config, 1.0)):
+        outputs = answers(model, [[], [5, 6, 7], prompts[1]], 2, batching(1, 16))
+        assert ["needs 1" in str(outputs[0].error), outputs[1].error] == [True, None]  # 3 + 2 - 1 tokens are stored
+        given = {"num_return_sequences": 2, "do_sample": True, "temperature": 1e-6}
+        assert all(each.error for each in answers(model, [[5]], 2, batching(8, 16), **given))
+    with serving.compressed(model, BUILD["snapkv"](model)):
+        short, long = answers(model, prompts, 4, batching(14, 100))
     assert short.generated_tokens == alone(model, prompts[0], BUILD["snapkv"](model), 4)
 
 
@@ -269,6 +351,15 @@ def test_wrong_calls() -> None:
     alone(model, [5, 6, 7], used, 2)
     with pytest.raises(ValueError, match="has seen tokens"), serving.compressed(model, used):
         pass
+    for family, settings, text in (
+        ("llama", {"num_hidden_layers": 2}, "built for 3 layers"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "longest request"),
+        ("gemma2", {"layer_types": ["full_attention"] * 3, "attention": "eager"}, "softcapping"),
+    ):
+        other = build_model(family, **settings)
+        with pytest.raises((ValueError, NotImplementedError), match=text):
+            with serving.compressed(other, BUILD["snapkv"](model)):
+                pass
     hybrid = build_model("gemma3")
     with pytest.raises(NotImplementedError, match="sliding window"):
         with serving.compressed(hybrid, BUILD["snapkv"](hybrid)):

@@ -208,7 +208,10 @@ class PromptView(LayerView):
         """`(batch, queries)` float32: the Euclidean norms of the hidden states that the attention layer is given."""
         module, given = running_calls(self.find_module())[0]
         name = next(iter(inspect.signature(module.forward).parameters))
-        return given[name].float().norm(dim=-1)
+        norms = given[name].float().norm(dim=-1)
+        if norms.shape != (self.query.shape[0], self.query.shape[2]):
+            raise NotImplementedError("Hidden states are of several requests at a time (`serving.compressed`).")
+        return norms
 
     def unrotated_query(self) -> torch.Tensor:
         """The queries `(batch, heads, queries, head_dim)` without RoPE."""

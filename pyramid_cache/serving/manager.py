@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, cast
 
@@ -57,17 +57,32 @@ def compressed(model: PreTrainedModel, cache: PolicyCache) -> Iterator[None]:
 
     ```
     """
+    model = getattr(model, "get_base_model", lambda: model)()  # of PEFT, which hands calls on to it
+    cache = copy.deepcopy(cache)
     check_template(model, cache)
     name = "init_continuous_batching"
     if name in vars(model):
         raise ValueError("`compressed` is active for this model already. Leave one of the two out.")
-    setattr(model, name, partial(init_continuous_batching, model, cache))
+    setattr(model, name, CompressedInit(model, cache))
     try:
         yield
     finally:
         delattr(model, name)
         if isinstance(getattr(model, "_cached_continuous_batching_manager", None), CompressedManager):
             cast(Any, model).destroy_cached_continuous_batching_manager()
+
+
+class CompressedInit:
+    """What a model has in the place of its `init_continuous_batching`. A copy of the model gets its own back."""
+
+    def __init__(self, model: PreTrainedModel, cache: PolicyCache) -> None:
+        self.model, self.cache = model, cache
+
+    def __call__(self, *args: Any, **kwargs: Any) -> "CompressedManager":
+        return init_continuous_batching(self.model, self.cache, *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return partial(cast(Any, type(self.model)).init_continuous_batching, memo[id(self.model)])
 
 
 def init_continuous_batching(
@@ -90,7 +105,8 @@ def init_continuous_batching(
     generation = copy.copy(generation_config or model.generation_config)
     if generation.eos_token_id is None:
         generation.eos_token_id = -1
-    batching = copy.copy(continuous_batching_config or ContinuousBatchingConfig())
+    given = continuous_batching_config or getattr(generation, "continuous_batching_config", None)
+    batching = copy.copy(given or ContinuousBatchingConfig())
     check_batching(batching)
     batching.use_async_batching, batching.use_cuda_graph, batching.allow_block_sharing = False, False, False
     return CompressedManager(template, model, generation, batching, workload_hints)
@@ -110,39 +126,56 @@ class CompressedManager(ContinuousBatchingManager):
             )
 
     def add_request(
-        self, input_ids: list[int], request_id: str | None = None, *args: Any, **kwargs: Any
+        self,
+        input_ids: list[int],
+        request_id: str | None = None,
+        max_new_tokens: int | None = None,
+        *args: Any,
+        **kwargs: Any,
     ) -> str | None:
         """A prompt that the cache or the blocks refuse gives an output with an `error`, as all that fails here."""
         try:
-            self.begun_layer.check_lengths([len(input_ids)])
-            self.check_blocks(len(input_ids), kwargs.get("max_new_tokens"))
+            self.check_prompt(len(input_ids), max_new_tokens)
         except ValueError as error:
             if request_id is None:
                 with self._request_lock:
                     request_id, self._request_counter = f"req_{self._request_counter}", self._request_counter + 1
-            self.output_router.fail_and_deliver(RequestState(request_id, list(input_ids)), error)
+            children = [f"{request_id}__child#{index}" for index in range(self.num_return_sequences - 1)]
+            for each in (request_id, *children):
+                self.output_router.fail_and_deliver(RequestState(each, list(input_ids)), error)
             return request_id
-        return super().add_request(input_ids, request_id, *args, **kwargs)
+        return super().add_request(input_ids, request_id, max_new_tokens, *args, **kwargs)
 
-    def check_blocks(self, prompt_length: int, max_new_tokens: int | None) -> None:
-        """Raises ValueError if a request needs more blocks than there are, for which the others would end too."""
+    def check_prompt(self, length: int, max_new_tokens: int | None) -> None:
+        """Raises ValueError for a request that would end all others: one without tokens, or beyond all blocks."""
+        least = 2 if self.num_return_sequences > 1 else 1
+        if length < least:
+            raise ValueError(f"A prompt of {length} tokens: a request needs {least} or more.")
         config, layer = self.continuous_batching_config, self.begun_layer
+        layer.check_lengths([length])
         num_new = self.generation_config.max_new_tokens if max_new_tokens is None else max_new_tokens
-        most = layer.num_tokens_to_keep(prompt_length) + layer.eviction_interval
-        num_slots = max(prompt_length, min(prompt_length + (num_new or most), most))
-        num_blocks = -(-num_slots // config.page_size)
+        whole = length + (num_new or 1) - 1  # the last token is not stored
+        kept = whole if layer.budget.is_unlimited else layer.num_tokens_to_keep(length) + layer.eviction_interval
+        num_blocks = -(-max(length, min(whole, kept)) // config.page_size)
         if config.num_blocks is not None and num_blocks > config.num_blocks:
             raise ValueError(
-                f"A prompt of {prompt_length:,} tokens takes {num_blocks:,} blocks of {config.page_size} tokens, but "
-                f"there are {config.num_blocks:,}. Raise `num_blocks`."
+                f"A prompt of {length:,} tokens and its answer take {num_blocks:,} blocks of {config.page_size} "
+                f"tokens, but there are {config.num_blocks:,}. Raise `num_blocks`."
             )
 
     def _create_batch_processor(self) -> Any:
-        build = partial(CompressedPagedCache, self.template)
-        allocators = {"full_attention": CompressedAllocator}
+        build = only_here(partial(CompressedPagedCache, self.template), continuous_api.PagedAttentionCache)
+        known = paged_cache.ATTN_TYPE_TO_ALLOCATOR
+        allocators = known | {"full_attention": only_here(CompressedAllocator, known["full_attention"])}
         with _building, replaced(continuous_api, "PagedAttentionCache", build):
             with replaced(paged_cache, "ATTN_TYPE_TO_ALLOCATOR", allocators):
                 return super()._create_batch_processor()
+
+
+def only_here(build: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
+    """What `build` makes in this thread, and `original` in others, whose requests are not compressed."""
+    thread = threading.get_ident()
+    return lambda *args, **kwargs: (build if threading.get_ident() == thread else original)(*args, **kwargs)
 
 
 @contextlib.contextmanager
@@ -171,6 +204,24 @@ def check_template(model: PreTrainedModel, cache: PolicyCache) -> None:
         raise NotImplementedError(
             f"{type(model).__name__} has layers with a sliding window or without attention, or {name} treats some "
             "layers in another way. Requests are compressed where all layers have full attention."
+        )
+    config = model.config.get_text_config()
+    if config.num_hidden_layers != len(cache.layers):
+        raise ValueError(
+            f"`cache` was built for {len(cache.layers)} layers, but the model has {config.num_hidden_layers}. Build "
+            "it from the config of the model."
+        )
+    ropes = str(getattr(config, "rope_parameters", None) or "")
+    for rope_type in ("longrope", "dynamic"):
+        if f"'{rope_type}'" in ropes:
+            raise NotImplementedError(
+                f"RoPE of type {rope_type!r} depends on the longest request of a batch, which would change the "
+                "answers of others. Call `model.generate` with this model."
+            )
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        raise NotImplementedError(
+            "transformers leaves out `attn_logit_softcapping` in continuous batching. Call `model.generate` with this "
+            "model, or set it to None."
         )
     if cache.waits:
         raise NotImplementedError(

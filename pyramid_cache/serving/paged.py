@@ -114,7 +114,7 @@ class CompressedPagedCache(PagedAttentionCache):
     # What the scheduler asks.
 
     def can_store_request_tokens(self, state: RequestState, request_len: int, dry_run: bool = False) -> bool:
-        self.states[state.request_id] = state
+        self.states[state.request_id], self.is_batch_read = state, True  # the next batch is being made
         return super().can_store_request_tokens(state, request_len, dry_run)
 
     def search_prefix_match(self, request_id: str, prompt_ids: list[int]) -> int:
@@ -130,9 +130,9 @@ class CompressedPagedCache(PagedAttentionCache):
         if request_id not in self.allocator.requests:
             self.states.pop(request_id, None)
 
-    def reset(self) -> None:
-        super().reset()
-        self.allocator.requests.clear()
+    def free_all_requests(self, clear_ledgers: bool = False) -> None:
+        super().free_all_requests(clear_ledgers)
+        self.allocator.requests.clear()  # those that wait have no blocks
         self.states.clear()
 
     # Forward passes.
@@ -151,11 +151,11 @@ class CompressedPagedCache(PagedAttentionCache):
         self.batch.append(BatchedTokens(request_id, past_length, query_length, ends_prompt))
         write_index[0].extend([self.allocator.write_trash_index] * query_length)
 
+    @torch.compiler.disable
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, kwargs: Any = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Hands the keys over to `BatchLayer.attend`, which stores them."""
-        self.is_batch_read = True
         key_states = key_states[:]
         key_states.cache_layer = BatchLayer(self, layer_idx)  # type: ignore[attr-defined]
         return key_states, value_states

@@ -54,7 +54,7 @@ class Request:
         shared = (cache.frequencies, cache.masks, cache.policy)
         self.layers: list[EvictingLayer] = copy.deepcopy(cache.layers, {id(each): each for each in shared})
         # How many queries of a prompt its scores need, and those of the chunks read so far, by layer.
-        self.num_queries = queries_needed(cache.policy)
+        self.num_queries = queries_needed(self.layers[0])
         self.queries: dict[int, torch.Tensor] = {}
         # Whether the prompt has been read, and the tokens that stayed are in the first slots.
         self.is_compressed = False
@@ -178,9 +178,11 @@ def begin(layer: EvictingLayer, key: torch.Tensor, value: torch.Tensor) -> None:
     state.next_position = layer.store.per_row(state.row_lengths)
 
 
-def queries_needed(policy: Policy) -> int:
-    """How many of the last queries of a prompt its scores need, at least 2; 0 for all of them."""
-    sees_all = policy.window_size is None or type(policy).observe is not Policy.observe
+def queries_needed(layer: EvictingLayer) -> int:
+    """How many of the last queries of a prompt a layer needs, at least 2; 0 for all of them."""
+    policy, own = layer.policy, type(layer.policy)
+    watches = own.observe is not Policy.observe or own.num_queries is not Policy.num_queries
+    sees_all = policy.window_size is None or watches or layer.compactor is not None
     return 0 if sees_all else max(policy.window_size or 0, 2)
 
 
