@@ -19,6 +19,8 @@ MODULES = [
 
 @pytest.mark.parametrize("name", MODULES)
 def test_examples(name: str) -> None:
+    if name.startswith("pyramid_cache.serving."):  # for newer versions of transformers than the oldest ones
+        pytest.importorskip("pyramid_cache.serving", exc_type=ImportError)
     failed, attempted = doctest.testmod(importlib.import_module(name))
     assert attempted > 0
     assert failed == 0
