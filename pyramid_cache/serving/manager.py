@@ -39,7 +39,7 @@ def compressed(model: PreTrainedModel, cache: PolicyCache) -> Iterator[None]:
     Raises:
         ValueError: `cache` has seen tokens, or is no cache that evicts by scores.
         NotImplementedError: Its heads or layers keep different numbers of tokens, or change them in another way than
-            requests allow; the model has layers of other kinds.
+            requests allow; the model has layers of other kinds, RoPE that depends on the batch, or a softcap.
 
     Example:
 

@@ -158,8 +158,7 @@ class Request:
 
     def park(self, pages: list[Pages]) -> None:
         """Takes the tokens of all layers out of their pages."""
-        if self.parked is None:
-            self.parked = [each.read(self.num_slots) for each in pages]
+        self.parked = [each.read(self.num_slots) for each in pages]
 
     def unpark(self, pages: list[Pages]) -> None:
         """Puts them into pages again."""
