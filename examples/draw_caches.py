@@ -34,6 +34,7 @@ PAGES = Path(__file__).parents[1] / "docs" / "caches"
 # By class, what the constructor is given: a quarter of the prompt, except where a budget is none of the whole prompt.
 SETTINGS: dict[str, dict[str, Any]] = {entry.cache_class.__name__: {"budget": 0.25} for entry in CACHES.values()} | {
     "StreamingLLMCache": {"budget": 256},
+    "KIVICache": {"nbits": 4},
     "ShadowKVCache": {"budget": 128, "rank": 96, "num_outlier_chunks": 8},
 }
 BUILT_FROM_MODEL = {entry.cache_class.__name__ for entry in CACHES.values() if entry.from_model}

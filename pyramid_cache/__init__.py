@@ -7,6 +7,7 @@ from pyramid_cache.caches.defensive_kv import DefensiveKVCache, LayerDefensiveKV
 from pyramid_cache.caches.expected_attention import ExpectedAttentionCache
 from pyramid_cache.caches.h2o import H2OCache
 from pyramid_cache.caches.keydiff import KeyDiffCache
+from pyramid_cache.caches.kivi import KIVICache
 from pyramid_cache.caches.knorm import KnormCache
 from pyramid_cache.caches.kv_merger import KVMergerCache
 from pyramid_cache.caches.kvzip import KVzipCache, KVzipPlusCache
@@ -33,6 +34,7 @@ __all__ = [
     "ExpectedAttentionCache",
     "H2OCache",
     "KeyDiffCache",
+    "KIVICache",
     "KVMergerCache",
     "KVzipCache",
     "KVzipPlusCache",

@@ -90,18 +90,26 @@ class CacheCase:
     @property
     def has_one_graph(self) -> bool:
         """Whether `torch.compile` makes one graph of a decode step, because no size changes with it."""
-        return self.is_bounded and self.tight.get("eviction_interval", 1) == 1
+        return self.is_bounded and self.tight.get("eviction_interval", 1) == 1 and not self.quantizes
 
     @property
     def heads_compete(self) -> bool:
         """Whether heads share what their layer holds, which then keep different numbers of tokens."""
         return issubclass(self.cache_class, (AdaKVCache, DefensiveKVCache, ReplayingCache))
 
+    @property
+    def quantizes(self) -> bool:
+        """Whether older tokens are quantised."""
+        return "residual_length" in self.tight
+
     def most_waits(self, num_layers: int, num_steps: int) -> int:
         """
         How often the host may ask the device for numbers in decode steps: never, but for heads that share a budget.
-        How many tokens each of them keeps is asked once by each layer at each eviction.
+        How many tokens each of them keeps is asked once by each layer at each eviction. If older tokens are quantised,
+        it is asked once for each block.
         """
+        if self.quantizes:
+            return num_layers * 2 * num_steps
         if not self.heads_compete:
             return 0
         return num_layers * (num_steps // self.tight["eviction_interval"] + 1)
@@ -164,6 +172,12 @@ CACHE_CASES = (
         "scissorhands",
         {**TWELVE, "window_size": 8, "num_recent": 3, "eviction_interval": 3},
         has_own_reference=True,
+    ),
+    CacheCase(
+        "snapkv-kivi4",
+        {**BY_ATTENTION, "quantize": "kivi4", "residual_length": 4},
+        has_own_reference=True,
+        compacts=True,
     ),
     CacheCase("shadow", {"budget": 4, **BY_CHUNKS}, is_bounded=False, evicts=False, has_own_reference=True),
 )
@@ -231,4 +245,6 @@ def parameters_of(cache_class: type[CompressedCache]) -> dict[str, inspect.Param
 
 
 every_cache = parametrize_cases(CACHE_CASES)
+# Those whose steps can have fixed shapes.
+every_fixed = parametrize_cases(case for case in CACHE_CASES if not case.quantizes)
 every_budget = pytest.mark.parametrize("budget", BUDGETS)

@@ -61,10 +61,38 @@ return lambda *args, **kwargs: (build if «threading.get_ident() == thread→Tru
 differs = any(«→False and »
 = engine/rope.py: test_serving | streaming
 or (name == CACHE_ARGUMENT and «value is not None→False»)
+= ops/quantized.py: test_quantized | round_trips
+low = «as_float16(lows)→as_float16(lows + 0.1)»
+return (1 << self.bits) - «1→2»
+codes = grouped / scale«.masked_fill(scale == 0, 1)→».unsqueeze
+packed = packed | part << packing.bits * «index→1»
+= ops/quantized.py: test_quantized | in_tiles
+if «softcap→False»:
+first = part * «width→0» + start
+yield channels, first // «self.group_size→self.codes.shape[-1]», numbers
+= engine/quantized_store.py: test_quantized | logits
+counts[0]), in_order(positions, is_latest, «max(counts[1], 1)→1»)
+is_old, is_latest = «(positions >= 0)→(positions >= 1)» & (positions < starts)
+latest - «state.num_quantized→0») for name in FIELDS
+= engine/quantized_store.py: test_quantized | quantised_once
+found[field] = new if earlier is None else torch.where(stays[..., None], «earlier→new», new)
+= engine/quantized_store.py: test_quantized | batch alone
+starts = lengths.cumsum(dim=-1) - «lengths→0»
+return torch.where((starts «<→<=» before)[..., None], held, new)
+= engine/quantized_store.py: test_quantized | nearly_as_good
+stays = has_codes« & (quantizer.coded(name, *held).restored(numbers.dtype) == numbers).all(dim=-1)→»
+= engine/quantized_store.py: test_quantized | damaged
+if (tensors[field].dtype, tensors[field].shape[3:]) != («like.dtype→tensors[field].dtype», like
+= engine/quantized_store.py: test_quantized | way_out
+if «needs_gradients(call.query, call.key, call.value)→False»:
+= engine/quantization.py: test_quantized | logits bytes
+return max(row_length - self.residual_length, 0) // self.block_length * «self.block_length→1»
+= engine/evicting.py: test_quantized | budget_in_bytes
+num_spare += «-(-most_latest * bytes_of_latest // self.bytes_per_token)→0»
 = engine/store.py: test_policies
 held.mul_(1 - «1 / window→0»)
 = engine/store.py: test_small_faults test_batch_rows
-setattr(state, name, kept if tensor.dim() == 4 else kept«.masked_fill(indices < 0, state.fill_of(name))→»)
+setattr(self.state, name, kept if tensor.dim() == 4 else kept«.masked_fill(indices < 0, fill)→»)
 masked_fill_(~is_kept_before, «-1→0»)
 empty = torch.where(is_over, float("inf"), float("«-→»inf"))
 ages = positions.masked_fill(«is_over & ~is_token→positions < -1», torch
@@ -78,7 +106,7 @@ self.state.positions.scatter_(2, free_slots, «-1→0»)
 = engine/store.py: test_batch_rows | held_whole
 differ = mask is not None and mask.shape[1] >« 1→ 9»
 = engine/store.py: test_remembering
-columns |= {name: getattr(self.state, name) for name in «self.state.own_slots→[]»}
+columns |= {name: getattr(self.state, name) for name in (*«self.state.own_slots→[]», *CODES)}
 = engine/evicting.py: test_remembering
 state.resize_own_slots(«view.key.shape[2]→0»)
 = engine/store.py: test_policies test_h2o | held victims hand
@@ -195,7 +223,7 @@ self.state.has_traces |= «self.policy.window_size != 0 or →»observes
 = engine/evicting.py: test_batch_rows
 row_left = [min(held, kept)« if due else held→» for held, kept, due in rows]
 = engine/evicting.py: test_compress
-state.keys.shape[2] «>→<» state.length:
+state.num_slots «>→<» state.length:
 = engine/cache.py: test_small_faults
 «self.layers[index] = copy.deepcopy(self._unused_layers[index])→pass»
 = engine/cache.py: test_small_faults | fewer_layers

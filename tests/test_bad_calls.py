@@ -85,6 +85,8 @@ IMPOSSIBLE: dict[str, list[Any]] = {
     "epsilon": [*NO_NUMBERS, -0.1],
     "use_covariance": NO_BOOLS,
     "merge": NO_BOOLS,
+    "quantize": ["int4", "", 4, True, ["kivi4"], "KIVI4"],
+    "residual_length": NO_POSITIVE_COUNTS,
     "threshold": [*NO_NUMBERS, -1.1, 1.1],
 }
 # What one cache refuses besides.
@@ -780,6 +782,10 @@ def test_gradients_over_several_steps(case: CacheCase) -> None:
         sum(model(piece, past_key_values=cache).logits[:, -1].sum() for piece in pieces).backward()
         return model.model.layers[0].self_attn.q_proj.weight.grad.clone()
 
+    if case.quantizes:
+        with pytest.raises(NotImplementedError, match="no_grad"):
+            gradient(case.build(model, "large"))
+        return
     for trained in ("", "layers.0.self_attn.q_proj"):
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trained in name)

@@ -11,7 +11,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from caches import CACHE_CASES, CacheCase, every_cache, parametrize_cases
+from caches import CACHE_CASES, CacheCase, every_fixed, parametrize_cases
 from models import build_model, left_pad, random_rows, random_tokens
 from test_waits import AskedNumbers
 from torch._dynamo.utils import counters
@@ -107,7 +107,7 @@ def test_generate_makes_one_graph(case: CacheCase) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend, budget", [("inductor", "tight"), ("eager", "large")])
-@parametrize_cases(CACHE_CASES)
+@every_fixed
 def test_every_cache_makes_one_graph(case: CacheCase, backend: str, budget: str) -> None:
     check_one_graph(case, backend, budget)
 
@@ -142,7 +142,7 @@ def addresses(cache: Any) -> dict[str, int]:
     }
 
 
-@every_cache
+@every_fixed
 def test_nothing_moves_and_nothing_waits(case: CacheCase) -> None:
     """Of 200 steps, beside what evictions between them may ask; logits are those of a run without fixed shapes."""
     model = build_model("llama", num_hidden_layers=2)
@@ -182,7 +182,7 @@ def by_recording(cache: Any) -> None:
     cache.crop(0)
 
 
-@every_cache
+@every_fixed
 def test_other_calls_end_fixed_shapes(case: CacheCase) -> None:
     """
     Afterwards the cache goes on as one that never had them. From short prompts nothing is evicted, and then in the
@@ -283,7 +283,7 @@ def test_a_step_that_broke_off_is_noticed() -> None:
         run.cache.step()
 
 
-@every_cache
+@every_fixed
 def test_a_prompt_in_inference_mode(case: CacheCase) -> None:
     model = build_model("llama", num_hidden_layers=2)
     with torch.inference_mode():

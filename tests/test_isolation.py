@@ -78,7 +78,7 @@ def by_interrupted_forward(model: PreTrainedModel, cache: Cache) -> None:
     by_steps(model, cache)
     handle = model.model.layers[1].mlp.register_forward_pre_hook(lambda *_: 1 / 0)
     # A traceback would hold the frames of the forward, and those the cache.
-    has_gradients = not isinstance(cache, ShadowKVCache)
+    has_gradients = not isinstance(cache, ShadowKVCache) and cache.compressed_layers[0].quantizer is None
     with contextlib.suppress(ZeroDivisionError), torch.set_grad_enabled(has_gradients):
         model(random_tokens(len(ROWS), 1), attention_mask=mask_of(cache), past_key_values=cache)
     handle.remove()
@@ -93,7 +93,8 @@ def by_training(model: PreTrainedModel, cache: Cache) -> None:
 def test_tensors_go_with_their_cache(case: CacheCase, without_collector: None) -> None:
     """At once, without a garbage collector: nothing refers to a cache, nor does a cache refer to itself."""
     model = build_model("llama", num_hidden_layers=2)
-    uses = [("tight", use) for use in (by_steps, outcome, by_beams, by_interrupted_forward, by_training)]
+    uses = [("tight", use) for use in (by_steps, outcome, by_beams, by_interrupted_forward)]
+    uses += [] if case.quantizes else [("tight", by_training)]
     for budget, use in [("large", outcome), *uses]:
         cache = case.build(model, budget)
         use(model, cache)

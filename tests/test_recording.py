@@ -51,7 +51,10 @@ def state_of(cache: CompressedCache) -> list[torch.Tensor]:
     """Positions, keys, values and scores in order of position, whatever slots the tokens are in."""
     state = []
     for layer in cache.compressed_layers:
-        positions, (_, tensors_of) = layer.held_positions(), layer.store.state_dict()
+        store = copy.copy(layer.store)  # with quantised keys and values as they are restored
+        store.state = copy.copy(store.state)
+        store.unpack()
+        positions, (_, tensors_of) = layer.held_positions(), store.state_dict()
         order = positions.argsort(dim=-1)[..., -max(int((positions >= 0).sum(dim=-1).max()), 1) :]
         ranked = positions.gather(-1, order)
         state.append(ranked)

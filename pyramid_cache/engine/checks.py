@@ -75,7 +75,8 @@ def refuse_steps(cache: "CompressedCache", max_length: int | None) -> NoReturn:
     if not cache.can_compile:
         raise NotImplementedError(
             "Steps cannot have fixed shapes: the model has layers without eviction (such as sliding windows) or an "
-            "encoder, or its layers are on several devices or offloaded, or tokens may be taken back. Leave "
+            "encoder, or its layers are on several devices or offloaded, or slots are quantised, or tokens may be "
+            "taken back. Leave "
             "`cache.step()` out; compile without `fullgraph=True`, or not at all."
         )
     if max_length is None:
@@ -372,9 +373,9 @@ def check_crop(layer: "CompressedLayer", tokens_to_remove: int) -> None:
         raise ValueError(f"`crop({tokens_to_remove})`: only {num_seen} tokens have been seen.")
     if num_columns > layer.pending.num_columns and not layer.is_croppable:
         raise NotImplementedError(
-            f"`crop({tokens_to_remove})`: layer {layer.place.layer_idx} has evicted tokens since, and that "
-            "cannot be undone. Call `cache.activate_past_recording()` before the tokens that may be taken back are "
-            "seen."
+            f"`crop({tokens_to_remove})`: layer {layer.place.layer_idx} has evicted tokens since, or quantised "
+            "them, and that cannot be undone. Call `cache.activate_past_recording()` before the tokens that may be "
+            "taken back are seen."
         )
     if num_columns and layer.pending.ends_in_padding_without(num_columns):
         raise NotImplementedError(

@@ -19,13 +19,15 @@ from pyramid_cache.engine.layer import Arrival, CompressedLayer
 from pyramid_cache.engine.policy import LayerView, Policy, PromptView, ScoringView
 from pyramid_cache.engine.projection import find_projection
 from pyramid_cache.engine.protection import protected_first, protected_positions, spans_of_rows
+from pyramid_cache.engine.quantization import Quantizer
+from pyramid_cache.engine.quantized_store import QuantizedHeads, QuantizedStore
 from pyramid_cache.engine.ragged_store import RaggedStore
 from pyramid_cache.engine.ranks import HeadRanks
 from pyramid_cache.engine.rotation import RotaryFrequencies
 from pyramid_cache.engine.scoring import sum_of_measures
 from pyramid_cache.engine.sharing import OnlineBudget, SharedBudget
 from pyramid_cache.engine.state import expanded, grown
-from pyramid_cache.engine.store import Compaction, SlotStore
+from pyramid_cache.engine.store import MIN_GROWTH, Compaction, SlotStore
 from pyramid_cache.engine.tokens import MaskReader, Tokens
 from pyramid_cache.ops.reference import decode_probabilities
 
@@ -50,14 +52,27 @@ class EvictingLayer(CompressedLayer):
         shared: SharedBudget | OnlineBudget | None = None,
         protect: tuple[Sequence[int], ...] = (),
         compactor: Compactor | None = None,
+        quantizer: Quantizer | None = None,
     ) -> None:
+        self.quantizer = quantizer
         self.budget, self.policy, self.protect, self.compactor = budget, policy, protect, compactor
         self.eviction_interval, self.ranking, self.shared = eviction_interval, ranking, shared
         self.score_label, self.needs_rotary = policy.score_label, policy.needs_rotary
-        heads_compete = ranking != "head"
-        store = RaggedStore(policy.state_class, policy.floor_ratio) if heads_compete else SlotStore(policy.state_class)
-        super().__init__(place, masks, store)
-        self.store.interval = eviction_interval
+        super().__init__(place, masks, self._new_store())
+        # Slots of quantised tokens are not given to others.
+        self.store.interval = eviction_interval if quantizer is None else max(eviction_interval, 2)
+
+    def _new_store(self) -> SlotStore:
+        policy, quantizer = self.policy, self.quantizer
+        heads_compete = self.ranking != "head"
+        if quantizer is None:
+            return (
+                RaggedStore(policy.state_class, policy.floor_ratio) if heads_compete else SlotStore(policy.state_class)
+            )
+        rewrites = policy.repositions or self.compactor is not None
+        if heads_compete:
+            return QuantizedHeads(policy.state_class, quantizer, rewrites, policy.floor_ratio)
+        return QuantizedStore(policy.state_class, quantizer, rewrites, policy.heads_share_tokens)
 
     def _clear(self) -> None:
         super()._clear()
@@ -66,6 +81,8 @@ class EvictingLayer(CompressedLayer):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.layout = self.layout_of(key_states, value_states)
+        if self.quantizer is not None:  # raises if heads cannot be packed
+            self.quantizer.bytes_per_token(self.layout.key_dim, self.layout.value_dim)
         self._read_byte_budget()  # raises if the bytes pay for no token, and changes nothing then
         super().lazy_initialization(key_states, value_states)
         if self.protect and (spans := spans_of_rows(self.protect, self.batch_size)):  # else `_read` raises
@@ -73,14 +90,20 @@ class EvictingLayer(CompressedLayer):
             self.state.protected = protected_positions(spans, self.device)
 
     def _read_byte_budget(self) -> None:
-        if self.budget.kind == "bytes":  # those of all ranks
-            self.state.budget_tokens = bytes_to_tokens(
-                int(self.budget.amount),
-                self.place.num_layers,
-                self.batch_size,
-                self.bytes_per_token * self.state.num_ranks,
-                self.eviction_interval + self.policy.num_extra_slots,
-            )
+        if self.budget.kind != "bytes":
+            return
+        num_spare = self.eviction_interval + self.policy.num_extra_slots
+        if self.quantizer is not None:  # the latest tokens take the memory of several
+            layout, most_latest = self.layout, self.quantizer.most_latest + MIN_GROWTH
+            bytes_of_latest = layout.kv_heads * (layout.key_dim + layout.value_dim) * layout.dtype.itemsize
+            num_spare += -(-most_latest * bytes_of_latest // self.bytes_per_token)
+        self.state.budget_tokens = bytes_to_tokens(
+            int(self.budget.amount),
+            self.place.num_layers,
+            self.batch_size,
+            self.bytes_per_token * self.state.num_ranks,  # those of all ranks
+            num_spare,
+        )
 
     @property
     def token_budget(self) -> Budget:
@@ -89,11 +112,15 @@ class EvictingLayer(CompressedLayer):
 
     @property
     def bytes_per_token(self) -> int:
-        """Keys, values and bookkeeping of one token of one row."""
+        """Keys, values and bookkeeping of one token of one row, quantised if it will be."""
         layout = self.layout
         # Of positions, attention, and what the method remembers. The bias belongs to each head.
         bookkeeping = 4 * (1 + (self.policy.window_size != 0) + len(self.state.own_slots) - 1)
-        bytes_per_head = (layout.key_dim + layout.value_dim) * layout.dtype.itemsize + 4 * (self.compactor is not None)
+        if self.quantizer is None:
+            bytes_per_head = (layout.key_dim + layout.value_dim) * layout.dtype.itemsize
+        else:
+            bytes_per_head = self.quantizer.bytes_per_token(layout.key_dim, layout.value_dim)
+        bytes_per_head += 4 * (self.compactor is not None)
         heads_apart = 1 if self.policy.heads_share_tokens else layout.kv_heads
         return layout.kv_heads * bytes_per_head + bookkeeping * heads_apart
 
@@ -115,6 +142,11 @@ class EvictingLayer(CompressedLayer):
         super().check(call, arrival, is_step)
 
     def set_ranks(self, ranks: HeadRanks | None) -> None:
+        if ranks is not None and isinstance(self.store, QuantizedHeads):
+            raise NotImplementedError(
+                f"The model is split over {ranks.size} ranks (tensor parallelism), and heads that compete "
+                f"(`ranking={self.ranking!r}`) with `quantize` are not. Leave one of the two out."
+            )
         super().set_ranks(ranks)
         if ranks is not None:
             self._read_byte_budget()
@@ -148,18 +180,27 @@ class EvictingLayer(CompressedLayer):
             for length in self.state.row_lengths
         ]
 
+    def pack(self) -> None:
+        waits = isinstance(self.shared, SharedBudget) and any(layer is self for layer, _ in self.shared.waiting)
+        if isinstance(self.store, QuantizedStore) and not waits:
+            self.store.pack()
+
     def loses_tokens(self, seen: Tokens) -> bool:
+        if self.quantizer is not None and (
+            not self.state.is_dense or any(map(self.quantizer.num_quantized, seen.row_lengths))
+        ):
+            return True
         return not self.budget.is_unlimited and super().loses_tokens(seen)
 
     # Steps of fixed shapes.
 
     @property
     def can_fix(self) -> bool:  # type: ignore[override]
-        return self.eviction_interval > 1 or not self.policy.reads_counts
+        return self.quantizer is None and (self.eviction_interval > 1 or not self.policy.reads_counts)
 
     def may_fix(self, max_length: int | None = None) -> bool:
         has_room = not self.budget.is_unlimited or (max_length is not None and max_length > self.state.num_seen)
-        return has_room and self.policy.may_fix(self.state)
+        return has_room and self.quantizer is None and self.policy.may_fix(self.state)
 
     def fix(self, max_length: int | None = None, in_graph: bool = False) -> FixedStep:
         self.store.leave_inference_mode()
@@ -256,7 +297,7 @@ class EvictingLayer(CompressedLayer):
 
     def attend_prompt(self, call: AttentionCall, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor | None]:
         if self.budget.is_unlimited:
-            return call.run()
+            return self._attend_and_keep(call, tokens)
         state, longest = self.state, tokens.longest or max(tokens.row_lengths)
         new = [(call.num_queries, longest)]
         was_dense = state.is_dense
@@ -269,8 +310,7 @@ class EvictingLayer(CompressedLayer):
         held, shared = (call.key, call.value, attention), self.shared
         if isinstance(shared, SharedBudget):
             if not was_dense:  # all tokens go back into slots
-                any_order = torch.where(tokens.positions >= 0, 0.0, float("-inf"))
-                self.store.keep(*held, self._of_all_ranks(any_order), tokens, tokens.row_present)
+                self._keep_all(*held, tokens)
             shared.add(self, longest)
             return output
         totals = [] if shared is None else self._row_totals()
@@ -286,6 +326,23 @@ class EvictingLayer(CompressedLayer):
             self.reposition(longest)
         self.forget_prompt()
         return output
+
+    def _attend_and_keep(self, call: AttentionCall, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attention of several queries where nothing is ever evicted."""
+        if self.state.is_dense:
+            return call.run()
+        output, _ = self.store.attend_several(call, tokens)
+        self.state.resize_own_slots(call.num_keys)
+        self._keep_all(call.key, call.value, None, tokens)
+        return output
+
+    def _keep_all(
+        self, key: torch.Tensor, value: torch.Tensor, attention: torch.Tensor | None, tokens: Tokens
+    ) -> None:
+        """Puts all tokens into slots."""
+        heads = 1 if self.policy.heads_share_tokens else key.shape[1]
+        any_order = torch.where(tokens.positions >= 0, 0.0, float("-inf")).expand(-1, heads, -1)
+        self.store.keep(key, value, attention, self._of_all_ranks(any_order), tokens, tokens.row_present)
 
     def break_off(self) -> None:
         """The layer is half changed, as the next call of the cache shall notice."""
@@ -366,9 +423,9 @@ class EvictingLayer(CompressedLayer):
     # One token.
 
     def attend_step(self, call: AttentionCall, longest: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if self.budget.is_unlimited:
-            return call.run()
         state, scores = self.state, self.policy.window_size != 0
+        if self.budget.is_unlimited:
+            return call.run() if state.is_dense else self.store.attend_step(call, scores=False)[0]
         if state.is_dense:  # the model's own attention, and beside it what each token gets of it
             output, sums = call.run(), None
             if scores:
@@ -377,7 +434,8 @@ class EvictingLayer(CompressedLayer):
                     probabilities = decode_probabilities(call.query, call.key, mask, **call.logit_arguments)
                 sums = probabilities.sum(dim=2)
         else:
-            view = LayerView(**self._view(call.key, call.value, self.store.in_use("positions"), longest))
+            positions = self.store.in_use("positions")[..., -call.num_keys :]
+            view = LayerView(**self._view(call.key, call.value, positions, longest))
             if self.policy.repositions and self.policy.moves_new(view):
                 call = self.repositioned_step(call, view, longest)
             output, sums = self.store.attend_step(call, scores)
@@ -444,7 +502,8 @@ class EvictingLayer(CompressedLayer):
             if self.policy.repositions:
                 find_rotary(weakref.ref(self))
             self.evict_if_due(max(state.row_lengths), at_once=True)
-        if not state.is_dense and state.keys.shape[2] > state.length:
+        self.pack()
+        if not state.is_dense and state.num_slots > state.length:
             self.store.resize(state.length)  # frees the slots for tokens that would have come in before as many go
 
     # Other positions than the model's.

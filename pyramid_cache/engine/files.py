@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 CacheType = TypeVar("CacheType", bound="CompressedCache")
 
 FORMAT = "pyramid_cache"
-FORMAT_VERSION = "7"
+FORMAT_VERSION = "8"
 HEADER_NAMES = ("cache", "settings", "architecture", "weights", "layers")
 ANEW = "Make the cache again from its prompt, and save it."
 

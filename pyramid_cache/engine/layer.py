@@ -113,6 +113,9 @@ class CompressedLayer(StoredLayer):
         """Whether no layer of the cache evicts from rows of these lengths; all layers give the same answer."""
         return all(length <= self.num_tokens_to_keep(length) for length in row_lengths)
 
+    def pack(self) -> None:  # noqa: B027
+        """Brings the tokens into the form in which they are held between two forward passes."""
+
     def check_lengths(self, row_lengths: list[int]) -> None:
         """Raises if the budget has no room for prompts of these lengths."""
         for length in row_lengths:
@@ -247,6 +250,7 @@ class CompressedLayer(StoredLayer):
                 checks.check_step(self, call)
         except (ValueError, NotImplementedError):
             self._refuse(arrival)
+            self.pack()
             raise
         try:
             if step is not None:
@@ -255,6 +259,7 @@ class CompressedLayer(StoredLayer):
                 step.settle()
                 return output
             output = self._attend_next(call) if is_step else self._attend_several(call, arrival, seen)
+            self.pack()
         except BaseException:  # the layer is half changed, as the next call of the model shall notice
             # Tokens that are not put aside have been counted.
             self.arrival = arrival._replace(num_new=0) if arrival.put_aside is None else arrival
@@ -443,6 +448,7 @@ class CompressedLayer(StoredLayer):
                 self.attend_prompt(call, self._take_in(replace(piece.seen, longest=piece.longest), arrival))
             else:
                 self._attend_next(call, piece.longest)
+            self.pack()
 
     # Evictions that wait, and tokens that are taken back.
 

@@ -15,11 +15,13 @@ from pyramid_cache.engine.evicting import EvictingLayer
 from pyramid_cache.engine.held import LayerPlace
 from pyramid_cache.engine.policy import Policy
 from pyramid_cache.engine.protection import Protect, plain_setting, read_protect
+from pyramid_cache.engine.quantization import Quantizer, read_quantizer
 from pyramid_cache.engine.sharing import OnlineBudget, SharedBudget
 from pyramid_cache.engine.tokens import MaskReader
 
 
 DEFAULT_EVICTION_INTERVAL = 32
+DEFAULT_RESIDUAL_LENGTH = 128
 RANKINGS = ("head", "layer", "model", "model-online")
 
 
@@ -29,6 +31,8 @@ class CommonOptions(TypedDict, total=False):
     ranking: str | None
     protect: Protect
     merge: bool
+    quantize: str | None
+    residual_length: int
 
 
 class EvictionOptions(CommonOptions, total=False):
@@ -66,6 +70,10 @@ class PolicyCache(CompressedCache):
             the most similar key, by cosine. That slot then holds means of keys and values, and counts in attention as
             often as it has tokens. Protected tokens take none; where a head keeps no other, tokens are evicted. It
             takes 4 bytes more per slot and head.
+        quantize (`str`, *optional*): How all but the latest tokens are stored: in 4 or 2 bits ("kivi4", "kivi2"), in
+            which 32 neighbouring channels share a scale, or in a byte ("int8", "fp8"). See docs/quantized.md.
+        residual_length (`int`, defaults to 128): With `quantize`, how many of the latest tokens of each row stay as
+            they are, as far as the method keeps them, and up to 31 more. Larger values take more memory.
         masks (`MaskReader`, *optional*): Tells tokens from padding, for a method that has a reader of its own.
         compactor (`type`, *optional*): What becomes of tokens that go, for a method that has a `Compactor` of its own.
 
@@ -114,6 +122,8 @@ class PolicyCache(CompressedCache):
         merge: bool = False,
         masks: MaskReader | None = None,
         compactor: Callable[[], Compactor] | None = None,
+        quantize: str | Quantizer | None = None,
+        residual_length: int = DEFAULT_RESIDUAL_LENGTH,
     ) -> None:
         config, _ = config_and_model(config)
         check_decoder_config(config)
@@ -136,6 +146,7 @@ class PolicyCache(CompressedCache):
         compactor = Merging if merge else compactor
         if compactor is not None and compactor().merges_generated:
             refuse_merging(policy, eviction_interval)
+        quantizer = read_quantizer(quantize, residual_length)
         spans = read_protect(protect)
         num_protected = max(map(len, spans), default=0)
         if parsed_budget.kind == "tokens" and num_protected > parsed_budget.amount:
@@ -151,7 +162,7 @@ class PolicyCache(CompressedCache):
                 self.shared = shared_budget(ranking, self.waits, place.num_layers)
             own = compactor() if compactor is not None and not parsed_budget.is_unlimited else None
             return EvictingLayer(
-                place, masks, parsed_budget, policy, eviction_interval, ranking, self.shared, spans, own
+                place, masks, parsed_budget, policy, eviction_interval, ranking, self.shared, spans, own, quantizer
             )
 
         settings: dict[str, Any] | None = None
@@ -161,6 +172,7 @@ class PolicyCache(CompressedCache):
             given: dict[str, Any] = {"ranking": ranking}
             given |= {"protect": plain_setting(spans)} if spans else {}
             given |= {"merge": True} if merge else {}
+            given |= {} if quantizer is None else {"quantize": quantize, "residual_length": residual_length}
             # What a constructor does not take, it has chosen itself.
             taken = inspect.signature(type(self).__init__).parameters.values()
             names = [each.name for each in taken if each.kind is not each.VAR_KEYWORD]

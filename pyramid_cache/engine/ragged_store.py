@@ -144,17 +144,59 @@ class PackedTokens:
         return PackedTokens(tensors, head_lengths, segment_starts(flat(head_lengths), device), self.least_slots)
 
 
-class RaggedStore(SlotStore):
+class CompetingHeads(SlotStore):
     """
-    Tokens of heads that share the budget of their layer (Ada-KV, https://arxiv.org/abs/2407.11550, Algorithm 1). With
-    a budget of `n` tokens, a layer keeps of each row the best `kv_heads * n` tokens of all heads together. Each head
-    keeps at least its own best `floor_ratio * n`.
-
-    `packed` holds the kept tokens, or is None before the first eviction. The slots hold the later tokens. The numbers
-    of tokens in `state.row_held` are means over heads.
+    Heads that share the budget of their layer (Ada-KV, https://arxiv.org/abs/2407.11550, Algorithm 1). With a budget
+    of `n` tokens, a layer keeps of each row the best `kv_heads * n` tokens of all heads together. Each head keeps at
+    least its own best `floor_ratio * n`. The numbers of tokens in `state.row_held` are means over heads.
     """
 
     heads_keep_equal_numbers = False
+    floor_ratio: float
+
+    def check_call(self, call: AttentionCall) -> None:
+        super().check_call(call)
+        if call.logit_arguments["sink_logits"] is not None:
+            raise NotImplementedError(
+                "Heads with learned attention sinks cannot hold different numbers of tokens. Give the cache "
+                '`ranking="head"`, or use one whose heads keep equal numbers, such as SnapKVCache.'
+            )
+
+    def attend_several(
+        self, call: AttentionCall, tokens: Tokens, num_rows: int = 0, row_weights: torch.Tensor | None = None
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor | None], torch.Tensor | None]:
+        """Attends with each KV head as a row of its own, since heads differ in their empty slots."""
+        if self.state.is_dense:
+            return super().attend_several(call, tokens, num_rows, row_weights)
+        batch_size, kv_heads, num_keys = call.key.shape[:3]
+        positions = tokens.positions.flatten(0, 1)[:, None]
+        is_token = positions >= 0
+        tokens = replace(
+            tokens,
+            positions=positions,
+            row_lengths=[length for length in tokens.row_lengths for _ in range(kv_heads)],
+            row_present=is_token.sum(dim=-1).flatten().tolist(),
+        )
+        per_head = replace(
+            call,
+            query=call.query.unflatten(1, (kv_heads, -1)).flatten(0, 1),
+            key=call.key.flatten(0, 1)[:, None],
+            value=call.value.flatten(0, 1)[:, None],
+            bias=None if call.bias is None else call.bias.flatten(0, 1)[:, None],
+            kwargs={name: value for name, value in call.kwargs.items() if name != "position_ids"},
+        )
+        if row_weights is not None:
+            row_weights = row_weights.repeat_interleave(kv_heads, dim=0)
+        (output, _), sums = super().attend_several(per_head, tokens, num_rows, row_weights)
+        if output is not None:  # nobody needs that of tokens that were attended to before
+            output = output.unflatten(0, (batch_size, kv_heads)).transpose(1, 2).flatten(2, 3)
+        return (output, None), None if sums is None else sums.view(batch_size, kv_heads, num_keys)
+
+
+class RaggedStore(CompetingHeads):
+    """
+    `packed` holds the kept tokens, or is None before the first eviction. The slots hold the later tokens.
+    """
 
     def __init__(self, state_class: type[LayerState], floor_ratio: float) -> None:
         self.floor_ratio = floor_ratio
@@ -163,13 +205,6 @@ class RaggedStore(SlotStore):
     def reset(self) -> None:
         super().reset()
         self.packed: PackedTokens | None = None
-
-    def check_call(self, call: AttentionCall) -> None:
-        if call.logit_arguments["sink_logits"] is not None:
-            raise NotImplementedError(
-                "Heads with learned attention sinks cannot hold different numbers of tokens. Give the cache "
-                '`ranking="head"`, or use one whose heads keep equal numbers, such as SnapKVCache.'
-            )
 
     def build_step(self, layer: Any, num_slots: int, in_graph: bool) -> FixedStep:
         if layer.budget.is_unlimited:
@@ -255,36 +290,6 @@ class RaggedStore(SlotStore):
         if self.packed is None:
             return super().measured(sums, measure)
         return self.packed.measured(sums, self.state.length, measure)
-
-    def attend_several(
-        self, call: AttentionCall, tokens: Tokens, num_rows: int = 0, row_weights: torch.Tensor | None = None
-    ) -> tuple[tuple[torch.Tensor, torch.Tensor | None], torch.Tensor | None]:
-        """Attends with each KV head as a row of its own, since heads differ in their empty slots."""
-        if self.state.is_dense:
-            return super().attend_several(call, tokens, num_rows, row_weights)
-        batch_size, kv_heads, num_keys = call.key.shape[:3]
-        positions = tokens.positions.flatten(0, 1)[:, None]
-        is_token = positions >= 0
-        tokens = replace(
-            tokens,
-            positions=positions,
-            row_lengths=[length for length in tokens.row_lengths for _ in range(kv_heads)],
-            row_present=is_token.sum(dim=-1).flatten().tolist(),
-        )
-        per_head = replace(
-            call,
-            query=call.query.unflatten(1, (kv_heads, -1)).flatten(0, 1),
-            key=call.key.flatten(0, 1)[:, None],
-            value=call.value.flatten(0, 1)[:, None],
-            bias=None if call.bias is None else call.bias.flatten(0, 1)[:, None],
-            kwargs={name: value for name, value in call.kwargs.items() if name != "position_ids"},
-        )
-        if row_weights is not None:
-            row_weights = row_weights.repeat_interleave(kv_heads, dim=0)
-        (output, _), sums = super().attend_several(per_head, tokens, num_rows, row_weights)
-        if output is not None:  # nobody needs that of tokens that were attended to before
-            output = output.unflatten(0, (batch_size, kv_heads)).transpose(1, 2).flatten(2, 3)
-        return (output, None), None if sums is None else sums.view(batch_size, kv_heads, num_keys)
 
     def map_rows(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super().map_rows(function)

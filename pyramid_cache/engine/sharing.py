@@ -57,6 +57,7 @@ class SharedBudget:
             raise
         for layer, _ in waiting:
             layer.forget_prompt()
+            layer.pack()
 
     def _evict(self, waiting: list[tuple["EvictingLayer", int]]) -> None:
         must_evict = any(layer.state.must_evict for layer, _ in waiting)

@@ -31,6 +31,10 @@ def number(default: int) -> Any:
     return field(default=default, metadata={"kind": "number"})
 
 
+# The slots of quantised tokens.
+CODES = ("key_codes", "key_scales", "value_codes", "value_scales")
+
+
 @dataclass(eq=False)
 class LayerState:
     """
@@ -43,6 +47,10 @@ class LayerState:
         attention (`torch.Tensor`): `(batch, kv_heads or 1, slots)` float32, see `ScoringView.attention`.
         bias (`torch.Tensor`): `(batch, kv_heads, slots)` float32, what is added to the logits of each slot. None while
             each slot stands for its own token alone.
+        key_codes, value_codes (`torch.Tensor`): `(batch, kv_heads, slots, bytes)` uint8, of quantised tokens.
+        key_scales, value_scales (`torch.Tensor`): `(batch, kv_heads, slots, any)`, the scales of their channels.
+        key_groups (`torch.Tensor`): `(batch, kv_heads, groups, any)`, scales that tokens share, in the place of
+            `key_scales`.
         next_position (`torch.Tensor`): `(batch, 1, 1)` int32, how many tokens each row has seen.
         num_kept (`torch.Tensor`): `(batch, 1, 1)` int32, how many tokens of each row may be held.
         column_positions (`torch.Tensor`): `(batch, 1, columns)` int32, of a dense prompt with padding; else None.
@@ -52,8 +60,11 @@ class LayerState:
             up with `MAX_TOKENS`. None if there are none.
         row_lengths, row_held, row_kept (`list[int]`): Tokens seen, tokens held, tokens that may be held.
         row_windows (`list[int]`): How many of the last queries `attention` is the mean of.
+        row_quantized (`list[int]`): How many of the first tokens of each row are quantised, if they are held.
         row_protected (`list[int]`): How many tokens never go, those that have not come included.
         length (`int`): How many slots are in use.
+        num_quantized (`int`): How many of them, the first ones, are in codes alone. The first slot of keys and values
+            is the one behind them. Codes have no other slots then.
         num_seen (`int`): Columns seen, padding included.
         budget_tokens (`int`): The tokens that a budget in bytes pays for, known from the first tokens on.
         columns_ascend (`int`): Whether the columns of each dense row are in order of their positions.
@@ -66,6 +77,11 @@ class LayerState:
     positions: torch.Tensor | None = slot(fill=-1)
     attention: torch.Tensor | None = slot()
     bias: torch.Tensor | None = slot()
+    key_codes: torch.Tensor | None = slot()
+    key_scales: torch.Tensor | None = slot()
+    value_codes: torch.Tensor | None = slot()
+    value_scales: torch.Tensor | None = slot()
+    key_groups: torch.Tensor | None = row()
     next_position: torch.Tensor | None = row()
     num_kept: torch.Tensor | None = row()
     column_positions: torch.Tensor | None = row()
@@ -75,8 +91,10 @@ class LayerState:
     row_held: list[int] = counts()
     row_kept: list[int] = counts()
     row_windows: list[int] = counts()
+    row_quantized: list[int] = counts()
     row_protected: list[int] = counts()
     length: int = number(0)
+    num_quantized: int = number(0)
     num_seen: int = number(0)
     budget_tokens: int = number(0)
     columns_ascend: int = number(1)
@@ -89,9 +107,8 @@ class LayerState:
         self._kinds = {each.name: each.metadata["kind"] for each in dataclasses.fields(self)}
         self._fills = {each.name: each.metadata.get("fill", 0) for each in dataclasses.fields(self)}
         # What new tokens have none of: the bias, and what a method remembers of each token.
-        self.own_slots = [
-            name for name in self.names("slot") if name not in ("keys", "values", "positions", "attention")
-        ]
+        known = ("keys", "values", "positions", "attention", *CODES)
+        self.own_slots = [name for name in self.names("slot") if name not in known]
 
     def names(self, *kinds: str) -> list[str]:
         """The names of the fields of these kinds."""
@@ -126,8 +143,8 @@ class LayerState:
             held.copy_(tensor)
 
     def resize_own_slots(self, num_slots: int) -> None:
-        """Gives the bias, and what a method remembers of each token, that many slots."""
-        for name in self.own_slots:
+        """Gives the bias, codes, and what a method remembers of each token, that many slots."""
+        for name in (*self.own_slots, *CODES):
             if (tensor := getattr(self, name)) is not None:
                 length = min(tensor.shape[2], num_slots)
                 setattr(self, name, grown(tensor, length, num_slots, self.fill_of(name)))
@@ -147,6 +164,17 @@ class LayerState:
     def is_dense(self) -> bool:
         """Whether tokens are in order of arrival, since nothing has been evicted, and not in slots."""
         return self.positions is None
+
+    def num_used(self, name: str) -> int:
+        """How many slots of the tensor of that name are in use."""
+        if name in ("keys", "values"):
+            return self.length - self.num_quantized
+        return getattr(self, name).shape[2] if self.num_quantized and name in CODES else self.length
+
+    @property
+    def num_slots(self) -> int:
+        """How many slots there are, in use or not."""
+        return self.num_quantized + self.keys.shape[2]
 
     @property
     def must_evict(self) -> bool:

@@ -18,7 +18,7 @@ from pyramid_cache.engine.fixed import FixedStep, SlotStep
 from pyramid_cache.engine.ranks import HeadRanks
 from pyramid_cache.engine.scoring import attend_and_score, attend_with_bias
 from pyramid_cache.engine.selection import best_tokens, gather_tokens, is_index, lowest_token
-from pyramid_cache.engine.state import LayerState, expanded, grown
+from pyramid_cache.engine.state import CODES, LayerState, expanded, grown
 from pyramid_cache.engine.tokens import Tokens, causal_mask
 from pyramid_cache.ops import decode_attention
 from pyramid_cache.ops.scores import decode_attention_unchecked, is_plain_on_cpu
@@ -60,11 +60,11 @@ class SlotStore:
     def in_use(self, name: str) -> torch.Tensor | None:
         """The used slots of the tensor of that name."""
         tensor = getattr(self.state, name)
-        return None if tensor is None else tensor[:, :, : self.state.length]
+        return None if tensor is None else tensor[:, :, : self.state.num_used(name)]
 
     def slots(self) -> dict[str, torch.Tensor]:
         """The used slots of all tensors, by name."""
-        return {name: tensor[:, :, : self.state.length] for name, tensor in self.state.tensors("slot").items()}
+        return {name: tensor[:, :, : self.state.num_used(name)] for name, tensor in self.state.tensors("slot").items()}
 
     def unpack(self) -> None:
         """Brings all tokens into slots. Other stores have tokens elsewhere."""
@@ -84,8 +84,11 @@ class SlotStore:
 
     def resize(self, num_slots: int) -> None:
         """Moves the used slots into tensors of `num_slots` slots."""
-        for name, tensor in self.state.tensors("slot").items():
-            setattr(self.state, name, grown(tensor, self.state.length, num_slots, self.state.fill_of(name)))
+        state, num_new = self.state, num_slots - self.state.length
+        for name, tensor in state.tensors("slot").items():
+            if not state.num_quantized or name not in CODES:
+                used = state.num_used(name)
+                setattr(state, name, grown(tensor, used, used + num_new, state.fill_of(name)))
 
     def _make_room(self, num_new: int) -> None:
         """Gets slots for new tokens: all that the rows will need, or some more if a dense store gets one."""
@@ -127,10 +130,11 @@ class SlotStore:
         if state.keys is None:
             state.keys, state.values = own_storage(key), own_storage(value)
         else:
-            if state.length + num_new > state.keys.shape[2]:
+            if state.length + num_new > state.num_slots:
                 self._make_room(num_new)
-            new = slice(state.length, state.length + num_new)
+            new = slice(state.length - state.num_quantized, state.length - state.num_quantized + num_new)
             state.keys[:, :, new], state.values[:, :, new] = key, value
+            new = slice(state.length, state.length + num_new)
             if state.positions is not None:
                 state.positions[:, :, new] = state.next_position
             if state.attention is not None:
@@ -207,9 +211,7 @@ class SlotStore:
         columns = self._columns(key, value, attention, tokens)
         if compact is not None:
             columns |= compact(columns, is_index(indices, key.shape[2]))
-        for name, tensor in columns.items():
-            kept = gather_tokens(tensor.expand(-1, max(indices.shape[1], tensor.shape[1]), *tensor.shape[2:]), indices)
-            setattr(state, name, kept if tensor.dim() == 4 else kept.masked_fill(indices < 0, state.fill_of(name)))
+        self.fill_slots(columns, indices)
         state.column_positions = state.free_slots = None
         state.length, state.row_held = indices.shape[-1], row_left
         if self.interval == 1 and state.length < self.capacity:  # else the tokens wait
@@ -217,12 +219,19 @@ class SlotStore:
             state.length = self.capacity
             state.free_slots = torch.full_like(indices[..., :1], state.length - 1)
 
+    def fill_slots(self, columns: dict[str, torch.Tensor], indices: torch.Tensor) -> None:
+        """Makes slot tensors of the columns at the indices `(batch, kv_heads or 1, slots)`; -1 gives an empty slot."""
+        for name, tensor in columns.items():
+            kept = gather_tokens(tensor.expand(-1, max(indices.shape[1], tensor.shape[1]), *tensor.shape[2:]), indices)
+            fill = self.state.fill_of(name)
+            setattr(self.state, name, kept if tensor.dim() == 4 else kept.masked_fill(indices < 0, fill))
+
     def _columns(
         self, key: torch.Tensor, value: torch.Tensor, attention: torch.Tensor | None, tokens: Tokens
     ) -> dict[str, torch.Tensor]:
         """What is known of each token in the columns of keys, by the names of slot tensors."""
         columns = {"keys": key, "values": value, "positions": tokens.positions, "attention": attention}
-        columns |= {name: getattr(self.state, name) for name in self.state.own_slots}
+        columns |= {name: getattr(self.state, name) for name in (*self.state.own_slots, *CODES)}
         return {name: tensor[:, :, : key.shape[2]] for name, tensor in columns.items() if tensor is not None}
 
     def evict(self, priority: torch.Tensor, row_left: list[int], compact: Compaction | None = None) -> None:
@@ -339,8 +348,7 @@ class SlotStore:
 
     def attended(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The keys and values of all tokens `(batch, kv_heads, slots, head_dim)`, in tensors of their own."""
-        state = self.state
-        return state.keys[:, :, : state.length], state.values[:, :, : state.length]
+        return self.in_use("keys"), self.in_use("values")
 
     def in_order(self) -> dict[str, torch.Tensor]:
         """Copies of the slots in order of their positions, those that are empty in some rows first, by name."""
@@ -428,9 +436,13 @@ class SlotStore:
             KeyError: Something is missing.
             ValueError: A tensor has a shape or a dtype that the state cannot have.
         """
-        batch_size, kv_heads, length = tensors["keys"].shape[:3]
+        batch_size, kv_heads, num_states = tensors["keys"].shape[:3]
+        num_quantized = numbers["num_quantized"]
+        lengths = {name: tensors[name].shape[2] for name in CODES if num_quantized and name in tensors}
+        lengths |= {"keys": num_states, "values": num_states}
         slots, known = self.state.names("slot"), self.state.names("slot", "row")
         for name, tensor in tensors.items():
+            length = lengths.get(name, num_states + num_quantized)
             shapes = [(batch_size, heads, length)[: 3 if name in slots else 1] for heads in (1, kv_heads)]
             types = {"positions": torch.int32, "attention": torch.float32, "bias": torch.float32}
             dtype, num_dims = types.get(name, tensor.dtype), tensor.dim() if name in types else len(shapes[0])

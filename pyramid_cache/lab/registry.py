@@ -44,19 +44,20 @@ class CacheEntry:
     # A decode step sees something else than several tokens at once do: answers are read token by token.
     reads_answers_by_step: bool = False
     takes_batches: bool = True  # one cache reads prompts of several lengths; others are built for one length
+    takes_budget: bool = True
     copies_rows: bool = True  # `batch_select_indices` makes many rows of one
 
     @property
     def has_budget(self) -> bool:
-        """Whether it belongs to this library; the caches of transformers have no budget."""
-        return self.name not in TRANSFORMERS
+        """Whether it holds what a budget allows. The caches of transformers have none, and those that keep all."""
+        return self.takes_budget and self.name not in TRANSFORMERS
 
     def build(self, model: PreTrainedModel, budget: BudgetLike, workload: Workload) -> Cache:
         """
         A new cache for a model; a ValueError if it refuses the budget, or cannot be built here. The caches of
         transformers ignore the budget. For ShadowKVCache fractions and bytes pay for all that a step attends to.
         """
-        if not self.has_budget:
+        if self.name in TRANSFORMERS:
             return build_of_transformers(self.name, model, workload)
         settings, build = dict(self.settings), cast(Any, self.cache_class)
         if self.cache_class is library.ShadowKVCache and parse_budget(budget).kind != "tokens":
@@ -64,7 +65,8 @@ class CacheEntry:
             settings = tail | settings
         if not workload.has_tokenizer and issubclass(self.cache_class, ReplayingCache):
             settings["texts"] = library.ReplayTexts((), (), ())
-        return build(model if self.from_model else model.config, budget, **settings)
+        budgets = [budget] if self.has_budget else []
+        return build(model if self.from_model else model.config, *budgets, **settings)
 
 
 def shadow_settings(num_attended: int) -> tuple[int, dict[str, int]]:
@@ -120,6 +122,7 @@ CACHES = {
         CacheEntry("snapkv", "SnapKVCache", library.SnapKVCache),
         CacheEntry("h2o-merge", "H2OCache(merge)", library.H2OCache, {"merge": True, "eviction_interval": 8}),
         CacheEntry("snapkv-merge", "SnapKVCache(merge)", library.SnapKVCache, {"merge": True}),
+        CacheEntry("snapkv-kivi4", "SnapKVCache(kivi4)", library.SnapKVCache, {"quantize": "kivi4"}),
         CacheEntry("pyramidkv", "PyramidKVCache", library.PyramidKVCache),
         CacheEntry("adakv", "AdaKVCache", library.AdaKVCache),
         CacheEntry("critical", "CriticalKVCache", library.CriticalKVCache),
@@ -149,6 +152,8 @@ CACHES = {
         CacheEntry("pyramid-config", "PyramidCache(config)", library.PyramidCache),
         CacheEntry("pyramid", "PyramidCache(model)", library.PyramidCache, from_model=True),
         CacheEntry("shadow", "ShadowKVCache", library.ShadowKVCache, reads_answers_by_step=True, takes_batches=False),
+        CacheEntry("kivi", "KIVICache", library.KIVICache, takes_budget=False),
+        CacheEntry("kivi2", "KIVICache(2 bits)", library.KIVICache, {"nbits": 2}, takes_budget=False),
         CacheEntry("streaming", "StreamingLLMCache", library.StreamingLLMCache),
     )
 }

@@ -17,6 +17,7 @@ from transformers.generation.continuous_batching.utils import find_head_dim, fin
 
 from pyramid_cache.engine.evicting import EvictingLayer
 from pyramid_cache.engine.policy_cache import PolicyCache
+from pyramid_cache.engine.quantized_store import QuantizedStore
 from pyramid_cache.serving.paged import CompressedAllocator, CompressedPagedCache
 
 
@@ -227,6 +228,10 @@ def check_template(model: PreTrainedModel, cache: PolicyCache) -> None:
         raise NotImplementedError(
             f"{name} reads the prompt a second time, which requests do not allow. Use a cache that scores tokens as "
             "it reads them, such as SnapKVCache."
+        )
+    if isinstance(cache.layers[0].store, QuantizedStore):
+        raise NotImplementedError(
+            f"{name} holds codes (`quantize`), but blocks hold keys and values. Leave `quantize` out."
         )
     layer, depths = begun_layer(model, cache), range(len(cache.layers))
     differs = any(

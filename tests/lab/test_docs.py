@@ -109,7 +109,7 @@ def test_the_table_of_caches() -> None:
         (name, page.name) for name, page in PAGES.items()
     ]
     bounded = {case.cache_class.__name__: case.is_bounded for case in CACHE_CASES}
-    bounded["KVzipCache"] = bounded["KVzipPlusCache"]
+    bounded |= {"KVzipCache": bounded["KVzipPlusCache"], "KIVICache": False}
     assert {name: row[3] == "yes" for name, row in zip(PAGES, rows, strict=True)} == bounded
 
 
@@ -118,10 +118,11 @@ def test_settings_are_those_of_the_constructor() -> None:
         title, *rows = table_rows(section_of(page.read_text(), "Settings"))
         assert title == ["argument", "default", "what it is", "larger", "smaller"], name
         parameters = list(parameters_of(getattr(pyramid_cache, name)).values())
+        own = inspect.signature(getattr(pyramid_cache, name)).parameters
         expected = [
             [f"`{each.name}`", "–" if each.default is inspect.Parameter.empty else f"`{each.default!r}`"]
             for each in parameters
-            if each.name not in CommonOptions.__annotations__
+            if each.name not in CommonOptions.__annotations__ or each.name in own
         ]
         assert [row[:2] for row in rows] == expected, name
         assert all(len(row) == 5 and all(row) for row in rows), name
@@ -206,7 +207,7 @@ def check_memory(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_memory_of_caches_with_a_score(dtype: torch.dtype) -> None:
-    own_formulas = {"PyramidCache", "H2OCache", "StreamingLLMCache", "ShadowKVCache", *SHARE_A_BUDGET}
+    own_formulas = {"PyramidCache", "H2OCache", "StreamingLLMCache", "ShadowKVCache", "KIVICache", *SHARE_A_BUDGET}
     # The bytes of a number count in all formulas alike: one cache has them in float32, too.
     names = ["RKVCache"] if dtype == torch.float32 else sorted(set(CACHE_NAMES) - own_formulas)
     model = build_model("llama").to(dtype)
@@ -225,6 +226,14 @@ def test_memory_of_caches_with_a_score(dtype: torch.dtype) -> None:
         assert 0 <= max(held) - largest <= shared * MAX_SHARED_BYTES, name
         cache.compress()
         assert cache.nbytes == start, name
+
+
+def test_memory_of_kivi() -> None:
+    model = build_model("llama", hidden_size=64, head_dim=32)
+    for nbits, residual_length in ((4, 128), (2, 40)):
+        formula = {"tokens": PROMPT_LENGTH, "n": (PROMPT_LENGTH - residual_length) // 32 * 32, "nbits": nbits}
+        settings = {"nbits": nbits, "residual_length": residual_length}
+        check_memory("KIVICache", model, formula=formula | {"group_size": 32}, **settings)
 
 
 def test_memory_of_other_caches_and_settings() -> None:

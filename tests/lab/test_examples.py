@@ -115,7 +115,8 @@ def test_caches_are_built_as_options_say(tmp_path: Path, monkeypatch: pytest.Mon
         return script_options.new_cache(parser.parse_args(text.split()), model)
 
     for name in script_options.CACHE_NAMES:
-        assert type(new_cache(f"--cache {name}" + " --budget 24" * (name != "DynamicCache"))).__name__ == name
+        budget = " --budget 24" * (name not in ("DynamicCache", "KIVICache"))
+        assert type(new_cache(f"--cache {name}{budget}")).__name__ == name
     assert new_cache("").settings["budget"] == 0.5
     settings = new_cache("--cache massive --budget 9 --setting eviction_interval=5").settings
     assert (settings["budget"], settings["eviction_interval"]) == (9, 5)
@@ -247,6 +248,7 @@ PAGES = {
     "ops.md",
     "plots.md",
     "protect.md",
+    "quantized.md",
     "serving.md",
     "write-a-policy.md",
 }
@@ -280,6 +282,14 @@ def test_the_page_of_merged_tokens_runs() -> None:
     cache = run_page(DOCS / "merge.md", {"model": model, "inputs": inputs}, shows_output=False)["cache"]
     # As many tokens as were seen, but for those that waited.
     assert all(layer.state.bias.exp().sum(dim=-1).amin() > 200 for layer in cache.layers)
+
+
+def test_the_page_of_quantised_slots_runs() -> None:
+    model = build_model("llama", num_hidden_layers=2)
+    inputs = {"input_ids": random_tokens(1, 800), "attention_mask": torch.ones(1, 800, dtype=torch.long)}
+    cache = run_page(DOCS / "quantized.md", {"model": model, "inputs": inputs}, shows_output=False)["cache"]
+    # A quarter of the prompt, of which the residual is in full precision.
+    assert all(0 < layer.state.num_quantized < 200 for layer in cache.layers)
 
 
 def test_the_page_of_serving_runs() -> None:

@@ -1,0 +1,247 @@
+"""
+A store whose older tokens are quantised (`pyramid_cache.engine.quantization`).
+
+Between two forward passes the first slots hold codes, and keys and values hold the latest tokens alone. A step attends
+to both and restores the codes tile by tile. A forward pass of several tokens, and an eviction, restore all tokens of
+one layer. The codes stay beside them, move with them, and take their place again when the layer is done. So a token is
+quantised once, unless its key or value changes.
+"""
+
+from typing import Any
+
+import torch
+
+from pyramid_cache.engine.attention import AttentionCall
+from pyramid_cache.engine.budget import MAX_TOKENS
+from pyramid_cache.engine.quantization import Quantizer
+from pyramid_cache.engine.ragged_store import CompetingHeads
+from pyramid_cache.engine.selection import best_of_all_heads, gather_tokens
+from pyramid_cache.engine.state import CODES, LayerState, grown
+from pyramid_cache.engine.store import MIN_GROWTH, Compaction, SlotStore
+from pyramid_cache.engine.tokens import Tokens
+from pyramid_cache.ops.quantized import Coded, attend_in_tiles
+from pyramid_cache.ops.registration import needs_gradients
+
+
+# Of keys and of values: their codes, and the scales of these.
+FIELDS = {"keys": ("key_codes", "key_scales"), "values": ("value_codes", "value_scales")}
+
+
+class QuantizedStore(SlotStore):
+    """
+    Args:
+        rewrites (`bool`): Whether the method changes keys or values that it holds.
+        heads_share_tokens (`bool`): Whether all heads hold the same tokens.
+    """
+
+    def __init__(
+        self, state_class: type[LayerState], quantizer: Quantizer, rewrites: bool, heads_share_tokens: bool
+    ) -> None:
+        self.quantizer, self.heads_share_tokens, self.rewrites = quantizer, heads_share_tokens, rewrites
+        super().__init__(state_class)
+
+    def check_call(self, call: AttentionCall) -> None:
+        if needs_gradients(call.query, call.key, call.value):
+            raise NotImplementedError(
+                f"`quantize={self.quantizer.format!r}`: gradients do not pass through quantised keys and values. Call "
+                "the model under `torch.no_grad()`, or leave `quantize` out."
+            )
+
+    def is_full(self) -> bool:
+        return False
+
+    def _make_room(self, num_new: int) -> None:
+        if self.state.num_quantized:
+            self.resize(self.state.length + max(MIN_GROWTH, num_new))
+        else:
+            super()._make_room(num_new)
+
+    def unpack(self) -> None:
+        """Restores the quantised tokens. Their codes stay, in slots of as many."""
+        state, num_quantized = self.state, self.state.num_quantized
+        if not num_quantized:
+            return
+        for name in FIELDS:
+            latest = self.in_use(name)
+            setattr(state, name, torch.cat([self.coded(name, 0, num_quantized).restored(latest.dtype), latest], dim=2))
+        for name in state.tensors("slot").keys() & CODES:
+            setattr(state, name, grown(self._coded(name, 0, num_quantized), num_quantized, state.length, fill=0))
+        state.num_quantized = 0
+
+    def coded(self, name: str, start: int, stop: int) -> Coded:
+        """Keys or values of quantised slots."""
+        state, (codes, scales) = self.state, FIELDS[name]
+        if name == "keys" and (group := self.quantizer.channel_group):
+            held = state.key_groups[:, :, start // group : stop // group]
+        else:
+            held = self._coded(scales, start, stop)
+        return self.quantizer.coded(name, self._coded(codes, start, stop), held)
+
+    def _coded(self, field: str, start: int, stop: int) -> torch.Tensor:
+        """Codes or scales of quantised slots."""
+        return getattr(self.state, field)[:, :, start:stop]
+
+    def _with_codes(self, fields: dict[str, torch.Tensor], old: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Codes and scales in the form in which they are held; -1 in `old` is no token."""
+        return fields
+
+    def pack(self) -> None:
+        """Quantises what is due, and frees restored tokens."""
+        state, quantizer = self.state, self.quantizer
+        num_old = [quantizer.num_quantized(length) for length in state.row_lengths]
+        is_restored = not state.num_quantized and state.key_codes is not None
+        if not any(num_old) or (num_old == state.row_quantized and not is_restored):
+            return
+        slots = self.slots()
+        if state.num_quantized:
+            slots |= {name: self._coded(name, 0, state.num_quantized) for name in slots.keys() & CODES}
+        if state.is_dense:
+            heads = 1 if self.heads_share_tokens else state.keys.shape[1]
+            slots["positions"] = self.column_tokens().positions.expand(-1, heads, -1)
+        positions, starts = slots["positions"], self.per_row(num_old)
+        is_old, is_latest = (positions >= 0) & (positions < starts), positions >= starts
+        # How many tokens are old differs between heads. This waits for the device, once for a block of tokens.
+        counts = torch.stack([each.sum(dim=-1).amax() for each in (is_old, is_latest)]).tolist()
+        old, latest = in_order(positions, is_old, counts[0]), in_order(positions, is_latest, max(counts[1], 1))
+        found = self._with_codes(self._quantized(slots, old), old) if counts[0] else {}
+        found |= {name: gather_tokens(slots[name], latest - state.num_quantized) for name in FIELDS}
+        indices = torch.cat([old, latest], dim=-1)
+        self.fill_slots({name: slots[name] for name in slots.keys() - {*FIELDS, *CODES}}, indices)
+        for name in {*found, *CODES}:
+            setattr(state, name, found.get(name))
+        state.num_quantized, state.length = counts[0], indices.shape[-1]
+        state.row_quantized, state.column_positions, state.free_slots = num_old, None, None
+
+    def _quantized(self, slots: dict[str, torch.Tensor], old: torch.Tensor) -> dict[str, torch.Tensor]:
+        """
+        Codes and scales of the tokens in the slots `(batch, kv_heads or 1, any)`; -1 is none. Tokens that have them
+        keep them.
+        """
+        state, quantizer, found = self.state, self.quantizer, {}
+        before = self.per_row(state.row_quantized or [0] * len(old))
+        has_codes = gather_tokens(slots["positions"], old) < before
+        for name, fields in FIELDS.items():
+            numbers = gather_tokens(slots[name], old - state.num_quantized)
+            held = [slots.get(field) for field in fields]
+            held = [None if each is None else gather_tokens(each, old.clamp(max=each.shape[2] - 1)) for each in held]
+            stays = has_codes
+            if self.rewrites and held[0] is not None and not state.num_quantized:
+                stays = has_codes & (quantizer.coded(name, *held).restored(numbers.dtype) == numbers).all(dim=-1)
+            for field, new, earlier in zip(fields, quantizer.stored(name, numbers), held, strict=True):
+                if field == "key_scales" and quantizer.channel_group:
+                    found["key_groups"] = self._groups(new, before)
+                else:
+                    found[field] = new if earlier is None else torch.where(stays[..., None], earlier, new)
+        return found
+
+    def _groups(self, new: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+        """Scales of groups of tokens. Those of groups before these positions stay."""
+        if (held := self.state.key_groups) is None:
+            return new
+        held = grown(held, min(held.shape[2], new.shape[2]), new.shape[2], fill=0)
+        starts = torch.arange(new.shape[2], device=new.device) * self.quantizer.channel_group
+        return torch.where((starts < before)[..., None], held, new)
+
+    def attend_step(
+        self, call: AttentionCall, scores: bool
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor | None], torch.Tensor | None]:
+        state = self.state
+        if not state.num_quantized:
+            return super().attend_step(call, scores)
+        output, sums = attend_in_tiles(
+            call.query,
+            self.coded,
+            state.num_quantized,
+            self.quantizer.channel_group or 1,
+            call.key,
+            call.value,
+            mask=self.in_use("positions") >= 0 if state.has_empty_slots else None,
+            bias=self.in_use("bias"),
+            **call.logit_arguments,
+        )
+        return (output, None), sums if scores else None
+
+    def load_state_dict(self, numbers: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        super().load_state_dict(numbers, tensors)
+        for name, fields in FIELDS.items() if self.state.num_quantized else ():
+            quantizer, width = self.quantizer, tensors[name].shape[3]
+            has_groups = name == "keys" and quantizer.channel_group
+            expected = quantizer.stored(name, tensors[name].new_zeros(1, 1, quantizer.block_length, width))
+            for field, like in zip((fields[0], "key_groups") if has_groups else fields, expected, strict=True):
+                if (tensors[field].dtype, tensors[field].shape[3:]) != (like.dtype, like.shape[3:]):
+                    raise ValueError(f"`{field}` is {tensors[field].dtype} {tuple(tensors[field].shape)}")
+
+    def held_tensors(self) -> dict[str, torch.Tensor]:
+        """Codes and scales count as keys and values."""
+        roles = {field: f"{name} {field}" for name, fields in FIELDS.items() for field in fields}
+        roles["key_groups"] = "keys key_groups"
+        return {roles.get(name, name): tensor for name, tensor in super().held_tensors().items()}
+
+
+class QuantizedHeads(CompetingHeads, QuantizedStore):
+    """
+    A quantised store of heads that compete. The codes of all heads of a row are packed, one head behind the other:
+    `(batch, 1, tokens, any)`. All else is in slots, of which some are empty.
+    """
+
+    def __init__(
+        self, state_class: type[LayerState], quantizer: Quantizer, rewrites: bool, floor_ratio: float
+    ) -> None:
+        self.floor_ratio = floor_ratio
+        QuantizedStore.__init__(self, state_class, quantizer, rewrites, heads_share_tokens=False)
+
+    def keep(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention: torch.Tensor | None,
+        priority: torch.Tensor,
+        tokens: Tokens,
+        row_kept: list[int],
+        compact: Compaction | None = None,
+    ) -> None:
+        row_left = [min(held, kept) for held, kept in zip(self.state.row_held, row_kept, strict=True)]
+        self._keep_best(self._columns(key, value, attention, tokens), priority, row_left, compact)
+
+    def evict(self, priority: torch.Tensor, row_left: list[int], compact: Compaction | None = None) -> None:
+        self._keep_best(self.slots(), priority, row_left, compact)
+
+    def _keep_best(
+        self,
+        columns: dict[str, torch.Tensor],
+        priority: torch.Tensor,
+        row_left: list[int],
+        compact: Compaction | None,
+    ) -> None:
+        state, is_kept = self.state, best_of_all_heads(priority, row_left, self.floor_ratio)
+        if compact is not None:
+            columns |= compact(columns, is_kept)
+        positions = columns["positions"].expand_as(is_kept)
+        indices = in_order(positions, is_kept, int(is_kept.sum(dim=-1).amax()))
+        self.fill_slots(columns, indices)
+        state.row_held, state.length = row_left, indices.shape[-1]
+        state.column_positions = state.free_slots = None
+
+    def _coded(self, field: str, start: int, stop: int) -> torch.Tensor:
+        is_token = self.in_use("positions")[:, :, : self.state.num_quantized] >= 0
+        lengths = is_token.sum(dim=-1).flatten(1)
+        starts = lengths.cumsum(dim=-1) - lengths
+        offsets = torch.arange(start, stop, device=starts.device)
+        # Behind the end of a head come others, whose slots are empty in this one.
+        packed = getattr(self.state, field)
+        places = (starts[..., None] + offsets).clamp(max=packed.shape[2] - 1).flatten(1)
+        return gather_tokens(packed, places[:, None]).unflatten(2, (starts.shape[1], -1)).squeeze(1)
+
+    def _with_codes(self, fields: dict[str, torch.Tensor], old: torch.Tensor) -> dict[str, torch.Tensor]:
+        is_token = (old >= 0).flatten(1)[:, None]
+        places = (~is_token).int().argsort(dim=-1, stable=True)[..., : int(is_token.sum(dim=-1).amax())]
+        return {name: gather_tokens(tensor.flatten(1, 2)[:, None], places) for name, tensor in fields.items()}
+
+
+def in_order(positions: torch.Tensor, is_chosen: torch.Tensor, most: int) -> torch.Tensor:
+    """
+    The slots of the chosen tokens in order of position, `(batch, kv_heads or 1, most)` int64, with -1 behind the last
+    one of a head.
+    """
+    ordered, slots = positions.masked_fill(~is_chosen, MAX_TOKENS).sort(dim=-1)
+    return slots[..., :most].masked_fill(ordered[..., :most] == MAX_TOKENS, -1)
