@@ -25,8 +25,8 @@ from script_options import add_cache_options, add_model_options, load_model, new
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from pyramid_cache.engine.architectures import CACHE_ARGUMENT
-from pyramid_cache.lab.demo.timed_answers import held_bytes
 from pyramid_cache.lab.terminal import positive_int
+from pyramid_cache.lab.timed_generation import held_bytes
 
 
 ANSWER = "\0answer\0"

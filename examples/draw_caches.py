@@ -15,19 +15,21 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import pyramid_cache
 from pyramid_cache.engine.architectures import CACHE_ARGUMENT
 from pyramid_cache.engine.cache import CompressedCache
 from pyramid_cache.lab.demo.demo_report import draw_positions
-from pyramid_cache.lab.demo.planted_number import Prompts, build_prompts, read_text
 from pyramid_cache.lab.loaded_model import LoadedModel, load_model
+from pyramid_cache.lab.novel import end_of_sentence, frame, read_text
 from pyramid_cache.lab.registry import CACHES
 from pyramid_cache.lab.weights import MODEL_NAME, fetch_default_model
 from pyramid_cache.plot.held import kept_positions, kept_tokens
 
 
+FACT = "\n\nThe secret pass number of the old gatekeeper is 60494. Remember it.\n\n"
+QUESTION = "\n\nWhat is the secret pass number of the old gatekeeper mentioned in the text?"
 PROMPT_TOKENS = 1024
 NEW_TOKENS = 48
 PAGES = Path(__file__).parents[1] / "docs" / "caches"
@@ -59,24 +61,37 @@ def build(cache_name: str, model: PreTrainedModel) -> CompressedCache:
     return getattr(pyramid_cache, cache_name)(source, **SETTINGS[cache_name])
 
 
+def build_prompt(tokenizer: PreTrainedTokenizerBase) -> tuple[torch.Tensor, tuple[int, int]]:
+    """The prompt `(1, PROMPT_TOKENS)`, and where its fact starts and ends."""
+    before, after = frame(tokenizer, QUESTION)
+    text, fact = (
+        tokenizer(each, add_special_tokens=False, verbose=False)["input_ids"] for each in (read_text(), FACT)
+    )
+    text = text[: PROMPT_TOKENS - len(before) - len(fact) - len(after)]
+    middle = end_of_sentence(tokenizer, text)
+    start = len(before) + middle
+    return torch.tensor([before + text[:middle] + fact + text[middle:] + after]), (start, start + len(fact))
+
+
 @torch.no_grad()
-def fill(cache: CompressedCache, loaded: LoadedModel, prompts: Prompts) -> None:
+def fill(cache: CompressedCache, loaded: LoadedModel, prompt: torch.Tensor) -> None:
     """Reads the prompt and answers."""
-    loaded.model.generate(prompts.input_ids, **{CACHE_ARGUMENT: cache}, max_new_tokens=NEW_TOKENS)
+    loaded.model.generate(prompt, **{CACHE_ARGUMENT: cache}, max_new_tokens=NEW_TOKENS)
 
 
-def draw(cache_name: str, shares: torch.Tensor, held: list[int], prompts: Prompts, path: Path) -> None:
+def draw(cache_name: str, shares: torch.Tensor, held: list[int], fact_span: tuple[int, int], path: Path) -> None:
     """
     Writes a picture.
 
     Args:
         shares (`torch.Tensor`): `(layers, positions)`, the share of the KV heads that hold each position.
         held (`list[int]`): The tokens that each layer holds.
+        fact_span (`tuple[int, int]`): Where the fact starts and ends.
         path (`Path`): Where the PNG goes.
     """
     figure = Figure(figsize=(7.2, 2.5), layout="constrained")
     axes = figure.subplots()
-    image = draw_positions(axes, shares, prompts)
+    image = draw_positions(axes, shares, fact_span, PROMPT_TOKENS)
     axes.set_title(call_of(cache_name), fontsize="medium", pad=10)
     axes.set_xlabel(
         "position (red bar: the fact that is asked for; dotted line: where the answer begins)", fontsize="small"
@@ -89,7 +104,7 @@ def draw(cache_name: str, shares: torch.Tensor, held: list[int], prompts: Prompt
     description = {
         "model": MODEL_NAME,
         "call": call_of(cache_name),
-        "prompt_tokens": prompts.num_tokens,
+        "prompt_tokens": PROMPT_TOKENS,
         "new_tokens": NEW_TOKENS,
         "held": held,
     }
@@ -106,14 +121,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
     loaded = load_model(fetch_default_model(), MODEL_NAME, torch.device("cpu"))
-    prompts = build_prompts(loaded.tokenizer, read_text(), PROMPT_TOKENS)
+    prompt, fact_span = build_prompt(loaded.tokenizer)
     for cache_name in options.caches:
         cache = build(cache_name, loaded.model)
-        fill(cache, loaded, prompts)
+        fill(cache, loaded, prompt)
         path = options.out / file_name(cache_name)
         # The last token that was generated has not been fed.
         shares = kept_positions(cache, cache.get_seq_length())
-        draw(cache_name, shares, kept_tokens(cache), prompts, path)
+        draw(cache_name, shares, kept_tokens(cache), fact_span, path)
         print(f"{path}: {path.stat().st_size:,} bytes")
 
 

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pyramid_cache.engine.architectures import CACHE_ARGUMENT
 from pyramid_cache.engine.cache import CompressedCache
-from pyramid_cache.lab.demo.planted_number import frame, read_text
+from pyramid_cache.lab.novel import frame, read_text
 from pyramid_cache.lab.terminal import check_output, positive_int
 from pyramid_cache.lab.weights import sha256 as sha256_of_file
 

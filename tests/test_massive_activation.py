@@ -17,7 +17,7 @@ from pyramid_cache.caches.massive_activation.cache import MassiveActivationPolic
 from pyramid_cache.caches.massive_activation.detection import massive_in_keys_and_values
 from pyramid_cache.engine.policy import ScoringView
 from pyramid_cache.engine.rotation import RotaryFrequencies
-from pyramid_cache.lab.demo.planted_number import read_text
+from pyramid_cache.lab.novel import read_text
 from pyramid_cache.lab.profile.activations import measure_text
 from pyramid_cache.lab.weights import fetch_default_model
 

@@ -16,8 +16,8 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from pyramid_cache import H2OCache, PolicyCache, ShadowKVCache, StreamingLLMCache
 from pyramid_cache.engine.layer import CompressedLayer
-from pyramid_cache.lab.demo.planted_number import read_text
 from pyramid_cache.lab.loaded_model import load_model
+from pyramid_cache.lab.novel import read_text
 from pyramid_cache.lab.weights import fetch_default_model
 
 

@@ -163,6 +163,39 @@ BY_CLASS = {entry.label: name for name, entry in (TRANSFORMERS | CACHES).items()
 BY_CLASS |= {"PyramidCache": "pyramid", "QuantizedCache": "quantized"}
 
 
+@dataclass(frozen=True)
+class Contender:
+    """A cache at a budget. Caches without one ignore it."""
+
+    entry: CacheEntry
+    budget: BudgetLike = 1.0
+
+    @property
+    def name(self) -> str:
+        """What commands call it."""
+        return f"{self.entry.name}:{self.budget}" if self.entry.has_budget else self.entry.name
+
+    @property
+    def label(self) -> str:
+        """What tables call it."""
+        return f"{self.entry.label}, {self.budget}" if self.entry.has_budget else self.entry.label
+
+    def build(self, model: PreTrainedModel, workload: Workload) -> Cache:
+        """A new cache for a model; a ValueError if it refuses the budget, or cannot be built here."""
+        return self.entry.build(model, self.budget, workload)
+
+
+def read_contender(text: str) -> Contender:
+    """Reads "snapkv:0.25"; ValueError for an unknown cache or budget, or if a cache that takes one is given none."""
+    name, _, last = text.rpartition(":")
+    if not name or "=" in last:
+        entry = find_entry(text)
+        if entry.has_budget:
+            raise ValueError(f"{text!r} has no budget: give one, as in {entry.name}:0.25.")
+        return Contender(entry)
+    return Contender(find_entry(name), read_budget(last))
+
+
 def find_entry(name: str) -> CacheEntry:
     """The row of a cache, by its short name or by the name of its class; ValueError if there is none."""
     every = TRANSFORMERS | CACHES

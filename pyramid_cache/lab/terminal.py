@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pyramid_cache.engine.files import replacing
-from pyramid_cache.lab.registry import BudgetLike, find_entry, read_budget
+from pyramid_cache.lab.registry import BudgetLike, find_entry, read_budget, read_contender
 
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def list_of(read: Callable[[str], Any]) -> Callable[[str], list[Any]]:
 positive_ints = list_of(positive_int)
 cache_names = list_of(lambda text: find_entry(text).name)
 budgets = list_of(read_budget)
+contenders = list_of(read_contender)
 
 
 def one_budget(text: str) -> BudgetLike:

@@ -13,8 +13,8 @@ from pyramid_cache.lab import registry
 from pyramid_cache.lab.bench.bench_command import add_caches_options, build_model, parse
 from pyramid_cache.lab.bench.cache_times import Bench, FetchCounter, Measured, as_row, split_bytes
 from pyramid_cache.lab.cli import main
-from pyramid_cache.lab.demo.timed_answers import generate
 from pyramid_cache.lab.registry import BASELINE
+from pyramid_cache.lab.timed_generation import generate
 
 
 def tiny_model() -> tuple[torch.nn.Module, torch.Tensor]:

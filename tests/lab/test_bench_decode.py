@@ -15,8 +15,8 @@ from pyramid_cache.lab.bench import decode_times, op_times
 from pyramid_cache.lab.bench.bench_command import add_decode_options, build_model, parse
 from pyramid_cache.lab.bench.decode_times import BlockClock, DecodeBench, Decoded, as_row, weight_bytes
 from pyramid_cache.lab.cli import main
-from pyramid_cache.lab.demo.timed_answers import generate
 from pyramid_cache.lab.registry import BASELINE
+from pyramid_cache.lab.timed_generation import generate
 
 
 @pytest.fixture(autouse=True)

@@ -11,10 +11,10 @@ from transformers import Cache, DynamicCache, PretrainedConfig
 
 from pyramid_cache.lab.bench import bench_command, host_costs
 from pyramid_cache.lab.bench.bench_command import build_model, parse
-from pyramid_cache.lab.bench.cache_times import Contender, contenders_of
+from pyramid_cache.lab.bench.cache_times import contenders_of
 from pyramid_cache.lab.bench.host_costs import COUNTS, measure_cache, num_later
 from pyramid_cache.lab.cli import main
-from pyramid_cache.lab.registry import CACHES, CacheEntry
+from pyramid_cache.lab.registry import CACHES, CacheEntry, Contender
 
 
 NUM_STEPS, PROMPT_LENGTH = 4, 100
@@ -72,7 +72,7 @@ def test_what_a_cache_does_more_is_counted(
     do: Callable[[torch.Tensor], Any], expected: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Costly, "do", do, raising=False)
-    costly = Contender("costly", "Costly", CacheEntry("costly", "Costly", Costly), 0.25)
+    costly = Contender(CacheEntry("costly", "Costly", Costly), 0.25)
     baseline, row = rows_of([*contenders_of([], []), costly])
     # Calls of the model, per layer: more than of its linear layers, norms, rotation and attention alone.
     assert baseline["calls"] > 100 and baseline["ops"] > 20 and baseline["views"] > 10 and baseline["waits"] == 0

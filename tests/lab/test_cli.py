@@ -17,11 +17,12 @@ from pyramid_cache.lab.registry import BASELINE, CACHES, TRANSFORMERS, find_entr
 
 # Commands with options, and what the line on stderr says. {model} is a folder with a model.
 REFUSED = (
-    ("demo --budgets '12 apples'", "12 apples"),
-    ("demo --budgets 0", "keeps no token"),
-    ("demo --budget nan", "no share of the prompt"),
-    ("demo --budgets 0.2,512", "'0.2,512' is 2 budgets: give one"),
-    ("demo --model {model} --device cpu --caches streaming --prompt-tokens 300 --budgets 3", "budget=3"),
+    ("demo --caches 'h2o:12 apples'", "12 apples"),
+    ("demo --caches h2o:0", "keeps no token"),
+    ("demo --later h2o:nan", "no share of the prompt"),
+    ("demo --caches h2o", "'h2o' has no budget: give one, as in h2o:0.25"),
+    ("serve --budget 0.2,512", "'0.2,512' is 2 budgets: give one"),
+    ("demo --model {model} --device cpu --caches streaming:3 --prompt-tokens 300", "budget=3"),
     ("demo --caches dynamic,lru", "'lru' is no cache. Choose from dynamic, static, "),
     ("demo --batch-size 0", "'0' is no whole number of at least 1"),
     ("demo --max-new-tokens 1", "'1' is no whole number of at least 2"),
@@ -32,7 +33,7 @@ REFUSED = (
     ("demo --json missing/record.json", "must be a file in a folder that exists"),
     ("demo --out short.txt", "is no folder"),
     ("demo --model empty", "error: The model empty cannot be loaded: "),
-    ("demo --model {model} --device cpu --prompt-tokens 9000", "9032 tokens exceed the 8192 positions"),
+    ("demo --model {model} --device cpu --prompt-tokens 9000", "9024 tokens exceed the 8192 positions"),
     ("demo --model {model} --device cpu --caches offloaded --prompt-tokens 300", "another device than the cpu"),
     ("profile --out missing/p.json", "must be a file in a folder that exists"),
     ("profile --out p.json --plot .", "--plot . cannot be written"),
@@ -118,11 +119,11 @@ def test_options_of_the_demo() -> None:
     def parse(*arguments: str):
         return build_parser().parse_args(["demo", *arguments])
 
-    assert parse().caches == ["dynamic", "pyramid", "pyramid-config", "h2o", "streaming", "shadow"]
-    assert parse("--caches", "h2o, dynamic,H2OCache").caches == ["h2o", "dynamic"]
+    found = parse("--caches", "h2o:0.4, dynamic,H2OCache:0.4").caches
+    assert [each.name for each in found] == ["h2o:0.4", "dynamic"]
     for text, expected in {"0.4": 0.4, "1.0": 1.0, "1": 1, "1024": 1024, "256MiB": "256MiB", "5e-1": 0.5}.items():
-        budget = parse("--budget", text).budgets
-        assert (budget, type(budget)) == (expected, type(expected))
+        [contender] = parse("--caches", f"h2o:{text}").caches
+        assert (contender.budget, type(contender.budget)) == (expected, type(expected))
     for name, entry in (TRANSFORMERS | CACHES).items():
         assert find_entry(name) is entry
         assert find_entry(entry.cache_class.__name__).cache_class is entry.cache_class

@@ -23,7 +23,6 @@ from packaging import version
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from pyramid_cache.lab.cli import main
-from pyramid_cache.lab.demo.timed_answers import generate
 from pyramid_cache.lab.evaluation.cells import Cell, CellStore
 from pyramid_cache.lab.evaluation.evaluator import Evaluation
 from pyramid_cache.lab.evaluation.reading import Reader, replay
@@ -31,6 +30,7 @@ from pyramid_cache.lab.evaluation.recall import load_recall_model
 from pyramid_cache.lab.evaluation.tasks import Context, Question, build_contexts, parse_task
 from pyramid_cache.lab.profile.activations import measure_text
 from pyramid_cache.lab.registry import BASELINE, CACHES, Workload
+from pyramid_cache.lab.timed_generation import generate
 from pyramid_cache.lab.weights import no_progress
 
 

@@ -15,7 +15,6 @@ from text_tokenizers import byte_tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from pyramid_cache.lab.cli import main
-from pyramid_cache.lab.demo.planted_number import PromptError, read_text
 from pyramid_cache.lab.evaluation.asking import score_answers
 from pyramid_cache.lab.evaluation.tasks import (
     TASK_KINDS,
@@ -30,6 +29,7 @@ from pyramid_cache.lab.evaluation.tasks import (
 )
 from pyramid_cache.lab.evaluation.tasks.dataset import as_contexts, as_dataset, build_dataset, load_data, save_data
 from pyramid_cache.lab.evaluation.tasks.names import num_contexts
+from pyramid_cache.lab.novel import PromptError, read_text
 
 
 CHAT_TEMPLATE = (

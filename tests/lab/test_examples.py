@@ -18,7 +18,7 @@ from pages import DOCS, ROOT, import_example, run_example, run_page
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from pyramid_cache import SnapKVCache, StreamingLLMCache
-from pyramid_cache.lab.demo.planted_number import read_text
+from pyramid_cache.lab.novel import read_text
 from pyramid_cache.lab.weights import fetch_default_model
 
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pyramid_cache import SnapKVCache
 from pyramid_cache.lab import cli
-from pyramid_cache.lab.demo.planted_number import read_text
+from pyramid_cache.lab.novel import read_text
 from pyramid_cache.lab.weights import fetch_default_model
 
 

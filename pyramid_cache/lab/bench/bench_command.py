@@ -16,9 +16,9 @@ from pyramid_cache.lab.bench import gpu_suite, host_costs, serving_loads
 from pyramid_cache.lab.bench.cache_times import Bench, contenders_of
 from pyramid_cache.lab.bench.decode_times import WAYS, DecodeBench
 from pyramid_cache.lab.bench.op_times import LEAST_ROUNDS, SIZES, build_shapes, copy_bandwidth, measure_op
-from pyramid_cache.lab.demo.planted_number import read_text
 from pyramid_cache.lab.loaded_model import load_model
 from pyramid_cache.lab.machine import describe_run, load_average
+from pyramid_cache.lab.novel import read_text
 from pyramid_cache.lab.registry import CACHES, TRANSFORMERS
 from pyramid_cache.lab.weights import MODEL_NAME, ProgressCallback, fetch_default_model
 

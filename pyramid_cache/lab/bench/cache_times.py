@@ -7,7 +7,7 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch.autograd import DeviceType
@@ -16,10 +16,10 @@ from transformers import Cache, PreTrainedModel
 
 from pyramid_cache import ShadowKVCache
 from pyramid_cache.engine.cache import CompressedCache
-from pyramid_cache.lab.demo.timed_answers import generate as generate_timed
-from pyramid_cache.lab.demo.timed_answers import layer_tensors, storage_bytes
 from pyramid_cache.lab.machine import free_memory
-from pyramid_cache.lab.registry import BASELINE, BudgetLike, CacheEntry, Workload, find_entry
+from pyramid_cache.lab.registry import BASELINE, BudgetLike, Contender, Workload, find_entry
+from pyramid_cache.lab.timed_generation import generate as generate_timed
+from pyramid_cache.lab.timed_generation import layer_tensors, storage_bytes
 from pyramid_cache.lab.weights import ProgressCallback
 
 
@@ -36,23 +36,14 @@ HOST_SHARE = 0.6
 generate = functools.partial(generate_timed, disable_compile=True)
 
 
-class Contender(NamedTuple):
-    """A cache at one budget, which caches of transformers ignore. `name` and `label` have the budget in them."""
-
-    name: str
-    label: str
-    entry: CacheEntry
-    budget: BudgetLike
-
-
 def contenders_of(names: Iterable[str], budgets: Iterable[BudgetLike]) -> list[Contender]:
     """The baseline, every named cache of this library at each budget, and those of transformers once."""
     found = []
     for entry in map(find_entry, dict.fromkeys((BASELINE, *names))):
         if not entry.has_budget:
-            found.append(Contender(entry.name, entry.label, entry, 1.0))
+            found.append(Contender(entry))
             continue
-        found += [Contender(f"{entry.name}:{budget}", f"{entry.label}, {budget}", entry, budget) for budget in budgets]
+        found += [Contender(entry, budget) for budget in budgets]
     return found
 
 
@@ -119,7 +110,7 @@ class Bench:
             self._new_cache(contender, length, self.batch_sizes[0])
 
     def _new_cache(self, contender: Contender, length: int, batch_size: int) -> Cache:
-        return contender.entry.build(self.model, contender.budget, Workload(length, batch_size, self.num_later))
+        return contender.build(self.model, Workload(length, batch_size, self.num_later))
 
     @torch.no_grad()
     def run(self) -> list[dict[str, Any]]:

@@ -17,10 +17,10 @@ import torch
 from torch._dynamo.utils import counters
 from transformers import Cache, CompileConfig, DynamicCache, PreTrainedModel
 
-from pyramid_cache.lab.bench.cache_times import Contender, Reading, check_lengths, contenders_of, ratio_of, split_bytes
+from pyramid_cache.lab.bench.cache_times import Reading, check_lengths, contenders_of, ratio_of, split_bytes
 from pyramid_cache.lab.bench.op_times import copy_bandwidth
-from pyramid_cache.lab.demo.timed_answers import Stopwatch, generate, storage_bytes
-from pyramid_cache.lab.registry import BASELINE, Workload
+from pyramid_cache.lab.registry import BASELINE, Contender, Workload
+from pyramid_cache.lab.timed_generation import Stopwatch, generate, storage_bytes
 from pyramid_cache.lab.weights import ProgressCallback
 
 
@@ -156,7 +156,7 @@ class DecodeBench:
             yield from (Way(contender, way == "compiled") for way in (wanted if compiles else ["eager"]))
 
     def _new_cache(self, contender: Contender, length: int, batch_size: int) -> Cache:
-        return contender.entry.build(self.model, contender.budget, Workload(length, batch_size, self.num_later))
+        return contender.build(self.model, Workload(length, batch_size, self.num_later))
 
     def restore(self, rows: Sequence[dict[str, Any]]) -> None:
         """Takes over complete rows of an earlier run with the same model, so that they are not measured again."""

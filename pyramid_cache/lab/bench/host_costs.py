@@ -14,8 +14,7 @@ from transformers import Cache, PreTrainedModel
 
 from pyramid_cache.engine import attention
 from pyramid_cache.engine.architectures import CACHE_ARGUMENT
-from pyramid_cache.lab.bench.cache_times import Contender
-from pyramid_cache.lab.registry import Workload
+from pyramid_cache.lab.registry import Contender, Workload
 
 
 # What is counted; "ops" are those that are no views.
@@ -125,7 +124,7 @@ def measure_cache(
     attention.uninstall()
     model = copy.deepcopy(model)
     after = num_later(num_steps)
-    cache = contender.entry.build(model, contender.budget, Workload(len(tokens) - after, num_later=after))
+    cache = contender.build(model, Workload(len(tokens) - after, num_later=after))
     counts = count_steps(model, cache, tokens, num_steps)
     more = {f"more_{name}": None if baseline is None else counts[name] - baseline[name] for name in COUNTS}
     return {"cache": contender.name, "label": contender.label, **counts, **more}

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 
-from pyramid_cache.lab.bench.cache_times import Contender
-from pyramid_cache.lab.registry import Workload
+from pyramid_cache.lab.registry import Contender, Workload
 
 
 def requests_of(tokens: torch.Tensor, num_requests: int, length: int) -> list[list[int]]:
@@ -25,7 +24,7 @@ def check(model: PreTrainedModel, contender: Contender, length: int) -> None:
     from pyramid_cache.serving.manager import check_template
 
     if contender.entry.has_budget:
-        cache: Any = contender.entry.build(model, contender.budget, Workload(length))
+        cache: Any = contender.build(model, Workload(length))
         check_template(model, cache)
 
 
@@ -41,7 +40,7 @@ def serve(
     length = max(map(len, prompts))
     context: Any = contextlib.nullcontext()
     if contender.entry.has_budget:
-        cache: Any = contender.entry.build(model, contender.budget, Workload(length))
+        cache: Any = contender.build(model, Workload(length))
         context = compressed(model, cache)
     generation = GenerationConfig(do_sample=False, max_new_tokens=options.new_tokens, eos_token_id=-1, pad_token_id=0)
     config = ContinuousBatchingConfig(

@@ -6,9 +6,9 @@ from typing import Any
 
 from pyramid_cache.engine.fingerprint import architecture_of
 from pyramid_cache.lab import terminal
-from pyramid_cache.lab.demo.planted_number import read_text
 from pyramid_cache.lab.loaded_model import MODEL_HELP, LoadedModel, load_chosen_model, where
 from pyramid_cache.lab.machine import describe_end, describe_machine
+from pyramid_cache.lab.novel import read_text
 from pyramid_cache.lab.profile import activations
 
 

@@ -6,8 +6,8 @@ from functools import cached_property
 
 from transformers import PreTrainedTokenizerBase
 
-from pyramid_cache.lab.demo.planted_number import PromptError, end_of_sentence, frame, read_text
 from pyramid_cache.lab.evaluation.tasks.cases import Question, Task
+from pyramid_cache.lab.novel import PromptError, end_of_sentence, frame, read_text
 
 
 # How far from where it belongs a needle may move to stand between two sentences.
@@ -25,15 +25,18 @@ def different_words(letters: str, length: int, count: int, generator: random.Ran
 
 
 class Haystack:
-    """Makes contexts and questions with a tokenizer, whose chat template, if it has one, frames them."""
+    """
+    Makes contexts and questions with a tokenizer, whose chat template, if it has one, frames them; of a text, by
+    default a novel.
+    """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str | None = None) -> None:
+        self.tokenizer, self.text = tokenizer, text
         self.before, _ = frame(tokenizer)  # the tokens that every context begins with
 
     @cached_property
     def novel(self) -> list[int]:
-        return self.tokenizer(read_text(), add_special_tokens=False, verbose=False)["input_ids"]
+        return self.tokenizer(self.text or read_text(), add_special_tokens=False, verbose=False)["input_ids"]
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -50,7 +53,7 @@ class Haystack:
         if not len(needles) <= num_text <= len(self.novel):
             raise PromptError(
                 f"The task {task.name!r} cannot be: {len(needles)} hidden texts and the frame take "
-                f"{task.num_tokens - num_text} tokens, and the novel has {len(self.novel)}. Choose another length."
+                f"{task.num_tokens - num_text} tokens, and the text has {len(self.novel)}. Choose another length."
             )
         start = generator.randrange(len(self.novel) - num_text + 1)
         text = self.novel[start : start + num_text]

@@ -12,10 +12,10 @@ import string
 import uuid
 from collections.abc import Sequence
 
-from pyramid_cache.lab.demo.planted_number import PromptError, read_text
 from pyramid_cache.lab.evaluation.recall import random_pairs
 from pyramid_cache.lab.evaluation.tasks.cases import Context, Question, Task
 from pyramid_cache.lab.evaluation.tasks.haystack import Haystack, different_words
+from pyramid_cache.lab.novel import PromptError, read_text
 
 
 NUM_COMMON = 10

@@ -16,9 +16,9 @@ import random
 import string
 from collections.abc import Sequence
 
-from pyramid_cache.lab.demo.planted_number import PromptError
 from pyramid_cache.lab.evaluation.tasks.cases import Context, Question, Task
 from pyramid_cache.lab.evaluation.tasks.haystack import Haystack, different_words
+from pyramid_cache.lab.novel import PromptError
 
 
 # SmolLM2-135M has trouble to tell one needle from another, and none to go on with a number that it has begun. Of some
