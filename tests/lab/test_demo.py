@@ -157,7 +157,7 @@ def test_demo_compares_caches(model_folder: Path, tmp_path: Path, capsys: pytest
         assert len(row["answers"]) == row["num_answers"] == 2
         assert (row["prefill_ratio"] == row["decode_ratio"] == 1.0) == (name == "dynamic")
     # A text of 600 tokens in one row; 300 of them stay, and positions.
-    assert 1 <= record["later"][1]["held_bytes"] / (300 * bytes_per_token / 2) < 1.06
+    assert 1 <= record["later"][1]["held_bytes"] / (300 * bytes_per_token / 2) < 1.08
     settings = record["settings"]
     assert (settings["prompt_tokens"], settings["text_tokens"]) == (600, 600)
     assert (len(settings["numbers"]), len(settings["later_numbers"])) == (2, 3)
