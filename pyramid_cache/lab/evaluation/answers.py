@@ -2,7 +2,6 @@
 
 import csv
 import io
-import itertools
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -150,7 +149,7 @@ def measure_kept_positions(
     path = folder / POSITIONS_FILE
     known = read_lines(path, lambda fields: KeptPositions(**fields), True, announce) if path.exists() else ()
     found = {(kept.task, kept.cache, kept.budget): kept for kept in known}
-    wanted = [(context.task, *setting) for setting in itertools.product(evaluation.caches, evaluation.budgets)]
+    wanted = [(context.task, *setting) for setting in evaluation.settings(evaluation.caches)]
     missing = [place for place in wanted if place not in found]
     if missing:
         num_tokens = len(context.ids)

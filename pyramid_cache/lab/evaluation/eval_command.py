@@ -17,7 +17,7 @@ from pyramid_cache.lab.evaluation.tasks import Context, Haystack
 from pyramid_cache.lab.evaluation.tasks.dataset import load_data, save_data
 from pyramid_cache.lab.loaded_model import load_chosen_model, where
 from pyramid_cache.lab.machine import describe_end, describe_machine, describe_versions
-from pyramid_cache.lab.registry import BASELINE, CACHES
+from pyramid_cache.lab.registry import BASELINE, CACHES, find_entry
 
 
 if TYPE_CHECKING:
@@ -46,7 +46,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         add(name, f"{text}, with commas between", type=read, default=list(default), metavar="LIST")
 
     add("--model", f"folder or hub id of a causal language model (default: {weights.MODEL_NAME})")
-    names = f"{', '.join(CACHES)} (default: all; the full cache is always measured)"
+    names = (
+        f"{', '.join(CACHES)} (default: all; the full cache is always measured), with arguments behind them, as in "
+    )
+    names += "snapkv:quantize=kivi4"
     add_list("--caches", terminal.cache_names, list(CACHES), f"caches, by the names of their classes or of {names}")
     shown = ", ".join(map(str, DEFAULT_BUDGETS))
     add_list("--budgets", terminal.budgets, DEFAULT_BUDGETS, f"fractions of the prompt (default: {shown})")
@@ -133,7 +136,7 @@ def run(options: argparse.Namespace) -> None:
         store.require_contexts(own.contexts)
         settings |= {"model" if own.decode else "recall_model": own.name} | where(own.model)
         settings |= {"attn_implementation": own.model.config._attn_implementation, "baseline": BASELINE}
-    caches = {name: CACHES[name] for name in options.caches}
+    caches = {name: find_entry(name) for name in options.caches}
     results: list[Result] = []
     for own in prepared:
         evaluation = Evaluation(
@@ -165,11 +168,11 @@ def check_options(options: argparse.Namespace) -> None:
     """Raises ValueError where options mean nothing, exclude each other, or name files that cannot be written."""
     terminal.check_output("--json", options.json)
     terminal.check_output("--save-cases", options.save_cases)
-    unknown = [name for name in options.caches if name not in CACHES]
+    unknown = [name for name in options.caches if find_entry(name).row not in CACHES]
     if unknown:
         raise ValueError(f"--caches {','.join(unknown)} evicts nothing. Choose from {', '.join(CACHES)}.")
-    if not all(isinstance(budget, float) and budget < 1 for budget in options.budgets):
-        raise ValueError(f"--budgets {','.join(map(str, options.budgets))}: give fractions between 0 and 1.")
+    if not all(isinstance(budget, float) for budget in options.budgets):
+        raise ValueError(f"--budgets {','.join(map(str, options.budgets))}: give fractions, 1.0 at most.")
     options.budgets.sort(reverse=True)
     if options.save_data and options.data:
         raise ValueError("--save-data writes cases that are made, and --data reads them: give one of the two.")

@@ -8,7 +8,7 @@ In a conversation the right answers are read, and each later turn makes a cache 
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -64,7 +64,8 @@ class Evaluation:
 
     model: PreTrainedModel
     caches: Mapping[str, CacheEntry]  # by name
-    budgets: Sequence[float]  # fractions of the prompt, or whole numbers of tokens; each cache gets each of them
+    # Fractions of the prompt, or whole numbers of tokens; each cache that has a budget gets each of them.
+    budgets: Sequence[float]
     protocols: Sequence[str] = PROTOCOLS
     store: CellStore = field(default_factory=CellStore)  # what it holds already is not measured again
     batch_size: int = 1  # how many contexts of a task are read at a time, padded on the left
@@ -91,10 +92,15 @@ class Evaluation:
                 for _ in self._ask([place], alone):
                     pass
 
+    def settings(self, names: Iterable[str]) -> list[Setting]:
+        """Some of the caches with each of their budgets, which is 1.0 for those that have none."""
+        budgets = {name: self.budgets if self.caches[name].has_budget else (1.0,) for name in names}
+        return [(name, budget) for name in budgets for budget in budgets[name]]
+
     def results(self, contexts: Sequence[Context]) -> list[Result]:
         """What the store holds of these contexts, in an order that does not depend on who asked them when."""
         known = {(context.task, index) for index, context in enumerate_by_task(contexts)}
-        settings = [FULL, *itertools.product(self.caches, self.budgets)]
+        settings = [FULL, *self.settings(self.caches)]
         num_turns = {task.task: len(task.questions) if task.is_conversation else 1 for task in contexts}
         results = {
             (task, protocol, *setting): Result(task, protocol, *setting, num_turns[task])
@@ -112,7 +118,7 @@ class Evaluation:
         num_questions = sum(len(context.questions) for context in contexts)
         prompts = [context.ids for context in contexts]
         threads = [(row, thread) for row, context in enumerate(contexts) for thread in context.threads]
-        settings = [FULL, *itertools.product(names, self.budgets)]
+        settings = [FULL, *self.settings(names)]
         # Where all is known already, there is nothing to read.
         find_reader = functools.cache(lambda: Reader(self.model, *pad_left(prompts, self.model.device)))
         if "context" in self.protocols:
