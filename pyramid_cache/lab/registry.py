@@ -60,6 +60,11 @@ class CacheEntry:
         """The name of the row that it is, or that further arguments were given to."""
         return self.name.partition(":")[0]
 
+    @property
+    def quantizes(self) -> bool:
+        """Whether it holds numbers in fewer bits than the model has them."""
+        return "quantize" in self.settings or issubclass(self.cache_class, (library.KIVICache, QuantizedCache))
+
     def with_arguments(self, arguments: Sequence[str]) -> "CacheEntry":
         """The same with further arguments of the constructor, "name=value" each; ValueError if it takes no such."""
         added: dict[str, Any] = {}

@@ -79,6 +79,12 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         ("--data", "FOLDER", "take the cases from what --save-data wrote there"),
     ):
         add(name, text, type=Path, metavar=metavar)
+    picture = (
+        "draw exact match against the bytes held of one task and protocol as a PNG, and measure nothing: it needs "
+    )
+    add("--plot", picture + "--records", type=Path, metavar="FILE")
+    records = "what --json or --out wrote in runs on the same cases"
+    add("--records", records, type=Path, nargs="+", default=[], metavar="FILE")
     parser.set_defaults(run=run)
 
 
@@ -106,6 +112,11 @@ def run(options: argparse.Namespace) -> None:
 
     options.tasks = tasks.parse_tasks(options.tasks, options.lengths)
     check_options(options)
+    if options.plot is not None:
+        from pyramid_cache.lab.evaluation.frontier import write_picture
+
+        write_picture(options.records, options.tasks[0].name, options.protocols[0], options.plot)
+        return terminal.say_written(terminal.message_console(), options.plot)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     team = Team(options.device, options.tensor_parallel)
@@ -168,6 +179,11 @@ def check_options(options: argparse.Namespace) -> None:
     """Raises ValueError where options mean nothing, exclude each other, or name files that cannot be written."""
     terminal.check_output("--json", options.json)
     terminal.check_output("--save-cases", options.save_cases)
+    terminal.check_output("--plot", options.plot)
+    if bool(options.plot) != bool(options.records):
+        raise ValueError("--plot draws what --records have: give both of them.")
+    if options.plot is not None and (options.plot.suffix != ".png" or len(options.tasks) * len(options.protocols) > 1):
+        raise ValueError("--plot draws one task and one protocol: --tasks NAME --protocols NAME --plot FILE.png.")
     unknown = [name for name in options.caches if find_entry(name).row not in CACHES]
     if unknown:
         raise ValueError(f"--caches {','.join(unknown)} evicts nothing. Choose from {', '.join(CACHES)}.")
