@@ -136,7 +136,7 @@ TRANSFORMERS = {
     for entry in (
         CacheEntry(BASELINE, "DynamicCache", DynamicCache),
         CacheEntry("static", "StaticCache", StaticCache, copies_rows=False),
-        CacheEntry("quantized", "QuantizedCache, 4 bits", QuantizedCache, copies_rows=False),
+        CacheEntry("quantized", "QuantizedCache", QuantizedCache, takes_batches=False, copies_rows=False),
         CacheEntry("offloaded", "DynamicCache, offloaded", DynamicCache, copies_rows=False),
     )
 }

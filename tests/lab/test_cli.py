@@ -63,7 +63,7 @@ REFUSED = (
     ("bench decode --model tiny --device cpu --lengths 300 --budgets 3 --caches streaming", "budget=3"),
     ("bench caches --plot picture.doc", "must end in one of"),
     ("bench caches --save-tokens missing/tokens.json", "a file in a folder that exists"),
-    ("eval --caches static", "evicts nothing"),
+    ("eval --caches static", "answers as the full cache does"),
     ("eval --budgets 512", "give fractions, 1.0 at most"),
     ("eval --caches snapkv:nbits=4", "'nbits=4' is no argument of `SnapKVCache`, which takes window_size=…"),
     ("eval --caches dynamic:offloading=true", "which takes none"),

@@ -1,7 +1,7 @@
 """Questions put to a cache that has read their contexts, and how right the answers are."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,22 +62,26 @@ def ask(
     by_step: bool = False,
     first_logits: torch.Tensor | None = None,
     padding: torch.Tensor | None = None,
+    fill: Callable[[], tuple[Cache, torch.Tensor]] | None = None,
 ) -> list[list[Score]]:
     """
     Scores of the answers of each thread, which is asked on a copy of its row of a cache that has read the contexts.
-    Each
-    of its questions follows the one before and its right answer. Answers are read in one forward pass, or `by_step`.
+    Each of its questions follows the one before and its right answer. Answers are read in one forward pass, or
+    `by_step`.
 
     Args:
         first_logits (`torch.Tensor`, *optional*): `(batch, vocabulary)`, what the model says behind each row. The
             cache has then read the first questions as well, which are given without tokens.
         padding (`torch.Tensor`, *optional*): `(batch,)`, how many columns of padding each row begins with.
+        fill (`Callable`, *optional*): Returns a new cache of one row that has read the context, and what it says. It
+            is called for each thread, instead of copying the cache.
     """
+    most = 1 if fill is not None else max(MAX_COPIED_TOKENS // max(cache.get_seq_length(), 1), 1)
     found: dict[int, list[Score]] = {}
-    for group in groups_of_equal_length(threads, max(MAX_COPIED_TOKENS // max(cache.get_seq_length(), 1), 1)):
+    for group in groups_of_equal_length(threads, most):
         rows = torch.tensor([threads[index][0] for index in group], device=model.device)
-        asked = copy.deepcopy(cache)
-        if len(threads) > 1:
+        asked = copy.deepcopy(cache) if fill is None else fill()[0]
+        if len(threads) > 1 and fill is None:
             asked.batch_select_indices(rows)
         said = [] if first_logits is None else [first_logits[rows, None]]
         own = None if padding is None else padding[rows]

@@ -184,9 +184,12 @@ def check_options(options: argparse.Namespace) -> None:
         raise ValueError("--plot draws what --records have: give both of them.")
     if options.plot is not None and (options.plot.suffix != ".png" or len(options.tasks) * len(options.protocols) > 1):
         raise ValueError("--plot draws one task and one protocol: --tasks NAME --protocols NAME --plot FILE.png.")
-    unknown = [name for name in options.caches if find_entry(name).row not in CACHES]
+    known = [*CACHES, "quantized"]
+    unknown = [name for name in options.caches if find_entry(name).row not in known]
     if unknown:
-        raise ValueError(f"--caches {','.join(unknown)} evicts nothing. Choose from {', '.join(CACHES)}.")
+        raise ValueError(
+            f"--caches {','.join(unknown)} answers as the full cache does. Choose from {', '.join(known)}."
+        )
     if not all(isinstance(budget, float) for budget in options.budgets):
         raise ValueError(f"--budgets {','.join(map(str, options.budgets))}: give fractions, 1.0 at most.")
     options.budgets.sort(reverse=True)

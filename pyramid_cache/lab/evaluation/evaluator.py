@@ -13,15 +13,17 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from pyramid_cache.engine.architectures import CACHE_ARGUMENT
+from pyramid_cache.engine.cache import CompressedCache
 from pyramid_cache.engine.replay import ReplayingCache
+from pyramid_cache.lab.demo.timed_answers import held_bytes
 from pyramid_cache.lab.evaluation.asking import Score, Thread, ask
 from pyramid_cache.lab.evaluation.cells import ALL_QUESTIONS, Cell, CellKey, CellStore
-from pyramid_cache.lab.evaluation.reading import Reader, Reading, full_cache, pad_left, padding_arguments, replay
+from pyramid_cache.lab.evaluation.reading import Reader, Reading, filled, pad_left, padding_arguments, replay
 from pyramid_cache.lab.evaluation.tasks import Context, Question
-from pyramid_cache.lab.registry import BASELINE, CacheEntry, Workload
+from pyramid_cache.lab.registry import BASELINE, TRANSFORMERS, CacheEntry, Workload
 from pyramid_cache.lab.weights import ProgressCallback
 
 
@@ -175,10 +177,12 @@ class Evaluation:
         reading = find_reading()
         for setting, places in missing.items():
             cache, logits = self.read(setting, prompts, reading)
-            held_share = 1.0 if setting == FULL else reading.share_of(cache.nbytes)
-            by_step = setting != FULL and self.caches[setting[0]].reads_answers_by_step
+            held_share = 1.0 if setting == FULL else reading.share_of(held_bytes(cache))
+            entry = TRANSFORMERS[BASELINE] if setting == FULL else self.caches[setting[0]]
             first_logits = logits if protocol == "question" else None
-            found = ask(self.model, cache, threads, by_step, first_logits, reading.padding)
+            # What cannot be copied is filled again for each thread.
+            fill = None if entry.copies_rows else functools.partial(self.read, setting, prompts, reading)
+            found = ask(self.model, cache, threads, entry.reads_answers_by_step, first_logits, reading.padding, fill)
             by_row: dict[int, list[Score]] = {}
             for (row, _), scores in zip(threads, found, strict=True):
                 by_row.setdefault(row, []).extend(scores)
@@ -196,11 +200,13 @@ class Evaluation:
         each. The reading is of the same prompts with full attention.
         """
         if setting == FULL:
-            return full_cache(self.model, reading), reading.logits
+            return filled(DynamicCache(config=self.model.config), reading), reading.logits
         name, budget = setting
         entry = self.caches[name]
         workload = Workload(reading.num_tokens, len(prompts), has_tokenizer=self.has_tokenizer)
         cache: Any = entry.build(self.model, budget, workload)
+        if not issubclass(entry.cache_class, CompressedCache):
+            return filled(cache, reading), reading.logits
         ids, padding = pad_left(prompts, self.model.device)
         replays_once = isinstance(cache, ReplayingCache) and padding is None
         if not entry.from_model or replays_once:
