@@ -180,9 +180,8 @@ class Evaluation:
             held_share = 1.0 if setting == FULL else reading.share_of(held_bytes(cache))
             entry = TRANSFORMERS[BASELINE] if setting == FULL else self.caches[setting[0]]
             first_logits = logits if protocol == "question" else None
-            # What cannot be copied is filled again for each thread.
-            fill = None if entry.copies_rows else functools.partial(self.read, setting, prompts, reading)
-            found = ask(self.model, cache, threads, entry.reads_answers_by_step, first_logits, reading.padding, fill)
+            ways = {"by_step": entry.reads_answers_by_step, "copies_rows": entry.copies_rows}
+            found = ask(self.model, cache, threads, first_logits, reading.padding, **ways)
             by_row: dict[int, list[Score]] = {}
             for (row, _), scores in zip(threads, found, strict=True):
                 by_row.setdefault(row, []).extend(scores)
