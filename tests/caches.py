@@ -28,17 +28,18 @@ class CacheCase:
 
     Attributes:
         short_name: Its row in the registry.
-        tight: Settings under which a prompt of 40 tokens loses tokens in every layer but possibly the first.
+        tight: Settings under which a prompt of 40 tokens loses tokens in every layer but possibly the first. Without a
+            budget, those under which its oldest tokens are quantised.
         from_model: Whether it is built from the model itself instead of its config.
         is_bounded: Whether it holds no more however much is generated.
-        evicts: Whether tokens that are not held are lost, instead of being brought back when they are attended to.
+        evicts: Whether tokens are lost. Others bring back what they do not hold when it is attended to, or hold all.
         tier: "quick" if the tests of every cache run with it always, "slow" if only with `-m slow`: what caches of one
             layer class have in common is tested on one of them.
         has_own_reference: Whether what it keeps is worked out in a test file of its own alone, because it depends on
             more than `HeldTokens` of reference.py.
         always: Settings whatever the budget.
         records: Whether tokens may be taken back, as assisted generation does.
-        compacts: Whether tokens that stay are changed to stand for those that go.
+        compacts: Whether tokens that stay are changed, to stand for those that go or by being quantised.
     """
 
     short_name: str
@@ -66,13 +67,24 @@ class CacheCase:
     @property
     def large(self) -> dict[str, Any]:
         """Settings under which nothing is evicted from prompts and answers of tests: as `DynamicCache`."""
-        return {"budget": 4096, **CACHES[self.short_name].settings, **self.always}
+        settings = CACHES[self.short_name].settings
+        return {"budget" if self.has_budget else "residual_length": 4096, **settings, **self.always}
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether it is given a budget. Without one it holds all tokens."""
+        return CACHES[self.short_name].has_budget
+
+    @property
+    def brings_back(self) -> bool:
+        """Whether tokens that are not held are brought back when they are attended to."""
+        return self.has_budget and not self.evicts
 
     def is_full(self, num_kept: list[int]) -> bool:
         """
         Whether layers hold what a tight budget lets them hold on average, 12 tokens, but for those that wait to go.
         """
-        if not isinstance(self.tight["budget"], int):
+        if not isinstance(self.tight.get("budget"), int):
             return True
         num_waiting = self.tight.get("eviction_interval", 1) - 1
         return 12 * len(num_kept) <= sum(num_kept) <= (12 + num_waiting) * len(num_kept)
@@ -180,6 +192,14 @@ CACHE_CASES = (
         compacts=True,
     ),
     CacheCase("shadow", {"budget": 4, **BY_CHUNKS}, is_bounded=False, evicts=False, has_own_reference=True),
+    CacheCase(
+        "kivi",
+        {"residual_length": 4, "group_size": 8},
+        is_bounded=False,
+        evicts=False,
+        has_own_reference=True,
+        compacts=True,
+    ),
 )
 RECORDING_CASES = tuple(case for case in CACHE_CASES if case.records)
 PLAIN_CASES = tuple(case for case in CACHE_CASES if not case.reads_again)

@@ -156,7 +156,7 @@ def test_one_token_goes_on_behind_an_answer_that_has_ended() -> None:
 
 
 @pytest.mark.parametrize("budget", [12, 44, 54, 62, 66])
-@every_cache
+@parametrize_cases(case for case in CACHE_CASES if case.has_budget)
 def test_answers_that_end_apart_in_a_budget_that_evicts(case: CacheCase, budget: int) -> None:
     """Each row says what it says alone, or a turn is refused and changes nothing; the error's advice helps then."""
     model = tiny_model("llama")

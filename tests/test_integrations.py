@@ -88,7 +88,11 @@ def test_adapter(case: CacheCase) -> None:
     wanted = generate(merged, case.build(merged), ROWS, NEW_TOKENS)
     for change in (lambda: None, adapted.merge_adapter, adapted.unmerge_adapter):
         change()
-        assert_same(generate(adapted, case.build(adapted), ROWS, NEW_TOKENS), wanted, tolerance=1e-3)
+        assert_same(
+            generate(adapted, case.build(adapted), ROWS, NEW_TOKENS),
+            wanted,
+            tolerance=5e-3 if case.quantizes else 1e-3,
+        )
 
 
 # Weights that are elsewhere between forwards.

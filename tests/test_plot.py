@@ -39,7 +39,16 @@ MAPS = {
     0: [[1, 0, 0.5, 0, 0, 0.5, 1], [0, 0, 0, 0, 0, 0, 1]],
     1: [[0.5, 0, 0, 0, 0.5, 0, 1], [0, 0, 0, 0, 0, 0, 1]],
 }
-WITHOUT_SCORES = ("AttentionMatching", "KVzip", "StreamingLLM", "KeyDiff", "Knorm", "ExpectedAttention", "ShadowKV")
+WITHOUT_SCORES = (
+    "AttentionMatching",
+    "KVzip",
+    "StreamingLLM",
+    "KeyDiff",
+    "Knorm",
+    "ExpectedAttention",
+    "ShadowKV",
+    "KIVI",
+)
 
 
 def bars(axes: Axes) -> list[tuple[float, float]]:
@@ -179,11 +188,11 @@ class TestWholeCache:
         assert bars(tokens) == [(index, sum(held) / 4) for index, held in enumerate(counts)]
         held = [cache.positions(i)[1].flatten().tolist() for i in range(3)]  # of 28 + 25 tokens
         assert map_of(positions).tolist() == [[slots.count(token) / 2 for token in range(53)] for slots in held]
-        lost = "" if case.evicts else ", none of them lost"
+        lost = ", none of them lost" if case.brings_back else ""
         assert tokens.figure.get_suptitle() == f"{name}: 65 tokens seen{lost}"
-        held = "kept" if case.evicts else "in the buffer"
+        held = "in the buffer" if case.brings_back else "kept"
         assert f"{held}, mean over KV heads and rows" in legend_texts(tokens)
-        assert color_axes.get_ylabel().endswith("that keep it" if case.evicts else "that have it in the buffer")
+        assert color_axes.get_ylabel().endswith("that have it in the buffer" if case.brings_back else "that keep it")
         assert tokens.figure._repr_png_().startswith(b"\x89PNG")
         assert len(plot_budgets(cache).axes[0].lines[0].get_ydata()) == 3
         if recorder is None:

@@ -164,7 +164,7 @@ def test_nothing_waits_longer_than_it_must(case: CacheCase) -> None:
         cache.compress()  # and lets go of what the steps needed
         assert cache.nbytes <= num_bytes
     else:
-        assert max(cache.num_kept_tokens()) < 100
+        assert max(cache.num_kept_tokens()) < 100 or not case.has_budget
 
     waiting, plain = case.build(model), case.build(model)
     waiting.activate_past_recording()

@@ -29,7 +29,9 @@ def test_other_attention_gives_what_sdpa_gives(case: CacheCase, lengths: tuple[i
         model.config._attn_implementation = attention  # the setter for users would look for flash-attention itself
         traces.append(drive(model, case.build(model), rows, later, pieces=pieces))
     for trace in traces[1:]:
-        torch.testing.assert_close(trace.logits, traces[0].logits, atol=1e-4, rtol=0)
+        # Rounding may move a number to the next of the codes that it is quantised to.
+        atol = 2e-3 if case.quantizes else 1e-4
+        torch.testing.assert_close(trace.logits, traces[0].logits, atol=atol, rtol=0)
         for found, wanted in zip(trace.positions, traces[0].positions, strict=True):
             for one, other in zip(found, wanted, strict=True):
                 assert torch.equal(one.sort().values, other.sort().values)

@@ -113,8 +113,8 @@ def test_counts_of_every_cache_follow_a_loop(case: CacheCase) -> None:
             assert "".join(group.text for group in shown.groups) == text
             prompt = cache.show(byte_tokenizer(), input_ids, row, mask)
             assert prompt.num_layers_per_token == counts[:length]
-    assert ("None is lost: what is in the buffer" in shown.heading) == (not case.evicts)
-    assert ("in the buffer of" in shown._repr_html_()) == (not case.evicts)
+    assert ("None is lost: what is in the buffer" in shown.heading) == case.brings_back
+    assert ("in the buffer of" in shown._repr_html_()) == case.brings_back
 
 
 class TestGroups:

@@ -72,10 +72,11 @@ class KIVICache(PolicyCache):
         self,
         config: PreTrainedConfig | PreTrainedModel,
         nbits: int = 4,
+        *,
         residual_length: int = DEFAULT_RESIDUAL_LENGTH,
         group_size: int = GROUP_SIZE,
     ) -> None:
-        if nbits not in (2, 4):
+        if read_count("nbits", nbits, least=1) not in (2, 4):
             raise ValueError(f'`nbits={nbits!r}` must be 4 or 2. Other caches take `quantize="int8"` or "fp8".')
         if read_count("group_size", group_size, least=8) % 8:
             raise ValueError(f"`group_size={group_size}` must be a multiple of 8, such as {GROUP_SIZE}.")

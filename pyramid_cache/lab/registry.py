@@ -1,12 +1,15 @@
 """
 The caches that the lab measures: one row each. A new cache needs one row here to be in every command and every table.
-A budget is a fraction of the prompt (`0.25`), tokens per layer (`512`) or bytes (`"256MiB"`).
+A budget is a fraction of the prompt (`0.25`), tokens per layer (`512`) or bytes (`"256MiB"`). Further arguments stand
+behind a name: `layer-defensive:quantize=kivi4`.
 """
 
 import contextlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, cast
+import inspect
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, cast, get_args, get_type_hints
 
 from transformers import Cache, DynamicCache, PreTrainedModel, QuantizedCache, StaticCache
 
@@ -50,15 +53,38 @@ class CacheEntry:
     @property
     def has_budget(self) -> bool:
         """Whether it holds what a budget allows. The caches of transformers have none, and those that keep all."""
-        return self.takes_budget and self.name not in TRANSFORMERS
+        return self.takes_budget and self.row not in TRANSFORMERS
+
+    @property
+    def row(self) -> str:
+        """The name of the row that it is, or that further arguments were given to."""
+        return self.name.partition(":")[0]
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether it holds numbers in fewer bits than the model has them."""
+        return "quantize" in self.settings or issubclass(self.cache_class, (library.KIVICache, QuantizedCache))
+
+    def with_arguments(self, arguments: Sequence[str]) -> "CacheEntry":
+        """The same with further arguments of the constructor, "name=value" each; ValueError if it takes no such."""
+        added: dict[str, Any] = {}
+        for argument in arguments:
+            name, _, value = argument.partition("=")
+            if not value or name not in arguments_of(self.cache_class):
+                known = ", ".join(f"{each}=…" for each in arguments_of(self.cache_class)) or "none"
+                raise ValueError(f"{argument!r} is no argument of `{self.cache_class.__name__}`, which takes {known}.")
+            added[name] = read_value(value)
+        shown = ", ".join(value if isinstance(value, str) else f"{name}={value}" for name, value in added.items())
+        label = f"{self.label[:-1]}, {shown})" if self.label.endswith(")") else f"{self.label}({shown})"
+        return replace(self, name=":".join((self.name, *arguments)), label=label, settings={**self.settings, **added})
 
     def build(self, model: PreTrainedModel, budget: BudgetLike, workload: Workload) -> Cache:
         """
         A new cache for a model; a ValueError if it refuses the budget, or cannot be built here. The caches of
         transformers ignore the budget. For ShadowKVCache fractions and bytes pay for all that a step attends to.
         """
-        if self.name in TRANSFORMERS:
-            return build_of_transformers(self.name, model, workload)
+        if self.row in TRANSFORMERS:
+            return build_of_transformers(self, model, workload)
         settings, build = dict(self.settings), cast(Any, self.cache_class)
         if self.cache_class is library.ShadowKVCache and parse_budget(budget).kind != "tokens":
             budget, tail = shadow_settings(tokens_of_budget(budget, model, workload))
@@ -91,18 +117,18 @@ def tokens_of_budget(budget: BudgetLike, model: PreTrainedModel, workload: Workl
     return bytes_to_tokens(int(parsed.amount), num_layers, num_rows, bytes_per_token, num_spare_slots=0)
 
 
-def build_of_transformers(name: str, model: PreTrainedModel, workload: Workload) -> Cache:
+def build_of_transformers(entry: CacheEntry, model: PreTrainedModel, workload: Workload) -> Cache:
     """A new one of the caches in `TRANSFORMERS`."""
-    if name == "static":
+    if entry.row == "static":
         return StaticCache(config=model.config, max_cache_len=workload.num_tokens + workload.num_later)
-    if name == "quantized":
+    if entry.row == "quantized":
         try:
-            return QuantizedCache("quanto", model.config)
+            return QuantizedCache(config=model.config, **{"backend": "quanto", **entry.settings})
         except ImportError as error:
-            raise ValueError(f"The cache `quantized` needs the package optimum-quanto: {error}") from error
-    if name == "offloaded" and model.device.type == "cpu":
+            raise ValueError(f"The cache `{entry.name}` needs another package: {error}") from error
+    if entry.row == "offloaded" and model.device.type == "cpu":
         raise ValueError("The cache `offloaded` moves layers to the host: choose another device than the cpu.")
-    return DynamicCache(config=model.config, offloading=name == "offloaded")
+    return DynamicCache(config=model.config, offloading=entry.row == "offloaded")
 
 
 TRANSFORMERS = {
@@ -110,7 +136,7 @@ TRANSFORMERS = {
     for entry in (
         CacheEntry(BASELINE, "DynamicCache", DynamicCache),
         CacheEntry("static", "StaticCache", StaticCache, copies_rows=False),
-        CacheEntry("quantized", "QuantizedCache, 4 bits", QuantizedCache, copies_rows=False),
+        CacheEntry("quantized", "QuantizedCache", QuantizedCache, takes_batches=False, copies_rows=False),
         CacheEntry("offloaded", "DynamicCache, offloaded", DynamicCache, copies_rows=False),
     )
 }
@@ -197,12 +223,34 @@ def read_contender(text: str) -> Contender:
 
 
 def find_entry(name: str) -> CacheEntry:
-    """The row of a cache, by its short name or by the name of its class; ValueError if there is none."""
+    """
+    A cache by its short name or by the name of its class, with arguments if there are some behind it, as in
+    "snapkv:quantize=kivi4". ValueError if there is none.
+    """
     every = TRANSFORMERS | CACHES
-    short = BY_CLASS.get(name, name)
+    base, *arguments = name.split(":")
+    short = BY_CLASS.get(base, base)
     if short not in every:
-        raise ValueError(f"{name!r} is no cache. Choose from {', '.join(every)}, or give the name of a class.")
-    return every[short]
+        raise ValueError(f"{base!r} is no cache. Choose from {', '.join(every)}, or give the name of a class.")
+    return every[short].with_arguments(arguments) if arguments else every[short]
+
+
+def arguments_of(cache_class: type[Cache]) -> list[str]:
+    """The names of what a cache can be given behind its name. The full caches take nothing."""
+    if cache_class in (DynamicCache, StaticCache):
+        return []
+    found = list(inspect.signature(cache_class).parameters)
+    for passed_on in get_args(get_type_hints(cache_class.__init__).get("options")):
+        found += passed_on.__annotations__
+    return [name for name in found if name not in ("config", "model", "budget", "options")]
+
+
+def read_value(text: str) -> Any:
+    """Reads "4", "0.5" and "true" as what they are, and all else as text."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def read_budget(text: str) -> BudgetLike:

@@ -76,10 +76,14 @@ def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 def layer_tensors(cache: Cache) -> Iterator[torch.Tensor]:
     """The tensors of a cache's layers. A tensor that wraps others, as quantized ones do, stands for those."""
-    waiting = [value for layer in cache.layers for value in vars(layer).values() if isinstance(value, torch.Tensor)]
+    waiting: list[Any] = [value for layer in cache.layers for value in vars(layer).values()]
     while waiting:
-        tensor = waiting.pop()
-        if is_traceable_wrapper_subclass(tensor):
-            waiting += [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
-        else:
-            yield tensor
+        value = waiting.pop()
+        if isinstance(value, (tuple, list)):
+            waiting += value
+        elif isinstance(value, dict):
+            waiting += value.values()
+        elif is_traceable_wrapper_subclass(value):
+            waiting += [getattr(value, name) for name in value.__tensor_flatten__()[0]]
+        elif isinstance(value, torch.Tensor):
+            yield value

@@ -64,8 +64,13 @@ REFUSED = (
     ("bench decode --model tiny --device cpu --lengths 300 --budgets 3 --caches streaming", "budget=3"),
     ("bench caches --plot picture.doc", "must end in one of"),
     ("bench caches --save-tokens missing/tokens.json", "a file in a folder that exists"),
-    ("eval --caches static", "evicts nothing"),
-    ("eval --budgets 512", "fractions between 0 and 1"),
+    ("eval --caches static", "answers as the full cache does"),
+    ("eval --budgets 512", "give fractions, 1.0 at most"),
+    ("eval --caches snapkv:nbits=4", "'nbits=4' is no argument of `SnapKVCache`, which takes window_size=…"),
+    ("eval --caches dynamic:offloading=true", "which takes none"),
+    ("eval --plot picture.png", "give both of them"),
+    ("eval --plot picture.png --records short.txt", "draws one task and one protocol"),
+    ("eval --tasks recall-64 --protocols context --plot p.png --records short.txt", "short.txt is no record"),
     ("eval --protocols later", "context, question"),
     ("eval --tasks sorting", "There is no task 'sorting'"),
     ("eval --save-cases cases.json", "token ids of one model"),
@@ -129,6 +134,11 @@ def test_options_of_the_demo() -> None:
         assert find_entry(entry.cache_class.__name__).cache_class is entry.cache_class
     assert find_entry("PyramidCache").from_model and not find_entry("StreamingLLMCache").settings
     assert find_entry("DynamicCache").name == BASELINE
+    given = find_entry("SnapKVCache:quantize=kivi4:window_size=8")
+    assert (given.row, given.settings) == ("snapkv", {"quantize": "kivi4", "window_size": 8}) and given.quantizes
+    assert (given.name, given.label) == ("snapkv:quantize=kivi4:window_size=8", "SnapKVCache(kivi4, window_size=8)")
+    assert find_entry("h2o-merge:quantize=int8").label == "H2OCache(merge, int8)" and not find_entry("h2o").quantizes
+    assert not find_entry("kivi:nbits=2").has_budget
 
 
 def test_a_terminal_without_unicode_gets_question_marks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import itertools
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -14,6 +13,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from pyramid_cache.engine.architectures import CACHE_ARGUMENT
+from pyramid_cache.engine.cache import CompressedCache
 from pyramid_cache.lab.evaluation.cells import ALL_QUESTIONS, CellKey, append_line, read_lines
 from pyramid_cache.lab.evaluation.evaluator import Evaluation, Result, enumerate_by_task
 from pyramid_cache.lab.evaluation.reading import Reader
@@ -150,7 +150,8 @@ def measure_kept_positions(
     path = folder / POSITIONS_FILE
     known = read_lines(path, lambda fields: KeptPositions(**fields), True, announce) if path.exists() else ()
     found = {(kept.task, kept.cache, kept.budget): kept for kept in known}
-    wanted = [(context.task, *setting) for setting in itertools.product(evaluation.caches, evaluation.budgets)]
+    caches = [name for name, entry in evaluation.caches.items() if issubclass(entry.cache_class, CompressedCache)]
+    wanted = [(context.task, *setting) for setting in evaluation.settings(caches)]
     missing = [place for place in wanted if place not in found]
     if missing:
         num_tokens = len(context.ids)

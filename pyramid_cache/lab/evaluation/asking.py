@@ -59,25 +59,29 @@ def ask(
     model: PreTrainedModel,
     cache: Cache,
     threads: Sequence[Thread],
-    by_step: bool = False,
     first_logits: torch.Tensor | None = None,
     padding: torch.Tensor | None = None,
+    by_step: bool = False,
+    copies_rows: bool = True,
 ) -> list[list[Score]]:
     """
     Scores of the answers of each thread, which is asked on a copy of its row of a cache that has read the contexts.
-    Each
-    of its questions follows the one before and its right answer. Answers are read in one forward pass, or `by_step`.
+    Each of its questions follows the one before and its right answer. Answers are read in one forward pass, or
+    `by_step`.
 
     Args:
         first_logits (`torch.Tensor`, *optional*): `(batch, vocabulary)`, what the model says behind each row. The
             cache has then read the first questions as well, which are given without tokens.
         padding (`torch.Tensor`, *optional*): `(batch,)`, how many columns of padding each row begins with.
+        copies_rows (`bool`, defaults to `True`): Whether the cache makes many rows of one. Otherwise it has one row,
+            and threads are asked one after the other.
     """
+    most = max(MAX_COPIED_TOKENS // max(cache.get_seq_length(), 1), 1) if copies_rows else 1
     found: dict[int, list[Score]] = {}
-    for group in groups_of_equal_length(threads, max(MAX_COPIED_TOKENS // max(cache.get_seq_length(), 1), 1)):
+    for group in groups_of_equal_length(threads, most):
         rows = torch.tensor([threads[index][0] for index in group], device=model.device)
-        asked = copy.deepcopy(cache)
-        if len(threads) > 1:
+        asked = copy.deepcopy(cache) if copies_rows else shallow_copy(cache)
+        if len(threads) > 1 and copies_rows:
             asked.batch_select_indices(rows)
         said = [] if first_logits is None else [first_logits[rows, None]]
         own = None if padding is None else padding[rows]
@@ -95,6 +99,13 @@ def ask(
             carried, said = questions[0].answer[-1:], []
         found |= zip(group, map(list, zip(*scores, strict=True)), strict=True)
     return [found[index] for index in range(len(threads))]
+
+
+def shallow_copy(cache: Cache) -> Cache:
+    """A copy of a cache whose layers put new tensors in the place of old ones, and write into none."""
+    found = copy.copy(cache)
+    found.layers = [copy.copy(layer) for layer in cache.layers]
+    return found
 
 
 def read_behind(

@@ -17,7 +17,7 @@ from pyramid_cache.lab.evaluation.tasks import Context, Haystack
 from pyramid_cache.lab.evaluation.tasks.dataset import load_data, save_data
 from pyramid_cache.lab.loaded_model import load_chosen_model, where
 from pyramid_cache.lab.machine import describe_end, describe_machine, describe_versions
-from pyramid_cache.lab.registry import BASELINE, CACHES
+from pyramid_cache.lab.registry import BASELINE, CACHES, find_entry
 
 
 if TYPE_CHECKING:
@@ -46,7 +46,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         add(name, f"{text}, with commas between", type=read, default=list(default), metavar="LIST")
 
     add("--model", f"folder or hub id of a causal language model (default: {weights.MODEL_NAME})")
-    names = f"{', '.join(CACHES)} (default: all; the full cache is always measured)"
+    names = (
+        f"{', '.join(CACHES)} (default: all; the full cache is always measured), with arguments behind them, as in "
+    )
+    names += "snapkv:quantize=kivi4"
     add_list("--caches", terminal.cache_names, list(CACHES), f"caches, by the names of their classes or of {names}")
     shown = ", ".join(map(str, DEFAULT_BUDGETS))
     add_list("--budgets", terminal.budgets, DEFAULT_BUDGETS, f"fractions of the prompt (default: {shown})")
@@ -76,6 +79,12 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         ("--data", "FOLDER", "take the cases from what --save-data wrote there"),
     ):
         add(name, text, type=Path, metavar=metavar)
+    picture = (
+        "draw exact match against the bytes held of one task and protocol as a PNG, and measure nothing: it needs "
+    )
+    add("--plot", picture + "--records", type=Path, metavar="FILE")
+    records = "what --json or --out wrote in runs on the same cases"
+    add("--records", records, type=Path, nargs="+", default=[], metavar="FILE")
     parser.set_defaults(run=run)
 
 
@@ -103,6 +112,11 @@ def run(options: argparse.Namespace) -> None:
 
     options.tasks = tasks.parse_tasks(options.tasks, options.lengths)
     check_options(options)
+    if options.plot is not None:
+        from pyramid_cache.lab.evaluation.frontier import write_picture
+
+        write_picture(options.records, options.tasks[0].name, options.protocols[0], options.plot)
+        return terminal.say_written(terminal.message_console(), options.plot)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     team = Team(options.device, options.tensor_parallel)
@@ -133,7 +147,7 @@ def run(options: argparse.Namespace) -> None:
         store.require_contexts(own.contexts)
         settings |= {"model" if own.decode else "recall_model": own.name} | where(own.model)
         settings |= {"attn_implementation": own.model.config._attn_implementation, "baseline": BASELINE}
-    caches = {name: CACHES[name] for name in options.caches}
+    caches = {name: find_entry(name) for name in options.caches}
     results: list[Result] = []
     for own in prepared:
         evaluation = Evaluation(
@@ -165,11 +179,19 @@ def check_options(options: argparse.Namespace) -> None:
     """Raises ValueError where options mean nothing, exclude each other, or name files that cannot be written."""
     terminal.check_output("--json", options.json)
     terminal.check_output("--save-cases", options.save_cases)
-    unknown = [name for name in options.caches if name not in CACHES]
+    terminal.check_output("--plot", options.plot)
+    if bool(options.plot) != bool(options.records):
+        raise ValueError("--plot draws what --records have: give both of them.")
+    if options.plot is not None and (options.plot.suffix != ".png" or len(options.tasks) * len(options.protocols) > 1):
+        raise ValueError("--plot draws one task and one protocol: --tasks NAME --protocols NAME --plot FILE.png.")
+    known = [*CACHES, "quantized"]
+    unknown = [name for name in options.caches if find_entry(name).row not in known]
     if unknown:
-        raise ValueError(f"--caches {','.join(unknown)} evicts nothing. Choose from {', '.join(CACHES)}.")
-    if not all(isinstance(budget, float) and budget < 1 for budget in options.budgets):
-        raise ValueError(f"--budgets {','.join(map(str, options.budgets))}: give fractions between 0 and 1.")
+        raise ValueError(
+            f"--caches {','.join(unknown)} answers as the full cache does. Choose from {', '.join(known)}."
+        )
+    if not all(isinstance(budget, float) for budget in options.budgets):
+        raise ValueError(f"--budgets {','.join(map(str, options.budgets))}: give fractions, 1.0 at most.")
     options.budgets.sort(reverse=True)
     if options.save_data and options.data:
         raise ValueError("--save-data writes cases that are made, and --data reads them: give one of the two.")

@@ -8,20 +8,22 @@ In a conversation the right answers are read, and each later turn makes a cache 
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from pyramid_cache.engine.architectures import CACHE_ARGUMENT
+from pyramid_cache.engine.cache import CompressedCache
 from pyramid_cache.engine.replay import ReplayingCache
 from pyramid_cache.lab.evaluation.asking import Score, Thread, ask
 from pyramid_cache.lab.evaluation.cells import ALL_QUESTIONS, Cell, CellKey, CellStore
-from pyramid_cache.lab.evaluation.reading import Reader, Reading, full_cache, pad_left, padding_arguments, replay
+from pyramid_cache.lab.evaluation.reading import Reader, Reading, filled, pad_left, padding_arguments, replay
 from pyramid_cache.lab.evaluation.tasks import Context, Question
-from pyramid_cache.lab.registry import BASELINE, CacheEntry, Workload
+from pyramid_cache.lab.registry import BASELINE, TRANSFORMERS, CacheEntry, Workload
+from pyramid_cache.lab.timed_generation import held_bytes
 from pyramid_cache.lab.weights import ProgressCallback
 
 
@@ -64,7 +66,8 @@ class Evaluation:
 
     model: PreTrainedModel
     caches: Mapping[str, CacheEntry]  # by name
-    budgets: Sequence[float]  # fractions of the prompt, or whole numbers of tokens; each cache gets each of them
+    # Fractions of the prompt, or whole numbers of tokens; each cache that has a budget gets each of them.
+    budgets: Sequence[float]
     protocols: Sequence[str] = PROTOCOLS
     store: CellStore = field(default_factory=CellStore)  # what it holds already is not measured again
     batch_size: int = 1  # how many contexts of a task are read at a time, padded on the left
@@ -91,10 +94,15 @@ class Evaluation:
                 for _ in self._ask([place], alone):
                     pass
 
+    def settings(self, names: Iterable[str]) -> list[Setting]:
+        """Some of the caches with each of their budgets, which is 1.0 for those that have none."""
+        budgets = {name: self.budgets if self.caches[name].has_budget else (1.0,) for name in names}
+        return [(name, budget) for name in budgets for budget in budgets[name]]
+
     def results(self, contexts: Sequence[Context]) -> list[Result]:
         """What the store holds of these contexts, in an order that does not depend on who asked them when."""
         known = {(context.task, index) for index, context in enumerate_by_task(contexts)}
-        settings = [FULL, *itertools.product(self.caches, self.budgets)]
+        settings = [FULL, *self.settings(self.caches)]
         num_turns = {task.task: len(task.questions) if task.is_conversation else 1 for task in contexts}
         results = {
             (task, protocol, *setting): Result(task, protocol, *setting, num_turns[task])
@@ -112,7 +120,7 @@ class Evaluation:
         num_questions = sum(len(context.questions) for context in contexts)
         prompts = [context.ids for context in contexts]
         threads = [(row, thread) for row, context in enumerate(contexts) for thread in context.threads]
-        settings = [FULL, *itertools.product(names, self.budgets)]
+        settings = [FULL, *self.settings(names)]
         # Where all is known already, there is nothing to read.
         find_reader = functools.cache(lambda: Reader(self.model, *pad_left(prompts, self.model.device)))
         if "context" in self.protocols:
@@ -169,10 +177,11 @@ class Evaluation:
         reading = find_reading()
         for setting, places in missing.items():
             cache, logits = self.read(setting, prompts, reading)
-            held_share = 1.0 if setting == FULL else reading.share_of(cache.nbytes)
-            by_step = setting != FULL and self.caches[setting[0]].reads_answers_by_step
+            held_share = 1.0 if setting == FULL else reading.share_of(held_bytes(cache))
+            entry = TRANSFORMERS[BASELINE] if setting == FULL else self.caches[setting[0]]
             first_logits = logits if protocol == "question" else None
-            found = ask(self.model, cache, threads, by_step, first_logits, reading.padding)
+            ways = {"by_step": entry.reads_answers_by_step, "copies_rows": entry.copies_rows}
+            found = ask(self.model, cache, threads, first_logits, reading.padding, **ways)
             by_row: dict[int, list[Score]] = {}
             for (row, _), scores in zip(threads, found, strict=True):
                 by_row.setdefault(row, []).extend(scores)
@@ -190,11 +199,13 @@ class Evaluation:
         each. The reading is of the same prompts with full attention.
         """
         if setting == FULL:
-            return full_cache(self.model, reading), reading.logits
+            return filled(DynamicCache(config=self.model.config), reading), reading.logits
         name, budget = setting
         entry = self.caches[name]
         workload = Workload(reading.num_tokens, len(prompts), has_tokenizer=self.has_tokenizer)
         cache: Any = entry.build(self.model, budget, workload)
+        if not issubclass(entry.cache_class, CompressedCache):
+            return filled(cache, reading), reading.logits
         ids, padding = pad_left(prompts, self.model.device)
         replays_once = isinstance(cache, ReplayingCache) and padding is None
         if not entry.from_model or replays_once:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from pyramid_cache.engine.architectures import CACHE_ARGUMENT
 from pyramid_cache.engine.attention import AttentionCall
@@ -172,9 +172,8 @@ def with_lse(reading: Reading) -> Reading:
     return replace(reading, layers=layers)
 
 
-def full_cache(model: PreTrainedModel, reading: Reading) -> DynamicCache:
-    """A DynamicCache that holds a whole prompt."""
-    cache = DynamicCache(config=model.config)
+def filled(cache: Cache, reading: Reading) -> Cache:
+    """A new cache of transformers that has got a whole prompt."""
     for layer_idx, (_, chunk) in enumerate(reading.layers):
         cache.update(chunk.key, chunk.value, layer_idx)
     return cache

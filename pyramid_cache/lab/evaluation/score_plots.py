@@ -67,7 +67,7 @@ def draw_all(rows: Sequence[dict[str, Any]], answers: Sequence[Answer], kept: Se
 
 def style_of(cache: str) -> dict[str, Any]:
     """Colour, line and marker, which a cache has in all pictures."""
-    rank = list(CACHES).index(cache)
+    rank = list(CACHES).index(find_entry(cache).row)
     dashes = LINE_STYLES[rank // len(COLORS) % len(LINE_STYLES)]
     return {"color": COLORS[rank % len(COLORS)], "linestyle": dashes, "marker": MARKERS[rank % len(MARKERS)]}
 
