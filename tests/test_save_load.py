@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -275,6 +276,7 @@ def test_files_that_hold_no_cache(saved: Path) -> None:
             H2OCache.load(path, config)
     version = f"version '1', but this pyramid_cache reads version '{files.FORMAT_VERSION}'"
     broken = [whole[: len(whole) // 2], whole[:-1], b"", b"hello" * 1000, (2**63).to_bytes(8, "little")]
+    broken.append(pickle.dumps(os.getcwd))  # which is not even read
     contents = [(content, "no whole safetensors file.*truncated") for content in broken]
     for metadata, match in (
         (None, "holds no cache"),

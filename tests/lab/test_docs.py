@@ -64,16 +64,23 @@ def test_every_cache_has_a_page_and_every_page_a_place() -> None:
 
 def test_links_lead_somewhere() -> None:
     wrong = []
-    for page in (ROOT / "README.md", *DOCS.rglob("*.md")):
+    for page in (*ROOT.glob("*.md"), *DOCS.rglob("*.md")):
         for link in links_of(page.read_text()):
             path, _, anchor = link.partition("#")
             if re.match(r"https?://", link):
                 continue
             target = (page.parent / path).resolve() if path else page
-            is_of_the_site = page == ROOT / "README.md" or DOCS in target.parents
+            is_of_the_site = page.parent == ROOT or DOCS in target.parents
             if not target.exists() or not is_of_the_site or (anchor and anchor not in anchors_of(target.read_text())):
                 wrong.append(f"{link} in {page.relative_to(ROOT)}")
     assert wrong == []
+
+
+def test_the_citation_is_of_this_version() -> None:
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    project = (ROOT / "pyproject.toml").read_text()
+    assert all(f'{name} = "{cited[name]}"' in project for name in ("version", "license"))
+    assert f"## {cited['version']} " in (ROOT / "CHANGELOG.md").read_text()
 
 
 def test_the_api_page_is_of_all_that_is_public() -> None:
