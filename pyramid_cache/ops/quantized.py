@@ -1,5 +1,6 @@
 """
-Keys and values in 8, 4 or 2 bits, and attention of one query over them, which restores them tile by tile.
+Keys and values in 8, 4 or 2 bits, and attention of one query over them. `triton_quantized` computes it on CUDA. All
+else restores them tile by tile.
 
 Numbers of a group share a scale. In the integer formats a number is `low + scale * code`: `low` is the least number of
 the group, and the codes are 0 to `2 ** bits - 1` (Liu et al., 2024, KIVI, https://arxiv.org/abs/2402.02750, Section
@@ -13,6 +14,13 @@ from typing import NamedTuple
 import torch
 
 from pyramid_cache.ops.reference import softmax_of_logits
+from pyramid_cache.ops.registration import (
+    check_dtype,
+    check_query,
+    check_shape,
+    kernels,
+    register,
+)
 
 
 FLOAT8 = torch.float8_e4m3fn
@@ -88,6 +96,18 @@ def as_float16(numbers: torch.Tensor) -> torch.Tensor:
     return numbers.clamp(-largest, largest).half()
 
 
+def packed_slots(packed: torch.Tensor, starts: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """
+    The slots from `start` to `stop` of each head `(batch, kv_heads, slots, any)`, of what all heads of a row hold one
+    behind the other `(batch, 1, tokens, any)`. Those behind the end of a head hold anything. `starts` are
+    `(batch, kv_heads + 1)` int64: where each head begins, and where the last one ends.
+    """
+    offsets = torch.arange(start, stop, device=starts.device)
+    places = (starts[:, :-1, None] + offsets).clamp(max=packed.shape[2] - 1).flatten(1)
+    index = places[:, None, :, None].expand(-1, -1, -1, packed.shape[3])
+    return packed.gather(2, index).unflatten(2, (starts.shape[1] - 1, -1)).squeeze(1)
+
+
 class Coded(NamedTuple):
     """What `quantize` gave for keys or values, or a slice of their tokens."""
 
@@ -100,6 +120,15 @@ class Coded(NamedTuple):
     def restored(self, dtype: torch.dtype) -> torch.Tensor:
         """The numbers `(batch, kv_heads, tokens, width)` in that dtype."""
         return restore(*self, dtype)
+
+    def tile(self, start: int, stop: int, starts: torch.Tensor | None = None) -> "Coded":
+        """The slots from `start` to `stop`. Codes of heads that are packed need `starts`: see `packed_slots`."""
+        if starts is not None:
+            codes, scales = (packed_slots(each, starts, start, stop) for each in (self.codes, self.scales))
+            return self._replace(codes=codes, scales=scales)
+        group = self.group_size if self.dim == 2 else 1
+        codes, scales = self.codes[:, :, start:stop], self.scales[:, :, start // group : -(-stop // group)]
+        return self._replace(codes=codes, scales=scales)
 
     @property
     def multiplies_codes(self) -> bool:
@@ -144,40 +173,92 @@ class Coded(NamedTuple):
         return sums
 
 
-def attend_in_tiles(
+def decode_quantized_attention(
     query: torch.Tensor,
-    coded: Callable[[str, int, int], Coded],
+    keys: Coded,
+    values: Coded,
     num_quantized: int,
-    tile_multiple: int,
     key: torch.Tensor,
     value: torch.Tensor,
     *,
-    mask: torch.Tensor | None,
-    bias: torch.Tensor | None,
     scaling: float,
-    softcap: float | None,
-    sink_logits: torch.Tensor | None,
+    softcap: float | None = None,
+    mask: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    sink_logits: torch.Tensor | None = None,
+    starts: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    `decode_attention` over quantised slots, and slots of keys and values behind them. Of the quantised ones, no more
-    than a tile is ever restored.
+    `decode_attention` over quantised slots, and slots of keys and values behind them. No copy of the quantised ones in
+    full precision is made. It has no gradient.
 
     Args:
         query (`torch.Tensor`): `(batch, heads, 1, head_dim)`.
-        coded (`Callable`): Given "keys" or "values", a start and a stop, these quantised slots.
-        num_quantized (`int`): How many there are.
-        tile_multiple (`int`): Tiles start at multiples of it.
-        key, value (`torch.Tensor`): `(batch, kv_heads, latest, head_dim)`, of the slots behind them.
+        keys, values (`Coded`): Those of the quantised slots. Values are grouped by channels of a token.
+        num_quantized (`int`): How many slots of each head are quantised.
+        key, value (`torch.Tensor`): `(batch, kv_heads, latest, head_dim)`, of the slots behind them, at least one; the
+            values may have a width of their own.
         mask, bias, scaling, softcap, sink_logits: As in `decode_attention`, for all slots.
+        starts (`torch.Tensor`, *optional*): `(batch, kv_heads + 1)` int64. If it is given, codes and scales are
+            `(batch, 1, tokens, any)`, with the heads of a row one behind the other. It says where each of them begins
+            and where the last one ends. The mask must be False for quantised slots behind the end of a head.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: As `decode_attention`.
+
+    Raises:
+        ValueError: For shapes and dtypes that do not fit.
     """
+    check_query(query, key, rows=1)
+    batch, kv_heads, num_latest, width = key.shape
+    check_shape("value", value, batch, kv_heads, num_latest, None)
+    num_slots = num_quantized + num_latest
+    for name, coded, dim in (("keys", keys, width), ("values", values, value.shape[3])):
+        shape = (batch, kv_heads, num_quantized) if starts is None else (batch, 1, None)
+        check_shape(f"{name}.codes", coded.codes, *shape, dim * coded.packing.bits // 8)
+        check_dtype(f"{name}.codes", coded.codes, torch.uint8)
+    check_shape("mask", mask, batch, kv_heads, num_slots, or_one=1)
+    check_dtype("mask", mask, torch.bool)
+    check_shape("bias", bias, batch, kv_heads, num_slots, or_one=1)
+    check_dtype("bias", bias, torch.float32)
+    check_shape("sink_logits", sink_logits, query.shape[1])
+    check_shape("starts", starts, batch, kv_heads + 1)
+    check_dtype("starts", starts, torch.int64)
+    if values.dim != 3 or (starts is not None and keys.dim != 3):
+        raise ValueError("Tokens can share scales only as keys that are not packed: give codes of dimension 3.")
+    return _decode_quantized(
+        query,
+        *keys[:2],
+        *values[:2],
+        *(key, value, mask, bias, sink_logits, starts),
+        *(num_quantized, *keys.packing, *keys[3:], values.group_size, scaling, softcap),
+    )
+
+
+def attend_in_tiles(
+    query: torch.Tensor,
+    keys: Coded,
+    values: Coded,
+    num_quantized: int,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    sink_logits: torch.Tensor | None,
+    starts: torch.Tensor | None,
+    scaling: float,
+    softcap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """In plain PyTorch. Of the quantised slots, no more than a tile is ever restored."""
     batch, kv_heads, num_latest, width = key.shape
     num_elements = TILE_ELEMENTS.get(query.device.type, TILE_ELEMENTS_ELSEWHERE)
-    step = max(num_elements // (batch * kv_heads * width * tile_multiple), 1) * tile_multiple
+    multiple = keys.group_size if keys.dim == 2 else 1
+    step = max(num_elements // (batch * kv_heads * width * multiple), 1) * multiple
     tiles = [slice(start, min(start + step, num_quantized)) for start in range(0, num_quantized, step)]
     queries = (query * scaling).reshape(batch * kv_heads, -1, width)
     logits = torch.empty(*queries.shape[:2], num_quantized + num_latest, dtype=torch.float32, device=key.device)
     for tile in tiles:
-        logits[..., tile] = coded("keys", tile.start, tile.stop).logits(queries)
+        logits[..., tile] = keys.tile(tile.start, tile.stop, starts).logits(queries)
     logits[..., num_quantized:] = torch.bmm(queries, key.flatten(0, 1).mT)
     if softcap:
         logits = torch.tanh(logits / softcap) * softcap
@@ -188,5 +269,56 @@ def attend_in_tiles(
     weights = probabilities.flatten(0, 1)
     output = torch.bmm(weights[..., num_quantized:].to(value.dtype), value.flatten(0, 1)).float()
     for tile in tiles:
-        output += coded("values", tile.start, tile.stop).weighted(weights[..., tile], value.dtype)
+        output += values.tile(tile.start, tile.stop, starts).weighted(weights[..., tile], value.dtype)
     return output.view(batch, 1, -1, value.shape[-1]).to(value.dtype), probabilities.sum(dim=2)
+
+
+def _on_cpu(
+    query: torch.Tensor,
+    key_codes: torch.Tensor,
+    key_scales: torch.Tensor,
+    value_codes: torch.Tensor,
+    value_scales: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    sink_logits: torch.Tensor | None,
+    starts: torch.Tensor | None,
+    num_quantized: int,
+    bits: int,
+    is_float: bool,
+    key_dim: int,
+    key_group: int,
+    value_group: int,
+    scaling: float,
+    softcap: float | None,
+    run: Callable = attend_in_tiles,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """With the numbers of a schema in the place of `Coded`."""
+    keys = Coded(key_codes, key_scales, Packing(bits, is_float), key_dim, key_group)
+    values = Coded(value_codes, value_scales, keys.packing, 3, value_group)
+    slots = mask, bias, sink_logits, starts
+    return run(query, keys, values, num_quantized, key, value, *slots, scaling, softcap)
+
+
+def _on_cuda(query, key_codes, key_scales, value_codes, value_scales, key, value, *rest):
+    module = kernels("triton_quantized", query, key, value)
+    run = attend_in_tiles if module is None else module.decode_quantized_attention
+    return _on_cpu(query, key_codes, key_scales, value_codes, value_scales, key, value, *rest, run=run)
+
+
+def _fake(query, key_codes, key_scales, value_codes, value_scales, key, value, mask, bias, sinks, starts, *numbers):
+    output = value.new_empty(query.shape[0], 1, query.shape[1], value.shape[3])
+    return output, value.new_empty(*key.shape[:2], numbers[0] + key.shape[2], dtype=torch.float32)
+
+
+_decode_quantized = register(
+    "decode_quantized_attention(Tensor query, Tensor key_codes, Tensor key_scales, Tensor value_codes, Tensor "
+    "value_scales, Tensor key, Tensor value, Tensor? mask, Tensor? bias, Tensor? sink_logits, Tensor? starts, int "
+    "num_quantized, int bits, bool is_float, int key_dim, int key_group, int value_group, float scaling, float? "
+    "softcap) -> (Tensor, Tensor)",
+    cpu=_on_cpu,
+    cuda=_on_cuda,
+    fake=_fake,
+)
