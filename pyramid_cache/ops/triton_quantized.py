@@ -6,7 +6,7 @@ The first kernel reads codes and scales, and restores keys and values in registe
 Slots behind the codes are read as they are.
 
 A byte holds channels of several parts of a head, the first part in its lowest bits. Channels that lie side by side in
-one part and share a scale are a *run*. Blocks have the shape (runs, slots, channels of a run). Bytes are loaded once,
+one part and share a scale make up *runs* of up to 32. Blocks have the shape (runs, slots, channels of a run). Bytes are loaded once,
 and a shift makes further runs of their parts. A scale is loaded once for a run. Products are of all runs at once.
 """
 
@@ -30,16 +30,18 @@ from pyramid_cache.ops.triton_decode import (
 from pyramid_cache.ops.triton_scores import LOG2E, _capped, num_multiprocessors
 
 
-# By bytes of an element of the queries and head_dim rounded up to a power of two. Not measured: they are the largest
-# that spill no registers.
+# By bytes of an element of the queries and head_dim rounded up to a power of two. Not measured on a GPU. None spills
+# registers, and two programs fit on a multiprocessor.
 CODE_BLOCKS = {
-    (2, 64): DecodeBlocks(slots=64, num_warps=4, num_stages=3),
-    (2, 128): DecodeBlocks(slots=64, num_warps=4, num_stages=3),
-    (2, 256): DecodeBlocks(slots=32, num_warps=4, num_stages=3),
-    (4, 64): DecodeBlocks(slots=32, num_warps=4, num_stages=2),
-    (4, 128): DecodeBlocks(slots=32, num_warps=8, num_stages=2),
-    (4, 256): DecodeBlocks(slots=16, num_warps=8, num_stages=2),
+    (2, 64): DecodeBlocks(slots=64, num_warps=4, num_stages=3, max_registers=255),
+    (2, 128): DecodeBlocks(slots=64, num_warps=4, num_stages=3, max_registers=255),
+    (2, 256): DecodeBlocks(slots=32, num_warps=4, num_stages=3, max_registers=255),
+    (4, 64): DecodeBlocks(slots=32, num_warps=4, num_stages=1),
+    (4, 128): DecodeBlocks(slots=32, num_warps=8, num_stages=1),
+    (4, 256): DecodeBlocks(slots=16, num_warps=8, num_stages=1),
 }
+# Channels of a run. Products of longer ones spill registers.
+LONGEST_RUN = 32
 # The fewest slots of a step. Where tokens share the scales of keys, a step is within one group of them.
 LEAST_SLOTS = 16
 
@@ -116,11 +118,14 @@ def _loaded(
 
 
 @triton.jit
-def _attended(
-    query, key, value, highest, total, output, logits_ptr, held_ptr, bias_ptr, stride_hn, stride_bn,
+def _weighed(
+    query, key, highest, total, logits_ptr, held_ptr, bias_ptr, stride_hn, stride_bn,
     tokens, is_token, stop, is_row, num_columns, factor, softcap,
 ):  # fmt: skip
-    """One step: takes keys and values in, and leaves the logits of all slots before `stop` behind."""
+    """
+    Leaves the logits of the slots before `stop` behind. Returns the highest so far and the sum of exponentials, these
+    exponentials, and what earlier ones are to be multiplied by.
+    """
     logits = tl.sum(tl.dot(query, tl.permute(key, (0, 2, 1)), input_precision="ieee"), axis=0) * factor
     if softcap is not None:
         logits = _capped(logits, softcap)
@@ -141,9 +146,15 @@ def _attended(
     rescaling = tl.exp2(before - pivot)
     weights = tl.exp2(logits - pivot[:, None])
     total = total * rescaling + tl.sum(weights, axis=1)
-    shares = tl.broadcast_to(weights.to(value.dtype)[None, :, :], [value.shape[0], logits.shape[0], logits.shape[1]])
-    output = tl.dot(shares, value, output * rescaling[None, :, None], input_precision="ieee")
-    return highest, total, output
+    return highest, total, weights, rescaling
+
+
+@triton.jit
+def _added(output, weights, rescaling, value):
+    """Outputs `(runs, rows, channels)` with those of one more step."""
+    shape: tl.constexpr = [value.shape[0], weights.shape[0], weights.shape[1]]
+    shares = tl.broadcast_to(weights.to(value.dtype)[None, :, :], shape)
+    return tl.dot(shares, value, output * rescaling[None, :, None], input_precision="ieee")
 
 
 @triton.jit(
@@ -226,14 +237,15 @@ def attend_codes_kernel(
             key_codes_ptr, key_scales_ptr, tokens, is_token, scale_row, BITS, IS_FLOAT,
             KEY_BYTES, KEY_RUN, KEY_BLOCK_RUNS, KEY_BLOCK_RUN, KEY_GROUP, KEY_SCALES, CHANNEL_GROUP > 0,
         ).to(query.dtype)  # fmt: skip
+        highest, total, weights, rescaling = _weighed(
+            query, key, highest, total, logits_ptr, held_ptr, bias_ptr, stride_hn, stride_bn,
+            tokens, is_token, codes_stop, is_row, num_columns, factor, softcap,
+        )  # fmt: skip
         value = _restored(
             value_codes_ptr, value_scales_ptr, tokens, is_token, scale_row, BITS, IS_FLOAT,
             VALUE_BYTES, VALUE_RUN, VALUE_BLOCK_RUNS, VALUE_BLOCK_RUN, VALUE_GROUP, VALUE_SCALES, False,
         ).to(query.dtype)  # fmt: skip
-        highest, total, output = _attended(
-            query, key, value, highest, total, output, logits_ptr, held_ptr, bias_ptr, stride_hn, stride_bn,
-            tokens, is_token, codes_stop, is_row, num_columns, factor, softcap,
-        )  # fmt: skip
+        output = _added(output, weights, rescaling, value)
     for first in range(tl.maximum(begin, num_quantized), end, BLOCK_N):
         tokens = first + tl.arange(0, BLOCK_N)
         is_token = tokens < end
@@ -241,14 +253,15 @@ def attend_codes_kernel(
         key = _loaded(
             key_ptr, latest, is_token, stride_kn, stride_kd, PARTS, KEY_BYTES, KEY_RUN, KEY_BLOCK_RUNS, KEY_BLOCK_RUN
         )
+        highest, total, weights, rescaling = _weighed(
+            query, key, highest, total, logits_ptr, held_ptr, bias_ptr, stride_hn, stride_bn,
+            tokens, is_token, end, is_row, num_columns, factor, softcap,
+        )  # fmt: skip
         value = _loaded(
             value_ptr, latest, is_token, stride_vn, stride_vd,
             PARTS, VALUE_BYTES, VALUE_RUN, VALUE_BLOCK_RUNS, VALUE_BLOCK_RUN,
         )  # fmt: skip
-        highest, total, output = _attended(
-            query, key, value, highest, total, output, logits_ptr, held_ptr, bias_ptr, stride_hn, stride_bn,
-            tokens, is_token, end, is_row, num_columns, factor, softcap,
-        )  # fmt: skip
+        output = _added(output, weights, rescaling, value)
 
     outputs_ptr = scratch_ptr + group * num_columns
     lse_ptr = outputs_ptr + num_segments.to(tl.int64) * num_splits * group * VALUE_DIM
@@ -267,7 +280,7 @@ def cut_in_runs(coded: Coded) -> tuple[int, int, int, int, int, int]:
     """Bytes of a token, channels of a run, both sizes of a block of runs, channels that share a scale, scales."""
     num_bytes = coded.codes.shape[-1]
     group = coded.group_size if coded.dim == 3 else num_bytes
-    run = math.gcd(num_bytes, group)
+    run = math.gcd(num_bytes, group, LONGEST_RUN)
     return num_bytes, run, padded(num_bytes // run, 1), padded(run), group, coded.scales.shape[-1]
 
 

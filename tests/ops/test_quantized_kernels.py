@@ -8,7 +8,7 @@ import torch
 from kernel_device import BF16, DEVICE, F16, F32, MARKS, assert_near, on_gpu
 
 from pyramid_cache.engine.quantization import Quantizer
-from pyramid_cache.ops import quantized, reference, triton_quantized
+from pyramid_cache.ops import reference, triton_quantized
 from pyramid_cache.ops.quantized import Coded
 from pyramid_cache.ops.triton_decode import DecodeBlocks
 from pyramid_cache.ops.triton_quantized import CODE_BLOCKS
