@@ -6,8 +6,9 @@ The first kernel reads codes and scales, and restores keys and values in registe
 Slots behind the codes are read as they are.
 
 A byte holds channels of several parts of a head, the first part in its lowest bits. Channels that lie side by side in
-one part and share a scale make up *runs* of up to 32. Blocks have the shape (runs, slots, channels of a run). Bytes are loaded once,
-and a shift makes further runs of their parts. A scale is loaded once for a run. Products are of all runs at once.
+one part and share a scale make up *runs* of up to 32. Blocks have the shape (runs, slots, channels of a run). Bytes
+are loaded once, and a shift makes further runs of their parts. A scale is loaded once for a run. Products are of all
+runs at once.
 """
 
 import math
