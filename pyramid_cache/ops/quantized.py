@@ -24,6 +24,9 @@ from pyramid_cache.ops.registration import (
 
 
 FLOAT8 = torch.float8_e4m3fn
+# The exponents of float16 are larger by 8. Of its bits, one of float8 has all but the second and the last seven.
+FLOAT8_FACTOR = 2.0**8
+FLOAT8_BITS = -0x4080
 # Elements of the tiles of `attend_in_tiles`, which stay in the processor's cache; on other devices launches cost more.
 TILE_ELEMENTS = {"cpu": 1 << 19}
 TILE_ELEMENTS_ELSEWHERE = 1 << 24
@@ -78,8 +81,8 @@ def restore(
 ) -> torch.Tensor:
     """The numbers `(..., tokens, width)` of what `quantize` gave, in that dtype; of a slice of whole groups, too."""
     if packing.is_float:
-        numbers = codes.view(FLOAT8).float().unflatten(dim, (-1, group_size))
-        return numbers.mul_(scales.unsqueeze(dim + 1)).flatten(dim, dim + 1).to(dtype)
+        numbers = float8_halves(codes).float().unflatten(dim, (-1, group_size))
+        return numbers.mul_(scales.unsqueeze(dim + 1) * FLOAT8_FACTOR).flatten(dim, dim + 1).to(dtype)
     width, num_parts = codes.shape[-1], 8 // packing.bits
     numbers = torch.empty(*codes.shape[:-1], width * num_parts, dtype=torch.float32, device=codes.device)
     for index in range(num_parts):
@@ -88,6 +91,14 @@ def restore(
         numbers[..., index * width : (index + 1) * width] = part
     scale, low = (each.unsqueeze(dim + 1) for each in scales.float().chunk(2, dim=-1))
     return numbers.unflatten(dim, (-1, group_size)).mul_(scale).add_(low).flatten(dim, dim + 1).to(dtype)
+
+
+def float8_halves(codes: torch.Tensor) -> torch.Tensor:
+    """
+    The numbers of float8 codes in float16, divided by `FLOAT8_FACTOR`: their bits in the places that they have there.
+    torch converts them one by one on the CPU, which takes ten times as long.
+    """
+    return codes.view(torch.int8).to(torch.int16).bitwise_left_shift_(7).bitwise_and_(FLOAT8_BITS).view(torch.float16)
 
 
 def as_float16(numbers: torch.Tensor) -> torch.Tensor:
@@ -130,47 +141,36 @@ class Coded(NamedTuple):
         codes, scales = self.codes[:, :, start:stop], self.scales[:, :, start // group : -(-stop // group)]
         return self._replace(codes=codes, scales=scales)
 
-    @property
-    def multiplies_codes(self) -> bool:
-        """Whether products take the codes as they are, and scales come into the results: a third of the time."""
-        return self.dim == 3 and not self.packing.is_float
-
-    def pieces(self) -> Iterator[tuple[slice, int, torch.Tensor]]:
-        """Codes `(batch * kv_heads, tokens, any)` in float32 of channels that share a scale; with their slice."""
-        codes, (bits, _), width = self.codes.flatten(0, 1), self.packing, self.codes.shape[-1]
+    def parts(self, workspace: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+        """Codes of each part of a byte, `(batch * kv_heads, tokens, bytes)` float32; with the first channel."""
+        codes, (bits, is_float) = self.codes.flatten(0, 1), self.packing
+        numbers = workspace[: codes.numel()].view(codes.shape)
+        if is_float:
+            yield 0, numbers.copy_(float8_halves(codes))
+            return
         for part in range(8 // bits):
             shifted = codes >> bits * part if part else codes
-            numbers = (shifted if (part + 1) * bits == 8 else shifted & self.packing.num_levels).float()
-            for start in range(0, width, self.group_size):
-                stop = min(start + self.group_size, width)
-                first = part * width + start
-                channels = slice(first, first + stop - start)
-                yield channels, first // self.group_size, numbers[..., start:stop]
+            yield (
+                part * codes.shape[-1],
+                numbers.copy_(shifted if (part + 1) * bits == 8 else shifted & self.packing.num_levels),
+            )
 
-    def _by_group(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scales and least numbers, `(batch * kv_heads, groups, tokens)` float32."""
+    def pieces(self, workspace: torch.Tensor) -> Iterator[tuple[slice, int, torch.Tensor]]:
+        """The same of channels that share a scale; with their slice, and the number of the group."""
+        for first, codes in self.parts(workspace):
+            start, width = first, codes.shape[-1]
+            while start < first + width:
+                group = start // self.group_size
+                stop = min((group + 1) * self.group_size, first + width)
+                yield slice(start, stop), group, codes[..., start - first : stop - first]
+                start = stop
+
+    def by_group(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Scales and least numbers, `(batch * kv_heads, groups, tokens)` float32, of groups of channels."""
         scales = self.scales.flatten(0, 1).mT.float()
+        if self.packing.is_float:
+            return scales * FLOAT8_FACTOR, None
         return scales[:, : scales.shape[1] // 2], scales[:, scales.shape[1] // 2 :]
-
-    def logits(self, query: torch.Tensor) -> torch.Tensor:
-        """The products `(batch * kv_heads, group, tokens)` float32 of queries `(batch * kv_heads, group, width)`."""
-        if not self.multiplies_codes:
-            return torch.bmm(query, self.restored(query.dtype).flatten(0, 1).mT).float()
-        query, (scale, low) = query.float(), self._by_group()
-        logits = torch.bmm(query.unflatten(-1, (-1, self.group_size)).sum(dim=-1), low)
-        for channels, group, codes in self.pieces():
-            logits.addcmul_(torch.bmm(query[..., channels], codes.mT), scale[:, group, None])
-        return logits
-
-    def weighted(self, weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """The sums `(batch * kv_heads, group, width)` float32 of the numbers, with weights `(..., group, tokens)`."""
-        if not self.multiplies_codes:
-            return torch.bmm(weights.to(dtype), self.restored(dtype).flatten(0, 1)).float()
-        scale, low = self._by_group()
-        sums = torch.bmm(weights, low.mT).repeat_interleave(self.group_size, dim=-1)
-        for channels, group, codes in self.pieces():
-            sums[..., channels] += torch.bmm(weights * scale[:, group, None], codes)
-        return sums
 
 
 def decode_quantized_attention(
@@ -249,17 +249,38 @@ def attend_in_tiles(
     scaling: float,
     softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """In plain PyTorch. Of the quantised slots, no more than a tile is ever restored."""
+    """
+    In plain PyTorch. Of the quantised slots, no more than a tile is ever restored. Where channels of a token share a
+    scale, products take the codes as they are, and scales come into the results: a third of the time.
+    """
     batch, kv_heads, num_latest, width = key.shape
+    if starts is not None:
+        keys, values = (coded.tile(0, num_quantized, starts) for coded in (keys, values))
     num_elements = TILE_ELEMENTS.get(query.device.type, TILE_ELEMENTS_ELSEWHERE)
     multiple = keys.group_size if keys.dim == 2 else 1
     step = max(num_elements // (batch * kv_heads * width * multiple), 1) * multiple
     tiles = [slice(start, min(start + step, num_quantized)) for start in range(0, num_quantized, step)]
+    # Of the largest tile. Memory that is new for each tile would cost page faults.
+    num_bytes = max(keys.codes.shape[-1], values.codes.shape[-1])
+    workspace = query.new_empty(batch * kv_heads * min(step, num_quantized) * num_bytes, dtype=torch.float32)
     queries = (query * scaling).reshape(batch * kv_heads, -1, width)
-    logits = torch.empty(*queries.shape[:2], num_quantized + num_latest, dtype=torch.float32, device=key.device)
-    for tile in tiles:
-        logits[..., tile] = keys.tile(tile.start, tile.stop, starts).logits(queries)
+    logits = query.new_empty(*queries.shape[:2], num_quantized + num_latest, dtype=torch.float32)
     logits[..., num_quantized:] = torch.bmm(queries, key.flatten(0, 1).mT)
+    queries = queries.float()
+    if keys.dim == 2:
+        for tile in tiles:
+            numbers = keys.tile(tile.start, tile.stop).restored(torch.float32)
+            logits[..., tile] = torch.bmm(queries, numbers.flatten(0, 1).mT)
+    else:
+        scale, low = keys.by_group()
+        products = queries.new_zeros(*scale.shape[:2], queries.shape[1], num_quantized)
+        for tile in tiles:
+            for channels, group, codes in keys.tile(tile.start, tile.stop).pieces(workspace):
+                products[:, group, :, tile] += torch.bmm(queries[..., channels], codes.mT)
+        torch.sum(products.mul_(scale[:, :, None]), dim=1, out=logits[..., :num_quantized])
+        if low is not None:
+            sums = queries.unflatten(-1, (-1, keys.group_size)).sum(dim=-1)
+            logits[..., :num_quantized] += torch.bmm(sums, low)
     if softcap:
         logits = torch.tanh(logits / softcap) * softcap
     logits = logits.view(batch, kv_heads, -1, 1, logits.shape[-1])
@@ -268,8 +289,14 @@ def attend_in_tiles(
     probabilities = softmax_of_logits(logits, None if mask is None else mask[:, :, None, None], sink_logits).squeeze(3)
     weights = probabilities.flatten(0, 1)
     output = torch.bmm(weights[..., num_quantized:].to(value.dtype), value.flatten(0, 1)).float()
+    scale, low = values.by_group()
+    shares = weights[:, None, :, :num_quantized] * scale[:, :, None]  # (batch * kv_heads, groups, group, slots)
+    if low is not None:
+        sums = torch.bmm(weights[..., :num_quantized], low.mT)
+        output += sums.repeat_interleave(values.group_size, dim=-1)
     for tile in tiles:
-        output += values.tile(tile.start, tile.stop, starts).weighted(weights[..., tile], value.dtype)
+        for channels, group, codes in values.tile(tile.start, tile.stop).pieces(workspace):
+            output[..., channels] += torch.bmm(shares[:, group, :, tile], codes)
     return output.view(batch, 1, -1, value.shape[-1]).to(value.dtype), probabilities.sum(dim=2)
 
 
