@@ -77,7 +77,7 @@ latest - «state.num_quantized→0») for name in FIELDS
 = engine/quantized_store.py: test_quantized | quantised_once
 found[field] = new if earlier is None else torch.where(stays[..., None], «earlier→new», new)
 = engine/quantized_store.py: test_quantized | batch alone
-starts = lengths.cumsum(dim=-1) - «lengths→0»
+return torch.nn.functional.pad(is_token.sum(dim=-1).cumsum(dim=-1), «(1, 0)→(0, 1)»)
 return torch.where((starts «<→<=» before)[..., None], held, new)
 = engine/quantized_store.py: test_quantized | nearly_as_good
 stays = has_codes« & (quantizer.coded(name, *held).restored(numbers.dtype) == numbers).all(dim=-1)→»
@@ -526,6 +526,14 @@ return batch, «0 if numbers.shape[1] == 1 else →»head, slot
 held_end = tl.where(is_latest, end, «begin→end»)
 bias_end = tl.where(is_latest, «begin→end», end)
 latest_parts + «(length + part_size - 1)→length» // part_size
+= ops/triton_quantized.py: ops/test_quantized_kernels
+shifts = (tl.arange(0, PARTS) * «BITS→1»).to(tl.uint8)
+return runs // BLOCK_RUNS * «NUM_BYTES→RUN» + in_part * RUN
+halves = ((wide & 0x80) << 8) | ((wide & «0x7F→0x78») << 7)
+codes_end = tl.minimum(codes_stop, «(tl.load(starts_ptr + 1) - start).to(tl.int32)→codes_stop»)
+scale_row += first // «CHANNEL_GROUP→BLOCK_N»
+latest = tokens - «num_quantized→begin»
+if tile < «LEAST_SLOTS→1»:
 = ops/triton_shadow.py: ops/test_shadow_kernels
 tl.where(quadrant >«=→» 2, -sine, sine)
 """

@@ -11,6 +11,8 @@ from models import build_model, left_pad, random_rows, random_tokens
 from test_compile import check_one_graph
 from transformers import Cache, DynamicCache, PreTrainedModel
 
+from pyramid_cache import AdaKVCache, KIVICache, KnormCache
+from pyramid_cache.engine.cache import CompressedCache
 from pyramid_cache.ops import decode_packed_attention
 from pyramid_cache.ops.packed import segment_starts
 
@@ -144,6 +146,47 @@ def test_a_saved_cache_goes_on_where_the_model_is(case: CacheCase, tmp_path) -> 
         generate_on(DEVICE, model, loaded, prompt, max_new_tokens=8),
         generate_on("cpu", model, cache, prompt, max_new_tokens=8),
     )
+
+
+QUANTIZED = {
+    "int8": (KnormCache, {"budget": 12, "eviction_interval": 3, "quantize": "int8", "residual_length": 4}),
+    "fp8": (KnormCache, {"budget": 0.5, "eviction_interval": 5, "quantize": "fp8", "residual_length": 6}),
+    "kivi2": (KnormCache, {"budget": 1.0, "quantize": "kivi2", "residual_length": 5}),
+    "competing": (AdaKVCache, {"budget": 12, "window_size": 4, "quantize": "kivi4", "residual_length": 4}),
+    "by channel": (KIVICache, {"nbits": 4, "residual_length": 5, "group_size": 16}),
+    "small groups": (KIVICache, {"nbits": 4, "residual_length": 5, "group_size": 8}),
+}
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_steps_over_codes_are_those_of_the_cpu(name: str, tmp_path) -> None:
+    """The kernel over codes that the CPU has quantised. Groups of 8 tokens are restored by plain PyTorch."""
+    cache_class, settings = QUANTIZED[name]
+    model = build_model("llama", head_dim=32)
+    input_ids, attention_mask = left_pad(ROWS)
+    cache = cache_class(model.config, **settings)
+    with torch.no_grad():
+        model(input_ids, attention_mask=attention_mask, past_key_values=cache)
+    cache.save(tmp_path / "cache.safetensors")
+    loaded = cache_class.load(tmp_path / "cache.safetensors", model.config, device=DEVICE)
+    logits = [steps_on(device, model, each, attention_mask) for device, each in (("cpu", cache), (DEVICE, loaded))]
+    torch.testing.assert_close(*logits, atol=2e-4, rtol=0)
+
+
+@torch.no_grad()
+def steps_on(
+    device: str, model: PreTrainedModel, cache: CompressedCache, attention_mask: torch.Tensor
+) -> torch.Tensor:
+    """The logits of three tokens one by one, on the CPU."""
+    logits, mask = [], attention_mask.to(device)
+    model.to(device)
+    for token in (5, 6, 7):
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+        given = {"attention_mask": mask, "position_ids": mask.sum(dim=1, keepdim=True) - 1}
+        tokens = torch.full((3, 1), token, device=device)
+        logits.append(model(tokens, past_key_values=cache, **given).logits.cpu())
+    model.to("cpu")
+    return torch.cat(logits)
 
 
 def test_packed_decoding_takes_neither_memory_nor_time_of_the_host() -> None:

@@ -27,7 +27,7 @@ from pyramid_cache import (
 from pyramid_cache.engine.cache import CompressedCache
 from pyramid_cache.engine.quantization import PACKINGS, Quantizer
 from pyramid_cache.ops import decode_attention
-from pyramid_cache.ops.quantized import TILE_ELEMENTS, Coded, attend_in_tiles, quantize
+from pyramid_cache.ops.quantized import TILE_ELEMENTS, Coded, decode_quantized_attention, quantize
 
 
 BY_ATTENTION = {"window_size": 4, "kernel_size": 3, "eviction_interval": 3}
@@ -100,18 +100,16 @@ def test_attention_in_tiles_is_attention_over_restored_tokens(
     key, value = (torch.randn(2, 3, 45, 64, generator=generator) for _ in range(2))
     mask, bias = torch.rand(2, 3, 45, generator=generator) > 0.3, torch.randn(2, 3, 45, generator=generator)
     quantizer = Quantizer(format_name, 4, channel_group)
-    stored = {name: quantizer.stored(name, each[:, :, :40]) for name, each in (("keys", key), ("values", value))}
-
-    def coded(name: str, start: int, stop: int) -> Coded:
-        codes, scales = stored[name]
-        group = channel_group if channel_group and name == "keys" else 1
-        return quantizer.coded(name, codes[:, :, start:stop], scales[:, :, start // group : stop // group])
-
-    arguments = {"mask": mask, "bias": bias, "scaling": 0.125, "softcap": 9.0, "sink_logits": torch.randn(6)}
-    actual = attend_in_tiles(query, coded, 40, channel_group or 1, key[:, :, 40:], value[:, :, 40:], **arguments)
-    whole = (
-        torch.cat([coded(name, 0, 40).restored(torch.float32), each[:, :, 40:]], dim=2)
+    keys, values = (
+        quantizer.coded(name, *quantizer.stored(name, each[:, :, :40]))
         for name, each in (("keys", key), ("values", value))
+    )
+    rest = key[:, :, 40:], value[:, :, 40:]
+    arguments = {"mask": mask, "bias": bias, "scaling": 0.125, "softcap": 9.0, "sink_logits": torch.randn(6)}
+    actual = decode_quantized_attention(query, keys, values, 40, *rest, **arguments)
+    whole = (
+        torch.cat([each.restored(torch.float32), latest], dim=2)
+        for each, latest in zip((keys, values), rest, strict=True)
     )
     for given, wanted in zip(actual, decode_attention(query, *whole, **arguments), strict=True):
         torch.testing.assert_close(given, wanted, atol=1e-5, rtol=1e-5)

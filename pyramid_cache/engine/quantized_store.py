@@ -19,7 +19,7 @@ from pyramid_cache.engine.selection import best_of_all_heads, gather_tokens
 from pyramid_cache.engine.state import CODES, LayerState, grown
 from pyramid_cache.engine.store import MIN_GROWTH, Compaction, SlotStore
 from pyramid_cache.engine.tokens import Tokens
-from pyramid_cache.ops.quantized import Coded, attend_in_tiles
+from pyramid_cache.ops.quantized import Coded, decode_quantized_attention, packed_slots
 from pyramid_cache.ops.registration import needs_gradients
 
 
@@ -63,23 +63,26 @@ class QuantizedStore(SlotStore):
             return
         for name in FIELDS:
             latest = self.in_use(name)
-            setattr(state, name, torch.cat([self.coded(name, 0, num_quantized).restored(latest.dtype), latest], dim=2))
-        for name in state.tensors("slot").keys() & CODES:
-            setattr(state, name, grown(self._coded(name, 0, num_quantized), num_quantized, state.length, fill=0))
+            restored = self._coded(name).tile(0, num_quantized, self._starts()).restored(latest.dtype)
+            setattr(state, name, torch.cat([restored, latest], dim=2))
+        for name, codes in self._codes_in_slots().items():
+            setattr(state, name, grown(codes, num_quantized, state.length, fill=0))
         state.num_quantized = 0
 
-    def coded(self, name: str, start: int, stop: int) -> Coded:
-        """Keys or values of quantised slots."""
-        state, (codes, scales) = self.state, FIELDS[name]
-        if name == "keys" and (group := self.quantizer.channel_group):
-            held = state.key_groups[:, :, start // group : stop // group]
-        else:
-            held = self._coded(scales, start, stop)
-        return self.quantizer.coded(name, self._coded(codes, start, stop), held)
+    def _coded(self, name: str) -> Coded:
+        """Keys or values of quantised slots, as they are held."""
+        codes, scales = FIELDS[name]
+        if name == "keys" and self.quantizer.channel_group:
+            scales = "key_groups"
+        return self.quantizer.coded(name, getattr(self.state, codes), getattr(self.state, scales))
 
-    def _coded(self, field: str, start: int, stop: int) -> torch.Tensor:
-        """Codes or scales of quantised slots."""
-        return getattr(self.state, field)[:, :, start:stop]
+    def _codes_in_slots(self) -> dict[str, torch.Tensor]:
+        """Codes and scales of quantised slots, by name."""
+        return {name: getattr(self.state, name) for name in self.state.tensors("slot").keys() & CODES}
+
+    def _starts(self) -> torch.Tensor | None:
+        """Where the codes of each head begin, if these are packed: see `decode_quantized_attention`."""
+        return None
 
     def _with_codes(self, fields: dict[str, torch.Tensor], old: torch.Tensor) -> dict[str, torch.Tensor]:
         """Codes and scales in the form in which they are held; -1 in `old` is no token."""
@@ -94,7 +97,7 @@ class QuantizedStore(SlotStore):
             return
         slots = self.slots()
         if state.num_quantized:
-            slots |= {name: self._coded(name, 0, state.num_quantized) for name in slots.keys() & CODES}
+            slots |= self._codes_in_slots()
         if state.is_dense:
             heads = 1 if self.heads_share_tokens else state.keys.shape[1]
             slots["positions"] = self.column_tokens().positions.expand(-1, heads, -1)
@@ -148,15 +151,16 @@ class QuantizedStore(SlotStore):
         state = self.state
         if not state.num_quantized:
             return super().attend_step(call, scores)
-        output, sums = attend_in_tiles(
+        output, sums = decode_quantized_attention(
             call.query,
-            self.coded,
+            self._coded("keys"),
+            self._coded("values"),
             state.num_quantized,
-            self.quantizer.channel_group or 1,
             call.key,
             call.value,
             mask=self.in_use("positions") >= 0 if state.has_empty_slots else None,
             bias=self.in_use("bias"),
+            starts=self._starts(),
             **call.logit_arguments,
         )
         return (output, None), sums if scores else None
@@ -222,15 +226,13 @@ class QuantizedHeads(CompetingHeads, QuantizedStore):
         state.row_held, state.length = row_left, indices.shape[-1]
         state.column_positions = state.free_slots = None
 
-    def _coded(self, field: str, start: int, stop: int) -> torch.Tensor:
+    def _codes_in_slots(self) -> dict[str, torch.Tensor]:
+        packed, starts, stop = super()._codes_in_slots(), self._starts(), self.state.num_quantized
+        return {name: packed_slots(tensor, starts, 0, stop) for name, tensor in packed.items()}
+
+    def _starts(self) -> torch.Tensor:
         is_token = self.in_use("positions")[:, :, : self.state.num_quantized] >= 0
-        lengths = is_token.sum(dim=-1).flatten(1)
-        starts = lengths.cumsum(dim=-1) - lengths
-        offsets = torch.arange(start, stop, device=starts.device)
-        # Behind the end of a head come others, whose slots are empty in this one.
-        packed = getattr(self.state, field)
-        places = (starts[..., None] + offsets).clamp(max=packed.shape[2] - 1).flatten(1)
-        return gather_tokens(packed, places[:, None]).unflatten(2, (starts.shape[1], -1)).squeeze(1)
+        return torch.nn.functional.pad(is_token.sum(dim=-1).cumsum(dim=-1), (1, 0))
 
     def _with_codes(self, fields: dict[str, torch.Tensor], old: torch.Tensor) -> dict[str, torch.Tensor]:
         is_token = (old >= 0).flatten(1)[:, None]

@@ -1,5 +1,6 @@
 """
-Keys and values in 8, 4 or 2 bits, and attention of one query over them, which restores them tile by tile.
+Keys and values in 8, 4 or 2 bits, and attention of one query over them. `triton_quantized` computes it on CUDA. All
+else restores them tile by tile.
 
 Numbers of a group share a scale. In the integer formats a number is `low + scale * code`: `low` is the least number of
 the group, and the codes are 0 to `2 ** bits - 1` (Liu et al., 2024, KIVI, https://arxiv.org/abs/2402.02750, Section
@@ -13,9 +14,19 @@ from typing import NamedTuple
 import torch
 
 from pyramid_cache.ops.reference import softmax_of_logits
+from pyramid_cache.ops.registration import (
+    check_dtype,
+    check_query,
+    check_shape,
+    kernels,
+    register,
+)
 
 
 FLOAT8 = torch.float8_e4m3fn
+# The exponents of float16 are larger by 8. Of its bits, one of float8 has all but the second and the last seven.
+FLOAT8_FACTOR = 2.0**8
+FLOAT8_BITS = -0x4080
 # Elements of the tiles of `attend_in_tiles`, which stay in the processor's cache; on other devices launches cost more.
 TILE_ELEMENTS = {"cpu": 1 << 19}
 TILE_ELEMENTS_ELSEWHERE = 1 << 24
@@ -70,8 +81,8 @@ def restore(
 ) -> torch.Tensor:
     """The numbers `(..., tokens, width)` of what `quantize` gave, in that dtype; of a slice of whole groups, too."""
     if packing.is_float:
-        numbers = codes.view(FLOAT8).float().unflatten(dim, (-1, group_size))
-        return numbers.mul_(scales.unsqueeze(dim + 1)).flatten(dim, dim + 1).to(dtype)
+        numbers = float8_halves(codes).float().unflatten(dim, (-1, group_size))
+        return numbers.mul_(scales.unsqueeze(dim + 1) * FLOAT8_FACTOR).flatten(dim, dim + 1).to(dtype)
     width, num_parts = codes.shape[-1], 8 // packing.bits
     numbers = torch.empty(*codes.shape[:-1], width * num_parts, dtype=torch.float32, device=codes.device)
     for index in range(num_parts):
@@ -82,10 +93,30 @@ def restore(
     return numbers.unflatten(dim, (-1, group_size)).mul_(scale).add_(low).flatten(dim, dim + 1).to(dtype)
 
 
+def float8_halves(codes: torch.Tensor) -> torch.Tensor:
+    """
+    The numbers of float8 codes in float16, divided by `FLOAT8_FACTOR`: their bits in the places that they have there.
+    torch converts them one by one on the CPU, which takes ten times as long.
+    """
+    return codes.view(torch.int8).to(torch.int16).bitwise_left_shift_(7).bitwise_and_(FLOAT8_BITS).view(torch.float16)
+
+
 def as_float16(numbers: torch.Tensor) -> torch.Tensor:
     """Numbers in float16. Larger ones become the largest."""
     largest = torch.finfo(torch.float16).max
     return numbers.clamp(-largest, largest).half()
+
+
+def packed_slots(packed: torch.Tensor, starts: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """
+    The slots from `start` to `stop` of each head `(batch, kv_heads, slots, any)`, of what all heads of a row hold one
+    behind the other `(batch, 1, tokens, any)`. Those behind the end of a head hold anything. `starts` are
+    `(batch, kv_heads + 1)` int64: where each head begins, and where the last one ends.
+    """
+    offsets = torch.arange(start, stop, device=starts.device)
+    places = (starts[:, :-1, None] + offsets).clamp(max=packed.shape[2] - 1).flatten(1)
+    index = places[:, None, :, None].expand(-1, -1, -1, packed.shape[3])
+    return packed.gather(2, index).unflatten(2, (starts.shape[1] - 1, -1)).squeeze(1)
 
 
 class Coded(NamedTuple):
@@ -101,84 +132,155 @@ class Coded(NamedTuple):
         """The numbers `(batch, kv_heads, tokens, width)` in that dtype."""
         return restore(*self, dtype)
 
-    @property
-    def multiplies_codes(self) -> bool:
-        """Whether products take the codes as they are, and scales come into the results: a third of the time."""
-        return self.dim == 3 and not self.packing.is_float
+    def tile(self, start: int, stop: int, starts: torch.Tensor | None = None) -> "Coded":
+        """The slots from `start` to `stop`. Codes of heads that are packed need `starts`: see `packed_slots`."""
+        if starts is not None:
+            codes, scales = (packed_slots(each, starts, start, stop) for each in (self.codes, self.scales))
+            return self._replace(codes=codes, scales=scales)
+        group = self.group_size if self.dim == 2 else 1
+        codes, scales = self.codes[:, :, start:stop], self.scales[:, :, start // group : -(-stop // group)]
+        return self._replace(codes=codes, scales=scales)
 
-    def pieces(self) -> Iterator[tuple[slice, int, torch.Tensor]]:
-        """Codes `(batch * kv_heads, tokens, any)` in float32 of channels that share a scale; with their slice."""
-        codes, (bits, _), width = self.codes.flatten(0, 1), self.packing, self.codes.shape[-1]
+    def parts(self, workspace: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+        """Codes of each part of a byte, `(batch * kv_heads, tokens, bytes)` float32; with the first channel."""
+        codes, (bits, is_float) = self.codes.flatten(0, 1), self.packing
+        numbers = workspace[: codes.numel()].view(codes.shape)
+        if is_float:
+            yield 0, numbers.copy_(float8_halves(codes))
+            return
         for part in range(8 // bits):
             shifted = codes >> bits * part if part else codes
-            numbers = (shifted if (part + 1) * bits == 8 else shifted & self.packing.num_levels).float()
-            for start in range(0, width, self.group_size):
-                stop = min(start + self.group_size, width)
-                first = part * width + start
-                channels = slice(first, first + stop - start)
-                yield channels, first // self.group_size, numbers[..., start:stop]
+            yield (
+                part * codes.shape[-1],
+                numbers.copy_(shifted if (part + 1) * bits == 8 else shifted & self.packing.num_levels),
+            )
 
-    def _by_group(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scales and least numbers, `(batch * kv_heads, groups, tokens)` float32."""
+    def pieces(self, workspace: torch.Tensor) -> Iterator[tuple[slice, int, torch.Tensor]]:
+        """The same of channels that share a scale; with their slice, and the number of the group."""
+        for first, codes in self.parts(workspace):
+            start, width = first, codes.shape[-1]
+            while start < first + width:
+                group = start // self.group_size
+                stop = min((group + 1) * self.group_size, first + width)
+                yield slice(start, stop), group, codes[..., start - first : stop - first]
+                start = stop
+
+    def by_group(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Scales and least numbers, `(batch * kv_heads, groups, tokens)` float32, of groups of channels."""
         scales = self.scales.flatten(0, 1).mT.float()
+        if self.packing.is_float:
+            return scales * FLOAT8_FACTOR, None
         return scales[:, : scales.shape[1] // 2], scales[:, scales.shape[1] // 2 :]
 
-    def logits(self, query: torch.Tensor) -> torch.Tensor:
-        """The products `(batch * kv_heads, group, tokens)` float32 of queries `(batch * kv_heads, group, width)`."""
-        if not self.multiplies_codes:
-            return torch.bmm(query, self.restored(query.dtype).flatten(0, 1).mT).float()
-        query, (scale, low) = query.float(), self._by_group()
-        logits = torch.bmm(query.unflatten(-1, (-1, self.group_size)).sum(dim=-1), low)
-        for channels, group, codes in self.pieces():
-            logits.addcmul_(torch.bmm(query[..., channels], codes.mT), scale[:, group, None])
-        return logits
 
-    def weighted(self, weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """The sums `(batch * kv_heads, group, width)` float32 of the numbers, with weights `(..., group, tokens)`."""
-        if not self.multiplies_codes:
-            return torch.bmm(weights.to(dtype), self.restored(dtype).flatten(0, 1)).float()
-        scale, low = self._by_group()
-        sums = torch.bmm(weights, low.mT).repeat_interleave(self.group_size, dim=-1)
-        for channels, group, codes in self.pieces():
-            sums[..., channels] += torch.bmm(weights * scale[:, group, None], codes)
-        return sums
+def decode_quantized_attention(
+    query: torch.Tensor,
+    keys: Coded,
+    values: Coded,
+    num_quantized: int,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scaling: float,
+    softcap: float | None = None,
+    mask: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    sink_logits: torch.Tensor | None = None,
+    starts: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    `decode_attention` over quantised slots, and slots of keys and values behind them. No copy of the quantised ones in
+    full precision is made. It has no gradient.
+
+    Args:
+        query (`torch.Tensor`): `(batch, heads, 1, head_dim)`.
+        keys, values (`Coded`): Those of the quantised slots. Values are grouped by channels of a token.
+        num_quantized (`int`): How many slots of each head are quantised.
+        key, value (`torch.Tensor`): `(batch, kv_heads, latest, head_dim)`, of the slots behind them, at least one; the
+            values may have a width of their own.
+        mask, bias, scaling, softcap, sink_logits: As in `decode_attention`, for all slots.
+        starts (`torch.Tensor`, *optional*): `(batch, kv_heads + 1)` int64. If it is given, codes and scales are
+            `(batch, 1, tokens, any)`, with the heads of a row one behind the other. It says where each of them begins
+            and where the last one ends. The mask must be False for quantised slots behind the end of a head.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: As `decode_attention`.
+
+    Raises:
+        ValueError: For shapes and dtypes that do not fit.
+    """
+    check_query(query, key, rows=1)
+    batch, kv_heads, num_latest, width = key.shape
+    check_shape("value", value, batch, kv_heads, num_latest, None)
+    num_slots = num_quantized + num_latest
+    for name, coded, dim in (("keys", keys, width), ("values", values, value.shape[3])):
+        shape = (batch, kv_heads, num_quantized) if starts is None else (batch, 1, None)
+        check_shape(f"{name}.codes", coded.codes, *shape, dim * coded.packing.bits // 8)
+        check_dtype(f"{name}.codes", coded.codes, torch.uint8)
+    check_shape("mask", mask, batch, kv_heads, num_slots, or_one=1)
+    check_dtype("mask", mask, torch.bool)
+    check_shape("bias", bias, batch, kv_heads, num_slots, or_one=1)
+    check_dtype("bias", bias, torch.float32)
+    check_shape("sink_logits", sink_logits, query.shape[1])
+    check_shape("starts", starts, batch, kv_heads + 1)
+    check_dtype("starts", starts, torch.int64)
+    if values.dim != 3 or (starts is not None and keys.dim != 3):
+        raise ValueError("Tokens can share scales only as keys that are not packed: give codes of dimension 3.")
+    return _decode_quantized(
+        query,
+        *keys[:2],
+        *values[:2],
+        *(key, value, mask, bias, sink_logits, starts),
+        *(num_quantized, *keys.packing, *keys[3:], values.group_size, scaling, softcap),
+    )
 
 
 def attend_in_tiles(
     query: torch.Tensor,
-    coded: Callable[[str, int, int], Coded],
+    keys: Coded,
+    values: Coded,
     num_quantized: int,
-    tile_multiple: int,
     key: torch.Tensor,
     value: torch.Tensor,
-    *,
     mask: torch.Tensor | None,
     bias: torch.Tensor | None,
+    sink_logits: torch.Tensor | None,
+    starts: torch.Tensor | None,
     scaling: float,
     softcap: float | None,
-    sink_logits: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    `decode_attention` over quantised slots, and slots of keys and values behind them. Of the quantised ones, no more
-    than a tile is ever restored.
-
-    Args:
-        query (`torch.Tensor`): `(batch, heads, 1, head_dim)`.
-        coded (`Callable`): Given "keys" or "values", a start and a stop, these quantised slots.
-        num_quantized (`int`): How many there are.
-        tile_multiple (`int`): Tiles start at multiples of it.
-        key, value (`torch.Tensor`): `(batch, kv_heads, latest, head_dim)`, of the slots behind them.
-        mask, bias, scaling, softcap, sink_logits: As in `decode_attention`, for all slots.
+    In plain PyTorch. Of the quantised slots, no more than a tile is ever restored. Where channels of a token share a
+    scale, products take the codes as they are, and scales come into the results: a third of the time.
     """
     batch, kv_heads, num_latest, width = key.shape
+    if starts is not None:
+        keys, values = (coded.tile(0, num_quantized, starts) for coded in (keys, values))
     num_elements = TILE_ELEMENTS.get(query.device.type, TILE_ELEMENTS_ELSEWHERE)
-    step = max(num_elements // (batch * kv_heads * width * tile_multiple), 1) * tile_multiple
+    multiple = keys.group_size if keys.dim == 2 else 1
+    step = max(num_elements // (batch * kv_heads * width * multiple), 1) * multiple
     tiles = [slice(start, min(start + step, num_quantized)) for start in range(0, num_quantized, step)]
+    # Of the largest tile. Memory that is new for each tile would cost page faults.
+    num_bytes = max(keys.codes.shape[-1], values.codes.shape[-1])
+    workspace = query.new_empty(batch * kv_heads * min(step, num_quantized) * num_bytes, dtype=torch.float32)
     queries = (query * scaling).reshape(batch * kv_heads, -1, width)
-    logits = torch.empty(*queries.shape[:2], num_quantized + num_latest, dtype=torch.float32, device=key.device)
-    for tile in tiles:
-        logits[..., tile] = coded("keys", tile.start, tile.stop).logits(queries)
+    logits = query.new_empty(*queries.shape[:2], num_quantized + num_latest, dtype=torch.float32)
     logits[..., num_quantized:] = torch.bmm(queries, key.flatten(0, 1).mT)
+    queries = queries.float()
+    if keys.dim == 2:
+        for tile in tiles:
+            numbers = keys.tile(tile.start, tile.stop).restored(torch.float32)
+            logits[..., tile] = torch.bmm(queries, numbers.flatten(0, 1).mT)
+    else:
+        scale, low = keys.by_group()
+        products = queries.new_zeros(*scale.shape[:2], queries.shape[1], num_quantized)
+        for tile in tiles:
+            for channels, group, codes in keys.tile(tile.start, tile.stop).pieces(workspace):
+                products[:, group, :, tile] += torch.bmm(queries[..., channels], codes.mT)
+        torch.sum(products.mul_(scale[:, :, None]), dim=1, out=logits[..., :num_quantized])
+        if low is not None:
+            sums = queries.unflatten(-1, (-1, keys.group_size)).sum(dim=-1)
+            logits[..., :num_quantized] += torch.bmm(sums, low)
     if softcap:
         logits = torch.tanh(logits / softcap) * softcap
     logits = logits.view(batch, kv_heads, -1, 1, logits.shape[-1])
@@ -187,6 +289,63 @@ def attend_in_tiles(
     probabilities = softmax_of_logits(logits, None if mask is None else mask[:, :, None, None], sink_logits).squeeze(3)
     weights = probabilities.flatten(0, 1)
     output = torch.bmm(weights[..., num_quantized:].to(value.dtype), value.flatten(0, 1)).float()
+    scale, low = values.by_group()
+    shares = weights[:, None, :, :num_quantized] * scale[:, :, None]  # (batch * kv_heads, groups, group, slots)
+    if low is not None:
+        sums = torch.bmm(weights[..., :num_quantized], low.mT)
+        output += sums.repeat_interleave(values.group_size, dim=-1)
     for tile in tiles:
-        output += coded("values", tile.start, tile.stop).weighted(weights[..., tile], value.dtype)
+        for channels, group, codes in values.tile(tile.start, tile.stop).pieces(workspace):
+            output[..., channels] += torch.bmm(shares[:, group, :, tile], codes)
     return output.view(batch, 1, -1, value.shape[-1]).to(value.dtype), probabilities.sum(dim=2)
+
+
+def _on_cpu(
+    query: torch.Tensor,
+    key_codes: torch.Tensor,
+    key_scales: torch.Tensor,
+    value_codes: torch.Tensor,
+    value_scales: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    sink_logits: torch.Tensor | None,
+    starts: torch.Tensor | None,
+    num_quantized: int,
+    bits: int,
+    is_float: bool,
+    key_dim: int,
+    key_group: int,
+    value_group: int,
+    scaling: float,
+    softcap: float | None,
+    run: Callable = attend_in_tiles,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """With the numbers of a schema in the place of `Coded`."""
+    keys = Coded(key_codes, key_scales, Packing(bits, is_float), key_dim, key_group)
+    values = Coded(value_codes, value_scales, keys.packing, 3, value_group)
+    slots = mask, bias, sink_logits, starts
+    return run(query, keys, values, num_quantized, key, value, *slots, scaling, softcap)
+
+
+def _on_cuda(query, key_codes, key_scales, value_codes, value_scales, key, value, *rest):
+    module = kernels("triton_quantized", query, key, value)
+    run = attend_in_tiles if module is None else module.decode_quantized_attention
+    return _on_cpu(query, key_codes, key_scales, value_codes, value_scales, key, value, *rest, run=run)
+
+
+def _fake(query, key_codes, key_scales, value_codes, value_scales, key, value, mask, bias, sinks, starts, *numbers):
+    output = value.new_empty(query.shape[0], 1, query.shape[1], value.shape[3])
+    return output, value.new_empty(*key.shape[:2], numbers[0] + key.shape[2], dtype=torch.float32)
+
+
+_decode_quantized = register(
+    "decode_quantized_attention(Tensor query, Tensor key_codes, Tensor key_scales, Tensor value_codes, Tensor "
+    "value_scales, Tensor key, Tensor value, Tensor? mask, Tensor? bias, Tensor? sink_logits, Tensor? starts, int "
+    "num_quantized, int bits, bool is_float, int key_dim, int key_group, int value_group, float scaling, float? "
+    "softcap) -> (Tensor, Tensor)",
+    cpu=_on_cpu,
+    cuda=_on_cuda,
+    fake=_fake,
+)

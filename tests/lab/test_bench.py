@@ -208,8 +208,8 @@ def test_a_suite_runs_its_parts_in_order_and_goes_on_where_it_was_stopped(
     del ends["decode"]
     status, record = run()
     printed = capsys.readouterr().out
-    names = ["shadow", "pyramid", "oracle", "gather", "decode"]
-    texts = [f"== {name}\n{min(index + 3, 7)} {name == 'decode'}\n" for index, name in enumerate(names)]
+    names = ["shadow", "pyramid", "oracle", "gather", "codes", "decode"]
+    texts = [f"== {name}\n{min(index + 3, 8)} {name == 'decode'}\n" for index, name in enumerate(names)]
     assert [line for line in printed.splitlines() if line.startswith("== ")] == [f"== {name}" for name in names]
     assert all(text in printed for text in texts)
     failures = {name: part["failures"] for name, part in record["parts"].items() if part["failures"]}
@@ -220,7 +220,7 @@ def test_a_suite_runs_its_parts_in_order_and_goes_on_where_it_was_stopped(
     assert run("--parts", "ops")[0] == 1
     del ends["oracle"]
     assert run("--parts", "oracle")[0] == 0
-    assert "== oracle\n7 False\n" in capsys.readouterr().out
+    assert "== oracle\n8 False\n" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("imaginary_gpu")
@@ -250,21 +250,27 @@ def test_a_suite_is_rehearsed_on_the_cpu(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("factor, status", [(1.0, 0), (1.01, 1), (float("nan"), 1)])
 def test_parts_find_wrong_results(factor: float, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The parts on the CPU: one percent too much is found."""
+    """The parts on the CPU: one percent too much is found, and five percent of sums over codes."""
     scores, gather = gpu_parts.attention_scores, gpu_parts.gather_values
+    by_codes = gpu_parts.decode_quantized_attention
 
     def gather_values(buffer: torch.Tensor, *rest: torch.Tensor, chunk_size: int) -> None:
         gather(buffer, *rest, chunk_size=chunk_size)
         buffer.mul_(factor)
 
+    def decode_quantized_attention(*args, **named) -> tuple[torch.Tensor, torch.Tensor]:
+        output, sums = by_codes(*args, **named)
+        return output, sums * (1 + 5 * (factor - 1))
+
     monkeypatch.setattr(gpu_parts, "gather_values", gather_values)
+    monkeypatch.setattr(gpu_parts, "decode_quantized_attention", decode_quantized_attention)
     monkeypatch.setattr(gpu_parts, "attention_scores", lambda *args, **named: scores(*args, **named) * factor)
     found = {}
-    for name in ("oracle", "gather"):
+    for name, count in (("oracle", 2), ("gather", 2), ("codes", 6)):
         path = tmp_path / name
         assert gpu_parts.main(name, path, is_rehearsal=True) == status
         found[name] = json.loads(path.read_text())["rows"]
-        assert [row["is_right"] for row in found[name]] == [status == 0] * 2
+        assert [row["is_right"] for row in found[name]] == [status == 0] * count
     assert [row["is_weighted"] for row in found["oracle"]] == [False, True]
     assert [row["bytes"] for row in found["gather"]] == [8 * 2 * 8 * 128 * 2, 8 * 5 * 8 * 128 * 2]
 

@@ -26,14 +26,15 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from pyramid_cache.ops import triton_decode, triton_scores, triton_shadow  # noqa: E402
+from pyramid_cache.engine.quantization import Quantizer  # noqa: E402
+from pyramid_cache.ops import triton_decode, triton_quantized, triton_scores, triton_shadow  # noqa: E402
 
 
 # Bytes of shared memory that one block may have, by compute capability. An A100 (8.0) has 166,912; GPUs of capability
 # 8.6 and 8.9 run the same code and have less.
 SHARED_MEMORY = {80: 101_376, 90: 232_448}
 POINTER_TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.bool: "*i1"}
-POINTER_TYPES |= {torch.int8: "*i8", torch.int32: "*i32", torch.int64: "*i64"}
+POINTER_TYPES |= {torch.int8: "*i8", torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64"}
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion")
 
 
@@ -141,6 +142,30 @@ def run_packed(
     )
 
 
+def run_quantized(
+    dtype: torch.dtype,
+    head_dim: int,
+    slots: int,
+    format_name: str,
+    group: int = 4,
+    channel_group: int = 0,
+    packed: bool = False,
+    mask: bool = False,
+    bias: bool = False,
+) -> None:
+    """The latest tokens are in some of 192 slots."""
+    quantizer = Quantizer(format_name, 128, channel_group)
+    slots = slots // channel_group * channel_group if channel_group else slots
+    shape = (2, 1, 2 * slots, head_dim) if packed else (2, 2, slots, head_dim)
+    coded = (quantizer.coded(name, *quantizer.stored(name, empty(*shape))) for name in ("keys", "values"))
+    query, *states = decode_states(dtype, head_dim, 192, group)
+    latest = [each[:, :, : 128 + slots % 32] for each in states]
+    num_slots = slots + latest[0].shape[2]
+    is_held = empty(2, 2, num_slots, dtype=torch.bool) if mask else None
+    rest = is_held, empty(2, 2, num_slots) if bias else None, None, empty(2, 3, dtype=torch.int64) if packed else None
+    triton_quantized.decode_quantized_attention(query, *coded, slots, *latest, *rest, 0.1, None)
+
+
 def run_shadow(dtype: torch.dtype, head_dim: int, tokens: int) -> None:
     buffer = empty(2, 2, 1024, head_dim, dtype=dtype)
     incoming = triton_shadow.plan_chunks(*(empty(2, 2, 128, dtype=torch.int64) for _ in range(2)))
@@ -160,12 +185,19 @@ CALLS: dict[str, tuple[Callable, int, dict[str, Any]]] = {
     "packed decode with a mask": (run_packed, 9000, {"mask": True}),
     "packed decode with a mask and a bias": (run_packed, 9000, {"mask": True, "bias": True}),
     "shadow": (run_shadow, 9000, {}),
+    "kivi4": (run_quantized, 9000, {"format_name": "kivi4"}),
+    "kivi4 by channel": (run_quantized, 9000, {"format_name": "kivi4", "channel_group": 32, "mask": True}),
+    "kivi2 of packed heads": (run_quantized, 9000, {"format_name": "kivi2", "packed": True, "mask": True}),
+    "fp8": (run_quantized, 9000, {"format_name": "fp8", "mask": True, "bias": True}),
 }
 # Kernels that are no different for other dtypes, and rare options.
 RARE_CALLS: dict[str, tuple[Callable, int, dict[str, Any]]] = {
     "small": (run_scores, 300, {}),
     "scores with softcap": (run_scores, 2000, {"softcap": 50.0, "weights": True}),
     "large group": (run_decode, 3000, {"group": 48}),
+    "int8": (run_quantized, 9000, {"format_name": "int8"}),
+    "kivi2 by channel": (run_quantized, 9000, {"format_name": "kivi2", "channel_group": 32}),
+    "fp8 by channel of a large group": (run_quantized, 3000, {"format_name": "fp8", "channel_group": 16, "group": 48}),
     "packed decode of a large group": (run_packed, 3000, {"group": 48, "softcap": 30.0}),
 }
 
@@ -188,7 +220,7 @@ def launches_of(name: str, dtype: torch.dtype, head_dim: int, length: int | None
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compile for real, and leave nothing behind."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    for module in (triton_scores, triton_decode):
+    for module in (triton_scores, triton_decode, triton_quantized):
         monkeypatch.setattr(module, "num_multiprocessors", lambda device: 132)
 
 
@@ -204,6 +236,8 @@ RARE_SIZES = ((torch.bfloat16, 256),)
         ("decode", torch.bfloat16, 128, 90),
         ("window", torch.float32, 64, 80),
         ("packed decode", torch.bfloat16, 128, 90),
+        ("kivi4", torch.bfloat16, 128, 90),
+        ("fp8", torch.bfloat16, 128, 80),
         *(
             pytest.param(name, *size, capability, marks=pytest.mark.slow)
             for name in CALLS | RARE_CALLS

@@ -138,6 +138,12 @@ def op_samples(device: str = "cpu"):
     packed = (some(2, 6, 1, 16), some(5, 16), some(5, 8), starts, 3, *latest, 0.3, 2.0)
     for options in ((None, None), (mask, some(5))):
         yield known.decode_packed_attention.default, (*packed, *options)
+    for shape, head_starts in (((2, 2, 9), None), ((2, 1, 15), torch.tensor([[0, 6, 15], [0, 9, 9]], device=device))):
+        codes = (torch.ones(*shape, 8, dtype=torch.uint8, device=device), some(*shape, 2).half())
+        slots = (torch.ones(2, 1, 18, dtype=torch.bool, device=device), some(2, 2, 18), sinks, head_starts)
+        numbers = (9, 4, False, 3, 16, 16, 0.3, 2.0)
+        states = (some(2, 6, 1, 16), *codes, *codes, *(some(2, 2, 9, 16) for _ in "kv"))
+        yield known.decode_quantized_attention.default, (*states, *slots, *numbers)
     tensors, incoming = shadow_step.step_tensors(device), torch.tensor([[[5, -1, 0], [-1, -1, 3]]] * 2, device=device)
     buffer, chunk_mask = tensors["keys_buffer"].narrow(2, 4, 24), tensors["mask"]
     rotation = (tensors["inverse_frequencies"], False, 8)

@@ -6,6 +6,7 @@ A rehearsal runs the same code with small models and shapes on the CPU. Its figu
 
 import functools
 import json
+import math
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -14,11 +15,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+from pyramid_cache.engine.quantization import PACKINGS, Quantizer
 from pyramid_cache.lab.bench import bench_command as bench
 from pyramid_cache.lab.bench.op_times import seconds_of, time_in_turns
 from pyramid_cache.lab.terminal import write_json
-from pyramid_cache.ops import attention_scores, reference
+from pyramid_cache.ops import attention_scores, decode_attention, reference
 from pyramid_cache.ops.lse import attention_with_lse
+from pyramid_cache.ops.quantized import decode_quantized_attention
 from pyramid_cache.ops.shadow import gather_values
 
 
@@ -28,6 +31,8 @@ DTYPE = torch.bfloat16
 
 # The largest error of scores, as a share of the norm of the specification's in float32.
 ORACLE_LIMIT = 1e-3
+# The same of outputs and sums of attention over codes, which are restored in bfloat16.
+CODES_LIMIT = 1e-2
 CHUNK_SIZE = 8  # tokens of a chunk of ShadowKV
 
 # Options of `bench decode`: first what no cache should be slower than, and one cache, at every length and batch.
@@ -61,6 +66,7 @@ class Scale(NamedTuple):
     oracle_cases: tuple[tuple[int, bool], ...]  # length, and whether rows have weights
     host_tokens: int
     gather_places: tuple[int, ...]  # chunks that are read at once: what a layer of ShadowKV reads per step, and more
+    codes_slots: tuple[int, int, int]  # rows, slots of each, and how many of these are not quantised
     ops: str
 
 
@@ -70,16 +76,25 @@ GPU = Scale(
     ((8192, False), (8192, True), (32768, False)),
     131072,
     (256, 4096),
+    (8, 32768, 128),
     "--device cuda",
 )
 REHEARSAL = Scale(
-    torch.device("cpu"), (0.0, 5), ((96, False), (96, True)), 256, (2, 5), "--device cpu --lengths 64 --rounds 5"
+    torch.device("cpu"),
+    (0.0, 5),
+    ((96, False), (96, True)),
+    256,
+    (2, 5),
+    (2, 64, 32),
+    "--device cpu --lengths 64 --rounds 5",
 )
 
 
-def median_seconds(scale: Scale, first: Callable[[], object], second: Callable[[], object]) -> Iterator[float]:
-    """The seconds of two functions that take turns."""
-    measure = functools.partial(seconds_of, device=scale.device)
+def median_seconds(
+    scale: Scale, first: Callable[[], object], second: Callable[[], object], in_graph: bool = False
+) -> Iterator[float]:
+    """The seconds of two functions that take turns; `in_graph` as in `seconds_of`."""
+    measure = functools.partial(seconds_of, device=scale.device, in_graph=in_graph)
     return map(statistics.median, time_in_turns(first, second, measure, *scale.times))
 
 
@@ -111,6 +126,49 @@ def oracle_rows(scale: Scale) -> Iterator[dict[str, Any]]:
             "is_right": error <= ORACLE_LIMIT and sum_error <= ORACLE_LIMIT,  # NaN is not
             "kernel_seconds": kernel_seconds,
             "specification_seconds": specification_seconds,
+        }
+
+
+def codes_rows(scale: Scale) -> Iterator[dict[str, Any]]:
+    """
+    Compares attention over codes with attention over restored slots in float32, and times it beside attention with
+    scores over as many slots that are not quantised. Keys are grouped by token, or by channel over 32 tokens.
+    """
+    batch_size, num_slots, num_latest = scale.codes_slots
+    num_quantized, scaling = num_slots - num_latest, HEAD_DIM**-0.5
+    query = torch.randn(batch_size, HEADS, 1, HEAD_DIM, dtype=DTYPE, device=scale.device)
+    shape = (batch_size, KV_HEADS, num_slots, HEAD_DIM)
+    states = [torch.randn(shape, dtype=DTYPE, device=scale.device) for _ in range(2)]
+    latest = [each[:, :, num_quantized:] for each in states]
+    in_full = functools.partial(decode_attention, query, *states, scaling=scaling)
+    for format_name, channel_group in (*((name, 0) for name in PACKINGS), ("kivi4", 32), ("kivi2", 32)):
+        quantizer = Quantizer(format_name, num_latest, channel_group)
+        coded = [
+            quantizer.coded(name, *quantizer.stored(name, each[:, :, :num_quantized]))
+            for name, each in zip(("keys", "values"), states, strict=True)
+        ]
+        by_codes = functools.partial(
+            decode_quantized_attention, query, *coded, num_quantized, *latest, scaling=scaling
+        )
+        restored = (
+            torch.cat([codes.restored(torch.float32), each.float()], dim=2)
+            for codes, each in zip(coded, latest, strict=True)
+        )
+        expected = reference.decode_attention(query.float(), *restored, None, None, None, scaling, None)
+        pairs = zip(by_codes(), expected, strict=True)
+        errors = [float((found.double() - wanted).norm() / wanted.double().norm()) for found, wanted in pairs]
+        full_seconds, codes_seconds = median_seconds(scale, in_full, by_codes, in_graph=True)
+        yield {
+            "format": format_name,
+            "channel_group": channel_group,
+            "slots": batch_size * num_slots,
+            "output_error": errors[0],
+            "sums_error": errors[1],
+            "limit": CODES_LIMIT,
+            "is_right": max(errors) <= CODES_LIMIT and not any(map(math.isnan, errors)),
+            "codes_seconds": codes_seconds,
+            "full_seconds": full_seconds,
+            "ratio_to_full": codes_seconds / full_seconds,
         }
 
 
@@ -167,7 +225,7 @@ def main(name: str, path: Path, is_rehearsal: bool = False) -> int:
         rows = [row for record in records for row in record["rows"]]
         failures = [f"{row['label']}, {row['length']:,} tokens: {row['failure']}" for row in rows if row["failure"]]
     else:
-        for row in {"oracle": oracle_rows, "gather": gather_rows}[name](scale):
+        for row in {"oracle": oracle_rows, "gather": gather_rows, "codes": codes_rows}[name](scale):
             announce(str(row))
             rows.append(row)
             write_json({"rows": rows}, path)
