@@ -99,7 +99,7 @@ class CacheCase:
 
     @property
     def quantizes(self) -> bool:
-        """Whether older tokens are quantised."""
+        """Whether older tokens are quantised, or have thin keys."""
         return "residual_length" in self.tight
 
     def most_waits(self, num_layers: int, num_steps: int) -> int:
@@ -176,6 +176,12 @@ CACHE_CASES = (
     CacheCase(
         "snapkv-kivi4",
         {**BY_ATTENTION, "quantize": "kivi4", "residual_length": 4},
+        has_own_reference=True,
+        compacts=True,
+    ),
+    CacheCase(
+        "snapkv-think",
+        {**BY_ATTENTION, "thin_keys": 0.4, "residual_length": 4},
         has_own_reference=True,
         compacts=True,
     ),

@@ -86,7 +86,8 @@ IMPOSSIBLE: dict[str, list[Any]] = {
     "use_covariance": NO_BOOLS,
     "merge": NO_BOOLS,
     "quantize": ["int4", "", 4, True, ["kivi4"], "KIVI4"],
-    "residual_length": NO_POSITIVE_COUNTS,
+    "residual_length": NO_POSITIVE_COUNTS[1:],  # None is the default
+    "thin_keys": [*NO_NUMBERS[1:], -0.1, 1, 1.0, 40, -1],
     "threshold": [*NO_NUMBERS, -1.1, 1.1],
 }
 # What one cache refuses besides.

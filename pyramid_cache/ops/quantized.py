@@ -1,5 +1,5 @@
 """
-Keys and values in 8, 4 or 2 bits, and attention of one query over them, which restores them tile by tile.
+Keys and values in 8, 4 or 2 bits, or in fewer channels, and attention of one query over them, tile by tile.
 
 Numbers of a group share a scale. In the integer formats a number is `low + scale * code`: `low` is the least number of
 the group, and the codes are 0 to `2 ** bits - 1` (Liu et al., 2024, KIVI, https://arxiv.org/abs/2402.02750, Section
@@ -8,7 +8,7 @@ bytes, so that `head_dim` channels take `head_dim * bits / 8` bytes, and slices 
 """
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -144,9 +144,43 @@ class Coded(NamedTuple):
         return sums
 
 
+class Plain(NamedTuple):
+    """Keys or values `(batch, kv_heads, tokens, width)` as they came, where `Coded` has codes."""
+
+    numbers: torch.Tensor
+
+    def restored(self, dtype: torch.dtype) -> torch.Tensor:
+        return self.numbers.to(dtype)
+
+    def logits(self, query: torch.Tensor) -> torch.Tensor:
+        return torch.bmm(query, self.restored(query.dtype).flatten(0, 1).mT).float()
+
+    def weighted(self, weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return torch.bmm(weights.to(dtype), self.restored(dtype).flatten(0, 1)).float()
+
+
+class Thin(NamedTuple):
+    """Keys of so many `width` channels, of which `held` has those at `channels` `(batch, kv_heads, any)` int64."""
+
+    held: Coded | Plain
+    channels: torch.Tensor
+    width: int
+
+    def restored(self, dtype: torch.dtype) -> torch.Tensor:
+        """The keys, with 0 in the other channels."""
+        held = self.held.restored(dtype)
+        keys = held.new_zeros(*held.shape[:-1], self.width)
+        return keys.scatter_(-1, self.channels[:, :, None].expand_as(held), held)
+
+    def logits(self, query: torch.Tensor) -> torch.Tensor:
+        """See `Coded.logits`: the same channels of the queries are enough."""
+        channels = self.channels.flatten(0, 1)[:, None].expand(-1, query.shape[1], -1)
+        return self.held.logits(query.gather(-1, channels))
+
+
 def attend_in_tiles(
     query: torch.Tensor,
-    coded: Callable[[str, int, int], Coded],
+    coded: Callable[[str, int, int], Any],
     num_quantized: int,
     tile_multiple: int,
     key: torch.Tensor,
@@ -164,7 +198,8 @@ def attend_in_tiles(
 
     Args:
         query (`torch.Tensor`): `(batch, heads, 1, head_dim)`.
-        coded (`Callable`): Given "keys" or "values", a start and a stop, these quantised slots.
+        coded (`Callable`): Given "keys" or "values", a start and a stop, these quantised slots: `Coded`, `Plain` or
+            `Thin`.
         num_quantized (`int`): How many there are.
         tile_multiple (`int`): Tiles start at multiples of it.
         key, value (`torch.Tensor`): `(batch, kv_heads, latest, head_dim)`, of the slots behind them.
