@@ -65,8 +65,9 @@ class CacheCase:
 
     @property
     def large(self) -> dict[str, Any]:
-        """Settings under which nothing is evicted from prompts and answers of tests: as `DynamicCache`."""
-        return {"budget": 4096, **CACHES[self.short_name].settings, **self.always}
+        """Settings under which prompts and answers of tests stay as they are: as in `DynamicCache`."""
+        residual = {"residual_length": 4096} if self.quantizes else {}
+        return {"budget": 4096, **CACHES[self.short_name].settings, **residual, **self.always}
 
     def is_full(self, num_kept: list[int]) -> bool:
         """

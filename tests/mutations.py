@@ -68,8 +68,10 @@ codes = grouped / scale«.masked_fill(scale == 0, 1)→».unsqueeze
 packed = packed | part << packing.bits * «index→1»
 = ops/quantized.py: test_quantized | in_tiles
 if «softcap→False»:
-first = part * «width→0» + start
-yield channels, first // «self.group_size→self.codes.shape[-1]», numbers
+first, end = part * «width→0», (part + 1) * width
+stop = min((first // self.group_size + 1) * self.group_size, «end→(part + 2) * width»)
+stop = «min((first // self.group_size + 1) * self.group_size, end)→min(first + self.group_size, end)»
+yield slice(first, stop), first // «self.group_size→self.codes.shape[-1]», numbers
 = engine/quantized_store.py: test_quantized | logits
 counts[0]), in_order(positions, is_latest, «max(counts[1], 1)→1»)
 is_old, is_latest = «(positions >= 0)→(positions >= 1)» & (positions < starts)

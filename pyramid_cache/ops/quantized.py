@@ -112,11 +112,15 @@ class Coded(NamedTuple):
         for part in range(8 // bits):
             shifted = codes >> bits * part if part else codes
             numbers = (shifted if (part + 1) * bits == 8 else shifted & self.packing.num_levels).float()
-            for start in range(0, width, self.group_size):
-                stop = min(start + self.group_size, width)
-                first = part * width + start
-                channels = slice(first, first + stop - start)
-                yield channels, first // self.group_size, numbers[..., start:stop]
+            first, end = part * width, (part + 1) * width
+            while first < end:  # groups may reach from one part into the next
+                stop = min((first // self.group_size + 1) * self.group_size, end)
+                yield (
+                    slice(first, stop),
+                    first // self.group_size,
+                    numbers[..., first - part * width : stop - part * width],
+                )
+                first = stop
 
     def _by_group(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Scales and least numbers, `(batch * kv_heads, groups, tokens)` float32."""
