@@ -112,15 +112,12 @@ class Coded(NamedTuple):
         for part in range(8 // bits):
             shifted = codes >> bits * part if part else codes
             numbers = (shifted if (part + 1) * bits == 8 else shifted & self.packing.num_levels).float()
-            first, end = part * width, (part + 1) * width
-            while first < end:  # groups may reach from one part into the next
-                stop = min((first // self.group_size + 1) * self.group_size, end)
-                yield (
-                    slice(first, stop),
-                    first // self.group_size,
-                    numbers[..., first - part * width : stop - part * width],
-                )
-                first = stop
+            start, first = 0, part * width
+            while start < width:  # a group may reach from one part into the next
+                group = (first + start) // self.group_size
+                stop = min((group + 1) * self.group_size - first, width)
+                yield slice(first + start, first + stop), group, numbers[..., start:stop]
+                start = stop
 
     def _by_group(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Scales and least numbers, `(batch * kv_heads, groups, tokens)` float32."""
