@@ -66,9 +66,10 @@ class CacheCase:
 
     @property
     def large(self) -> dict[str, Any]:
-        """Settings under which nothing is evicted from prompts and answers of tests: as `DynamicCache`."""
-        settings = CACHES[self.short_name].settings
-        return {"budget" if self.has_budget else "residual_length": 4096, **settings, **self.always}
+        """Settings under which prompts and answers of tests stay as they are: as in `DynamicCache`."""
+        settings = {"budget": 4096} if self.has_budget else {}
+        settings |= {"residual_length": 4096} if self.quantizes else {}
+        return {**settings, **CACHES[self.short_name].settings, **self.always}
 
     @property
     def has_budget(self) -> bool:
@@ -111,7 +112,7 @@ class CacheCase:
 
     @property
     def quantizes(self) -> bool:
-        """Whether older tokens are quantised."""
+        """Whether older tokens are quantised, or have thin keys."""
         return "residual_length" in self.tight
 
     def most_waits(self, num_layers: int, num_steps: int) -> int:
@@ -188,6 +189,12 @@ CACHE_CASES = (
     CacheCase(
         "snapkv-kivi4",
         {**BY_ATTENTION, "quantize": "kivi4", "residual_length": 4},
+        has_own_reference=True,
+        compacts=True,
+    ),
+    CacheCase(
+        "snapkv-think",
+        {**BY_ATTENTION, "thin_keys": 0.4, "residual_length": 4},
         has_own_reference=True,
         compacts=True,
     ),

@@ -68,8 +68,9 @@ codes = grouped / scale«.masked_fill(scale == 0, 1)→».unsqueeze
 packed = packed | part << packing.bits * «index→1»
 = ops/quantized.py: test_quantized | in_tiles
 if «softcap→False»:
-first = part * «width→0» + start
-yield channels, first // «self.group_size→self.codes.shape[-1]», numbers
+start, first = 0, part * «width→0»
+group = (first + start) // «self.group_size→self.codes.shape[-1]»
+stop = min(«(group + 1) * self.group_size - first→start + self.group_size», width)
 = engine/quantized_store.py: test_quantized | logits
 counts[0]), in_order(positions, is_latest, «max(counts[1], 1)→1»)
 is_old, is_latest = «(positions >= 0)→(positions >= 1)» & (positions < starts)
@@ -82,13 +83,43 @@ return torch.where((starts «<→<=» before)[..., None], held, new)
 = engine/quantized_store.py: test_quantized | nearly_as_good
 stays = has_codes« & (quantizer.coded(name, *held).restored(numbers.dtype) == numbers).all(dim=-1)→»
 = engine/quantized_store.py: test_quantized | damaged
-if (tensors[field].dtype, tensors[field].shape[3:]) != («like.dtype→tensors[field].dtype», like
+(tensors[field].dtype, tensors[field].shape[3:]) != («like.dtype→tensors[field].dtype», like
 = engine/quantized_store.py: test_quantized | way_out
 if «needs_gradients(call.query, call.key, call.value)→False»:
 = engine/quantization.py: test_quantized | logits bytes
 return max(row_length - self.residual_length, 0) // self.block_length * «self.block_length→1»
 = engine/evicting.py: test_quantized | budget_in_bytes
 num_spare += «-(-most_latest * bytes_of_latest // self.bytes_per_token)→0»
+= engine/thin_keys.py: test_thin_keys | hand_computed last_queries
+window = length.clamp(min=1, max=«WINDOW→WINDOW + 1»)
+squares = query.float().square().unflatten(1, «(kv_heads, -1)→(-1, kv_heads)»).mean(dim=2)
+mean + earlier * «(1 - is_in_window.sum(dim=2) / window)→0.5»
+«torch.where(is_token[..., None], key.float().square(), 0.0)→key.float().square()».sum(dim=2)
+«torch.where(is_in_window, squares, 0.0)→squares * is_in_window».sum(dim=2)
+order = (query_squares * squares).argsort(dim=-1, stable=True«→, descending=True»)
+return width - «floor_of_product(ratio, width)→round(ratio * width)»
+= ops/quantized.py: test_thin_keys | masked_run restored
+return self.held.logits(«query.gather(-1, channels)→query[..., : channels.shape[-1]]»)
+keys = held.«new_zeros→new_ones»(*held.shape[:-1], self.width)
+= engine/quantized_store.py: test_thin_keys | masked_run alone
+is_first = [«not earlier and →»old > 0 for
+chosen if held is None«→ or any(is_first)» else torch.where
+if «all→any»(num_old):
+= engine/quantized_store.py: test_thin_keys | formula
+for field in («"key_groups", "key_channels"→"key_groups",»)}
+= engine/quantized_store.py: test_thin_keys | damaged
+if tensor is None or not is_thin or «(tensor.dtype, list(tensor.shape)) != (dtype, [*rows[:2], size])→False»:
+if tensor is None and not (is_thin and «is_needed→False»):
+(state.key_channels < width))«.all()→.any()»:
+= engine/quantization.py: test_thin_keys | budget_in_bytes
+widths = «self.key_width(key_dim)→key_dim», value_dim
+= engine/quantization.py: test_thin_keys | formula
+THIN_RESIDUAL_LENGTH = «32→128»
+= engine/evicting.py: test_thin_keys | taken_back
+if «self.chooses_channels→False» and any(map(
+or observes or reads_again« or self.chooses_channels→»
+= engine/policy_cache.py: test_thin_keys | way_out
+if «quantizer is not None and quantizer.thin_keys→False» and policy.repositions:
 = engine/store.py: test_policies
 held.mul_(1 - «1 / window→0»)
 = engine/store.py: test_small_faults test_batch_rows

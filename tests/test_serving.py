@@ -315,7 +315,8 @@ def test_a_prompt_that_is_refused_fails_alone() -> None:
         (lambda model: library.ShadowKVCache(model.config), ValueError, "cannot have"),
         (lambda model: library.SnapKVCache, ValueError, "the class SnapKVCache"),
         (lambda model: library.AdaKVCache(model.config, 16), NotImplementedError, 'Give AdaKVCache `ranking="head"`'),
-        (lambda model: library.SnapKVCache(model.config, 16, quantize="int8"), NotImplementedError, "`quantize`"),
+        (lambda model: library.SnapKVCache(model.config, 16, quantize="int8"), NotImplementedError, "`quantize"),
+        (lambda model: library.SnapKVCache(model.config, 16, thin_keys=0.4), NotImplementedError, "`thin_keys=0.4`"),
         (lambda model: library.PyramidCache(model.config, 16), NotImplementedError, "different numbers"),
         (lambda model: library.PyramidKVCache(model.config, "200KB"), NotImplementedError, "different numbers"),
         (

@@ -17,8 +17,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from pyramid_cache.engine.budget import read_count
 from pyramid_cache.engine.policy import Policy, ScoringView
-from pyramid_cache.engine.policy_cache import DEFAULT_RESIDUAL_LENGTH, PolicyCache
-from pyramid_cache.engine.quantization import GROUP_SIZE, Quantizer
+from pyramid_cache.engine.policy_cache import PolicyCache
+from pyramid_cache.engine.quantization import GROUP_SIZE, RESIDUAL_LENGTH, Quantizer
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class KIVICache(PolicyCache):
         config: PreTrainedConfig | PreTrainedModel,
         nbits: int = 4,
         *,
-        residual_length: int = DEFAULT_RESIDUAL_LENGTH,
+        residual_length: int = RESIDUAL_LENGTH,
         group_size: int = GROUP_SIZE,
     ) -> None:
         if read_count("nbits", nbits, least=1) not in (2, 4):

@@ -75,9 +75,8 @@ def refuse_steps(cache: "CompressedCache", max_length: int | None) -> NoReturn:
     if not cache.can_compile:
         raise NotImplementedError(
             "Steps cannot have fixed shapes: the model has layers without eviction (such as sliding windows) or an "
-            "encoder, or its layers are on several devices or offloaded, or slots are quantised, or tokens may be "
-            "taken back. Leave "
-            "`cache.step()` out; compile without `fullgraph=True`, or not at all."
+            "encoder, or its layers are on several devices or offloaded, or slots are quantised, or keys are thin, or "
+            "tokens may be taken back. Leave `cache.step()` out; compile without `fullgraph=True`, or not at all."
         )
     if max_length is None:
         raise ValueError(
@@ -283,11 +282,12 @@ def may_hide(layer: "CompressedLayer", shown: torch.Tensor, earlier: list[int]) 
 
 
 def check_traces(layer: "CompressedLayer", row_lengths: list[int]) -> None:
-    """Raises if a layer of the cache may evict from rows of these lengths, and hidden tokens have a part in scores."""
+    """Raises if a layer of the cache may evict from rows of these lengths, and hidden tokens have a part in it."""
     if not layer.has_room(row_lengths):
         raise ValueError(
-            "The cache has to evict, and tokens that the attention mask hides since the last turn, such as padding "
-            "behind an answer that ended first, or that `crop` has taken back, would have a part in the choice. "
+            "The cache has to evict, or to choose channels, and tokens that the attention mask hides since the last "
+            "turn, such as padding behind an answer that ended first, or that `crop` has taken back, would have a "
+            "part in the choice. "
             f"Therefore {WAY_WITHOUT_HIDDEN}"
         )
 
@@ -374,8 +374,8 @@ def check_crop(layer: "CompressedLayer", tokens_to_remove: int) -> None:
     if num_columns > layer.pending.num_columns and not layer.is_croppable:
         raise NotImplementedError(
             f"`crop({tokens_to_remove})`: layer {layer.place.layer_idx} has evicted tokens since, or quantised "
-            "them, and that cannot be undone. Call `cache.activate_past_recording()` before the tokens that may be "
-            "taken back are seen."
+            "them, or thinned their keys, and that cannot be undone. Call `cache.activate_past_recording()` before "
+            "the tokens that may be taken back are seen."
         )
     if num_columns and layer.pending.ends_in_padding_without(num_columns):
         raise NotImplementedError(

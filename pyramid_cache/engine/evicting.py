@@ -81,8 +81,7 @@ class EvictingLayer(CompressedLayer):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.layout = self.layout_of(key_states, value_states)
-        if self.quantizer is not None:  # raises if heads cannot be packed
-            self.quantizer.bytes_per_token(self.layout.key_dim, self.layout.value_dim)
+        _ = self.bytes_per_token  # raises if heads cannot be packed
         self._read_byte_budget()  # raises if the bytes pay for no token, and changes nothing then
         super().lazy_initialization(key_states, value_states)
         if self.protect and (spans := spans_of_rows(self.protect, self.batch_size)):  # else `_read` raises
@@ -119,16 +118,23 @@ class EvictingLayer(CompressedLayer):
         if self.quantizer is None:
             bytes_per_head = (layout.key_dim + layout.value_dim) * layout.dtype.itemsize
         else:
-            bytes_per_head = self.quantizer.bytes_per_token(layout.key_dim, layout.value_dim)
+            bytes_per_head = self.quantizer.bytes_per_token(layout.key_dim, layout.value_dim, layout.dtype.itemsize)
         bytes_per_head += 4 * (self.compactor is not None)
         heads_apart = 1 if self.policy.heads_share_tokens else layout.kv_heads
         return layout.kv_heads * bytes_per_head + bookkeeping * heads_apart
+
+    @property
+    def chooses_channels(self) -> bool:
+        """Whether the queries seen so far tell which channels older keys keep."""
+        return self.quantizer is not None and self.quantizer.thin_keys > 0
 
     def num_tokens_to_keep(self, row_length: int) -> int:
         place = self.place
         return max(self.policy.num_tokens(row_length, self.token_budget, place.depth, place.num_layers), 1)
 
     def has_room(self, row_lengths: list[int]) -> bool:
+        if self.chooses_channels and any(map(self.quantizer.num_quantized, row_lengths)):
+            return False
         num_tokens, depths = self.policy.num_tokens, range(self.place.num_layers)
         return self.budget.is_unlimited or all(
             length <= num_tokens(length, self.token_budget, depth, len(depths))
@@ -145,7 +151,7 @@ class EvictingLayer(CompressedLayer):
         if ranks is not None and isinstance(self.store, QuantizedHeads):
             raise NotImplementedError(
                 f"The model is split over {ranks.size} ranks (tensor parallelism), and heads that compete "
-                f"(`ranking={self.ranking!r}`) with `quantize` are not. Leave one of the two out."
+                f"(`ranking={self.ranking!r}`) with {self.quantizer.option} are not. Leave one of the two out."
             )
         super().set_ranks(ranks)
         if ranks is not None:
@@ -166,7 +172,7 @@ class EvictingLayer(CompressedLayer):
         super()._crop_held(num_columns)
         observes = type(self.policy).observe is not Policy.observe or self.compactor is not None
         reads_again = isinstance(self.shared, SharedBudget) and self.shared.waits
-        self.state.has_traces |= self.policy.window_size != 0 or observes or reads_again
+        self.state.has_traces |= self.policy.window_size != 0 or observes or reads_again or self.chooses_channels
 
     def check_lengths(self, row_lengths: list[int]) -> None:
         super().check_lengths(row_lengths)
@@ -296,6 +302,7 @@ class EvictingLayer(CompressedLayer):
         self.policy.prepare(self.state)
 
     def attend_prompt(self, call: AttentionCall, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self.store.observe(call, tokens)
         if self.budget.is_unlimited:
             return self._attend_and_keep(call, tokens)
         state, longest = self.state, tokens.longest or max(tokens.row_lengths)
@@ -424,6 +431,7 @@ class EvictingLayer(CompressedLayer):
 
     def attend_step(self, call: AttentionCall, longest: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         state, scores = self.state, self.policy.window_size != 0
+        self.store.observe(call)
         if self.budget.is_unlimited:
             return call.run() if state.is_dense else self.store.attend_step(call, scores=False)[0]
         if state.is_dense:  # the model's own attention, and beside it what each token gets of it

@@ -21,7 +21,6 @@ from pyramid_cache.engine.tokens import MaskReader
 
 
 DEFAULT_EVICTION_INTERVAL = 32
-DEFAULT_RESIDUAL_LENGTH = 128
 RANKINGS = ("head", "layer", "model", "model-online")
 
 
@@ -32,7 +31,8 @@ class CommonOptions(TypedDict, total=False):
     protect: Protect
     merge: bool
     quantize: str | None
-    residual_length: int
+    thin_keys: float | None
+    residual_length: int | None
 
 
 class EvictionOptions(CommonOptions, total=False):
@@ -72,8 +72,11 @@ class PolicyCache(CompressedCache):
             takes 4 bytes more per slot and head.
         quantize (`str`, *optional*): How all but the latest tokens are stored: in 4 or 2 bits ("kivi4", "kivi2"), in
             which 32 neighbouring channels share a scale, or in a byte ("int8", "fp8"). See docs/quantized.md.
-        residual_length (`int`, defaults to 128): With `quantize`, how many of the latest tokens of each row stay as
-            they are, as far as the method keeps them, and up to 31 more. Larger values take more memory.
+        thin_keys (`float`, *optional*): The share of their channels that older keys lose, 0.4 in the paper of ThinK.
+            Larger values take less memory, and change attention more. See docs/thin-keys.md.
+        residual_length (`int`, *optional*): With `quantize` or `thin_keys`, how many of the latest tokens of each row
+            stay as they are, as far as the method keeps them, and up to 31 more: by default 128, and 32 with
+            `thin_keys` alone. Larger values take more memory.
         masks (`MaskReader`, *optional*): Tells tokens from padding, for a method that has a reader of its own.
         compactor (`type`, *optional*): What becomes of tokens that go, for a method that has a `Compactor` of its own.
 
@@ -123,7 +126,8 @@ class PolicyCache(CompressedCache):
         masks: MaskReader | None = None,
         compactor: Callable[[], Compactor] | None = None,
         quantize: str | Quantizer | None = None,
-        residual_length: int = DEFAULT_RESIDUAL_LENGTH,
+        thin_keys: float | None = None,
+        residual_length: int | None = None,
     ) -> None:
         config, _ = config_and_model(config)
         check_decoder_config(config)
@@ -146,7 +150,12 @@ class PolicyCache(CompressedCache):
         compactor = Merging if merge else compactor
         if compactor is not None and compactor().merges_generated:
             refuse_merging(policy, eviction_interval)
-        quantizer = read_quantizer(quantize, residual_length)
+        quantizer = read_quantizer(quantize, thin_keys, residual_length)
+        if quantizer is not None and quantizer.thin_keys and policy.repositions:
+            raise NotImplementedError(
+                f"`thin_keys={thin_keys}`: {type(policy).__name__} rotates keys that it holds, which takes the "
+                "channels that thin keys lack. Leave `thin_keys` out."
+            )
         spans = read_protect(protect)
         num_protected = max(map(len, spans), default=0)
         if parsed_budget.kind == "tokens" and num_protected > parsed_budget.amount:
@@ -172,7 +181,9 @@ class PolicyCache(CompressedCache):
             given: dict[str, Any] = {"ranking": ranking}
             given |= {"protect": plain_setting(spans)} if spans else {}
             given |= {"merge": True} if merge else {}
-            given |= {} if quantizer is None else {"quantize": quantize, "residual_length": residual_length}
+            if quantizer is not None:
+                options = {"quantize": quantize, "thin_keys": thin_keys, "residual_length": quantizer.residual_length}
+                given |= {name: value for name, value in options.items() if value is not None}
             # What a constructor does not take, it has chosen itself.
             taken = inspect.signature(type(self).__init__).parameters.values()
             names = [each.name for each in taken if each.kind is not each.VAR_KEYWORD]

@@ -1,5 +1,5 @@
 """
-A store whose older tokens are quantised (`pyramid_cache.engine.quantization`).
+A store whose older tokens are quantised (`pyramid_cache.engine.quantization`), or whose older keys are thin.
 
 Between two forward passes the first slots hold codes, and keys and values hold the latest tokens alone. A step attends
 to both and restores the codes tile by tile. A forward pass of several tokens, and an eviction, restore all tokens of
@@ -18,8 +18,9 @@ from pyramid_cache.engine.ragged_store import CompetingHeads
 from pyramid_cache.engine.selection import best_of_all_heads, gather_tokens
 from pyramid_cache.engine.state import CODES, LayerState, grown
 from pyramid_cache.engine.store import MIN_GROWTH, Compaction, SlotStore
+from pyramid_cache.engine.thin_keys import WINDOW, best_channels, mean_squares
 from pyramid_cache.engine.tokens import Tokens
-from pyramid_cache.ops.quantized import Coded, decode_quantized_attention, packed_slots
+from pyramid_cache.ops.quantized import Coded, Plain, decode_quantized_attention, packed_slots
 from pyramid_cache.ops.registration import needs_gradients
 
 
@@ -43,12 +44,26 @@ class QuantizedStore(SlotStore):
     def check_call(self, call: AttentionCall) -> None:
         if needs_gradients(call.query, call.key, call.value):
             raise NotImplementedError(
-                f"`quantize={self.quantizer.format!r}`: gradients do not pass through quantised keys and values. Call "
-                "the model under `torch.no_grad()`, or leave `quantize` out."
+                f"{self.quantizer.option}: gradients do not pass through quantised or thin keys and values. Call the "
+                "model under `torch.no_grad()`, or leave it out."
             )
 
     def is_full(self) -> bool:
         return False
+
+    def observe(self, call: AttentionCall, tokens: Tokens | None = None) -> None:
+        """Takes notice of the queries of tokens, or of one new token in each row."""
+        state, num_queries = self.state, call.num_queries
+        if not self.quantizer.thin_keys or (state.row_quantized and all(state.row_quantized)):
+            return
+        if tokens is None:
+            positions = state.next_position[:, 0] - 1
+        else:
+            if tokens.is_ascending:  # padding between the tokens of a row puts its last queries further back
+                num_queries = min(num_queries, WINDOW)
+            positions = tokens.positions[:, 0, -num_queries:]
+        query, kv_heads = call.query[:, :, -num_queries:], call.key.shape[1]
+        state.query_squares = mean_squares(query, positions, state.next_position, state.query_squares, kv_heads)
 
     def _make_room(self, num_new: int) -> None:
         if self.state.num_quantized:
@@ -63,18 +78,26 @@ class QuantizedStore(SlotStore):
             return
         for name in FIELDS:
             latest = self.in_use(name)
-            restored = self._coded(name).tile(0, num_quantized, self._starts()).restored(latest.dtype)
-            setattr(state, name, torch.cat([restored, latest], dim=2))
+            setattr(state, name, torch.cat([self._restored(name, latest.dtype), latest], dim=2))
         for name, codes in self._codes_in_slots().items():
             setattr(state, name, grown(codes, num_quantized, state.length, fill=0))
         state.num_quantized = 0
 
-    def _coded(self, name: str) -> Coded:
+    def _coded(self, name: str) -> Coded | Plain:
         """Keys or values of quantised slots, as they are held."""
         codes, scales = FIELDS[name]
         if name == "keys" and self.quantizer.channel_group:
             scales = "key_groups"
         return self.quantizer.coded(name, getattr(self.state, codes), getattr(self.state, scales))
+
+    def _restored(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """Keys or values `(batch, kv_heads, quantised, any)` of quantised slots; channels that keys have lost are 0."""
+        held = self._coded(name).tile(0, self.state.num_quantized, self._starts()).restored(dtype)
+        channels = self.state.key_channels if name == "keys" else None
+        if channels is None:
+            return held
+        keys = held.new_zeros(*held.shape[:-1], self.state.keys.shape[3])
+        return keys.scatter_(-1, channels[:, :, None].expand_as(held), held)
 
     def _codes_in_slots(self) -> dict[str, torch.Tensor]:
         """Codes and scales of quantised slots, by name."""
@@ -102,6 +125,8 @@ class QuantizedStore(SlotStore):
             heads = 1 if self.heads_share_tokens else state.keys.shape[1]
             slots["positions"] = self.column_tokens().positions.expand(-1, heads, -1)
         positions, starts = slots["positions"], self.per_row(num_old)
+        if quantizer.thin_keys:
+            self._choose_channels(slots["keys"], positions[..., state.num_quantized :] >= 0, num_old)
         is_old, is_latest = (positions >= 0) & (positions < starts), positions >= starts
         # How many tokens are old differs between heads. This waits for the device, once for a block of tokens.
         counts = torch.stack([each.sum(dim=-1).amax() for each in (is_old, is_latest)]).tolist()
@@ -115,6 +140,24 @@ class QuantizedStore(SlotStore):
         state.num_quantized, state.length = counts[0], indices.shape[-1]
         state.row_quantized, state.column_positions, state.free_slots = num_old, None, None
 
+    def _choose_channels(self, key: torch.Tensor, is_token: torch.Tensor, num_old: list[int]) -> None:
+        """Chooses the channels of the rows whose first tokens are quantised now, by all keys that they hold."""
+        state = self.state
+        before = state.row_quantized or [0] * len(num_old)
+        is_first = [not earlier and old > 0 for earlier, old in zip(before, num_old, strict=True)]
+        if not any(is_first):
+            return
+        number = self.quantizer.key_width(key.shape[3])
+        chosen, held = best_channels(state.query_squares, key, is_token, number), state.key_channels
+        state.key_channels = chosen if held is None else torch.where(self.per_row(is_first) > 0, chosen, held)
+        if all(num_old):
+            state.query_squares = None
+
+    def _thin(self, key: torch.Tensor) -> torch.Tensor:
+        """The channels that stay of keys `(batch, kv_heads, tokens, head_dim)`."""
+        channels = self.state.key_channels
+        return key if channels is None else key.gather(-1, channels[:, :, None].expand(-1, -1, key.shape[2], -1))
+
     def _quantized(self, slots: dict[str, torch.Tensor], old: torch.Tensor) -> dict[str, torch.Tensor]:
         """
         Codes and scales of the tokens in the slots `(batch, kv_heads or 1, any)`; -1 is none. Tokens that have them
@@ -125,6 +168,7 @@ class QuantizedStore(SlotStore):
         has_codes = gather_tokens(slots["positions"], old) < before
         for name, fields in FIELDS.items():
             numbers = gather_tokens(slots[name], old - state.num_quantized)
+            numbers = self._thin(numbers) if name == "keys" else numbers
             held = [slots.get(field) for field in fields]
             held = [None if each is None else gather_tokens(each, old.clamp(max=each.shape[2] - 1)) for each in held]
             stays = has_codes
@@ -133,7 +177,7 @@ class QuantizedStore(SlotStore):
             for field, new, earlier in zip(fields, quantizer.stored(name, numbers), held, strict=True):
                 if field == "key_scales" and quantizer.channel_group:
                     found["key_groups"] = self._groups(new, before)
-                else:
+                elif new is not None:
                     found[field] = new if earlier is None else torch.where(stays[..., None], earlier, new)
         return found
 
@@ -161,24 +205,47 @@ class QuantizedStore(SlotStore):
             mask=self.in_use("positions") >= 0 if state.has_empty_slots else None,
             bias=self.in_use("bias"),
             starts=self._starts(),
+            channels=state.key_channels,
             **call.logit_arguments,
         )
         return (output, None), sums if scores else None
 
     def load_state_dict(self, numbers: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         super().load_state_dict(numbers, tensors)
+        self._check_channels()
         for name, fields in FIELDS.items() if self.state.num_quantized else ():
             quantizer, width = self.quantizer, tensors[name].shape[3]
+            width = quantizer.key_width(width) if name == "keys" else width
             has_groups = name == "keys" and quantizer.channel_group
             expected = quantizer.stored(name, tensors[name].new_zeros(1, 1, quantizer.block_length, width))
             for field, like in zip((fields[0], "key_groups") if has_groups else fields, expected, strict=True):
-                if (tensors[field].dtype, tensors[field].shape[3:]) != (like.dtype, like.shape[3:]):
+                if like is None and field not in tensors:
+                    continue
+                if like is None or (tensors[field].dtype, tensors[field].shape[3:]) != (like.dtype, like.shape[3:]):
                     raise ValueError(f"`{field}` is {tensors[field].dtype} {tuple(tensors[field].shape)}")
 
+    def _check_channels(self) -> None:
+        """Raises ValueError unless the channels of thin keys, and what they are chosen by, can be those of rows."""
+        state, quantizer = self.state, self.quantizer
+        *rows, _, width = state.keys.shape
+        has_chosen = state.row_quantized or [0] * rows[0]
+        expected = {
+            "key_channels": (torch.int64, quantizer.key_width(width), any(has_chosen)),
+            "query_squares": (torch.float32, width, not all(has_chosen)),
+        }
+        for name, (dtype, size, is_needed) in expected.items():
+            tensor, is_thin = getattr(state, name), bool(quantizer.thin_keys)
+            if tensor is None and not (is_thin and is_needed):
+                continue
+            if tensor is None or not is_thin or (tensor.dtype, list(tensor.shape)) != (dtype, [*rows[:2], size]):
+                raise ValueError(f"`{name}` is {None if tensor is None else (tensor.dtype, tuple(tensor.shape))}")
+        if state.key_channels is not None and not ((state.key_channels >= 0) & (state.key_channels < width)).all():
+            raise ValueError(f"`key_channels` are not those of keys of width {width}")
+
     def held_tensors(self) -> dict[str, torch.Tensor]:
-        """Codes and scales count as keys and values."""
+        """Codes, scales and channels count as keys and values."""
         roles = {field: f"{name} {field}" for name, fields in FIELDS.items() for field in fields}
-        roles["key_groups"] = "keys key_groups"
+        roles |= {field: f"keys {field}" for field in ("key_groups", "key_channels")}
         return {roles.get(name, name): tensor for name, tensor in super().held_tensors().items()}
 
 

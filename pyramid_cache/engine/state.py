@@ -31,7 +31,7 @@ def number(default: int) -> Any:
     return field(default=default, metadata={"kind": "number"})
 
 
-# The slots of quantised tokens.
+# The slots of quantised tokens, and of those with thin keys.
 CODES = ("key_codes", "key_scales", "value_codes", "value_scales")
 
 
@@ -47,10 +47,14 @@ class LayerState:
         attention (`torch.Tensor`): `(batch, kv_heads or 1, slots)` float32, see `ScoringView.attention`.
         bias (`torch.Tensor`): `(batch, kv_heads, slots)` float32, what is added to the logits of each slot. None while
             each slot stands for its own token alone.
-        key_codes, value_codes (`torch.Tensor`): `(batch, kv_heads, slots, bytes)` uint8, of quantised tokens.
+        key_codes, value_codes (`torch.Tensor`): `(batch, kv_heads, slots, bytes)` uint8, of quantised tokens. Or
+            `(batch, kv_heads, slots, any)`, thin keys and their values as they are.
         key_scales, value_scales (`torch.Tensor`): `(batch, kv_heads, slots, any)`, the scales of their channels.
         key_groups (`torch.Tensor`): `(batch, kv_heads, groups, any)`, scales that tokens share, in the place of
             `key_scales`.
+        key_channels (`torch.Tensor`): `(batch, kv_heads, any)` int64, the channels that thin keys have.
+        query_squares (`torch.Tensor`): `(batch, kv_heads, head_dim)` float32, the mean square of the last queries,
+            until all rows have chosen their channels.
         next_position (`torch.Tensor`): `(batch, 1, 1)` int32, how many tokens each row has seen.
         num_kept (`torch.Tensor`): `(batch, 1, 1)` int32, how many tokens of each row may be held.
         column_positions (`torch.Tensor`): `(batch, 1, columns)` int32, of a dense prompt with padding; else None.
@@ -82,6 +86,8 @@ class LayerState:
     value_codes: torch.Tensor | None = slot()
     value_scales: torch.Tensor | None = slot()
     key_groups: torch.Tensor | None = row()
+    key_channels: torch.Tensor | None = row()
+    query_squares: torch.Tensor | None = row()
     next_position: torch.Tensor | None = row()
     num_kept: torch.Tensor | None = row()
     column_positions: torch.Tensor | None = row()

@@ -369,6 +369,9 @@ class SlotStore:
     def check_call(self, call: AttentionCall) -> None:
         """Raises if the store cannot attend in the place of the model's attention function."""
 
+    def observe(self, call: AttentionCall, tokens: Tokens | None = None) -> None:
+        """Takes notice of the queries of tokens, or of one new token in each row. Other stores have a use for them."""
+
     def attend_step(
         self, call: AttentionCall, scores: bool
     ) -> tuple[tuple[torch.Tensor, torch.Tensor | None], torch.Tensor | None]:

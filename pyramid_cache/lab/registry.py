@@ -149,6 +149,7 @@ CACHES = {
         CacheEntry("h2o-merge", "H2OCache(merge)", library.H2OCache, {"merge": True, "eviction_interval": 8}),
         CacheEntry("snapkv-merge", "SnapKVCache(merge)", library.SnapKVCache, {"merge": True}),
         CacheEntry("snapkv-kivi4", "SnapKVCache(kivi4)", library.SnapKVCache, {"quantize": "kivi4"}),
+        CacheEntry("snapkv-think", "SnapKVCache(think)", library.SnapKVCache, {"thin_keys": 0.4}),
         CacheEntry("pyramidkv", "PyramidKVCache", library.PyramidKVCache),
         CacheEntry("adakv", "AdaKVCache", library.AdaKVCache),
         CacheEntry("critical", "CriticalKVCache", library.CriticalKVCache),
@@ -180,6 +181,16 @@ CACHES = {
         CacheEntry("shadow", "ShadowKVCache", library.ShadowKVCache, reads_answers_by_step=True, takes_batches=False),
         CacheEntry("kivi", "KIVICache", library.KIVICache, takes_budget=False),
         CacheEntry("kivi2", "KIVICache(2 bits)", library.KIVICache, {"nbits": 2}, takes_budget=False),
+        *(
+            CacheEntry(
+                name,
+                f"KnormCache(all, think {ratio})",
+                library.KnormCache,
+                {"budget": 1.0, "thin_keys": ratio},
+                takes_budget=False,
+            )
+            for name, ratio in (("think2", 0.2), ("think", 0.4), ("think6", 0.6))
+        ),
         CacheEntry("streaming", "StreamingLLMCache", library.StreamingLLMCache),
     )
 }

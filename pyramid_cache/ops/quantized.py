@@ -1,6 +1,6 @@
 """
-Keys and values in 8, 4 or 2 bits, and attention of one query over them. `triton_quantized` computes it on CUDA. All
-else restores them tile by tile.
+Keys and values in 8, 4 or 2 bits, or in fewer channels, and attention of one query over them. `triton_quantized`
+computes it for codes on CUDA. All else restores them tile by tile.
 
 Numbers of a group share a scale. In the integer formats a number is `low + scale * code`: `low` is the least number of
 the group, and the codes are 0 to `2 ** bits - 1` (Liu et al., 2024, KIVI, https://arxiv.org/abs/2402.02750, Section
@@ -8,7 +8,7 @@ the group, and the codes are 0 to `2 ** bits - 1` (Liu et al., 2024, KIVI, https
 bytes, so that `head_dim` channels take `head_dim * bits / 8` bytes, and slices of channels unpack without a shuffle.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -172,11 +172,70 @@ class Coded(NamedTuple):
             return scales * FLOAT8_FACTOR, None
         return scales[:, : scales.shape[1] // 2], scales[:, scales.shape[1] // 2 :]
 
+    def write_logits(self, logits: torch.Tensor, queries: torch.Tensor, tiles: Sequence[slice]) -> None:
+        """
+        Writes the products of queries `(batch * kv_heads, group, width)` with the keys of all tiles into logits
+        `(batch * kv_heads, group, slots)`. Where channels share a scale, products take the codes as they are, and
+        scales come into the results: a third of the time.
+        """
+        if self.dim == 2:
+            for tile in tiles:
+                numbers = self.tile(tile.start, tile.stop).restored(torch.float32)
+                logits[..., tile] = torch.bmm(queries, numbers.flatten(0, 1).mT)
+            return
+        (scale, low), workspace = self.by_group(), self._workspace(tiles)
+        products = queries.new_zeros(*scale.shape[:2], queries.shape[1], logits.shape[2])
+        for tile in tiles:
+            for channels, group, codes in self.tile(tile.start, tile.stop).pieces(workspace):
+                products[:, group, :, tile] += torch.bmm(queries[..., channels], codes.mT)
+        torch.sum(products.mul_(scale[:, :, None]), dim=1, out=logits)
+        if low is not None:
+            logits += torch.bmm(queries.unflatten(-1, (-1, self.group_size)).sum(dim=-1), low)
+
+    def add_values(self, output: torch.Tensor, weights: torch.Tensor, tiles: Sequence[slice]) -> None:
+        """Adds the values of all tiles, with weights `(batch * kv_heads, group, slots)`, to `(..., group, width)`."""
+        (scale, low), workspace = self.by_group(), self._workspace(tiles)
+        shares = weights[:, None] * scale[:, :, None]  # (batch * kv_heads, groups, group, slots)
+        if low is not None:
+            output += torch.bmm(weights, low.mT).repeat_interleave(self.group_size, dim=-1)
+        for tile in tiles:
+            for channels, group, codes in self.tile(tile.start, tile.stop).pieces(workspace):
+                output[..., channels] += torch.bmm(shares[:, group, :, tile], codes)
+
+    def _workspace(self, tiles: Sequence[slice]) -> torch.Tensor:
+        """Room for the codes of the largest tile: memory that is new for each tile would cost page faults."""
+        batch, kv_heads, _, num_bytes = self.codes.shape
+        return self.codes.new_empty(batch * kv_heads * tiles[0].stop * num_bytes, dtype=torch.float32)
+
+
+class Plain(NamedTuple):
+    """Keys or values `(batch, kv_heads, tokens, width)` as they came, where `Coded` has codes."""
+
+    numbers: torch.Tensor
+
+    def restored(self, dtype: torch.dtype) -> torch.Tensor:
+        """The same in that dtype."""
+        return self.numbers.to(dtype)
+
+    def tile(self, start: int, stop: int, starts: torch.Tensor | None = None) -> "Plain":
+        """See `Coded.tile`."""
+        return Plain(
+            self.numbers[:, :, start:stop] if starts is None else packed_slots(self.numbers, starts, start, stop)
+        )
+
+    def write_logits(self, logits: torch.Tensor, queries: torch.Tensor, tiles: Sequence[slice]) -> None:
+        """See `Coded.write_logits`."""
+        logits.copy_(torch.bmm(queries.to(self.numbers.dtype), self.numbers.flatten(0, 1).mT))
+
+    def add_values(self, output: torch.Tensor, weights: torch.Tensor, tiles: Sequence[slice]) -> None:
+        """See `Coded.add_values`."""
+        output += torch.bmm(weights.to(self.numbers.dtype), self.numbers.flatten(0, 1))
+
 
 def decode_quantized_attention(
     query: torch.Tensor,
-    keys: Coded,
-    values: Coded,
+    keys: Coded | Plain,
+    values: Coded | Plain,
     num_quantized: int,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -187,6 +246,7 @@ def decode_quantized_attention(
     bias: torch.Tensor | None = None,
     sink_logits: torch.Tensor | None = None,
     starts: torch.Tensor | None = None,
+    channels: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     `decode_attention` over quantised slots, and slots of keys and values behind them. No copy of the quantised ones in
@@ -194,7 +254,7 @@ def decode_quantized_attention(
 
     Args:
         query (`torch.Tensor`): `(batch, heads, 1, head_dim)`.
-        keys, values (`Coded`): Those of the quantised slots. Values are grouped by channels of a token.
+        keys, values (`Coded` or `Plain`): Those of the quantised slots. Values are grouped by channels of a token.
         num_quantized (`int`): How many slots of each head are quantised.
         key, value (`torch.Tensor`): `(batch, kv_heads, latest, head_dim)`, of the slots behind them, at least one; the
             values may have a width of their own.
@@ -202,6 +262,8 @@ def decode_quantized_attention(
         starts (`torch.Tensor`, *optional*): `(batch, kv_heads + 1)` int64. If it is given, codes and scales are
             `(batch, 1, tokens, any)`, with the heads of a row one behind the other. It says where each of them begins
             and where the last one ends. The mask must be False for quantised slots behind the end of a head.
+        channels (`torch.Tensor`, *optional*): `(batch, kv_heads, any)` int64, those that keys of quantised slots have,
+            if they have lost others. Plain PyTorch attends to these, and to `Plain` ones, on every device.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: As `decode_attention`.
@@ -213,6 +275,9 @@ def decode_quantized_attention(
     batch, kv_heads, num_latest, width = key.shape
     check_shape("value", value, batch, kv_heads, num_latest, None)
     num_slots = num_quantized + num_latest
+    if channels is not None or isinstance(keys, Plain) or isinstance(values, Plain):
+        slots = mask, bias, sink_logits, starts
+        return attend_in_tiles(query, keys, values, num_quantized, key, value, *slots, scaling, softcap, channels)
     for name, coded, dim in (("keys", keys, width), ("values", values, value.shape[3])):
         shape = (batch, kv_heads, num_quantized) if starts is None else (batch, 1, None)
         check_shape(f"{name}.codes", coded.codes, *shape, dim * coded.packing.bits // 8)
@@ -237,8 +302,8 @@ def decode_quantized_attention(
 
 def attend_in_tiles(
     query: torch.Tensor,
-    keys: Coded,
-    values: Coded,
+    keys: Coded | Plain,
+    values: Coded | Plain,
     num_quantized: int,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -248,39 +313,23 @@ def attend_in_tiles(
     starts: torch.Tensor | None,
     scaling: float,
     softcap: float | None,
+    channels: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    In plain PyTorch. Of the quantised slots, no more than a tile is ever restored. Where channels of a token share a
-    scale, products take the codes as they are, and scales come into the results: a third of the time.
-    """
+    """In plain PyTorch. Of the quantised slots, no more than a tile is ever restored."""
     batch, kv_heads, num_latest, width = key.shape
     if starts is not None:
         keys, values = (coded.tile(0, num_quantized, starts) for coded in (keys, values))
     num_elements = TILE_ELEMENTS.get(query.device.type, TILE_ELEMENTS_ELSEWHERE)
-    multiple = keys.group_size if keys.dim == 2 else 1
+    multiple = keys.group_size if isinstance(keys, Coded) and keys.dim == 2 else 1
     step = max(num_elements // (batch * kv_heads * width * multiple), 1) * multiple
     tiles = [slice(start, min(start + step, num_quantized)) for start in range(0, num_quantized, step)]
-    # Of the largest tile. Memory that is new for each tile would cost page faults.
-    num_bytes = max(keys.codes.shape[-1], values.codes.shape[-1])
-    workspace = query.new_empty(batch * kv_heads * min(step, num_quantized) * num_bytes, dtype=torch.float32)
     queries = (query * scaling).reshape(batch * kv_heads, -1, width)
     logits = query.new_empty(*queries.shape[:2], num_quantized + num_latest, dtype=torch.float32)
     logits[..., num_quantized:] = torch.bmm(queries, key.flatten(0, 1).mT)
     queries = queries.float()
-    if keys.dim == 2:
-        for tile in tiles:
-            numbers = keys.tile(tile.start, tile.stop).restored(torch.float32)
-            logits[..., tile] = torch.bmm(queries, numbers.flatten(0, 1).mT)
-    else:
-        scale, low = keys.by_group()
-        products = queries.new_zeros(*scale.shape[:2], queries.shape[1], num_quantized)
-        for tile in tiles:
-            for channels, group, codes in keys.tile(tile.start, tile.stop).pieces(workspace):
-                products[:, group, :, tile] += torch.bmm(queries[..., channels], codes.mT)
-        torch.sum(products.mul_(scale[:, :, None]), dim=1, out=logits[..., :num_quantized])
-        if low is not None:
-            sums = queries.unflatten(-1, (-1, keys.group_size)).sum(dim=-1)
-            logits[..., :num_quantized] += torch.bmm(sums, low)
+    if channels is not None:
+        queries = queries.gather(-1, channels.flatten(0, 1)[:, None].expand(-1, queries.shape[1], -1))
+    keys.write_logits(logits[..., :num_quantized], queries, tiles)
     if softcap:
         logits = torch.tanh(logits / softcap) * softcap
     logits = logits.view(batch, kv_heads, -1, 1, logits.shape[-1])
@@ -289,14 +338,7 @@ def attend_in_tiles(
     probabilities = softmax_of_logits(logits, None if mask is None else mask[:, :, None, None], sink_logits).squeeze(3)
     weights = probabilities.flatten(0, 1)
     output = torch.bmm(weights[..., num_quantized:].to(value.dtype), value.flatten(0, 1)).float()
-    scale, low = values.by_group()
-    shares = weights[:, None, :, :num_quantized] * scale[:, :, None]  # (batch * kv_heads, groups, group, slots)
-    if low is not None:
-        sums = torch.bmm(weights[..., :num_quantized], low.mT)
-        output += sums.repeat_interleave(values.group_size, dim=-1)
-    for tile in tiles:
-        for channels, group, codes in values.tile(tile.start, tile.stop).pieces(workspace):
-            output[..., channels] += torch.bmm(shares[:, group, :, tile], codes)
+    values.add_values(output, weights[..., :num_quantized], tiles)
     return output.view(batch, 1, -1, value.shape[-1]).to(value.dtype), probabilities.sum(dim=2)
 
 

@@ -229,9 +229,10 @@ def check_template(model: PreTrainedModel, cache: PolicyCache) -> None:
             f"{name} reads the prompt a second time, which requests do not allow. Use a cache that scores tokens as "
             "it reads them, such as SnapKVCache."
         )
-    if isinstance(cache.layers[0].store, QuantizedStore):
+    if isinstance(store := cache.layers[0].store, QuantizedStore):
         raise NotImplementedError(
-            f"{name} holds codes (`quantize`), but blocks hold keys and values. Leave `quantize` out."
+            f"{name} holds older tokens in another form ({store.quantizer.option}), but blocks hold keys and values. "
+            "Leave it out."
         )
     layer, depths = begun_layer(model, cache), range(len(cache.layers))
     differs = any(
