@@ -91,7 +91,7 @@ class QuantizedStore(SlotStore):
         return self.quantizer.coded(name, getattr(self.state, codes), getattr(self.state, scales))
 
     def _restored(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        """Keys or values `(batch, kv_heads, quantised, any)` of quantised slots; channels that keys have lost are 0."""
+        """Keys or values `(batch, kv_heads, tokens, any)` of quantised slots, with 0 for channels that keys lost."""
         held = self._coded(name).tile(0, self.state.num_quantized, self._starts()).restored(dtype)
         channels = self.state.key_channels if name == "keys" else None
         if channels is None:
