@@ -12,6 +12,7 @@ from pyramid_cache.caches.knorm import KnormCache
 from pyramid_cache.caches.kv_merger import KVMergerCache
 from pyramid_cache.caches.kvzip import KVzipCache, KVzipPlusCache
 from pyramid_cache.caches.massive_activation.cache import MassiveActivationCache
+from pyramid_cache.caches.minicache.cache import MiniCache
 from pyramid_cache.caches.pyramid.cache import PyramidCache
 from pyramid_cache.caches.pyramidkv import PyramidKVCache
 from pyramid_cache.caches.rkv import RKVCache
@@ -41,6 +42,7 @@ __all__ = [
     "KnormCache",
     "LayerDefensiveKVCache",
     "MassiveActivationCache",
+    "MiniCache",
     "Policy",
     "PolicyCache",
     "PyramidCache",
