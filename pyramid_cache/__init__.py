@@ -10,6 +10,7 @@ from pyramid_cache.caches.keydiff import KeyDiffCache
 from pyramid_cache.caches.kivi import KIVICache
 from pyramid_cache.caches.knorm import KnormCache
 from pyramid_cache.caches.kv_merger import KVMergerCache
+from pyramid_cache.caches.kv_sharer import KVSharerCache
 from pyramid_cache.caches.kvzip import KVzipCache, KVzipPlusCache
 from pyramid_cache.caches.massive_activation.cache import MassiveActivationCache
 from pyramid_cache.caches.minicache.cache import MiniCache
@@ -37,6 +38,7 @@ __all__ = [
     "KeyDiffCache",
     "KIVICache",
     "KVMergerCache",
+    "KVSharerCache",
     "KVzipCache",
     "KVzipPlusCache",
     "KnormCache",

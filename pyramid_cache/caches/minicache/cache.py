@@ -54,12 +54,13 @@ class PairLayer(WholeLayer):
         return PairStore(self.merger, None if self.first is None else self.first.store)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        layout = self.layout_of(key_states, value_states)
-        if self.first is not None and layout._replace(device=None) != self.first.layout._replace(device=None):
-            raise ValueError(
-                f"Layers {self.first.place.layer_idx} and {self.place.layer_idx} would be merged, but one has "
-                f"{self.first.layout}, the other {layout}. Give a higher `start_layer`, or use DynamicCache."
-            )
+        if self.first is not None:
+            layout, other = self.layout_of(key_states, value_states), self.first.layout
+            if layout._replace(batch_size=other.batch_size, device=other.device) != other:
+                raise ValueError(
+                    f"Layers {self.first.place.layer_idx} and {self.place.layer_idx} would be merged, but one has "
+                    f"{other}, the other {layout}. Give a higher `start_layer`, or use DynamicCache."
+                )
         super().lazy_initialization(key_states, value_states)
 
     def pack(self) -> None:
