@@ -223,7 +223,7 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
     save_file(
         tensors,
         path,
-        {**metadata, "header": metadata["header"].replace('"row_quantized": [20]', '"row_quantized": [25]', 1)},
+        {**metadata, "header": metadata["header"].replace('"row_quantized": [25]', '"row_quantized": [20]', 1)},
     )
     with pytest.raises(ValueError, match="tokens are merged"):
         MiniCache.load(path, model)

@@ -9,17 +9,20 @@ long.
 """
 
 import itertools
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch.nn import functional
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import AutoTokenizer, Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from pyramid_cache.caches.kv_sharer import KVSharerCache
 from pyramid_cache.engine.architectures import CACHE_ARGUMENT
+from pyramid_cache.lab.demo.planted_number import read_text
+from pyramid_cache.lab.profile.activations import cut_texts
 
 
 NUM_TEXTS, NUM_TOKENS = 30, 64
@@ -104,6 +107,27 @@ def find_sharing(
         if similarity > least_similarity:
             sharing, measured[later] = tried, (distance, similarity)
     return [SharedLayer(layer, sharing[layer], *numbers) for layer, numbers in measured.items()]
+
+
+_found: "weakref.WeakKeyDictionary[PreTrainedModel, dict[int, dict[int, int]]]" = weakref.WeakKeyDictionary()
+
+
+def sharing_of(model: PreTrainedModel, num_shared: int, has_tokenizer: bool) -> dict[int, int]:
+    """
+    What `pyramid-cache profile --sharing` finds for a model, which is searched once: the layers that use the cache of
+    another one, at most `num_shared`. Models without a tokenizer read random tokens.
+    """
+    known = _found.setdefault(model, {})
+    if num_shared not in known:
+        if has_tokenizer:
+            tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
+            texts = cut_texts(tokenizer, read_text(None), NUM_TOKENS, NUM_TEXTS)
+        else:
+            num_ids = model.get_input_embeddings().num_embeddings
+            texts = [torch.randint(num_ids, (NUM_TEXTS, NUM_TOKENS), generator=torch.Generator().manual_seed(0))]
+        found = find_sharing(model, torch.cat(texts), num_shared)
+        known[num_shared] = {layer.layer: layer.uses for layer in found}
+    return known[num_shared]
 
 
 def as_rows(layers: list[SharedLayer]) -> list[dict[str, Any]]:
