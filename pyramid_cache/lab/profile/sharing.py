@@ -123,7 +123,7 @@ def sharing_of(model: PreTrainedModel, num_shared: int, has_tokenizer: bool) -> 
             tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
             texts = cut_texts(tokenizer, read_text(None), NUM_TOKENS, NUM_TEXTS)
         else:
-            num_ids = model.get_input_embeddings().num_embeddings
+            num_ids: Any = model.get_input_embeddings().num_embeddings
             texts = [torch.randint(num_ids, (NUM_TEXTS, NUM_TOKENS), generator=torch.Generator().manual_seed(0))]
         found = find_sharing(model, torch.cat(texts), num_shared)
         known[num_shared] = {layer.layer: layer.uses for layer in found}
