@@ -37,9 +37,11 @@ PAGES = Path(__file__).parents[1] / "docs" / "caches"
 SETTINGS: dict[str, dict[str, Any]] = {entry.cache_class.__name__: {"budget": 0.25} for entry in CACHES.values()} | {
     "StreamingLLMCache": {"budget": 256},
     "KIVICache": {"nbits": 4},
+    "MiniCache": {"outliers": 0.05},
+    "KVSharerCache": {"sharing": {2: 1}},
     "ShadowKVCache": {"budget": 128, "rank": 96, "num_outlier_chunks": 8},
 }
-BUILT_FROM_MODEL = {entry.cache_class.__name__ for entry in CACHES.values() if entry.from_model}
+BUILT_FROM_MODEL = {entry.cache_class.__name__ for entry in CACHES.values() if entry.from_model} - {"KVSharerCache"}
 
 
 def file_name(cache_name: str) -> str:

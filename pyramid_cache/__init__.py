@@ -10,8 +10,10 @@ from pyramid_cache.caches.keydiff import KeyDiffCache
 from pyramid_cache.caches.kivi import KIVICache
 from pyramid_cache.caches.knorm import KnormCache
 from pyramid_cache.caches.kv_merger import KVMergerCache
+from pyramid_cache.caches.kv_sharer import KVSharerCache
 from pyramid_cache.caches.kvzip import KVzipCache, KVzipPlusCache
 from pyramid_cache.caches.massive_activation.cache import MassiveActivationCache
+from pyramid_cache.caches.minicache.cache import MiniCache
 from pyramid_cache.caches.pyramid.cache import PyramidCache
 from pyramid_cache.caches.pyramidkv import PyramidKVCache
 from pyramid_cache.caches.rkv import RKVCache
@@ -36,11 +38,13 @@ __all__ = [
     "KeyDiffCache",
     "KIVICache",
     "KVMergerCache",
+    "KVSharerCache",
     "KVzipCache",
     "KVzipPlusCache",
     "KnormCache",
     "LayerDefensiveKVCache",
     "MassiveActivationCache",
+    "MiniCache",
     "Policy",
     "PolicyCache",
     "PyramidCache",

@@ -99,9 +99,9 @@ mean + earlier * «(1 - is_in_window.sum(dim=2) / window)→0.5»
 order = (query_squares * squares).argsort(dim=-1, stable=True«→, descending=True»)
 return width - «floor_of_product(ratio, width)→round(ratio * width)»
 = ops/quantized.py: test_thin_keys | masked_run restored
-return self.held.logits(«query.gather(-1, channels)→query[..., : channels.shape[-1]]»)
-keys = held.«new_zeros→new_ones»(*held.shape[:-1], self.width)
-= engine/quantized_store.py: test_thin_keys | masked_run alone
+queries = queries«.gather(-1, channels.flatten(0, 1)[:, None].expand(-1, queries.shape[1], -1))→[..., : channels.shape[-1]]»
+= engine/quantized_store.py: test_thin_keys | masked_run restored alone
+keys = held.«new_zeros→new_ones»(*held.shape[:-1], self.state.keys.shape[3])
 is_first = [«not earlier and →»old > 0 for
 chosen if held is None«→ or any(is_first)» else torch.where
 if «all→any»(num_old):
@@ -120,6 +120,56 @@ if «self.chooses_channels→False» and any(map(
 or observes or reads_again« or self.chooses_channels→»
 = engine/policy_cache.py: test_thin_keys | way_out
 if «quantizer is not None and quantizer.thin_keys→False» and policy.repositions:
+= caches/minicache/merging.py: test_minicache | by_hand none_between
+between = ((1 - interpolation) * safe).sin() * «first→second» +
+between = torch.where(safe > math.pi - «LEAST_ANGLE→-9», nearer, between)
+nearer = «second if interpolation >= 0.5 else first→second»
+safe = angles«.clamp(min=LEAST_ANGLE)→»[..., None]
+(self.directions.float() * self.norms[..., «layer : layer + 1→0:1»].float())
+= caches/minicache/merging.py: test_minicache | logits
+starts = torch.arange(num_blocks, device=places.device)[:, None] * «block_length→0»
+places = blocks.sort(dim=-1, descending=«True→False», stable=True)
+norms[..., 0].scatter_(2, slots, «1→2»)
+return max(row_length - self.residual_length, 0) // self.block_length * «self.block_length→1»
+= caches/minicache/store.py: test_minicache | logits
+restored = merged.restored(«int(self.first is not None)→0», self.merger.block_length)
+latest = in_order(positions, positions >= «starts→0», num_latest)
+merged.masked_fill(merged «>=→>» starts, -1)
+held[row_index, :, «start:stop→:count»] = tensor[row_index, :, :count]
+= caches/minicache/store.py: test_minicache | damaged
+if «state.row_quantized != self.first.state.row_quantized→False»:
+dtype = «torch.uint8 if index == 3 else tensors[name].dtype→tensor.dtype if tensor is not None else None»
+= caches/minicache/store.py: test_minicache | way_out
+if «needs_gradients(call.query, call.key, call.value)→False»:
+= caches/minicache/store.py: test_minicache | bytes
+roles = {field: f"{«name→'bookkeeping'»} {field}" for name, fields
+= caches/minicache/cache.py: test_minicache | pairs
+if is_full[index - 1] and «is_full[index] and →»index - 1 not in pairs:
+range(«start_layer + 1→1», len(is_full))
+= caches/minicache/cache.py: test_minicache | way_out
+can_fix = «False→True»
+if self.is_initialized and «not self.is_croppable and →»-tokens_to_remove > self.pending
+= caches/kv_sharer.py: test_kv_sharer | logits
+return «self.lender.attended()→super().attended()»
+self.state.length += «key.shape[2]→1»
+= caches/kv_sharer.py: test_kv_sharer | gradients
+self.lender.is_saved |= «is_saved→False»
+= caches/kv_sharer.py: test_kv_sharer | modes
+return «keys.to(key.device)→keys», values.to(value.device), arrival
+= caches/kv_sharer.py: test_kv_sharer | files
+self.state.keys = self.state.values = «None→self.state.keys»
+= caches/kv_sharer.py: test_kv_sharer | cannot_be
+if «lender in found→False»:
+if «not 0 <= lender < layer < num_layers→layer >= num_layers»:
+if «len(found) < len(pairs)→False»:
+if «differences→False»:
+= lab/profile/sharing.py: test_kv_sharer | by_hand chains loops
+sorted(distances.items(), key=lambda item: «-→»item[1])
+if «all(one.shape == other.shape for one, other in pairs)→True»:
+target = «sharing.get(earlier, earlier)→earlier»
+return {layer: «target if lender == later else lender→lender» for
+if similarity > «least_similarity→-2»:
+if «later in sharing→False»:
 = engine/store.py: test_policies
 held.mul_(1 - «1 / window→0»)
 = engine/store.py: test_small_faults test_batch_rows

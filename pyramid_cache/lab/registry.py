@@ -40,7 +40,8 @@ class CacheEntry:
     name: str  # what commands call it
     label: str  # what tables call it
     cache_class: type[Cache]
-    settings: Mapping[str, Any] = field(default_factory=dict)  # further arguments of the constructor
+    # Further arguments of the constructor. KVSharerCache has `num_shared` instead: how many layers share.
+    settings: Mapping[str, Any] = field(default_factory=dict)
     # The constructor is given the model instead of its config, and the cache reads prompts in a way of its own. Others
     # read them with full attention and evict afterwards: one reading serves them all.
     from_model: bool = False
@@ -89,6 +90,10 @@ class CacheEntry:
         if self.cache_class is library.ShadowKVCache and parse_budget(budget).kind != "tokens":
             budget, tail = shadow_settings(tokens_of_budget(budget, model, workload))
             settings = tail | settings
+        if self.cache_class is library.KVSharerCache:
+            from pyramid_cache.lab.profile.sharing import sharing_of  # which reads texts
+
+            settings["sharing"] = sharing_of(model, settings.pop("num_shared"), workload.has_tokenizer)
         if not workload.has_tokenizer and issubclass(self.cache_class, ReplayingCache):
             settings["texts"] = library.ReplayTexts((), (), ())
         budgets = [budget] if self.has_budget else []
@@ -190,6 +195,15 @@ CACHES = {
                 takes_budget=False,
             )
             for name, ratio in (("think2", 0.2), ("think", 0.4), ("think6", 0.6))
+        ),
+        CacheEntry("minicache", "MiniCache", library.MiniCache, takes_budget=False),
+        *(
+            CacheEntry(name, label, library.KVSharerCache, {"num_shared": num}, from_model=True, takes_budget=False)
+            for name, label, num in (
+                ("kv-sharer-2", "KVSharerCache(2 layers)", 2),
+                ("kv-sharer", "KVSharerCache", 4),
+                ("kv-sharer-8", "KVSharerCache(8 layers)", 8),
+            )
         ),
         CacheEntry("streaming", "StreamingLLMCache", library.StreamingLLMCache),
     )

@@ -116,7 +116,8 @@ def test_the_table_of_caches() -> None:
         (name, page.name) for name, page in PAGES.items()
     ]
     bounded = {case.cache_class.__name__: case.is_bounded for case in CACHE_CASES}
-    bounded |= {"KVzipCache": bounded["KVzipPlusCache"], "KIVICache": False}
+    bounded |= {"KVzipCache": bounded["KVzipPlusCache"], "KIVICache": False, "MiniCache": False}
+    bounded |= {"KVSharerCache": False}
     assert {name: row[3] == "yes" for name, row in zip(PAGES, rows, strict=True)} == bounded
 
 
@@ -215,6 +216,7 @@ def check_memory(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_memory_of_caches_with_a_score(dtype: torch.dtype) -> None:
     own_formulas = {"PyramidCache", "H2OCache", "StreamingLLMCache", "ShadowKVCache", "KIVICache", *SHARE_A_BUDGET}
+    own_formulas |= {"MiniCache", "KVSharerCache"}
     # The bytes of a number count in all formulas alike: one cache has them in float32, too.
     names = ["RKVCache"] if dtype == torch.float32 else sorted(set(CACHE_NAMES) - own_formulas)
     model = build_model("llama").to(dtype)
@@ -241,6 +243,17 @@ def test_memory_of_kivi() -> None:
         formula = {"tokens": PROMPT_LENGTH, "n": (PROMPT_LENGTH - residual_length) // 32 * 32, "nbits": nbits}
         settings = {"nbits": nbits, "residual_length": residual_length}
         check_memory("KIVICache", model, formula=formula | {"group_size": 32}, **settings)
+
+
+def test_memory_of_layers_that_share() -> None:
+    model = build_model("llama", num_hidden_layers=5)
+    for start, num_pairs, outliers in ((None, 1, 0.05), (1, 2, 0.2)):
+        formula = {"tokens": PROMPT_LENGTH, "n": 200, "pairs": num_pairs, "outliers": outliers}
+        settings = {"start_layer": start, "outliers": outliers, "residual_length": 40}
+        check_memory("MiniCache", model, formula=formula, **settings)
+    for sharing in ({3: 1}, {3: 1, 2: 1, 4: 0}):
+        formula = {"tokens": PROMPT_LENGTH, "shared": len(sharing)}
+        check_memory("KVSharerCache", model, formula=formula, sharing=sharing)
 
 
 def test_memory_of_other_caches_and_settings() -> None:

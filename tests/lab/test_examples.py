@@ -18,6 +18,7 @@ from pages import DOCS, ROOT, import_example, run_example, run_page
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from pyramid_cache import SnapKVCache, StreamingLLMCache
+from pyramid_cache.engine.fingerprint import architecture_of
 from pyramid_cache.lab.novel import read_text
 from pyramid_cache.lab.weights import fetch_default_model
 
@@ -108,6 +109,8 @@ def test_caches_are_built_as_options_say(tmp_path: Path, monkeypatch: pytest.Mon
     model = tiny_model("llama")
     tiny_tokenizer().save_pretrained(tmp_path)  # for caches that read a context again, behind an instruction
     monkeypatch.setattr(model.config, "_name_or_path", str(tmp_path))
+    profile = {"format": "pyramid_cache profile", "version": 1, "architecture": architecture_of(model.config)}
+    (tmp_path / "sharing.json").write_text(json.dumps(profile | {"sharing": []}))
     parser = argparse.ArgumentParser(exit_on_error=False)
     script_options.add_cache_options(parser, "SnapKVCache", "0.5")
 
@@ -115,8 +118,9 @@ def test_caches_are_built_as_options_say(tmp_path: Path, monkeypatch: pytest.Mon
         return script_options.new_cache(parser.parse_args(text.split()), model)
 
     for name in script_options.CACHE_NAMES:
-        budget = " --budget 24" * (name not in ("DynamicCache", "KIVICache"))
-        assert type(new_cache(f"--cache {name}{budget}")).__name__ == name
+        budget = " --budget 24" * (name not in ("DynamicCache", "KIVICache", "MiniCache", "KVSharerCache"))
+        sharing = f" --setting sharing={tmp_path / 'sharing.json'}" * (name == "KVSharerCache")
+        assert type(new_cache(f"--cache {name}{budget}{sharing}")).__name__ == name
     assert new_cache("").settings["budget"] == 0.5
     settings = new_cache("--cache massive --budget 9 --setting eviction_interval=5").settings
     assert (settings["budget"], settings["eviction_interval"]) == (9, 5)

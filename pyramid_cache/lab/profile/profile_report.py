@@ -29,6 +29,7 @@ EXTENT = {"largest value": "{largest:<,.0f}", "layers": "{first_layer:<} to {las
 DIMENSION_COLUMNS = {"dimension": "{dimension:<}", "tokens": "{num_tokens:<}"} | EXTENT
 TOKEN_COLUMNS = {"text": "{text:<}", "position": "{position:<}", "token": "{token:<}", "dimensions": "{shown:<}"}
 TOKEN_COLUMNS |= EXTENT
+SHARING_COLUMNS = {"layer": "{layer}", "uses": "{uses}", "distance": "{distance:.2f}", "cosine": "{similarity:.3f}"}
 
 
 def show(record: dict[str, Any]) -> None:
@@ -46,6 +47,19 @@ def show(record: dict[str, Any]) -> None:
     if len(tokens) > MAX_TOKEN_ROWS:
         console.print(f"and {len(tokens) - MAX_TOKEN_ROWS} more tokens")
     console.print(Text(summary(record), style="dim"))
+
+
+def show_sharing(record: dict[str, Any]) -> None:
+    """Prints which layers use the cache of another one, in the order in which they were found."""
+    console, rows = report_console(), record["sharing"]
+    console.print(title_of(record["settings"]), style="bold", markup=False)
+    print_table(console, SHARING_COLUMNS, rows)
+    pairs = ", ".join(f"{row['layer']}: {row['uses']}" for row in sorted(rows, key=lambda row: row["layer"]))
+    text = f"KVSharerCache(model.config, {{{pairs}}}). Distance: between the mean caches of the pair that was tried. "
+    text += (
+        "Cosine: of the last hidden states with the full cache and with this layer and those above it in the table."
+    )
+    console.print(Text(text, style="dim"))
 
 
 def title_of(settings: dict[str, Any]) -> str:

@@ -1,0 +1,1 @@
+"""Layers that share directions: MiniCache."""
