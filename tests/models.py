@@ -58,6 +58,16 @@ LATENT |= {"head_dim": 8, "num_key_value_heads": 4, "first_k_dense_replace": 1}
 LATENT |= {**EXPERTS, "n_routed_experts": 4, "n_group": 1, "topk_group": 1}
 MAMBA = {"mamba_d_state": 8, "mamba_dt_rank": 4, "use_mamba_kernels": False}
 MAMBA_2 = {"mamba_d_state": 8, "mamba_n_heads": 4, "mamba_d_head": 24, "mamba_n_groups": 1, "mamba_chunk_size": 16}
+MAMBA_H1 = {**MAMBA_2, "mamba_d_ssm": 96}
+ZAMBA = {"mamba_d_state": 8, "n_mamba_heads": 4, "num_key_value_heads": 4, "attention_head_dim": 24}
+LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+STATES_FIRST = {"layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"]}
+STATES_FIRST |= {"num_hidden_layers": 4}
+CONVOLUTIONS = {"layer_types": ["conv", "full_attention", "conv", "full_attention"], "num_hidden_layers": 4}
+# The last two layers attend to the keys of the two before them.
+SHARING = {"sliding_window": 8, "num_hidden_layers": 6, "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 8}
+SHARING |= {"vocab_size_per_layer_input": VOCAB_SIZE, "layer_types": ["full_attention", "sliding_attention"] * 3}
+GEMMA_3N = {"laurel_rank": 8, "altup_num_inputs": 2, "intermediate_size": 64}
 CHUNKED = {"attention_chunk_size": 8, "layer_types": ["full_attention", "chunked_attention", "full_attention"]}
 
 # Further architectures.
@@ -78,6 +88,36 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm3": ("smollm3", {"no_rope_layer_interval": 2}),
     "jamba": ("jamba", {**EXPERTS, **MAMBA, "attn_layer_period": 2, "attn_layer_offset": 1}),
     "bamba": ("bamba", {**MAMBA_2, "attn_layer_indices": [1]}),
+    "qwen3_next": ("qwen3_next", {**EXPERTS, **LINEAR, **STATES_FIRST, "shared_expert_intermediate_size": 32}),
+    "qwen3_5": ("qwen3_5_text", {**LINEAR, **STATES_FIRST}),
+    "qwen3_5_moe": ("qwen3_5_moe_text", {**EXPERTS, **LINEAR, **STATES_FIRST, "shared_expert_intermediate_size": 32}),
+    "olmo_hybrid": ("olmo_hybrid", {**LINEAR, **STATES_FIRST}),
+    "lfm2": ("lfm2", {**CONVOLUTIONS, "block_auto_adjust_ff_dim": False}),
+    "lfm2_moe": ("lfm2_moe", {**EXPERTS, **CONVOLUTIONS}),
+    "granitemoehybrid": (
+        "granitemoehybrid",
+        {**EXPERTS, **MAMBA_2, "shared_intermediate_size": 64, "head_dim": 12}
+        | {"layer_types": ["mamba", "attention", "attention"], "attention_multiplier": 0.25},
+    ),
+    "nemotron_h": (
+        "nemotron_h",
+        {"layers_block_type": ["linear_attention", "full_attention", "mlp", "full_attention"], "n_groups": 1}
+        | {"mamba_num_heads": 4, "mamba_head_dim": 24, "ssm_state_size": 8, "chunk_size": 16}
+        | {"initializer_range": 0.1},  # drawn wider, it is not close to itself without a cache
+    ),
+    "falcon_h1": ("falcon_h1", MAMBA_H1),
+    "zamba": ("zamba", {**ZAMBA, "attn_layer_period": 2, "attn_layer_offset": 1, "num_hidden_layers": 4}),
+    "zamba2": (
+        "zamba2",
+        {**ZAMBA, "layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4}
+        | {"mamba_ngroups": 1, "chunk_size": 16, "num_mem_blocks": 1, "use_mem_rope": True, "initializer_range": 0.1},
+    ),
+    "gemma3n": ("gemma3n_text", {**SHARING, **GEMMA_3N, "activation_sparsity_pattern": [0.0] * 6}),
+    "gemma4": ("gemma4_text", {**SHARING, "global_head_dim": 16}),
+    "cohere2": ("cohere2", HYBRID),
+    "olmo3": ("olmo3", HYBRID),
+    "exaone4": ("exaone4", HYBRID),
+    "afmoe": ("afmoe", {**EXPERTS, **HYBRID}),
     "llama4": ("llama4_text", {**EXPERTS, **CHUNKED, "intermediate_size_mlp": 64}),
 }
 # Those that no cache of ours can serve.
@@ -86,6 +126,11 @@ REFUSED_ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v3": ("deepseek_v3", LATENT),
     "falcon": ("falcon", {"new_decoder_architecture": True}),
     "falcon_alibi": ("falcon", {"alibi": True}),
+    "minimax": ("minimax", {**EXPERTS, "layer_types": ["linear_attention", "full_attention", "full_attention"]}),
+    "kimi_linear": (
+        "kimi_linear",
+        {**LATENT, "layer_types": ["linear_attention", "full_attention", "full_attention"]},
+    ),
     "jetmoe": ("jetmoe", {**EXPERTS, "kv_channels": 16}),
     **{name: (name, {}) for name in ("bloom", "mpt", "diffllama", "doge", "rwkv")},
     "mistral_sliding": ("mistral", {"sliding_window": 8}),

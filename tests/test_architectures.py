@@ -29,7 +29,15 @@ from models import (
 )
 from reference import PyramidScore, ReferenceScore, attention_implementation, masks_of
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import CONFIG_MAPPING, AttentionInterface, AutoConfig, DynamicCache, LlamaConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    LlamaConfig,
+    PreTrainedModel,
+)
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.models.gptj import modeling_gptj
 from transformers.models.llama.modeling_llama import LlamaAttention
@@ -58,6 +66,7 @@ TOLERANCE = 2e-4
 # Model types that the oldest supported transformers does not have.
 YOUNGER = {"dory", "dots3_note_text", "inkling2_loop_text", "inkling2_text", "sarvam_mla"}
 LENGTHS = (25, 37)
+SHARED = (-1, None)  # the index of an attention module that several layers of Zamba share
 NUM_STEPS = 5
 
 LATER = dict.fromkeys(LATER_ARCHITECTURES, hasattr(modeling_gptj, "eager_attention_forward"))
@@ -72,8 +81,20 @@ AttentionMaskInterface.register(ORACLE, eager_mask)
 def attention_by(model: PreTrainedModel, function: Callable[..., Any]) -> Iterator[None]:
     """Runs a model with `function` in place of its attention function; masks are made as for eager attention."""
     functions = patch.dict(AttentionInterface._global_mapping, {ORACLE: function})
-    with functions, attention_implementation(model, ORACLE), torch.no_grad():
-        yield
+    shared = {module: module.layer_idx for module in model.modules() if getattr(module, "layer_idx", 0) in SHARED}
+
+    def tell_index(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        module.layer_idx = kwargs["layer_idx"]
+
+    handles = [module.register_forward_pre_hook(tell_index, with_kwargs=True) for module in shared]
+    try:
+        with functions, attention_implementation(model, ORACLE), torch.no_grad():
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, index in shared.items():
+            module.layer_idx = index
 
 
 def eager(module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -218,7 +239,9 @@ def run_streaming(
     length, sinks = len(tokens), cache.policy.num_sink_tokens
     window = layers[min(layers)].budget.amount - sinks + 1  # the query's token included
     modules = [
-        module for module in model.modules() if getattr(module, "layer_idx", None) in layers and has_keys(module)
+        module
+        for module in model.modules()
+        if getattr(module, "layer_idx", None) in (*layers, *SHARED) and has_keys(module)
     ]
     calls: dict[int, tuple[tuple, dict[str, Any]]] = {}  # by module: what it was called with last
     recorded: list[torch.Tensor] = []
@@ -370,11 +393,16 @@ def test_refused_by_name(case: CacheCase) -> None:
         source = build_model(name, attention="eager") if case.from_model else config
         with pytest.raises((NotImplementedError, ValueError), match=f"(?s)'{config.model_type}'.*Use DynamicCache"):
             case.build_from(source)
-    # The last layers of Gemma 3n and 4 attend to what earlier ones have stored.
-    for model_type in ("gemma3n_text", "gemma4_text"):
-        config = AutoConfig.for_model(model_type, num_hidden_layers=4, num_kv_shared_layers=2)
-        with pytest.raises(NotImplementedError, match=f"'{model_type}'.*earlier layers.*DynamicCache"):
-            case.build_from(config)
+    # Later layers attend to the keys of the only full-attention layer.
+    for name in ("gemma3n", "gemma4"):
+        kinds = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+        sparsity = {"activation_sparsity_pattern": [0.0] * 4} if name == "gemma3n" else {}
+        config = build_config(name, num_hidden_layers=4, num_kv_shared_layers=2, layer_types=kinds, **sparsity)
+        source = AutoModelForCausalLM.from_config(config) if case.from_model else config
+        with pytest.raises(
+            NotImplementedError, match=f"'{config.model_type}'.*only full-attention layer.*DynamicCache"
+        ):
+            case.build_from(source)
 
 
 def test_reasons_are_those_of_the_models() -> None:
@@ -390,6 +418,8 @@ def test_reasons_are_those_of_the_models() -> None:
         "mamba": "no cache of keys and values",
         "doge": "hides keys",
         "dory": "repeats layers",
+        "minimax": "of its own",
+        "kimi_linear": "latents",
         "sarvam_mla": "latents",  # a config of its own, and DeepSeek's classes
     }
     for model_type, reason in reasons.items():

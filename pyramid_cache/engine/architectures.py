@@ -33,6 +33,7 @@ REASONS = {
     "its attention mixes the keys of the encoder with those of the decoder": "t5gemma2_decoder",
     "its decoder's attention is not marked as causal": "bigbird_pegasus nllb-moe",
     "its layers attend more than once": "diffllama",
+    "it takes no cache but one of its own": "minimax",
     "it repeats layers, for which it adds others to the cache or reads what the cache holds": "dory",
     "some of its layers keep an image in the place of the text": "mllama_text_model",
 }
@@ -49,8 +50,6 @@ def reason_against(config: PreTrainedConfig) -> str | None:
         return "it stores latents in the place of the keys that it attends to (multi-head latent attention)"
     if attribute_of(config, "use_bidirectional_attention") in (True, "all"):
         return "it attends to its prompt in both directions"
-    if attribute_of(config, "num_kv_shared_layers"):
-        return "its last layers attend to keys that earlier layers have stored"
     if attribute_of(config, "reorder_and_upcast_attn") and config._attn_implementation == "eager":
         return "eager attention with `reorder_and_upcast_attn` does not go through the attention interface"
     return None
@@ -62,6 +61,18 @@ def attribute_of(config: PreTrainedConfig, name: str) -> Any:
         return getattr(config, name, None)
     except RuntimeError:  # transformers says that the attribute is ambiguous
         return [getattr(layer_config, name, None) for layer_config in config.per_layer_config]
+
+
+def shared_layers(config: PreTrainedConfig) -> set[int]:
+    """The layers of a text decoder to whose keys and values later layers attend, which have none of their own."""
+    modes = getattr(config, "kv_sharing_modes", None)
+    if modes is not None:
+        return {index for index, mode in enumerate(modes) if mode == "store"}
+    # Before transformers 5.24 only the number of later layers is told. They share with the last one of their kind.
+    first_later = config.num_hidden_layers - (attribute_of(config, "num_kv_shared_layers") or 0)
+    kinds = getattr(config, "layer_types", None) or []
+    later = set(kinds[first_later:])
+    return {first_later - 1 - kinds[:first_later][::-1].index(kind) for kind in later}
 
 
 def refuse_unsupported_rope(config: PreTrainedConfig) -> None:

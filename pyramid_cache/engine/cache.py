@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
 
 from pyramid_cache.engine import attention, checks
-from pyramid_cache.engine.architectures import CACHE_ARGUMENT
+from pyramid_cache.engine.architectures import CACHE_ARGUMENT, shared_layers
 from pyramid_cache.engine.arguments import as_repeats, as_row_indices, as_tokens_to_remove, check_decoder_config
+from pyramid_cache.engine.beside import StatesBeside, with_states
 from pyramid_cache.engine.files import CacheType, load_cache, save_cache
 from pyramid_cache.engine.fingerprint import architecture_of
-from pyramid_cache.engine.foreign import require_bounded, require_croppable
+from pyramid_cache.engine.foreign import COMPRESSIBLE, is_linear, require_bounded, require_croppable, select_rows
 from pyramid_cache.engine.generation import modes_of
 from pyramid_cache.engine.graph_steps import GraphSteps
 from pyramid_cache.engine.held import LayerPlace
@@ -35,7 +36,8 @@ if TYPE_CHECKING:
 class CompressedCache(Cache):
     """
     A cache whose full-attention layers evict. Sliding-window and linear-attention layers of hybrid models keep
-    transformers' own layers, which are bounded already.
+    transformers' own layers, which are bounded already. So do full-attention layers whose keys later layers share.
+    They stay whole.
 
     Args:
         config (`PreTrainedConfig`): The config of the model, as for `DynamicCache`.
@@ -64,17 +66,25 @@ class CompressedCache(Cache):
         self.frequencies = SharedFrequencies()
         layers = list(DynamicCache(config=config).layers)
         require_bounded(config.model_type, layers)
-        # An exact type: layers of other kinds that derive from DynamicLayer have their own way to store.
-        compressed = [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
+        decoder_config = config.get_text_config(decoder=True)
+        shared, depth = shared_layers(decoder_config), decoder_config.num_hidden_layers
+        full = [index for index, layer in enumerate(layers) if type(layer) in COMPRESSIBLE]
+        compressed = [index for index in full if index not in shared]
+        if full and not compressed:
+            raise NotImplementedError(
+                f"A model of type {config.model_type!r} cannot be compressed in this configuration: its later layers "
+                f"attend to the keys of its only full-attention layer, {full[0]}. Use DynamicCache."
+            )
         if not compressed:
             raise ValueError(
                 f"A model of type {config.model_type!r} has no full-attention layer in this configuration, so there "
                 "is nothing to compress: its cache is bounded already. Use DynamicCache."
             )
-        for depth, index in enumerate(compressed):
-            place = LayerPlace(index, depth, len(compressed), len(layers))
-            layers[index] = layer = build_layer(place, self.masks)
+        for rank, index in enumerate(compressed):
+            layer = build_layer(LayerPlace(index, rank, len(compressed), depth), self.masks)
             layer.frequencies = self.frequencies
+            has_states = isinstance(layers[index], LinearAttentionLayer)
+            layers[index] = with_states(layer, layers[index].number_of_states) if has_states else layer
         self._unused_layers = {
             index: copy.deepcopy(layer) for index, layer in enumerate(layers) if not isinstance(layer, CompressedLayer)
         }
@@ -84,6 +94,8 @@ class CompressedCache(Cache):
         # Linear-attention layers are not told of tokens through `update`.
         with_attention = [index for index, layer in enumerate(layers) if isinstance(layer, CacheLayerMixin)]
         self._first, self._last = with_attention[0], with_attention[-1]
+        # How many tokens had been seen when layers with states were given the last ones.
+        self._seen_by_states: dict[int, int] = {}
 
         # The steps of fixed shapes, once `step` has followed a forward pass.
         self._graph: GraphSteps | None = None
@@ -131,6 +143,25 @@ class CompressedCache(Cache):
             if isinstance(layer, CompressedLayer):
                 checks.check_attended(layer)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def update_conv_state(
+        self, conv_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
+    ) -> torch.Tensor:
+        if state_idx == 0:
+            self._note_states(layer_idx)
+        return super().update_conv_state(conv_states, layer_idx, state_idx, **kwargs)
+
+    def _note_states(self, layer_idx: int) -> None:
+        """
+        Raises if a layer with states was given tokens that attention has not seen: it cannot tell how many it has.
+        """
+        num_seen = self.get_seq_length(self._first)
+        if self._seen_by_states.get(layer_idx) == num_seen:
+            raise RuntimeError(
+                f"An earlier forward pass broke off, and the states of layer {layer_idx} have taken its tokens up. Call "
+                "`cache.reset()`, then read the whole sequence again."
+            )
+        self._seen_by_states[layer_idx] = num_seen
 
     @torch.compiler.disable(
         reason="call `cache.step()` after each forward pass, that of the prompt included: see docs/compile.md"
@@ -264,7 +295,10 @@ class CompressedCache(Cache):
                 layer.require_croppable(tokens_to_remove)
             else:
                 require_croppable(index, layer, tokens_to_remove)
-        super().crop(tokens_to_remove)
+        self._seen_by_states.clear()
+        for layer in self.layers:
+            if not is_linear(layer) or (layer.record_past and layer.is_conv_states_initialized[0]):
+                layer.crop(tokens_to_remove)
 
     def compress(self) -> None:
         """
@@ -294,12 +328,20 @@ class CompressedCache(Cache):
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keeps the rows at `indices` `(rows,)`, in that order, or those where a bool mask is True."""
         self.release()
-        super().batch_select_indices(as_row_indices(indices, self.batch_size))
+        rows = as_row_indices(indices, self.batch_size)
+        for layer in self.layers:
+            select_rows(layer, rows)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats each row `repeats` times, copies side by side."""
         self.release()
-        super().batch_repeat_interleave(as_repeats(repeats))
+        repeats = as_repeats(repeats)
+        rows = torch.arange(max(self.batch_size, 0)).repeat_interleave(repeats)
+        for layer in self.layers:
+            if is_linear(layer):
+                select_rows(layer, rows)
+            else:
+                layer.batch_repeat_interleave(repeats)
 
     def __setattr__(self, name: str, value: object) -> None:
         # `generate` sets this attribute on each cache that it is given, which ends a recording that an earlier call
@@ -363,11 +405,17 @@ class CompressedCache(Cache):
                 "does with DynamicCache only. Use `EncoderDecoderCache(DynamicCache(), DynamicCache())` with them."
             )
         self.release()
+        if any(isinstance(layer, StatesBeside) for layer in self.layers):
+            raise NotImplementedError(
+                "Assisted generation and prompt lookup take tokens back, which layers with a state-space part cannot "
+                "do: their states have taken the tokens up. Generate without them."
+            )
         super().activate_past_recording()
 
     def reset(self) -> None:
         """Forgets everything, so that the cache can be used for another sequence, batch or model."""
         self._graph = None
+        self._seen_by_states.clear()
         self.masks.forget()
         self.frequencies.forget()
         for index, layer in enumerate(self.layers):
@@ -482,7 +530,7 @@ class CompressedCache(Cache):
 
         Returns:
             `dict[str, dict[str, int]]`: By device, then by role: "keys", "values" and "bookkeeping" (positions,
-                scores). Tensors that a cache has moved to the host are under "host", even if the device is the CPU.
+                scores, states of linear attention). Tensors that a cache has moved to the host are under "host", even if the device is the CPU.
         """
         return memory_of(self)
 

@@ -1,13 +1,21 @@
 """
-The layers that hybrid models keep from transformers: sliding-window attention, linear attention, and the places of
-layers without a cache of their own. What they cannot do is refused, and what they hold goes into files.
+The layers that hybrid models keep from transformers: sliding-window attention, linear attention, full attention whose
+keys other layers share, and the places of layers without a cache of their own. What they cannot do is refused, and
+what they hold goes into files.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
+)
 
 
 Numbers = dict[str, Any]
@@ -35,23 +43,30 @@ def foreign_kind(index: int, layer: Any) -> ForeignKind:
     return kind
 
 
+# Layers that ours replace. An exact type: others that derive from them have their own way to store.
+COMPRESSIBLE = (DynamicLayer, LinearAttentionAndFullAttentionLayer)
+
+
 def require_bounded(model_type: str, layers: Sequence[Any]) -> None:
     """Raises NotImplementedError if a layer that hybrid models keep from transformers grows with every token."""
     for index, layer in enumerate(layers):
         is_bounded = not isinstance(layer, CacheLayerMixin) or getattr(layer, "is_sliding", False)
-        if is_bounded or type(layer) is DynamicLayer:  # which a layer of ours replaces
+        if is_bounded or type(layer) in COMPRESSIBLE:
             continue
-        reason = f"is a {type(layer).__name__} of transformers, which stores more than keys and values"
-        if isinstance(layer, LinearAttentionLayer):
-            reason = "has attention beside a state-space part, which cannot be compressed apart"
         raise NotImplementedError(
-            f"A model of type {model_type!r} cannot be compressed: its layer {index} {reason}. Use "
-            "DynamicCache for it."
+            f"A model of type {model_type!r} cannot be compressed: its layer {index} is a {type(layer).__name__} of "
+            "transformers, which stores more than keys and values. Use DynamicCache for it."
         )
 
 
 def require_croppable(index: int, layer: Any, tokens_to_remove: int) -> None:
     """Raises NotImplementedError if a layer of transformers has dropped what `crop` would need."""
+    states = layer.recurrent_states if isinstance(layer, LinearAttentionCacheLayerMixin) else {}
+    if tokens_to_remove and (layer_holds(states) or (states and not layer.record_past)):
+        raise NotImplementedError(
+            f"`crop({tokens_to_remove})`: layer {index} has taken tokens up into a state, which cannot be undone. Call "
+            "`cache.reset()`, then read the sequence again without them."
+        )
     is_sliding = getattr(layer, "is_sliding", False) and not layer.record_past
     if is_sliding and layer.get_seq_length() >= layer.sliding_window:
         raise NotImplementedError(
@@ -59,6 +74,33 @@ def require_croppable(index: int, layer: Any, tokens_to_remove: int) -> None:
             "cannot be undone. Call `cache.activate_past_recording()` before the tokens that may be taken back are "
             "seen."
         )
+
+
+def layer_holds(states: dict[int, torch.Tensor | None]) -> bool:
+    """Whether any of the states of a linear-attention layer has been filled."""
+    return any(state is not None for state in states.values())
+
+
+def select_rows(layer: Any, rows: torch.Tensor) -> None:
+    """Keeps the rows at the int64 indices `rows`, in that order. Linear attention only knows it by another name."""
+    (layer.reorder_cache if is_linear(layer) else layer.batch_select_indices)(rows)
+
+
+def is_linear(layer: Any) -> bool:
+    """Whether a layer has states in the place of keys and values."""
+    return isinstance(layer, LinearAttentionCacheLayerMixin) and not isinstance(layer, CacheLayerMixin)
+
+
+# Full attention whose keys later layers share.
+
+
+def export_full(layer: DynamicLayer) -> tuple[Numbers, Tensors]:
+    return {}, {"keys": layer.keys, "values": layer.values}
+
+
+def fill_full(layer: DynamicLayer, numbers: Numbers, tensors: Tensors) -> None:
+    layer.lazy_initialization(tensors["keys"], tensors["values"])
+    layer.keys, layer.values = tensors["keys"], tensors["values"]
 
 
 # Sliding-window attention.
@@ -105,6 +147,7 @@ def fill_linear(layer: LinearAttentionLayer, numbers: Numbers, tensors: Tensors)
 
 
 FOREIGN_KINDS = {
+    "DynamicLayer": ForeignKind(export_full, fill_full),
     "DynamicSlidingWindowLayer": ForeignKind(export_sliding, fill_sliding),
     "LinearAttentionLayer": ForeignKind(export_linear, fill_linear),
     # The place of a layer without a cache.

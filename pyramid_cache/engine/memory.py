@@ -32,9 +32,15 @@ def memory_of(cache: "CompressedCache") -> dict[str, dict[str, int]]:
 
 def held_tensors(layer: object) -> dict[str, torch.Tensor]:
     """The tensors of a layer, of ours or of transformers, by name."""
-    if isinstance(layer, CompressedLayer):
-        return layer.held_tensors()
-    return {name: value for name, value in vars(layer).items() if isinstance(value, torch.Tensor)}
+    return layer.held_tensors() if isinstance(layer, CompressedLayer) else tensors_of(layer)
+
+
+def tensors_of(layer: object) -> dict[str, torch.Tensor]:
+    """The tensors of a layer of transformers, by name."""
+    held = dict(vars(layer))
+    for name in [name for name, value in held.items() if isinstance(value, dict)]:  # states by number
+        held |= {f"{name}.{number}": state for number, state in held.pop(name).items()}
+    return {name: value for name, value in held.items() if isinstance(value, torch.Tensor)}
 
 
 def summary_of(cache: "CompressedCache") -> str:

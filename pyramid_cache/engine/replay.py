@@ -25,6 +25,7 @@ from typing_extensions import Unpack
 
 from pyramid_cache.engine.architectures import CACHE_ARGUMENT
 from pyramid_cache.engine.attention import without_collectors
+from pyramid_cache.engine.beside import StatesBeside
 from pyramid_cache.engine.budget import read_count
 from pyramid_cache.engine.cache import config_and_model
 from pyramid_cache.engine.compaction import Compactor
@@ -212,6 +213,7 @@ class ReplayingCache(PolicyCache):
         ids, self.is_replaying = self._ids_in_order(), True
         layers, watchers = self.compressed_layers, []
         others = {index: layer for index, layer in enumerate(self.layers) if not isinstance(layer, CompressedLayer)}
+        beside = {layer: layer.states for layer in layers if isinstance(layer, StatesBeside)}
         try:
             lengths = torch.tensor(layers[0].state.row_lengths, device=ids.device)
             before = torch.tensor(self.lengths_before, device=ids.device)
@@ -221,12 +223,18 @@ class ReplayingCache(PolicyCache):
             for number in logging.tqdm(range(num_chunks), desc="replay", disable=num_chunks <= MAX_SILENT_CHUNKS):
                 for index, layer in others.items():  # these store what they read
                     self.layers[index] = copy.deepcopy(layer)
+                for layer, states in beside.items():
+                    layer.states = copy.deepcopy(states)
+                self._seen_by_states.clear()
                 watchers.append(self._read_chunk(ids, before, num_new, number))
         finally:
             for layer in layers:
                 layer.pending, layer.arrival, layer.replay = PendingTokens(), None, None
             for index, layer in others.items():
                 self.layers[index] = layer
+            for layer, states in beside.items():
+                layer.states = states
+            self._seen_by_states.clear()
             self.is_replaying = False
             self.masks.forget()
         return watchers, before

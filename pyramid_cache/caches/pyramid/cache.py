@@ -27,6 +27,7 @@ from typing_extensions import Unpack
 from pyramid_cache.caches.h2o import WindowState
 from pyramid_cache.caches.pyramid.prefill import PrunedPrefill
 from pyramid_cache.engine.arguments import check_decoder_config
+from pyramid_cache.engine.beside import StatesBeside
 from pyramid_cache.engine.budget import (
     Budget,
     cosine_decay,
@@ -260,7 +261,8 @@ class PyramidCache(PolicyCache):
         masks = PrunedPrefill(model, policy.prefill_depth) if prunes else None
         super().__init__(config, budget, policy, **options, masks=masks)
         places = [layer.place for layer in self.compressed_layers]
-        if model is not None and len(places) < len(self.layers):
+        has_others = len(places) < len(self.layers) or any(isinstance(each, StatesBeside) for each in self.layers)
+        if model is not None and has_others:
             raise NotImplementedError(
                 f"{type(model).__name__} has layers of other kinds than full attention, whose hidden states cannot be "
                 "pruned. Build the cache from `model.config`: each full-attention layer then prunes its own keys and "
