@@ -22,6 +22,7 @@ from pyramid_cache.caches.shadow_kv.cache import ShadowKVCache
 from pyramid_cache.caches.snapkv import SnapKVCache
 from pyramid_cache.caches.streaming_llm import StreamingLLMCache
 from pyramid_cache.caches.tova import TOVACache
+from pyramid_cache.caches.vl_cache import VLCache
 from pyramid_cache.engine.policy import Policy
 from pyramid_cache.engine.policy_cache import PolicyCache
 from pyramid_cache.engine.replay import ReplayTexts
@@ -56,4 +57,5 @@ __all__ = [
     "SnapKVCache",
     "StreamingLLMCache",
     "TOVACache",
+    "VLCache",
 ]

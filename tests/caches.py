@@ -155,6 +155,7 @@ CACHE_CASES = (
     CacheCase("defensive", BY_ATTENTION, has_own_reference=True),
     CacheCase("layer-defensive", BY_ATTENTION, has_own_reference=True, records=False),
     CacheCase("pyramidkv", {**TWELVE, "window_size": 4, "beta": 3.0, "eviction_interval": 2}),
+    CacheCase("vl", {**TWELVE, "window_size": 4, "eviction_interval": 3}, has_own_reference=True, records=False),
     CacheCase("tova", {**TWELVE, "eviction_interval": 1}),
     CacheCase("keydiff", {**TWELVE, "eviction_interval": 4}),
     CacheCase("knorm", {**TWELVE, "eviction_interval": 3}),

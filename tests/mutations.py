@@ -413,6 +413,10 @@ if len(makers) «!= 1→== 0»:
 if known is None« or known.dependencies != known.dependencies_now(module)→»:
 return («object(),→»)
 tensors = (*module.parameters(), *module.buffers(), «*rotary.buffers()→»)
+= engine/rope.py: test_vision | noticed
+positions.dim() == 3 and (positions != positions[«:1→:»]).any()
+= engine/layer.py: test_vision | noticed
+if self.needs_rotary and «call.num_queries > 1→self.module is None» and not
 = engine/rotation.py: test_rope
 torch.cat([«-second, first→second, -first»], dim=-1)
 torch.stack([«-rotated[..., 1::2], →rotated[..., 1::2], -»rotated[..., 0::2]]

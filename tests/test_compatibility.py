@@ -13,9 +13,12 @@ from caches import CACHE_CASES, QUICK_CASES, CacheCase
 from models import ARCHITECTURES, FAMILIES, REFUSED_ARCHITECTURES, build_config
 from modes import MODES, Mode, first_sentence, parametrize_modes, verdict
 from transformers import AutoModelForCausalLM
+from vision_models import VISION_FAMILIES, VisionRow, prompt_of, vision_model
 
 
 PAGE = Path(__file__).parents[1] / "docs" / "compatibility.md"
+# Behind the names of models in whose rows a prompt is read.
+WITH_IMAGES = " with images"
 COMMAND = "python tests/test_compatibility.py --write"
 
 
@@ -40,6 +43,19 @@ def model_verdict(name: str, case: CacheCase) -> str:
     return "yes"
 
 
+def vision_verdict(name: str, case: CacheCase) -> str:
+    """What a cache with a tight budget says to a model and a padded batch of prompts with images."""
+    model = vision_model(name)
+    try:
+        with torch.no_grad():
+            model(
+                **prompt_of(name, [VisionRow((9, 20), 1), VisionRow((6, 5, 13), 2)]), past_key_values=case.build(model)
+            )
+    except (NotImplementedError, ValueError) as error:
+        return f"refused: {first_sentence(str(error))}"
+    return "yes"
+
+
 def tables() -> dict[str, str]:
     """The tables of the page that are written, by the title of the first column."""
     modes = {mode.name: [verdict(mode, case) for case in CACHE_CASES] for mode in MODES}
@@ -47,7 +63,7 @@ def tables() -> dict[str, str]:
         f"`{name}`": [model_verdict(name, case) for case in CACHE_CASES]
         for name in (*FAMILIES, *ARCHITECTURES, *REFUSED_ARCHITECTURES)
         if not name.startswith("llama_")
-    }
+    } | {f"`{name}`{WITH_IMAGES}": [vision_verdict(name, case) for case in CACHE_CASES] for name in VISION_FAMILIES}
     return {title: table_of(title, rows) for title, rows in (("`generate`", modes), ("model", models))}
 
 
@@ -91,8 +107,9 @@ def test_a_tight_budget_is_right_or_refused_as_the_page_says(mode: Mode, case: C
 def test_caches_are_refused_to_models_as_the_page_says() -> None:
     columns = columns_of(table_in(PAGE.read_text(), "model"))
     for row, name in enumerate(columns["model"]):
+        answer = vision_verdict if name.endswith(WITH_IMAGES) else model_verdict
         for case in QUICK_CASES:
-            assert_written(columns, row, case, model_verdict(name.strip("`"), case))
+            assert_written(columns, row, case, answer(name.removesuffix(WITH_IMAGES).strip("`"), case))
 
 
 @pytest.mark.slow

@@ -131,6 +131,11 @@ class CriticalPolicy(Policy):
                 f"{type(inner).__name__} {reason}, but values are weighed for each head. Use a policy that scores "
                 "each head alone and leaves keys where they are, such as SnapKVPolicy."
             )
+        if inner.divides_budget:
+            raise ValueError(
+                f"{type(inner).__name__} divides the budget over layers, which is not possible with weights. Use a "
+                "policy whose layers keep numbers of their own, such as PyramidKVPolicy."
+            )
         if inner.weighs_values:
             raise ValueError(
                 f"{type(inner).__name__} weighs values itself. Use a policy that scores by attention or keys alone, "

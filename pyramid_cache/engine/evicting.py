@@ -160,6 +160,7 @@ class EvictingLayer(CompressedLayer):
     def _read(self, call: AttentionCall, arrival: Arrival) -> Tokens:
         seen = super()._read(call, arrival)
         checks.check_protected(self, seen.row_lengths)
+        self.policy.check_rows(seen.row_lengths)
         if self.policy.repositions:
             new = replace(seen, positions=seen.positions[..., -call.num_queries :])
             num_kept = max(map(self.num_tokens_to_keep, seen.row_lengths))
@@ -310,6 +311,8 @@ class EvictingLayer(CompressedLayer):
         was_dense = state.is_dense
         call = call if was_dense else self._repositioned(call, tokens, new)
         view = self._prompt_view(call, tokens, longest)
+        if self.policy.window_size and (row_windows := self._plainly(self.policy.count_queries, view)) is not None:
+            state.row_windows = row_windows
         output, attention = self._attend_and_score(call, tokens, view)
         self._observe(view)
         if attention is not None and was_dense:

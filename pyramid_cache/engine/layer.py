@@ -21,7 +21,7 @@ from pyramid_cache.engine.generation import modes_of
 from pyramid_cache.engine.held import StoredLayer
 from pyramid_cache.engine.pending import RecordedChunk
 from pyramid_cache.engine.ranks import HeadRanks, ranks_of
-from pyramid_cache.engine.rope import SharedFrequencies
+from pyramid_cache.engine.rope import SharedFrequencies, check_one_axis
 from pyramid_cache.engine.rotation import RotaryFrequencies
 from pyramid_cache.engine.state import grown
 from pyramid_cache.engine.store import own_storage
@@ -272,6 +272,8 @@ class CompressedLayer(StoredLayer):
 
     def check(self, call: AttentionCall, arrival: Arrival, is_step: bool) -> None:
         """Raises unless the layer can attend; nothing has been counted so far."""
+        if self.needs_rotary and call.num_queries > 1 and not self.place.depth:  # one layer speaks for all
+            check_one_axis(call.module)
         if self.module is None:
             self.set_ranks(ranks_of(call.module, call.query.shape[1], call.key.shape[1]))
             self.module = call.module

@@ -9,7 +9,7 @@ beams, later turns, files and the bound on memory. docs/write-a-policy.md builds
 import functools
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -250,6 +250,8 @@ class Policy(ABC):
         floor_ratio (`float`): Where heads compete, each keeps at least its own best tokens, this share of the mean.
         reads_counts (`bool`): Whether `score` reads numbers of the state that the host counts. With an eviction
             interval of 1, steps of such a policy are not compiled.
+        divides_budget (`bool`): Whether the numbers of tokens that layers keep depend on what all of them have
+            observed (`divide`). A prompt then stays whole until the last layer has read it.
         needs_replay (`bool`): Whether scores come from a second reading of each prompt, which few caches do.
         needs_rotary (`bool`): Whether the policy asks its views how keys are rotated.
         weighs_values (`bool`): Whether the policy asks its views for `projected_value_norms`. Models whose output
@@ -265,6 +267,7 @@ class Policy(ABC):
     ranking: str = "head"
     floor_ratio: float = 0.0
     reads_counts: bool = False
+    divides_budget: bool = False
     needs_replay: bool = False
     needs_rotary: bool = False
     weighs_values: bool = False
@@ -311,6 +314,23 @@ class Policy(ABC):
     def num_queries(self, prompt_length: int, budget: Budget, num_layers: int) -> int:
         """How many of the last queries of a prompt count. The default is `window_size`."""
         return self.window_size or 0
+
+    def count_queries(self, prompt: PromptView) -> list[int] | None:
+        """
+        How many of the last queries of each row count, where a prompt tells; None where `num_queries` does. Each
+        prompt and each later turn of several tokens asks before it is scored, if the policy has a window.
+        """
+        return None
+
+    def check_rows(self, row_lengths: list[int]) -> None:  # noqa: B027
+        """Raises if a forward pass after which rows are so long does not fit the settings. Nothing is stored yet."""
+
+    def divide(self, states: Sequence[Any]) -> list[list[int]]:
+        """
+        How many tokens each layer keeps of each row, where `divides_budget`. `states` are those of all layers that
+        evict, after `observe`. By default as many as `num_tokens` has said.
+        """
+        return [state.row_kept for state in states]
 
     def prepare(self, state: Any) -> None:  # noqa: B027
         """Sets fields of `state` that follow from its `row_lengths` and `row_kept`, when these are counted anew."""

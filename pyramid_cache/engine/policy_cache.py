@@ -16,7 +16,7 @@ from pyramid_cache.engine.held import LayerPlace
 from pyramid_cache.engine.policy import Policy
 from pyramid_cache.engine.protection import Protect, plain_setting, read_protect
 from pyramid_cache.engine.quantization import Quantizer, read_quantizer
-from pyramid_cache.engine.sharing import OnlineBudget, SharedBudget
+from pyramid_cache.engine.sharing import DividedBudget, OnlineBudget, SharedBudget
 from pyramid_cache.engine.tokens import MaskReader
 
 
@@ -168,7 +168,7 @@ class PolicyCache(CompressedCache):
 
         def build_layer(place: LayerPlace, masks: MaskReader) -> EvictingLayer:
             if self.shared is None:
-                self.shared = shared_budget(ranking, self.waits, place.num_layers)
+                self.shared = shared_budget(ranking, self.waits, place.num_layers, policy)
             own = compactor() if compactor is not None and not parsed_budget.is_unlimited else None
             return EvictingLayer(
                 place, masks, parsed_budget, policy, eviction_interval, ranking, self.shared, spans, own, quantizer
@@ -194,7 +194,8 @@ class PolicyCache(CompressedCache):
 
     def activate_past_recording(self) -> None:
         if self.shared is not None:
-            way_out = "another cache" if self.waits else '`ranking="layer"` or `ranking="head"`'
+            has_choice = not self.waits and not self.policy.divides_budget
+            way_out = '`ranking="layer"` or `ranking="head"`' if has_choice else "another cache"
             raise NotImplementedError(
                 "Assisted generation and prompt lookup take tokens back in one layer after the other, which layers "
                 f"that evict together cannot follow. Use {way_out} with them."
@@ -226,6 +227,11 @@ def read_ranking(ranking: str | None, policy: Policy, waits: bool) -> str:
     ranking = policy.ranking if ranking is None else ranking
     if ranking not in RANKINGS:
         raise ValueError(f"`ranking={ranking!r}` is unknown: choose one of {RANKINGS}.")
+    if policy.divides_budget and ranking.startswith("model"):
+        raise ValueError(
+            f"`ranking={ranking!r}` lets the tokens of all layers compete, but {type(policy).__name__} gives each "
+            'layer a budget of its own. Give `ranking="layer"`, or leave it out.'
+        )
     if ranking == "model-online" and waits:
         raise ValueError(
             f"`ranking={ranking!r}` evicts from each layer in turn, but all layers are scored after the prompt, which "
@@ -240,8 +246,10 @@ def read_ranking(ranking: str | None, policy: Policy, waits: bool) -> str:
     return ranking
 
 
-def shared_budget(ranking: str, waits: bool, num_layers: int) -> SharedBudget | OnlineBudget | None:
+def shared_budget(ranking: str, waits: bool, num_layers: int, policy: Policy) -> SharedBudget | OnlineBudget | None:
     """What the layers of a cache have in common; None if each evicts on its own."""
+    if policy.divides_budget:
+        return DividedBudget(num_layers, policy.divide)
     if ranking == "model-online":
         return OnlineBudget(num_layers)
     shares = ranking == "model"

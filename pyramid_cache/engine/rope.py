@@ -117,6 +117,14 @@ def running_calls(module: nn.Module) -> list[Call]:
     return calls
 
 
+def check_one_axis(module: nn.Module) -> None:
+    """Raises NotImplementedError if a running attention module is given an image by position ids of several axes."""
+    for _, given in running_calls(module):
+        positions = given.get("position_ids")
+        if isinstance(positions, torch.Tensor) and positions.dim() == 3 and (positions != positions[:1]).any():
+            raise rope_refusal(module, "positions with several axes (mrope), which the tokens of an image have.")
+
+
 class _KeysReached(Exception):
     """Ends an attention forward where it hands over its keys: the rest of it is not needed."""
 

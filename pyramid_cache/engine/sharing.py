@@ -2,11 +2,13 @@
 Layers that share a budget: the tokens of all heads of all layers compete, and a layer keeps as many as are among the
 best of all.
 
-Either the scores of all layers are known before any layer evicts (`SharedBudget`). A prompt then stays whole in each
+Either the scores of all layers are known before any layer evicts (`SharedBudget`), or what tells the budget of each
+(`DividedBudget`). A prompt then stays whole in each
 layer until the last one has attended to it, and takes as much memory as in `DynamicCache` until then. Or each layer
 evicts as soon as it has been scored (`OnlineBudget`), by a threshold that earlier layers have left.
 """
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -74,6 +76,26 @@ class SharedBudget:
         for (layer, longest), priority, row_kept in logging.tqdm(rows, desc="compress", disable=is_silent):
             layer.set_kept(row_kept)
             layer.evict_to([min(pair) for pair in zip(layer.state.row_held, row_kept, strict=True)], priority, longest)
+
+
+class DividedBudget(SharedBudget):
+    """
+    The layers of one cache that wait until all of them have observed a prompt. Then `divide` tells from their states
+    how many tokens each keeps of each row, as `Policy.divide` does.
+    """
+
+    def __init__(self, num_layers: int, divide: Callable[[Sequence["LayerState"]], list[list[int]]]) -> None:
+        super().__init__(num_layers, shares=False)
+        self.divide = divide
+
+    def _evict(self, waiting: list[tuple["EvictingLayer", int]]) -> None:
+        if not any(layer.state.must_evict for layer, _ in waiting):
+            return
+        numbers = self.divide([layer.state for layer, _ in waiting])
+        for (layer, longest), row_kept in zip(waiting, numbers, strict=True):
+            layer.set_kept(row_kept)
+            row_left = [min(pair) for pair in zip(layer.state.row_held, row_kept, strict=True)]
+            layer.evict_to(row_left, layer.priority_of_held(longest), longest)
 
 
 def share(

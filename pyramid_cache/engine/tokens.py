@@ -198,8 +198,8 @@ def check_causal(is_allowed: torch.Tensor, is_token: torch.Tensor, num_queries: 
         if not agrees.all():
             raise NotImplementedError(
                 "The attention mask is not causal with padding, the only kind that can be kept up once tokens are "
-                "evicted: custom 4-D masks, packed sequences and bidirectional prefixes are not supported. Use "
-                "DynamicCache for them."
+                "evicted: custom 4-D masks, packed sequences, and prefixes or images that are attended to in both "
+                "directions (PaliGemma, Gemma 3) are not supported. Use DynamicCache for them."
             )
 
 

@@ -178,6 +178,7 @@ CACHES = {
         CacheEntry("scissorhands", "ScissorhandsCache", library.ScissorhandsCache),
         CacheEntry("massive", "MassiveActivationCache", library.MassiveActivationCache),
         CacheEntry("kv-merger", "KVMergerCache", library.KVMergerCache),
+        CacheEntry("vl", "VLCache", library.VLCache),
         CacheEntry("kvzip", "KVzipCache", library.KVzipCache, from_model=True),
         CacheEntry("kvzip-plus", "KVzipPlusCache", library.KVzipPlusCache, from_model=True),
         CacheEntry("matching", "AttentionMatchingCache", library.AttentionMatchingCache, from_model=True),

@@ -235,7 +235,7 @@ def check_template(model: PreTrainedModel, cache: PolicyCache) -> None:
             "Leave it out."
         )
     layer, depths = begun_layer(model, cache), range(len(cache.layers))
-    differs = any(
+    differs = cache.policy.divides_budget or any(
         len({cache.policy.num_tokens(length, layer.token_budget, depth, len(depths)) for depth in depths}) > 1
         for length in (1, 10, 100, 1_000, 10_000, 100_000)
     )
