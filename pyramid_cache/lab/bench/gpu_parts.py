@@ -139,18 +139,18 @@ def codes_rows(scale: Scale) -> Iterator[dict[str, Any]]:
     query = torch.randn(batch_size, HEADS, 1, HEAD_DIM, dtype=DTYPE, device=scale.device)
     shape = (batch_size, KV_HEADS, num_slots, HEAD_DIM)
     states = [torch.randn(shape, dtype=DTYPE, device=scale.device) for _ in range(2)]
-    latest = [each[:, :, num_quantized:] for each in states]
+    latest: tuple[Any, ...] = tuple(each[:, :, num_quantized:] for each in states)
     in_full = functools.partial(decode_attention, query, *states, scaling=scaling)
     for format_name, channel_group in (*((name, 0) for name in PACKINGS), ("kivi4", 32), ("kivi2", 32)):
         quantizer = Quantizer(format_name, num_latest, channel_group)
-        coded = [
+        coded: list[Any] = [
             quantizer.coded(name, *quantizer.stored(name, each[:, :, :num_quantized]))
             for name, each in zip(("keys", "values"), states, strict=True)
         ]
         by_codes = functools.partial(
             decode_quantized_attention, query, *coded, num_quantized, *latest, scaling=scaling
         )
-        restored = (
+        restored: Iterator[Any] = (
             torch.cat([codes.restored(torch.float32), each.float()], dim=2)
             for codes, each in zip(coded, latest, strict=True)
         )
