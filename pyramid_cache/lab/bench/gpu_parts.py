@@ -139,22 +139,23 @@ def codes_rows(scale: Scale) -> Iterator[dict[str, Any]]:
     query = torch.randn(batch_size, HEADS, 1, HEAD_DIM, dtype=DTYPE, device=scale.device)
     shape = (batch_size, KV_HEADS, num_slots, HEAD_DIM)
     states = [torch.randn(shape, dtype=DTYPE, device=scale.device) for _ in range(2)]
-    latest: tuple[Any, ...] = tuple(each[:, :, num_quantized:] for each in states)
+    latest_keys, latest_values = (each[:, :, num_quantized:] for each in states)
     in_full = functools.partial(decode_attention, query, *states, scaling=scaling)
     for format_name, channel_group in (*((name, 0) for name in PACKINGS), ("kivi4", 32), ("kivi2", 32)):
         quantizer = Quantizer(format_name, num_latest, channel_group)
-        coded: list[Any] = [
+        keys, values = (
             quantizer.coded(name, *quantizer.stored(name, each[:, :, :num_quantized]))
             for name, each in zip(("keys", "values"), states, strict=True)
-        ]
-        by_codes = functools.partial(
-            decode_quantized_attention, query, *coded, num_quantized, *latest, scaling=scaling
         )
-        restored: Iterator[Any] = (
+        arguments = query, keys, values, num_quantized, latest_keys, latest_values
+        by_codes = functools.partial(decode_quantized_attention, *arguments, scaling=scaling)
+        restored_keys, restored_values = (
             torch.cat([codes.restored(torch.float32), each.float()], dim=2)
-            for codes, each in zip(coded, latest, strict=True)
+            for codes, each in ((keys, latest_keys), (values, latest_values))
         )
-        expected = reference.decode_attention(query.float(), *restored, None, None, None, scaling, None)
+        expected = reference.decode_attention(
+            query.float(), restored_keys, restored_values, None, None, None, scaling, None
+        )
         pairs = zip(by_codes(), expected, strict=True)
         errors = [float((found.double() - wanted).norm() / wanted.double().norm()) for found, wanted in pairs]
         full_seconds, codes_seconds = median_seconds(scale, in_full, by_codes, in_graph=True)
