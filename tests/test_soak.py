@@ -57,7 +57,7 @@ def resident_bytes() -> int:
 
 
 def check_flat(measured: list[tuple[int, int, int]], spread: float = 0.0) -> None:
-    """Nothing has grown between the first checkpoint and the last, but for a share of the bytes that comes and goes."""
+    """Nothing has grown between the first checkpoint and the last, but for a share of the bytes."""
     held_bytes, num_tensors, resident = zip(*measured, strict=True)
     assert 0 < max(held_bytes) <= (1 + spread) * min(held_bytes)
     assert max(num_tensors) == num_tensors[0]  # of all tests that run in this process, so that there may be fewer
