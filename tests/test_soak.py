@@ -56,10 +56,10 @@ def resident_bytes() -> int:
     return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
 
 
-def check_flat(measured: list[tuple[int, int, int]]) -> None:
-    """Nothing has grown between the first checkpoint and the last."""
+def check_flat(measured: list[tuple[int, int, int]], spread: float = 0.0) -> None:
+    """Nothing has grown between the first checkpoint and the last, but for a share of the bytes."""
     held_bytes, num_tensors, resident = zip(*measured, strict=True)
-    assert held_bytes[0] > 0 and len(set(held_bytes)) == 1
+    assert 0 < max(held_bytes) <= (1 + spread) * min(held_bytes)
     assert max(num_tensors) == num_tensors[0]  # of all tests that run in this process, so that there may be fewer
     assert resident[-1] - resident[0] <= 8 << 20
 
@@ -87,4 +87,5 @@ def test_generate_leaves_nothing_behind(case: CacheCase) -> None:
     settings = {"max_new_tokens": 60, "do_sample": True, "logits_processor": [Watch()]}
     model.generate(input_ids, attention_mask=mask, past_key_values=cache, **settings)
     assert cache.get_seq_length() == 82 and len(measured) == 3
-    check_flat(measured)
+    # How many of the tokens that a head keeps are older ones, which take less, is left to their scores.
+    check_flat(measured, spread=0.05 if case.quantizes else 0.0)

@@ -254,6 +254,7 @@ PAGES = {
     "protect.md",
     "quantized.md",
     "serving.md",
+    "thin-keys.md",
     "write-a-policy.md",
 }
 
@@ -293,6 +294,15 @@ def test_the_page_of_quantised_slots_runs() -> None:
     inputs = {"input_ids": random_tokens(1, 800), "attention_mask": torch.ones(1, 800, dtype=torch.long)}
     cache = run_page(DOCS / "quantized.md", {"model": model, "inputs": inputs}, shows_output=False)["cache"]
     # A quarter of the prompt, of which the residual is in full precision.
+    assert all(0 < layer.state.num_quantized < 200 for layer in cache.layers)
+
+
+def test_the_page_of_thin_keys_runs() -> None:
+    model = build_model("llama", num_hidden_layers=2)
+    inputs = {"input_ids": random_tokens(1, 800), "attention_mask": torch.ones(1, 800, dtype=torch.long)}
+    cache = run_page(DOCS / "thin-keys.md", {"model": model, "inputs": inputs}, shows_output=False)["cache"]
+    # Heads of 16 channels keep 10 of them, in all tokens of a quarter of the prompt but the residual.
+    assert all(layer.state.key_codes.shape[2:] == (layer.state.num_quantized, 10) for layer in cache.layers)
     assert all(0 < layer.state.num_quantized < 200 for layer in cache.layers)
 
 
