@@ -34,6 +34,8 @@ from transformers import (
     TextIteratorStreamer,
 )
 
+from pyramid_cache.engine.quantized_store import QuantizedStore
+
 
 MakeCache = Callable[[PreTrainedModel], Cache]
 
@@ -202,7 +204,9 @@ class Run:
             after_step = (lambda step, alone=alone: alone.crop(0)) if history.takes_back else None
             lengths = [len(piece) for piece in later]
             trace = drive(self.model, alone, [prompt], torch.cat(later)[None], after_step, pieces=lengths)
-            assert_close(torch.stack([*logits, answer[row]]), trace.logits[0], f"row {row}")
+            # Rounding may move a number to the next of the codes that it is quantised to.
+            atol = 2e-3 if isinstance(cache.compressed_layers[0].store, QuantizedStore) else 1e-4
+            assert_close(torch.stack([*logits, answer[row]]), trace.logits[0], f"row {row}", atol)
             for layer in range(len(cache.layers)):
                 expected = held_positions(alone, layer)[0]
                 assert held_positions(cache, layer)[row] == expected, (row, layer)
@@ -230,9 +234,9 @@ FOLLOWED_METHODS: dict[str, Callable[[History, Any], None]] = {
 }
 
 
-def assert_close(actual: torch.Tensor, expected: torch.Tensor, message: str = "") -> None:
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, message: str = "", atol: float = 1e-4) -> None:
     """Equal but for the order of float32 sums; -inf, as logits processors write it, being equal to itself."""
-    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0, msg=lambda text: f"{message}: {text}")
+    torch.testing.assert_close(actual, expected, atol=atol, rtol=0, msg=lambda text: f"{message}: {text}")
 
 
 def prompts(*lengths: int) -> list[torch.Tensor]:

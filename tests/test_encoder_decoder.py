@@ -132,7 +132,7 @@ def test_modes_of_generate(case: CacheCase) -> None:
             first = generate(name, beside_encoder(ours), **mode)
             assert ours.batch_size == first.shape[0] * mode.get("num_beams", 1)
             assert ours.get_seq_length() == PROMPT_LENGTH + NEW_TOKENS - 1
-            assert max(ours.num_kept_tokens()) < PROMPT_LENGTH
+            assert max(ours.num_kept_tokens()) < PROMPT_LENGTH or not case.has_budget
             if len(ours.compressed_layers) == len(ours.layers):  # sliding layers of older transformers cannot be reset
                 ours.reset()
                 assert torch.equal(generate(name, beside_encoder(ours), **mode), first), name

@@ -51,6 +51,7 @@ NUM_TOKENS = 131072
 SHAPES = {
     "llama-3.1-8b": (128256, 4096, 14336, 32, 32, 8),
     "llama-2-13b": (32000, 5120, 13824, 40, 40, 40),
+    "smollm2-4-layers": (49152, 576, 1536, 4, 9, 3),  # four layers of SmolLM2-135M
     "tiny": (512, 64, 128, 2, 4, 2),  # for a test on any machine
     "deep-tiny": (128, 64, 64, 32, 4, 2),  # its steps take what the host takes to launch 32 layers
 }

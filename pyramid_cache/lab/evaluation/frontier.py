@@ -80,7 +80,8 @@ def are_same_cases(one: tuple[Row, Row], other: tuple[Row, Row]) -> bool:
 def frontier_of(rows: Iterable[Row]) -> list[Row]:
     """Those that no other surpasses: with a better exact match in as few bytes, or one as good in fewer."""
     best: list[Row] = []
-    for row in sorted(rows, key=lambda row: (row["held_share"], -row["exact_match"])):
+    # Bookkeeping is no advantage: shares are compared to a thousandth.
+    for row in sorted(rows, key=lambda row: (round(row["held_share"], 3), -row["exact_match"])):
         if row["exact_match"] > max((other["exact_match"] for other in best), default=0):
             best.append(row)
     return best

@@ -17,7 +17,7 @@ from matplotlib.image import AxesImage
 
 from pyramid_cache.lab.evaluation.answers import Answer, KeptPositions
 from pyramid_cache.lab.evaluation.score_tables import groups
-from pyramid_cache.lab.registry import BASELINE, CACHES, find_entry
+from pyramid_cache.lab.registry import BASELINE, CACHES, TRANSFORMERS, find_entry
 
 
 # Eight colours that differ for colour-blind eyes as well; caches beyond them get dashes and a marker of their own.
@@ -67,7 +67,7 @@ def draw_all(rows: Sequence[dict[str, Any]], answers: Sequence[Answer], kept: Se
 
 def style_of(cache: str) -> dict[str, Any]:
     """Colour, line and marker, which a cache has in all pictures."""
-    rank = list(CACHES).index(find_entry(cache).row)
+    rank = [*CACHES, *TRANSFORMERS].index(find_entry(cache).row)
     dashes = LINE_STYLES[rank // len(COLORS) % len(LINE_STYLES)]
     return {"color": COLORS[rank % len(COLORS)], "linestyle": dashes, "marker": MARKERS[rank % len(MARKERS)]}
 
