@@ -127,10 +127,7 @@ REFUSED_ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon": ("falcon", {"new_decoder_architecture": True}),
     "falcon_alibi": ("falcon", {"alibi": True}),
     "minimax": ("minimax", {**EXPERTS, "layer_types": ["linear_attention", "full_attention", "full_attention"]}),
-    "kimi_linear": (
-        "kimi_linear",
-        {**LATENT, "layer_types": ["linear_attention", "full_attention", "full_attention"]},
-    ),
+    "kimi_linear": ("kimi_linear", LATENT),
     "jetmoe": ("jetmoe", {**EXPERTS, "kv_channels": 16}),
     **{name: (name, {}) for name in ("bloom", "mpt", "diffllama", "doge", "rwkv")},
     "mistral_sliding": ("mistral", {"sliding_window": 8}),

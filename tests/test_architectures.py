@@ -399,9 +399,8 @@ def test_refused_by_name(case: CacheCase) -> None:
         sparsity = {"activation_sparsity_pattern": [0.0] * 4} if name == "gemma3n" else {}
         config = build_config(name, num_hidden_layers=4, num_kv_shared_layers=2, layer_types=kinds, **sparsity)
         source = AutoModelForCausalLM.from_config(config) if case.from_model else config
-        with pytest.raises(
-            NotImplementedError, match=f"'{config.model_type}'.*only full-attention layer.*DynamicCache"
-        ):
+        reason = f"'{config.model_type}'.*only full-attention layer.*DynamicCache"
+        with pytest.raises(NotImplementedError, match=reason):
             case.build_from(source)
 
 

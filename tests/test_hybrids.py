@@ -17,16 +17,7 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from pyramid_cache import SnapKVCache
 
 
-WITH_STATES = [
-    "qwen3_next",
-    "qwen3_5",
-    "olmo_hybrid",
-    "granitemoehybrid",
-    "nemotron_h",
-    "jamba",
-    "falcon_h1",
-    "zamba2",
-]
+WITH_STATES = "qwen3_next qwen3_5 olmo_hybrid granitemoehybrid nemotron_h jamba falcon_h1 zamba2".split()
 HYBRIDS = [*WITH_STATES, "lfm2", "gpt_oss", "gemma3n"]
 TIGHT = {"budget": 12, "window_size": 4, "kernel_size": 3, "eviction_interval": 3}
 parametrize_hybrids = pytest.mark.parametrize("name", HYBRIDS)
@@ -159,7 +150,7 @@ def test_memory_counts_every_layer(name: str) -> None:
     model, cache = model_of(name), tight(model_of(name))
     read(model, cache, random_tokens(1, 40))
     sizes = []
-    for index, layer in enumerate(cache.layers):
+    for layer in cache.layers:
         with_states = isinstance(layer, LinearAttentionCacheLayerMixin)
         states = [*layer.conv_states.values(), *layer.recurrent_states.values()] if with_states else []
         keys = [] if getattr(layer, "keys", None) is None else [layer.keys, layer.values]

@@ -55,9 +55,8 @@ class StatesBeside(_Layer):
     def export_state(self) -> tuple[dict[str, Any], dict[str, "torch.Tensor"]]:
         numbers, tensors = super().export_state()
         state_numbers, states = export_linear(self.states)
-        return {**numbers, "states": state_numbers}, tensors | {
-            f"{PREFIX}{name}": each for name, each in states.items()
-        }
+        tensors |= {f"{PREFIX}{name}": state for name, state in states.items()}
+        return {**numbers, "states": state_numbers}, tensors
 
     def import_state(self, numbers: dict[str, Any], tensors: dict[str, "torch.Tensor"]) -> None:
         states = {name.removeprefix(PREFIX): each for name, each in tensors.items() if name.startswith(PREFIX)}

@@ -144,12 +144,17 @@ class CompressedCache(Cache):
                 checks.check_attended(layer)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
-    def update_conv_state(
-        self, conv_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
-    ) -> torch.Tensor:
+    # Layers with states ask for them once in each forward pass: from transformers 5.24 on in this way,
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
         if state_idx == 0:
             self._note_states(layer_idx)
-        return super().update_conv_state(conv_states, layer_idx, state_idx, **kwargs)
+        return super().get_conv_state(layer_idx, state_idx)
+
+    # and before in this one.
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+        if layer_idx is not None and not hasattr(Cache, "get_conv_state"):
+            self._note_states(layer_idx)
+        return super().has_previous_state(layer_idx, state_idx)
 
     def _note_states(self, layer_idx: int) -> None:
         """
@@ -158,8 +163,8 @@ class CompressedCache(Cache):
         num_seen = self.get_seq_length(self._first)
         if self._seen_by_states.get(layer_idx) == num_seen:
             raise RuntimeError(
-                f"An earlier forward pass broke off, and the states of layer {layer_idx} have taken its tokens up. Call "
-                "`cache.reset()`, then read the whole sequence again."
+                f"An earlier forward pass broke off, and the states of layer {layer_idx} have taken its tokens up. "
+                "Call `cache.reset()`, then read the whole sequence again."
             )
         self._seen_by_states[layer_idx] = num_seen
 
@@ -530,7 +535,8 @@ class CompressedCache(Cache):
 
         Returns:
             `dict[str, dict[str, int]]`: By device, then by role: "keys", "values" and "bookkeeping" (positions,
-                scores, states of linear attention). Tensors that a cache has moved to the host are under "host", even if the device is the CPU.
+                scores, states of linear attention). Tensors that a cache has moved to the host are under "host",
+                even if the device is the CPU.
         """
         return memory_of(self)
 

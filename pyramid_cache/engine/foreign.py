@@ -64,8 +64,8 @@ def require_croppable(index: int, layer: Any, tokens_to_remove: int) -> None:
     states = layer.recurrent_states if isinstance(layer, LinearAttentionCacheLayerMixin) else {}
     if tokens_to_remove and (layer_holds(states) or (states and not layer.record_past)):
         raise NotImplementedError(
-            f"`crop({tokens_to_remove})`: layer {index} has taken tokens up into a state, which cannot be undone. Call "
-            "`cache.reset()`, then read the sequence again without them."
+            f"`crop({tokens_to_remove})`: layer {index} has taken tokens up into a state, which cannot be undone. "
+            "Call `cache.reset()`, then read the sequence again without them."
         )
     is_sliding = getattr(layer, "is_sliding", False) and not layer.record_past
     if is_sliding and layer.get_seq_length() >= layer.sliding_window:
