@@ -9,8 +9,8 @@ import torch
 from transformers import Cache, DynamicCache
 
 from pyramid_cache.engine.architectures import CACHE_ARGUMENT
+from pyramid_cache.lab.demo.planted_numbers import Prompts, SharedText
 from pyramid_cache.lab.loaded_model import LoadedModel
-from pyramid_cache.lab.novels import Prompts, SharedText
 from pyramid_cache.lab.registry import Contender, Workload
 from pyramid_cache.lab.timed_generation import generate, held_bytes
 from pyramid_cache.lab.weights import ProgressCallback

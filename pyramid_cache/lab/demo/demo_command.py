@@ -9,11 +9,11 @@ from typing import Any
 from pyramid_cache.engine.budget import BUDGET_FORMS
 from pyramid_cache.lab import terminal
 from pyramid_cache.lab.demo.answers import answer_prompts, answer_questions
+from pyramid_cache.lab.demo.planted_numbers import build_prompts, build_shared_text
 from pyramid_cache.lab.evaluation.tasks.haystack import Haystack
 from pyramid_cache.lab.loaded_model import MODEL_HELP, load_chosen_model
 from pyramid_cache.lab.machine import describe_machine
 from pyramid_cache.lab.novel import read_text
-from pyramid_cache.lab.novels import build_prompts, build_shared_text
 from pyramid_cache.lab.registry import BASELINE, CACHES, TRANSFORMERS, Contender, find_entry
 
 

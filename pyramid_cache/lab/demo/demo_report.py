@@ -11,9 +11,9 @@ from matplotlib.image import AxesImage
 from rich.text import Text
 
 from pyramid_cache.lab.demo.answers import PromptRun, TextRun
+from pyramid_cache.lab.demo.planted_numbers import Prompts, SharedText, num_right
 from pyramid_cache.lab.loaded_model import LoadedModel, where
 from pyramid_cache.lab.machine import busy_note, describe_end
-from pyramid_cache.lab.novels import Prompts, SharedText, num_right
 from pyramid_cache.lab.registry import BASELINE, find_entry
 from pyramid_cache.lab.terminal import print_table, report_console
 from pyramid_cache.plot.figure import COLORS, DPI, draw_map, new_figure
