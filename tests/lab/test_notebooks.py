@@ -101,6 +101,9 @@ def test_notebooks_are_valid_small_and_compile() -> None:
             assert cell.execution_count == number, name
             assert all(output.get("name") != "stderr" for output in cell.outputs), name
         check(printed_by(notebook))
+        # It begins with what will be seen, and ends with a picture.
+        assert "You will see" in notebook.cells[0].source, name
+        assert any("image/png" in output.get("data", {}) for output in notebook.cells[-1].get("outputs", [])), name
 
 
 @pytest.mark.slow
