@@ -16,8 +16,6 @@ from pyramid_cache.caches.minicache.merging import Merger, shared_directions
 
 
 SMALL = {"start_layer": 0, "residual_length": 6, "block_length": 5, "outliers": 0.2}
-# What a cache of the modes is asked for, apart from errors that all caches give.
-REFUSED_MODES = {"forward: gradients through the cache"}
 
 
 def small_cache(model: PreTrainedModel, **settings) -> MiniCache:
@@ -150,6 +148,9 @@ def test_nothing_changes_if_nothing_is_merged() -> None:
         for actual, wanted in zip(output.logits, plain.logits, strict=True):
             torch.testing.assert_close(actual, wanted, atol=tolerance, rtol=0)
         assert cache.is_croppable == (tolerance == 0)
+        if cache.is_croppable:
+            cache.crop(-2)
+            assert cache.get_seq_length() == 49
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -250,6 +251,10 @@ def quick_modes() -> list:
 @pytest.mark.parametrize("mode", quick_modes())
 def test_modes_of_generate(mode: Mode) -> None:
     """As if each row had been fed alone. Models of three layers have a pair, and a layer that is left."""
+    if mode.name == "`output_attentions`":
+        with pytest.raises(NotImplementedError, match="output_attentions"):
+            mode.run(small_cache)
+        return
     mode.run(small_cache).verify()
 
 
@@ -275,9 +280,8 @@ def test_errors_name_a_way_out() -> None:
     with pytest.raises(NotImplementedError, match=r"crop\(-1\).*merged.*activate_past_recording"):
         cache.crop(-1)
     cache.activate_past_recording()
-    drive_more = random_tokens(1, 3)
     with torch.no_grad():
-        model(drive_more, past_key_values=cache)
+        model(random_tokens(1, 3), past_key_values=cache)
     cache.crop(-3)
     assert cache.get_seq_length() == 41
     with pytest.raises(ValueError, match="`cache` is a MiniCache"), serving.compressed(model, small_cache(model)):
