@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,12 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from pyramid_cache.lab.cli import main
 from pyramid_cache.lab.evaluation.cells import Cell, CellStore
-from pyramid_cache.lab.evaluation.evaluator import Evaluation
+from pyramid_cache.lab.evaluation.evaluator import Evaluation, Result
 from pyramid_cache.lab.evaluation.reading import Reader, replay
 from pyramid_cache.lab.evaluation.recall import load_recall_model
 from pyramid_cache.lab.evaluation.tasks import Context, Question, build_contexts, parse_task
 from pyramid_cache.lab.profile.activations import measure_text
-from pyramid_cache.lab.registry import BASELINE, CACHES, Workload
+from pyramid_cache.lab.registry import BASELINE, CACHES, Workload, find_entry
 from pyramid_cache.lab.timed_generation import generate
 from pyramid_cache.lab.weights import no_progress
 
@@ -368,6 +369,27 @@ def evaluate(contexts: list[Context], batch_size: int, names: list[str]) -> dict
     evaluation = Evaluation(tiny_model("llama"), caches, [0.4], batch_size=batch_size)
     results = evaluation.run(contexts, no_progress)
     return {(result.protocol, result.cache, result.budget): result for result in results}
+
+
+def test_a_cache_of_transformers_and_one_without_a_budget_answer_each_question_behind_the_context_alone() -> None:
+    model, names = tiny_model("llama"), ("quantized:backend=fp8", "kivi:residual_length=8")
+    caches = {name: find_entry(name) for name in names}
+    (context, *_), protocols = contexts_of("questions"), ["context"]
+
+    def answers(context: Context) -> dict[str, Result]:
+        found = Evaluation(model, caches, [0.5, 0.4], protocols).run([context], no_progress)
+        assert [(result.cache, result.budget) for result in found] == [(name, 1.0) for name in (BASELINE, *names)]
+        return {result.cache: result for result in found}
+
+    together = answers(context)
+    for number, question in enumerate(context.questions):
+        alone = answers(replace(context, questions=[question]))
+        for name in names:
+            assert together[name].scores[number].log_likelihood == pytest.approx(
+                alone[name].scores[0].log_likelihood, abs=1e-3
+            )
+    # A byte for each number of four, and a scale for the keys and the values of a layer.
+    assert 0.25 < together[names[0]].held_shares[0] < 0.26
 
 
 @pytest.mark.parametrize("kind", ["questions", "turns"])
