@@ -166,11 +166,11 @@ class Coded(NamedTuple):
                 start = stop
 
     def by_group(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Scales and least numbers, `(batch * kv_heads, groups, tokens)` float32, of groups of channels."""
-        scales = self.scales.flatten(0, 1).mT.float()
+        """Scales and least numbers, `(groups, batch * kv_heads, tokens)` float32, of groups of channels."""
+        scales = self.scales.flatten(0, 1).permute(2, 0, 1).float().contiguous()
         if self.packing.is_float:
             return scales * FLOAT8_FACTOR, None
-        return scales[:, : scales.shape[1] // 2], scales[:, scales.shape[1] // 2 :]
+        return scales[: len(scales) // 2], scales[len(scales) // 2 :]
 
 
 def decode_quantized_attention(
@@ -273,14 +273,14 @@ def attend_in_tiles(
             logits[..., tile] = torch.bmm(queries, numbers.flatten(0, 1).mT)
     else:
         scale, low = keys.by_group()
-        products = queries.new_zeros(*scale.shape[:2], queries.shape[1], num_quantized)
+        products = queries.new_zeros(len(scale), *queries.shape[:2], num_quantized)
         for tile in tiles:
             for channels, group, codes in keys.tile(tile.start, tile.stop).pieces(workspace):
-                products[:, group, :, tile] += torch.bmm(queries[..., channels], codes.mT)
-        torch.sum(products.mul_(scale[:, :, None]), dim=1, out=logits[..., :num_quantized])
+                products[group, ..., tile] += torch.bmm(queries[..., channels], codes.mT)
+        logits[..., :num_quantized] = products.mul_(scale[:, :, None]).sum(dim=0)
         if low is not None:
             sums = queries.unflatten(-1, (-1, keys.group_size)).sum(dim=-1)
-            logits[..., :num_quantized] += torch.bmm(sums, low)
+            logits[..., :num_quantized] += torch.bmm(sums, low.transpose(0, 1))
     if softcap:
         logits = torch.tanh(logits / softcap) * softcap
     logits = logits.view(batch, kv_heads, -1, 1, logits.shape[-1])
@@ -290,13 +290,13 @@ def attend_in_tiles(
     weights = probabilities.flatten(0, 1)
     output = torch.bmm(weights[..., num_quantized:].to(value.dtype), value.flatten(0, 1)).float()
     scale, low = values.by_group()
-    shares = weights[:, None, :, :num_quantized] * scale[:, :, None]  # (batch * kv_heads, groups, group, slots)
+    shares = weights[..., :num_quantized] * scale[:, :, None]  # (groups, batch * kv_heads, group, slots)
     if low is not None:
-        sums = torch.bmm(weights[..., :num_quantized], low.mT)
+        sums = torch.bmm(weights[..., :num_quantized], low.permute(1, 2, 0))
         output += sums.repeat_interleave(values.group_size, dim=-1)
     for tile in tiles:
         for channels, group, codes in values.tile(tile.start, tile.stop).pieces(workspace):
-            output[..., channels] += torch.bmm(shares[:, group, :, tile], codes)
+            output[..., channels] += torch.bmm(shares[group, ..., tile], codes)
     return output.view(batch, 1, -1, value.shape[-1]).to(value.dtype), probabilities.sum(dim=2)
 
 

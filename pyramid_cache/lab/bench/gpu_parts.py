@@ -140,7 +140,7 @@ def codes_rows(scale: Scale) -> Iterator[dict[str, Any]]:
     shape = (batch_size, KV_HEADS, num_slots, HEAD_DIM)
     states = [torch.randn(shape, dtype=DTYPE, device=scale.device) for _ in range(2)]
     latest = [each[:, :, num_quantized:] for each in states]
-    in_full = functools.partial(decode_attention, query, *states, scaling=scaling)
+    in_full = functools.partial(decode_attention, query, states[0], states[1], scaling=scaling)
     for format_name, channel_group in (*((name, 0) for name in PACKINGS), ("kivi4", 32), ("kivi2", 32)):
         quantizer = Quantizer(format_name, num_latest, channel_group)
         coded = [
@@ -148,13 +148,13 @@ def codes_rows(scale: Scale) -> Iterator[dict[str, Any]]:
             for name, each in zip(("keys", "values"), states, strict=True)
         ]
         by_codes = functools.partial(
-            decode_quantized_attention, query, *coded, num_quantized, *latest, scaling=scaling
+            decode_quantized_attention, query, coded[0], coded[1], num_quantized, latest[0], latest[1], scaling=scaling
         )
-        restored = (
+        keys, values = (
             torch.cat([codes.restored(torch.float32), each.float()], dim=2)
             for codes, each in zip(coded, latest, strict=True)
         )
-        expected = reference.decode_attention(query.float(), *restored, None, None, None, scaling, None)
+        expected = reference.decode_attention(query.float(), keys, values, None, None, None, scaling, None)
         pairs = zip(by_codes(), expected, strict=True)
         errors = [float((found.double() - wanted).norm() / wanted.double().norm()) for found, wanted in pairs]
         full_seconds, codes_seconds = median_seconds(scale, in_full, by_codes, in_graph=True)
