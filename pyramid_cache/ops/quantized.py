@@ -96,7 +96,7 @@ def restore(
 def float8_halves(codes: torch.Tensor) -> torch.Tensor:
     """
     The numbers of float8 codes in float16, divided by `FLOAT8_FACTOR`: their bits in the places that they have there.
-    torch converts them one by one on the CPU, which takes ten times as long.
+    torch converts them one by one on the CPU, which takes several times as long.
     """
     return codes.view(torch.int8).to(torch.int16).bitwise_left_shift_(7).bitwise_and_(FLOAT8_BITS).view(torch.float16)
 
