@@ -68,9 +68,9 @@ codes = grouped / scale«.masked_fill(scale == 0, 1)→».unsqueeze
 packed = packed | part << packing.bits * «index→1»
 = ops/quantized.py: test_quantized | in_tiles
 if «softcap→False»:
-start, first = 0, part * «width→0»
-group = (first + start) // «self.group_size→self.codes.shape[-1]»
-stop = min(«(group + 1) * self.group_size - first→start + self.group_size», width)
+part * «codes.shape[-1]→self.group_size»,
+group = start // «self.group_size→width»
+return scales * «FLOAT8_FACTOR→1», None
 = engine/quantized_store.py: test_quantized | logits
 counts[0]), in_order(positions, is_latest, «max(counts[1], 1)→1»)
 is_old, is_latest = «(positions >= 0)→(positions >= 1)» & (positions < starts)

@@ -96,7 +96,7 @@ def restore(
 def float8_halves(codes: torch.Tensor) -> torch.Tensor:
     """
     The numbers of float8 codes in float16, divided by `FLOAT8_FACTOR`: their bits in the places that they have there.
-    torch converts them one by one on the CPU, which takes ten times as long.
+    torch converts them one by one on the CPU, which takes several times as long.
     """
     return codes.view(torch.int8).to(torch.int16).bitwise_left_shift_(7).bitwise_and_(FLOAT8_BITS).view(torch.float16)
 
@@ -166,11 +166,11 @@ class Coded(NamedTuple):
                 start = stop
 
     def by_group(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Scales and least numbers, `(batch * kv_heads, groups, tokens)` float32, of groups of channels."""
-        scales = self.scales.flatten(0, 1).mT.float()
+        """Scales and least numbers, `(groups, batch * kv_heads, tokens)` float32, of groups of channels."""
+        scales = self.scales.flatten(0, 1).permute(2, 0, 1).float().contiguous()
         if self.packing.is_float:
             return scales * FLOAT8_FACTOR, None
-        return scales[:, : scales.shape[1] // 2], scales[:, scales.shape[1] // 2 :]
+        return scales[: len(scales) // 2], scales[len(scales) // 2 :]
 
     def write_logits(self, logits: torch.Tensor, queries: torch.Tensor, tiles: Sequence[slice]) -> None:
         """
@@ -184,23 +184,23 @@ class Coded(NamedTuple):
                 logits[..., tile] = torch.bmm(queries, numbers.flatten(0, 1).mT)
             return
         (scale, low), workspace = self.by_group(), self._workspace(tiles)
-        products = queries.new_zeros(*scale.shape[:2], queries.shape[1], logits.shape[2])
+        products = queries.new_zeros(len(scale), *logits.shape)
         for tile in tiles:
             for channels, group, codes in self.tile(tile.start, tile.stop).pieces(workspace):
-                products[:, group, :, tile] += torch.bmm(queries[..., channels], codes.mT)
-        torch.sum(products.mul_(scale[:, :, None]), dim=1, out=logits)
+                products[group, ..., tile] += torch.bmm(queries[..., channels], codes.mT)
+        logits.copy_(products.mul_(scale[:, :, None]).sum(dim=0))
         if low is not None:
-            logits += torch.bmm(queries.unflatten(-1, (-1, self.group_size)).sum(dim=-1), low)
+            logits += torch.bmm(queries.unflatten(-1, (-1, self.group_size)).sum(dim=-1), low.transpose(0, 1))
 
     def add_values(self, output: torch.Tensor, weights: torch.Tensor, tiles: Sequence[slice]) -> None:
         """Adds the values of all tiles, with weights `(batch * kv_heads, group, slots)`, to `(..., group, width)`."""
         (scale, low), workspace = self.by_group(), self._workspace(tiles)
-        shares = weights[:, None] * scale[:, :, None]  # (batch * kv_heads, groups, group, slots)
+        shares = weights * scale[:, :, None]  # (groups, batch * kv_heads, group, slots)
         if low is not None:
-            output += torch.bmm(weights, low.mT).repeat_interleave(self.group_size, dim=-1)
+            output += torch.bmm(weights, low.permute(1, 2, 0)).repeat_interleave(self.group_size, dim=-1)
         for tile in tiles:
             for channels, group, codes in self.tile(tile.start, tile.stop).pieces(workspace):
-                output[..., channels] += torch.bmm(shares[:, group, :, tile], codes)
+                output[..., channels] += torch.bmm(shares[group, ..., tile], codes)
 
     def _workspace(self, tiles: Sequence[slice]) -> torch.Tensor:
         """Room for the codes of the largest tile: memory that is new for each tile would cost page faults."""
@@ -219,9 +219,9 @@ class Plain(NamedTuple):
 
     def tile(self, start: int, stop: int, starts: torch.Tensor | None = None) -> "Plain":
         """See `Coded.tile`."""
-        return Plain(
-            self.numbers[:, :, start:stop] if starts is None else packed_slots(self.numbers, starts, start, stop)
-        )
+        if starts is not None:
+            return Plain(packed_slots(self.numbers, starts, start, stop))
+        return Plain(self.numbers[:, :, start:stop])
 
     def write_logits(self, logits: torch.Tensor, queries: torch.Tensor, tiles: Sequence[slice]) -> None:
         """See `Coded.write_logits`."""

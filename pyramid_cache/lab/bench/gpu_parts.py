@@ -140,7 +140,7 @@ def codes_rows(scale: Scale) -> Iterator[dict[str, Any]]:
     shape = (batch_size, KV_HEADS, num_slots, HEAD_DIM)
     states = [torch.randn(shape, dtype=DTYPE, device=scale.device) for _ in range(2)]
     latest_keys, latest_values = (each[:, :, num_quantized:] for each in states)
-    in_full = functools.partial(decode_attention, query, *states, scaling=scaling)
+    in_full = functools.partial(decode_attention, query, states[0], states[1], scaling=scaling)
     for format_name, channel_group in (*((name, 0) for name in PACKINGS), ("kivi4", 32), ("kivi2", 32)):
         quantizer = Quantizer(format_name, num_latest, channel_group)
         keys, values = (
