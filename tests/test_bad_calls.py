@@ -87,6 +87,7 @@ IMPOSSIBLE: dict[str, list[Any]] = {
     "merge": NO_BOOLS,
     "quantize": ["int4", "", 4, True, ["kivi4"], "KIVI4"],
     "residual_length": NO_POSITIVE_COUNTS,
+    "image_tokens": [5, "ab", True, [], (3, 3), (4, 2), (-1, 4), (1, 2, 3), (1.0, 2), [(1, 2), 3], [[1, 2], [2]]],
     "threshold": [*NO_NUMBERS, -1.1, 1.1],
 }
 # What one cache refuses besides.
