@@ -459,6 +459,27 @@ torch.cat([parts[row] for row in «rows→sorted(rows)»])
 ordered = scores.gather(-1, «order→order.flip(-1)»)
 if view.ranking == "«head→»":
 return ((scores + «self.epsilon→0.1») * weigh_values(view)
+= caches/vl_cache.py: test_vl_cache | loops
+THRESHOLD = «0.01→0.02»
+positions >= prompt.length[:, 0] - «windows→1»)
+is_low = probabilities < THRESHOLD * probabilities.amax(dim=«-1→(1, 2, 3)», keepdim=True)
+hardly[:, head] += (is_low« & is_counted→»)
+[«1 - →»state.sparsity[:, 0, 0].cpu()
+floor_of_product(self.recent_ratio, kept)«→ + 1», 1)
+length - end if 0 < end < length else «self.window_size→1»
+= caches/vl_cache.py: test_vl_cache | hand
+least = max([floor_of_product(LEAST_SHARE, length), 1«, *states[0].row_protected[number : number + 1]→»])
+if min(kept) >=« length→ 10**6»:
+= caches/vl_cache.py: test_vl_cache | tells later_turns
+return types «!=→==» 0
+stops = [0 if span is None else span[«1→0»] for
+torch.maximum(ends, first_of(query_positions))«.masked_fill(ends == 0, 0)→»
+= caches/vl_cache.py: test_vl_cache | fit
+if span is not None and span[1] > «length→10**6»:
+= engine/evicting.py: test_vl_cache | fit
+«self.policy.check_rows(seen.row_lengths)→pass»
+= engine/sharing.py: test_vl_cache | loops
+strict=True):¶    layer.set_kept(«row_kept→layer.state.row_kept»)
 = caches/defensive_kv.py: test_defensive_kv | reference
 earlier.masked_fill(num_new >«=→» self.window_size, 0)
 positions < prompt.length[:, 0] - «self.window_size→1»)

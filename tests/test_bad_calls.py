@@ -90,6 +90,7 @@ IMPOSSIBLE: dict[str, list[Any]] = {
     "nbits": [*NO_POSITIVE_COUNTS, 1, 3, 8, 4.0],
     "group_size": [*NO_POSITIVE_COUNTS, 4, 12],
     "thin_keys": [*NO_NUMBERS[1:], -0.1, 1, 1.0, 40, -1],
+    "image_tokens": [5, "ab", True, [], (3, 3), (4, 2), (-1, 4), (1, 2, 3), (1.0, 2), [(1, 2), 3], [[1, 2], [2]]],
     "threshold": [*NO_NUMBERS, -1.1, 1.1],
 }
 # What one cache refuses besides.

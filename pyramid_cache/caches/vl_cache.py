@@ -26,6 +26,7 @@ from pyramid_cache.engine.protection import plain, spans_of_rows
 from pyramid_cache.engine.rope import running_calls
 from pyramid_cache.engine.state import LayerState, row
 from pyramid_cache.ops.reference import CHUNK_ELEMENTS
+from pyramid_cache.ops.transfer import numbers_on
 
 
 # A probability below this share of the highest of its query counts as none (paper, Section 3.1: p = 1 %).
@@ -70,7 +71,7 @@ class VLPolicy(Policy):
 
     image_tokens: tuple[tuple[int, int] | None, ...] | None = setting(None, read_image_tokens)
     window_size: int = setting(32, read_count, 1)
-    recent_ratio: float = setting(0.1, read_number, "[0, 1]")
+    recent_ratio: float = setting(0.1, read_number, "[0, 1)")
 
     divides_budget = True
     state_class = SparsityState
@@ -105,7 +106,8 @@ class VLPolicy(Policy):
         """The position behind the last image that each row has in this forward pass, 0 if it has none."""
         if self.image_tokens is not None:
             spans = spans_of_rows(self.image_tokens, len(query_positions))  # type: ignore[arg-type]
-            ends = torch.tensor([0 if span is None else span[1] for span in spans], device=query_positions.device)
+            stops = [0 if span is None else span[1] for span in spans]
+            ends = numbers_on(query_positions.device, stops, torch.int32)
             # A later turn is behind the images of the first.
             return torch.maximum(ends, first_of(query_positions)).masked_fill(ends == 0, 0).tolist()
         is_image = find_images(prompt)
@@ -115,7 +117,7 @@ class VLPolicy(Policy):
 
     def observe(self, prompt: PromptView) -> None:
         state = prompt.state
-        windows = torch.tensor(state.row_windows, device=prompt.key.device)[:, None]
+        windows = numbers_on(prompt.key.device, state.row_windows, torch.int32)[:, None]
         positions = prompt.query_positions[:, 0]
         counts = (positions >= 0) & (positions >= prompt.length[:, 0] - windows)  # (batch, queries)
         sparsity = prompt.mean_over_heads(sparsity_of_heads(prompt, counts)[..., None])
@@ -138,7 +140,7 @@ class VLPolicy(Policy):
 
     def score(self, view: ScoringView) -> torch.Tensor:
         row_recent = [max(floor_of_product(self.recent_ratio, kept), 1) for kept in view.state.row_kept]
-        num_recent = torch.tensor(row_recent, dtype=torch.int32, device=view.key.device)[:, None, None]
+        num_recent = numbers_on(view.key.device, row_recent, torch.int32)[:, None, None]
         return view.attention.masked_fill(view.is_recent(num_recent), float("inf"))
 
 
@@ -162,7 +164,7 @@ def find_images(prompt: PromptView) -> torch.Tensor | None:
         names = [getattr(config, name, None) for name in IMAGE_IDS]
         known = [name for name in names if isinstance(name, int)]
         if known and isinstance(ids, torch.Tensor) and ids.shape == shape:
-            return torch.isin(ids, torch.tensor(known, device=ids.device))
+            return torch.isin(ids, numbers_on(ids.device, known, ids.dtype))
     return None
 
 

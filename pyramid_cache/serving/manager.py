@@ -235,7 +235,7 @@ def check_template(model: PreTrainedModel, cache: PolicyCache) -> None:
             "Leave it out."
         )
     layer, depths = begun_layer(model, cache), range(len(cache.layers))
-    differs = cache.policy.divides_budget or any(
+    differs = any(
         len({cache.policy.num_tokens(length, layer.token_budget, depth, len(depths)) for depth in depths}) > 1
         for length in (1, 10, 100, 1_000, 10_000, 100_000)
     )
@@ -244,7 +244,7 @@ def check_template(model: PreTrainedModel, cache: PolicyCache) -> None:
             f"Heads of {name} keep different numbers of tokens (`ranking={layer.ranking!r}`), but those of a request "
             f'share blocks. Give {name} `ranking="head"`, or use another cache, such as SnapKVCache.'
         )
-    if differs:
+    if differs or cache.policy.divides_budget:
         raise NotImplementedError(
             f"Layers of {name} keep different numbers of tokens, but those of a request share blocks. Use a cache "
             "whose layers keep equal numbers, such as SnapKVCache."

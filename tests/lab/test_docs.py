@@ -216,7 +216,7 @@ def check_memory(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_memory_of_caches_with_a_score(dtype: torch.dtype) -> None:
     own_formulas = {"PyramidCache", "H2OCache", "StreamingLLMCache", "ShadowKVCache", "KIVICache", *SHARE_A_BUDGET}
-    own_formulas |= {"MiniCache", "KVSharerCache"}
+    own_formulas |= {"MiniCache", "KVSharerCache", "VLCache"}
     # The bytes of a number count in all formulas alike: one cache has them in float32, too.
     names = ["RKVCache"] if dtype == torch.float32 else sorted(set(CACHE_NAMES) - own_formulas)
     model = build_model("llama").to(dtype)
@@ -270,6 +270,10 @@ def test_memory_of_other_caches_and_settings() -> None:
         assert BUDGET - 1 < slots <= BUDGET
         numbers = memory_formula(name, **numbers_of(half), slots=slots)
         assert cache.nbytes == pytest.approx(numbers["nbytes"]), name
+    cache = pyramid_cache.VLCache(half.config, BUDGET)
+    read(half, cache)
+    slots = sum(cache.num_kept_tokens()) / len(cache.layers)
+    assert cache.nbytes == pytest.approx(memory_formula("VLCache", **numbers_of(half), slots=slots)["nbytes"])
     for sinks, steps in ((4, 0), (0, 0), (4, 40), (0, 40)):
         sizes = {"budget": BUDGET, "num_sink_tokens": sinks}
         check_memory("StreamingLLMCache", model, **sizes, steps=steps, formula=sizes, shared=True)
