@@ -124,6 +124,8 @@ def test_reset_forgets_every_layer(name: str) -> None:
 @parametrize_hybrids
 def test_a_refused_call_does_not_leave_states_behind(name: str) -> None:
     """What a layer with states has read cannot be taken back. The next call says so, or is right."""
+    if name == "olmo_hybrid" and not hasattr(DynamicCache, "get_conv_state"):
+        pytest.skip("before transformers 5.24 its layers do not say which of them asks")
     model, tokens = model_of(name), random_tokens(1, 30)
     for is_first in (True, False):
         cache, wanted = tight(model), tight(model)

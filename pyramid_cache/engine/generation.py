@@ -77,6 +77,11 @@ def update_model_kwargs(
 ) -> Any:
     """`_update_model_kwargs_for_generation`, which follows each forward pass of `generate`."""
     given, used = _given.get(), outputs.get(CACHE_ARGUMENT)
+    if given is not None and used is None and model.training and getattr(model, "is_gradient_checkpointing", False):
+        raise NotImplementedError(
+            f"{type(model).__name__} uses no cache while it is in training mode with gradient checkpointing. Call "
+            "`model.eval()` before `generate`, or `model.gradient_checkpointing_disable()`."
+        )
     if given is not None and used is not None and used is not given.cache:
         way_out = "Use DynamicCache for this model."
         length = getattr(model.config.get_text_config(decoder=True), "original_max_position_embeddings", None)

@@ -81,8 +81,9 @@ def weight_of_head(projection: Any, head: int, value_dim: int, like: torch.Tenso
     and layers whose weights are elsewhere until they run are asked what they make of unit vectors.
     """
     columns = slice(head * value_dim, (head + 1) * value_dim)
-    if type(projection) is nn.Linear and projection.weight.device == like.device:
-        weight: Any = projection.weight
+    weight: Any = getattr(projection, "weight", None)
+    is_plain = type(weight) is nn.Parameter or hasattr(weight, "to_local")  # torchao's are quantised under nn.Linear
+    if type(projection) is nn.Linear and is_plain and weight.device == like.device:
         return (weight.to_local() if hasattr(weight, "to_local") else weight)[:, columns].mT.float()
     units = like.new_zeros(value_dim + 1, input_width(projection))
     units[:value_dim, columns] = torch.eye(value_dim, dtype=like.dtype, device=like.device)
