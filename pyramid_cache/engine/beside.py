@@ -16,9 +16,11 @@ from pyramid_cache.engine.memory import tensors_of
 if TYPE_CHECKING:
     import torch
 
-PREFIX = "states."
+    _Layer = CompressedLayer
+else:
+    _Layer = object
 
-_Layer = CompressedLayer if TYPE_CHECKING else object
+PREFIX = "states."
 
 
 class StatesBeside(_Layer):
@@ -66,7 +68,7 @@ class StatesBeside(_Layer):
 
 
 # Caches of transformers ask by this class whether a layer has states, and masks whether it has attention as well.
-LinearAttentionAndFullAttentionLayer.register(StatesBeside)
+LinearAttentionAndFullAttentionLayer.register(StatesBeside)  # type: ignore[type-abstract]
 
 
 @functools.cache
