@@ -18,10 +18,8 @@ if TYPE_CHECKING:
 
 PREFIX = "states."
 
-_Layer = CompressedLayer if TYPE_CHECKING else object
 
-
-class StatesBeside(_Layer):
+class StatesBeside(CompressedLayer if TYPE_CHECKING else object):  # type: ignore[misc]
     """What comes in front of the class of a compressed layer that has states in addition."""
 
     states: LinearAttentionLayer

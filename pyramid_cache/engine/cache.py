@@ -83,8 +83,10 @@ class CompressedCache(Cache):
         for rank, index in enumerate(compressed):
             layer = build_layer(LayerPlace(index, rank, len(compressed), depth), self.masks)
             layer.frequencies = self.frequencies
-            has_states = isinstance(layers[index], LinearAttentionLayer)
-            layers[index] = with_states(layer, layers[index].number_of_states) if has_states else layer
+            replaced = layers[index]
+            if isinstance(replaced, LinearAttentionLayer):
+                layer = with_states(layer, replaced.number_of_states)
+            layers[index] = layer
         self._unused_layers = {
             index: copy.deepcopy(layer) for index, layer in enumerate(layers) if not isinstance(layer, CompressedLayer)
         }
