@@ -4,7 +4,7 @@ import pytest
 import torch
 from models import build_model, random_tokens
 from peft import LoraConfig, get_peft_model
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from pyramid_cache import CriticalKVCache, PyramidCache, SnapKVCache
 from pyramid_cache.engine.projection import projected_norms
@@ -46,7 +46,7 @@ def test_gradient_checkpointing(name: str) -> None:
     wanted = answer(model)
     model.gradient_checkpointing_enable()
     assert torch.equal(answer(model.eval()), wanted)
-    if name == "gpt2":
+    if name == "gpt2" or not hasattr(DynamicCache, "get_conv_state"):  # and all models before transformers 5.24
         with pytest.raises((NotImplementedError, ValueError, RuntimeError), match=r"model.eval\(\)"):
             answer(model.train())
     else:

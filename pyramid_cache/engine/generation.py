@@ -77,7 +77,8 @@ def update_model_kwargs(
 ) -> Any:
     """`_update_model_kwargs_for_generation`, which follows each forward pass of `generate`."""
     given, used = _given.get(), outputs.get(CACHE_ARGUMENT)
-    if given is not None and used is None and model.training and getattr(model, "is_gradient_checkpointing", False):
+    is_checkpointing = model.training and getattr(model, "is_gradient_checkpointing", False)
+    if given is not None and is_checkpointing and not given.cache.get_seq_length():
         raise NotImplementedError(
             f"{type(model).__name__} uses no cache while it is in training mode with gradient checkpointing. Call "
             "`model.eval()` before `generate`, or `model.gradient_checkpointing_disable()`."
