@@ -29,7 +29,8 @@ LONGROPE = {
 }
 TWO_KINDS = {"layer_types": ["sliding_attention", "full_attention", "full_attention"], "sliding_window": 64}
 LINEAR = {"layer_types": ["full_attention", "linear_attention", "full_attention"], "mlp_only_layers": [0, 1, 2]}
-HYBRID = {"layer_types": ["attention"] * 3, "num_local_experts": 0, "shared_intermediate_size": 96}
+LINEAR |= {"num_hidden_layers": 3}
+HYBRID = {"layer_types": ["attention"] * 3, "num_local_experts": 0, "shared_intermediate_size": 96, "head_dim": 16}
 HYBRID |= {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_n_groups": 1, "mamba_d_state": 8}
 MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}
 # What is special in the configs of models that models.py does not have.

@@ -9,7 +9,7 @@ import pytest
 import torch
 from caches import CacheCase, every_cache
 from models import build_model, drive, generate, left_pad, random_rows, random_tokens, tiny_model
-from transformers import CONFIG_MAPPING, DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from pyramid_cache import (
     AdaKVCache,
@@ -281,12 +281,6 @@ def test_a_document_that_was_read_once_goes_on_several_times(settings: dict[str,
     assert cache.get_seq_length() == 40
     cache.batch_repeat_interleave(4)
     assert model.generate(prompt, past_key_values=cache, max_new_tokens=3, **settings).shape[1] == 49
-
-
-def test_attention_beside_a_state_space_part_is_the_reason() -> None:
-    for model_type in ("falcon_h1", "zamba", "zamba2"):
-        with pytest.raises(NotImplementedError, match=f"'{model_type}'.*beside a state-space part.*Use DynamicCache"):
-            SnapKVCache(CONFIG_MAPPING[model_type]())
 
 
 def test_a_model_with_fewer_layers_than_its_config_is_told_so() -> None:

@@ -65,10 +65,7 @@ def attribute_of(config: PreTrainedConfig, name: str) -> Any:
 
 def shared_layers(config: PreTrainedConfig) -> set[int]:
     """The layers of a text decoder to whose keys and values later layers attend, which have none of their own."""
-    modes = getattr(config, "kv_sharing_modes", None)
-    if modes is not None:
-        return {index for index, mode in enumerate(modes) if mode == "store"}
-    # Before transformers 5.24 only the number of later layers is told. They share with the last one of their kind.
+    # Later layers attend to the last one of their kind.
     first_later = config.num_hidden_layers - (attribute_of(config, "num_kv_shared_layers") or 0)
     kinds = getattr(config, "layer_types", None) or []
     later = set(kinds[first_later:])
