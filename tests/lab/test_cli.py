@@ -33,7 +33,7 @@ REFUSED = (
     ("demo --json missing/record.json", "must be a file in a folder that exists"),
     ("demo --out short.txt", "is no folder"),
     ("demo --model empty", "error: The model empty cannot be loaded: "),
-    ("demo --model {model} --device cpu --prompt-tokens 9000", "9024 tokens exceed the 8192 positions"),
+    ("demo --model {model} --device cpu --prompt-tokens 9000", "9016 tokens exceed the 8192 positions"),
     ("demo --model {model} --device cpu --caches offloaded --prompt-tokens 300", "another device than the cpu"),
     ("profile --out missing/p.json", "must be a file in a folder that exists"),
     ("profile --out p.json --plot .", "--plot . cannot be written"),

@@ -20,12 +20,14 @@ from pyramid_cache.lab.registry import BASELINE, CACHES, TRANSFORMERS, Contender
 # Budgets at which the tables of docs/quality.md say that the caches answer.
 CACHES_AT_ONCE = "massive:0.1,layer-defensive:0.25,pyramid:0.25,tova:0.25"
 CACHES_LATER = "kvzip:0.5,layer-defensive:0.5"
-PROMPT_TOKENS = 2048
+PROMPT_TOKENS = 1792
 # Where ShadowKVCache pays.
 LONG_CACHES = "shadow:512,massive:0.1,pyramid:0.25"
 LONG_TOKENS = 8000
 TEXT_TOKENS = 1024
 NUM_QUESTIONS = 3
+# Enough for a number.
+ANSWER_TOKENS = 8
 PICTURE_NAME = "demo.png"
 
 
@@ -63,7 +65,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     add("--batch-size", default=4, help="prompts at a time (default: 4)", **number)
     # The first token ends the prefill, so decoding has a speed from the second on.
     at_least_two = partial(terminal.positive_int, least=2)
-    add("--max-new-tokens", type=at_least_two, default=24, metavar="N", help="length of an answer (default: 24)")
+    add("--max-new-tokens", type=at_least_two, default=16, metavar="N", help="length of an answer (default: 16)")
     terminal.add_machine_options(parser)
     add("--attn-implementation", metavar="NAME", help="attention of transformers, such as sdpa (default: its choice)")
     add("--seed", type=int, default=0, help="chooses the stretches of the text, and the numbers (default: 0)")
@@ -92,7 +94,7 @@ def run(options: argparse.Namespace) -> None:
     loaded.require_positions(prompts.num_tokens + options.max_new_tokens, "--prompt-tokens")
     with terminal.ProgressBar(messages) as progress:
         at_once = answer_prompts(loaded, prompts, with_baseline(options.caches), options.max_new_tokens, progress)
-        later = answer_questions(loaded, shared, with_baseline(options.later), options.max_new_tokens, progress)
+        later = answer_questions(loaded, shared, with_baseline(options.later), ANSWER_TOKENS, progress)
         progress("Drawing", 0, None)
         options.out.mkdir(parents=True, exist_ok=True)
         picture = options.out / PICTURE_NAME
