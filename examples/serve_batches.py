@@ -30,21 +30,21 @@ from script_options import CACHE_CLASSES, add_model_options, build_cache, load_m
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pyramid_cache import KIVICache, PolicyCache, PyramidCache, StreamingLLMCache
+from pyramid_cache import KIVICache, PolicyCache, PyramidCache, StreamingLLMCache, VLCache
 from pyramid_cache.engine.architectures import CACHE_ARGUMENT
 from pyramid_cache.engine.budget import parse_budget
 from pyramid_cache.engine.replay import ReplayingCache
 from pyramid_cache.lab.terminal import check_output, positive_int
 
 
-# Caches that hold a budget however long the answer gets, and take it in bytes. PyramidCache holds more of a padded
-# batch, whose rows are longest in different layers. StreamingLLMCache holds its sinks twice, and caches that
+# Caches that hold a budget however long the answer gets, and take it in bytes. PyramidCache and VLCache hold more of a
+# padded batch, whose rows are longest in different layers. StreamingLLMCache holds its sinks twice, and caches that
 # read prompts twice hold a replay. KIVICache holds all tokens.
 BOUNDED_CACHES = sorted(
     name
     for name, found in CACHE_CLASSES.items()
     if issubclass(found, PolicyCache)
-    and not issubclass(found, (KIVICache, PyramidCache, StreamingLLMCache, ReplayingCache))
+    and not issubclass(found, (KIVICache, PyramidCache, StreamingLLMCache, VLCache, ReplayingCache))
 )
 # Tokens of the probe that measures the bytes of a token. Caches learn only from prompts of several tokens.
 NUM_PROBED = 8

@@ -12,7 +12,7 @@ from modes import MODES, Mode
 from text_tokenizers import byte_tokenizer
 from transformers import DynamicCache, PreTrainedModel
 
-from pyramid_cache import KVSharerCache, serving
+from pyramid_cache import KVSharerCache
 from pyramid_cache.engine.fingerprint import architecture_of
 from pyramid_cache.lab.cli import main
 from pyramid_cache.lab.profile import sharing as search
@@ -269,8 +269,6 @@ def test_what_it_cannot_do_is_refused_by_name() -> None:
     drive(model, cache, random_rows((20,)), 1)
     with pytest.raises(NotImplementedError, match="layers share"):
         cache.step()
-    with pytest.raises(ValueError, match="KVSharerCache"), serving.compressed(model, KVSharerCache(model.config, {})):
-        pass
     cache = KVSharerCache(model.config, {2: 0})
     cache.layers[0].update(*[torch.randn(1, 2, 9, 16)] * 2)
     with pytest.raises(ValueError, match="Layer 2 would use the cache of layer 0.*Leave the pair out"):

@@ -374,6 +374,14 @@ def test_wrong_calls() -> None:
                 model.init_continuous_batching(continuous_batching_config=batching(20, 20, **{name: value}))
 
 
+def test_layers_that_share_are_refused() -> None:
+    model = build_model("llama")
+    for cache in (library.MiniCache(model.config, start_layer=0), library.KVSharerCache(model.config, {2: 0})):
+        name = type(cache).__name__
+        with pytest.raises(ValueError, match=f"`cache` is a {name}"), serving.compressed(model, cache):
+            pass
+
+
 def test_other_versions_of_transformers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.startswith("pyramid_cache.serving")]:
         monkeypatch.delitem(sys.modules, name)

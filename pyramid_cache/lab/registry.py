@@ -238,14 +238,17 @@ class Contender:
 
 
 def read_contender(text: str) -> Contender:
-    """Reads "snapkv:0.25"; ValueError for an unknown cache or budget, or if a cache that takes one is given none."""
-    name, _, last = text.rpartition(":")
-    if not name or "=" in last:
-        entry = find_entry(text)
-        if entry.has_budget:
-            raise ValueError(f"{text!r} has no budget: give one, as in {entry.name}:0.25.")
-        return Contender(entry)
-    return Contender(find_entry(name), read_budget(last))
+    """Reads "snapkv:0.25"; ValueError unless a cache that takes a budget has one, and others none."""
+    *words, last = text.split(":")
+    if not words or "=" in last:
+        words, last = [*words, last], ""
+    if more := [word for word in words[1:] if "=" not in word]:
+        raise ValueError(f"{text!r} has more than one budget: {', '.join([*more, last])}. Give one.")
+    entry = find_entry(":".join(words))
+    if entry.has_budget != bool(last):
+        problem = f"takes no budget. Give {entry.name!r}" if last else f"has no budget. Give one: {entry.name}:0.25"
+        raise ValueError(f"{text!r} {problem}.")
+    return Contender(entry, read_budget(last)) if last else Contender(entry)
 
 
 def find_entry(name: str) -> CacheEntry:

@@ -10,7 +10,7 @@ from modes import tiny_tokenizer
 from pages import DOCS, EXAMPLES, ROOT, run_page
 from transformers import DynamicCache, dynamic_module_utils
 
-from pyramid_cache import ReplayTexts, SnapKVCache
+from pyramid_cache import KVSharerCache, ReplayTexts, SnapKVCache
 from pyramid_cache.engine.architectures import CACHE_ARGUMENT
 from pyramid_cache.engine.replay import ReplayingCache
 from pyramid_cache.lab.registry import CACHES, Workload
@@ -39,8 +39,12 @@ def assert_same(output: Any, expected: Any) -> None:
 @pytest.mark.parametrize("name", CACHES)
 def test_every_cache_by_its_name(name: str) -> None:
     model, entry = tiny_model("llama"), CACHES[name]
-    cache = entry.build(model, 48, Workload(PROMPT.shape[1], has_tokenizer=False))
     settings: dict[str, Any] = {"budget": 48} if entry.has_budget else {}
+    if entry.cache_class is KVSharerCache:
+        settings["sharing"] = {2: 0}
+        cache = KVSharerCache(model, **settings)
+    else:
+        cache = entry.build(model, 48, Workload(PROMPT.shape[1], has_tokenizer=False))
     settings |= {"texts": ReplayTexts((), (), ())} if issubclass(entry.cache_class, ReplayingCache) else {}
     output = model.generate(PROMPT, cache=name, **settings, **CUSTOM)
     assert_same(output, model.generate(PROMPT, **{CACHE_ARGUMENT: cache}, **PLAIN))

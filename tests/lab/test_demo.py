@@ -103,27 +103,30 @@ def run_of(name: str, held: int, given: list[str], seconds: tuple[float, float])
 
 
 def test_rows_and_the_conclusion_are_worked_out() -> None:
-    prompts = planted_numbers.Prompts(torch.zeros(2, 50), ["", ""], ["111", "222"], [(1, 2), (1, 2)])
+    numbers = ["111", "222", "333"]
+    prompts = planted_numbers.Prompts(torch.zeros(3, 50), [""] * 3, numbers, [(1, 2)] * 3)
     shared = planted_numbers.SharedText(torch.zeros(1, 50), [torch.zeros(1, 3)] * 2, ["33", "44"])
-    full = run_of("dynamic", 1000, ["111.", "222 is"], (2.0, 4.0))
-    small = run_of("h2o:0.25", 250, ["111", "it is 222"], (3.0, 2.0))
-    smallest = run_of("knorm:0.1", 100, ["", "no"], (1.0, 1.0))
+    full = run_of("dynamic", 1000, ["111.", "222 is", "333"], (2.0, 4.0))
+    small = run_of("h2o:0.25", 250, ["111", "it is 222", "333"], (3.0, 2.0))
+    smallest = run_of("knorm:0.1", 100, ["", "no", "333"], (1.0, 1.0))
     first, row, lost = (demo_report.prompt_row(run, full, prompts, 21) for run in (full, small, smallest))
     assert (row["cache"], row["label"], row["share_of_full"]) == ("h2o:0.25", "H2OCache, 0.25", 0.25)
     assert (row["prefill_seconds"], row["prefill_ratio"]) == (3.0, 1.5)
-    # 20 tokens in each of 2 rows after the first token, in 2 seconds against 4.
-    assert (row["decode_tokens_per_second"], row["decode_ratio"]) == (20.0, 2.0)
-    assert [each["num_right"] for each in (first, row, lost)] == [2, 1, 0]
-    assert demo_report.shown_row(row) | {"right_of": "1 of 2", "color": "green", "answer": "111"} == (
+    # 20 tokens in each of 3 rows after the first token, in 2 seconds against 4.
+    assert (row["decode_tokens_per_second"], row["decode_ratio"]) == (30.0, 2.0)
+    assert [each["num_right"] for each in (first, row, lost)] == [3, 2, 1]
+    assert demo_report.shown_row(row) | {"right_of": "2 of 3", "color": "green", "answer": "111"} == (
         demo_report.shown_row(row)
     )
     later = [answers.TextRun(read_contender("dynamic"), 1.0, 0.5, 400, ["33", "44"])]
-    later.append(answers.TextRun(read_contender("kvzip:0.5"), 5.0, 0.25, 200, ["33", "45"]))
+    later.append(answers.TextRun(read_contender("kvzip:0.5"), 5.0, 0.25, 200, ["33", "44."]))
     texts = [demo_report.text_row(run, later[0], shared) for run in later]
     assert (texts[1]["reading_seconds"], texts[1]["answer_seconds"], texts[1]["share_of_full"]) == (5.0, 0.25, 0.5)
     said = demo_report.conclusion({"rows": [first, lost, row], "later": texts})
-    assert "H2OCache, 0.25 answers 1 of 2 from 25% of the bytes, and writes 2.0 times" in said
-    assert said.endswith("KVzipCache, 0.5 answers 1 of 2 from 50%.")
+    assert "H2OCache, 0.25 answers 2 of 3 from 25% of the bytes, and writes 2.0 times" in said
+    assert said.endswith("KVzipCache, 0.5 answers 2 of 2 from 50%.")
+    none = first | {"num_right": 0}
+    assert demo_report.conclusion({"rows": [none, row], "later": texts}).startswith("The full cache answers none")
     assert demo_report.conclusion({"rows": [first, lost], "later": texts[:1]}).startswith("At these budgets no cache")
 
 

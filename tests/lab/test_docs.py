@@ -103,6 +103,7 @@ def test_the_api_page_is_of_all_that_is_public() -> None:
     }
     inner = {"update", "require_whole", "is_croppable", "is_initialized", "compressed_layers"}
     inner |= {"get_mask_sizes", "is_compileable", "release", "held_tensors", "advance", "is_counted"}
+    inner |= {"get_conv_state", "has_previous_state"}
     assert public - members == inner
     assert members <= public
     page_of_ops = (DOCS / "ops.md").read_text()
@@ -137,7 +138,7 @@ def test_settings_are_those_of_the_constructor() -> None:
 
 
 def test_the_example_of_each_page_runs() -> None:
-    model = build_model("llama", num_hidden_layers=2)
+    model = build_model("llama", num_hidden_layers=4)
     inputs = {"input_ids": random_tokens(1, 200), "attention_mask": torch.ones(1, 200, dtype=torch.long)}
     known = {"model": model, "inputs": inputs, "tokenizer": tiny_tokenizer(), **vars(pyramid_cache)}
     for name, page in PAGES.items():

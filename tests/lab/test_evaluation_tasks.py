@@ -211,7 +211,7 @@ def test_names_and_lengths_that_cannot_be_are_refused(novel: str) -> None:
             parse_tasks(names, lengths)
     for name, message in (
         ("needles-8-300", "8 hidden texts and the frame take"),
-        ("passkey-100000", "the novel has 30000"),
+        ("passkey-100000", "the text has 30000"),
         ("common-words-500", "no room for 10 words 10 times each"),
         ("frequent-words-200", "no room for frequencies that differ"),
         ("key-value-200", "no room for 2 pairs"),

@@ -243,9 +243,10 @@ def test_requests_are_read_and_answers_come_in_their_order() -> None:
     assert taken == [(0, "0", 3), (1, "1", 3), (2, "2", 4), (3, "3", 4)]
 
 
-# Pages whose code is run: here, that of plots.md in test_show.py. Those of caches are in test_docs.py.
+# Pages whose code is run: here, or in test_show.py and test_custom_generate.py. Those of caches are in test_docs.py.
 PAGES = {
     "compile.md",
+    "custom-generate.md",
     "evaluation.md",
     "index.md",
     "merge.md",

@@ -38,5 +38,6 @@ def generate(model: PreTrainedModel, cache: str | None = None, revision: str | N
     given = {name: value for name, value in arguments.items() if name in names}
     # A tokenizer serves both: plain `generate` reads it for `stop_strings`.
     others = {name: value for name, value in arguments.items() if name not in names or name == "tokenizer"}
-    built = entry.cache_class(model if entry.from_model else model.config, **{**entry.settings, **given})
+    settings = {name: value for name, value in entry.settings.items() if name in names}
+    built = entry.cache_class(model if entry.from_model else model.config, **{**settings, **given})
     return type(model).generate(model, **others, **{CACHE_ARGUMENT: built})

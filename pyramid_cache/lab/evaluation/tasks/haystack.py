@@ -52,8 +52,9 @@ class Haystack:
         num_text = task.num_tokens - len(before) - sum(map(len, needles))
         if not len(needles) <= num_text <= len(self.novel):
             raise PromptError(
-                f"The task {task.name!r} cannot be: {len(needles)} hidden texts and the frame take "
-                f"{task.num_tokens - num_text} tokens, and the text has {len(self.novel)}. Choose another length."
+                f"A prompt of {task.num_tokens} tokens cannot be: {len(needles)} hidden texts and the frame take "
+                f"{task.num_tokens - num_text} of them, and the text has {len(self.novel)}. Choose another length, or "
+                "a longer text."
             )
         start = generator.randrange(len(self.novel) - num_text + 1)
         text = self.novel[start : start + num_text]
