@@ -134,8 +134,10 @@ def test_which_layers_are_pairs() -> None:
     generate(hybrid, cache, random_rows((20, 31)), 8)
     assert cache.pairs == [(0, 1)] and cache.layers[1].state.row_quantized == [20, 30]
     assert MiniCache(hybrid.config, start_layer=0).pairs == [(0, 1)]
-    with pytest.raises(ValueError, match="start_layer=2.*Give a lower one"):
+    with pytest.raises(ValueError, match="start_layer=2.*Give at most 0,"):
         MiniCache(hybrid.config)
+    with pytest.raises(ValueError, match="start_layer=0.*can share. Use another cache"):
+        small_cache(build_model("llama", num_hidden_layers=1))
 
 
 def test_nothing_changes_if_nothing_is_merged() -> None:
@@ -201,6 +203,32 @@ def test_files_copies_and_rows(tmp_path: Path) -> None:
     torch.testing.assert_close(selected[[1, 0]], logits_of(model, copied, tokens[[1, 0]], mask[[1, 0]]))
     cache.reset()
     assert cache.nbytes == 0 and cache.get_seq_length() == 0
+
+
+def test_a_shorter_row_goes_on_alone(tmp_path: Path) -> None:
+    """Once the longest row is gone, nothing of it is held, and the others go on as if they had been alone."""
+    model, rows = build_model("llama", num_hidden_layers=4), random_rows((29, 9, 3), seed=4)
+    tokens = random_tokens(3, 2)
+    for row, num_merged in ((1, 5), (2, 0)):
+        cache, alone = small_cache(model), small_cache(model)
+        drive(model, cache, rows, tokens)
+        drive(model, alone, [rows[row]], tokens[row : row + 1])
+        cache.batch_select_indices(torch.tensor([row]))
+        assert cache.layers[1].state.num_quantized == num_merged
+        cache.save(tmp_path / "cache.safetensors")
+        loaded = MiniCache.load(tmp_path / "cache.safetensors", model)
+        seen, mask = len(rows[row]) + 2, torch.ones(1, 31, dtype=torch.long)
+        mask[:, : 31 - seen] = 0
+        for piece in (1, 2, 1, 3):
+            mask = torch.cat([mask, torch.ones(1, piece, dtype=torch.long)], dim=1)
+            new = {"input_ids": random_tokens(1, piece, seed=seen)}
+            new["position_ids"] = torch.arange(seen, seen + piece)[None]
+            with torch.no_grad():
+                wanted = model(**new, past_key_values=alone).logits
+                for each in (cache, loaded):
+                    actual = model(**new, attention_mask=mask, past_key_values=each).logits
+                    torch.testing.assert_close(actual, wanted, atol=2e-4, rtol=0)
+            seen += piece
 
 
 def test_damaged_files_are_refused(tmp_path: Path) -> None:

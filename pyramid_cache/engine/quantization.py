@@ -55,6 +55,8 @@ class Quantizer:
     @property
     def option(self) -> str:
         """What a user gave."""
+        if self.channel_group:  # a KIVICache
+            return f"`nbits={self.packing.bits}`"
         return f"`thin_keys={self.thin_keys}`" if self.format is None else f"`quantize={self.format!r}`"
 
     def key_width(self, width: int) -> int:
@@ -82,9 +84,10 @@ class Quantizer:
         group = math.gcd(GROUP_SIZE, width)
         if group < 4:
             thin = f" without the channels that `thin_keys={self.thin_keys}` drops" if self.thin_keys else ""
+            way_out = "Use another cache with" if self.channel_group else "Give"
             raise ValueError(
-                f"`quantize={self.format!r}`: heads are {width} wide{thin}, which is no multiple of 4, and channels "
-                'are grouped by 4 to 32. Give `quantize="int8"`, whose groups are whole heads, or leave it out.'
+                f"{self.option}: heads are {width} wide{thin}, which is no multiple of 4, and channels are grouped by "
+                f'4 to 32. {way_out} `quantize="int8"`, whose groups are whole heads, or leave it out.'
             )
         return group
 

@@ -45,7 +45,7 @@ class QuantizedStore(SlotStore):
         if needs_gradients(call.query, call.key, call.value):
             raise NotImplementedError(
                 f"{self.quantizer.option}: gradients do not pass through quantised or thin keys and values. Call the "
-                "model under `torch.no_grad()`, or leave it out."
+                "model under `torch.no_grad()`, or use DynamicCache."
             )
 
     def is_full(self) -> bool:

@@ -232,7 +232,7 @@ def check_template(model: PreTrainedModel, cache: PolicyCache) -> None:
     if isinstance(store := cache.layers[0].store, QuantizedStore):
         raise NotImplementedError(
             f"{name} holds older tokens in another form ({store.quantizer.option}), but blocks hold keys and values. "
-            "Leave it out."
+            "Leave it out, or use another cache."
         )
     layer, depths = begun_layer(model, cache), range(len(cache.layers))
     differs = any(

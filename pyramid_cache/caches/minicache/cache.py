@@ -11,6 +11,8 @@ values apart; the paper takes a threshold between the least and the largest angl
 on a row alone, and not on how its prompt was fed.
 """
 
+from collections.abc import Callable
+
 import torch
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
@@ -65,6 +67,11 @@ class PairLayer(WholeLayer):
 
     def pack(self) -> None:
         self.store.pack()
+
+    def _map_rows(self, function: Callable[[torch.Tensor], torch.Tensor], rows: list[int] | None = None) -> None:
+        super()._map_rows(function, rows)
+        if rows is not None:
+            self.store.trim()
 
     def loses_tokens(self, seen: Tokens) -> bool:
         return not self.state.is_dense or any(map(self.merger.num_merged, seen.row_lengths))
@@ -157,9 +164,11 @@ class MiniCache(CompressedCache):
         start = len(is_full) // 2 if start_layer is None else read_count("start_layer", start_layer, least=0)
         first_of = pairs_from(start, is_full)
         if any(is_full) and not first_of:
+            possible = [index for index in range(len(is_full) - 1) if all(is_full[index : index + 2])]
+            way_out = f"Give at most {possible[-1]}, or use another cache." if possible else "Use another cache."
             raise ValueError(
                 f"`start_layer={start}`: from there on no two neighbouring layers of the {len(is_full)} have full "
-                "attention, so none can share. Give a lower one, or use another cache."
+                f"attention, so none can share. {way_out}"
             )
         merger = Merger(interpolation, round(outliers * block_length), block_length, residual_length)
         firsts: dict[int, PairLayer] = {}

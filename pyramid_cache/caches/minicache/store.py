@@ -108,6 +108,18 @@ class PairStore(SlotStore):
         for store in pair:
             store.leave(after)
 
+    def trim(self) -> None:
+        """Frees the slots of merged tokens that no row has any more."""
+        state, num_before, num_merged = self.state, self.state.num_quantized, max(self.state.row_quantized, default=0)
+        if num_merged >= num_before:
+            return
+        for field in (field for fields in FIELDS.values() for field in fields):
+            if (tensor := getattr(state, field)) is not None:  # with some tokens of each block, or all
+                length = tensor.shape[2] * num_merged // num_before
+                setattr(state, field, grown(tensor, length, length, fill=0) if length else None)
+        state.positions = torch.cat([state.positions[..., :num_merged], state.positions[..., num_before:]], dim=-1)
+        state.num_quantized, state.length = num_merged, state.length - num_before + num_merged
+
     def take(self, name: str, new: MergedLayers, before: list[int], after: list[int]) -> None:
         """Stores blocks of keys or values: those of each row from position `before` on, up to `after`."""
         num_new = new.directions.shape[2]
