@@ -334,6 +334,10 @@ def test_errors_name_a_way_out() -> None:
     with pytest.raises(ValueError, match="10 wide.*int8"):
         generate(narrow, SnapKVCache(narrow.config, 12, quantize="kivi4"), random_rows((20,)), 2)
     assert generate(narrow, SnapKVCache(narrow.config, 12, quantize="int8"), random_rows((20,)), 2)
+    with pytest.raises(ValueError, match="`nbits=2`: heads are 10 wide.*another cache with.*int8"):
+        generate(narrow, KIVICache(narrow.config, 2), random_rows((20,)), 2)
+    with pytest.raises(NotImplementedError, match="`nbits=4`: gradients.*no_grad.*DynamicCache"):
+        model(random_tokens(1, 9), past_key_values=KIVICache(model.config))
     with pytest.raises(NotImplementedError, match="no_grad"):
         model(random_tokens(1, 9), past_key_values=SnapKVCache(model.config, 12, quantize="kivi4"))
     cache = KIVICache(model.config, residual_length=8, group_size=8)
