@@ -1,10 +1,13 @@
 """Caches inside a training loop, and weights that are quantised or adapted."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from models import build_model, random_tokens
 from peft import LoraConfig, get_peft_model
-from transformers import DynamicCache, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache, PreTrainedModel
 
 from pyramid_cache import CriticalKVCache, PyramidCache, SnapKVCache
 from pyramid_cache.engine.projection import projected_norms
@@ -92,6 +95,14 @@ def test_torchao_weights(name: str) -> None:
     model = build_model("llama", hidden_size=128, head_dim=32)
     quantization.quantize_(model, getattr(quantization, name)())
     check_projection(model)
+
+
+@pytest.mark.parametrize("settings", [{"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, {"load_in_8bit": True}])
+def test_bitsandbytes_weights(settings: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    build_model("llama", hidden_size=128, head_dim=32).save_pretrained(tmp_path)
+    config = BitsAndBytesConfig(**settings, bnb_4bit_compute_dtype=torch.float32)
+    check_projection(AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, device_map="cpu"))
 
 
 def check_projection(model: PreTrainedModel) -> None:
