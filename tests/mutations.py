@@ -83,7 +83,7 @@ return torch.where((starts «<→<=» before)[..., None], held, new)
 = engine/quantized_store.py: test_quantized | nearly_as_good
 stays = has_codes« & (quantizer.coded(name, *held).restored(numbers.dtype) == numbers).all(dim=-1)→»
 = engine/quantized_store.py: test_quantized | damaged
-(tensors[field].dtype, tensors[field].shape[3:]) != («like.dtype→tensors[field].dtype», like
+if like is None or «(found.dtype, tuple(found.shape)) != (like.dtype, shape)→False»:
 = engine/quantized_store.py: test_quantized | way_out
 if «needs_gradients(call.query, call.key, call.value)→False»:
 = engine/quantization.py: test_quantized | logits bytes

@@ -310,9 +310,9 @@ def test_damaged_files_are_refused(name: str, tmp_path: Path) -> None:
     cache.save(path)
     with safe_open(path, "pt") as file:
         metadata, tensors = file.metadata(), {each: file.get_tensor(each) for each in file.keys()}
-    for field in ("key_codes", "value_scales"):
+    for field in ("key_codes", "value_scales", *(["key_groups"] if cache_class is KIVICache else [])):
         tensor = tensors[f"layers.1.{field}"]
-        for damage in (tensor[..., :-1].contiguous(), tensor[:0], tensor.double()):
+        for damage in (tensor[..., :-1].contiguous(), tensor[:0], tensor[:, :, 1:].contiguous(), tensor.double()):
             save_file(tensors | {f"layers.1.{field}": damage}, path, metadata)
             with pytest.raises(ValueError, match=field):
                 cache_class.load(path, model)

@@ -111,8 +111,8 @@ def bytes_to_tokens(
         least = num_layers * batch_size * bytes_per_token * (1 + num_spare_slots)
         raise ValueError(
             f"A budget of {num_bytes:,} bytes cannot hold one token, and the {num_spare_slots} that may come in "
-            f"before others go, for {batch_size} rows in {num_layers} layers: that takes {least:,} bytes. Raise the "
-            "budget."
+            f"before others go or are quantised, for {batch_size} rows in {num_layers} layers: that takes {least:,} "
+            "bytes. Raise the budget, or lower `eviction_interval` or `residual_length`."
         )
     return min(num_tokens, MAX_TOKENS)
 

@@ -221,8 +221,18 @@ class QuantizedStore(SlotStore):
             for field, like in zip((fields[0], "key_groups") if has_groups else fields, expected, strict=True):
                 if like is None and field not in tensors:
                     continue
-                if like is None or (tensors[field].dtype, tensors[field].shape[3:]) != (like.dtype, like.shape[3:]):
-                    raise ValueError(f"`{field}` is {tensors[field].dtype} {tuple(tensors[field].shape)}")
+                found = tensors[field]
+                shape = (*self._code_slots(field), *like.shape[3:]) if like is not None else None
+                if like is None or (found.dtype, tuple(found.shape)) != (like.dtype, shape):
+                    raise ValueError(f"`{field}` is {found.dtype} {tuple(found.shape)}")
+
+    def _code_slots(self, field: str) -> tuple[int, int, int]:
+        """The rows, heads and slots of codes or scales."""
+        num_slots, starts = self.state.num_quantized, self._starts()
+        if field == "key_groups":
+            num_slots //= self.quantizer.channel_group
+        batch, kv_heads = self.state.keys.shape[:2]
+        return (batch, kv_heads, num_slots) if starts is None else (batch, 1, int(starts[:, -1].amax()))
 
     def _check_channels(self) -> None:
         """Raises ValueError unless the channels of thin keys, and what they are chosen by, can be those of rows."""
