@@ -109,6 +109,9 @@ def closeness(
         settings = {"budget": 0.2, "num_outlier_chunks": 12}  # two fifths with the tail
     elif case.cache_class is StreamingLLMCache:
         settings["budget"] = round(0.4 * num_tokens)
+    elif not case.has_budget:
+        del settings["budget"]
+    settings.pop("residual_length", None)  # its default
     answers, caches = [], []
     for size in (chunk, num_tokens):
         cache = case.make(model, settings)
