@@ -1,5 +1,6 @@
 """Runs of `model.generate`, timed up to the first token and from there on, and the bytes that caches hold."""
 
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -35,8 +36,9 @@ class Stopwatch(LogitsProcessor):
         return self.stamps[1] - self.stamps[0]
 
     @property
-    def decode_seconds(self) -> float:
-        return self.stamps[-1] - self.stamps[1]
+    def seconds_of_steps(self) -> list[float]:
+        """Those of each decode step."""
+        return [later - earlier for earlier, later in itertools.pairwise(self.stamps[1:])]
 
 
 def generate(

@@ -1,6 +1,7 @@
 """The demo's runs: many prompts answered at once, and one text that is read once and asked about later."""
 
 import copy
+import statistics
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +27,7 @@ class PromptRun:
 
     contender: Contender
     prefill_seconds: float
-    decode_seconds: float
+    step_seconds: float  # the median of its decode steps
     held_bytes: int  # at the end
     positions: torch.Tensor  # (layers, positions): the share of the heads that hold each of the first row, at the end
     answers: list[str]
@@ -63,7 +64,7 @@ def answer_prompts(
             PromptRun(
                 contender,
                 stopwatch.prefill_seconds,
-                stopwatch.decode_seconds,
+                statistics.median(stopwatch.seconds_of_steps),
                 held_bytes(cache),
                 kept_positions(cache, sequences.shape[1] - 1),
                 [loaded.answer(row) for row in sequences[:, prompts.num_tokens :].tolist()],

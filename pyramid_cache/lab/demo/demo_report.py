@@ -47,7 +47,7 @@ def as_record(
 ) -> dict[str, Any]:
     """Everything that was measured, with ratios to the baseline, which comes first, and on what."""
     return {
-        "rows": [prompt_row(run, at_once[0], prompts, options.max_new_tokens) for run in at_once],
+        "rows": [prompt_row(run, at_once[0], prompts) for run in at_once],
         "later": [text_row(run, later[0], shared) for run in later],
         "settings": {
             "model": loaded.name,
@@ -76,14 +76,13 @@ def common_row(run: PromptRun | TextRun, baseline: PromptRun | TextRun, numbers:
     }
 
 
-def prompt_row(run: PromptRun, baseline: PromptRun, prompts: Prompts, max_new_tokens: int) -> dict[str, Any]:
-    """One cache's row of the first part. Tokens per second are those of all prompts together."""
-    num_decoded = (max_new_tokens - 1) * len(prompts.numbers)
+def prompt_row(run: PromptRun, baseline: PromptRun, prompts: Prompts) -> dict[str, Any]:
+    """One cache's row of the first part. Tokens per second are those of all prompts together, in a median step."""
     return common_row(run, baseline, prompts.numbers) | {
         "prefill_seconds": run.prefill_seconds,
         "prefill_ratio": run.prefill_seconds / baseline.prefill_seconds,
-        "decode_tokens_per_second": num_decoded / run.decode_seconds,
-        "decode_ratio": baseline.decode_seconds / run.decode_seconds,
+        "decode_tokens_per_second": len(prompts.numbers) / run.step_seconds,
+        "decode_ratio": baseline.step_seconds / run.step_seconds,
     }
 
 
@@ -114,9 +113,8 @@ def show(record: dict[str, Any], fact: str) -> None:
     )
     print_table(console, COLUMNS, list(map(shown_row, record["later"])))
     console.print(f"\n{conclusion(record)}", markup=False)
-    note = (
-        f"Speed is of decoding, beside {find_entry(BASELINE).label} in this run. Bytes are those of the answer, too."
-    )
+    note = f"Speed is that of a median step, beside {find_entry(BASELINE).label} in this run. "
+    note += "Bytes are those of the answer, too."
     console.print(Text(note + busy_note(record["machine"]), style="dim"))
 
 
