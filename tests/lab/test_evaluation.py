@@ -55,7 +55,8 @@ def test_a_reading_gives_what_the_cache_would_have_read(case: CacheCase) -> None
             filled = case.build(model)
             replay(filled, reading)
             assert filled.get_seq_length() == length
-            assert filled.num_kept_tokens() == own.num_kept_tokens() < [length] * len(own.layers)
+            assert filled.num_kept_tokens() == own.num_kept_tokens()
+            assert own.num_kept_tokens() < [length] * len(own.layers) or not case.has_budget
             for layer in range(len(own.layers)):
                 held, wanted_held = (cache.positions(layer).sort(dim=-1).values for cache in (filled, own))
                 assert torch.equal(held, wanted_held)
