@@ -547,3 +547,13 @@ def parametrize_modes(period: int) -> pytest.MarkDecorator:
             if (is_quick := is_in_quick_tier(turn, mode, case)) or (turn + column) % period == 0
         ],
     )
+
+
+def fitting_modes(*quick: str) -> list:
+    """The modes that some cache fits, each once; of the quick tier are some that move rows, and those named."""
+    quick = ("beam search", "`prefill_chunk_size`", "`device_map`: layers on two devices", *quick)
+    return [
+        pytest.param(mode, id=mode.name.replace("`", ""), marks=() if mode.name in quick else pytest.mark.slow)
+        for mode in MODES
+        if not mode.never_fits
+    ]

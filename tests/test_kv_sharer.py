@@ -8,7 +8,7 @@ import pytest
 import torch
 from massive_models import massive_model
 from models import build_model, drive, generate, random_rows, random_tokens, tiny_model
-from modes import MODES, Mode
+from modes import Mode, fitting_modes
 from text_tokenizers import byte_tokenizer
 from transformers import DynamicCache, PreTrainedModel
 
@@ -122,18 +122,7 @@ def test_gradients_pass(trained: tuple[str, int]) -> None:
     assert gradients[0].abs().max() > 0
 
 
-def quick_modes() -> list:
-    """Each way to call `generate` that a cache may fit, a few of them in the quick tier."""
-    quick = ("beam search", "`prefill_chunk_size`", "prompt lookup", "`device_map`: layers on two devices")
-    marks = [() if mode.name in quick else pytest.mark.slow for mode in MODES]
-    return [
-        pytest.param(mode, id=mode.name.replace("`", ""), marks=mark)
-        for mode, mark in zip(MODES, marks, strict=True)
-        if not mode.never_fits
-    ]
-
-
-@pytest.mark.parametrize("mode", quick_modes())
+@pytest.mark.parametrize("mode", fitting_modes("prompt lookup"))
 def test_modes_of_generate(mode: Mode) -> None:
     """As if each row had been fed alone."""
     mode.run(lambda model: KVSharerCache(model.config, {2: 0})).verify()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import build_model, drive, generate, random_rows, random_tokens, tiny_model
-from modes import MODES, Mode
+from modes import Mode, fitting_modes
 from transformers import DynamicCache, PreTrainedModel
 
 from pyramid_cache import MiniCache
@@ -265,18 +265,7 @@ def test_generate_searches_beams_and_takes_guesses_back() -> None:
     assert torch.equal(guessed, plain)
 
 
-def quick_modes() -> list:
-    """Each way to call `generate` that a cache may fit, a few of them in the quick tier."""
-    quick = ("beam search", "`prefill_chunk_size`", "next turn: full history", "`device_map`: layers on two devices")
-    marks = [() if mode.name in quick else pytest.mark.slow for mode in MODES]
-    return [
-        pytest.param(mode, id=mode.name.replace("`", ""), marks=mark)
-        for mode, mark in zip(MODES, marks, strict=True)
-        if not mode.never_fits
-    ]
-
-
-@pytest.mark.parametrize("mode", quick_modes())
+@pytest.mark.parametrize("mode", fitting_modes("next turn: full history"))
 def test_modes_of_generate(mode: Mode) -> None:
     """As if each row had been fed alone. Models of three layers have a pair, and a layer that is left."""
     if mode.name == "`output_attentions`":

@@ -10,25 +10,12 @@ residual: both are quantised together, in blocks of `group_size` tokens that hav
 `residual_length` keys stay in full precision as well.
 """
 
-from dataclasses import dataclass
-
-import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from pyramid_cache.engine.budget import read_count
-from pyramid_cache.engine.policy import Policy, ScoringView
+from pyramid_cache.engine.policy import AllPolicy
 from pyramid_cache.engine.policy_cache import PolicyCache
 from pyramid_cache.engine.quantization import GROUP_SIZE, RESIDUAL_LENGTH, Quantizer
-
-
-@dataclass(frozen=True)
-class AllPolicy(Policy):
-    """Nothing goes."""
-
-    heads_share_tokens = True
-
-    def score(self, view: ScoringView) -> torch.Tensor:
-        return view.positions.float()
 
 
 class KIVICache(PolicyCache):

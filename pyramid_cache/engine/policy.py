@@ -406,3 +406,13 @@ class Policy(ABC):
         if self.window_size is None:
             return "attention so far (sum of probabilities over queries)"
         return f"mean attention of the last {self.window_size} queries (probability)" if self.window_size else None
+
+
+@dataclass(frozen=True)
+class AllPolicy(Policy):
+    """Nothing goes."""
+
+    heads_share_tokens = True
+
+    def score(self, view: ScoringView) -> torch.Tensor:
+        return view.positions.float()

@@ -12,10 +12,9 @@ from typing import Any
 import torch
 
 from pyramid_cache.engine.attention import AttentionCall
-from pyramid_cache.engine.budget import MAX_TOKENS
 from pyramid_cache.engine.quantization import Quantizer
 from pyramid_cache.engine.ragged_store import CompetingHeads
-from pyramid_cache.engine.selection import best_of_all_heads, gather_tokens
+from pyramid_cache.engine.selection import best_of_all_heads, gather_tokens, in_order
 from pyramid_cache.engine.state import CODES, LayerState, grown
 from pyramid_cache.engine.store import MIN_GROWTH, Compaction, SlotStore
 from pyramid_cache.engine.thin_keys import WINDOW, best_channels, mean_squares
@@ -315,12 +314,3 @@ class QuantizedHeads(CompetingHeads, QuantizedStore):
         is_token = (old >= 0).flatten(1)[:, None]
         places = (~is_token).int().argsort(dim=-1, stable=True)[..., : int(is_token.sum(dim=-1).amax())]
         return {name: gather_tokens(tensor.flatten(1, 2)[:, None], places) for name, tensor in fields.items()}
-
-
-def in_order(positions: torch.Tensor, is_chosen: torch.Tensor, most: int) -> torch.Tensor:
-    """
-    The slots of the chosen tokens in order of position, `(batch, kv_heads or 1, most)` int64, with -1 behind the last
-    one of a head.
-    """
-    ordered, slots = positions.masked_fill(~is_chosen, MAX_TOKENS).sort(dim=-1)
-    return slots[..., :most].masked_fill(ordered[..., :most] == MAX_TOKENS, -1)

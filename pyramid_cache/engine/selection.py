@@ -4,7 +4,7 @@ Which tokens to keep: pure functions on tensors. Ties are broken by age: of two 
 
 import torch
 
-from pyramid_cache.engine.budget import floor_of_product
+from pyramid_cache.engine.budget import MAX_TOKENS, floor_of_product
 from pyramid_cache.ops.transfer import numbers_on
 
 
@@ -92,3 +92,12 @@ def gather_tokens(tensor: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     elif indices.shape[1] != tensor.shape[1]:
         indices = indices.expand(-1, tensor.shape[1], -1)
     return tensor.gather(2, indices)
+
+
+def in_order(positions: torch.Tensor, is_chosen: torch.Tensor, most: int) -> torch.Tensor:
+    """
+    The slots of the chosen tokens in order of position, `(batch, kv_heads or 1, most)` int64, with -1 behind the last
+    one of a head.
+    """
+    ordered, slots = positions.masked_fill(~is_chosen, MAX_TOKENS).sort(dim=-1)
+    return slots[..., :most].masked_fill(ordered[..., :most] == MAX_TOKENS, -1)

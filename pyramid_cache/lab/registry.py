@@ -187,16 +187,6 @@ CACHES = {
         CacheEntry("shadow", "ShadowKVCache", library.ShadowKVCache, reads_answers_by_step=True, takes_batches=False),
         CacheEntry("kivi", "KIVICache", library.KIVICache, takes_budget=False),
         CacheEntry("kivi2", "KIVICache(2 bits)", library.KIVICache, {"nbits": 2}, takes_budget=False),
-        *(
-            CacheEntry(
-                name,
-                f"KnormCache(all, think {ratio})",
-                library.KnormCache,
-                {"budget": 1.0, "thin_keys": ratio},
-                takes_budget=False,
-            )
-            for name, ratio in (("think2", 0.2), ("think", 0.4), ("think6", 0.6))
-        ),
         CacheEntry("minicache", "MiniCache", library.MiniCache, takes_budget=False),
         *(
             CacheEntry(name, label, library.KVSharerCache, {"num_shared": num}, from_model=True, takes_budget=False)

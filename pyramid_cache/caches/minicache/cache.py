@@ -17,7 +17,6 @@ import torch
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from pyramid_cache.caches.kivi import AllPolicy
 from pyramid_cache.caches.minicache.merging import Merger
 from pyramid_cache.caches.minicache.store import PairStore
 from pyramid_cache.engine.arguments import check_decoder_config
@@ -25,6 +24,7 @@ from pyramid_cache.engine.budget import parse_budget, read_count, read_number
 from pyramid_cache.engine.cache import CompressedCache, config_and_model
 from pyramid_cache.engine.evicting import EvictingLayer
 from pyramid_cache.engine.held import LayerPlace
+from pyramid_cache.engine.policy import AllPolicy
 from pyramid_cache.engine.policy_cache import DEFAULT_EVICTION_INTERVAL
 from pyramid_cache.engine.store import SlotStore
 from pyramid_cache.engine.tokens import MaskReader, Tokens

@@ -13,8 +13,7 @@ import torch
 
 from pyramid_cache.caches.minicache.merging import MergedLayers, Merger
 from pyramid_cache.engine.attention import AttentionCall
-from pyramid_cache.engine.quantized_store import in_order
-from pyramid_cache.engine.selection import gather_tokens
+from pyramid_cache.engine.selection import gather_tokens, in_order
 from pyramid_cache.engine.state import LayerState, grown, row
 from pyramid_cache.engine.store import MIN_GROWTH, SlotStore
 from pyramid_cache.ops.registration import needs_gradients
