@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from caches import CACHE_CASES
 
 
 WORKER = Path(__file__).with_name("tensor_parallel_worker.py")
@@ -17,6 +18,8 @@ FOR_EVICTION = {"pyramid-config": 1, "pyramid": 1, "tova": 1, "adakv": 1, "kvzip
 FOR_EVICTION |= {"massive": 2, "defensive": 3, "layer-defensive": 3}
 # The sparsity of a layer is known once, at the end of a prompt.
 FOR_PROMPT = {"vl": 1}
+# Ranks add numbers up in another order, and a key that lies between two codes may then take the other one.
+QUANTIZING = {case.short_name for case in CACHE_CASES if case.quantizes and "thin_keys" not in case.tight}
 NUM_LAYERS = 3
 
 
@@ -33,7 +36,8 @@ def run_ranks(num_ranks: int, folder: Path, *scenarios: str) -> dict[tuple[str, 
 
 def assert_same(line: dict[str, Any], is_split: bool = True) -> None:
     """Logits, tokens and positions of one process, and as many collectives as the table says."""
-    assert line["difference"] < 1e-4 and line["same_tokens"] and line["same_positions"], line
+    tolerance = 5e-3 if line["cache"] in QUANTIZING else 1e-4
+    assert line["difference"] < tolerance and line["same_tokens"] and line["same_positions"], line
     passes, of_eviction = line["collectives"], FOR_EVICTION.get(line["cache"], 0)
     for index, (count, num_evicting) in enumerate(passes):
         of_layer = of_eviction if index else FOR_PROMPT.get(line["cache"], of_eviction)
