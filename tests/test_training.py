@@ -105,6 +105,27 @@ def test_bitsandbytes_weights(settings: dict[str, Any], tmp_path: Path) -> None:
     check_projection(AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, device_map="cpu"))
 
 
+def test_compressed_tensors_weights(tmp_path: Path) -> None:
+    """A checkpoint of 4 bits in groups of 128, as GPTQ and AWQ leave them. The first forward pass unpacks it."""
+    formats = pytest.importorskip("compressed_tensors")
+    quantization = formats.quantization
+    model = build_model("llama", hidden_size=128, intermediate_size=128, head_dim=32)
+    scheme = quantization.preset_name_to_scheme("W4A16", ["Linear"])
+    quantization.apply_quantization_config(
+        model, quantization.QuantizationConfig(config_groups={"all": scheme}, ignore=["lm_head"])
+    )
+    for layer in (each for each in model.modules() if hasattr(each, "weight_scale")):
+        layer.weight_scale.data = layer.weight.detach().abs().amax(dim=1, keepdim=True) / 7.5
+    compressor = formats.ModelCompressor.from_pretrained_model(model)
+    compressor.compress_model(model)
+    model.save_pretrained(tmp_path)
+    compressor.update_config(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.model.layers[0].self_attn.o_proj.weight_packed.dtype == torch.int32
+    answer(loaded)
+    check_projection(loaded)
+
+
 def check_projection(model: PreTrainedModel) -> None:
     """The norms behind the output projection are those of what the quantised layer gives."""
     attention, values = model.model.layers[0].self_attn, torch.randn(1, 2, 5, 32)
