@@ -21,7 +21,7 @@ from caches import CACHE_CASES, CacheCase, parametrize_cases
 from models import build_model, random_tokens, tiny_model
 from modes import tiny_tokenizer
 from packaging import version
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel, cache_utils
 
 from pyramid_cache.lab.cli import main
 from pyramid_cache.lab.evaluation.cells import Cell, CellStore
@@ -372,6 +372,9 @@ def evaluate(contexts: list[Context], batch_size: int, names: list[str]) -> dict
     return {(result.protocol, result.cache, result.budget): result for result in results}
 
 
+@pytest.mark.skipif(
+    not hasattr(cache_utils, "Fp8QuantizedLayer"), reason="earlier ones need a package, which builds a kernel first"
+)
 def test_a_cache_of_transformers_and_one_without_a_budget_answer_each_question_behind_the_context_alone() -> None:
     model, names = tiny_model("llama"), ("quantized:backend=fp8", "kivi:residual_length=8")
     caches = {name: find_entry(name) for name in names}
