@@ -76,8 +76,8 @@ def refuse_steps(cache: "CompressedCache", max_length: int | None) -> NoReturn:
         raise NotImplementedError(
             "Steps cannot have fixed shapes: the model has layers without eviction (such as sliding windows) or an "
             "encoder, or its layers are on several devices or offloaded, or slots are quantised, or keys are thin, or "
-            "layers share, or tokens may be taken back. Leave `cache.step()` out; compile without `fullgraph=True`, or "
-            "not at all."
+            "layers share, or tokens may be taken back. Leave `cache.step()` out; compile without `fullgraph=True`, "
+            "or not at all."
         )
     if max_length is None:
         raise ValueError(

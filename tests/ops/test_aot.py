@@ -22,7 +22,6 @@ triton = pytest.importorskip("triton", reason="there is no Triton to compile wit
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("in the interpreter nothing is compiled", allow_module_level=True)
 
-import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
