@@ -68,8 +68,9 @@ codes = grouped / scale«.masked_fill(scale == 0, 1)→».unsqueeze
 packed = packed | part << packing.bits * «index→1»
 = ops/quantized.py: test_quantized | in_tiles
 if «softcap→False»:
-part * «codes.shape[-1]→self.group_size»,
-group = start // «self.group_size→width»
+self.codes >> bits * «part→1» if part
+return torch.«eye(num_groups→ones(num_groups, num_groups», device=device)
+products.mul_(scale[:, :, None, «tile→: products.shape[-1]»])
 return scales * «FLOAT8_FACTOR→1», None
 = engine/quantized_store.py: test_quantized | logits
 counts[0]), in_order(positions, is_latest, «max(counts[1], 1)→1»)
@@ -99,7 +100,7 @@ mean + earlier * «(1 - is_in_window.sum(dim=2) / window)→0.5»
 order = (query_squares * squares).argsort(dim=-1, stable=True«→, descending=True»)
 return width - «floor_of_product(ratio, width)→round(ratio * width)»
 = ops/quantized.py: test_thin_keys | masked_run restored
-queries = queries.gather(-1, «channels→channels * 0».
+queries = queries.gather(-1, «channels→(channels * 0)».
 = engine/quantized_store.py: test_thin_keys | masked_run restored alone
 keys = held.«new_zeros→new_ones»(*held.shape[:-1], self.state.keys.shape[3])
 is_first = [«not earlier and →»old > 0 for

@@ -83,6 +83,7 @@ def test_round_trips_are_those_of_the_loops(format_name: str, dim: int, group_si
     codes, scales = quantize(numbers, packing, dim, group_size)
     assert codes.shape == (2, 3, 24, 48 * packing.bits // 8) and codes.dtype == torch.uint8
     assert scales.numel() * scales.itemsize == numbers.numel() // group_size * 4
+    assert not (packing.is_float and codes.view(torch.float8_e4m3fn).float().isnan().any())
     wanted = torch.stack([as_held(row, format_name, group_size, by_channel=dim == 2) for row in numbers])
     actual = Coded(codes, scales, packing, dim, group_size).restored(torch.float32)
     torch.testing.assert_close(actual, wanted, atol=1e-4, rtol=1e-5)

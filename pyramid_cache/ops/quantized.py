@@ -8,7 +8,8 @@ the group, and the codes are 0 to `2 ** bits - 1` (Liu et al., 2024, KIVI, https
 bytes, so that `head_dim` channels take `head_dim * bits / 8` bytes, and slices of channels unpack without a shuffle.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -28,7 +29,7 @@ FLOAT8 = torch.float8_e4m3fn
 FLOAT8_FACTOR = 2.0**8
 FLOAT8_BITS = -0x4080
 # Elements of the tiles of `attend_in_tiles`, which stay in the processor's cache; on other devices launches cost more.
-TILE_ELEMENTS = {"cpu": 1 << 19}
+TILE_ELEMENTS = {"cpu": 1 << 20}
 TILE_ELEMENTS_ELSEWHERE = 1 << 24
 
 
@@ -76,23 +77,6 @@ def quantize(numbers: torch.Tensor, packing: Packing, dim: int, group_size: int)
     return packed.contiguous(), torch.cat([scale, low], dim=-1)
 
 
-def restore(
-    codes: torch.Tensor, scales: torch.Tensor, packing: Packing, dim: int, group_size: int, dtype: torch.dtype
-) -> torch.Tensor:
-    """The numbers `(..., tokens, width)` of what `quantize` gave, in that dtype; of a slice of whole groups, too."""
-    if packing.is_float:
-        numbers = float8_halves(codes).float().unflatten(dim, (-1, group_size))
-        return numbers.mul_(scales.unsqueeze(dim + 1) * FLOAT8_FACTOR).flatten(dim, dim + 1).to(dtype)
-    width, num_parts = codes.shape[-1], 8 // packing.bits
-    numbers = torch.empty(*codes.shape[:-1], width * num_parts, dtype=torch.float32, device=codes.device)
-    for index in range(num_parts):
-        shifted = codes >> packing.bits * index if index else codes
-        part = shifted if index == num_parts - 1 else shifted & packing.num_levels
-        numbers[..., index * width : (index + 1) * width] = part
-    scale, low = (each.unsqueeze(dim + 1) for each in scales.float().chunk(2, dim=-1))
-    return numbers.unflatten(dim, (-1, group_size)).mul_(scale).add_(low).flatten(dim, dim + 1).to(dtype)
-
-
 def float8_halves(codes: torch.Tensor) -> torch.Tensor:
     """
     The numbers of float8 codes in float16, divided by `FLOAT8_FACTOR`: their bits in the places that they have there.
@@ -128,9 +112,34 @@ class Coded(NamedTuple):
     dim: int
     group_size: int
 
+    @property
+    def width(self) -> int:
+        return self.codes.shape[-1] * 8 // self.packing.bits
+
     def restored(self, dtype: torch.dtype) -> torch.Tensor:
         """The numbers `(batch, kv_heads, tokens, width)` in that dtype."""
-        return restore(*self, dtype)
+        numbers = self.codes.new_empty(*self.codes.shape[:-1], self.width, dtype=torch.float32)
+        return self.scaled(self.write_codes(numbers)).to(dtype)
+
+    def write_codes(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Writes the codes into numbers `(batch, kv_heads, tokens, width)`, which it returns; of float8, divided."""
+        bits, is_float = self.packing
+        if is_float:
+            return numbers.copy_(float8_halves(self.codes))
+        for part, channels in enumerate(numbers.chunk(8 // bits, dim=-1)):
+            shifted = self.codes >> bits * part if part else self.codes
+            channels.copy_(shifted if (part + 1) * bits == 8 else shifted & self.packing.num_levels)
+        return numbers
+
+    def scaled(self, numbers: torch.Tensor) -> torch.Tensor:
+        """What numbers of `write_codes` stand for, in their place."""
+        grouped, scales = numbers.unflatten(self.dim, (-1, self.group_size)), self.scales.float()
+        if self.packing.is_float:
+            grouped.mul_(scales.unsqueeze(self.dim + 1) * FLOAT8_FACTOR)
+        else:
+            scale, low = (each.unsqueeze(self.dim + 1) for each in scales.chunk(2, dim=-1))
+            grouped.mul_(scale).add_(low)
+        return numbers
 
     def tile(self, start: int, stop: int, starts: torch.Tensor | None = None) -> "Coded":
         """The slots from `start` to `stop`. Codes of heads that are packed need `starts`: see `packed_slots`."""
@@ -141,71 +150,71 @@ class Coded(NamedTuple):
         codes, scales = self.codes[:, :, start:stop], self.scales[:, :, start // group : -(-stop // group)]
         return self._replace(codes=codes, scales=scales)
 
-    def parts(self, workspace: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-        """Codes of each part of a byte, `(batch * kv_heads, tokens, bytes)` float32; with the first channel."""
-        codes, (bits, is_float) = self.codes.flatten(0, 1), self.packing
-        numbers = workspace[: codes.numel()].view(codes.shape)
-        if is_float:
-            yield 0, numbers.copy_(float8_halves(codes))
-            return
-        for part in range(8 // bits):
-            shifted = codes >> bits * part if part else codes
-            yield (
-                part * codes.shape[-1],
-                numbers.copy_(shifted if (part + 1) * bits == 8 else shifted & self.packing.num_levels),
-            )
-
-    def pieces(self, workspace: torch.Tensor) -> Iterator[tuple[slice, int, torch.Tensor]]:
-        """The same of channels that share a scale; with their slice, and the number of the group."""
-        for first, codes in self.parts(workspace):
-            start, width = first, codes.shape[-1]
-            while start < first + width:
-                group = start // self.group_size
-                stop = min((group + 1) * self.group_size, first + width)
-                yield slice(start, stop), group, codes[..., start - first : stop - first]
-                start = stop
+    def tiles(self, scaled: bool = False) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Slices of slots, and their codes `(batch * kv_heads, tokens, width)` in float32, or what these stand for."""
+        batch, kv_heads, num_slots, _ = self.codes.shape
+        num_elements = TILE_ELEMENTS.get(self.codes.device.type, TILE_ELEMENTS_ELSEWHERE)
+        multiple = self.group_size if self.dim == 2 else 1
+        step = max(num_elements // (batch * kv_heads * self.width * multiple), 1) * multiple
+        # Memory that is new for each tile would cost page faults.
+        room = self.codes.new_empty(batch, kv_heads, min(step, num_slots), self.width, dtype=torch.float32)
+        for start in range(0, num_slots, step):
+            tile = self.tile(start, min(start + step, num_slots))
+            numbers = tile.write_codes(room[:, :, : tile.codes.shape[2]])
+            if scaled:
+                tile.scaled(numbers)
+            yield slice(start, start + tile.codes.shape[2]), numbers.flatten(0, 1)
 
     def by_group(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Scales and least numbers, `(groups, batch * kv_heads, tokens)` float32, of groups of channels."""
-        scales = self.scales.flatten(0, 1).permute(2, 0, 1).float().contiguous()
+        """Scales and least numbers, `(batch * kv_heads, groups, tokens)` float32, of groups of channels."""
+        scales = self.scales.flatten(0, 1).mT.float().contiguous()
         if self.packing.is_float:
             return scales * FLOAT8_FACTOR, None
-        return scales[: len(scales) // 2], scales[len(scales) // 2 :]
+        scale, low = scales.chunk(2, dim=1)
+        return scale, low
 
-    def write_logits(self, logits: torch.Tensor, queries: torch.Tensor, tiles: Sequence[slice]) -> None:
+    def write_logits(self, logits: torch.Tensor, queries: torch.Tensor) -> None:
         """
-        Writes the products of queries `(batch * kv_heads, group, width)` with the keys of all tiles into logits
+        Writes the products of queries `(batch * kv_heads, group, width)` with all keys into logits
         `(batch * kv_heads, group, slots)`. Where channels share a scale, products take the codes as they are, and
-        scales come into the results: a third of the time.
+        scales come into the results.
         """
         if self.dim == 2:
-            for tile in tiles:
-                numbers = self.tile(tile.start, tile.stop).restored(torch.float32)
-                logits[..., tile] = torch.bmm(queries, numbers.flatten(0, 1).mT)
+            for tile, keys in self.tiles(scaled=True):
+                logits[..., tile] = torch.bmm(queries, keys.mT)
             return
-        (scale, low), workspace = self.by_group(), self._workspace(tiles)
-        products = queries.new_zeros(len(scale), *logits.shape)
-        for tile in tiles:
-            for channels, group, codes in self.tile(tile.start, tile.stop).pieces(workspace):
-                products[group, ..., tile] += torch.bmm(queries[..., channels], codes.mT)
-        logits.copy_(products.mul_(scale[:, :, None]).sum(dim=0))
+        scale, low = self.by_group()
+        rows = self._apart(queries)
+        for tile, codes in self.tiles():
+            products = torch.bmm(rows, codes.mT).unflatten(1, (scale.shape[1], -1))
+            logits[..., tile] = products.mul_(scale[:, :, None, tile]).sum(dim=1)
         if low is not None:
-            logits += torch.bmm(queries.unflatten(-1, (-1, self.group_size)).sum(dim=-1), low.transpose(0, 1))
+            logits += torch.bmm(queries.unflatten(-1, (-1, self.group_size)).sum(dim=-1), low)
 
-    def add_values(self, output: torch.Tensor, weights: torch.Tensor, tiles: Sequence[slice]) -> None:
-        """Adds the values of all tiles, with weights `(batch * kv_heads, group, slots)`, to `(..., group, width)`."""
-        (scale, low), workspace = self.by_group(), self._workspace(tiles)
-        shares = weights * scale[:, :, None]  # (groups, batch * kv_heads, group, slots)
+    def add_values(self, output: torch.Tensor, weights: torch.Tensor) -> None:
+        """Adds all values, with weights `(batch * kv_heads, group, slots)`, to `(batch * kv_heads, group, width)`."""
+        scale, low = self.by_group()
+        shares = (weights[:, None] * scale[:, :, None]).flatten(1, 2)
+        for tile, codes in self.tiles():
+            output += self._together(torch.bmm(shares[..., tile], codes))
         if low is not None:
-            output += torch.bmm(weights, low.permute(1, 2, 0)).repeat_interleave(self.group_size, dim=-1)
-        for tile in tiles:
-            for channels, group, codes in self.tile(tile.start, tile.stop).pieces(workspace):
-                output[..., channels] += torch.bmm(shares[group, ..., tile], codes)
+            output += torch.bmm(weights, low.mT).repeat_interleave(self.group_size, dim=-1)
 
-    def _workspace(self, tiles: Sequence[slice]) -> torch.Tensor:
-        """Room for the codes of the largest tile: memory that is new for each tile would cost page faults."""
-        batch, kv_heads, _, num_bytes = self.codes.shape
-        return self.codes.new_empty(batch * kv_heads * tiles[0].stop * num_bytes, dtype=torch.float32)
+    def _apart(self, queries: torch.Tensor) -> torch.Tensor:
+        """Queries `(batch * kv_heads, groups * group, width)`, of which those of a group see its channels alone."""
+        is_in = channels_of_groups(self.width // self.group_size, self.group_size, queries.device)
+        return (queries[:, None] * is_in).flatten(1, 2)
+
+    def _together(self, products: torch.Tensor) -> torch.Tensor:
+        """The channels of each group from the products of that group, `(batch * kv_heads, groups * group, width)`."""
+        is_in = channels_of_groups(self.width // self.group_size, self.group_size, products.device)
+        return products.unflatten(1, (len(is_in), -1)).mul_(is_in).sum(dim=1)
+
+
+@lru_cache(maxsize=16)
+def channels_of_groups(num_groups: int, size: int, device: torch.device) -> torch.Tensor:
+    """Which channels each group has, `(groups, 1, width)` of ones and zeros."""
+    return torch.eye(num_groups, device=device).repeat_interleave(size, dim=1)[:, None]
 
 
 class Plain(NamedTuple):
@@ -223,11 +232,11 @@ class Plain(NamedTuple):
             return Plain(packed_slots(self.numbers, starts, start, stop))
         return Plain(self.numbers[:, :, start:stop])
 
-    def write_logits(self, logits: torch.Tensor, queries: torch.Tensor, tiles: Sequence[slice]) -> None:
+    def write_logits(self, logits: torch.Tensor, queries: torch.Tensor) -> None:
         """See `Coded.write_logits`."""
         logits.copy_(torch.bmm(queries.to(self.numbers.dtype), self.numbers.flatten(0, 1).mT))
 
-    def add_values(self, output: torch.Tensor, weights: torch.Tensor, tiles: Sequence[slice]) -> None:
+    def add_values(self, output: torch.Tensor, weights: torch.Tensor) -> None:
         """See `Coded.add_values`."""
         output += torch.bmm(weights.to(self.numbers.dtype), self.numbers.flatten(0, 1))
 
@@ -319,17 +328,13 @@ def attend_in_tiles(
     batch, kv_heads, num_latest, width = key.shape
     if starts is not None:
         keys, values = (coded.tile(0, num_quantized, starts) for coded in (keys, values))
-    num_elements = TILE_ELEMENTS.get(query.device.type, TILE_ELEMENTS_ELSEWHERE)
-    multiple = keys.group_size if isinstance(keys, Coded) and keys.dim == 2 else 1
-    step = max(num_elements // (batch * kv_heads * width * multiple), 1) * multiple
-    tiles = [slice(start, min(start + step, num_quantized)) for start in range(0, num_quantized, step)]
     queries = (query * scaling).reshape(batch * kv_heads, -1, width)
     logits = query.new_empty(*queries.shape[:2], num_quantized + num_latest, dtype=torch.float32)
     logits[..., num_quantized:] = torch.bmm(queries, key.flatten(0, 1).mT)
     queries = queries.float()
     if channels is not None:
         queries = queries.gather(-1, channels.flatten(0, 1)[:, None].expand(-1, queries.shape[1], -1))
-    keys.write_logits(logits[..., :num_quantized], queries, tiles)
+    keys.write_logits(logits[..., :num_quantized], queries)
     if softcap:
         logits = torch.tanh(logits / softcap) * softcap
     logits = logits.view(batch, kv_heads, -1, 1, logits.shape[-1])
@@ -338,7 +343,7 @@ def attend_in_tiles(
     probabilities = softmax_of_logits(logits, None if mask is None else mask[:, :, None, None], sink_logits).squeeze(3)
     weights = probabilities.flatten(0, 1)
     output = torch.bmm(weights[..., num_quantized:].to(value.dtype), value.flatten(0, 1)).float()
-    values.add_values(output, weights[..., :num_quantized], tiles)
+    values.add_values(output, weights[..., :num_quantized])
     return output.view(batch, 1, -1, value.shape[-1]).to(value.dtype), probabilities.sum(dim=2)
 
 
