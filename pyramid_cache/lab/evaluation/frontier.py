@@ -124,7 +124,7 @@ def set_axes(axis: Axes, rows: Sequence[Row]) -> None:
     shares = [row["held_share"] for row in rows]
     axis.set_xscale("log")
     # Labels of the frontier stand on its left.
-    axis.set_xlim(min(shares) / 2.2, max(*shares, 1) * 1.12)
+    axis.set_xlim(min(shares) / 5, max(*shares, 1) * 1.12)
     axis.set_ylim(-0.03, 1.0)
     ticks = [tick for tick in SHARE_TICKS if min(shares) / 1.3 <= tick <= max(shares) * 1.3]
     axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
