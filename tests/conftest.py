@@ -63,7 +63,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def single_thread() -> Iterator[None]:
-    """Run torch on one thread: the order of float32 sums must not depend on the machine's cores."""
+    """
+    Run torch on one thread: the order of float32 sums must not depend on the machine's cores. Processes that tests
+    start run on one, too: workers of pytest share the cores already.
+    """
+    os.environ["OMP_NUM_THREADS"] = "1"
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
