@@ -116,7 +116,7 @@ def prefix_of(model: PreTrainedModel, options: argparse.Namespace, ids: list[int
                 f"{record_path} does not tell what document {prefix} is of. Name another file, or delete this one."
             ) from error
         PrefixRecord(**wanted, file=sha256_of_file(prefix), seconds_to_read=0).require_same(prefix, found)
-        cache = CACHE_CLASSES[options.cache].load(prefix, model.config, device=model.device)
+        cache = CACHE_CLASSES[options.cache].load(prefix, model, device=model.device)
         seconds = time.perf_counter() - start
         print(f"loaded {prefix} in {seconds:.3f} s; reading the document took {found.seconds_to_read:.3f} s")
     else:

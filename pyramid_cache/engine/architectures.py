@@ -86,5 +86,5 @@ def refuse_unsupported_rope(config: PreTrainedConfig) -> None:
 
 
 def rope_refusal(owner: Any, reason: str) -> NotImplementedError:
-    way_out = "Use a cache that leaves keys at the positions the model gave them."
+    way_out = "Use a cache that leaves keys at the positions the model gave them, such as SnapKVCache."
     return NotImplementedError(f"{type(owner).__name__} rotates keys by {reason} {way_out}")

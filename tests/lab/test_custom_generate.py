@@ -50,6 +50,15 @@ def test_every_cache_by_its_name(name: str) -> None:
     assert_same(output, model.generate(PROMPT, **{CACHE_ARGUMENT: cache}, **PLAIN))
 
 
+def test_the_name_of_a_class() -> None:
+    model = tiny_model("llama")
+    output, expected = (
+        model.generate(PROMPT, cache=name, budget=48, **CUSTOM)
+        for name in ("LayerDefensiveKVCache", "layer-defensive")
+    )
+    assert_same(output, expected)
+
+
 def test_settings_and_what_plain_generate_reads() -> None:
     """Settings of the registry give way. A mask and a stop string are passed on, a revision is not."""
     model, mask = tiny_model("llama"), torch.ones(2, 50, dtype=torch.long)
@@ -68,7 +77,7 @@ def test_wrong_names_are_refused_with_the_list(given: dict[str, Any]) -> None:
     shown = repr(cache) if isinstance(cache, str | None) else f"a {type(cache).__name__}"
     with pytest.raises(ValueError) as raised:
         tiny_model("llama").generate(PROMPT, **given, **CUSTOM)
-    assert f"`cache` is {shown}, but must be one of {', '.join(CACHES)}." in str(raised.value)
+    assert f"`cache` is {shown}, but must be one of {', '.join(CACHES)}, or the name of a class." in str(raised.value)
 
 
 def test_a_cache_built_already_is_refused() -> None:

@@ -168,6 +168,17 @@ def test_what_is_loaded_answers_as_what_was_read_and_as_a_cache_that_was_never_s
     assert (tmp_path / "novel.safetensors").read_bytes() == written
 
 
+@pytest.mark.slow
+def test_what_reads_again_is_loaded_with_the_model(tmp_path: Path) -> None:
+    options = "--tokens 200 --max-new-tokens 10 --cache KVzipCache --budget 0.5 --setting quantize=int8".split()
+    read, loaded = (
+        run_example("retrieval.py", *options, "--prefix", "novel.safetensors", *QUESTIONS, cwd=tmp_path).stdout
+        for _ in range(2)
+    )
+    assert read.startswith("read") and loaded.startswith("loaded")
+    assert read.partition("question: ")[2] == loaded.partition("question: ")[2] != ""
+
+
 def test_what_a_file_is_of_is_compared() -> None:
     record = {"document": "d", "cache": "TOVACache", "options": "{}", "file": "f", "seconds_to_read": 1.0}
     wanted = retrieval.PrefixRecord(**record)
@@ -339,8 +350,10 @@ def test_the_first_page_and_the_readme_run() -> None:
     assert cache.get_seq_length() == inputs.input_ids.shape[1] + 31
     # All of a quarter of everything seen, since `compress`.
     assert max(cache.num_kept_tokens()) == cache.get_seq_length() // 4
-    loaded = type(cache).load("novel.safetensors", names["model"])
-    assert loaded.num_kept_tokens() == cache.num_kept_tokens()
+    context = names["context"]
+    assert context.get_seq_length() == inputs.input_ids.shape[1]  # the question was asked of a copy
+    loaded = type(context).load("novel.safetensors", names["model"])
+    assert loaded.num_kept_tokens() == context.num_kept_tokens()
     run_page(ROOT / "README.md", shows_output=False)
 
 

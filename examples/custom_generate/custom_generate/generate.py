@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from pyramid_cache.engine.architectures import CACHE_ARGUMENT
 from pyramid_cache.engine.policy_cache import EvictionOptions
-from pyramid_cache.lab.registry import CACHES
+from pyramid_cache.lab.registry import BY_CLASS, CACHES
 
 
 def generate(model: PreTrainedModel, cache: str | None = None, revision: str | None = None, **arguments: Any) -> Any:
@@ -15,7 +15,7 @@ def generate(model: PreTrainedModel, cache: str | None = None, revision: str | N
     Builds a cache, and generates with it.
 
     Args:
-        cache (`str`): A name of `pyramid_cache.lab.registry.CACHES`, such as "snapkv".
+        cache (`str`): A name of `pyramid_cache.lab.registry.CACHES`, or of a class, such as "snapkv" or "SnapKVCache".
         revision (`str`, *optional*): Of this repository. transformers reads it, and hands it on.
         arguments: The settings of the cache, such as `budget`. All others are those of plain `generate`.
 
@@ -27,13 +27,14 @@ def generate(model: PreTrainedModel, cache: str | None = None, revision: str | N
     """
     if arguments.pop("past_key_values", None) is not None:
         raise ValueError("`past_key_values` is built here. Give a name as `cache`, or leave `custom_generate` out.")
-    if not isinstance(cache, str) or cache not in CACHES:
+    name = BY_CLASS.get(cache, cache) if isinstance(cache, str) else None
+    if name not in CACHES:
         given = repr(cache) if isinstance(cache, str | None) else f"a {type(cache).__name__}"
         raise ValueError(
-            f"`cache` is {given}, but must be one of {', '.join(CACHES)}. For a cache that is built already, leave "
-            "`custom_generate` out."
+            f"`cache` is {given}, but must be one of {', '.join(CACHES)}, or the name of a class. For a cache that is "
+            "built already, leave `custom_generate` out."
         )
-    entry = CACHES[cache]
+    entry = CACHES[name]
     names = {*inspect.signature(entry.cache_class).parameters, *EvictionOptions.__annotations__}
     given = {name: value for name, value in arguments.items() if name in names}
     # A tokenizer serves both: plain `generate` reads it for `stop_strings`.

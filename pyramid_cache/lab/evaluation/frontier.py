@@ -114,7 +114,7 @@ def draw_frontier(rows: Sequence[Row], title: str = "") -> bytes:
         if others:
             shown: list[Any] = [each[: len(others)] for each in axis.get_legend_handles_labels()]
             look = {"frameon": False, "fontsize": 7.5, "title_fontsize": 8, "handlelength": 2.6, "alignment": "left"}
-            figure.legend(*shown, loc="outside right upper", title="surpassed", **look)
+            figure.legend(*shown, loc="outside right upper", title="other caches", **look)
         axis.set_title(title, loc="left", fontsize=10)
         return as_png(figure)
 
