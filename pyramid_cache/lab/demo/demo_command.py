@@ -22,7 +22,7 @@ CACHES_AT_ONCE = "massive:0.1,layer-defensive:0.25,pyramid-config:0.25,tova:0.25
 CACHES_LATER = "kvzip:0.5,layer-defensive:0.5"
 PROMPT_TOKENS = 1792
 # Where ShadowKVCache pays.
-LONG_CACHES = "shadow:512,massive:0.1,pyramid:0.25"
+LONG_CACHES = "shadow:512,massive:0.1,pyramid-config:0.25"
 LONG_TOKENS = 8000
 TEXT_TOKENS = 1024
 NUM_QUESTIONS = 3
