@@ -69,7 +69,7 @@ packed = packed | part << packing.bits * «index→1»
 = ops/quantized.py: test_quantized | in_tiles
 if «softcap→False»:
 self.codes >> bits * «part→1» if part
-return torch.«eye(num_groups→ones(num_groups, num_groups», device=device)
+return torch.«eye(num_groups→ones(num_groups, num_groups», dtype
 products.mul_(scale[:, :, None, «tile→: products.shape[-1]»])
 return scales * «FLOAT8_FACTOR→1», None
 = engine/quantized_store.py: test_quantized | logits
@@ -89,6 +89,8 @@ if like is None or «(found.dtype, tuple(found.shape)) != (like.dtype, shape)→
 if «needs_gradients(call.query, call.key, call.value)→False»:
 = engine/quantization.py: test_quantized | logits bytes
 return max(row_length - self.residual_length, 0) // self.block_length * «self.block_length→1»
+= engine/evicting.py: test_quantized | weighed_before
+if «self.policy.weighs_values→False» and not self.budget.is_unlimited and
 = engine/evicting.py: test_quantized | budget_in_bytes
 num_spare += «-(-most_latest * bytes_of_latest // self.bytes_per_token)→0»
 = engine/thin_keys.py: test_thin_keys | hand_computed last_queries

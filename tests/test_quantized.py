@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 from pyramid_cache import (
     AdaKVCache,
     AttentionMatchingCache,
+    CriticalKVCache,
+    DefensiveKVCache,
     H2OCache,
     KeyDiffCache,
     KIVICache,
@@ -174,6 +176,41 @@ def test_rows_of_a_batch_are_what_they_are_alone(name: str) -> None:
     for index, row in enumerate(rows):
         alone = drive(model, cache_class(model.config, **settings), [row], later[index : index + 1])
         torch.testing.assert_close(together.logits[index], alone.logits[0], atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("cache_class", [CriticalKVCache, DefensiveKVCache])
+def test_values_are_weighed_before_they_are_quantised(cache_class: Any) -> None:
+    """When a row evicts, values of its neighbours are weighed as well: by then some of these are quantised."""
+    model, rows, later = build_model("llama"), random_rows((5, 62), seed=4), random_tokens(2, 90, seed=5)
+    settings = {"budget": 60, "window_size": 4, "eviction_interval": 8, "quantize": "kivi2", "residual_length": 8}
+
+    def weights_of(rows: list[torch.Tensor], later: torch.Tensor) -> dict[tuple[int, int], float]:
+        """Of the first row and layer, whose values do not depend on what was attended to, by head and position."""
+        cache = cache_class(model.config, **settings)
+        drive(model, cache, rows, later)
+        layer = cache.compressed_layers[0]
+        positions = layer.held_positions()[0]
+        weights = layer.state.value_weights[0, :, : positions.shape[1]].flatten().tolist()
+        places = [(head, position) for head, held in enumerate(positions.tolist()) for position in held]
+        return {place: each for place, each in zip(places, weights, strict=True) if place[1] >= 0}
+
+    together, alone = weights_of(rows, later), weights_of(rows[:1], later[:1])
+    assert together.keys() == alone.keys()
+    latest = {place for place, weight in alone.items() if not weight}  # which are not weighed yet
+    assert len(latest) < 2 * 8
+    for place in alone.keys() - latest:
+        assert together[place] == pytest.approx(alone[place], rel=1e-4)
+
+
+@pytest.mark.parametrize("format_name", ["int8", "kivi4"])
+def test_autocast(format_name: str) -> None:
+    model, rows = build_model("llama", initializer_range=0.05), random_rows((24, 30), seed=3)
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted, actual = (
+            drive(model, KnormCache(model.config, 1.0, **each), rows, random_tokens(2, 12, seed=8)).logits
+            for each in ({}, {"quantize": format_name, "residual_length": 4})
+        )
+    assert (actual - wanted).abs().max() < 0.1 * wanted.abs().max()
 
 
 FURTHER = {
@@ -347,6 +384,21 @@ def test_errors_name_a_way_out() -> None:
         cache.step()
     with pytest.raises(NotImplementedError, match="quantised"):
         cache.crop(-1)
+
+
+def test_the_op_refuses_what_does_not_fit() -> None:
+    query, latest, numbers = torch.randn(1, 4, 1, 64), torch.randn(1, 2, 1, 64), torch.randn(1, 2, 32, 64)
+    coded = Coded(*quantize(numbers, PACKINGS["kivi4"], 3, 32), PACKINGS["kivi4"], 3, 32)
+    for change, problem in (
+        ({"keys": coded._replace(scales=coded.scales[:, :, 1:])}, "`keys.scales` must have the shape"),
+        ({"values": coded._replace(group_size=16)}, "`values.scales` must have the shape"),
+        ({"values": coded._replace(packing=PACKINGS["int8"])}, "Quantise both in the same way"),
+        ({"key": latest[:, :, :0], "value": latest[:, :, :0]}, "holds no token"),
+        ({"channels": torch.arange(64)}, "`channels` must have the shape"),
+    ):
+        given = {"keys": coded, "values": coded, "num_quantized": 32, "key": latest, "value": latest, "scaling": 0.1}
+        with pytest.raises(ValueError, match=problem):
+            decode_quantized_attention(query, **{**given, **change})
 
 
 def test_nothing_changes_while_nothing_is_quantised() -> None:

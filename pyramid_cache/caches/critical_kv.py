@@ -165,7 +165,10 @@ class CriticalPolicy(Policy):
 
     def observe(self, prompt: PromptView) -> None:
         self.inner.observe(prompt)
-        weigh_values(prompt)
+        self.weigh(prompt)
+
+    def weigh(self, view: LayerView) -> None:
+        weigh_values(view)
 
     def num_tokens(self, prompt_length: int, budget: Budget, depth: int, num_layers: int) -> int:
         return self.inner.num_tokens(prompt_length, budget, depth, num_layers)

@@ -20,7 +20,7 @@ from typing_extensions import Unpack
 
 from pyramid_cache.caches.critical_kv import WeighedState, weigh_values
 from pyramid_cache.engine.budget import read_count
-from pyramid_cache.engine.policy import Policy, PromptView, ScoringView, kernel_setting, setting
+from pyramid_cache.engine.policy import LayerView, Policy, PromptView, ScoringView, kernel_setting, setting
 from pyramid_cache.engine.policy_cache import EvictionOptions, PolicyCache
 from pyramid_cache.engine.state import slot
 
@@ -48,7 +48,7 @@ class DefensivePolicy(Policy):
     state_class = DefensiveState
 
     def observe(self, prompt: PromptView) -> None:
-        weigh_values(prompt, normalise=True)
+        self.weigh(prompt)
         windows = enumerate(prompt.window_attention(self.window_size))
         peaks = torch.stack([self._peaks_of_head(prompt, head, given) for head, given in windows], dim=1)
         earlier = prompt.remembered("peaks")
@@ -56,6 +56,9 @@ class DefensivePolicy(Policy):
             num_new = (prompt.query_positions >= 0).sum(dim=-1, keepdim=True)
             peaks = torch.maximum(peaks, earlier.masked_fill(num_new >= self.window_size, 0))
         prompt.remember("peaks", peaks)
+
+    def weigh(self, view: LayerView) -> None:
+        weigh_values(view, normalise=True)
 
     def _peaks_of_head(self, prompt: PromptView, head: int, attention: torch.Tensor) -> torch.Tensor:
         """

@@ -10,6 +10,8 @@ residual: both are quantised together, in blocks of `group_size` tokens that hav
 `residual_length` keys stay in full precision as well.
 """
 
+from numbers import Integral
+
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from pyramid_cache.engine.budget import read_count
@@ -63,7 +65,7 @@ class KIVICache(PolicyCache):
         residual_length: int = RESIDUAL_LENGTH,
         group_size: int = GROUP_SIZE,
     ) -> None:
-        if read_count("nbits", nbits, least=1) not in (2, 4):
+        if isinstance(nbits, bool) or not isinstance(nbits, Integral) or nbits not in (2, 4):
             raise ValueError(f'`nbits={nbits!r}` must be 4 or 2. Other caches take `quantize="int8"` or "fp8".')
         if read_count("group_size", group_size, least=8) % 8:
             raise ValueError(f"`group_size={group_size}` must be a multiple of 8, such as {GROUP_SIZE}.")

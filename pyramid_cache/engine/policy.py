@@ -299,6 +299,12 @@ class Policy(ABC):
     def observe(self, prompt: PromptView) -> None:  # noqa: B027
         """Sets fields of `prompt.state`. Each prompt and each later turn of several tokens calls it before `score`."""
 
+    def weigh(self, view: LayerView) -> None:  # noqa: B027
+        """
+        Remembers what the values of tokens weigh, if the policy `weighs_values`. It is called before tokens are
+        quantised: so they are weighed as they came, whenever other rows evict.
+        """
+
     def num_tokens(self, prompt_length: int, budget: Budget, depth: int, num_layers: int) -> int:
         """
         How many tokens a layer keeps. The default is the same number in each layer.

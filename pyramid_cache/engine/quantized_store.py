@@ -110,10 +110,18 @@ class QuantizedStore(SlotStore):
         """Codes and scales in the form in which they are held; -1 in `old` is no token."""
         return fields
 
+    def _num_old(self) -> list[int]:
+        """How many of the first tokens of each row are to be quantised."""
+        return [self.quantizer.num_quantized(length) for length in self.state.row_lengths]
+
+    def is_due(self) -> bool:
+        """Whether tokens are to be quantised that are not."""
+        num_old = self._num_old()
+        return any(num_old) and num_old != self.state.row_quantized
+
     def pack(self) -> None:
         """Quantises what is due, and frees restored tokens."""
-        state, quantizer = self.state, self.quantizer
-        num_old = [quantizer.num_quantized(length) for length in state.row_lengths]
+        state, quantizer, num_old = self.state, self.quantizer, self._num_old()
         is_restored = not state.num_quantized and state.key_codes is not None
         if not any(num_old) or (num_old == state.row_quantized and not is_restored):
             return

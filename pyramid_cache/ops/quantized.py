@@ -9,7 +9,6 @@ bytes, so that `head_dim` channels take `head_dim * bits / 8` bytes, and slices 
 """
 
 from collections.abc import Callable, Iterator
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -74,7 +73,9 @@ def quantize(numbers: torch.Tensor, packing: Packing, dim: int, group_size: int)
     packed, *later = codes.flatten(dim, dim + 1).to(torch.uint8).chunk(8 // packing.bits, dim=-1)
     for index, part in enumerate(later, start=1):
         packed = packed | part << packing.bits * index
-    return packed.contiguous(), torch.cat([scale, low], dim=-1)
+    scales = scale.new_empty(*scale.shape[:-1], 2, scale.shape[-1])  # not by `cat`, which autocast to bfloat16 refuses
+    scales[..., 0, :], scales[..., 1, :] = scale, low
+    return packed.contiguous(), scales.flatten(-2)
 
 
 def float8_halves(codes: torch.Tensor) -> torch.Tensor:
@@ -211,10 +212,9 @@ class Coded(NamedTuple):
         return products.unflatten(1, (len(is_in), -1)).mul_(is_in).sum(dim=1)
 
 
-@lru_cache(maxsize=16)
 def channels_of_groups(num_groups: int, size: int, device: torch.device) -> torch.Tensor:
     """Which channels each group has, `(groups, 1, width)` of ones and zeros."""
-    return torch.eye(num_groups, device=device).repeat_interleave(size, dim=1)[:, None]
+    return torch.eye(num_groups, dtype=torch.float32, device=device).repeat_interleave(size, dim=1)[:, None]
 
 
 class Plain(NamedTuple):
@@ -283,14 +283,26 @@ def decode_quantized_attention(
     check_query(query, key, rows=1)
     batch, kv_heads, num_latest, width = key.shape
     check_shape("value", value, batch, kv_heads, num_latest, None)
+    if not num_latest:
+        raise ValueError("`key` holds no token. Give at least the token of the query.")
     num_slots = num_quantized + num_latest
     if channels is not None or isinstance(keys, Plain) or isinstance(values, Plain):
+        check_shape("channels", channels, batch, kv_heads, None)
         slots = mask, bias, sink_logits, starts
-        return attend_in_tiles(query, keys, values, num_quantized, key, value, *slots, scaling, softcap, channels)
+        with torch.no_grad():
+            return attend_in_tiles(query, keys, values, num_quantized, key, value, *slots, scaling, softcap, channels)
+    if keys.packing != values.packing:
+        raise ValueError(f"`keys` have {keys.packing} and `values` {values.packing}. Quantise both in the same way.")
+    shape = (batch, kv_heads, num_quantized) if starts is None else (batch, 1, None)
     for name, coded, dim in (("keys", keys, width), ("values", values, value.shape[3])):
-        shape = (batch, kv_heads, num_quantized) if starts is None else (batch, 1, None)
         check_shape(f"{name}.codes", coded.codes, *shape, dim * coded.packing.bits // 8)
         check_dtype(f"{name}.codes", coded.codes, torch.uint8)
+        numbers = 1 if coded.packing.is_float else 2
+        if coded.dim == 3:
+            check_shape(f"{name}.scales", coded.scales, *shape, numbers * dim // coded.group_size)
+        else:
+            num_groups = num_quantized // coded.group_size
+            check_shape(f"{name}.scales", coded.scales, batch, kv_heads, num_groups, numbers * dim)
     check_shape("mask", mask, batch, kv_heads, num_slots, or_one=1)
     check_dtype("mask", mask, torch.bool)
     check_shape("bias", bias, batch, kv_heads, num_slots, or_one=1)
