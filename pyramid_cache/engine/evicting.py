@@ -192,7 +192,8 @@ class EvictingLayer(CompressedLayer):
         if isinstance(self.store, QuantizedStore) and not waits:
             if self.policy.weighs_values and not self.budget.is_unlimited and self.store.is_due():
                 self.store.unpack()
-                view = LayerView(**self._view(*self._held()[:2], self._positions(), max(self.state.row_lengths)))
+                keys, values, _ = self._held()
+                view = LayerView(**self._view(keys, values, self.store.held_positions(), max(self.state.row_lengths)))
                 self._plainly(self.policy.weigh, view)
             self.store.pack()
 
@@ -480,7 +481,7 @@ class EvictingLayer(CompressedLayer):
     def priority_of_held(self, longest: int) -> torch.Tensor:
         """The priority `(batch, kv_heads or 1, slots)` of all tokens that the layer holds, as they are in slots."""
         self.store.unpack()
-        return self._priority(*self._held(), self._positions(), longest)
+        return self._priority(*self._held(), self.store.held_positions(), longest)
 
     def evict_to(self, row_left: list[int], priority: torch.Tensor, longest: int) -> None:
         """Keeps so many tokens of each row, by the `priority_of_held`."""
@@ -501,9 +502,6 @@ class EvictingLayer(CompressedLayer):
         view = LayerView(**self._view(slots["keys"], slots["values"], slots["positions"], longest))
         with torch.autocast(self.device.type, enabled=False):  # gradients pass
             return self.compactor.compact(view, is_kept, slots.get("bias"))
-
-    def _positions(self) -> torch.Tensor:
-        return self.store.column_tokens().positions if self.state.is_dense else self.store.in_use("positions")
 
     def _held(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         return self.store.in_use("keys"), self.store.in_use("values"), self.store.in_use("attention")

@@ -231,7 +231,7 @@ class RaggedStore(CompetingHeads):
         """Packs all tokens that are in slots, unless some are packed."""
         state = self.state
         if self.packed is None:
-            tokens = self.column_tokens().positions if state.is_dense else self.in_use("positions")
+            tokens = self.held_positions()
             columns = self.slots() | {"positions": tokens}
             least_slots = tokens.shape[-1] if state.num_ranks > 1 else 0
             self._pack(columns, (tokens >= 0).expand(-1, state.keys.shape[1], -1), least_slots)

@@ -10,7 +10,15 @@ import operator
 
 import torch
 
-from pyramid_cache.ops.registration import check_dtype, check_query, check_shape, kernels, needs_gradients, register
+from pyramid_cache.ops.registration import (
+    check_dtype,
+    check_latest,
+    check_query,
+    check_shape,
+    kernels,
+    needs_gradients,
+    register,
+)
 from pyramid_cache.ops.transfer import numbers_on
 
 
@@ -57,8 +65,7 @@ def decode_packed_attention(
     """
     check_query(query, key, rows=1)
     check_shape("value", value, *key.shape[:3], None)
-    if not key.shape[2]:
-        raise ValueError("`key` holds no token. Give at least the token of the query.")
+    check_latest(key)
     check_shape("packed_key", packed_key, None, query.shape[3])
     check_shape("packed_value", packed_value, packed_key.shape[0], value.shape[3])
     check_dtype("packed_key", packed_key, key.dtype)

@@ -16,6 +16,7 @@ import torch
 from pyramid_cache.ops.reference import softmax_of_logits
 from pyramid_cache.ops.registration import (
     check_dtype,
+    check_latest,
     check_query,
     check_shape,
     kernels,
@@ -283,8 +284,7 @@ def decode_quantized_attention(
     check_query(query, key, rows=1)
     batch, kv_heads, num_latest, width = key.shape
     check_shape("value", value, batch, kv_heads, num_latest, None)
-    if not num_latest:
-        raise ValueError("`key` holds no token. Give at least the token of the query.")
+    check_latest(key)
     num_slots = num_quantized + num_latest
     if channels is not None or isinstance(keys, Plain) or isinstance(values, Plain):
         check_shape("channels", channels, batch, kv_heads, None)

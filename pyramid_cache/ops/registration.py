@@ -122,6 +122,12 @@ def check_heads(heads: int, kv_heads: int) -> None:
         raise ValueError(f"{heads} query heads cannot share {kv_heads} KV heads: that is no whole number each.")
 
 
+def check_latest(key: torch.Tensor) -> None:
+    """Raises unless there is a token behind those that are packed or quantised."""
+    if not key.shape[2]:
+        raise ValueError("`key` holds no token. Give at least the token of the query.")
+
+
 def check_query(query: torch.Tensor, key: torch.Tensor, *, name: str = "key", rows: int | None = None) -> None:
     """Raises unless a query `(batch, heads, rows, head_dim)` can ask keys `(batch, kv_heads, keys, head_dim)`."""
     check_shape("query", query, None, None, rows, None)
